@@ -1,0 +1,6 @@
+"""Pure arithmetic of parallel layouts: no torch, no environment, no process group."""
+
+from megatron_vl.parallel.layout import Coordinates, Layout
+from megatron_vl.parallel.stages import StageSplit
+
+__all__ = ["Coordinates", "Layout", "StageSplit"]
