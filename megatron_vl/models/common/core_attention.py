@@ -1,0 +1,73 @@
+"""Megatron-Core's core attention over packed rows, on whichever backend fits the machine.
+
+Letters: s row length, b rows, N query heads, G key/value heads, H head dim.
+Rows arrive as [s, b, ...] and leave so; inside, rows are laid end to end (row-major), the order in
+which `Segments` counts. The rotary embedding has been applied before, from explicit positions, so
+`qkv_format` must not be "thd": that path of Megatron-Core restarts positions in every segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vl.ops.attention import choose_backend
+from megatron_vl.ops.segments import Segments
+
+
+@dataclass
+class SegmentParams(PackedSeqParams):
+    """Carries the segments of the packed rows through Megatron-Core's layers."""
+
+    segments: Segments | None = None
+
+
+class VarlenCoreAttention(MegatronModule):
+    """Drop-in for Megatron-Core's DotProductAttention that never attends across segments."""
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.backend = choose_backend(config.varlen_attention_backend)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ValueError("attention dropout is not part of variable-length attention; set 0.")
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [s, b, N, H]
+        key: torch.Tensor,  # [s, b, G, H]
+        value: torch.Tensor,  # [s, b, G, H]
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: SegmentParams | None = None,
+    ) -> torch.Tensor:
+        """Attention inside the segments; returns [s, b, N*H]."""
+        assert attention_mask is None and attention_bias is None
+        s, b, heads, head_dim = query.shape
+        segments = packed_seq_params.segments
+
+        def rows_end_to_end(x):
+            return x.transpose(0, 1).reshape(b * s, *x.shape[2:])
+
+        out = self.backend(
+            rows_end_to_end(query), rows_end_to_end(key), rows_end_to_end(value), segments,
+            causal=self.causal, scale=self.scale,
+        )
+        return out.reshape(b, s, heads * head_dim).transpose(0, 1).contiguous()

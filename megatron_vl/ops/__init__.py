@@ -1,0 +1,1 @@
+"""Numerical pieces that differ by device: attention backends and norms."""

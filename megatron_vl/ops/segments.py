@@ -1,0 +1,108 @@
+"""Where the segments of packed rows start and end.
+
+Letters: T packed tokens, n segments, L tokens of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from megatron_vl.errors import InputError
+
+
+class Segments:
+    """T tokens cut into n consecutive segments; attention never crosses a cut.
+
+    Args:
+        lengths: n positive token counts, in order.
+        device: where the index tensors live.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        self.lengths = [int(length) for length in lengths]
+        if not self.lengths or min(self.lengths) < 1:
+            raise InputError(f"segment lengths {self.lengths} must be one or more positive counts.")
+        self.device = torch.device(device)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> Segments:
+        """From the n+1 cumulative lengths int32[n+1] that flash-attention kernels take."""
+        return cls(cu_seqlens.diff().tolist(), cu_seqlens.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """int32 [n+1] on `device`."""
+        total = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return total.to(self.device)
+
+    def buckets(self, padding: float) -> list[Bucket]:
+        """Segments of like length gathered into rectangles.
+
+        `padding` is the largest share of a segment's rectangle row that may be padding; 0 gathers
+        only segments of equal length. Computed once per value and kept.
+        """
+        cache = self.__dict__.setdefault("_buckets", {})
+        if padding not in cache:
+            cache[padding] = self._make_buckets(padding)
+        return cache[padding]
+
+    def _make_buckets(self, padding: float) -> list[Bucket]:
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        buckets, current = [], []
+        for i in order:
+            if current and self.lengths[i] < (1 - padding) * self.lengths[current[0]]:
+                buckets.append(current)
+                current = []
+            current.append(i)
+        buckets.append(current)
+        return [
+            Bucket([starts[i] for i in sorted(rows)], [self.lengths[i] for i in sorted(rows)],
+                   self.device)
+            for rows in buckets
+        ]
+
+
+class Bucket:
+    """Some segments as a rectangle of m rows and L columns.
+
+    Attributes:
+        shape: (m, L).
+        gather: int64 [m*L], the packed token behind each cell; a padding cell repeats the
+            segment's last token.
+        kept: int64 [t], cells that are no padding; None when every cell is kept.
+        contiguous: (start, stop) when the rectangle is one uninterrupted slice of the packed
+            tokens, else None.
+    """
+
+    def __init__(self, starts: list[int], lengths: list[int], device: torch.device):
+        width = max(lengths)
+        self.shape = (len(starts), width)
+        first = torch.tensor(starts)[:, None]
+        count = torch.tensor(lengths)[:, None]
+        column = torch.arange(width)[None, :]
+        self.gather = (first + torch.minimum(column, count - 1)).flatten().to(device)
+        whole = min(lengths) == width
+        kept = None if whole else (column < count).flatten().nonzero().flatten()
+        self.kept = None if kept is None else kept.to(device)
+        neighbours = all(a + width == b for a, b in zip(starts, starts[1:], strict=False))
+        self.contiguous = (starts[0], starts[0] + width * len(starts)) if whole and neighbours \
+            else None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 [t]: packed tokens of the kept cells, in cell order."""
+        return self.gather if self.kept is None else self.gather[self.kept]

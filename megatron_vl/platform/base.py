@@ -1,0 +1,47 @@
+"""The protocol a machine kind fulfils, and the choice of one."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class Platform(Protocol):
+    """One kind of machine.
+
+    Attributes:
+        name: what the log calls it.
+        collective_backend: torch.distributed backend for tensors on `device`.
+    """
+
+    name: str
+    collective_backend: str
+
+    def install(self) -> None:
+        """Make Megatron-Core usable here. Idempotent; must run before a model is built."""
+
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the process with this local rank, selected for it."""
+
+    def synchronize(self) -> None:
+        """Wait until everything queued on the device has run."""
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory this process held so far: device memory, or resident memory on CPU."""
+
+
+def select_platform() -> Platform:
+    """The platform of this machine.
+
+    `torch.cuda.is_available()` decides and nothing else: ROCm builds answer it too while their
+    `torch.version.cuda` is None.
+    """
+    if torch.cuda.is_available():
+        from megatron_vl.platform.cuda import CudaPlatform
+
+        return CudaPlatform()
+    from megatron_vl.platform.cpu import CpuPlatform
+
+    return CpuPlatform()

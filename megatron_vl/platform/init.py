@@ -1,0 +1,77 @@
+"""Start torch.distributed and Megatron-Core's process groups from a Layout."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+
+from megatron_vl.errors import InputError
+from megatron_vl.parallel import Layout
+from megatron_vl.platform.base import Platform, select_platform
+
+
+def initialize(layout: Layout, *, seed: int = 1234, timeout_minutes: float = 10.0) -> Platform:
+    """Start this process's share of `layout`.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them the process is the
+    only one. Seeds torch, and Megatron-Core's random tracker, which starts tensor-parallel ranks
+    apart and data-parallel ranks alike.
+
+    Raises:
+        InputError: the world has another size than the layout.
+    """
+    platform = select_platform()
+    platform.install()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world != layout.world_size:
+        raise InputError(
+            f"{world} processes were started but the layout {layout} needs {layout.world_size}; "
+            f"start {layout.world_size} with torchrun, or change tp, pp, cp."
+        )
+    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not torch.distributed.is_initialized():
+        init = {}
+        if "MASTER_ADDR" not in os.environ:
+            init = {"store": torch.distributed.HashStore()}
+        torch.distributed.init_process_group(
+            platform.collective_backend,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+            **init,
+        )
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+            context_parallel_size=layout.cp,
+            # The distributed optimizer gathers its state over gloo when it saves.
+            create_gloo_process_groups=True,
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    seed_everything(seed)
+    return platform
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and Megatron-Core's tracker; pipeline stages draw different numbers."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the process groups; a process that ends without it may print a warning."""
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
