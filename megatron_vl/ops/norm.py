@@ -6,19 +6,24 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 
-def build_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+class TorchNorm:
     """RMSNorm or LayerNorm over the last dimension, as `config.normalization` says.
 
-    Under sequence parallelism every rank normalises its own part of the sequence, so each holds a
-    part of the weight's gradient; the mark on the parameters tells Megatron-Core to sum them.
+    A class because Megatron-Core's specs take one; building it gives a plain torch module. Under
+    sequence parallelism every rank normalises its own part of the sequence, so each holds a part of
+    the weight's gradient; the mark on the parameters tells Megatron-Core to sum them.
 
     Raises:
         ValueError: another normalization.
     """
-    kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-    if config.normalization not in kinds:
-        raise ValueError(f"normalization {config.normalization!r}; use one of {list(kinds)}")
-    norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
-    return norm
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
+    ) -> torch.nn.Module:
+        kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+        if config.normalization not in kinds:
+            raise ValueError(f"normalization {config.normalization!r}; use one of {list(kinds)}")
+        norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm

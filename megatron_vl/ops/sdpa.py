@@ -11,8 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_vl.ops.segments import Segments
 
-CAUSAL_PADDING = 0.25  # share of a stacked causal row that may be padding
-
 
 def attention(
     q_TNH: torch.Tensor,
@@ -27,7 +25,7 @@ def attention(
     tokens, heads, _ = q_TNH.shape
     assert segments.num_tokens == tokens, (segments.num_tokens, tokens)
     repeat = heads // k_TGH.shape[1]
-    buckets = segments.buckets(CAUSAL_PADDING if causal else 0.0)
+    buckets = segments.padded_buckets if causal else segments.equal_buckets
     outputs = []
     for bucket in buckets:
         rows, width = bucket.shape
@@ -47,7 +45,6 @@ def attention(
         )
         out = out.transpose(1, 2).reshape(rows * width, heads, -1)
         outputs.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
-    if len(buckets) == 1 and buckets[0].contiguous is not None:
+    if buckets.restore is None:
         return outputs[0]
-    order = torch.cat([bucket.tokens for bucket in buckets])
-    return torch.cat(outputs).index_select(0, order.argsort())
+    return torch.cat(outputs).index_select(0, buckets.restore)

@@ -46,16 +46,15 @@ class Segments:
         total = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return total.to(self.device)
 
-    def buckets(self, padding: float) -> list[Bucket]:
-        """Segments of like length gathered into rectangles.
+    @cached_property
+    def equal_buckets(self) -> Buckets:
+        """Segments of equal length gathered into rectangles without padding."""
+        return Buckets(self._make_buckets(0.0))
 
-        `padding` is the largest share of a segment's rectangle row that may be padding; 0 gathers
-        only segments of equal length. Computed once per value and kept.
-        """
-        cache = self.__dict__.setdefault("_buckets", {})
-        if padding not in cache:
-            cache[padding] = self._make_buckets(padding)
-        return cache[padding]
+    @cached_property
+    def padded_buckets(self) -> Buckets:
+        """Segments of like length in rectangles whose rows may be padded by up to a quarter."""
+        return Buckets(self._make_buckets(0.25))
 
     def _make_buckets(self, padding: float) -> list[Bucket]:
         starts = [0]
@@ -74,6 +73,23 @@ class Segments:
                    self.device)
             for rows in buckets
         ]
+
+
+class Buckets:
+    """All rectangles of a row's segments, and the way back to packed order.
+
+    Attributes:
+        restore: int64 [T], for every packed token its place in the buckets' kept cells laid end
+            to end; None when one slice holds everything in order already.
+    """
+
+    def __init__(self, buckets: list[Bucket]):
+        self.buckets = buckets
+        in_order = len(buckets) == 1 and buckets[0].contiguous is not None
+        self.restore = None if in_order else torch.cat([b.tokens for b in buckets]).argsort()
+
+    def __iter__(self):
+        return iter(self.buckets)
 
 
 class Bucket:

@@ -40,6 +40,7 @@ class CpuPlatform:
             return
         if torch.cuda.is_available():
             raise AssertionError("the CPU layer must not be installed where CUDA is available")
+        _import_megatron_core()
         _install_device_calls()
         _install_random_calls()
         _install_factories()
@@ -82,8 +83,30 @@ class _NoStream:
         raise NotImplementedError("CUDA event timing has no CPU meaning; use time.perf_counter")
 
 
-def _nothing(*args, **kwargs):
-    return None
+def _nothing():
+    """A new function that does nothing: torch.compile's tables want every name its own object."""
+    return lambda *args, **kwargs: None
+
+
+def _import_megatron_core() -> None:
+    """Import it with its fused helpers left as plain functions.
+
+    They are wrapped in torch.compile when their modules are imported, which would start a C++
+    compiler in the first step of every process.
+    """
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda f: f)
+    try:
+        with warnings.catch_warnings():
+            # "Apex is not installed", "Falling back to Torch optimizers": known, and mended below.
+            warnings.simplefilter("ignore")
+            import megatron.core.distributed
+            import megatron.core.models.gpt
+            import megatron.core.optimizer
+            import megatron.core.pipeline_parallel
+            import megatron.core.tensor_parallel  # noqa: F401
+    finally:
+        torch.compile = compile_
 
 
 def _is_cuda(device) -> bool:
@@ -96,13 +119,13 @@ def _install_device_calls() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
-        setattr(cuda, name, _nothing)
+        setattr(cuda, name, _nothing())
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
         setattr(cuda, name, lambda *args: 0)
     cuda.Stream = cuda.Event = _NoStream
     cuda.current_stream = cuda.default_stream = _NoStream
     cuda.stream = lambda stream=None: contextlib.nullcontext()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _nothing(), _nothing()
 
     def cuda_is_here(self, *args, **kwargs):
         return self
@@ -143,10 +166,8 @@ def _install_random_calls() -> None:
         module.get_rng_state, module.set_rng_state = get_state, set_state
         module.manual_seed = manual_seed
         # torch.manual_seed has just seeded the one generator there is.
-        module.manual_seed_all = _nothing
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Apex is not installed": known, and said in the log
-        from megatron.core.tensor_parallel import random as megatron_random
+        module.manual_seed_all = _nothing()
+    from megatron.core.tensor_parallel import random as megatron_random
 
     def get_tracked(device="cuda", clone=False, graph_safe=False):
         return generator.get_state()
@@ -260,10 +281,9 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def _install_adam() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Falling back to Torch optimizers": we bring one
-        from megatron.core import optimizer
-        from megatron.core.optimizer import distrib_optimizer
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vl.models.common.core_attention import VarlenCoreAttention
-from megatron_vl.ops.norm import build_norm
+from megatron_vl.ops.norm import TorchNorm
 
 FUSED_NORM_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -45,7 +45,7 @@ def layer_spec(*, causal: bool) -> ModuleSpec:
         )
 
         return _layer(mask, TELayerNormColumnParallelLinear, TERowParallelLinear)
-    return _layer(mask, ColumnParallelLinear, RowParallelLinear, norm=build_norm)
+    return _layer(mask, ColumnParallelLinear, RowParallelLinear, norm=TorchNorm)
 
 
 def _layer(mask, column, row, norm=None) -> ModuleSpec:
@@ -79,7 +79,7 @@ def block_spec(*, causal: bool, num_layers: int) -> TransformerBlockSubmodules:
     if use_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
-        final_norm = build_norm
+        final_norm = TorchNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(causal=causal)] * num_layers, layer_norm=final_norm
     )

@@ -1,0 +1,169 @@
+"""Megatron-Core configurations of the two towers, each built fresh from the model's own sizes.
+
+The vision configuration never sees the language model's pipeline split: a shared or copied one
+would silently cut vision layers off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch.nn import functional as F
+
+from megatron_vl.errors import InputError
+from megatron_vl.models.spec import VLMSpec
+from megatron_vl.parallel import Layout, StageSplit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """How a model is run, as opposed to what it is."""
+
+    params_dtype: torch.dtype = torch.float32
+    attention_backend: str = "auto"  # a name of megatron_vl.ops.attention.BACKENDS, or auto
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_method: Literal["block", "uniform"] = "block"  # for full
+    recompute_num_layers: int = 1  # for full: layers of a stage (block) or of a group (uniform)
+    initialize_weights: bool = True  # False when a checkpoint fills them right after
+
+
+@dataclass
+class VLTransformerConfig(TransformerConfig):
+    """Megatron-Core's configuration plus the choice of variable-length attention."""
+
+    varlen_attention_backend: str = "auto"
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x), as CLIP's; Megatron-Core's own is wrapped in torch.compile."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": F.silu}
+
+
+def language_config(
+    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
+) -> VLTransformerConfig:
+    """The decoder's configuration; the pipeline split is given explicitly for every chunk."""
+    decoder = spec.decoder
+    pipeline = None
+    if layout.pp > 1:
+        pipeline = [["decoder"] * count for count in split.flat("llm")]
+        pipeline[0].insert(0, "embedding")
+        pipeline[-1].append("loss")
+    return VLTransformerConfig(
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        ffn_hidden_size=decoder.ffn_hidden_size,
+        num_attention_heads=decoder.num_attention_heads,
+        num_query_groups=decoder.num_query_groups,
+        kv_channels=decoder.head_dim,
+        add_bias_linear=False,
+        add_qkv_bias=decoder.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=decoder.norm_eps,
+        mrope_section=list(decoder.mrope_section),
+        init_method_std=decoder.init_std,
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_model_parallel_layout=pipeline,
+        **_recompute(options, split),
+        **_shared(layout, options, sequence_parallel=layout.sequence_parallel and layout.tp > 1),
+    )
+
+
+def vision_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTransformerConfig:
+    """The vision tower's configuration: tensor-parallel, but no pipeline of its own."""
+    vision = spec.vision
+    return VLTransformerConfig(
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_heads,
+        kv_channels=vision.head_dim,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        activation_func=_activation(vision.activation),
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.norm_eps,
+        init_method_std=spec.decoder.init_std,
+        **_recompute(options, None, num_layers=vision.depth),
+        # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
+        **_shared(layout, options, sequence_parallel=False),
+    )
+
+
+def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTransformerConfig:
+    """The merger's MLP: merged patches -> 4x vision width -> language width, with GELU."""
+    return VLTransformerConfig(
+        num_layers=1,
+        num_attention_heads=spec.vision.num_heads,
+        hidden_size=spec.vision.out_hidden_size,
+        ffn_hidden_size=spec.vision.merged_size,
+        kv_channels=spec.vision.head_dim,
+        add_bias_linear=True,
+        activation_func=F.gelu,
+        init_method_std=spec.decoder.init_std,
+        **_shared(layout, options, sequence_parallel=False),
+    )
+
+
+def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -> dict:
+    shared = dict(
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=sequence_parallel,
+        params_dtype=options.params_dtype,
+        pipeline_dtype=options.params_dtype,
+        bf16=options.params_dtype == torch.bfloat16,
+        fp16=options.params_dtype == torch.float16,
+        perform_initialization=options.initialize_weights,
+        varlen_attention_backend=options.attention_backend,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # The mean over trained tokens is taken once, over every microbatch and data rank.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        cross_entropy_loss_fusion=False,
+    )
+    return shared
+
+
+def _recompute(options: ModelOptions, split: StageSplit | None, num_layers: int = 0) -> dict:
+    if options.recompute == "none":
+        return {}
+    if options.recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    if split is not None:
+        # The smallest stage bounds what every stage can do: an uneven split must not slip past.
+        smallest = min(count for count in split.flat("llm") if count)
+        if options.recompute_num_layers > smallest:
+            raise InputError(
+                f"recompute-num-layers {options.recompute_num_layers} is more than the "
+                f"{smallest} language layers of the smallest stage ({split}); give at most "
+                f"{smallest}."
+            )
+        layers = options.recompute_num_layers
+    else:
+        layers = min(options.recompute_num_layers, num_layers)
+    return dict(
+        recompute_granularity="full",
+        recompute_method=options.recompute_method,
+        recompute_num_layers=layers,
+    )
+
+
+def _activation(name: str):
+    if name not in ACTIVATIONS:
+        raise InputError(
+            f"config.json names the vision activation {name!r}; known are {', '.join(ACTIVATIONS)}."
+        )
+    return ACTIVATIONS[name]

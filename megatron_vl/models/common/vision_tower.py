@@ -1,0 +1,121 @@
+"""The vision tower as a native, tensor-parallel Megatron-Core TransformerBlock.
+
+Letters: P patches of all images, D vision width, C channels x frames x height x width of a patch,
+M merged patches (P / merge^2), E language width, K head dim.
+
+Every frame of every image is one attention segment. Positions are two-dimensional: half of each
+head turns with the patch's row, half with its column. Patches arrive in merge-block order, as the
+image processor writes them, so consecutive merge^2 patches form one language token.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch.nn import functional as F
+
+from megatron_vl.models.common.core_attention import SegmentParams
+from megatron_vl.models.common.layer_spec import block_spec, projector_submodules
+from megatron_vl.models.spec import VisionSpec
+from megatron_vl.ops.segments import Segments
+
+
+class PatchEmbed(torch.nn.Module):
+    """A convolution whose kernel equals its stride: one matrix product over flattened patches."""
+
+    def __init__(self, spec: VisionSpec, dtype: torch.dtype, init_std: float | None):
+        super().__init__()
+        kernel = (spec.temporal_patch_size, spec.patch_size, spec.patch_size)
+        # Kept as a Conv3d so that the weight has the published name and shape.
+        self.proj = torch.nn.Conv3d(
+            spec.in_channels, spec.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype
+        )
+        if init_std is not None:
+            torch.nn.init.normal_(self.proj.weight, std=init_std)
+
+    def forward(self, patches_PC: torch.Tensor) -> torch.Tensor:
+        weight = self.proj.weight
+        return F.linear(patches_PC.to(weight.dtype), weight.flatten(1))
+
+
+class VisionTower(MegatronModule):
+    """Patches in, language-model embeddings out.
+
+    Raises:
+        ValueError: patches that do not match the grids.
+    """
+
+    def __init__(self, spec: VisionSpec, config, merger_config, *, pg_collection=None):
+        super().__init__(config=config)
+        self.spec = spec
+        init_std = config.init_method_std if config.perform_initialization else None
+        self.patch_embed = PatchEmbed(spec, config.params_dtype, init_std)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(causal=False, num_layers=spec.depth),
+            pre_process=True,
+            post_process=True,
+            pg_collection=pg_collection,
+        )
+        self.projection = MultimodalProjector(
+            merger_config, projector_submodules(), "mlp", spec.merged_size
+        )
+
+    def forward(self, patches_PC: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Encode images.
+
+        Args:
+            patches_PC: float [P, C], in merge-block order.
+            grid_thw: int64 [images, 3], frames, rows and columns of patches.
+
+        Returns:
+            [M, E], image after image.
+        """
+        grids = [tuple(grid) for grid in grid_thw.tolist()]
+        if sum(t * h * w for t, h, w in grids) != patches_PC.shape[0]:
+            raise ValueError(f"{patches_PC.shape[0]} patches do not fill the grids {grids}")
+        segments = Segments(
+            [h * w for t, h, w in grids for _ in range(t)], device=patches_PC.device
+        )
+        hidden_PD = self.patch_embed(patches_PC)
+        rotary_PK = self._rotary(grids, patches_PC.device)
+        hidden_P1D = self.decoder(
+            hidden_states=hidden_PD.unsqueeze(1),
+            attention_mask=None,
+            rotary_pos_emb=rotary_PK[:, None, None, :],
+            packed_seq_params=SegmentParams(segments=segments),
+        )
+        merged = hidden_P1D.reshape(-1, 1, self.spec.merged_size)
+        return self.projection(merged).squeeze(1)
+
+    def _rotary(self, grids: list[tuple[int, int, int]], device: torch.device) -> torch.Tensor:
+        head_dim = self.spec.hidden_size // self.spec.num_heads
+        merge = self.spec.spatial_merge_size
+        return torch.cat([grid_rotary(grid, merge, head_dim) for grid in grids]).to(device)
+
+
+@lru_cache(maxsize=4096)
+def grid_rotary(grid: tuple[int, int, int], merge: int, head_dim: int) -> torch.Tensor:
+    """Rotary angles float32 [t*h*w, head_dim] of one image, patches in merge-block order.
+
+    Angle j of the first quarter is row * 10000^(-4j/head_dim), of the second quarter the same with
+    the column; the second half repeats the first (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """
+    t, h, w = grid
+    rows = torch.arange(h)[:, None].expand(h, w)
+    columns = torch.arange(w)[None, :].expand(h, w)
+
+    def merge_blocks(x):
+        x = x.reshape(h // merge, merge, w // merge, merge)
+        return x.permute(0, 2, 1, 3).flatten()
+
+    inverse = 1.0 / 10000.0 ** (
+        torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
+    )
+    position = torch.stack([merge_blocks(rows), merge_blocks(columns)], dim=-1).float()
+    angles = (position[:, :, None] * inverse).flatten(1).repeat(t, 1)
+    return torch.cat([angles, angles], dim=-1)
