@@ -1,0 +1,70 @@
+"""The weights a Qwen2 decoder has under Hugging Face's names and under Megatron-Core's.
+
+H hidden, F ffn width, V vocabulary, N query heads, G key/value heads, D head width. Two families
+that share the decoder share these lines.
+"""
+
+from __future__ import annotations
+
+from megatron_vl.models.spec import DecoderSpec
+from megatron_vl.weights.map import Place, Weight
+from megatron_vl.weights.rules import QKV, Copy, GateUp, Row, Vocab
+
+MCORE = "language_model"
+
+
+def decoder_weights(decoder: DecoderSpec, *, hf: str, head: str) -> list[Weight]:
+    """Every weight of the language model.
+
+    Args:
+        hf: prefix of the decoder's published names, as in `{hf}.layers.0...`.
+        head: published name of the output layer's weight.
+    """
+    H, F, V = decoder.hidden_size, decoder.ffn_hidden_size, decoder.vocab_size
+    N, G, D = decoder.num_attention_heads, decoder.num_query_groups, decoder.head_dim
+    source, layer = f"{hf}.layers.{{i}}", f"{MCORE}.decoder.layers.{{i}}"
+    attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
+
+    def qkv(leaf: str, columns: int | None) -> QKV:
+        q, k, v = (f"{source}.self_attn.{one}_proj.{leaf}" for one in "qkv")
+        return QKV(q=q, k=k, v=v, heads=N, groups=G, head_dim=D, columns=columns)
+
+    def at_layer(name: str, rule) -> Weight:
+        return Weight(place=Place.LLM_LAYER, name=name, rule=rule)
+
+    weights = [
+        Weight(place=Place.EMBEDDING, name=f"{MCORE}.embedding.word_embeddings.weight",
+               rule=Vocab(key=f"{hf}.embed_tokens.weight", vocab=V, columns=H)),
+        at_layer(f"{attention}.linear_qkv.layer_norm_weight",
+                 Copy(key=f"{source}.input_layernorm.weight", shape=(H,))),
+        at_layer(f"{attention}.linear_qkv.weight", qkv("weight", H)),
+    ]
+    if decoder.qkv_bias:
+        weights.append(at_layer(f"{attention}.linear_qkv.bias", qkv("bias", None)))
+    weights += [
+        at_layer(f"{attention}.linear_proj.weight",
+                 Row(key=f"{source}.self_attn.o_proj.weight", shape=(H, N * D))),
+        at_layer(f"{mlp}.linear_fc1.layer_norm_weight",
+                 Copy(key=f"{source}.post_attention_layernorm.weight", shape=(H,))),
+        at_layer(f"{mlp}.linear_fc1.weight",
+                 GateUp(gate=f"{source}.mlp.gate_proj.weight", up=f"{source}.mlp.up_proj.weight",
+                        ffn=F, columns=H)),
+        at_layer(f"{mlp}.linear_fc2.weight",
+                 Row(key=f"{source}.mlp.down_proj.weight", shape=(H, F))),
+        Weight(place=Place.LAST, name=f"{MCORE}.decoder.final_layernorm.weight",
+               rule=Copy(key=f"{hf}.norm.weight", shape=(H,))),
+    ]
+    output = f"{MCORE}.output_layer.weight"
+    if decoder.tie_word_embeddings:
+        # The stage that computes logits keeps its own copy unless it holds the embedding itself.
+        weights.append(Weight(
+            place=Place.LAST_COPY, name=output,
+            rule=Vocab(key=f"{hf}.embed_tokens.weight", vocab=V, columns=H),
+        ))
+    else:
+        weights.append(Weight(
+            place=Place.LAST, name=output, rule=Vocab(key=head, vocab=V, columns=H),
+        ))
+    return weights
+
+

@@ -1,0 +1,106 @@
+"""config.json's `model_type` -> the family that knows how to read, build and convert it.
+
+A new family is one folder and one line in `_FAMILIES`. Nothing of a family is imported before it is
+asked for, so converting needs no Megatron-Core.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from megatron_vl.errors import InputError
+from megatron_vl.models.spec import VLMSpec
+
+_FAMILIES = {  # model_type -> folder of megatron_vl.models
+    "qwen2_vl": "qwen2_vl",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """Where one family's parts are; each is imported when it is first used."""
+
+    model_type: str
+    package: str  # dotted path of the family's folder
+
+    def _part(self, module: str, name: str) -> Callable:
+        return getattr(import_module(f"{self.package}.{module}"), name)
+
+    def read_config(self, config: dict) -> VLMSpec:
+        """The spec of a parsed config.json. Raises InputError for a missing or unusable key."""
+        return self._part("config", "read_config")(config)
+
+    def weight_map(self, spec: VLMSpec):
+        """The family's `megatron_vl.weights.WeightMap` for these sizes."""
+        return self._part("weight_map", "weight_map")(spec)
+
+    @property
+    def builder_path(self) -> str:
+        """Of the function that builds the Megatron-Core model; see `build_model`."""
+        return f"{self.package}.model:build_model"
+
+    def build_model(self, *args, **kwargs):
+        """Calls the family's model builder; this imports Megatron-Core."""
+        module, _, name = self.builder_path.partition(":")
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+
+def known_families() -> list[str]:
+    """Every model_type that can be loaded, sorted."""
+    return sorted(_FAMILIES)
+
+
+def family(model_type: str) -> Family:
+    """The family of a config.json's model_type. Raises InputError for an unknown one."""
+    if model_type not in _FAMILIES:
+        raise InputError(
+            f"model_type {model_type!r} is not supported; known are: {', '.join(known_families())}."
+        )
+    return Family(
+        model_type=model_type, package=f"megatron_vl.models.{_FAMILIES[model_type]}"
+    )
+
+
+def read_config_json(directory: str | Path) -> dict:
+    """The parsed config.json of a Hugging Face directory.
+
+    Raises:
+        InputError: no such directory, no config.json in it, or one that is not a JSON object.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; give the model's directory.")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{directory} has no config.json; give a directory that holds the model's own one."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); copy it again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a JSON object; copy it again.")
+    return config
+
+
+def load_spec(directory: str | Path) -> VLMSpec:
+    """The spec of the model whose config.json lies in `directory`.
+
+    Raises:
+        InputError: an unreadable config.json, an unknown model_type, or a missing or wrong key.
+    """
+    config = read_config_json(directory)
+    path = Path(directory) / "config.json"
+    if "model_type" not in config:
+        raise InputError(
+            f"{path} has no model_type; add it, one of: {', '.join(known_families())}."
+        )
+    try:
+        return family(config["model_type"]).read_config(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -1,0 +1,197 @@
+"""What a vision-language model is made of, as numbers: no torch, no Megatron-Core.
+
+A family's `config.py` reads these from the model's own config.json; the model builder, the
+converter, the data pipeline and the trainer all read the same `VLMSpec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megatron_vl.errors import InputError
+from megatron_vl.parallel import Layout, StageSplit
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSpec:
+    """The language model.
+
+    Raises:
+        InputError: sizes that do not fit one another.
+    """
+
+    num_layers: int
+    hidden_size: int  # width of the residual stream
+    ffn_hidden_size: int  # width of the gate, and of the up projection
+    num_attention_heads: int  # query heads
+    num_query_groups: int  # key/value heads
+    head_dim: int  # width of one head
+    vocab_size: int  # rows of the embedding as published, before any padding for TP
+    tie_word_embeddings: bool  # the output layer is the embedding
+    norm_eps: float
+    rope_theta: float  # base of the rotary frequencies
+    mrope_section: tuple[int, int, int]  # half-head channels for time, height, width
+    qkv_bias: bool
+    max_position_embeddings: int  # tokens
+    init_std: float  # standard deviation of freshly drawn weights
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                  "num_query_groups", "head_dim", "vocab_size")
+        if self.num_attention_heads % self.num_query_groups:
+            raise InputError(
+                f"config.json has {self.num_attention_heads} attention heads and "
+                f"{self.num_query_groups} key/value heads; the first must be a multiple of the "
+                f"second."
+            )
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise InputError(
+                f"config.json's mrope_section {list(self.mrope_section)} sums to "
+                f"{sum(self.mrope_section)}; it must be half of the head width {self.head_dim}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSpec:
+    """The vision tower and the merger that projects it to the decoder's width.
+
+    Raises:
+        InputError: sizes that do not fit one another.
+    """
+
+    depth: int  # layers
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    in_channels: int
+    patch_size: int  # pixels a side
+    temporal_patch_size: int  # frames a patch
+    spatial_merge_size: int  # patches a side that the merger joins to one token
+    norm_eps: float
+    out_hidden_size: int  # the decoder's hidden size
+    activation: str  # of the blocks' MLP: "quick_gelu", "gelu", "silu"
+
+    def __post_init__(self) -> None:
+        _positive(self, "depth", "hidden_size", "num_heads", "ffn_hidden_size", "in_channels",
+                  "patch_size", "temporal_patch_size", "spatial_merge_size", "out_hidden_size")
+        if self.hidden_size % self.num_heads:
+            raise InputError(
+                f"config.json's vision width {self.hidden_size} is not a multiple of its "
+                f"{self.num_heads} heads."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merged_size(self) -> int:
+        """Width of the patches that become one token, side by side."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch, as the image processor hands it over."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenIds:
+    """Ids config.json gives; None where only the tokenizer knows."""
+
+    image: int
+    video: int
+    vision_start: int
+    vision_end: int
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VLMSpec:
+    """One vision-language model."""
+
+    model_type: str  # config.json's, and the registry's name of the family
+    dtype: str  # of the published weights: one of DTYPES
+    decoder: DecoderSpec
+    vision: VisionSpec
+    tokens: TokenIds
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(
+                f"config.json's dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}."
+            )
+        if self.vision.out_hidden_size != self.decoder.hidden_size:
+            raise InputError(
+                f"config.json's vision tower ends {self.vision.out_hidden_size} wide but the "
+                f"language model is {self.decoder.hidden_size} wide; make them equal."
+            )
+
+    def check_layout(self, layout: Layout, split: StageSplit) -> None:
+        """Whether this model can be spread over `layout` with the layers of `split`.
+
+        Raises:
+            InputError: tensor parallelism that does not divide a dimension, or a split for another
+                model or layout.
+        """
+        tp, decoder, vision = layout.tp, self.decoder, self.vision
+        groups = decoder.num_query_groups
+        for what, size in (
+            ("attention heads", decoder.num_attention_heads),
+            ("vision attention heads", vision.num_heads),
+            ("ffn width", decoder.ffn_hidden_size),
+            ("hidden width", decoder.hidden_size),
+            ("vision ffn width", vision.ffn_hidden_size),
+            ("merger width", vision.merged_size),
+        ):
+            if size % tp:
+                raise InputError(
+                    f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
+                )
+        # Megatron-Core cuts the fused [q.. k v] rows evenly whatever TP is, and gathers them when
+        # a key/value head would be cut; for that, either number must be a multiple of the other.
+        if groups % tp and tp % groups:
+            raise InputError(
+                f"TP {tp} and the model's {groups} key/value heads do not divide one another; use "
+                f"a divisor or a multiple of {groups}."
+            )
+        if (split.pp, split.vp) != (layout.pp, layout.vp):
+            raise InputError(
+                f"the layer split ({split}) is for PP {split.pp} x VP {split.vp} but the layout is "
+                f"PP {layout.pp} x VP {layout.vp}; give one split for the layout."
+            )
+        for what, have, want in (
+            ("language", split.num_layers, decoder.num_layers),
+            ("vision", split.vision_layers, vision.depth),
+        ):
+            if have != want:
+                raise InputError(
+                    f"the layer split ({split}) holds {have} {what} layers but config.json has "
+                    f"{want}."
+                )
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Rows of the embedding under tensor parallelism: the next multiple of `tp`."""
+        return -(-self.decoder.vocab_size // tp) * tp
+
+    def split(self, *, pp: int = 1, vp: int = 1, first_stage_layers: int | None = None,
+              llm=None, vit=None) -> StageSplit:
+        """`StageSplit.create` with this model's layer counts."""
+        return StageSplit.create(
+            num_layers=self.decoder.num_layers, vision_layers=self.vision.depth, pp=pp, vp=vp,
+            first_stage_layers=first_stage_layers, llm=llm, vit=vit,
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def _positive(spec, *names: str) -> None:
+    for name in names:
+        size = getattr(spec, name)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InputError(f"config.json's {name} is {size!r}; it must be a whole number above 0.")

@@ -1,0 +1,145 @@
+"""Where a tensor's bytes lie in a file: read and written by byte range, never through a mapping.
+
+Every checkpoint format is opened once for its table of contents; from then on a tensor is a path,
+an offset, a dtype and a shape. Memory is what a caller reads at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megatron_vl.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TensorAt:
+    """One contiguous tensor in a file, or, for the formats that allow no better, in memory."""
+
+    path: Path
+    offset: int  # bytes from the start of the file
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    loaded: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self, file: int | None, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        """The box of extents `shape` at `start`, of this dtype; not to be written to.
+
+        Args:
+            file: descriptor of `path`, open for reading; None when `loaded`.
+
+        Raises:
+            InputError: the file ends before the box does.
+        """
+        if self.loaded is not None:
+            return self.loaded[_slices(start, shape)]
+        span, first = self._span(start, shape)
+        offset, nbytes = self.offset + first * self.dtype.itemsize, prod(span) * self.dtype.itemsize
+        if tuple(span) == tuple(shape):
+            out = torch.empty(span, dtype=self.dtype)
+            view, done = memoryview(out.flatten().view(torch.uint8).numpy()), 0
+            while done < nbytes:
+                got = os.preadv(file, [view[done:]], offset + done)
+                if got == 0:
+                    raise InputError(f"{self.path} ends too early; copy or download it again.")
+                done += got
+            return out
+        # Narrower than the rows it lies in: map the rows, so that only its own pages are read.
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(file, nbytes + skip, access=mmap.ACCESS_COPY, offset=offset - skip)
+        rows = torch.frombuffer(mapped, dtype=torch.uint8)[skip:].view(self.dtype).view(span)
+        within = [a if n == s else 0 for a, n, s in zip(start, span, self.shape, strict=True)]
+        return rows[_slices(within, shape)]
+
+    def write(self, file: int, start: Sequence[int], tensor: torch.Tensor) -> None:
+        """Writes a contiguous box of whole rows (`start` is 0 after the first dimension)."""
+        offset = self.offset + start[0] * prod(self.shape[1:]) * self.dtype.itemsize
+        view = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        done = 0
+        while done < len(view):
+            done += os.pwrite(file, view[done:], offset + done)
+
+    def _span(self, start: Sequence[int], shape: Sequence[int]) -> tuple[list[int], int]:
+        """(extents, first element) of the smallest contiguous run that holds the box."""
+        span, first, inside = list(shape), 0, False
+        for d, full in enumerate(self.shape):
+            if inside:
+                span[d] = full
+            else:
+                first += start[d] * prod(self.shape[d + 1 :])
+                inside = shape[d] != 1
+        return span, first
+
+
+def _slices(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+
+
+@contextlib.contextmanager
+def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new directory beside `target` that takes its place when the block ends without an error.
+
+    Until then `target` is untouched; on an error nothing is left behind. What a killed run of this
+    machine left beside `target` is removed.
+
+    Raises:
+        InputError: `target` is a file, or exists and is not empty without `overwrite`, or cannot be
+            written.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file; give a directory.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise InputError(f"{target} exists and is not empty; remove it or pass --overwrite.")
+    host = socket.gethostname()
+    temporary = target.with_name(f".{target.name}.partial-{host}-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target, host)
+        temporary.mkdir()
+        yield temporary
+        _swap(temporary, target)
+    except OSError as error:
+        raise InputError(
+            f"writing {target} failed: {error.strerror or error}; free space or choose another "
+            f"target."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = new.with_name(new.name.replace(".partial-", ".replaced-"))
+    target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path, host: str) -> None:
+    prefix = f".{target.name}.partial-{host}-"
+    for left in target.parent.glob(f"{prefix}*"):
+        pid = left.name.removeprefix(prefix)
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,220 @@
+"""Published (Hugging Face) weights: where every tensor's bytes lie, and files laid out to be filled.
+
+Reads `model.safetensors` with or without an index, sharded safetensors, and `.bin` pickles through
+torch's weights-only reader. A safetensors file is 8 bytes of header length, a JSON header and the
+tensors; header and file length are checked against each other before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_vl.errors import InputError
+from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.map import Stored, listed, volume
+from megatron_vl.weights.torch_file import open_torch_file
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+SIDE_FILES = (  # besides weights, what makes a directory loadable
+    "config.json", "generation_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "tokenizer*", "chat_template*", "*.tiktoken",
+    "*.jinja", "configuration.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+    "README.md", "LICENSE*",
+)
+MAX_HEADER = 100 * 2**20  # bytes; safetensors' own limit
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a Hugging Face directory's weights.
+
+    Raises:
+        InputError: there are none, or the index names one that is missing.
+    """
+    for name in INDEXES:
+        index = directory / name
+        if index.is_file():
+            try:
+                mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                names = sorted(set(mapped.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{index} is not a weight index; copy it again.") from error
+            missing = [name for name in names if not (directory / name).is_file()]
+            if missing:
+                raise InputError(
+                    f"{directory} lacks {listed(missing)}, which {index.name} names; copy or "
+                    f"download the missing shard(s)."
+                )
+            return [directory / name for name in names]
+    for name in SINGLES:
+        if (directory / name).is_file():
+            return [directory / name]
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if found := sorted(directory.glob(pattern)):
+            return found
+    raise InputError(
+        f"{directory} holds no weights; give a directory with {SINGLES[0]} or {INDEXES[0]}."
+    )
+
+
+def is_hf_directory(directory: Path) -> bool:
+    """Whether the directory looks like published weights."""
+    names = (*INDEXES, *SINGLES)
+    return any((directory / n).is_file() for n in names) or any(directory.glob("*.safetensors"))
+
+
+def open_hf(
+    directory: Path, published_name: Callable[[str], str]
+) -> tuple[dict[str, str], dict[tuple[str, str, str], TensorAt]]:
+    """({published key: file}, {(file, "", published key): where it lies}) of all tensors.
+
+    Raises:
+        InputError: an unreadable file, a missing shard, or a key that appears twice.
+    """
+    files, tensors = {}, {}
+    for path in weight_files(directory):
+        found = (open_safetensors if path.suffix == ".safetensors" else _open_bin)(path)
+        for name, at in found.items():
+            key = published_name(name)
+            if key in files:
+                raise InputError(
+                    f"{key} is in {directory / files[key]} and again in {path}; remove one of them."
+                )
+            files[key] = path.name
+            tensors[(path.name, "", key)] = at
+    return files, tensors
+
+
+def open_safetensors(path: Path) -> dict[str, TensorAt]:
+    """Where the tensors of one safetensors file lie.
+
+    Raises:
+        InputError: the header is unreadable, or does not fit the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= min(MAX_HEADER, size - 8):
+            raise InputError(_broken(path, "its header does not fit the file"))
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_no_twins)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise InputError(_broken(path, f"its header is unreadable ({error})")) from error
+    if not isinstance(header, dict):
+        raise InputError(_broken(path, "its header is not a table"))
+    header.pop("__metadata__", None)
+    base, tensors, end = 8 + length, {}, 0
+    try:
+        entries = sorted(
+            (entry["data_offsets"][0], entry["data_offsets"][1], name, entry["dtype"],
+             tuple(entry["shape"]))
+            for name, entry in header.items()
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(_broken(path, "its header lacks a tensor's place")) from error
+    for start, stop, name, dtype, shape in entries:
+        if dtype not in _DTYPES:
+            raise InputError(
+                f"{path}: {name} has dtype {dtype}; only {', '.join(_DTYPES)} are supported, "
+                f"convert it first."
+            )
+        nbytes = volume(shape) * _DTYPES[dtype].itemsize
+        if start != end or stop - start != nbytes:
+            raise InputError(_broken(path, f"its header gives {name} a wrong place"))
+        end = stop
+        tensors[name] = TensorAt(path=path, offset=base + start, dtype=_DTYPES[dtype], shape=shape)
+    if base + end != size:
+        raise InputError(
+            _broken(path, f"it is {size:,} bytes long but its header asks for {base + end:,}")
+        )
+    return tensors
+
+
+def _no_twins(pairs: list[tuple[str, object]]) -> dict:
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    if twice:
+        raise ValueError(f"{listed(sorted(twice))} appears twice")
+    return dict(pairs)
+
+
+def _open_bin(path: Path) -> dict[str, TensorAt]:
+    found = open_torch_file(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no table of tensors; copy or download it again.")
+    return {name: at for name, at in found.items() if isinstance(at, TensorAt)}
+
+
+def _broken(path: Path, why: str) -> str:
+    return f"{path} is broken: {why}; copy or download it again."
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+
+def shard(
+    inventory: Sequence[Stored], dtypes: Mapping[tuple[str, str, str], torch.dtype], max_bytes: int
+) -> dict[str, list[Stored]]:
+    """Distributes tensors, in order, over files of at most `max_bytes` (or of one tensor)."""
+    groups, filled = [[]], 0
+    for stored in inventory:
+        nbytes = stored.numel * dtypes[stored.id].itemsize
+        if groups[-1] and filled + nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(stored)
+        filled += nbytes
+    if len(groups) == 1:
+        return {SINGLES[0]: groups[0]}
+    total = len(groups)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def lay_out_hf(
+    directory: Path,
+    files: Mapping[str, Sequence[Stored]],
+    dtypes: Mapping[tuple[str, str, str], torch.dtype],
+) -> dict[tuple[str, str, str], TensorAt]:
+    """Writes headers and index, and reserves every file's bytes. Answers where each tensor lies."""
+    tensors, total = {}, 0
+    for name, group in files.items():
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for stored in group:
+            nbytes = stored.numel * dtypes[stored.id].itemsize
+            header[stored.name] = {"dtype": _NAMES[dtypes[stored.id]], "shape": list(stored.shape),
+                                   "data_offsets": [end, end + nbytes]}
+            end += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        path, base = directory / name, 8 + len(text)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(base + end)
+        for stored in group:
+            start = header[stored.name]["data_offsets"][0]
+            tensors[stored.id] = TensorAt(path=path, offset=base + start, dtype=dtypes[stored.id],
+                                          shape=stored.shape)
+        total += end
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total},
+                 "weight_map": {s.name: name for name, group in files.items() for s in group}}
+        (directory / INDEXES[0]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return tensors
+
+
+def copy_side_files(source: Path, target: Path, patterns: Sequence[str] = SIDE_FILES) -> list[str]:
+    """Copies configs, tokenizer and templates; answers their names."""
+    names = sorted({path.name for pattern in patterns for path in source.glob(pattern)
+                    if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt")})
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

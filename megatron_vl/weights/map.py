@@ -1,0 +1,287 @@
+"""A family's weights expanded over layers, stages and TP ranks: which tensor holds what, where.
+
+`WeightMap` is what a family states: one `Weight` a kind of tensor, with the rule between its
+published and its Megatron-Core form, and the place in the model it belongs to. From it follow the
+inventories, lists of `Stored`, of the same model in any kind of checkpoint and any layout. A gap, a
+surplus or a collision is an error that names the keys.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from megatron_vl.errors import InputError
+from megatron_vl.parallel import StageSplit
+from megatron_vl.weights.rules import Piece, Rule, Vocab
+
+SHOWN = 4  # keys an error message spells out
+
+
+class Place(enum.Enum):
+    """Which model chunk keeps a weight."""
+
+    VISION_START = "where pixels enter: stage 0"
+    VISION_LAYER = "where its vision layer is"
+    VISION_END = "where the vision tower ends: its last norm and the merger"
+    EMBEDDING = "where vision features meet text: the chunk of VISION_END"
+    LLM_LAYER = "where its language layer is"
+    LAST = "the last chunk of the last stage"
+    LAST_COPY = "as LAST, a copy that is left out where the embedding itself is"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One kind of tensor: `{i}` in its names stands for a layer."""
+
+    place: Place
+    name: str  # Megatron-Core's; `{i}` counts the layers of one chunk
+    rule: Rule  # with published names; `{i}` counts the layers of the model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """One tensor of a checkpoint and what it holds of the published ones."""
+
+    file: str  # relative to the checkpoint; "" while the files are not decided
+    part: str  # "model", "model0".. inside a torch-format file, else ""
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def id(self) -> tuple[str, str, str]:
+        return self.file, self.part, self.name
+
+    @property
+    def numel(self) -> int:
+        return volume(self.shape)
+
+    def __str__(self) -> str:
+        return ":".join(filter(None, (self.file, self.part, self.name)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightMap:
+    """All weights of one model.
+
+    Raises:
+        InputError: two weights with the same name, or that hold the same published tensor.
+    """
+
+    source: str  # file a missing weight is to be added to, for error messages
+    num_layers: int
+    vision_layers: int
+    weights: tuple[Weight, ...]
+    renamed: tuple[tuple[str, str], ...] = ()  # (prefix some files use, the published prefix)
+    hf_copies: tuple[tuple[str, str], ...] = ()  # (key that may be there, key it is a copy of)
+    hf_ignored: tuple[str, ...] = ()  # patterns of published keys that are no weights
+    mcore_ignored: tuple[str, ...] = ()  # patterns of Megatron-Core keys that are no weights
+
+    def __post_init__(self) -> None:
+        names = [w.name for w in self.weights]
+        keys = [key for w in self.weights if w.place is not Place.LAST_COPY
+                for key in w.rule.published()]
+        for what, found in (("Megatron-Core name", names), ("published key", keys)):
+            twice = sorted({one for one in found if found.count(one) > 1})
+            if twice:
+                raise InputError(f"{what} {listed(twice)} appears twice in {self.source}.")
+
+    # ---- the published form -------------------------------------------------------------------
+
+    def published(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every published tensor, in the order of the model."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for place in Place:
+            for i in self._layers(place):
+                for weight in self.at(place):
+                    shapes.update(weight.rule.at_layer(i).published())
+        return shapes
+
+    def published_name(self, key: str) -> str:
+        """The published name of a key as some file spells it."""
+        for old, new in self.renamed:
+            if key.startswith(old):
+                return new + key.removeprefix(old)
+        return key
+
+    def hf_inventory(self, found: Mapping[str, str] | None = None) -> list[Stored]:
+        """The published tensors, whole; `found` gives the file of every key that is there.
+
+        Raises:
+            InputError: `found` lacks keys or holds unknown ones.
+        """
+        shapes = self.published()
+        if found is None:
+            return [_whole("", key, key, shape) for key, shape in shapes.items()]
+        copies = dict(self.hf_copies)
+        extra = [key for key in found if key not in shapes and key not in copies
+                 and not _matches(self.hf_ignored, key)]
+        self._complain("published", [key for key in shapes if key not in found], extra)
+        wanted = {**{key: key for key in shapes}, **{c: k for c, k in copies.items() if c in found}}
+        return [_whole(found[name], name, key, shapes[key]) for name, key in wanted.items()]
+
+    # ---- Megatron-Core's forms ----------------------------------------------------------------
+
+    def mcore_inventory(
+        self, *, split: StageSplit, tp: int, padded_vocab: int | None = None
+    ) -> list[Stored]:
+        """What every (TP, PP) rank's file holds in the torch format, file after file."""
+        return [
+            stored
+            for stage in range(split.pp)
+            for rank in range(tp)
+            for chunk in range(split.vp)
+            for stored in self.chunk_inventory(
+                split=split, tp=tp, rank=rank, stage=stage, chunk=chunk, padded_vocab=padded_vocab
+            )
+        ]
+
+    def chunk_inventory(
+        self, *, split: StageSplit, tp: int, rank: int, stage: int, chunk: int = 0,
+        padded_vocab: int | None = None,
+    ) -> list[Stored]:
+        """What one model chunk of one rank holds."""
+        file = rank_file(tp=rank, pp=stage, pp_size=split.pp)
+        part = f"model{chunk}" if split.vp > 1 else "model"
+        stored = []
+        for weight, layer, local in self.chunk_weights(split, stage, chunk):
+            rule = _padded(weight.rule.at_layer(layer), padded_vocab)
+            shape, pieces = rule.pieces(tp, rank)
+            stored.append(Stored(file=file, part=part, name=weight.name.replace("{i}", str(local)),
+                                 shape=shape, pieces=pieces))
+        return stored
+
+    def chunk_weights(
+        self, split: StageSplit, stage: int, chunk: int
+    ) -> Iterator[tuple[Weight, int, int]]:
+        """(weight, global layer, local layer) of one model chunk; layers are 0 where none."""
+        here, last = (stage, chunk), (split.pp - 1, split.vp - 1)
+        end = split.last_vision_chunk
+        holds = {
+            Place.VISION_START: here == (0, 0),
+            Place.VISION_END: here == end,
+            Place.EMBEDDING: here == end,
+            Place.LAST: here == last,
+            Place.LAST_COPY: here == last and here != end,
+        }
+        for place in Place:
+            if place in _TOWERS:
+                layers = split.layers(_TOWERS[place], stage, chunk)
+            else:
+                layers = range(1) if holds[place] else range(0)
+            for local, layer in enumerate(layers):
+                for weight in self.at(place):
+                    yield weight, layer, local
+
+    def global_inventory(self, found: Mapping[str, tuple[int, ...]]) -> list[Stored]:
+        """What a torch_dist checkpoint holds: whole tensors, layers stacked or numbered.
+
+        `found` gives the shape of every tensor that is there.
+
+        Raises:
+            InputError: gaps, surpluses or wrong shapes, named.
+        """
+        inventory, missing, used = [], [], set()
+        for place in Place:
+            if place is Place.LAST_COPY:  # tied: stored once, under the embedding's name
+                continue
+            for weight in self.at(place):
+                stacked = weight.name.replace(".{i}.", ".")
+                for i in self._layers(place):
+                    numbered = weight.name.replace("{i}", str(i))
+                    name = stacked if stacked in found else numbered
+                    if name not in found:
+                        missing.append(numbered)
+                        continue
+                    used.add(name)
+                    rule = _padded(weight.rule.at_layer(i), found[name][0])
+                    shape, pieces = rule.pieces(1, 0)
+                    if name != numbered:
+                        pieces = tuple(_stacked(piece, i) for piece in pieces)
+                        shape = (len(self._layers(place)), *shape)
+                    inventory.append(Stored(file="", part="", name=name, shape=shape,
+                                            pieces=pieces))
+        extra = [name for name in found if name not in used
+                 and not _matches(self.mcore_ignored, name)]
+        self._complain("Megatron-Core", missing, extra)
+        return inventory
+
+    def match_mcore(self, expected: Iterable[Stored], found: Iterable[tuple[str, str, str]]) -> None:
+        """Whether a torch-format checkpoint holds just what the layout asks for.
+
+        Raises:
+            InputError: gaps and surpluses, named.
+        """
+        want, have = {stored.id for stored in expected}, set(found)
+        self._complain(
+            "Megatron-Core",
+            [":".join(one) for one in sorted(want - have)],
+            [":".join(one) for one in sorted(have - want)
+             if not _matches(self.mcore_ignored, one[2])],
+        )
+
+    # ---- parts --------------------------------------------------------------------------------
+
+    def at(self, place: Place) -> list[Weight]:
+        return [weight for weight in self.weights if weight.place is place]
+
+    def _layers(self, place: Place) -> range:
+        counts = {Place.VISION_LAYER: self.vision_layers, Place.LLM_LAYER: self.num_layers}
+        return range(counts.get(place, 1))
+
+    def _complain(self, kind: str, missing: list[str], extra: list[str]) -> None:
+        if missing:
+            raise InputError(
+                f"{len(missing)} {kind} key(s) are missing: {listed(missing)}; use a complete "
+                f"checkpoint and the config.json it was made with."
+            )
+        if extra:
+            raise InputError(
+                f"{len(extra)} {kind} key(s) are unmapped: {listed(extra)}; add them to "
+                f"{self.source} or remove them from the checkpoint."
+            )
+
+
+_TOWERS = {Place.VISION_LAYER: "vit", Place.LLM_LAYER: "llm"}
+
+
+def rank_file(*, tp: int, pp: int, pp_size: int) -> str:
+    """Megatron's path of one rank's file, relative to the iteration's directory."""
+    suffix = f"_{pp:03d}" if pp_size > 1 else ""
+    return f"mp_rank_{tp:02d}{suffix}/model_optim_rng.pt"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def volume(shape: Iterable[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _whole(file: str, name: str, key: str, shape: tuple[int, ...]) -> Stored:
+    zeros = (0,) * len(shape)
+    piece = Piece(key=key, start=zeros, at=zeros, shape=shape)
+    return Stored(file=file, part="", name=name, shape=shape, pieces=(piece,))
+
+
+def _stacked(piece: Piece, layer: int) -> Piece:
+    """The piece inside a tensor that has a layer dimension in front: `at` gets one number more."""
+    return replace(piece, at=(layer, *piece.at))
+
+
+def _padded(rule: Rule, rows: int | None) -> Rule:
+    return replace(rule, padded=rows) if isinstance(rule, Vocab) and rows else rule
+
+
+def _matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

@@ -1,0 +1,303 @@
+"""Megatron-Core checkpoints on disk: found, described, opened, and laid out to be filled.
+
+The `torch` format, which the converter writes, is a directory of one file a (TP, PP) rank:
+
+    latest_checkpointed_iteration.txt            "release", or the iteration
+    release/mp_rank_{tp:02d}[_{pp:03d}]/model_optim_rng.pt
+        {"args", "checkpoint_version": 3.0, "iteration", "model"}      model0, model1.. with VP
+
+The `torch_dist` format, which the trainer writes, is read by `torch_dist.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_vl.errors import InputError
+from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.map import Stored, WeightMap, rank_file
+from megatron_vl.weights.torch_dist import open_torch_dist, read_common
+from megatron_vl.weights.torch_file import load_torch_file, open_torch_file
+
+LATEST = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+ENTRY = "megatron_vl"  # of a checkpoint's `args`, or of torch_dist's common.pt: our own description
+
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_LAYER = re.compile(r"(language_model|vision_model)\.decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself, without its weights."""
+
+    format: str  # "torch" or "torch_dist"
+    root: Path  # directory with latest_checkpointed_iteration.txt, side files beside it
+    path: Path  # directory of the iteration
+    iteration: int  # 0 for a converted one
+    release: bool  # converted, not trained
+    layout: Layout  # tp, pp, vp it was written with
+    split: StageSplit | None  # None if a torch_dist checkpoint of another tool does not say
+    model_type: str | None  # None if the checkpoint does not say; then config.json does
+    dtype: str | None
+    padded_vocab: int | None  # rows of the embedding over all TP ranks, where known
+
+
+def is_mcore_directory(directory: Path) -> bool:
+    """Whether the directory looks like a Megatron-Core checkpoint, or one iteration of it."""
+    return (directory / LATEST).is_file() or _format(directory) is not None
+
+
+def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
+    """Describes a checkpoint: a directory with latest_checkpointed_iteration.txt, or one iteration.
+
+    Raises:
+        InputError: not a checkpoint, an iteration or a rank's file that is missing, or a layer
+            split that does not fit what the files hold.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; give a checkpoint's directory.")
+    root, path = _locate(directory)
+    kind = _format(path)
+    if kind is None:
+        raise InputError(
+            f"{path} holds neither mp_rank_* directories nor .metadata; give a checkpoint."
+        )
+    release = path.name == RELEASE
+    number = re.fullmatch(r"iter_(\d+)", path.name)
+    common = {"format": kind, "root": root, "path": path, "release": release,
+              "iteration": int(number[1]) if number else 0}
+    return (_describe_torch if kind == "torch" else _describe_torch_dist)(path, common)
+
+
+def load_rank(
+    checkpoint: CheckpointInfo | str | Path, *, tp: int, pp: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The state dicts of one rank: {"model": ..} or {"model0": .., "model1": ..}, mapped from disk.
+
+    The tensors have the shapes and names of the model's own state dict on that rank; entries that
+    are no tensors are left out.
+
+    Raises:
+        InputError: the checkpoint has no such rank, or is not of the torch format.
+    """
+    info = checkpoint if isinstance(checkpoint, CheckpointInfo) else inspect_checkpoint(checkpoint)
+    if info.format != "torch":
+        raise InputError(f"{info.path} is a {info.format} checkpoint; load it by dist_checkpointing.")
+    if not (0 <= tp < info.layout.tp and 0 <= pp < info.layout.pp):
+        raise InputError(
+            f"{info.path} was written for {info.layout}, it has no rank TP {tp} PP {pp}; convert "
+            f"it again for this layout."
+        )
+    loaded = load_torch_file(_rank_path(info.path, tp, pp, info.layout.pp))
+    return {
+        part: {name: one for name, one in loaded[part].items() if isinstance(one, torch.Tensor)}
+        for part in _parts(loaded)
+    }
+
+
+def open_mcore(
+    info: CheckpointInfo, weights: WeightMap
+) -> tuple[list[Stored], dict[tuple[str, str, str], TensorAt]]:
+    """(inventory, where each tensor lies) of a checkpoint's weights.
+
+    Raises:
+        InputError: gaps, surpluses or wrong shapes, named.
+    """
+    if info.format == "torch_dist":
+        return open_torch_dist(info.path, weights)
+    tensors = {}
+    for stage in range(info.layout.pp):
+        for rank in range(info.layout.tp):
+            file = str(_rank_path(info.path, rank, stage, info.layout.pp).relative_to(info.path))
+            content = open_torch_file(info.path / file)
+            key = rank_file(tp=rank, pp=stage, pp_size=info.layout.pp)
+            for part in _parts(content):
+                tensors |= {(key, part, name): at for name, at in content[part].items()
+                            if isinstance(at, TensorAt)}
+    inventory = weights.mcore_inventory(
+        split=info.split, tp=info.layout.tp, padded_vocab=info.padded_vocab
+    )
+    weights.match_mcore(inventory, tensors)
+    check_shapes(inventory, tensors)
+    return inventory, {stored.id: tensors[stored.id] for stored in inventory}
+
+
+def check_shapes(
+    inventory: Sequence[Stored], tensors: Mapping[tuple[str, str, str], TensorAt]
+) -> None:
+    """Whether every tensor has the shape the inventory says.
+
+    Raises:
+        InputError: one has not.
+    """
+    for stored in inventory:
+        shape = tensors[stored.id].shape
+        if shape != stored.shape:
+            raise InputError(
+                f"{stored} has shape {list(shape)} but config.json and the layout ask for "
+                f"{list(stored.shape)}; use the config.json the checkpoint was made with."
+            )
+
+
+def lay_out_mcore(
+    root: Path,
+    inventory: Sequence[Stored],
+    dtypes: Mapping[tuple[str, str, str], torch.dtype],
+    args: Mapping[str, Any],
+) -> dict[tuple[str, str, str], TensorAt]:
+    """Writes every rank's file with room for its tensors; answers where each of them lies."""
+    parts: dict[str, dict[str, list[Stored]]] = {}
+    for stored in inventory:
+        parts.setdefault(stored.file, {}).setdefault(stored.part, []).append(stored)
+    tensors = {}
+    for file, chunks in parts.items():
+        path = root / RELEASE / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
+        with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+            for part in _all_parts(args, chunks):
+                content[part] = {one.name: torch.empty(one.shape, dtype=dtypes[one.id])
+                                 for one in chunks.get(part, ())}
+            torch.save(content, path)
+        placed = open_torch_file(path)
+        tensors |= {one.id: placed[part][one.name] for part, some in chunks.items() for one in some}
+    (root / LATEST).write_text(RELEASE)
+    return tensors
+
+
+def _all_parts(args: Mapping[str, Any], chunks: Mapping[str, Any]) -> list[str]:
+    """A chunk without weights still has its entry."""
+    count = args[ENTRY]["layout"]["vp"]
+    return [f"model{i}" for i in range(count)] if count > 1 else list(chunks) or ["model"]
+
+
+# ---- finding and describing -------------------------------------------------------------------
+
+
+def _format(path: Path) -> str | None:
+    if (path / ".metadata").is_file():
+        return "torch_dist"
+    return "torch" if any(path.glob("mp_rank_*")) else None
+
+
+def _locate(directory: Path) -> tuple[Path, Path]:
+    latest = directory / LATEST
+    if not latest.is_file():
+        if _format(directory) is None:
+            raise InputError(
+                f"{directory} has no {LATEST}; give a Megatron-Core checkpoint's directory."
+            )
+        return directory.parent, directory
+    text = latest.read_text().strip()
+    if text != RELEASE and not text.isdigit():
+        raise InputError(f"{latest} holds {text!r}; write 'release' or an iteration's number in it.")
+    path = directory / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
+    if not path.is_dir():
+        raise InputError(
+            f"{latest} names {path.name} but {directory} has no such directory; copy it, or write "
+            f"the iteration that is there into the file."
+        )
+    return directory, path
+
+
+def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
+    ranks = {}
+    for one in path.iterdir():
+        if match := _RANK.fullmatch(one.name):
+            ranks[int(match[1]), int(match[2] or 0)] = one
+    tp, pp = (1 + max(at[i] for at in ranks) for i in (0, 1))
+    for rank in range(tp):
+        for stage in range(pp):
+            if not (ranks.get((rank, stage), path / "none") / "model_optim_rng.pt").is_file():
+                missing = rank_file(tp=rank, pp=stage, pp_size=pp)
+                raise InputError(f"{path} lacks {missing}; copy the missing rank's file.")
+    stages = [open_torch_file(_rank_path(path, 0, stage, pp)) for stage in range(pp)]
+    args = _arguments(stages[0].get("args"))
+    ours = args.get(ENTRY) or {}
+    split = _split_of(stages, path)
+    if "split" in ours and StageSplit.from_dict(ours["split"]) != split:
+        raise InputError(
+            f"{path} says its layers are split {StageSplit.from_dict(ours['split'])} but its files "
+            f"hold {split}; convert it again."
+        )
+    return CheckpointInfo(
+        **common, layout=Layout(tp=tp, pp=pp, vp=split.vp), split=split,
+        model_type=ours.get("model_type"), dtype=ours.get("dtype"),
+        padded_vocab=_padded_vocab(stages, tp),
+    )
+
+
+def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
+    saved = read_common(path)
+    ours = saved.get(ENTRY) or _arguments(saved.get("args")).get(ENTRY) or {}
+    sizes = ours.get("layout") or {}
+    return CheckpointInfo(
+        **common,
+        layout=Layout(**{name: sizes.get(name, 1) for name in ("tp", "pp", "vp")}),
+        split=StageSplit.from_dict(ours["split"]) if "split" in ours else None,
+        model_type=ours.get("model_type"), dtype=ours.get("dtype"), padded_vocab=None,
+    )
+
+
+def _split_of(stages: Sequence[Mapping[str, Any]], path: Path) -> StageSplit:
+    """The split the files themselves show: layers counted chunk by chunk."""
+    vp = max(len(_parts(stage)) for stage in stages)
+    counts = {"language_model": [], "vision_model": []}
+    for chunk in range(vp):
+        rows = {tower: [] for tower in counts}
+        for number, stage in enumerate(stages):
+            parts = _parts(stage)
+            if len(parts) != vp:
+                raise InputError(
+                    f"{path}: stage {number} has {len(parts)} model chunk(s), others have {vp}; "
+                    f"copy the checkpoint again."
+                )
+            found = {match.groups() for name in stage[parts[chunk]]
+                     if (match := _LAYER.match(str(name)))}
+            for tower in rows:
+                rows[tower].append(sum(1 for one, _ in found if one == tower))
+        for tower in counts:
+            counts[tower].append(tuple(rows[tower]))
+    return StageSplit(llm=tuple(counts["language_model"]), vit=tuple(counts["vision_model"]))
+
+
+def _padded_vocab(stages: Sequence[Mapping[str, Any]], tp: int) -> int | None:
+    for stage in stages:
+        for part in _parts(stage):
+            at = stage[part].get("language_model.embedding.word_embeddings.weight")
+            if isinstance(at, TensorAt):
+                return at.shape[0] * tp
+    return None
+
+
+def _arguments(args: Any) -> dict:
+    return args if isinstance(args, dict) else getattr(args, "__dict__", {})
+
+
+def _parts(content: Any) -> list[str]:
+    """"model", or "model0", "model1".. in order."""
+    if not isinstance(content, dict):
+        raise InputError("a rank's file holds no table; copy the checkpoint again.")
+    numbered = [key for key in content if re.fullmatch(r"model\d+", str(key))]
+    parts = sorted(numbered, key=lambda key: int(key[5:])) or [k for k in content if k == "model"]
+    if not parts:
+        raise InputError("a rank's file holds no 'model' entry; give a model checkpoint.")
+    return parts
+
+
+def _rank_path(path: Path, tp: int, pp: int, pp_size: int) -> Path:
+    usual = path / rank_file(tp=tp, pp=pp, pp_size=pp_size)
+    if usual.is_file() or pp_size > 1:
+        return usual
+    return path / f"mp_rank_{tp:02d}_{pp:03d}" / "model_optim_rng.pt"  # some tools always add it

@@ -1,0 +1,184 @@
+"""Runs a plan: every tensor of the target is put together and written a run of rows at a time.
+
+Memory is `workers` x a few times `CHUNK`, whatever the model's size: sources are read by byte range
+and the target's files were laid out before, so a chunk goes straight to its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_vl.errors import InputError
+from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.map import volume
+from megatron_vl.weights.plan import Op, Plan, TensorPlan, Twin
+from megatron_vl.weights.rules import box
+
+CHUNK = 32 * 2**20  # bytes of target and of source that one worker holds at a time
+
+Tensors = Mapping[tuple[str, str, str], TensorAt]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a run wrote."""
+
+    tensors: int
+    nbytes: int
+    not_finite: tuple[str, ...]  # names of the target's tensors that hold NaN or Inf
+
+
+def target_dtypes(
+    plan: Plan, source: Mapping[tuple[str, str, str], torch.dtype], dtype: torch.dtype | None
+) -> dict[tuple[str, str, str], torch.dtype]:
+    """The dtype of every tensor of the target: `dtype`, or the one its sources have.
+
+    Raises:
+        InputError: sources of one tensor differ and no dtype is asked for.
+    """
+    chosen = {}
+    for one in plan.tensors:
+        found = {source[op.source.id] for op in one.ops}
+        if dtype is None and len(found) > 1:
+            names = ", ".join(sorted(str(name).removeprefix("torch.") for name in found))
+            raise InputError(
+                f"{one.target.name} would join tensors of dtypes {names}; pass --dtype to cast."
+            )
+        chosen[one.target.id] = dtype or found.pop()
+    return chosen
+
+
+def run_plan(
+    plan: Plan,
+    source: Tensors,
+    target: Tensors,
+    *,
+    workers: int = 2,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Written:
+    """Fills the laid-out files of `target` and calls `progress(bytes)` as it goes.
+
+    Raises:
+        InputError: a source that ends too early, or copies in the source that differ.
+    """
+    with contextlib.ExitStack() as stack:
+        files = _Files(stack)
+        for at in source.values():
+            files.open(at, os.O_RDONLY)
+        for at in target.values():
+            files.open(at, os.O_WRONLY)
+        run = _Run(source, target, files, progress)
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for _ in pool.map(run.compare, plan.twins):
+                    pass
+                bad = [name for name in pool.map(run.tensor, plan.tensors) if name]
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    nbytes = sum(at.nbytes for at in target.values())
+    return Written(tensors=len(plan.tensors), nbytes=nbytes, not_finite=tuple(bad))
+
+
+class _Files:
+    """One descriptor a file; byte-range reads and writes share it between threads."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack, self._open = stack, {}
+
+    def open(self, at: TensorAt, flags: int) -> None:
+        if at.loaded is None and at.path not in self._open:
+            self._open[at.path] = os.open(at.path, flags)
+            self._stack.callback(os.close, self._open[at.path])
+
+    def __call__(self, path: Path) -> int | None:
+        return self._open.get(path)
+
+
+class _Run:
+    def __init__(self, source: Tensors, target: Tensors, files: _Files, progress) -> None:
+        self.source, self.target, self.files, self.progress = source, target, files, progress
+
+    def tensor(self, plan: TensorPlan) -> str | None:
+        """Writes one tensor; answers its name if it holds NaN or Inf."""
+        at = self.target[plan.target.id]
+        file, shape, finite = self.files(at.path), at.shape, True
+        for low, high in _chunks(shape[0], self._row_bytes(plan)):
+            ops = [clip for op in plan.ops if (clip := _clip(op, low, high))]
+            rows = (high - low, *shape[1:])
+            if len(ops) == 1 and ops[0].shape == rows:
+                chunk = self._read(ops[0]).to(at.dtype)
+            else:
+                covered = sum(volume(op.shape) for op in ops) == volume(rows)
+                chunk = (torch.empty if covered else torch.zeros)(rows, dtype=at.dtype)
+                for op in ops:
+                    chunk[box((op.at[0] - low, *op.at[1:]), op.shape)] = self._read(op)
+            # A sum is NaN or Inf if an element is; only then is it worth looking at each.
+            if finite and not torch.isfinite(chunk.sum(dtype=torch.float32)):
+                finite = bool(torch.isfinite(chunk).all())
+            at.write(file, (low,), chunk)
+            self.progress(chunk.nbytes)
+        return None if finite else plan.target.name
+
+    def compare(self, twin: Twin) -> None:
+        first, second = self.source[twin.first.id], self.source[twin.second.id]
+        row = max(at.nbytes // at.shape[0] for at in (first, second))
+        for low, high in _chunks(twin.shape[0], row):
+            shape = (high - low, *twin.shape[1:])
+            one, two = (
+                self._read(Op(stored, _down(at, low, len(shape)), (), shape))
+                for stored, at in ((twin.first, twin.first_at), (twin.second, twin.second_at))
+            )
+            if not torch.equal(_bits(one), _bits(two)):
+                raise InputError(
+                    f"{twin.key} is stored twice and the copies differ ({twin.first} and "
+                    f"{twin.second}); the checkpoint is not consistent, use another one."
+                )
+
+    def _read(self, op: Op) -> torch.Tensor:
+        at = self.source[op.source.id]
+        front = len(op.start) - len(op.shape)
+        shape = (*(1,) * front, *op.shape)
+        return at.read(self.files(at.path), op.start, shape).reshape(op.shape)
+
+    def _row_bytes(self, plan: TensorPlan) -> int:
+        """Bytes of the widest row among the tensors that take part."""
+        tensors = [self.target[plan.target.id], *(self.source[op.source.id] for op in plan.ops)]
+        return max(volume(at.shape[1:]) * at.dtype.itemsize for at in tensors)
+
+
+def _chunks(rows: int, row_bytes: int):
+    step = max(1, CHUNK // max(1, row_bytes))
+    return ((low, min(low + step, rows)) for low in range(0, rows, step))
+
+
+def _clip(op: Op, low: int, high: int) -> Op | None:
+    """The part of `op` that writes target rows [low, high)."""
+    first, last = max(op.at[0], low), min(op.at[0] + op.shape[0], high)
+    if first >= last:
+        return None
+    return replace(
+        op,
+        start=_down(op.start, first - op.at[0], len(op.shape)),
+        at=(first, *op.at[1:]),
+        shape=(last - first, *op.shape[1:]),
+    )
+
+
+def _down(start: tuple[int, ...], rows: int, dims: int) -> tuple[int, ...]:
+    """`start` moved by `rows` on the first of the last `dims` dimensions."""
+    front = len(start) - dims
+    return (*start[:front], start[front] + rows, *start[front + 1 :])
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+

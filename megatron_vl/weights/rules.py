@@ -1,0 +1,292 @@
+"""How one Megatron-Core tensor is made of published tensors, said once for both directions.
+
+A rule lists, in order, the row blocks a Megatron-Core tensor is made of, and the dimension tensor
+parallelism cuts. From that one list follow the slices of any TP rank (`pieces`), the shards of
+whole tensors (`split_tensors`) and the published tensors back from shards (`join_tensors`).
+
+Letters: N query heads, G query groups (key/value heads), D head width, F ffn width, V vocabulary.
+
+    q_proj [N*D, ...]   rows of group g: q heads g*N/G .. (g+1)*N/G, then k head g, then v head g
+    k_proj [G*D, ...]   -> linear_qkv [(N + 2*G)*D, ...], cut evenly over TP ranks
+    v_proj [G*D, ...]
+
+With more TP ranks than groups the even cut goes through a group; Megatron-Core 0.16 gathers the
+activations of such a layer and picks its heads (`SelfAttention.get_query_key_value_tensors`), so
+its weights are cut evenly all the same and nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from megatron_vl.errors import InputError
+
+if TYPE_CHECKING:  # plans are made without torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows [start, stop) of published tensor `key`; rows of zeros where key is None."""
+
+    key: str | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`stored[at : at + shape]` is `published[key][start : start + shape]`; zeros if key is None.
+
+    All three tuples have one number a dimension of the tensor.
+    """
+
+    key: str | None
+    start: tuple[int, ...]
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """Base of the rules. A subclass says `rows`, `published` and, if it is not 0, `axis`."""
+
+    def rows(self, tp: int) -> list[Rows]:
+        """Row blocks of all TP ranks, rank after rank, before `axis` cuts them."""
+        raise NotImplementedError
+
+    def published(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every published tensor the rule reads and writes."""
+        raise NotImplementedError
+
+    @property
+    def axis(self) -> int | None:
+        """Dimension tensor parallelism cuts; None keeps the whole tensor on every rank."""
+        return 0
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """Extents after the first dimension, alike for all published tensors of the rule."""
+        return next(iter(self.published().values()))[1:]
+
+    def at_layer(self, layer: int) -> Rule:
+        """The same rule with `{i}` in its keys replaced by a global layer number."""
+        named = {
+            field.name: getattr(self, field.name).replace("{i}", str(layer))
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), str)
+        }
+        return replace(self, **named)
+
+    def pieces(self, tp: int, rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
+        """(shape, pieces) of what TP rank `rank` of `tp` stores.
+
+        Raises:
+            InputError: `tp` does not divide the cut dimension.
+        """
+        rows = self.rows(tp)
+        height, tail = sum(row.stop - row.start for row in rows), self.tail
+        low, high, column, width = 0, height, 0, tail
+        if self.axis == 0:
+            part = self._part(height, tp)
+            low, high = rank * part, (rank + 1) * part
+        elif self.axis == 1:
+            part = self._part(tail[0], tp)
+            column, width = rank * part, (part, *tail[1:])
+        found, at = [], 0
+        for row in rows:
+            size = row.stop - row.start
+            start, stop = max(at, low), min(at + size, high)
+            if start < stop:
+                rest = (0,) * (len(width) - 1) if width else ()
+                found.append(Piece(
+                    key=row.key,
+                    start=(row.start + start - at, *((column, *rest) if width else ())),
+                    at=(start - low, *((0,) * len(width))),
+                    shape=(stop - start, *width),
+                ))
+            at += size
+        return (high - low, *width), tuple(found)
+
+    def _part(self, size: int, tp: int) -> int:
+        if size % tp:
+            raise InputError(
+                f"TP {tp} does not divide the {size} of {', '.join(self.published())}; use a TP "
+                f"that does."
+            )
+        return size // tp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy(Rule):
+    """The same tensor on every TP rank."""
+
+    key: str
+    shape: tuple[int, ...]
+
+    def rows(self, tp: int) -> list[Rows]:
+        return [Rows(self.key, 0, self.shape[0])]
+
+    def published(self) -> dict[str, tuple[int, ...]]:
+        return {self.key: self.shape}
+
+    @property
+    def axis(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column(Copy):
+    """Cut on dimension 0: a column-parallel linear layer's weight or bias."""
+
+    @property
+    def axis(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row(Copy):
+    """Cut on dimension 1: a row-parallel linear layer's weight."""
+
+    @property
+    def axis(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QKV(Rule):
+    """q, k and v interleaved by query group: [q.. k v] for each group."""
+
+    q: str
+    k: str
+    v: str
+    heads: int
+    groups: int
+    head_dim: int
+    columns: int | None  # None for a bias
+
+    def rows(self, tp: int) -> list[Rows]:
+        per_group, width = self.heads // self.groups * self.head_dim, self.head_dim
+        return [
+            Rows(key, group * size, (group + 1) * size)
+            for group in range(self.groups)
+            for key, size in ((self.q, per_group), (self.k, width), (self.v, width))
+        ]
+
+    def published(self) -> dict[str, tuple[int, ...]]:
+        tail = () if self.columns is None else (self.columns,)
+        query, group = self.heads * self.head_dim, self.groups * self.head_dim
+        return {self.q: (query, *tail), self.k: (group, *tail), self.v: (group, *tail)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedQKV(Rule):
+    """One published tensor of three blocks [q; k; v] -> [q k v] for each head."""
+
+    key: str
+    heads: int
+    head_dim: int
+    columns: int | None  # None for a bias
+
+    def rows(self, tp: int) -> list[Rows]:
+        block, width = self.heads * self.head_dim, self.head_dim
+        return [
+            Rows(self.key, part * block + head * width, part * block + (head + 1) * width)
+            for head in range(self.heads)
+            for part in range(3)
+        ]
+
+    def published(self) -> dict[str, tuple[int, ...]]:
+        tail = () if self.columns is None else (self.columns,)
+        return {self.key: (3 * self.heads * self.head_dim, *tail)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateUp(Rule):
+    """linear_fc1 = [gate; up], each TP rank with its own part of both."""
+
+    gate: str
+    up: str
+    ffn: int
+    columns: int
+
+    def rows(self, tp: int) -> list[Rows]:
+        part = self._part(self.ffn, tp)
+        return [
+            Rows(key, rank * part, (rank + 1) * part)
+            for rank in range(tp)
+            for key in (self.gate, self.up)
+        ]
+
+    def published(self) -> dict[str, tuple[int, ...]]:
+        return {key: (self.ffn, self.columns) for key in (self.gate, self.up)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocab(Rule):
+    """An embedding or output layer: cut on the vocabulary, padded with zeros to a multiple of TP.
+
+    `padded` is the number of rows stored by all ranks together; None pads as little as TP needs.
+    """
+
+    key: str
+    vocab: int
+    columns: int
+    padded: int | None = None
+
+    def rows(self, tp: int) -> list[Rows]:
+        stored = self.padded or -(-self.vocab // tp) * tp
+        if stored < self.vocab:
+            raise InputError(
+                f"{self.key} is stored with {stored} rows but config.json's vocab_size is "
+                f"{self.vocab}; use the config.json the checkpoint was made from."
+            )
+        padding = [Rows(None, 0, stored - self.vocab)] if stored > self.vocab else []
+        return [Rows(self.key, 0, self.vocab), *padding]
+
+    def published(self) -> dict[str, tuple[int, ...]]:
+        return {self.key: (self.vocab, self.columns)}
+
+
+# ---- the same rules on tensors in memory ------------------------------------------------------
+
+
+def split_tensors(rule: Rule, tensors: Mapping[str, Tensor], tp: int) -> list[Tensor]:
+    """Published tensors -> one Megatron-Core tensor a TP rank, new memory, same dtype."""
+    like = tensors[next(iter(rule.published()))]
+    shards = []
+    for rank in range(tp):
+        shape, pieces = rule.pieces(tp, rank)
+        shard = like.new_zeros(shape)
+        for piece in pieces:
+            if piece.key is not None:
+                shard[box(piece.at, piece.shape)] = tensors[piece.key][
+                    box(piece.start, piece.shape)
+                ]
+        shards.append(shard)
+    return shards
+
+
+def join_tensors(rule: Rule, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+    """One Megatron-Core tensor a TP rank -> the published tensors; padding is dropped."""
+    tensors = {key: shards[0].new_empty(shape) for key, shape in rule.published().items()}
+    for rank, shard in enumerate(shards):
+        shape, pieces = rule.pieces(len(shards), rank)
+        if tuple(shard.shape) != shape:
+            raise InputError(
+                f"TP rank {rank} of {', '.join(tensors)} has shape {list(shard.shape)}; the rule "
+                f"asks for {list(shape)}."
+            )
+        for piece in pieces:
+            if piece.key is not None:
+                tensors[piece.key][box(piece.start, piece.shape)] = shard[
+                    box(piece.at, piece.shape)
+                ]
+    return tensors
+
+
+def box(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    """The slices of the box of extents `shape` at `start`."""
+    return tuple(slice(low, low + size) for low, size in zip(start, shape, strict=True))
