@@ -1,0 +1,1 @@
+"""The `megatron-vl` command: one thin file a subcommand."""

@@ -1,0 +1,59 @@
+"""Start this node's ranks with torchrun's launcher and give back the exit code of the first failure."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from megatron_vl.cli.worker import FAILURE_FILE
+
+
+def launch(argv: list[str], args: argparse.Namespace) -> int:
+    """Run `megatron-vl ARGV` as `nproc_per_node` ranks; returns the job's exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The rank that failed has said why; the launcher's own report would bury it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc_per_node))
+    )
+    one_node = args.nnodes == 1
+    with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
+        failure = Path(scratch) / "failure"
+        os.environ[FAILURE_FILE] = str(failure)
+        config = LaunchConfig(
+            min_nodes=args.nnodes,
+            max_nodes=args.nnodes,
+            nproc_per_node=args.nproc_per_node,
+            run_id=uuid.uuid4().hex if one_node else "megatron-vl",
+            # One node picks a free port; several meet where they were told to.
+            rdzv_backend="c10d" if one_node else "static",
+            rdzv_endpoint="localhost:0" if one_node else f"{args.master_addr}:{args.master_port}",
+            rdzv_configs={} if one_node else {"rank": args.node_rank, "timeout": 900},
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
+        except ChildFailedError as error:
+            if failure.is_file():
+                return int(failure.read_text())
+            rank, first = error.get_first_failure()
+            print(f"megatron-vl train: rank {rank} {_ending(first.exitcode)}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _ending(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"ended with code {exitcode} and no message."
+    name = signal.Signals(-exitcode).name
+    hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}."

@@ -1,0 +1,61 @@
+"""`megatron-vl COMMAND ...`: picks the command, turns its errors into one sentence and a code.
+
+Exit codes: 0 done, 1 a check failed or something broke, 2 unusable arguments or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+import megatron_vl
+from megatron_vl.errors import CheckFailed, InputError
+
+COMMANDS = {
+    "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
+    "prepare": "raw data -> WebDataset shards ready for energon",
+    "train": "pretrain or finetune",
+    "plot": "a run's loss, gradient norm and throughput as PNG",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and exit the process with its code."""
+    argv = sys.argv[1:] if argv is None else argv
+    sys.exit(run(argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-vl",
+        description="Train Qwen-family vision-language models on Megatron-Core, on any machine.",
+    )
+    parser.add_argument("--version", action="version", version=megatron_vl.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only the command that runs is imported: converting needs neither Megatron-Core nor energon.
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        if name == chosen:
+            command = import_module(f"megatron_vl.cli.{name.replace('-', '_')}")
+            sub = command.add_parser(commands)
+            sub.add_argument(
+                "--debug", action="store_true", help="show the traceback of an error"
+            )
+        else:
+            commands.add_parser(name, help=summary)
+    args = parser.parse_args(argv)
+    try:
+        return command.run(args) or 0
+    except InputError as error:
+        if args.debug:
+            raise
+        print(f"megatron-vl {chosen}: {error}", file=sys.stderr)
+        return 2
+    except CheckFailed as error:
+        print(f"megatron-vl {chosen}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"megatron-vl {chosen}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,55 @@
+"""`megatron-vl train ...`: start this node's processes, or be one of them.
+
+Called by a person it checks what can be checked without a process group, then starts the node's
+ranks with torchrun's own launcher. Called by torchrun (RANK is set) it is one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_vl.training.config import add_arguments, load_config
+
+LAUNCH = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug"}
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="YAML", help="file with the same options as keys")
+    parser.add_argument(
+        "--show-config", action="store_true", help="print the resolved options and stop"
+    )
+    launch = parser.add_argument_group("Processes of this node, when torchrun did not start them.")
+    launch.add_argument("--nproc-per-node", type=int, default=1, help="processes (default: 1)")
+    launch.add_argument("--nnodes", type=int, default=1, help="nodes (default: 1)")
+    launch.add_argument("--node-rank", type=int, default=0, help="this node's number (default: 0)")
+    launch.add_argument("--master-addr", default="127.0.0.1", help="node 0's address")
+    launch.add_argument("--master-port", type=int, default=29500, help="a free port of node 0")
+    add_arguments(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    flags = {key: value for key, value in vars(args).items() if key not in NOT_OPTIONS}
+    config = load_config(flags, args.config)
+    if args.show_config:
+        import yaml
+
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return 0
+    if "RANK" in os.environ:
+        from megatron_vl.cli.worker import run_worker
+
+        run_worker(config, debug=args.debug)
+    from megatron_vl.training.plan import find_checkpoint, plan_run
+
+    plan = plan_run(config, args.nproc_per_node * args.nnodes)
+    find_checkpoint(plan)
+    from megatron_vl.cli.launch import launch
+
+    return launch(sys.argv[1:], args)

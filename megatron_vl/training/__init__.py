@@ -1,0 +1,1 @@
+"""The trainer: one family-agnostic program over Megatron-Core's pipeline schedules."""

@@ -1,0 +1,243 @@
+"""Checkpoints of a run: torch_dist out, torch or torch_dist in.
+
+SAVE/
+    config.json, tokenizer files         the model's own, so that SAVE converts to HF by itself
+    latest_checkpointed_iteration.txt    the iteration to resume from
+    iter_0000100/                        one torch_dist checkpoint; reshards when TP, PP or DP change
+        loader_dp00000.pt                where each data-parallel rank stood in its data
+
+A checkpoint is written under a hidden name and renamed when every rank has finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_vl.errors import InputError
+from megatron_vl.models.common.layer_spec import to_local_names
+from megatron_vl.training.plan import LATEST, Plan
+from megatron_vl.weights.hf_io import copy_side_files
+from megatron_vl.weights.mcore_io import CheckpointInfo, load_rank
+
+logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """Where training goes on."""
+
+    iteration: int  # steps already done
+    loader_state: Path | None  # this data-parallel rank's, None to start the data anew
+
+
+# ---- save -------------------------------------------------------------------------------------
+
+
+def save_checkpoint(plan: Plan, iteration: int, model, optimizer, scheduler, loader_state) -> Path:
+    """Write SAVE/iter_XXXXXXX; returns its path. All ranks call it together.
+
+    `loader_state` is what the loader's `save_state_rank` returned on the ranks that read data, None
+    on the others.
+    """
+    root = Path(plan.config.checkpoint.save)
+    final = root / f"iter_{iteration:07d}"
+    partial = root / f".iter_{iteration:07d}.partial"
+    first = torch.distributed.get_rank() == 0
+    if first:
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_side_files(plan.hf_dir, root)
+    torch.distributed.barrier()
+    state = _state_dict(plan, iteration, model, optimizer, scheduler, loading=False)
+    dist_checkpointing.save(
+        state, str(partial), ("torch_dist", 1), content_metadata=_storable(_metadata())
+    )
+    if loader_state is not None and parallel_state.get_pipeline_model_parallel_rank() == 0:
+        torch.save(loader_state, partial / _loader_file())
+    torch.distributed.barrier()
+    if first:
+        partial.rename(final)
+        pending = root / f".{LATEST}.partial"
+        pending.write_text(f"{iteration}\n", encoding="utf-8")
+        os.replace(pending, root / LATEST)
+    torch.distributed.barrier()
+    return final
+
+
+# ---- load -------------------------------------------------------------------------------------
+
+
+def load_checkpoint(
+    plan: Plan, info: CheckpointInfo, own: bool, model, optimizer, scheduler
+) -> Resumed:
+    """Fill model, optimizer, schedule and random state from `info`.
+
+    Weights alone are taken from a converted checkpoint, or with `finetune`.
+    """
+    options = plan.config.checkpoint
+    if info.format == "torch":
+        _load_weights(info, model)
+        optimizer.reload_model_params()
+        return Resumed(iteration=0, loader_state=None)
+    finetune = options.finetune and not own
+    with_optimizer = not (finetune or options.no_load_optim)
+    if with_optimizer and not _holds_optimizer(info):
+        raise InputError(
+            f"{info.path} holds no optimizer state; give --no-load-optim to go on without it, or "
+            f"--finetune to start at step 0."
+        )
+    state = _state_dict(
+        plan, info.iteration, model, optimizer if with_optimizer else None, scheduler, loading=True
+    )
+    same_ranks = info.layout is not None and (info.layout.tp, info.layout.pp) == (
+        plan.layout.tp, plan.layout.pp)
+    with_rng = not (finetune or options.no_load_rng) and same_ranks and _holds(info, "rng_state")
+    if not with_rng:
+        del state["rng_state"]
+    loaded = dist_checkpointing.load(state, str(info.path), ("torch_dist", 1))
+    for number, chunk in enumerate(model):
+        chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)
+    if with_optimizer:
+        optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        optimizer.reload_model_params()
+    if finetune:
+        return Resumed(iteration=0, loader_state=None)
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if with_rng:
+        _set_random_state(loaded["rng_state"])
+    file = info.path / _loader_file()
+    return Resumed(iteration=info.iteration, loader_state=file if own and file.is_file() else None)
+
+
+def _load_weights(info: CheckpointInfo, model) -> None:
+    chunks = load_rank(
+        info,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    for number, chunk in enumerate(model):
+        stored = chunks[_model_key(number, model)]
+        state = {to_local_names(name): tensor for name, tensor in stored.items()}
+        wanted = {
+            name for name, value in chunk.module.state_dict().items()
+            if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
+        }
+        tied_copy = "language_model.output_layer.weight"
+        if tied_copy in state and tied_copy not in wanted:
+            del state[tied_copy]  # with one stage the head is the embedding itself
+        missing, surplus = sorted(wanted - set(state)), sorted(set(state) - wanted)
+        if missing or surplus:
+            raise InputError(
+                f"{info.path}: {len(missing)} weights are missing ({', '.join(missing[:3])}) and "
+                f"{len(surplus)} are not part of the model ({', '.join(surplus[:3])}); convert the "
+                f"Hugging Face checkpoint again."
+            )
+        own = dict(chunk.module.named_parameters())
+        with torch.no_grad():
+            for name, tensor in state.items():
+                if own[name].shape != tensor.shape:
+                    raise InputError(
+                        f"{info.path}: {name} is {list(tensor.shape)} but the model's is "
+                        f"{list(own[name].shape)}; convert for this TP and config.json."
+                    )
+                own[name].copy_(tensor)
+
+
+# ---- the parts --------------------------------------------------------------------------------
+
+
+def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, loading: bool) -> dict:
+    metadata = _metadata()
+    state = {
+        _model_key(number, model): chunk.module.sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(model)
+    }
+    models = dict(state)
+    options = plan.config.checkpoint
+    if optimizer is not None and (loading or not options.no_save_optim):
+        state["optimizer"] = optimizer.sharded_state_dict(
+            models if len(model) > 1 else models["model"], is_loading=loading, metadata=metadata
+        )
+    state["opt_param_scheduler"] = scheduler.state_dict()
+    if loading or not options.no_save_rng:
+        state["rng_state"] = _random_state()
+    if not loading:
+        state |= {
+            "args": plan.config.to_dict(),
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            "megatron_vl": {
+                "model_type": plan.spec.model_type,
+                "layout": {"tp": plan.layout.tp, "pp": plan.layout.pp, "vp": plan.layout.vp},
+                "split": plan.split.to_dict(),
+                "dtype": plan.config.model.dtype,
+                "optimizer": not options.no_save_optim,
+            },
+        }
+    return state
+
+
+def _metadata() -> dict:
+    return {
+        # Optimizer state in the model's own shapes: TP, PP and DP may all change on resume.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _storable(metadata: dict) -> dict:
+    return {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+
+
+def _model_key(number: int, model) -> str:
+    return f"model{number}" if len(model) > 1 else "model"
+
+
+def _loader_file() -> str:
+    return f"loader_dp{parallel_state.get_data_parallel_rank():05d}.pt"
+
+
+def _holds(info: CheckpointInfo, key: str) -> bool:
+    prefix = f"{key}/"
+    names = dist_checkpointing.load_sharded_metadata(str(info.path))
+    return any(name == key or name.startswith(prefix) for name in names)
+
+
+def _holds_optimizer(info: CheckpointInfo) -> bool:
+    names = dist_checkpointing.load_tensors_metadata(str(info.path))
+    return any(name.startswith("optimizer.") for name in names)
+
+
+def _random_state() -> ShardedObject:
+    """torch's generators and Megatron-Core's tracker; data order is the loader's own state."""
+    state = {
+        "cpu": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    pp, tp = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    shape = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", state, shape, (pp, tp), replica_id=replica)
+
+
+def _set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,319 @@
+"""Everything a training run can be told, as frozen data; flags keep Megatron-LM's names.
+
+Every field is one flag (`--train-iters`) and one YAML key (`train-iters` or `train_iters`); its
+help text is the field's documentation. Command line beats YAML beats default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vl.errors import InputError
+from megatron_vl.parallel import Layout
+
+
+def option(default: Any, help: str, *, choices: tuple | None = None, kind: type | None = None):
+    """A field with its help text, the values it may take and, for lists and paths, its type."""
+    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelOptions:
+    """How the model is spread over processes."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share every layer (TP)")
+    pipeline_model_parallel_size: int = option(1, "stages that hold different layers (PP)")
+    num_virtual_stages_per_pipeline_rank: int = option(1, "model chunks per stage (VP)")
+    context_parallel_size: int = option(1, "ranks that share one row's tokens (CP)")
+    sequence_parallel: bool = option(False, "split norms and residuals over TP; no effect at TP 1")
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "language layers on stage 0; the rest is divided over the other stages", kind=int
+    )
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout that fills `world_size` processes. Raises InputError when none does."""
+        return Layout.for_world(
+            world_size,
+            tp=self.tensor_model_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            vp=self.num_virtual_stages_per_pipeline_rank,
+            cp=self.context_parallel_size,
+            sequence_parallel=self.sequence_parallel and self.tensor_model_parallel_size > 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions:
+    """How much is seen at once."""
+
+    micro_batch_size: int = option(1, "rows a forward pass takes on one data-parallel rank")
+    global_batch_size: int = option(1, "rows of one optimizer step over all ranks")
+    seq_length: int = option(2048, "tokens of a row, and the longest sample")
+    max_padding_length: int | None = option(
+        None, "row length when a row holds one sample; default: seq-length", kind=int
+    )
+    train_iters: int = option(100, "optimizer steps")
+
+    def __post_init__(self) -> None:
+        _positive(self, "micro_batch_size", "global_batch_size", "seq_length", "train_iters")
+        pad = self.max_padding_length
+        if pad is not None and not 0 < pad <= self.seq_length:
+            raise InputError(
+                f"max-padding-length (PAD_LEN) {pad} must be between 1 and seq-length (SEQ_LEN) "
+                f"{self.seq_length}."
+            )
+
+    def num_microbatches(self, dp: int) -> int:
+        """Forward passes of one step on every rank. Raises InputError when it is no whole number."""
+        share = self.micro_batch_size * dp
+        if self.global_batch_size % share:
+            raise InputError(
+                f"global-batch-size {self.global_batch_size} is not a multiple of micro-batch-size "
+                f"{self.micro_batch_size} x data-parallel size {dp} = {share}; use a multiple of "
+                f"{share}."
+            )
+        return self.global_batch_size // share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerOptions:
+    """AdamW and its schedule."""
+
+    lr: float = option(1e-5, "learning rate after warmup")
+    min_lr: float = option(1e-6, "learning rate at the end")
+    lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear",
+                                                                         "constant"))
+    lr_warmup_iters: int = option(0, "steps of linear warmup from 0")
+    lr_decay_iters: int | None = option(None, "steps until min-lr; default: train-iters", kind=int)
+    weight_decay: float = option(0.01, "decoupled weight decay; none on biases and norms")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.95, "decay of the second moment")
+    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    clip_grad: float = option(1.0, "largest global gradient norm; 0 never clips")
+    use_distributed_optimizer: bool = option(False, "share optimizer state over data ranks")
+    overlap_grad_reduce: bool = option(False, "reduce gradients while backward still runs")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr:
+            raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
+        if self.lr_warmup_iters < 0:
+            raise InputError(f"lr-warmup-iters {self.lr_warmup_iters} must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRunOptions:
+    """Precision and memory."""
+
+    bf16: bool = option(False, "parameters and activations in bfloat16, optimizer in fp32")
+    fp16: bool = option(False, "parameters and activations in float16 with loss scaling")
+    attention_backend: str = option("auto", "variable-length attention backend")
+    recompute_granularity: str | None = option(
+        None, "recompute activations in backward", choices=("selective", "full"), kind=str
+    )
+    recompute_method: str = option("block", "with full", choices=("block", "uniform"))
+    recompute_num_layers: int = option(1, "with full: layers of a stage, or of a uniform group")
+    init_method_std: float | None = option(
+        None, "standard deviation of random weights; default: config.json's", kind=float
+    )
+    seed: int = option(1234, "of weights, data order and everything else random")
+
+    def __post_init__(self) -> None:
+        if self.bf16 and self.fp16:
+            raise InputError("bf16 and fp16 exclude one another; give one of them.")
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataOptions:
+    """Where rows come from."""
+
+    train_data_path: str | None = option(None, "energon dataset directory", kind=str)
+    valid_data_path: str | None = option(
+        None, "energon dataset directory of the validation split; default: train-data-path",
+        kind=str,
+    )
+    num_workers: int = option(1, "data processes per data-parallel rank; 0 reads in the trainer")
+    packing_buffer_size: int = option(
+        0, "samples packed together into rows of seq-length; 0: one sample a row"
+    )
+    shuffle_buffer_size: int = option(1000, "samples shuffled together")
+    max_samples_per_sequence: int = option(100, "samples read in a row from one shard")
+    eval_interval: int = option(1000, "steps between validations; 0: never")
+    eval_iters: int = option(0, "batches of one validation; 0: the whole split")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointOptions:
+    """What is read at the start and written on the way."""
+
+    load: str | None = option(None, "checkpoint directory to start from", kind=str)
+    hf_config: str | None = option(
+        None, "directory with config.json and the tokenizer; default: that of load", kind=str
+    )
+    save: str | None = option(None, "directory of the run's checkpoints; resumes what it holds",
+                              kind=str)
+    save_interval: int = option(1000, "steps between checkpoints; the last step is always saved")
+    finetune: bool = option(False, "take only the weights of load, start at step 0")
+    no_load_optim: bool = option(False, "do not load optimizer state")
+    no_load_rng: bool = option(False, "do not load random-number state")
+    no_save_optim: bool = option(False, "do not save optimizer state; the run cannot resume")
+    no_save_rng: bool = option(False, "do not save random-number state")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogOptions:
+    """What is shown."""
+
+    log_interval: int = option(1, "steps between log lines")
+    tensorboard_dir: str | None = option(None, "TensorBoard directory", kind=str)
+    metrics_file: str | None = option(None, "JSONL with the numbers of every log line", kind=str)
+
+    def __post_init__(self) -> None:
+        _positive(self, "log_interval")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One run."""
+
+    parallel: ParallelOptions
+    batch: BatchOptions
+    optimizer: OptimizerOptions
+    model: ModelRunOptions
+    data: DataOptions
+    checkpoint: CheckpointOptions
+    log: LogOptions
+
+    def __post_init__(self) -> None:
+        if self.optimizer.lr_warmup_iters >= self.decay_iters:
+            raise InputError(
+                f"lr-warmup-iters {self.optimizer.lr_warmup_iters} must be fewer than the "
+                f"{self.decay_iters} steps of the learning-rate schedule; lower it or raise "
+                f"train-iters."
+            )
+
+    @property
+    def decay_iters(self) -> int:
+        return self.optimizer.lr_decay_iters or self.batch.train_iters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option under its flag's name with underscores."""
+        return {
+            f.name: getattr(getattr(self, name), f.name)
+            for name, group in GROUPS.items()
+            for f in fields(group)
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; absent options take their default.
+
+        Raises:
+            InputError: an unknown option (with the nearest known name), or a value of a wrong type.
+        """
+        known = {f.name: (name, f) for name, group in GROUPS.items() for f in fields(group)}
+        chosen: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                mend = f"; did you mean {near[0]}?" if near else "; see megatron-vl train --help."
+                raise InputError(f"option {key!r} is unknown{mend}")
+            group, f = known[key]
+            chosen[group][key] = _typed(f, value)
+        return cls(**{name: GROUPS[name](**options) for name, options in chosen.items()})
+
+
+GROUPS = {
+    "parallel": ParallelOptions,
+    "batch": BatchOptions,
+    "optimizer": OptimizerOptions,
+    "model": ModelRunOptions,
+    "data": DataOptions,
+    "checkpoint": CheckpointOptions,
+    "log": LogOptions,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per option, in groups; flags that were not given stay absent from the namespace."""
+    for group in GROUPS.values():
+        section = parser.add_argument_group(group.__doc__.strip().splitlines()[0])
+        for f in fields(group):
+            flag = "--" + f.name.replace("_", "-")
+            help_text = f.metadata["help"].replace("%", "%%")
+            if _kind(f) is bool:
+                section.add_argument(
+                    flag, action="store_true", default=argparse.SUPPRESS, help=help_text
+                )
+                continue
+            assert f.default is not MISSING
+            shown = "" if f.default is None else f" (default: {f.default})"
+            section.add_argument(
+                flag, type=_kind(f), choices=f.metadata["choices"], default=argparse.SUPPRESS,
+                metavar=None if f.metadata["choices"] else _kind(f).__name__.upper(),
+                help=help_text + shown,
+            )
+
+
+def load_config(flags: dict[str, Any], yaml_file: str | None) -> TrainConfig:
+    """Defaults, then `yaml_file`, then `flags`.
+
+    Raises:
+        InputError: an unreadable file, an unknown key, an unusable value.
+    """
+    values: dict[str, Any] = {}
+    if yaml_file is not None:
+        path = Path(yaml_file)
+        if not path.is_file():
+            raise InputError(f"--config {path} does not exist; give a YAML file of options.")
+        try:
+            read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"--config {path} is not valid YAML: {error}") from error
+        if not isinstance(read, dict):
+            raise InputError(f"--config {path} must hold `option: value` lines.")
+        values.update({str(key).replace("-", "_"): value for key, value in read.items()})
+    values.update(flags)
+    return TrainConfig.from_dict(values)
+
+
+def _kind(f) -> type:
+    return f.metadata["kind"] or type(f.default)
+
+
+def _typed(f, value):
+    kind, name = _kind(f), f.name.replace("_", "-")
+    if value is None and f.default is None:
+        return None
+    if kind is bool and not isinstance(value, bool):
+        raise InputError(f"option {name} is {value!r}; give true or false.")
+    if isinstance(value, bool) and kind is not bool:
+        raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.")
+    try:
+        typed = kind(value)
+    except (TypeError, ValueError):
+        raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.") from None
+    if kind is int and isinstance(value, float) and typed != value:
+        raise InputError(f"option {name} is {value!r}; give a whole number.")
+    if f.metadata["choices"] and typed not in f.metadata["choices"]:
+        raise InputError(
+            f"option {name} is {value!r}; use one of {', '.join(f.metadata['choices'])}."
+        )
+    return typed
+
+
+def _positive(options, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise InputError(
+                f"{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1."
+            )

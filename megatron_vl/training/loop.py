@@ -1,0 +1,237 @@
+"""Train: from a Plan to a finished run. All ranks of all machines run this function."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import tee
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.errors import InputError
+from megatron_vl.platform import initialize
+from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_vl.training.metrics import MetricLog, StepMetrics
+from megatron_vl.training.plan import Plan, find_checkpoint
+from megatron_vl.training.setup import build_model, build_optimizer
+from megatron_vl.training.step import RowStream, forward_step, mean_loss
+
+
+def train(plan: Plan) -> None:
+    """Run `plan` on this rank, from its checkpoint to its last step."""
+    config = plan.config
+    platform = initialize(plan.layout, seed=config.model.seed)
+    trainer = Trainer(plan, platform)
+    trainer.say(describe(plan, platform))
+    trainer.restore()
+    for iteration in range(trainer.done + 1, config.batch.train_iters + 1):
+        trainer.step(iteration)
+        last = iteration == config.batch.train_iters
+        if _due(iteration, config.data.eval_interval) or (last and config.data.eval_interval):
+            trainer.evaluate(iteration)
+        if config.checkpoint.save and (_due(iteration, config.checkpoint.save_interval) or last):
+            trainer.save(iteration)
+    trainer.close()
+
+
+def _due(iteration: int, interval: int) -> bool:
+    return interval > 0 and iteration % interval == 0
+
+
+class Trainer:
+    """The pieces of one run on one rank."""
+
+    def __init__(self, plan: Plan, platform):
+        self.plan, self.config, self.platform = plan, plan.config, platform
+        self.rank = torch.distributed.get_rank()
+        self.device = torch.device(torch.cuda.current_device())
+        self.done = 0
+        self.source, self.own = find_checkpoint(plan)
+        self.model = build_model(plan, platform, initialize_weights=self.source is None)
+        self.optimizer, self.scheduler = build_optimizer(plan, self.model)
+        self.forward_backward = get_forward_backward_func()
+        # Tensor-parallel rank 0 of every stage reads; only stage 0 decodes pixels.
+        self.reads = parallel_state.get_tensor_model_parallel_rank() == 0
+        self.loader = self.streams = None
+        self.log = None
+        if self.rank == 0:
+            log = self.config.log
+            self.log = MetricLog(
+                self.config.batch.train_iters, jsonl=log.metrics_file,
+                tensorboard_dir=log.tensorboard_dir, log_interval=log.log_interval,
+            )
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    # ---- start ------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Load what there is to load, and open the data where it was left."""
+        loader_state = None
+        if self.source is not None:
+            resumed = load_checkpoint(
+                self.plan, self.source, self.own, self.model, self.optimizer, self.scheduler
+            )
+            self.done, loader_state = resumed.iteration, resumed.loader_state
+            verb = "resumed from" if self.own else "loaded"
+            self.say(f"{verb} {self.source.path}: {self.done} steps done")
+        else:
+            self.say("no checkpoint given: every weight starts random")
+        if self.done >= self.config.batch.train_iters:
+            self.say(
+                f"nothing to do: {self.done} steps are done, train-iters is "
+                f"{self.config.batch.train_iters}"
+            )
+        self.optimizer.zero_grad()
+        batches = None
+        if self.reads:
+            self.loader = build_train_loader(self._data_config(), **self._reader())
+            if loader_state is not None:
+                self.loader.restore_state_rank(torch.load(loader_state, weights_only=False))
+            batches = iter(self.loader)
+        self.streams = self._streams(batches)
+
+    def _streams(self, batches: Iterator | None) -> list[RowStream]:
+        """One stream a model chunk; chunks of one rank see the same rows."""
+        copies = [None] * len(self.model) if batches is None else tee(batches, len(self.model))
+        return [RowStream(copy, self.device) for copy in copies]
+
+    def _data_config(self) -> DataConfig:
+        data, batch = self.config.data, self.config.batch
+        return DataConfig(
+            train_path=data.train_data_path,
+            valid_path=data.valid_data_path or data.train_data_path,
+            seq_length=batch.seq_length,
+            max_padding_length=batch.max_padding_length or batch.seq_length,
+            micro_batch_size=batch.micro_batch_size,
+            num_workers=data.num_workers,
+            packing_buffer_size=data.packing_buffer_size or None,
+            shuffle_buffer_size=data.shuffle_buffer_size,
+            max_samples_per_sequence=data.max_samples_per_sequence,
+            seed=self.config.model.seed,
+        )
+
+    def _reader(self) -> dict:
+        return dict(
+            hf_dir=self.plan.hf_dir,
+            spec=self.plan.spec,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            decode_pixels=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+        )
+
+    # ---- one step ---------------------------------------------------------------------------
+
+    def _run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
+        batch = self.config.batch
+        row = batch.seq_length
+        if not self.config.data.packing_buffer_size and batch.max_padding_length:
+            row = batch.max_padding_length
+        return self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=streams if len(streams) > 1 else streams[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=num_microbatches,
+            seq_length=row,
+            micro_batch_size=batch.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def step(self, iteration: int) -> None:
+        """Forward and backward over all microbatches, then one update."""
+        started = time.perf_counter()
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run(self.streams, self.plan.num_microbatches, forward_only=False)
+        updated, grad_norm, _ = self.optimizer.step()
+        self.platform.synchronize()
+        loss, trained = mean_loss(losses, self.device)
+        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        if updated:
+            self.scheduler.step(increment=1)
+        counts = self.streams[0].take_counts()
+        totals = self._totals(counts)
+        if self.log is not None:
+            self.log.step(StepMetrics(
+                iteration=iteration, loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0),
+                step_seconds=time.perf_counter() - started, trained_tokens=trained,
+                skipped=not updated, **totals,
+            ))
+        if loss != loss:
+            raise InputError(
+                f"the loss of iteration {iteration} is not a number; the step's samples on this "
+                f"rank were {', '.join(counts.sample_keys[:8])}; lower lr, or look at them."
+            )
+
+    def _totals(self, counts) -> dict:
+        """Counts over data-parallel ranks; the wait is the longest of any rank."""
+        sums = torch.tensor(
+            [counts.rows, counts.tokens, counts.samples, counts.images],
+            dtype=torch.float64, device=self.device,
+        )
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        wait = torch.tensor([counts.wait_seconds], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
+        rows, tokens, samples, images = (int(x) for x in sums.tolist())
+        return dict(rows=rows, tokens=tokens, samples=samples, images=images,
+                    data_wait_seconds=wait.item())
+
+    # ---- validation -------------------------------------------------------------------------
+
+    def evaluate(self, iteration: int) -> None:
+        """Mean loss over the validation split, or its first `eval_iters` batches."""
+        started = time.perf_counter()
+        count, batches = torch.zeros(1, dtype=torch.int64, device=self.device), None
+        if self.reads:
+            loader = build_valid_loader(self._data_config(), **self._reader())
+            batches = iter(loader)
+            count[0] = loader.num_batches
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+        num_batches = int(count)
+        if self.config.data.eval_iters:
+            wanted = self.config.data.eval_iters * self.plan.num_microbatches
+            num_batches = min(num_batches, wanted)
+        for chunk in self.model:
+            chunk.eval()
+        losses, streams = [], self._streams(batches)
+        for start in range(0, num_batches, self.plan.num_microbatches):
+            size = min(self.plan.num_microbatches, num_batches - start)
+            with torch.no_grad():
+                losses += self._run(streams, size, forward_only=True)
+        loss, trained = mean_loss(losses, self.device)
+        if self.log is not None:
+            self.log.evaluation(iteration, loss, trained, time.perf_counter() - started)
+
+    # ---- end --------------------------------------------------------------------------------
+
+    def save(self, iteration: int) -> None:
+        started = time.perf_counter()
+        state = self.loader.save_state_rank() if self.loader is not None else None
+        path = save_checkpoint(
+            self.plan, iteration, self.model, self.optimizer, self.scheduler, state
+        )
+        self.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+
+def describe(plan: Plan, platform) -> str:
+    """What is about to run, in a few lines."""
+    config, spec = plan.config, plan.spec
+    rows = config.batch.global_batch_size
+    return (
+        f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
+        f"{rows} rows of {config.batch.seq_length} tokens a step = {plan.num_microbatches} "
+        f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
+        f"{config.batch.train_iters} steps; {config.model.dtype}"
+    )

@@ -1,0 +1,107 @@
+"""What a run is, found out before any process group or model exists; imports no Megatron-Core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_vl.errors import InputError
+from megatron_vl.models.registry import load_spec
+from megatron_vl.models.spec import VLMSpec
+from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.training.config import TrainConfig
+from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run is, found out before any process group or model exists."""
+
+    config: TrainConfig
+    spec: VLMSpec
+    layout: Layout
+    split: StageSplit
+    hf_dir: Path  # config.json and tokenizer
+    num_microbatches: int
+
+
+def plan_run(config: TrainConfig, world_size: int) -> Plan:
+    """Check a configuration against the model and the number of processes; touches no GPU.
+
+    Raises:
+        InputError: anything that cannot work, by name.
+    """
+    hf_dir = config.checkpoint.hf_config or config.checkpoint.load or config.checkpoint.save
+    if hf_dir is None:
+        raise InputError(
+            "the model is unknown: give --load a converted checkpoint, or --hf-config a directory "
+            "with config.json and the tokenizer."
+        )
+    spec = load_spec(hf_dir)
+    if config.model.init_method_std is not None:
+        spec = replace(spec, decoder=replace(spec.decoder, init_std=config.model.init_method_std))
+    layout = config.parallel.layout(world_size)
+    if layout.cp > 1:
+        raise InputError(
+            f"context-parallel-size {layout.cp} is not supported yet; use 1 and, for long rows, "
+            f"tensor-model-parallel-size with sequence-parallel."
+        )
+    split = spec.split(
+        pp=layout.pp,
+        vp=layout.vp,
+        first_stage_layers=config.parallel.decoder_first_pipeline_num_layers,
+    )
+    spec.check_layout(layout, split)
+    if layout.sequence_parallel and config.batch.seq_length % layout.tp:
+        raise InputError(
+            f"seq-length {config.batch.seq_length} is not a multiple of TP {layout.tp}, as "
+            f"sequence-parallel needs; use a multiple of {layout.tp}."
+        )
+    if config.data.train_data_path is None:
+        raise InputError("train-data-path is missing; give an energon dataset directory.")
+    return Plan(
+        config=config,
+        spec=spec,
+        layout=layout,
+        split=split,
+        hf_dir=Path(hf_dir),
+        num_microbatches=config.batch.num_microbatches(layout.dp),
+    )
+
+
+def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:
+    """What to start from, and whether it is this run's own: SAVE if it holds one, else LOAD.
+
+    Raises:
+        InputError: LOAD holds no checkpoint, or one that cannot be used in this layout.
+    """
+    options = plan.config.checkpoint
+    if options.save is not None and (Path(options.save) / LATEST).is_file():
+        return _checked(plan, inspect_checkpoint(options.save)), True
+    if options.load is not None:
+        return _checked(plan, inspect_checkpoint(options.load)), False
+    return None, False
+
+
+def _checked(plan: Plan, info: CheckpointInfo) -> CheckpointInfo:
+    if info.model_type not in (None, plan.spec.model_type):
+        raise InputError(
+            f"{info.path} holds a {info.model_type} model but config.json says "
+            f"{plan.spec.model_type}; give the checkpoint converted from it."
+        )
+    if info.format != "torch":
+        return info  # torch_dist reshards while it loads
+    have, want = info.layout, plan.layout
+    same_layout = have is None or (have.tp, have.pp, have.vp) == (want.tp, want.pp, want.vp)
+    if not same_layout or (info.split is not None and info.split != plan.split):
+        first = plan.config.parallel.decoder_first_pipeline_num_layers
+        flag = f" --first-stage-layers {first}" if first is not None else ""
+        raise InputError(
+            f"{info.path} was converted for TP {have.tp} PP {have.pp} VP {have.vp} ({info.split}) "
+            f"but this run is TP {want.tp} PP {want.pp} VP {want.vp} ({plan.split}); run "
+            f"megatron-vl convert {info.path.parent} NEW --tp {want.tp} --pp {want.pp} "
+            f"--vp {want.vp}{flag}."
+        )
+    return info

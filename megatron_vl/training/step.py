@@ -1,0 +1,123 @@
+"""One microbatch: get it, run the chunk, sum its loss. Knows rows, not families.
+
+Letters: b rows, s row length, n trained positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_vl.data.samples import RowBatch
+from megatron_vl.ops.segments import Segments
+
+
+@dataclass
+class StepCounts:
+    """What went through one optimizer step on this rank."""
+
+    wait_seconds: float = 0.0  # spent waiting for the data loader
+    rows: int = 0
+    tokens: int = 0  # of samples, without padding
+    samples: int = 0
+    images: int = 0
+    sample_keys: list[str] = field(default_factory=list)
+
+    def add(self, batch: RowBatch, waited: float) -> None:
+        self.wait_seconds += waited
+        self.rows += batch.tokens.shape[0]
+        self.tokens += batch.num_tokens
+        self.samples += batch.num_samples
+        self.images += batch.num_images
+        self.sample_keys += batch.sample_keys
+
+
+class RowStream:
+    """Microbatches for one model chunk: tensor-parallel rank 0 reads, the others are sent them.
+
+    Args:
+        batches: the loader's iterator on tensor-parallel rank 0, None on the other ranks.
+        device: where the tensors shall be.
+        counts: is told what passed; shared by nobody else.
+    """
+
+    def __init__(self, batches: Iterator[RowBatch] | None, device: torch.device):
+        self.batches = batches
+        self.device = device
+        self.counts = StepCounts()
+
+    def __next__(self) -> RowBatch:
+        started = time.perf_counter()
+        batch = next(self.batches) if self.batches is not None else None
+        waited = time.perf_counter() - started
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            batch = _broadcast(batch)
+        self.counts.add(batch, waited)
+        return batch.to(self.device, non_blocking=True)
+
+    def __iter__(self):
+        return self
+
+    def take_counts(self) -> StepCounts:
+        """The counts since the last call."""
+        counts, self.counts = self.counts, StepCounts()
+        return counts
+
+
+def _broadcast(batch: RowBatch | None) -> RowBatch:
+    source = parallel_state.get_tensor_model_parallel_src_rank()
+    box = [batch]
+    torch.distributed.broadcast_object_list(
+        box, src=source, group=parallel_state.get_tensor_model_parallel_group()
+    )
+    return box[0]
+
+
+def forward_step(stream: RowStream, model):
+    """Megatron-Core's forward step: the chunk's output, and the function that sums its loss."""
+    batch = next(stream)
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        Segments.from_cu_seqlens(batch.cu_seqlens),
+        pixel_patches=batch.pixel_patches,
+        grid_thw=batch.grid_thw,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+    )
+    return output, sum_loss
+
+
+def sum_loss(loss_n: torch.Tensor):
+    """Sum over the trained positions of a microbatch.
+
+    Returns:
+        the loss sum (a scalar with gradient), the number of trained positions (int), and both as
+        numbers for the log. Megatron-Core divides the gradient once by the number over all
+        microbatches and data-parallel ranks.
+    """
+    total = loss_n.sum()
+    count = torch.tensor(loss_n.numel(), dtype=torch.int, device=loss_n.device)
+    return total, count, {"loss_sum": total.detach().double(), "num_tokens": count.double()}
+
+
+def mean_loss(per_microbatch: list[dict[str, torch.Tensor]], device: torch.device):
+    """Mean loss a trained token, and their number, over microbatches and data-parallel ranks.
+
+    Only last pipeline stages hold losses; every rank gets the result.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for one in per_microbatch:
+        sums += torch.stack([one["loss_sum"], one["num_tokens"]])
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        sums.zero_()
+    torch.distributed.all_reduce(
+        sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    total, count = sums.tolist()
+    return (total / count if count else float("nan")), int(count)

