@@ -186,6 +186,52 @@ class VLMSpec:
             first_stage_layers=first_stage_layers, llm=llm, vit=vit,
         )
 
+    def megatron_args(self, layout: Layout, split: StageSplit, dtype: str) -> dict:
+        """The `args` of a checkpoint under Megatron's names, plain values only.
+
+        The entry `megatron_vl` holds what Megatron has no name for.
+        """
+        decoder, vision = self.decoder, self.vision
+        stages = [sum(row[stage] for row in split.llm) for stage in range(split.pp)]
+        padded = -(-decoder.vocab_size // layout.tp) * layout.tp
+        return {
+            "num_layers": decoder.num_layers,
+            "hidden_size": decoder.hidden_size,
+            "ffn_hidden_size": decoder.ffn_hidden_size,
+            "num_attention_heads": decoder.num_attention_heads,
+            "group_query_attention": decoder.num_query_groups != decoder.num_attention_heads,
+            "num_query_groups": decoder.num_query_groups,
+            "kv_channels": decoder.head_dim,
+            "vocab_size": decoder.vocab_size,
+            "padded_vocab_size": padded,
+            "untie_embeddings_and_output_weights": not decoder.tie_word_embeddings,
+            "max_position_embeddings": decoder.max_position_embeddings,
+            "position_embedding_type": "mrope",
+            "mrope_section": list(decoder.mrope_section),
+            "rotary_base": decoder.rope_theta,
+            "normalization": "RMSNorm",
+            "norm_epsilon": decoder.norm_eps,
+            "swiglu": True,
+            "add_bias_linear": False,
+            "add_qkv_bias": decoder.qkv_bias,
+            "init_method_std": decoder.init_std,
+            "vision_num_layers": vision.depth,
+            "vision_hidden_size": vision.hidden_size,
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+            "params_dtype": dtype,
+            "tensor_model_parallel_size": layout.tp,
+            "pipeline_model_parallel_size": layout.pp,
+            "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
+            "decoder_first_pipeline_num_layers": None if len(set(stages)) == 1 else stages[0],
+            "megatron_vl": {
+                "model_type": self.model_type,
+                "layout": {"tp": layout.tp, "pp": layout.pp, "vp": layout.vp},
+                "split": split.to_dict(),
+                "dtype": dtype,
+            },
+        }
+
     def to_dict(self) -> dict:
         return asdict(self)
 

@@ -81,7 +81,7 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
 
 
 def load_rank(
-    checkpoint: CheckpointInfo | str | Path, *, tp: int, pp: int
+    checkpoint: CheckpointInfo | str | Path, tp: int, pp: int
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The state dicts of one rank: {"model": ..} or {"model0": .., "model1": ..}, mapped from disk.
 

@@ -1,0 +1,155 @@
+"""megatron-vl convert: a checkpoint of any kind and layout into one of another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import time
+from pathlib import Path
+
+from megatron_vl.errors import InputError
+from megatron_vl.models.registry import family, load_spec
+from megatron_vl.models.spec import DTYPES, VLMSpec
+from megatron_vl.parallel import Layout
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+LAYOUT_OPTIONS = ("tp", "pp", "vp", "pp_layers", "vit_pp_layers", "first_stage_layers")
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "convert",
+        help="convert a checkpoint: Hugging Face <-> Megatron-Core, any layout to any layout",
+        description="Convert SRC, a Hugging Face directory or a Megatron-Core checkpoint (its kind "
+        "and layout are detected), into a new directory DST. Needs no GPU and no Megatron-Core.",
+    )
+    parser.add_argument("src", type=Path, metavar="SRC")
+    parser.add_argument("dst", type=Path, metavar="DST")
+    parser.add_argument("--to", choices=("hf", "mcore"), help="kind of DST (default: mcore for a "
+                        "Hugging Face SRC or if a layout is given, hf otherwise)")
+    parser.add_argument("--tp", type=int, help="tensor-parallel ranks (default 1)")
+    parser.add_argument("--pp", type=int, help="pipeline stages (default 1)")
+    parser.add_argument("--vp", type=int, help="model chunks a stage (default 1)")
+    parser.add_argument("--pp-layers", metavar="LIST", help="language layers of each stage, as in "
+                        "1,10,10,7; with VP one list a chunk, [[0,1],[4,3]]")
+    parser.add_argument("--vit-pp-layers", metavar="LIST", help="vision layers of each stage")
+    parser.add_argument("--first-stage-layers", type=int, metavar="N",
+                        help="language layers on stage 0, the rest evenly (MP_PP0_LAYERS)")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast to this dtype (default: SRC's)")
+    parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json and "
+                        "tokenizer for a Megatron-Core SRC that has none beside it")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
+                        help="largest safetensors file, as in 5GB (default)")
+    parser.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, prints a table of what was done, answers 0.
+
+    Raises:
+        InputError: anything that is wrong with the arguments or the source.
+    """
+    # Imported here: torch takes seconds, and other commands read this file for their help.
+    from megatron_vl.weights import convert as work
+
+    started = time.perf_counter()
+    kind = work.detect(args.src)
+    info = work.inspect_checkpoint(args.src) if kind == "mcore" else None
+    config_dir = _config_dir(args, info)
+    spec = load_spec(config_dir)
+    if info is not None and info.model_type not in (None, spec.model_type):
+        raise InputError(
+            f"{args.src} holds a {info.model_type} model but {config_dir} has the config.json of "
+            f"{spec.model_type}; give the right one with --hf-config."
+        )
+    weights = family(spec.model_type).weight_map(spec)
+    target = _target(args, kind, spec, work)
+    source = work.open_source(
+        args.src, weights, info=info, planned_dtype=spec.dtype if args.dry_run else None
+    )
+    conversion = work.plan_conversion(source, weights, target, args.dtype)
+    if args.dry_run:
+        itemsizes = {one: dtype.itemsize for one, dtype in conversion.dtypes.items()}
+        print("\n".join(conversion.plan.lines(itemsizes)))
+        return 0
+    with work.progress_bar(conversion.nbytes) as progress:
+        written = work.run_conversion(
+            conversion, args.dst, side_files=config_dir, overwrite=args.overwrite,
+            workers=args.workers, progress=progress,
+        )
+    _report(args.dst, conversion, written, time.perf_counter() - started)
+    return 0
+
+
+def _config_dir(args: argparse.Namespace, info) -> Path:
+    if args.hf_config is not None:
+        return args.hf_config
+    if info is None:
+        return args.src
+    if not (info.root / "config.json").is_file():
+        raise InputError(
+            f"{info.root} has no config.json; give the model's Hugging Face directory with "
+            f"--hf-config."
+        )
+    return info.root
+
+
+def _target(args: argparse.Namespace, kind: str, spec: VLMSpec, work):
+    layout_given = [name for name in LAYOUT_OPTIONS if getattr(args, name) is not None]
+    to = args.to or ("mcore" if kind == "hf" or layout_given else "hf")
+    if to == "hf":
+        if layout_given:
+            option = layout_given[0].replace("_", "-")
+            raise InputError(f"--{option} is for a Megatron-Core DST; leave it out with --to hf.")
+        return work.HFTarget(max_shard_bytes=_bytes(args.max_shard_size))
+    layout = Layout(**{name: 1 if getattr(args, name) is None else getattr(args, name)
+                       for name in ("tp", "pp", "vp")})
+    split = spec.split(
+        pp=layout.pp, vp=layout.vp, first_stage_layers=args.first_stage_layers,
+        llm=_layers(args.pp_layers, "--pp-layers"),
+        vit=_layers(args.vit_pp_layers, "--vit-pp-layers"),
+    )
+    spec.check_layout(layout, split)
+    return work.McoreTarget(
+        layout=layout, split=split, args=lambda dtype: spec.megatron_args(layout, split, dtype)
+    )
+
+
+def _layers(text: str | None, option: str) -> list | None:
+    """ "1,10,10,7" or "[[0,1],[4,3]]" -> lists."""
+    if text is None:
+        return None
+    try:
+        rows = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
+    except json.JSONDecodeError as error:
+        raise InputError(f"{option} {text!r} is no list; write 1,10,10,7 or [[0,1],[4,3]].") from error
+    flat = [n for row in rows for n in (row if isinstance(row, list) else [row])]
+    even = len({isinstance(row, list) for row in rows}) == 1
+    if not even or not all(isinstance(n, int) and not isinstance(n, bool) for n in flat):
+        raise InputError(f"{option} {text!r} is no list of whole numbers; write 1,10,10,7.")
+    return rows
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise InputError(f"--max-shard-size {text!r} is no size; write 5GB or 500MB.")
+    return size
+
+
+def _report(dst: Path, conversion, written, seconds: float) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate = written.nbytes / seconds / 10**9
+    print(f"{dst}\n{'files':>7} {'tensors':>8} {'bytes':>16} {'seconds':>8} {'GB/s':>6} "
+          f"{'peak memory':>12}")
+    print(f"{len(conversion.files):>7} {written.tensors:>8} {written.nbytes:>16,} {seconds:>8.1f} "
+          f"{rate:>6.2f} {peak / 2**20:>8.0f} MiB")
+    if bad := written.not_finite:
+        print(f"warning: {len(bad)} tensor(s) hold NaN or Inf: {', '.join(bad[:4])}")

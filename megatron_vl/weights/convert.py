@@ -1,0 +1,234 @@
+"""One checkpoint into another: any kind, any layout, through one plan.
+
+This room knows files and layouts but no model; a caller brings the family's `WeightMap`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vl.errors import InputError
+from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.weights.files import TensorAt, dtype_name, replacing
+from megatron_vl.weights.hf_io import (
+    copy_side_files,
+    is_hf_directory,
+    lay_out_hf,
+    open_hf,
+    shard,
+)
+from megatron_vl.weights.map import Stored, WeightMap
+from megatron_vl.weights.mcore_io import (
+    CheckpointInfo,
+    check_shapes,
+    inspect_checkpoint,
+    is_mcore_directory,
+    lay_out_mcore,
+    open_mcore,
+)
+from megatron_vl.weights.plan import Plan, make_plan
+from megatron_vl.weights.reshard import Written, run_plan, target_dtypes
+
+Ids = tuple[str, str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """An opened checkpoint: what it holds and where."""
+
+    inventory: list[Stored]
+    dtypes: Mapping[Ids, torch.dtype]
+    tensors: Mapping[Ids, TensorAt] | None  # None when only config.json is there: plans, no weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HFTarget:
+    """Published names in safetensors of at most `max_shard_bytes`."""
+
+    max_shard_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class McoreTarget:
+    """One torch-format file a (TP, PP) rank."""
+
+    layout: Layout
+    split: StageSplit
+    args: Callable[[str], Mapping[str, Any]]  # dtype name -> the checkpoint's `args`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """A conversion that was thought through and can be printed or run."""
+
+    plan: Plan
+    source: Source
+    target: HFTarget | McoreTarget
+    dtypes: Mapping[Ids, torch.dtype]  # of the target's tensors
+    files: Mapping[str, Sequence[Stored]]  # of the target
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.target.numel * self.dtypes[one.target.id].itemsize
+                   for one in self.plan.tensors)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the target's dtype; of the widest one if it has several."""
+        return dtype_name(max(set(self.dtypes.values()), key=lambda one: (one.itemsize, str(one))))
+
+
+def detect(directory: Path) -> str:
+    """ "hf" or "mcore".
+
+    Raises:
+        InputError: neither.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; give a checkpoint's directory.")
+    if is_mcore_directory(directory):
+        return "mcore"
+    if is_hf_directory(directory) or (directory / "config.json").is_file():
+        return "hf"
+    raise InputError(
+        f"{directory} is no checkpoint: it has neither config.json with weights nor "
+        f"latest_checkpointed_iteration.txt."
+    )
+
+
+def open_source(
+    directory: Path, weights: WeightMap, *, info: CheckpointInfo | None = None,
+    planned_dtype: str | None = None,
+) -> Source:
+    """Opens a checkpoint's tables of contents and checks every name and shape.
+
+    Args:
+        info: of a Megatron-Core checkpoint; None for a Hugging Face directory.
+        planned_dtype: dtype to plan with when a Hugging Face directory has no weights.
+
+    Raises:
+        InputError: gaps, surpluses, wrong shapes, unreadable files.
+    """
+    if info is not None:
+        inventory, tensors = open_mcore(info, weights)
+    elif planned_dtype is not None and not is_hf_directory(directory):
+        inventory = weights.hf_inventory()
+        dtype = getattr(torch, planned_dtype)
+        return Source(inventory=inventory, dtypes={one.id: dtype for one in inventory},
+                      tensors=None)
+    else:
+        files, tensors = open_hf(directory, weights.published_name)
+        inventory = weights.hf_inventory(files)
+        check_shapes(inventory, tensors)
+    return Source(inventory=inventory, dtypes={one: at.dtype for one, at in tensors.items()},
+                  tensors=tensors)
+
+
+def plan_conversion(
+    source: Source, weights: WeightMap, target: HFTarget | McoreTarget, dtype: str | None = None
+) -> Conversion:
+    """What has to be copied where; no I/O.
+
+    Raises:
+        InputError: the target cannot be filled from the source, or dtypes are mixed.
+    """
+    if isinstance(target, HFTarget):
+        wanted = weights.hf_inventory()
+    else:
+        wanted = weights.mcore_inventory(split=target.split, tp=target.layout.tp)
+    plan = make_plan(source.inventory, wanted)
+    dtypes = target_dtypes(plan, source.dtypes, getattr(torch, dtype) if dtype else None)
+    if isinstance(target, HFTarget):
+        files = shard(wanted, dtypes, target.max_shard_bytes)
+    else:
+        files = {}
+        for stored in wanted:
+            files.setdefault(stored.file, []).append(stored)
+    return Conversion(plan=plan, source=source, target=target, dtypes=dtypes, files=files)
+
+
+def run_conversion(
+    conversion: Conversion,
+    directory: Path,
+    *,
+    side_files: Path,
+    overwrite: bool = False,
+    workers: int = 2,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Written:
+    """Writes the target beside `directory` and puts it in its place when it is complete.
+
+    Args:
+        side_files: directory whose config.json, tokenizer and templates go along.
+
+    Raises:
+        InputError: the target exists, cannot be written, or the source breaks off.
+    """
+    target = conversion.target
+    with replacing(directory, overwrite=overwrite) as new:
+        free = shutil.disk_usage(new).free
+        if free < conversion.nbytes:
+            raise InputError(
+                f"{directory.parent} has {free:,} bytes free but {conversion.nbytes:,} are needed; "
+                f"free space or choose another target."
+            )
+        if isinstance(target, HFTarget):
+            tensors = lay_out_hf(new, conversion.files, conversion.dtypes)
+        else:
+            inventory = [one.target for one in conversion.plan.tensors]
+            tensors = lay_out_mcore(
+                new, inventory, conversion.dtypes, target.args(conversion.dtype)
+            )
+        written = run_plan(
+            conversion.plan, conversion.source.tensors, tensors, workers=workers, progress=progress
+        )
+        copy_side_files(side_files, new)
+        if isinstance(target, HFTarget):
+            _name_dtype(new / "config.json", conversion.dtype)
+    return written
+
+
+def _name_dtype(path: Path, dtype: str) -> None:
+    """config.json names the weights' dtype; after a cast it must name the new one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    changed = False
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(section, dict) and section.get(key) not in (None, dtype):
+                section[key], changed = dtype, True
+    if changed:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def progress_bar(nbytes: int) -> Iterator[Callable[[int], object]]:
+    """A bar with rate and time left on a terminal; nothing elsewhere, or without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda _: None
+        return
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+        yield bar.update
+
+
+__all__ = [
+    "Conversion",
+    "HFTarget",
+    "McoreTarget",
+    "Source",
+    "detect",
+    "inspect_checkpoint",
+    "open_source",
+    "plan_conversion",
+    "progress_bar",
+    "run_conversion",
+]
