@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -14,7 +13,15 @@ from pathlib import Path
 from megatron_vl.cli.worker import FAILURE_FILE
 
 
-def launch(argv: list[str], args: argparse.Namespace) -> int:
+def launch(
+    argv: list[str],
+    *,
+    nproc_per_node: int,
+    nnodes: int = 1,
+    node_rank: int = 0,
+    master_addr: str = "127.0.0.1",
+    master_port: int = 29500,
+) -> int:
     """Run `megatron-vl ARGV` as `nproc_per_node` ranks; returns the job's exit code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -22,21 +29,21 @@ def launch(argv: list[str], args: argparse.Namespace) -> int:
     # The rank that failed has said why; the launcher's own report would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc_per_node))
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node))
     )
-    one_node = args.nnodes == 1
+    one_node = nnodes == 1
     with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
         failure = Path(scratch) / "failure"
         os.environ[FAILURE_FILE] = str(failure)
         config = LaunchConfig(
-            min_nodes=args.nnodes,
-            max_nodes=args.nnodes,
-            nproc_per_node=args.nproc_per_node,
+            min_nodes=nnodes,
+            max_nodes=nnodes,
+            nproc_per_node=nproc_per_node,
             run_id=uuid.uuid4().hex if one_node else "megatron-vl",
             # One node picks a free port; several meet where they were told to.
             rdzv_backend="c10d" if one_node else "static",
-            rdzv_endpoint="localhost:0" if one_node else f"{args.master_addr}:{args.master_port}",
-            rdzv_configs={} if one_node else {"rank": args.node_rank, "timeout": 900},
+            rdzv_endpoint="localhost:0" if one_node else f"{master_addr}:{master_port}",
+            rdzv_configs={} if one_node else {"rank": node_rank, "timeout": 900},
             max_restarts=0,
             monitor_interval=0.1,
         )
@@ -46,7 +53,7 @@ def launch(argv: list[str], args: argparse.Namespace) -> int:
             if failure.is_file():
                 return int(failure.read_text())
             rank, first = error.get_first_failure()
-            print(f"megatron-vl train: rank {rank} {_ending(first.exitcode)}", file=sys.stderr)
+            print(f"megatron-vl {argv[0]}: rank {rank} {_ending(first.exitcode)}", file=sys.stderr)
             return 1
     return 0
 

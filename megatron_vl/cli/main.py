@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
     "prepare": "raw data -> WebDataset shards ready for energon",
     "train": "pretrain or finetune",
+    "parity": "logits, loss and gradients against transformers, in any layout",
     "plot": "a run's loss, gradient norm and throughput as PNG",
 }
 
@@ -39,15 +40,15 @@ def run(argv: list[str]) -> int:
     for name, summary in COMMANDS.items():
         if name == chosen:
             command = import_module(f"megatron_vl.cli.{name.replace('-', '_')}")
-            sub = command.add_parser(commands)
-            sub.add_argument(
+            command.add_parser(commands)
+            commands.choices[name].add_argument(
                 "--debug", action="store_true", help="show the traceback of an error"
             )
         else:
             commands.add_parser(name, help=summary)
     args = parser.parse_args(argv)
     try:
-        return command.run(args) or 0
+        return args.run(args) or 0
     except InputError as error:
         if args.debug:
             raise

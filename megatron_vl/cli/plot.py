@@ -8,12 +8,12 @@ from pathlib import Path
 from megatron_vl.training.report import plot_run
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
-    parser = commands.add_parser("plot", description=__doc__)
+def add_parser(commands) -> None:
+    parser = commands.add_parser("plot", help="a run as PNG", description=__doc__)
     parser.add_argument("run", help="a run's directory or its metrics.jsonl")
     parser.add_argument("--output", help="PNG to write (default: loss.png beside the metrics)")
     parser.add_argument("--title", default="", help="heading of the picture")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

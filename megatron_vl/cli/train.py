@@ -13,12 +13,12 @@ import sys
 from megatron_vl.training.config import add_arguments, load_config
 
 LAUNCH = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
-NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug"}
+NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug", "run"}
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
+def add_parser(commands) -> None:
     parser = commands.add_parser(
-        "train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "train", help="pretrain or finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="YAML", help="file with the same options as keys")
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     launch.add_argument("--master-addr", default="127.0.0.1", help="node 0's address")
     launch.add_argument("--master-port", type=int, default=29500, help="a free port of node 0")
     add_arguments(parser)
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,11 +45,18 @@ def run(args: argparse.Namespace) -> int:
     if "RANK" in os.environ:
         from megatron_vl.cli.worker import run_worker
 
-        run_worker(config, debug=args.debug)
+        run_worker(lambda: _train(config), command="train", debug=args.debug)
     from megatron_vl.training.plan import find_checkpoint, plan_run
 
     plan = plan_run(config, args.nproc_per_node * args.nnodes)
     find_checkpoint(plan)
     from megatron_vl.cli.launch import launch
 
-    return launch(sys.argv[1:], args)
+    return launch(sys.argv[1:], **{name: getattr(args, name) for name in LAUNCH})
+
+
+def _train(config) -> None:
+    from megatron_vl.training.loop import train
+    from megatron_vl.training.plan import plan_run
+
+    train(plan_run(config, int(os.environ["WORLD_SIZE"])))

@@ -10,32 +10,28 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 from megatron_vl.errors import InputError
 
 FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"
 
 
-def run_worker(config, *, debug: bool) -> None:
-    """Train as the rank that the environment names; ends the process."""
+def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoReturn:
+    """Do `work` as the rank that the environment names, and end the process."""
     code = 0
     try:
-        from megatron_vl.training.loop import train
-        from megatron_vl.training.plan import plan_run
-
-        train(plan_run(config, int(os.environ["WORLD_SIZE"])))
+        work()
     except InputError as error:
-        code = fail(2, traceback.format_exc() if debug else f"megatron-vl train: {error}")
-    except BaseException as error:
-        code = fail(1, traceback.format_exc() if _is_ours(error) or debug else repr(error))
+        message = traceback.format_exc() if debug else f"megatron-vl {command}: {error}"
+        code = fail(2, message)
+    except BaseException:
+        code = fail(1, traceback.format_exc())
     sys.stdout.flush()
     sys.stderr.flush()
     # Leave at once: destructors of process groups may wait for ranks that are gone.
     os._exit(code)
-
-
-def _is_ours(error: BaseException) -> bool:
-    return not isinstance(error, (KeyboardInterrupt, SystemExit))
 
 
 def fail(code: int, message: str) -> int:

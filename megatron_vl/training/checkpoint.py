@@ -84,7 +84,7 @@ def load_checkpoint(
     """
     options = plan.config.checkpoint
     if info.format == "torch":
-        _load_weights(info, model)
+        load_weights(info, model)
         optimizer.reload_model_params()
         return Resumed(iteration=0, loader_state=None)
     finetune = options.finetune and not own
@@ -118,7 +118,7 @@ def load_checkpoint(
     return Resumed(iteration=info.iteration, loader_state=file if own and file.is_file() else None)
 
 
-def _load_weights(info: CheckpointInfo, model) -> None:
+def load_weights(info: CheckpointInfo, model) -> None:
     chunks = load_rank(
         info,
         parallel_state.get_tensor_model_parallel_rank(),

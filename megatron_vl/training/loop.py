@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from itertools import tee
+from itertools import islice, tee
 
 import torch
 from megatron.core import parallel_state
@@ -90,7 +90,11 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = None
         if self.reads:
-            self.loader = build_train_loader(self._data_config(), **self._reader())
+            self.loader = build_train_loader(
+                self._data_config(),
+                data_parallel_group=parallel_state.get_data_parallel_group(),
+                **self._reader(),
+            )
             if loader_state is not None:
                 self.loader.restore_state_rank(torch.load(loader_state, weights_only=False))
             batches = iter(self.loader)
@@ -123,7 +127,6 @@ class Trainer:
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             decode_pixels=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
-            data_parallel_group=parallel_state.get_data_parallel_group(),
         )
 
     # ---- one step ---------------------------------------------------------------------------
@@ -189,26 +192,35 @@ class Trainer:
     def evaluate(self, iteration: int) -> None:
         """Mean loss over the validation split, or its first `eval_iters` batches."""
         started = time.perf_counter()
-        count, batches = torch.zeros(1, dtype=torch.int64, device=self.device), None
-        if self.reads:
-            loader = build_valid_loader(self._data_config(), **self._reader())
-            batches = iter(loader)
-            count[0] = loader.num_batches
-        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-        num_batches = int(count)
-        if self.config.data.eval_iters:
-            wanted = self.config.data.eval_iters * self.plan.num_microbatches
-            num_batches = min(num_batches, wanted)
         for chunk in self.model:
             chunk.eval()
-        losses, streams = [], self._streams(batches)
-        for start in range(0, num_batches, self.plan.num_microbatches):
-            size = min(self.plan.num_microbatches, num_batches - start)
+        batches = None
+        if self.reads:
+            limit = self.config.data.eval_iters * self.plan.num_microbatches
+            batches = iter(build_valid_loader(
+                self._data_config(), max_batches=limit or None, **self._reader()
+            ))
+        losses = []
+        while True:
+            # The loader knows where the split ends; tensor-parallel neighbours are told.
+            group = list(islice(batches, self.plan.num_microbatches)) if self.reads else []
+            size = self._size_over_tp(len(group))
+            if size == 0:
+                break
+            streams = self._streams(iter(group) if self.reads else None)
             with torch.no_grad():
                 losses += self._run(streams, size, forward_only=True)
         loss, trained = mean_loss(losses, self.device)
         if self.log is not None:
             self.log.evaluation(iteration, loss, trained, time.perf_counter() - started)
+
+    def _size_over_tp(self, size: int) -> int:
+        sizes = torch.tensor([size], dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(
+            sizes, op=torch.distributed.ReduceOp.MAX,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return int(sizes)
 
     # ---- end --------------------------------------------------------------------------------
 

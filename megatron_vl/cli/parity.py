@@ -1,0 +1,114 @@
+"""`megatron-vl parity HF_DIR`: logits, loss and gradients against transformers, in any layout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_vl.errors import CheckFailed, InputError
+from megatron_vl.parallel import Layout
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "parity",
+        help="compare with transformers",
+        description="Run the model of HF_DIR on random samples through transformers and through "
+        "Megatron-Core spread over the given layout, both in fp32, and compare the logits of every "
+        "token, the loss, and the gradient of every parameter.",
+    )
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (default: 1)")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
+    parser.add_argument("--vp", type=int, default=1, help="model chunks per stage (default: 1)")
+    parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks (default: 1)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="split norms over TP")
+    parser.add_argument("--first-stage-layers", type=int, help="language layers on stage 0")
+    parser.add_argument(
+        "--tolerance", type=float, default=2e-5,
+        help="largest relative difference that passes (default: 2e-5)",
+    )
+    parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_vl.models.registry import load_spec
+
+    spec = load_spec(args.hf_dir)
+    layout = Layout(
+        tp=args.tp, pp=args.pp, vp=args.vp, dp=args.dp,
+        sequence_parallel=args.sequence_parallel and args.tp > 1,
+    )
+    split = spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=args.first_stage_layers)
+    spec.check_layout(layout, split)
+    if layout.dp > 2:
+        raise InputError(f"--dp {layout.dp} is more than the 2 that every batch can be cut into.")
+    if "RANK" in os.environ:
+        from megatron_vl.cli.worker import run_worker
+        from megatron_vl.training.parity import run_rank
+
+        run_worker(
+            lambda: run_rank(args.work_dir, args.hf_dir, layout, split),
+            command="parity", debug=args.debug,
+        )
+    with tempfile.TemporaryDirectory(prefix="megatron-vl-parity-") as scratch:
+        return _compare(args, spec, layout, split, Path(scratch))
+
+
+def _compare(args, spec, layout, split, work_dir: Path) -> int:
+    from megatron_vl.cli.launch import launch
+    from megatron_vl.cli.main import run as megatron_vl
+    from megatron_vl.training import parity
+
+    convert = ["convert", str(args.hf_dir), str(work_dir / "weights"), "--dtype", "float32",
+               "--tp", str(layout.tp), "--pp", str(layout.pp), "--vp", str(layout.vp)]
+    if args.first_stage_layers is not None:
+        convert += ["--first-stage-layers", str(args.first_stage_layers)]
+    print(f"converting {args.hf_dir} to {layout}", flush=True)
+    if code := megatron_vl(convert):
+        return code
+    print(f"running {layout.world_size} rank(s)", flush=True)
+    argv = sys.argv[1:] if sys.argv[1:2] == ["parity"] else args.argv
+    if code := launch([*argv, "--work-dir", str(work_dir)], nproc_per_node=layout.world_size):
+        return code
+    print("running transformers", flush=True)
+    differences = []
+    for index, case in enumerate(parity.CASES):
+        hf_gradients = work_dir / f"{index}.hf"
+        if code := megatron_vl([
+            "convert", str(work_dir / f"{index}.gradients"), str(hf_gradients),
+            "--to", "hf", "--hf-config", str(args.hf_dir),
+        ]):
+            return code
+        samples = parity.make_samples(spec, case)
+        ours = parity.read_ours(
+            work_dir, index, case, samples, layout.dp, _read_tensors(hf_gradients)
+        )
+        theirs = parity.run_transformers(args.hf_dir, spec, case)
+        differences.append(parity.compare(case, ours, theirs))
+    return _report(differences, layout, split, args.tolerance)
+
+
+def _read_tensors(hf_dir: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return {k: v for file in sorted(hf_dir.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def _report(differences, layout, split, tolerance: float) -> int:
+    print(f"\n{layout}, {split}, fp32; relative to transformers\n"
+          f"{'case':<28} {'logits':>9} {'loss':>9} {'gradients':>10}  parameter furthest off")
+    failed = []
+    for one in differences:
+        print(f"{one.case:<28} {one.logits:>9.1e} {one.loss:>9.1e} {one.gradient:>10.1e}  "
+              f"{one.worst} (of {one.parameters})")
+        if not max(one.logits, one.loss, one.gradient) <= tolerance:
+            failed.append(one.case)
+    if failed:
+        raise CheckFailed(f"{', '.join(failed)}: further than {tolerance:g} from transformers.")
+    print(f"equal within {tolerance:g}")
+    return 0

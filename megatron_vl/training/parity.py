@@ -1,0 +1,342 @@
+"""The same weights and samples through transformers and through Megatron-Core, in any layout.
+
+Transformers is the judge: it gets each sample by itself, unpadded, and works out positions from the
+token types on its own. Ours gets the samples packed into rows, rows into microbatches, spread over
+the ranks of the layout. Compared are the logits of every token, the mean loss of a trained token
+over the whole batch, and the gradient of every parameter under its Hugging Face name.
+
+Letters: L tokens of a sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_vl.data.rows import make_batch, make_row
+from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
+from megatron_vl.models.common.mrope import rope_index
+from megatron_vl.models.spec import VLMSpec
+
+ROW_LENGTH = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A batch to compare on."""
+
+    name: str
+    images: tuple[tuple[tuple[int, int, int], ...], ...]  # per sample the grids of its images
+    samples_per_row: int = 1
+    rows_per_microbatch: int = 1
+
+    @property
+    def num_microbatches(self) -> int:
+        return len(self.images) // (self.samples_per_row * self.rows_per_microbatch)
+
+
+SMALL, WIDE, TALL, LARGE = (1, 4, 4), (1, 4, 8), (1, 10, 2), (1, 8, 8)
+CLIP = (2, 4, 4)  # an image processor writes one frame pair; two are a moving picture
+
+CASES = (
+    Case(name="one image", images=((SMALL,),) * 4),
+    Case(
+        name="images of several sizes",
+        images=((SMALL, WIDE), (TALL,), (LARGE,), (CLIP, SMALL), (WIDE,), (TALL, TALL), (LARGE,),
+                (SMALL, SMALL, SMALL)),
+        samples_per_row=2, rows_per_microbatch=2,
+    ),
+    Case(name="text only", images=((),) * 8, samples_per_row=2, rows_per_microbatch=2),
+    Case(
+        name="a microbatch without images",
+        images=((SMALL,), (WIDE, SMALL), (), (), (LARGE,), (), (), ()),
+        rows_per_microbatch=2,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one side computed for one case."""
+
+    logits: list[torch.Tensor]  # per sample [L, V]
+    loss: float
+    gradients: dict[str, torch.Tensor]  # under Hugging Face names
+
+
+# ---- samples ----------------------------------------------------------------------------------
+
+
+def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
+    """Random text and pixels around the grids of `case`; half of each sample's tail is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    reserved = {spec.tokens.image, spec.tokens.video, spec.tokens.vision_start,
+                spec.tokens.vision_end}
+    low = min(spec.decoder.vocab_size, min(reserved))
+    merge = spec.vision.spatial_merge_size
+
+    def text(count: int) -> list[int]:
+        return torch.randint(0, low, (count,), generator=generator).tolist()
+
+    samples = []
+    for number, grids in enumerate(case.images):
+        tokens = text(3 + number % 3)
+        for t, h, w in grids:
+            tokens += [spec.tokens.vision_start]
+            tokens += [spec.tokens.image] * (t * h * w // merge**2)
+            tokens += [spec.tokens.vision_end, *text(2)]
+        prompt = len(tokens)
+        tokens = torch.tensor(tokens + text(5 + number))
+        labels = torch.full_like(tokens, IGNORE)
+        labels[prompt - 1 : -1] = tokens[prompt:]
+        labels[-2] = IGNORE  # a hole, as a turn's newline leaves one
+        patches = sum(t * h * w for t, h, w in grids)
+        samples.append(EncodedSample(
+            __key__=str(number), __restore_key__=(), tokens=tokens, labels=labels,
+            position_ids=rope_index(
+                tokens, image_token=spec.tokens.image, video_token=spec.tokens.video,
+                merge_size=merge, image_grids=grids,
+            ),
+            grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+            images=(),
+            patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
+            if grids else None,
+        ))
+    return samples
+
+
+def make_batches(case: Case, samples: Sequence[EncodedSample]) -> list[RowBatch]:
+    """The samples of `case` as microbatches of packed rows."""
+    per_batch = case.samples_per_row * case.rows_per_microbatch
+    batches = []
+    for start in range(0, len(samples), per_batch):
+        group = samples[start : start + per_batch]
+        rows = [make_row(group[i : i + case.samples_per_row])
+                for i in range(0, per_batch, case.samples_per_row)]
+        batches.append(make_batch(rows, row_length=ROW_LENGTH, pad_token=0))
+    return batches
+
+
+# ---- the judge --------------------------------------------------------------------------------
+
+
+def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case) -> Outcome:
+    """Each sample alone through transformers' own model, in fp32."""
+    import transformers
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        hf_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    samples = make_samples(spec, case)
+    logits, total, trained = [], 0.0, sum(int((s.labels != IGNORE).sum()) for s in samples)
+    for sample in samples:
+        vision = {}
+        if sample.patches is not None:
+            vision = {
+                "pixel_values": sample.patches,
+                "image_grid_thw": sample.grids,
+                "mm_token_type_ids": (sample.tokens == spec.tokens.image).int()[None],
+            }
+        out = model(input_ids=sample.tokens[None], use_cache=False, **vision).logits[0]
+        logits.append(out.detach())
+        loss = torch.nn.functional.cross_entropy(
+            out, sample.labels, ignore_index=IGNORE, reduction="sum"
+        )
+        (loss / trained).backward()
+        total += float(loss.detach())
+    return Outcome(
+        logits=logits,
+        loss=total / trained,
+        gradients={
+            published_name(name): torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        },
+    )
+
+
+def published_name(name: str) -> str:
+    """transformers' in-memory name -> the name in published checkpoints."""
+    name = name.replace("model.visual.", "visual.", 1)
+    return name.replace("model.language_model.", "model.", 1)
+
+
+# ---- ours -------------------------------------------------------------------------------------
+
+
+def run_rank(work_dir: Path, hf_dir: Path, layout, split) -> None:
+    """One rank's part of every case; writes to WORK_DIR what the parent compares.
+
+    Reads the converted weights of WORK_DIR/weights. For case i it writes i.logits.pt (samples'
+    logits, from the last stage of data rank 0), i.loss.pt, and the gradients as a checkpoint,
+    i.gradients/, which converts back to Hugging Face names like weights do.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_vl.models.common.transformer_config import ModelOptions
+    from megatron_vl.models.registry import family, load_spec
+    from megatron_vl.platform import initialize
+    from megatron_vl.training.checkpoint import load_weights
+    from megatron_vl.training.step import RowStream, forward_step, mean_loss
+    from megatron_vl.weights.mcore_io import inspect_checkpoint
+
+    platform = initialize(layout)
+    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
+    spec = load_spec(hf_dir)
+    chunks = family(spec.model_type).build_model(
+        spec, layout, split, ModelOptions(initialize_weights=False)
+    )
+    model = [
+        DistributedDataParallel(
+            chunk.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk.to(device),
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    for chunk in model:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    source = inspect_checkpoint(work_dir / "weights")
+    load_weights(source, model)
+    forward_backward = get_forward_backward_func()
+    dp_rank = parallel_state.get_data_parallel_rank()
+
+    for index, case in enumerate(CASES):
+        batches = make_batches(case, make_samples(spec, case))[dp_rank :: layout.dp]
+
+        def run(step, forward_only, batches=batches, case=case, **more):
+            streams = [RowStream(iter(batches), device) for _ in model]
+            return forward_backward(
+                forward_step_func=step,
+                data_iterator=streams if len(streams) > 1 else streams[0],
+                model=model if len(model) > 1 else model[0],
+                num_microbatches=len(batches),
+                seq_length=ROW_LENGTH,
+                micro_batch_size=case.rows_per_microbatch,
+                forward_only=forward_only,
+                **more,
+            )
+
+        for chunk in model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        loss, _ = mean_loss(run(forward_step, False), device)
+        _save_gradients(work_dir / f"{index}.gradients", source, model, layout)
+        for chunk in model:
+            chunk.eval()
+        with torch.no_grad():
+            logits = run(_logits_step, True, collect_non_loss_data=True)
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+        ):
+            torch.save([one.cpu() for one in logits], work_dir / f"{index}.logits.{dp_rank}.pt")
+        if torch.distributed.get_rank() == 0:
+            torch.save(torch.tensor(loss, dtype=torch.float64), work_dir / f"{index}.loss.pt")
+    torch.distributed.barrier()
+
+
+def _logits_step(stream, model):
+    from megatron.core import tensor_parallel
+
+    from megatron_vl.ops.segments import Segments
+
+    batch = next(stream)
+    output = model(
+        batch.tokens, batch.position_ids, Segments.from_cu_seqlens(batch.cu_seqlens),
+        pixel_patches=batch.pixel_patches, grid_thw=batch.grid_thw,
+    )
+
+    def gather(logits, non_loss_data=True):
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits.contiguous())
+
+    return output, gather
+
+
+def _save_gradients(directory: Path, source, model, layout) -> None:
+    """This rank's summed gradients in the place of the weights of its checkpoint file."""
+    from megatron.core import parallel_state
+
+    from megatron_vl.models.common.layer_spec import to_checkpoint_names
+
+    if parallel_state.get_data_parallel_rank() == 0:
+        tp = parallel_state.get_tensor_model_parallel_rank()
+        pp = parallel_state.get_pipeline_model_parallel_rank()
+        name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp > 1 else "")
+        file = Path("release") / name / "model_optim_rng.pt"
+        content = torch.load(source.root / file, weights_only=False)
+        for number, chunk in enumerate(model):
+            part = content[f"model{number}" if len(model) > 1 else "model"]
+            gradients = {
+                to_checkpoint_names(key): parameter.main_grad
+                for key, parameter in chunk.module.named_parameters()
+            }
+            assert set(gradients) == set(part), set(gradients) ^ set(part)
+            part.update({key: value.detach().cpu().clone() for key, value in gradients.items()})
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, directory / file)
+        (directory / "latest_checkpointed_iteration.txt").write_text("release")
+    torch.distributed.barrier()
+
+
+# ---- comparison -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """How far ours is from transformers on one case."""
+
+    case: str
+    logits: float  # largest absolute difference over the largest absolute logit
+    loss: float  # relative
+    gradient: float  # largest over parameters: absolute difference over the largest absolute value
+    worst: str  # parameter with that gradient difference
+    parameters: int  # compared
+
+
+def compare(case: Case, ours: Outcome, theirs: Outcome) -> Difference:
+    """Scale-free differences; a parameter whose gradient is zero on one side must be on both."""
+    assert set(ours.gradients) == set(theirs.gradients), (
+        set(ours.gradients) ^ set(theirs.gradients)
+    )
+    logits = max(
+        float((a - b).abs().max() / b.abs().max())
+        for a, b in zip(ours.logits, theirs.logits, strict=True)
+    )
+    # A key bias shifts every score of a query alike: its true gradient is zero and what is there is
+    # rounding, so the scale of a tensor never counts as smaller than 1e-4 of the largest gradient.
+    floor = 1e-4 * max(float(g.abs().max()) for g in theirs.gradients.values())
+    apart = {
+        name: float((ours.gradients[name] - g).abs().max() / max(float(g.abs().max()), floor))
+        for name, g in theirs.gradients.items()
+    }
+    worst = max(apart, key=apart.get)
+    return Difference(
+        case=case.name, logits=logits, loss=abs(ours.loss - theirs.loss) / abs(theirs.loss),
+        gradient=apart[worst], worst=worst, parameters=len(apart),
+    )
+
+
+def read_ours(work_dir: Path, index: int, case: Case, samples, dp: int, gradients) -> Outcome:
+    """What the ranks left for case `index`; rows are taken apart into samples again."""
+    per_batch = [None] * case.num_microbatches
+    for rank in range(dp):
+        mine = torch.load(work_dir / f"{index}.logits.{rank}.pt", weights_only=True)
+        per_batch[rank::dp] = mine
+    rows = torch.cat(per_batch)  # [rows, ROW_LENGTH, V]
+    logits, at = [], 0
+    for number, sample in enumerate(samples):
+        row, place = divmod(number, case.samples_per_row)
+        at = at if place else 0
+        length = sample.tokens.numel()
+        logits.append(rows[row, at : at + length])
+        at += length
+    loss = float(torch.load(work_dir / f"{index}.loss.pt", weights_only=True))
+    return Outcome(logits=logits, loss=loss, gradients=gradients)
