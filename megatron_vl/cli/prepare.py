@@ -1,0 +1,65 @@
+"""`megatron-vl prepare SRC DST`: raw data to shards ready for energon, no questions asked."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "prepare",
+        help="raw data -> WebDataset shards ready for energon",
+        description="Turn raw data into WebDataset shards, indexed and split by energon. What is "
+        "refused is listed with its reason in DST/refused.jsonl.",
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="directory with the JSON, or it")
+    parser.add_argument("output", metavar="DST", type=Path, help="the dataset's directory to make")
+    parser.add_argument("--format", default="llava", help="format of SRC (default: %(default)s)")
+    parser.add_argument("--json", metavar="NAME", help="the JSON file in SRC, if there are several")
+    parser.add_argument(
+        "--media-root", metavar="DIR", type=Path,
+        help="what the media paths are relative to (default: the JSON's directory)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", default="9,1,0", help="shares of train, val and test (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=10_000, metavar="N",
+        help="at most so many samples a shard (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shuffle", action=argparse.BooleanOptionalAction, default=True,
+        help="mix the entries, keeping an image's entries in one split (default: yes)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=42, help="of the shuffle (default: %(default)s)")
+    parser.add_argument(
+        "--num-workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--strict", action="store_true", help="fail if any entry is refused")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_vl.data.prepare import PrepareConfig, prepare
+
+    summary = prepare(
+        PrepareConfig(
+            source=args.source,
+            output=args.output,
+            format=args.format,
+            json_name=args.json,
+            media_root=args.media_root,
+            split=args.split,
+            samples_per_shard=args.samples_per_shard,
+            shuffle=args.shuffle,
+            seed=args.seed,
+            num_workers=args.num_workers,
+            overwrite=args.overwrite,
+            strict=args.strict,
+            progress=not args.quiet,
+        )
+    )
+    print(summary)

@@ -1,0 +1,1 @@
+"""Raw data to shards, shards to batches of packed rows."""

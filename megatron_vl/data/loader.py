@@ -1,0 +1,347 @@
+"""Loaders: a prepared dataset and a Hugging Face directory to batches of rows.
+
+Rows depend on the data-parallel rank and the number of workers, never on the other ranks of a
+model replica: every pipeline stage and tensor-parallel rank of one replica builds the same loader
+(with pixels where the vision tower is) and sees the same rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed
+from megatron.energon import (
+    SavableDataLoader,
+    SavableDataset,
+    WorkerConfig,
+    get_loader,
+    get_savable_loader,
+    get_train_dataset,
+    get_val_dataset,
+)
+from megatron.energon.errors import SampleException
+from megatron.energon.savable_loader import BasicDataLoader
+from megatron.energon.wrappers.base import BaseWrapperDataset
+
+from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.dataset_dir import check_dataset
+from megatron_vl.data.media import ImageProcessor
+from megatron_vl.data.rows import empty_row, make_row
+from megatron_vl.data.samples import EncodedSample, RowBatch
+from megatron_vl.data.task_encoder import RowEncoder, SampleEncoder, stop_on_error
+from megatron_vl.errors import InputError
+from megatron_vl.models.spec import VLMSpec
+
+_ERROR_MARK = f"{InputError.__name__}: "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What to read and how to lay it out.
+
+    Raises:
+        InputError: sizes that contradict one another.
+    """
+
+    train_path: Path | None  # a directory `megatron-vl prepare` wrote
+    valid_path: Path | None = None  # its validation split is read; None: nothing to validate on
+    seq_length: int  # tokens of a row when samples are packed
+    max_padding_length: int | None = None  # tokens of a row when they are not; None: seq_length
+    micro_batch_size: int = 1  # rows
+    num_workers: int = 1  # processes that read for one rank; 0 reads in the training process
+    packing_buffer_size: int | None = 1024  # samples to pack rows from; None or 0: one a row
+    shuffle_buffer_size: int = 100  # samples to draw from; 0 keeps the shards' order
+    max_samples_per_sequence: int | None = 100  # neighbours read in one go before changing place
+    seed: int = 1234
+    min_pixels: int | None = None  # of a resized image; None: preprocessor_config.json's
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("seq_length", 1), ("micro_batch_size", 1), ("num_workers", 0),
+            ("max_padding_length", 1), ("packing_buffer_size", 0), ("shuffle_buffer_size", 0),
+            ("max_samples_per_sequence", 1), ("min_pixels", 1), ("max_pixels", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; give at least {least}.")
+        if self.max_padding_length is not None and self.max_padding_length > self.seq_length:
+            raise InputError(
+                f"the padding length {self.max_padding_length} is above the sequence length "
+                f"{self.seq_length}; give at most {self.seq_length}."
+            )
+
+    @property
+    def packs(self) -> bool:
+        return bool(self.packing_buffer_size)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of every row."""
+        if self.packs or self.max_padding_length is None:
+            return self.seq_length
+        return self.max_padding_length
+
+    @property
+    def length_mend(self) -> str:
+        what = "sequence length" if self.packs else "padding length"
+        return f"raise the {what}, lower the images' max_pixels, or remove the sample"
+
+
+class RowLoader:
+    """Iterates `RowBatch`es; a worker's `InputError` arrives here as the same one sentence.
+
+    Iterating again goes on where the last iteration stopped in training, and starts over in
+    validation.
+    """
+
+    def __init__(self, loader: SavableDataLoader | BasicDataLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        with _sentences(), _without_pin_memory_warning():
+            batches = iter(self._loader)
+        while True:
+            with _sentences(), _without_pin_memory_warning():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def save_state_rank(self):
+        """energon's state of this rank, to pickle beside a checkpoint; training loaders only.
+
+        It stands before the first batch not yet taken from the iterator.
+        """
+        return self._loader.save_state_rank()
+
+    def restore_state_rank(self, state) -> None:
+        """Go on from a state saved by a loader of the same dataset, settings and rank.
+
+        Call before the first iteration.
+
+        Raises:
+            InputError: the state is of another number of workers or micro-batch size.
+        """
+        if state is not None:
+            have, want = len(state.worker_states), max(1, self._loader.num_workers)
+            if have != want:
+                raise InputError(
+                    f"the checkpoint's data state is of {have} workers a rank but {want} are asked "
+                    f"for; resume with the same number of workers."
+                )
+        try:
+            self._loader.restore_state_rank(state)
+        except (AssertionError, ValueError) as error:
+            raise InputError(
+                f"the checkpoint's data state does not fit these settings ({error}); resume with "
+                f"the micro-batch size, workers and packing it was saved with."
+            ) from error
+
+    def restore_sample(self, key: tuple) -> RowBatch:
+        """Rebuild the batch whose `__restore_key__` is `key`."""
+        return self._loader.restore_sample(key)
+
+
+def build_train_loader(
+    config: DataConfig,
+    *,
+    hf_dir: Path,
+    spec: VLMSpec,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    decode_pixels: bool = True,
+    data_parallel_group: torch.distributed.ProcessGroup | None = None,
+) -> RowLoader:
+    """An endless, shuffled, resumable loader over the training split.
+
+    Args:
+        hf_dir: the model's tokenizer and preprocessor_config.json.
+        spec: its `vision` and `tokens` are read.
+        dp_rank, dp_size: the pure data-parallel coordinates, not counting context parallelism.
+        decode_pixels: True on the pipeline stage that holds the vision tower.
+
+    Raises:
+        InputError: a dataset, tokenizer or image settings that cannot be used.
+    """
+    if config.train_path is None:
+        raise InputError("there is no training dataset; give its directory.")
+    samples, readers = check_dataset(config.train_path, "train"), dp_size * max(
+        1, config.num_workers
+    )
+    if samples < readers:
+        raise InputError(
+            f"the training split of {config.train_path} has {samples} samples for {readers} "
+            f"reading processes (data-parallel size x workers); ask for fewer workers."
+        )
+    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec, decode_pixels))
+    workers = _workers(config, dp_rank, dp_size, config.num_workers, data_parallel_group)
+    with _field_map_errors(config.train_path):
+        dataset = get_train_dataset(
+            config.train_path,
+            split_part="train",
+            worker_config=workers,
+            batch_size=config.micro_batch_size,
+            batch_drop_last=True,
+            packing_buffer_size=config.packing_buffer_size or None,
+            shuffle_buffer_size=config.shuffle_buffer_size or None,
+            max_samples_per_sequence=config.max_samples_per_sequence,
+            task_encoder=encoder,
+        )
+    return RowLoader(get_savable_loader(dataset, watchdog_timeout_seconds=None))
+
+
+def build_valid_loader(
+    config: DataConfig,
+    *,
+    hf_dir: Path,
+    spec: VLMSpec,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    decode_pixels: bool = True,
+    max_batches: int | None = None,
+) -> RowLoader:
+    """One pass over the validation split, in order, each time it is iterated.
+
+    The rows are the same for every data-parallel size: every rank reads the integers of the whole
+    split, and decodes and yields the rows that are its own. All ranks yield the same number of
+    batches, all of `micro_batch_size` rows, without a word between them; where rows run out, rows
+    of padding that train nothing fill the last batch.
+
+    Args:
+        max_batches: stop after so many batches a rank; None reads the whole split.
+
+    Raises:
+        InputError: as `build_train_loader`.
+    """
+    if config.valid_path is None:
+        raise InputError("there is no validation dataset; give its directory.")
+    check_dataset(config.valid_path, "val")
+    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec, decode_pixels))
+    # One process reads in order; the split into ranks comes after packing.
+    workers = _workers(config, 0, 1, min(1, config.num_workers), None)
+    with _field_map_errors(config.valid_path):
+        samples = get_val_dataset(
+            config.valid_path,
+            split_part="val",
+            worker_config=workers,
+            batch_size=None,
+            task_encoder=encoder,
+        )
+    rows = _OwnRows(
+        samples, encoder=encoder, config=config, dp_rank=dp_rank, dp_size=dp_size,
+        max_batches=max_batches,
+    )  # fmt: skip
+    return RowLoader(get_loader(rows, watchdog_timeout_seconds=None))
+
+
+class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
+    """The batches of one data-parallel rank: row r belongs to rank r modulo the ranks."""
+
+    def __init__(self, samples: SavableDataset, *, encoder: SampleEncoder, config: DataConfig,
+                 dp_rank: int, dp_size: int, max_batches: int | None):
+        super().__init__(samples, worker_config=samples.worker_config)
+        self.encoder = encoder
+        self.settings = config
+        self.dp_rank, self.dp_size, self.max_batches = dp_rank, dp_size, max_batches
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        size = self.settings.micro_batch_size
+        rows, count, batches = [], 0, 0
+        for group in self._groups():
+            if count % self.dp_size == self.dp_rank:
+                rows.append(make_row([self.encoder.decode_images(s) for s in group]))
+            count += 1
+            # A batch goes out once every rank has its rows for it, so that all stop alike.
+            if count % (size * self.dp_size) == 0:
+                yield self.encoder.make_batch(rows)
+                rows, batches = [], batches + 1
+                if batches == self.max_batches:
+                    return
+        if count % (size * self.dp_size):
+            rows += [empty_row()] * (size - len(rows))
+            yield self.encoder.make_batch(rows)
+
+    def _groups(self) -> Iterator[list[EncodedSample]]:
+        """Samples of one row after the other, over all ranks."""
+        size = self.settings.packing_buffer_size or 1
+        window = []
+        for sample in self.dataset:
+            window.append(sample)
+            if len(window) == size:
+                yield from self.encoder.select(window)
+                window = []
+        yield from self.encoder.select(window)
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        return self.dataset.len_worker(worker_idx)  # an upper bound, as energon's own packing's
+
+    def reset_state_own(self) -> None:
+        pass
+
+    def config(self) -> dict:
+        return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
+
+
+def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec, decode_pixels: bool) -> dict:
+    return {
+        "chat": ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens),
+        "images": ImageProcessor.from_hf_dir(
+            hf_dir,
+            vision=spec.vision,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+        ),
+        "row_length": config.row_length,
+        "packs": config.packs,
+        "decode_pixels": decode_pixels,
+        "length_mend": config.length_mend,
+    }
+
+
+def _workers(config: DataConfig, rank: int, size: int, num_workers: int, group) -> WorkerConfig:
+    return WorkerConfig(
+        rank=rank,
+        world_size=size,
+        num_workers=num_workers,
+        data_parallel_group=group,
+        seed_offset=config.seed,
+        global_error_handler=stop_on_error,
+    )
+
+
+@contextlib.contextmanager
+def _field_map_errors(path: Path) -> Iterator[None]:
+    """energon's complaints about dataset.yaml as one sentence."""
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path}/.nv-meta/dataset.yaml cannot be used ({str(error).strip()}); it must name "
+            f"sample_type VQASample and a field_map of image, context and answers, as "
+            f"`megatron-vl prepare` writes it."
+        ) from error
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Take the worker's traceback off an `InputError`: torch puts it into the message."""
+    try:
+        yield
+    except (InputError, SampleException) as error:
+        _, mark, sentence = str(error).rpartition(_ERROR_MARK)
+        if not mark:
+            raise
+        raise InputError(sentence.strip()) from None
+
+
+@contextlib.contextmanager
+def _without_pin_memory_warning() -> Iterator[None]:
+    """energon always asks for pinned memory; without an accelerator torch warns about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        yield

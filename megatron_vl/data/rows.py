@@ -1,0 +1,80 @@
+"""Encoded samples to rows of one length, and rows to a `RowBatch`.
+
+S tokens a row, B rows, P patches, D numbers a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from megatron.energon import Sample
+from megatron.energon.edataclass import edataclass
+
+from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
+
+
+@edataclass
+class Row(Sample):
+    """Samples that share one row of S tokens."""
+
+    samples: list[EncodedSample]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sample.tokens.numel() for sample in self.samples)
+
+
+def make_row(samples: Sequence[EncodedSample]) -> Row:
+    return Row(
+        __key__=",".join(sample.__key__ for sample in samples),
+        __restore_key__=(),
+        samples=list(samples),
+    )
+
+
+def empty_row() -> Row:
+    """A row of padding: evens out batches, trains and counts nothing."""
+    return Row(__key__="", __restore_key__=(), samples=[])
+
+
+def make_batch(rows: Sequence[Row], *, row_length: int, pad_token: int) -> RowBatch:
+    """Lay rows out as the tensors of a `RowBatch`.
+
+    Args:
+        row_length: S; no row's samples hold more tokens.
+        pad_token: the token that fills a row's tail.
+    """
+    shape = (len(rows), row_length)
+    tokens = np.full(shape, pad_token, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    position_ids = np.empty((3, *shape), dtype=np.int64)
+    bounds = [0]
+    for number, row in enumerate(rows):
+        at = 0
+        for sample in row.samples:
+            end = at + sample.tokens.numel()
+            assert end <= row_length, f"{sample.name} ends at {end} of a row of {row_length}"
+            tokens[number, at:end] = sample.tokens.numpy()
+            labels[number, at:end] = sample.labels.numpy()
+            position_ids[:, number, at:end] = sample.position_ids.numpy()
+            bounds.append(number * row_length + end)
+            at = end
+        if at < row_length:
+            # The tail counts from 0 like any sample: its positions stay within the model's range.
+            position_ids[:, number, at:] = np.arange(row_length - at)
+            bounds.append((number + 1) * row_length)
+    samples = [sample for row in rows for sample in row.samples]
+    patches = [sample.patches for sample in samples if sample.patches is not None]
+    return RowBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy((labels != IGNORE).astype(np.float32)),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        pixel_patches=torch.cat(patches) if patches else None,
+        grid_thw=torch.cat([torch.empty(0, 3, dtype=torch.int64), *(s.grids for s in samples)]),
+        sample_keys=[sample.name for sample in samples],
+        num_tokens=sum(row.num_tokens for row in rows),
+    )

@@ -1,0 +1,1 @@
+"""What the model families share; importing this starts neither Megatron-Core nor transformers."""
