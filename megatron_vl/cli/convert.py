@@ -44,6 +44,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest safetensors file, as in 5GB (default)")
+    parser.add_argument("--model-size", default="auto", metavar="SIZE", help="2B, 7B or 72B: refuse "
+                        "a config.json of another size (default auto: take what it says)")
     parser.add_argument("--workers", type=int, default=2, help="threads (default 2)")
     parser.set_defaults(run=run)
     return parser
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.src} holds a {info.model_type} model but {config_dir} has the config.json of "
             f"{spec.model_type}; give the right one with --hf-config."
         )
+    family(spec.model_type).check_size(spec, args.model_size)
     weights = family(spec.model_type).weight_map(spec)
     target = _target(args, kind, spec, work)
     source = work.open_source(

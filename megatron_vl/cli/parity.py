@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     spec.check_layout(layout, split)
     if layout.dp > 2:
         raise InputError(f"--dp {layout.dp} is more than the 2 that every batch can be cut into.")
-    if "RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:
         from megatron_vl.cli.worker import run_worker
         from megatron_vl.training.parity import run_rank
 

@@ -1,7 +1,7 @@
 """`megatron-vl train ...`: start this node's processes, or be one of them.
 
 Called by a person it checks what can be checked without a process group, then starts the node's
-ranks with torchrun's own launcher. Called by torchrun (RANK is set) it is one rank.
+ranks with torchrun's own launcher. Called by torchrun (LOCAL_RANK is set) it is one rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def add_parser(commands) -> None:
         "--show-config", action="store_true", help="print the resolved options and stop"
     )
     launch = parser.add_argument_group("Processes of this node, when torchrun did not start them.")
-    launch.add_argument("--nproc-per-node", type=int, default=1, help="processes (default: 1)")
+    launch.add_argument(
+        "--nproc-per-node", type=int,
+        help="processes (default: this node's GPUs; without any, TP x PP x CP)",
+    )
     launch.add_argument("--nnodes", type=int, default=1, help="nodes (default: 1)")
     launch.add_argument("--node-rank", type=int, default=0, help="this node's number (default: 0)")
     launch.add_argument("--master-addr", default="127.0.0.1", help="node 0's address")
@@ -42,17 +45,25 @@ def run(args: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
-    if "RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:
         from megatron_vl.cli.worker import run_worker
 
         run_worker(lambda: _train(config), command="train", debug=args.debug)
     from megatron_vl.training.plan import find_checkpoint, plan_run
 
+    if args.nproc_per_node is None:
+        args.nproc_per_node = _processes(config)
     plan = plan_run(config, args.nproc_per_node * args.nnodes)
     find_checkpoint(plan)
     from megatron_vl.cli.launch import launch
 
     return launch(sys.argv[1:], **{name: getattr(args, name) for name in LAUNCH})
+
+
+def _processes(config) -> int:
+    import torch
+
+    return torch.cuda.device_count() or config.parallel.layout_size
 
 
 def _train(config) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_vl.errors import InputError
+from megatron_vl.platform import select_platform
 
 FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"
 
@@ -22,6 +23,8 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     """Do `work` as the rank that the environment names, and end the process."""
     code = 0
     try:
+        # Before Megatron-Core is imported by anything else: see the CPU platform.
+        select_platform().install()
         work()
     except InputError as error:
         message = traceback.format_exc() if debug else f"megatron-vl {command}: {error}"

@@ -104,7 +104,8 @@ def _import_megatron_core() -> None:
             import megatron.core.models.gpt
             import megatron.core.optimizer
             import megatron.core.pipeline_parallel
-            import megatron.core.tensor_parallel  # noqa: F401
+            import megatron.core.tensor_parallel
+            import megatron.core.transformer.transformer_block  # noqa: F401
     finally:
         torch.compile = compile_
 

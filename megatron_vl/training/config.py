@@ -36,6 +36,15 @@ class ParallelOptions:
         None, "language layers on stage 0; the rest is divided over the other stages", kind=int
     )
 
+    @property
+    def layout_size(self) -> int:
+        """Processes that hold one replica of the model."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
     def layout(self, world_size: int) -> Layout:
         """The layout that fills `world_size` processes. Raises InputError when none does."""
         return Layout.for_world(
@@ -97,6 +106,7 @@ class OptimizerOptions:
     adam_eps: float = option(1e-8, "added to the root of the second moment")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 never clips")
     use_distributed_optimizer: bool = option(False, "share optimizer state over data ranks")
+    optimizer_cpu_offload: bool = option(False, "keep and update optimizer state in host memory")
     overlap_grad_reduce: bool = option(False, "reduce gradients while backward still runs")
 
     def __post_init__(self) -> None:
@@ -112,12 +122,20 @@ class ModelRunOptions:
 
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer in fp32")
     fp16: bool = option(False, "parameters and activations in float16 with loss scaling")
+    fp8_format: str | None = option(
+        None, "matrix products in fp8, with bf16; needs TransformerEngine on a CUDA device",
+        choices=("e4m3", "hybrid"), kind=str,
+    )
     attention_backend: str = option("auto", "variable-length attention backend")
     recompute_granularity: str | None = option(
         None, "recompute activations in backward", choices=("selective", "full"), kind=str
     )
     recompute_method: str = option("block", "with full", choices=("block", "uniform"))
     recompute_num_layers: int = option(1, "with full: layers of a stage, or of a uniform group")
+    cpu_offloading: bool = option(
+        False, "keep activations in host memory; needs TransformerEngine on a CUDA device"
+    )
+    cpu_offloading_num_layers: int = option(1, "layers of a stage whose activations are offloaded")
     init_method_std: float | None = option(
         None, "standard deviation of random weights; default: config.json's", kind=float
     )
@@ -126,6 +144,10 @@ class ModelRunOptions:
     def __post_init__(self) -> None:
         if self.bf16 and self.fp16:
             raise InputError("bf16 and fp16 exclude one another; give one of them.")
+        if self.fp8_format and not self.bf16:
+            raise InputError("fp8-format is for bf16 training; add bf16.")
+        if self.cpu_offloading and self.recompute_granularity:
+            raise InputError("cpu-offloading and recompute-granularity exclude one another.")
 
     @property
     def dtype(self) -> str:
@@ -156,6 +178,8 @@ class CheckpointOptions:
     """What is read at the start and written on the way."""
 
     load: str | None = option(None, "checkpoint directory to start from", kind=str)
+    model_size: str = option("auto", "2B, 7B, 72B: refuse another model's config.json; auto: take "
+                             "what it says")
     hf_config: str | None = option(
         None, "directory with config.json and the tokenizer; default: that of load", kind=str
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.registry import load_spec
+from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import TrainConfig
@@ -40,6 +40,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
             "with config.json and the tokenizer."
         )
     spec = load_spec(hf_dir)
+    family(spec.model_type).check_size(spec, config.checkpoint.model_size)
+    _check_machine(config)
     if config.model.init_method_std is not None:
         spec = replace(spec, decoder=replace(spec.decoder, init_std=config.model.init_method_std))
     layout = config.parallel.layout(world_size)
@@ -69,6 +71,26 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         hf_dir=Path(hf_dir),
         num_microbatches=config.batch.num_microbatches(layout.dp),
     )
+
+
+def _check_machine(config: TrainConfig) -> None:
+    """What was asked for and needs TransformerEngine on a CUDA device."""
+    import importlib.util
+
+    import torch
+
+    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
+        return
+    for option, asked, instead in (
+        ("fp8-format (PR fp8)", config.model.fp8_format, "bf16"),
+        ("cpu-offloading (AC offload)", config.model.cpu_offloading,
+         "recompute-granularity full (AC full)"),
+    ):
+        if asked:
+            raise InputError(
+                f"{option} needs TransformerEngine on a CUDA device and this machine has none; use "
+                f"{instead}."
+            )
 
 
 def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:

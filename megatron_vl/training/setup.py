@@ -32,6 +32,9 @@ def model_options(config: TrainConfig, *, initialize_weights: bool) -> ModelOpti
         recompute=run.recompute_granularity or "none",
         recompute_method=run.recompute_method,
         recompute_num_layers=run.recompute_num_layers,
+        fp8_format=run.fp8_format,
+        cpu_offloading=run.cpu_offloading,
+        cpu_offloading_num_layers=run.cpu_offloading_num_layers,
         initialize_weights=initialize_weights,
     )
 
@@ -80,6 +83,9 @@ def build_optimizer(plan: Plan, model: list):
         fp16=run.fp16,
         params_dtype=getattr(torch, run.dtype),
         use_distributed_optimizer=options.use_distributed_optimizer,
+        # Without a device the optimizer state is in host memory anyway.
+        optimizer_cpu_offload=options.optimizer_cpu_offload and torch.cuda.is_available(),
+        optimizer_offload_fraction=1.0,
     )
     optimizer = get_megatron_optimizer(
         config, model, config_overrides=get_standard_config_overrides(config)

@@ -27,6 +27,9 @@ class ModelOptions:
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_method: Literal["block", "uniform"] = "block"  # for full
     recompute_num_layers: int = 1  # for full: layers of a stage (block) or of a group (uniform)
+    fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
+    cpu_offloading: bool = False  # keep the decoder's activations in host memory
+    cpu_offloading_num_layers: int = 1
     initialize_weights: bool = True  # False when a checkpoint fills them right after
 
 
@@ -69,6 +72,9 @@ def language_config(
         normalization="RMSNorm",
         layernorm_epsilon=decoder.norm_eps,
         mrope_section=list(decoder.mrope_section),
+        fp8=options.fp8_format,
+        cpu_offloading=options.cpu_offloading,
+        cpu_offloading_num_layers=options.cpu_offloading_num_layers,
         init_method_std=decoder.init_std,
         pipeline_model_parallel_size=layout.pp,
         pipeline_model_parallel_layout=pipeline,

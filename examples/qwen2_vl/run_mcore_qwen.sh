@@ -1,0 +1,188 @@
+#!/usr/bin/env bash
+# Train Qwen2-VL: 23 positional arguments, or 24 with SP after CP. A thin shim over
+# `megatron-vl train`; run it without arguments for its usage table.
+set -euo pipefail
+
+usage() {
+  cat >&2 <<TABLE
+usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR \\
+           SEQ_LEN PAD_LEN PR TP PP CP [SP] DO FL AC OPTIMIZER_OFFLOAD SAVE_INTERVAL DATASET_PATH \\
+           VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_ITERS LR_WARMUP_ITERS OUTPUT_BASEPATH
+
+   1 ENV                       dsw: this machine alone; dlc: one of several nodes
+   2 MODEL_SIZE                2B, 7B, 72B or auto; checked against config.json
+   3 BATCH_SIZE                rows of a forward pass on one data-parallel rank
+   4 GLOBAL_BATCH_SIZE         rows of an optimizer step
+   5 LR                        learning rate
+   6 MIN_LR                    learning rate at the end of the cosine
+   7 SEQ_LEN                   longest sample, and length of a packed row, in tokens
+   8 PAD_LEN                   row length when a row holds one sample, at most SEQ_LEN
+   9 PR                        fp16, bf16, fp8 or fp32
+  10 TP                        tensor-parallel ranks
+  11 PP                        pipeline stages
+  12 CP                        context-parallel ranks
+  -- SP                        only in the 24-argument form: sequence parallelism, true or false
+  13 DO                        distributed optimizer, true or false
+  14 FL                        fast attention kernels where there are any, true or false
+  15 AC                        recompute: sel, full, offload or false
+  16 OPTIMIZER_OFFLOAD         false, static or auto
+  17 SAVE_INTERVAL             steps between checkpoints and validations
+  18 DATASET_PATH              energon dataset to train on
+  19 VALID_DATASET_PATH        energon dataset whose validation split is evaluated
+  20 PRETRAIN_CHECKPOINT_PATH  converted checkpoint with config.json and tokenizer, or none
+  21 TRAIN_ITERS               optimizer steps
+  22 LR_WARMUP_ITERS           steps of linear warmup
+  23 OUTPUT_BASEPATH           gets checkpoint/NAME, tensorboard/NAME and log/NAME
+
+  MP_PP0_LAYERS      language layers on stage 0, the rest evenly
+  MP_VP              model chunks a stage
+  MP_AC_LAYERS       with AC full or offload: layers of a stage (default 1)
+  MP_PACKING_BUFFER  samples packed together into rows of SEQ_LEN (default 0: one sample a row)
+  MP_HF_PATH         config.json and tokenizer, when PRETRAIN_CHECKPOINT_PATH is none
+  MP_EXTRA           further options of megatron-vl train, as one string
+  NPROC_PER_NODE     processes of this node (default: its GPUs; without any, TP x PP x CP)
+TABLE
+  exit 2
+}
+
+refuse() {
+  echo "$(basename "$0"): $1" >&2
+  exit 2
+}
+
+case $# in
+  24) SP=${13} && set -- "${@:1:12}" "${@:14}" ;;
+  23) SP=false ;;
+  *) [ $# -lt 23 ] && usage || refuse "$# arguments are too many; give 23, or 24 with SP after CP." ;;
+esac
+
+ENV=$1
+MODEL_SIZE=$2
+BATCH_SIZE=$3
+GLOBAL_BATCH_SIZE=$4
+LR=$5
+MIN_LR=$6
+SEQ_LEN=$7
+PAD_LEN=$8
+PR=$9
+TP=${10}
+PP=${11}
+CP=${12}
+DO=${13}
+FL=${14}
+AC=${15}
+OPTIMIZER_OFFLOAD=${16}
+SAVE_INTERVAL=${17}
+DATASET_PATH=${18}
+VALID_DATASET_PATH=${19}
+PRETRAIN_CHECKPOINT_PATH=${20}
+TRAIN_ITERS=${21}
+LR_WARMUP_ITERS=${22}
+OUTPUT_BASEPATH=${23}
+
+MP_AC_LAYERS=${MP_AC_LAYERS:-1}
+NODES=()
+
+case $ENV in
+  dsw) ;;
+  dlc)
+    for name in MASTER_ADDR MASTER_PORT WORLD_SIZE RANK; do
+      [ -n "${!name:-}" ] || refuse "ENV is dlc but $name is not set; submit through DLC, or use dsw."
+    done
+    NODES=(--nnodes "$WORLD_SIZE" --node-rank "$RANK" --master-addr "$MASTER_ADDR"
+      --master-port "$MASTER_PORT")
+    NPROC_PER_NODE=${NPROC_PER_NODE:-${KUBERNETES_CONTAINER_RESOURCE_GPU:-}}
+    ;;
+  *) refuse "ENV is '$ENV'; use dsw or dlc." ;;
+esac
+if [ -n "${NPROC_PER_NODE:-}" ]; then NODES+=(--nproc-per-node "$NPROC_PER_NODE"); fi
+
+OPTIONS=()
+switch() { # NAME VALUE FLAG: adds FLAG when VALUE is true
+  case $2 in
+    true) OPTIONS+=("$3") ;;
+    false) ;;
+    *) refuse "$1 is '$2'; use true or false." ;;
+  esac
+}
+
+case $PR in
+  bf16) OPTIONS+=(--bf16) ;;
+  fp16) OPTIONS+=(--fp16) ;;
+  fp8) OPTIONS+=(--bf16 --fp8-format hybrid) ;;
+  fp32) ;;
+  *) refuse "PR is '$PR'; use fp16, bf16, fp8 or fp32." ;;
+esac
+
+switch SP "$SP" --sequence-parallel
+switch DO "$DO" --use-distributed-optimizer
+
+case $FL in
+  true) OPTIONS+=(--attention-backend auto) ;;
+  false) OPTIONS+=(--attention-backend sdpa) ;;
+  *) refuse "FL is '$FL'; use true or false." ;;
+esac
+
+case $AC in
+  sel) OPTIONS+=(--recompute-granularity selective) ;;
+  full) OPTIONS+=(--recompute-granularity full --recompute-num-layers "$MP_AC_LAYERS") ;;
+  offload) OPTIONS+=(--cpu-offloading --cpu-offloading-num-layers "$MP_AC_LAYERS") ;;
+  false) ;;
+  *) refuse "AC is '$AC'; use sel, full, offload or false." ;;
+esac
+
+case $OPTIMIZER_OFFLOAD in
+  static | auto) OPTIONS+=(--optimizer-cpu-offload) ;;
+  false) ;;
+  *) refuse "OPTIMIZER_OFFLOAD is '$OPTIMIZER_OFFLOAD'; use false, static or auto." ;;
+esac
+
+if [ "$PRETRAIN_CHECKPOINT_PATH" != none ]; then OPTIONS+=(--load "$PRETRAIN_CHECKPOINT_PATH"); fi
+if [ -n "${MP_HF_PATH:-}" ]; then OPTIONS+=(--hf-config "$MP_HF_PATH"); fi
+if [ -n "${MP_PP0_LAYERS:-}" ]; then
+  OPTIONS+=(--decoder-first-pipeline-num-layers "$MP_PP0_LAYERS")
+fi
+if [ -n "${MP_VP:-}" ]; then OPTIONS+=(--num-virtual-stages-per-pipeline-rank "$MP_VP"); fi
+# Unquoted on purpose: MP_EXTRA is a list of words.
+# shellcheck disable=SC2206
+EXTRA=(${MP_EXTRA:-})
+
+NAME="mcore-qwen2-vl-${MODEL_SIZE}-lr-${LR}-minlr-${MIN_LR}-bs-${BATCH_SIZE}-gbs-${GLOBAL_BATCH_SIZE}"
+NAME+="-seqlen-${SEQ_LEN}-pr-${PR}-tp-${TP}-pp-${PP}-cp-${CP}-ac-${AC}-do-${DO}-sp-${SP}"
+NAME+="-ti-${TRAIN_ITERS}-wi-${LR_WARMUP_ITERS}"
+
+# Run from anywhere, installed or not.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+COMMAND=(
+  "${PYTHON:-python}" -m megatron_vl train ${NODES[@]+"${NODES[@]}"}
+  --model-size "$MODEL_SIZE"
+  --tensor-model-parallel-size "$TP"
+  --pipeline-model-parallel-size "$PP"
+  --context-parallel-size "$CP"
+  --micro-batch-size "$BATCH_SIZE"
+  --global-batch-size "$GLOBAL_BATCH_SIZE"
+  --seq-length "$SEQ_LEN"
+  --max-padding-length "$PAD_LEN"
+  --packing-buffer-size "${MP_PACKING_BUFFER:-0}"
+  --train-iters "$TRAIN_ITERS"
+  --lr "$LR"
+  --min-lr "$MIN_LR"
+  --lr-decay-style cosine
+  --lr-warmup-iters "$LR_WARMUP_ITERS"
+  --adam-beta1 0.9
+  --adam-beta2 0.95
+  --weight-decay 0.01
+  --clip-grad 1.0
+  --train-data-path "$DATASET_PATH"
+  --valid-data-path "$VALID_DATASET_PATH"
+  --eval-interval "$SAVE_INTERVAL"
+  --save "$OUTPUT_BASEPATH/checkpoint/$NAME"
+  --save-interval "$SAVE_INTERVAL"
+  --tensorboard-dir "$OUTPUT_BASEPATH/tensorboard/$NAME"
+  --metrics-file "$OUTPUT_BASEPATH/log/$NAME/metrics.jsonl"
+  "${OPTIONS[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
+)
+echo "${COMMAND[*]}"
+exec "${COMMAND[@]}"
