@@ -1,0 +1,58 @@
+"""Positions against transformers' `get_rope_index`, bit for bit."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+
+from megatron_vl.models.common.mrope import rope_index
+
+SMALL, WIDE, TALL, CLIP, LONG = (1, 4, 4), (1, 2, 10), (1, 12, 2), (3, 4, 6), (8, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def reference(hf_dir):
+    with torch.device("meta"):
+        return Qwen2VLModel(AutoConfig.from_pretrained(hf_dir))
+
+
+CASES = {
+    "text only": [],
+    "one image": [("image", SMALL)],
+    "several sizes": [("image", SMALL), ("image", WIDE), ("image", TALL)],
+    "video": [("video", CLIP)],
+    "long video and images": [("image", TALL), ("video", LONG), ("image", SMALL), ("video", CLIP)],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("starts_with_text", [True, False])
+def test_positions_equal_transformers(reference, spec, name, starts_with_text):
+    draw = random.Random(name)
+    ids = spec.tokens
+    tokens, grids = [], {"image": [], "video": []}
+    for number, (kind, grid) in enumerate(CASES[name]):
+        if starts_with_text or number:
+            tokens += [1] * draw.randint(1, 5)
+        tokens += [getattr(ids, kind)] * (grid[0] * grid[1] * grid[2] // 4)
+        grids[kind].append(grid)
+    tokens = torch.tensor(tokens + [1] * 3)
+    kinds = (tokens == ids.image).int() + 2 * (tokens == ids.video).int()
+    want, _ = reference.get_rope_index(
+        tokens[None],
+        kinds[None],
+        image_grid_thw=torch.tensor(grids["image"]) if grids["image"] else None,
+        video_grid_thw=torch.tensor(grids["video"]) if grids["video"] else None,
+    )
+    have = rope_index(
+        tokens,
+        image_token=ids.image,
+        video_token=ids.video,
+        merge_size=spec.vision.spatial_merge_size,
+        image_grids=grids["image"],
+        video_grids=grids["video"],
+    )
+    assert have.dtype == want.dtype
+    assert torch.equal(have, want[:, 0])
