@@ -38,6 +38,23 @@ class Family:
         """The family's `megatron_vl.weights.WeightMap` for these sizes."""
         return self._part("weight_map", "weight_map")(spec)
 
+    def check_size(self, spec: VLMSpec, size: str) -> None:
+        """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
+
+        Raises:
+            InputError: an unknown name, or another model's.
+        """
+        sizes: dict[str, tuple[int, int]] = self._part("config", "SIZES")
+        if size != "auto" and size not in sizes:
+            raise InputError(f"MODEL_SIZE is {size!r}; use one of {', '.join(sizes)} or auto.")
+        have = (spec.decoder.num_layers, spec.decoder.hidden_size)
+        if size != "auto" and sizes[size] != have:
+            raise InputError(
+                f"MODEL_SIZE is {size}, which has {sizes[size][0]} layers of width "
+                f"{sizes[size][1]}, but config.json has {have[0]} of width {have[1]}; use "
+                f"{next((name for name, known in sizes.items() if known == have), 'auto')}."
+            )
+
     @property
     def builder_path(self) -> str:
         """Of the function that builds the Megatron-Core model; see `build_model`."""

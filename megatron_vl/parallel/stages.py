@@ -19,8 +19,8 @@ class StageSplit:
     """Layer counts, `llm[chunk][stage]` and `vit[chunk][stage]`.
 
     Raises:
-        InputError: rows of unequal length, negative counts, or a vision layer that would run
-            after a language layer.
+        InputError: rows of unequal length, negative counts, a vision tower that does not start on
+            stage 0, or a vision layer that would run after a language layer.
     """
 
     llm: tuple[tuple[int, ...], ...]
@@ -38,6 +38,11 @@ class StageSplit:
                 f"stages and chunks."
             )
         llm_flat, vit_flat = self.flat("llm"), self.flat("vit")
+        if any(vit_flat) and not vit_flat[0]:
+            raise InputError(
+                f"vision layers {vit_flat} leave stage 0 without one, but pixels enter there; put "
+                f"at least one vision layer on stage 0."
+            )
         last_vit = max((i for i, n in enumerate(vit_flat) if n), default=0)
         first_llm = min((i for i, n in enumerate(llm_flat) if n), default=len(llm_flat))
         if last_vit > first_llm:

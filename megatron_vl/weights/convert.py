@@ -25,7 +25,7 @@ from megatron_vl.weights.hf_io import (
     open_hf,
     shard,
 )
-from megatron_vl.weights.map import Stored, WeightMap
+from megatron_vl.weights.map import Stored, WeightMap, rank_file
 from megatron_vl.weights.mcore_io import (
     CheckpointInfo,
     check_shapes,
@@ -149,9 +149,11 @@ def plan_conversion(
     if isinstance(target, HFTarget):
         files = shard(wanted, dtypes, target.max_shard_bytes)
     else:
-        files = {}
+        # A rank without weights has its file too: the loader looks for every rank's.
+        files = {rank_file(tp=rank, pp=stage, pp_size=target.split.pp): []
+                 for stage in range(target.split.pp) for rank in range(target.layout.tp)}
         for stored in wanted:
-            files.setdefault(stored.file, []).append(stored)
+            files[stored.file].append(stored)
     return Conversion(plan=plan, source=source, target=target, dtypes=dtypes, files=files)
 
 
@@ -183,9 +185,8 @@ def run_conversion(
         if isinstance(target, HFTarget):
             tensors = lay_out_hf(new, conversion.files, conversion.dtypes)
         else:
-            inventory = [one.target for one in conversion.plan.tensors]
             tensors = lay_out_mcore(
-                new, inventory, conversion.dtypes, target.args(conversion.dtype)
+                new, conversion.files, conversion.dtypes, target.args(conversion.dtype)
             )
         written = run_plan(
             conversion.plan, conversion.source.tensors, tensors, workers=workers, progress=progress

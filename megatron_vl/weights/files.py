@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_vl.errors import InputError
@@ -42,7 +43,7 @@ class TensorAt:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self, file: int | None, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-        """The box of extents `shape` at `start`, of this dtype; not to be written to.
+        """The box of extents `shape` at `start`, of this dtype; a copy unless `loaded`.
 
         Args:
             file: descriptor of `path`, open for reading; None when `loaded`.
@@ -64,11 +65,14 @@ class TensorAt:
                 done += got
             return out
         # Narrower than the rows it lies in: map the rows, so that only its own pages are read.
+        # numpy, because the bytes may start anywhere and torch wants them aligned.
         skip = offset % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(file, nbytes + skip, access=mmap.ACCESS_COPY, offset=offset - skip)
-        rows = torch.frombuffer(mapped, dtype=torch.uint8)[skip:].view(self.dtype).view(span)
         within = [a if n == s else 0 for a, n, s in zip(start, span, self.shape, strict=True)]
-        return rows[_slices(within, shape)]
+        with mmap.mmap(file, nbytes + skip, access=mmap.ACCESS_READ, offset=offset - skip) as rows:
+            view = np.ndarray(span, f"i{self.dtype.itemsize}", rows, skip)
+            out = torch.from_numpy(view[_slices(within, shape)].copy())
+            del view
+        return out.view(self.dtype)
 
     def write(self, file: int, start: Sequence[int], tensor: torch.Tensor) -> None:
         """Writes a contiguous box of whole rows (`start` is 0 after the first dimension)."""

@@ -152,34 +152,26 @@ def check_shapes(
 
 def lay_out_mcore(
     root: Path,
-    inventory: Sequence[Stored],
+    files: Mapping[str, Sequence[Stored]],
     dtypes: Mapping[tuple[str, str, str], torch.dtype],
     args: Mapping[str, Any],
 ) -> dict[tuple[str, str, str], TensorAt]:
     """Writes every rank's file with room for its tensors; answers where each of them lies."""
-    parts: dict[str, dict[str, list[Stored]]] = {}
-    for stored in inventory:
-        parts.setdefault(stored.file, {}).setdefault(stored.part, []).append(stored)
-    tensors = {}
-    for file, chunks in parts.items():
+    tensors, vp = {}, args[ENTRY]["layout"]["vp"]
+    parts = [f"model{chunk}" for chunk in range(vp)] if vp > 1 else ["model"]
+    for file, group in files.items():
         path = root / RELEASE / file
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
         with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
-            for part in _all_parts(args, chunks):
+            for part in parts:  # a chunk without weights has its entry too
                 content[part] = {one.name: torch.empty(one.shape, dtype=dtypes[one.id])
-                                 for one in chunks.get(part, ())}
+                                 for one in group if one.part == part}
             torch.save(content, path)
         placed = open_torch_file(path)
-        tensors |= {one.id: placed[part][one.name] for part, some in chunks.items() for one in some}
+        tensors |= {one.id: placed[one.part][one.name] for one in group}
     (root / LATEST).write_text(RELEASE)
     return tensors
-
-
-def _all_parts(args: Mapping[str, Any], chunks: Mapping[str, Any]) -> list[str]:
-    """A chunk without weights still has its entry."""
-    count = args[ENTRY]["layout"]["vp"]
-    return [f"model{i}" for i in range(count)] if count > 1 else list(chunks) or ["model"]
 
 
 # ---- finding and describing -------------------------------------------------------------------

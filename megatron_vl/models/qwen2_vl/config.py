@@ -9,6 +9,12 @@ from __future__ import annotations
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import DecoderSpec, TokenIds, VisionSpec, VLMSpec
 
+SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
+    "2B": (28, 1536),
+    "7B": (28, 3584),
+    "72B": (80, 8192),
+}
+
 _MISSING = object()
 
 

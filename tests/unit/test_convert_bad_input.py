@@ -1,0 +1,273 @@
+"""What is wrong is said in one sentence, with exit code 2, and nothing is left behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_hf import ROOT, assert_equal, make, read
+
+from megatron_vl.cli.main import run
+from megatron_vl.weights import files, reshard
+
+
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("hf") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def mcore(hf, tmp_path_factory):
+    target = tmp_path_factory.mktemp("mcore") / "m"
+    assert run(["convert", str(hf), str(target), "--tp", "2", "--pp", "2"]) == 0
+    return target
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Runs the command, expects code 2, one line that matches, and no new files."""
+
+    def check(source, *options, says, target="out"):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        assert run(["convert", str(source), str(tmp_path / target), *options]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("megatron-vl convert: "), lines
+        for words in [says] if isinstance(says, str) else says:
+            assert words in lines[0], lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return check
+
+
+def changed(hf, tmp_path, change) -> object:
+    """A copy of the checkpoint with `change(tensors)` applied."""
+    source = tmp_path / "source"
+    shutil.copytree(hf, source)
+    tensors = read(source)
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    return source
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--tp", "3"], "TP 3 does not divide the model's 4 attention heads"),
+    (["--tp", "0"], "tp is 0"),
+    (["--pp", "3"], "set MP_PP0_LAYERS"),
+    (["--pp", "4", "--first-stage-layers", "2"], "MP_PP0_LAYERS 2 leaves 2 of 4"),
+    (["--pp", "2", "--first-stage-layers", "9"], "between 0 and 4"),
+    (["--vp", "2"], "vp 2 needs a pipeline"),
+    (["--pp", "2", "--pp-layers", "1,2"], "sums to 3"),
+    (["--pp", "2", "--pp-layers", "one,two"], "write 1,10,10,7"),
+    (["--pp", "2", "--pp-layers", "2,2", "--vit-pp-layers", "1,1"], "vision tower must end"),
+    (["--model-size", "2B"], "use auto"),
+    (["--model-size", "3B"], "one of 2B, 7B, 72B or auto"),
+    (["--to", "hf", "--tp", "2"], "--tp is for a Megatron-Core DST"),
+    (["--to", "hf", "--max-shard-size", "big"], "write 5GB or 500MB"),
+])
+def test_arguments_that_do_not_fit_the_model(options, says, hf, refused):
+    refused(hf, *options, says=says)
+
+
+def test_sources_that_are_no_checkpoint(tmp_path, refused):
+    refused(tmp_path / "none", says="not a directory")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", says="is no checkpoint")
+
+
+def test_an_unknown_extra_key(hf, tmp_path, refused):
+    source = changed(hf, tmp_path, lambda t: t.update({"visual.extra.weight": torch.ones(2)}))
+    refused(source, says=["unmapped: visual.extra.weight", "models/qwen2_vl/weight_map.py"])
+
+
+def test_a_missing_key(hf, tmp_path, refused):
+    source = changed(hf, tmp_path, lambda t: t.pop("visual.blocks.1.attn.qkv.bias"))
+    refused(source, says="missing: visual.blocks.1.attn.qkv.bias")
+
+
+def test_a_wrong_shape(hf, tmp_path, refused):
+    source = changed(hf, tmp_path, lambda t: t.update({"model.norm.weight": torch.ones(63)}))
+    refused(source, says=["model.norm.weight has shape [63]", "[64]"])
+
+
+def test_an_lm_head_that_differs_from_the_embedding_it_is_tied_to(hf, tmp_path, refused):
+    source = changed(hf, tmp_path, lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    refused(source, says=["model.embed_tokens.weight is stored twice", "lm_head.weight"])
+
+
+def test_mixed_dtypes_need_a_cast(hf, tmp_path, refused):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    source = changed(hf, tmp_path, lambda t: t.update({name: t[name].float()}))
+    refused(source, says="pass --dtype")
+    assert run(["convert", str(source), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+
+
+def test_nan_and_infinity_are_reported(hf, tmp_path, capsys):
+    def spoil(tensors):
+        tensors["model.norm.weight"][3] = float("nan")
+
+    source = changed(hf, tmp_path, spoil)
+    assert run(["convert", str(source), str(tmp_path / "out")]) == 0
+    assert "1 tensor(s) hold NaN or Inf: language_model.decoder.final" in capsys.readouterr().out
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def lie(path):
+    """Two tensors claim the same bytes, file and header lengths unchanged."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    one, two = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+    header[two]["data_offsets"] = header[one]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(raw[:8] + text.ljust(length) + raw[8 + length :])
+
+
+def repeat_key(path):
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    text = raw[8 : 8 + length].rstrip()
+    entry = b',"model.norm.weight":{"dtype":"BF16","shape":[64],"data_offsets":[0,128]}}'
+    text = text[:-1] + entry
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (truncate, "its header asks for"),
+    (lie, "a wrong place"),
+    (repeat_key, "model.norm.weight appears twice"),
+    (lambda path: path.write_bytes(b""), "header does not fit"),
+    (lambda path: path.write_bytes(b"\xff" * 64), "header does not fit"),
+    (lambda path: path.write_bytes((8).to_bytes(8, "little") + b"not json"), "unreadable"),
+])
+def test_a_broken_safetensors_file(spoil, says, hf, tmp_path, refused):
+    shutil.copytree(hf, tmp_path / "source")
+    spoil(tmp_path / "source" / "model.safetensors")
+    refused(tmp_path / "source", says=["model.safetensors", says, "copy or download it again"])
+
+
+def test_a_missing_shard_a_broken_index_and_a_key_in_two_shards(hf, tmp_path, refused):
+    source = tmp_path / "source"
+    assert run(["convert", str(hf), str(source), "--to", "hf", "--max-shard-size", "100KB"]) == 0
+    shards = sorted(source.glob("*.safetensors"))
+    shards[1].rename(tmp_path / "kept")
+    refused(source, says=["lacks", shards[1].name])
+    shutil.copy(shards[0], shards[1])
+    refused(source, says="and again in")
+    (source / "model.safetensors.index.json").write_text("{}")
+    refused(source, says="is not a weight index")
+
+
+def test_a_broken_bin_file(hf, tmp_path, refused):
+    shutil.copytree(hf, tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    path = tmp_path / "source" / "pytorch_model.bin"
+    torch.save(read(hf), path)
+    truncate(path)
+    refused(tmp_path / "source", says="pytorch_model.bin cannot be read")
+
+
+def test_a_megatron_checkpoint_that_is_not_whole(mcore, tmp_path, refused):
+    source = tmp_path / "source"
+    shutil.copytree(mcore, source)
+    latest = source / "latest_checkpointed_iteration.txt"
+    latest.write_text("100")
+    refused(source, says="no such directory")
+    latest.write_text("newest")
+    refused(source, says="write 'release' or an iteration")
+    latest.write_text("release")
+    rank = source / "release" / "mp_rank_01_001" / "model_optim_rng.pt"
+    kept = rank.read_bytes()
+    rank.unlink()
+    refused(source, says=["lacks", "mp_rank_01_001/model_optim_rng.pt"])
+    rank.write_bytes(kept[:-50])
+    refused(source, says="cannot be read as a torch file")
+    content = torch.load(mcore / "release" / "mp_rank_01_001" / rank.name, weights_only=False)
+    gone = content["model"].pop("language_model.decoder.final_layernorm.weight")
+    torch.save(content, rank)
+    refused(source, says="missing: mp_rank_01_001/model_optim_rng.pt:model:language_model.decoder")
+    content["model"]["language_model.decoder.final_layernorm.weight"] = gone + 1
+    torch.save(content, rank)
+    refused(source, says="the copies differ")
+
+
+def test_a_config_json_of_another_model(mcore, tmp_path, refused):
+    other = make(tmp_path / "other", "--ffn-size", "128")
+    refused(mcore, "--hf-config", str(other), says=["has shape", "config.json"])
+    shutil.copytree(mcore, tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    refused(tmp_path / "bare", says="--hf-config")
+
+
+def test_an_existing_target_is_kept_unless_overwriting_is_asked_for(hf, tmp_path, refused):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    refused(hf, says=["exists and is not empty", "--overwrite"])
+    (tmp_path / "file").write_text("x")
+    refused(hf, says="is a file", target="file")
+    assert run(["convert", str(hf), str(target), "--overwrite"]) == 0
+    assert not (target / "precious").exists() and (target / "release").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(hf, refused, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refused(hf, says=["1,000 bytes free", "are needed"])
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(hf, refused, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.TensorAt, "write", full)
+    refused(hf, says=["No space left on device", "free space"])
+
+
+def test_a_run_killed_at_any_moment_leaves_the_old_target_and_can_be_repeated(hf, tmp_path):
+    target = tmp_path / "out"
+    assert run(["convert", str(hf), str(target), "--tp", "2"]) == 0
+    before = {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    code = """
+import sys, time
+from megatron_vl.weights import files
+def slow(*_):
+    print('writing', flush=True)
+    time.sleep(60)
+files.TensorAt.write = slow
+from megatron_vl.cli.main import run
+run(['convert', sys.argv[1], sys.argv[2], '--overwrite'])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(hf), str(target)], cwd=ROOT,
+                               stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    process.stdout.close()
+    assert any(path.name.startswith(".out.partial-") for path in tmp_path.iterdir())
+    after = {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    assert after == before
+    assert run(["convert", str(target), str(tmp_path / "back")]) == 0
+    assert_equal(read(tmp_path / "back"), read(hf))
+    assert run(["convert", str(hf), str(target), "--overwrite"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out"]
+
+
+def test_large_tensors_go_through_in_small_chunks(hf, mcore, tmp_path, monkeypatch):
+    monkeypatch.setattr(reshard, "CHUNK", 700)
+    assert run(["convert", str(mcore), str(tmp_path / "m"), "--tp", "4"]) == 0
+    assert run(["convert", str(tmp_path / "m"), str(tmp_path / "back"), "--to", "hf"]) == 0
+    assert_equal(read(tmp_path / "back"), read(hf))

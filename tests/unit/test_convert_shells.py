@@ -1,0 +1,72 @@
+"""The positional scripts: usage tables, refused words, and the same files as the command."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_hf import ROOT, assert_equal, make, read, read_mcore
+
+FAMILY = ROOT / "toolkits" / "hf2mcore_convertor.sh"
+QWEN2_VL = (ROOT / "toolkits" / "model_checkpoints_convertor" / "qwen"
+            / "hf2mcore_qwen2_vl_convertor.sh")
+
+
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("hf") / "tiny", "--dtype", "float32")
+
+
+def shell(script, *arguments, cwd=ROOT, **variables):
+    env = {**os.environ, "PYTHON": sys.executable, **variables}
+    return subprocess.run(["bash", str(script), *map(str, arguments)], env=env, cwd=cwd,
+                          capture_output=True, text=True, timeout=120)
+
+
+def test_there_and_back_with_an_uneven_first_stage_from_any_directory(hf, tmp_path):
+    done = shell(QWEN2_VL, "auto", hf, "m", 2, 2, "false", "fp32", cwd=tmp_path, MP_PP0_LAYERS="1")
+    assert done.returncode == 0, done.stderr
+    ranks = read_mcore(tmp_path / "m")
+    assert list(ranks) == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
+    assert ranks["mp_rank_00_000"]["args"].decoder_first_pipeline_num_layers == 1
+    done = shell(FAMILY, "auto", "m", "back", 2, 2, "true", "fp32", hf, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_equal(read(tmp_path / "back"), read(hf))
+    done = shell(FAMILY, "auto", "m", "back", 2, 2, "true", "fp32", hf, cwd=tmp_path)
+    assert done.returncode == 2 and "MP_OVERWRITE=true" in done.stderr
+    done = shell(FAMILY, "auto", "m", "back", 2, 2, "true", "fp32", hf, cwd=tmp_path,
+                 MP_OVERWRITE="true")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", [FAMILY, QWEN2_VL])
+@pytest.mark.parametrize("count", [0, 6])
+def test_too_few_arguments_print_the_usage_table(script, count):
+    done = shell(script, *["x"] * count)
+    assert done.returncode == 2
+    assert script.name in done.stderr
+    for name in ("MODEL_SIZE", "SOURCE", "TARGET", "TP", "PP", "mg2hf", "PR", "HF_CKPT_PATH",
+                 "MP_PP0_LAYERS"):
+        assert name in done.stderr
+
+
+@pytest.mark.parametrize("arguments, variables, says", [
+    (["auto", "S", "T", "2", "2", "yes", "bf16"], {}, "mg2hf is 'yes'; use true or false"),
+    (["auto", "S", "T", "2", "2", "false", "fp8"], {}, "PR is 'fp8'; use fp16, bf16 or fp32"),
+    (["auto", "S", "T", "two", "2", "false", "bf16"], {}, "TP is 'two'"),
+    (["auto", "S", "T", "2", "2", "true", "bf16"], {}, "HF_CKPT_PATH, is required"),
+    (["auto", "S", "T", "2", "2", "false", "bf16"], {"MP_PP0_LAYERS": "x"}, "MP_PP0_LAYERS is 'x'"),
+    (["auto", "S", "T", "2", "2", "false", "bf16"], {"MP_OVERWRITE": "1"}, "use true or false"),
+    (["auto", "S", "T", "2", "2", "false", "bf16", "H", "more"], {}, "too many"),
+])
+def test_unknown_words_are_refused_before_anything_runs(arguments, variables, says, tmp_path):
+    done = shell(FAMILY, *arguments, cwd=tmp_path, **variables)
+    assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_that_is_not_config_jsons_is_refused(hf, tmp_path):
+    done = shell(QWEN2_VL, "2B", hf, tmp_path / "m", 2, 2, "false", "bf16")
+    assert done.returncode == 2 and "MODEL_SIZE is 2B" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Convert a checkpoint of any supported family; `model_type` of config.json says which.
+# A thin shim over `megatron-vl convert`, for those who know the positional form.
+set -euo pipefail
+
+usage() {
+  cat >&2 <<TABLE
+usage: [MP_PP0_LAYERS=n] [MP_VP=n] [MP_OVERWRITE=true] bash ${CONVERTOR:-$0} \\
+           MODEL_SIZE SOURCE TARGET TP PP mg2hf PR [HF_CKPT_PATH]
+
+  1 MODEL_SIZE    2B, 7B, 72B or auto; checked against config.json, which alone gives the sizes
+  2 SOURCE        checkpoint to convert: a Hugging Face directory, or Megatron-Core's if mg2hf
+  3 TARGET        directory to write; refused if it holds anything, unless MP_OVERWRITE=true
+  4 TP            tensor-parallel ranks of the Megatron-Core checkpoint
+  5 PP            pipeline stages of the Megatron-Core checkpoint
+  6 mg2hf         false: Hugging Face to Megatron-Core; true: back
+  7 PR            dtype of the target: fp16, bf16 or fp32
+  8 HF_CKPT_PATH  directory with config.json and tokenizer; required when mg2hf is true
+
+  MP_PP0_LAYERS   language layers on stage 0, the rest evenly (to Megatron-Core only)
+  MP_VP           model chunks a stage (to Megatron-Core only)
+  MP_OVERWRITE    true replaces an existing TARGET
+TABLE
+  exit 2
+}
+
+refuse() {
+  echo "$(basename "$0"): $1" >&2
+  exit 2
+}
+
+[ $# -ge 7 ] || usage
+[ $# -le 8 ] || refuse "$# arguments are too many; give 7 or 8."
+
+MODEL_SIZE=$1
+SOURCE=$2
+TARGET=$3
+TP=$4
+PP=$5
+MG2HF=$6
+PR=$7
+HF_CKPT_PATH=${8:-}
+
+MP_PP0_LAYERS=${MP_PP0_LAYERS:-}
+MP_VP=${MP_VP:-}
+MP_OVERWRITE=${MP_OVERWRITE:-false}
+
+whole_number() {
+  [[ $2 =~ ^[0-9]+$ ]] || refuse "$1 is '$2'; give a whole number."
+}
+
+whole_number TP "$TP"
+whole_number PP "$PP"
+if [ -n "$MP_PP0_LAYERS" ]; then whole_number MP_PP0_LAYERS "$MP_PP0_LAYERS"; fi
+if [ -n "$MP_VP" ]; then whole_number MP_VP "$MP_VP"; fi
+
+case $PR in
+  fp16) DTYPE=float16 ;;
+  bf16) DTYPE=bfloat16 ;;
+  fp32) DTYPE=float32 ;;
+  *) refuse "PR is '$PR'; use fp16, bf16 or fp32." ;;
+esac
+
+OPTIONS=(--dtype "$DTYPE" --model-size "$MODEL_SIZE")
+
+case $MP_OVERWRITE in
+  true) OPTIONS+=(--overwrite) ;;
+  false) ;;
+  *) refuse "MP_OVERWRITE is '$MP_OVERWRITE'; use true or false." ;;
+esac
+
+case $MG2HF in
+  true)
+    [ -n "$HF_CKPT_PATH" ] || refuse "mg2hf is true, so argument 8, HF_CKPT_PATH, is required."
+    # TP and PP are not passed on: a Megatron-Core checkpoint says itself how it is laid out.
+    OPTIONS+=(--to hf --hf-config "$HF_CKPT_PATH")
+    ;;
+  false)
+    OPTIONS+=(--to mcore --tp "$TP" --pp "$PP")
+    if [ -n "$MP_PP0_LAYERS" ]; then OPTIONS+=(--first-stage-layers "$MP_PP0_LAYERS"); fi
+    if [ -n "$MP_VP" ]; then OPTIONS+=(--vp "$MP_VP"); fi
+    if [ -n "$HF_CKPT_PATH" ]; then OPTIONS+=(--hf-config "$HF_CKPT_PATH"); fi
+    ;;
+  *) refuse "mg2hf is '$MG2HF'; use true or false." ;;
+esac
+
+if [ "$MP_OVERWRITE" = false ] && [ -d "$TARGET" ] && [ -n "$(ls -A "$TARGET")" ]; then
+  refuse "TARGET $TARGET exists and is not empty; remove it, or set MP_OVERWRITE=true to replace it."
+fi
+
+# Run from anywhere, installed or not.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python}" -m megatron_vl convert "$SOURCE" "$TARGET" "${OPTIONS[@]}"
