@@ -7,9 +7,11 @@ launcher takes the job's exit code from it.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -23,6 +25,8 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     """Do `work` as the rank that the environment names, and end the process."""
     code = 0
     try:
+        # torch renamed two collectives; Megatron-Core will follow in its own time.
+        warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
         # Before Megatron-Core is imported by anything else: see the CPU platform.
         select_platform().install()
         work()
@@ -33,6 +37,8 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
         code = fail(1, traceback.format_exc())
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in multiprocessing.active_children():
+        child.terminate()
     # Leave at once: destructors of process groups may wait for ranks that are gone.
     os._exit(code)
 

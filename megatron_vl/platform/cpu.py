@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import queue
 import resource
 import sys
 import warnings
@@ -46,6 +47,7 @@ class CpuPlatform:
         _install_factories()
         _install_type_names()
         _install_adam()
+        _install_checkpoint_queue()
         _installed = True
 
     def device(self, local_rank: int) -> torch.device:
@@ -288,3 +290,17 @@ def _install_adam() -> None:
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+# ---- checkpoint writing -----------------------------------------------------------------------
+
+
+def _install_checkpoint_queue() -> None:
+    """Pass write results through a queue of this process.
+
+    Megatron-Core starts a manager process for it, which a CUDA context needs; it imports torch
+    anew, outlives a rank that was killed, and keeps the job's output open.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.SimpleQueue()
