@@ -25,7 +25,6 @@ from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import Stored, WeightMap, rank_file
-from megatron_vl.weights.torch_dist import open_torch_dist, read_common
 from megatron_vl.weights.torch_file import load_torch_file, open_torch_file
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -115,6 +114,9 @@ def open_mcore(
         InputError: gaps, surpluses or wrong shapes, named.
     """
     if info.format == "torch_dist":
+        # Imported here: torch.distributed.checkpoint takes seconds and only this format needs it.
+        from megatron_vl.weights.torch_dist import open_torch_dist
+
         return open_torch_dist(info.path, weights)
     tensors = {}
     for stage in range(info.layout.pp):
@@ -231,6 +233,8 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
 
 
 def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
+    from megatron_vl.weights.torch_dist import read_common
+
     saved = read_common(path)
     ours = saved.get(ENTRY) or _arguments(saved.get("args")).get(ENTRY) or {}
     sizes = ours.get("layout") or {}

@@ -21,7 +21,9 @@ from megatron_vl.weights.map import volume
 from megatron_vl.weights.plan import Op, Plan, TensorPlan, Twin
 from megatron_vl.weights.rules import box
 
-CHUNK = 32 * 2**20  # bytes of target and of source that one worker holds at a time
+# Bytes of target and of source that one worker holds at a time. Small enough that the allocator
+# hands the same pages out again: fresh ones would cost more than the copy.
+CHUNK = 8 * 2**20
 
 Tensors = Mapping[tuple[str, str, str], TensorAt]
 
@@ -120,9 +122,7 @@ class _Run:
                 chunk = (torch.empty if covered else torch.zeros)(rows, dtype=at.dtype)
                 for op in ops:
                     chunk[box((op.at[0] - low, *op.at[1:]), op.shape)] = self._read(op)
-            # A sum is NaN or Inf if an element is; only then is it worth looking at each.
-            if finite and not torch.isfinite(chunk.sum(dtype=torch.float32)):
-                finite = bool(torch.isfinite(chunk).all())
+            finite = finite and _is_finite(chunk)
             at.write(file, (low,), chunk)
             self.progress(chunk.nbytes)
         return None if finite else plan.target.name
@@ -176,6 +176,13 @@ def _down(start: tuple[int, ...], rows: int, dims: int) -> tuple[int, ...]:
     """`start` moved by `rows` on the first of the last `dims` dimensions."""
     front = len(start) - dims
     return (*start[:front], start[front] + rows, *start[front + 1 :])
+
+
+def _is_finite(chunk: torch.Tensor) -> bool:
+    # A sum is NaN or Inf if an element is; only then is it worth looking at each. float16 would
+    # overflow, so it is added up in float32; the others take torch's faster way.
+    wide = torch.float32 if chunk.dtype == torch.float16 else None
+    return bool(torch.isfinite(chunk.sum(dtype=wide))) or bool(torch.isfinite(chunk).all())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_vl.errors import InputError
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.rules import Piece
-from megatron_vl.weights.torch_file import Opaque, load_torch_file
+from megatron_vl.weights.torch_file import Opaque, load_torch_file, storage_offset
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
@@ -178,14 +177,13 @@ class _Chunks:
             raise InputError(f"{file} is missing or cut short; copy the checkpoint again.")
         view = _View(self.open(file), place.offset, place.length)
         try:
-            with FakeTensorMode():
-                tensor = torch.load(view, weights_only=True, map_location="cpu")
+            tensor = torch.load(view, weights_only=True, map_location="meta")
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise InputError(f"{file} is broken at {name}; copy the checkpoint again.") from error
         if tuple(tensor.shape) != sizes or tensor.dtype != dtype or not tensor.is_contiguous():
             raise InputError(f"{file}: {name} is not what .metadata says; copy it again.")
-        start = tensor.untyped_storage()._checkpoint_offset
-        offset = place.offset + start + tensor.storage_offset() * tensor.element_size()
+        within = tensor.storage_offset() * tensor.element_size()
+        offset = place.offset + storage_offset(tensor) + within
         return place.relative_path, TensorAt(path=file, offset=offset, dtype=dtype, shape=sizes)
 
 

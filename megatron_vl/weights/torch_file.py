@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megatron_vl.errors import InputError
@@ -57,10 +56,14 @@ def open_torch_file(path: Path) -> Any:
         raise InputError(f"{path} is missing; copy it again.")
     if not zipfile.is_zipfile(path):
         return _located(_load(path), None, path)  # torch's format before 1.6 has no places
-    with FakeTensorMode():
-        placed = _load(path)
+    placed = _load(path, map_location="meta")
     # Tensors that are no contiguous run of bytes are rare; only for them the file is mapped.
     return _located(placed, functools.cache(lambda: _load(path, mmap=True)), path)
+
+
+def storage_offset(tensor: torch.Tensor) -> int:
+    """Where a tensor's storage starts in the file it was loaded from onto the meta device."""
+    return tensor.untyped_storage()._checkpoint_offset
 
 
 def _load(path: Path, **options) -> Any:
@@ -69,7 +72,7 @@ def _load(path: Path, **options) -> Any:
     try:
         stubs = [(Opaque, name) for name in _unknown(path)]
         with safe_globals([argparse.Namespace, *stubs]):
-            return torch.load(path, map_location="cpu", weights_only=True, **options)
+            return torch.load(path, **{"map_location": "cpu", "weights_only": True, **options})
     except Exception as error:
         # torch raises many types for a broken file; all mean the same to the person who has it.
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -96,7 +99,7 @@ def _located(value: Any, real: Callable[[], Any] | None, path: Path) -> Any:
         return value
     shape = tuple(value.shape)
     if real is not None and value.is_contiguous():
-        start = value.untyped_storage()._checkpoint_offset
+        start = storage_offset(value)
         return TensorAt(path=path, offset=start + value.storage_offset() * value.element_size(),
                         dtype=value.dtype, shape=shape)
     loaded = value if real is None else real()

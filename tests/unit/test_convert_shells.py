@@ -34,9 +34,15 @@ def test_there_and_back_with_an_uneven_first_stage_from_any_directory(hf, tmp_pa
     assert_equal(read(tmp_path / "back"), read(hf))
     done = shell(FAMILY, "auto", "m", "back", 2, 2, "true", "fp32", hf, cwd=tmp_path)
     assert done.returncode == 2 and "MP_OVERWRITE=true" in done.stderr
-    done = shell(FAMILY, "auto", "m", "back", 2, 2, "true", "fp32", hf, cwd=tmp_path,
-                 MP_OVERWRITE="true")
+
+
+def test_overwriting_has_to_be_asked_for_by_name(hf, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old").write_text("x")
+    done = shell(FAMILY, "auto", hf, tmp_path / "m", 1, 1, "false", "bf16", MP_OVERWRITE="true")
     assert done.returncode == 0, done.stderr
+    assert sorted(read_mcore(tmp_path / "m")) == ["mp_rank_00"]
+    assert not (tmp_path / "m" / "old").exists()
 
 
 @pytest.mark.parametrize("script", [FAMILY, QWEN2_VL])
