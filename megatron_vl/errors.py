@@ -1,4 +1,4 @@
-"""The one error a person's input raises: a sentence that says what is wrong, where, and the mend."""
+"""The one error a person's input raises: a sentence that says what is wrong, where, the mend."""
 
 
 class InputError(ValueError):

@@ -38,14 +38,14 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--first-stage-layers", type=int, metavar="N",
                         help="language layers on stage 0, the rest evenly (MP_PP0_LAYERS)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast to this dtype (default: SRC's)")
-    parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json and "
-                        "tokenizer for a Megatron-Core SRC that has none beside it")
+    parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json "
+                        "and tokenizer for a Megatron-Core SRC that has none beside it")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest safetensors file, as in 5GB (default)")
-    parser.add_argument("--model-size", default="auto", metavar="SIZE", help="2B, 7B or 72B: refuse "
-                        "a config.json of another size (default auto: take what it says)")
+    parser.add_argument("--model-size", default="auto", metavar="SIZE", help="2B, 7B or 72B: "
+                        "refuse a config.json of another size (default auto: take what it says)")
     parser.add_argument("--workers", type=int, default=2, help="threads (default 2)")
     parser.set_defaults(run=run)
     return parser
@@ -131,7 +131,9 @@ def _layers(text: str | None, option: str) -> list | None:
     try:
         rows = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
     except json.JSONDecodeError as error:
-        raise InputError(f"{option} {text!r} is no list; write 1,10,10,7 or [[0,1],[4,3]].") from error
+        raise InputError(
+            f"{option} {text!r} is no list; write 1,10,10,7 or [[0,1],[4,3]]."
+        ) from error
     flat = [n for row in rows for n in (row if isinstance(row, list) else [row])]
     even = len({isinstance(row, list) for row in rows}) == 1
     if not even or not all(isinstance(n, int) and not isinstance(n, bool) for n in flat):

@@ -1,4 +1,4 @@
-"""Start this node's ranks with torchrun's launcher and give back the exit code of the first failure."""
+"""Start this node's ranks with torchrun's launcher; give back the first failure's exit code."""
 
 from __future__ import annotations
 

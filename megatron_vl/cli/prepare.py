@@ -32,7 +32,9 @@ def add_parser(subparsers) -> None:
         "--shuffle", action=argparse.BooleanOptionalAction, default=True,
         help="mix the entries, keeping an image's entries in one split (default: yes)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=42, help="of the shuffle (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="of the shuffle (default: %(default)s)"
+    )
     parser.add_argument(
         "--num-workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)"
     )

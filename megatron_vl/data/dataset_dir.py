@@ -68,8 +68,8 @@ def split_shards(path: Path, split: str) -> list[str]:
     shards = _split_parts(path).get(split)
     if not shards:
         raise InputError(
-            f"the dataset {path} has nothing in its split {split!r}; prepare it with a --split that "
-            f"gives {split!r} a share, or give another dataset."
+            f"the dataset {path} has nothing in its split {split!r}; prepare it with a --split "
+            f"that gives {split!r} a share, or give another dataset."
         )
     return shards
 
@@ -113,6 +113,6 @@ def _check_shard(shard: Path) -> None:
         ) from error
     if size < end:
         raise InputError(
-            f"the shard {shard} is cut off (it has {size} bytes, its index tells of {end}); copy it "
-            f"again, or {_PREPARE}."
+            f"the shard {shard} is cut off (it has {size} bytes, its index tells of {end}); copy "
+            f"it again, or {_PREPARE}."
         )

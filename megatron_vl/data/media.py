@@ -89,7 +89,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # The base class' method: PNG's own decodes every pixel in search of a late EXIF chunk.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001  a damaged EXIF block says nothing about the pixels
+    except Exception:  # a damaged EXIF block says nothing about the pixels
         return 1
 
 
@@ -164,8 +164,8 @@ class ImageProcessor:
         size["longest_edge"] = size["longest_edge"] if max_pixels is None else max_pixels
         if not 0 < size["shortest_edge"] <= size["longest_edge"]:
             raise InputError(
-                f"images are to have {size['shortest_edge']} to {size['longest_edge']} pixels; give "
-                f"a minimum above 0 and no larger than the maximum."
+                f"images are to have {size['shortest_edge']} to {size['longest_edge']} pixels; "
+                f"give a minimum above 0 and no larger than the maximum."
             )
         processor.size = size
         return cls(processor, vision=vision)

@@ -186,7 +186,9 @@ def find_json(source: Path, name: str | None) -> Path:
         raise InputError(f"{source} does not exist; give the directory that holds the JSON file.")
     if name is not None:
         if not (source / name).is_file():
-            raise InputError(f"{source / name} does not exist; give --json the name of a file there.")
+            raise InputError(
+                f"{source / name} does not exist; give --json the name of a file there."
+            )
         return source / name
     if (source / KNOWN_JSON).is_file():
         return source / KNOWN_JSON
@@ -337,7 +339,8 @@ def plan_shards(
         parts[split] = range(first, last)
         end = len(order) * last // total
         if config.shuffle and end < len(order):
-            end = _media_edge(order, end, least=begin + last - first, most=len(order) - total + last)
+            least, most = begin + last - first, len(order) - total + last
+            end = _media_edge(order, end, least=least, most=most)
         part = order[begin:end]
         if config.shuffle:
             random.Random(config.seed + 1).shuffle(part)
@@ -417,7 +420,7 @@ def run_energon_prepare(
         "--media-metadata-by-extension",
     ]  # fmt: skip
     if config.progress:
-        print(f"energon {' '.join(command[3:4] + [str(config.output)] + command[5:])}", flush=True)
+        print(f"energon {' '.join([command[3], str(config.output), *command[5:]])}", flush=True)
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

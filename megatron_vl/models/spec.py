@@ -240,4 +240,6 @@ def _positive(spec, *names: str) -> None:
     for name in names:
         size = getattr(spec, name)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise InputError(f"config.json's {name} is {size!r}; it must be a whole number above 0.")
+            raise InputError(
+                f"config.json's {name} is {size!r}; it must be a whole number above 0."
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -114,7 +115,7 @@ class Bucket:
         whole = min(lengths) == width
         kept = None if whole else (column < count).flatten().nonzero().flatten()
         self.kept = None if kept is None else kept.to(device)
-        neighbours = all(a + width == b for a, b in zip(starts, starts[1:], strict=False))
+        neighbours = all(a + width == b for a, b in pairwise(starts))
         self.contiguous = (starts[0], starts[0] + width * len(starts)) if whole and neighbours \
             else None
 

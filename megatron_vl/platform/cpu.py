@@ -121,7 +121,9 @@ def _is_cuda(device) -> bool:
 def _install_device_calls() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
-    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
+    for name in (
+        "synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "_lazy_init"
+    ):
         setattr(cuda, name, _nothing())
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
         setattr(cuda, name, lambda *args: 0)

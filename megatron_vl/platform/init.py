@@ -43,7 +43,7 @@ def initialize(layout: Layout, *, seed: int = 1234, timeout_minutes: float = 10.
             device_id=device if device.type == "cuda" else None,
             **init,
         )
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

@@ -79,7 +79,7 @@ class BatchOptions:
             )
 
     def num_microbatches(self, dp: int) -> int:
-        """Forward passes of one step on every rank. Raises InputError when it is no whole number."""
+        """Forward passes of one step on every rank. Raises InputError when it is not whole."""
         share = self.micro_batch_size * dp
         if self.global_batch_size % share:
             raise InputError(

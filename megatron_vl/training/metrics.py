@@ -59,7 +59,7 @@ class MetricLog:
             self.board = SummaryWriter(tensorboard_dir)
 
     def step(self, step: StepMetrics) -> None:
-        self.recent = (self.recent + [step.step_seconds])[-50:]
+        self.recent = [*self.recent, step.step_seconds][-50:]
         if step.iteration % self.log_interval == 0 or step.iteration == self.train_iters:
             print(self.line(step), flush=True)
         self._record("train", step.iteration, {
@@ -84,8 +84,8 @@ class MetricLog:
     def evaluation(self, iteration: int, loss: float, trained_tokens: int, seconds: float) -> None:
         perplexity = math.exp(min(loss, 50.0)) if trained_tokens else float("nan")
         print(
-            f"validation at iteration {iteration} | loss {loss:.4f} | perplexity {perplexity:.3f} | "
-            f"{trained_tokens:,} trained tokens | {seconds:.1f} s",
+            f"validation at iteration {iteration} | loss {loss:.4f} | "
+            f"perplexity {perplexity:.3f} | {trained_tokens:,} trained tokens | {seconds:.1f} s",
             flush=True,
         )
         self._record("validation", iteration, {

@@ -1,4 +1,4 @@
-"""Published (Hugging Face) weights: where every tensor's bytes lie, and files laid out to be filled.
+"""Published (Hugging Face) weights: where each tensor's bytes lie, and files laid out to be filled.
 
 Reads `model.safetensors` with or without an index, sharded safetensors, and `.bin` pickles through
 torch's weights-only reader. A safetensors file is 8 bytes of header length, a JSON header and the
@@ -141,8 +141,8 @@ def open_safetensors(path: Path) -> dict[str, TensorAt]:
 
 def _no_twins(pairs: list[tuple[str, object]]) -> dict:
     names = [name for name, _ in pairs]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
-    if twice:
+    if len(set(names)) < len(names):
+        twice = {name for name in names if names.count(name) > 1}
         raise ValueError(f"{listed(sorted(twice))} appears twice")
     return dict(pairs)
 

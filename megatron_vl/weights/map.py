@@ -209,7 +209,9 @@ class WeightMap:
         self._complain("Megatron-Core", missing, extra)
         return inventory
 
-    def match_mcore(self, expected: Iterable[Stored], found: Iterable[tuple[str, str, str]]) -> None:
+    def match_mcore(
+        self, expected: Iterable[Stored], found: Iterable[tuple[str, str, str]]
+    ) -> None:
         """Whether a torch-format checkpoint holds just what the layout asks for.
 
         Raises:

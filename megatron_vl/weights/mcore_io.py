@@ -92,7 +92,9 @@ def load_rank(
     """
     info = checkpoint if isinstance(checkpoint, CheckpointInfo) else inspect_checkpoint(checkpoint)
     if info.format != "torch":
-        raise InputError(f"{info.path} is a {info.format} checkpoint; load it by dist_checkpointing.")
+        raise InputError(
+            f"{info.path} is a {info.format} checkpoint; load it by dist_checkpointing."
+        )
     if not (0 <= tp < info.layout.tp and 0 <= pp < info.layout.pp):
         raise InputError(
             f"{info.path} was written for {info.layout}, it has no rank TP {tp} PP {pp}; convert "
@@ -195,7 +197,9 @@ def _locate(directory: Path) -> tuple[Path, Path]:
         return directory.parent, directory
     text = latest.read_text().strip()
     if text != RELEASE and not text.isdigit():
-        raise InputError(f"{latest} holds {text!r}; write 'release' or an iteration's number in it.")
+        raise InputError(
+            f"{latest} holds {text!r}; write 'release' or an iteration's number in it."
+        )
     path = directory / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not path.is_dir():
         raise InputError(

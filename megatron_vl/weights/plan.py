@@ -61,7 +61,9 @@ class Plan:
     def num_ops(self) -> int:
         return sum(len(one.ops) for one in self.tensors)
 
-    def lines(self, itemsizes: Mapping[tuple[str, str, str], int], slices: bool = True) -> list[str]:
+    def lines(
+        self, itemsizes: Mapping[tuple[str, str, str], int], slices: bool = True
+    ) -> list[str]:
         """The plan for people: every slice, then tensors and bytes of each file."""
         lines, files = [], defaultdict(lambda: [0, 0])
         for one in self.tensors:

@@ -221,7 +221,7 @@ class GateUp(Rule):
         ]
 
     def published(self) -> dict[str, tuple[int, ...]]:
-        return {key: (self.ffn, self.columns) for key in (self.gate, self.up)}
+        return dict.fromkeys((self.gate, self.up), (self.ffn, self.columns))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

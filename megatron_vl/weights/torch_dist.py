@@ -2,7 +2,7 @@
 
 `.metadata` is a pickle of torch.distributed.checkpoint's table: the global tensors, the chunks each
 is cut into, and the file and byte range of every chunk. It is read by an unpickler that knows those
-classes only; any other name becomes an `Opaque` and nothing is called. A chunk is a small torch.save
+classes only; any other name becomes an `Opaque` and nothing is called. A chunk is a torch.save
 file inside a `.distcp` file, opened like any other. No process group, no Megatron-Core.
 """
 

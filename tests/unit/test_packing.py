@@ -10,7 +10,9 @@ def _mixes():
     return {
         "equal": ([48] * 100, 512),
         "nearly equal": ([draw.randint(44, 53) for _ in range(1024)], 512),
-        "long tail": ([min(4096, int(draw.lognormvariate(5.5, 1)) + 20) for _ in range(1024)], 4096),
+        "long tail": (
+            [min(4096, int(draw.lognormvariate(5.5, 1)) + 20) for _ in range(1024)], 4096
+        ),
         "one": ([7], 7),
         "each fills a row": ([9] * 5, 9),
         "none": ([], 10),

@@ -34,8 +34,8 @@ def qkv(heads, groups, head_dim, columns):
                columns=columns)
 
 
-@pytest.mark.parametrize("heads, groups, tp", [(4, 2, 1), (4, 2, 2), (8, 2, 2), (4, 4, 4), (4, 1, 1),
-                                               (12, 2, 4), (16, 2, 8)])
+@pytest.mark.parametrize("heads, groups, tp", [(4, 2, 1), (4, 2, 2), (8, 2, 2), (4, 4, 4),
+                                               (4, 1, 1), (12, 2, 4), (16, 2, 8)])
 @pytest.mark.parametrize("columns", [None, 3])
 def test_qkv_is_interleaved_by_query_group(heads, groups, tp, columns):
     rule, width = qkv(heads, groups, 2, columns), 2
@@ -145,7 +145,8 @@ def test_every_rule_round_trips_and_writes_each_element_once(seed):
         shape, pieces = rule.pieces(tp, rank)
         touched = torch.zeros(shape)
         for piece in pieces:
-            touched[tuple(slice(a, a + n) for a, n in zip(piece.at, piece.shape))] += 1
+            ends = zip(piece.at, piece.shape, strict=True)
+            touched[tuple(slice(a, a + n) for a, n in ends)] += 1
         assert (touched == 1).all()
 
 

@@ -24,10 +24,9 @@ def main() -> None:
 
 
 def write(source: Path, out: Path, *, tp: int, padded: int) -> None:
-    from tiny_hf import read, reference_tensors
-
     from megatron.core.dist_checkpointing import ShardedTensor, save
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from tiny_hf import read, reference_tensors
 
     config = json.loads((source / "config.json").read_text())
     depth = {"llm": config["num_hidden_layers"], "vit": config["vision_config"]["depth"]}
@@ -55,7 +54,8 @@ def write(source: Path, out: Path, *, tp: int, padded: int) -> None:
                     add(key, piece, *stack, (at, part * tp + rank, 2 * tp), prepend=at)
             continue
         if how == "vocab":
-            tensor = torch.cat([tensor, tensor.new_full((padded - len(tensor), tensor.shape[1]), 9)])
+            padding = tensor.new_full((padded - len(tensor), tensor.shape[1]), 9)
+            tensor = torch.cat([tensor, padding])
             how = 0
         if how is None:
             add(key, tensor, *stack, prepend=at)

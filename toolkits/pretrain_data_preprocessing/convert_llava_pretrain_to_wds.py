@@ -1,6 +1,6 @@
 """LLaVA-style JSON and images to WebDataset shards ready for energon.
 
-    python convert_llava_pretrain_to_wds.py LLAVA_DIR [--output DIR] [options of megatron-vl prepare]
+    python convert_llava_pretrain_to_wds.py LLAVA_DIR [--output DIR] [options of prepare]
 
 Writes LLAVA_DIR/wds unless --output says otherwise. A shim over
 `megatron-vl prepare LLAVA_DIR DIR --format llava`; `--help` lists its options.

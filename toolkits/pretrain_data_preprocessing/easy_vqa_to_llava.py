@@ -44,7 +44,9 @@ def write_split(out: Path, split: str, questions, images: dict[int, str], limit:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write")
-    parser.add_argument("--max-images", metavar="N", type=int, help="only the first N of each split")
+    parser.add_argument(
+        "--max-images", metavar="N", type=int, help="only the first N of each split"
+    )
     args = parser.parse_args()
     try:
         import easy_vqa

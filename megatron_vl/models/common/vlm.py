@@ -1,4 +1,4 @@
-"""A vision-language model for Megatron-Core's pipeline: vision tower, GPTModel, and what joins them.
+"""A vision-language model for Megatron-Core's pipeline: vision tower, GPTModel, what joins them.
 
 Letters: s row length, b rows, n trained positions, E language width, V vocabulary (per tp rank).
 """

@@ -1,7 +1,7 @@
-"""Qwen2-VL's config.json, in the flat form it was published in and the nested one of transformers 5.
+"""Qwen2-VL's config.json, in the flat form it was published in and in transformers 5's nested one.
 
-Flat: the decoder's keys lie at the top, rope under `rope_theta` and `rope_scaling`. Nested: they lie
-under `text_config`, rope under `rope_parameters`. Every number the model needs comes from here.
+Flat: the decoder's keys lie at the top, rope under `rope_theta` and `rope_scaling`. Nested: they
+lie under `text_config`, rope under `rope_parameters`. Every number the model needs comes from here.
 """
 
 from __future__ import annotations
