@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ class ChatTokenizer:
                 f"the tokenizer in {hf_dir} cannot be read ({str(error).strip().splitlines()[0]}); "
                 f"copy tokenizer.json and tokenizer_config.json again from the model's repository."
             ) from error
+        legacy = hf_dir / "chat_template.json"  # where processors kept it before the .jinja file
+        if not tokenizer.chat_template and legacy.is_file():
+            tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer in {hf_dir} has no chat template; copy chat_template.jinja or a "

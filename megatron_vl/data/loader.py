@@ -8,6 +8,7 @@ model replica: every pipeline stage and tensor-parallel rank of one replica buil
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +19,13 @@ from megatron.energon import (
     SavableDataLoader,
     SavableDataset,
     WorkerConfig,
-    get_loader,
-    get_savable_loader,
     get_train_dataset,
     get_val_dataset,
 )
 from megatron.energon.errors import SampleException
 from megatron.energon.savable_loader import BasicDataLoader
 from megatron.energon.wrappers.base import BaseWrapperDataset
+from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.dataset_dir import check_dataset
@@ -101,16 +101,44 @@ class RowLoader:
 
     def __init__(self, loader: SavableDataLoader | BasicDataLoader):
         self._loader = loader
+        self._started = False
 
     def __iter__(self) -> Iterator[RowBatch]:
-        with _sentences(), _without_pin_memory_warning():
+        with _without_pin_memory_warning():
             batches = iter(self._loader)
         while True:
-            with _sentences(), _without_pin_memory_warning():
+            with _sentences(), _without_pin_memory_warning(), self._starting():
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Fork the workers with a frozen heap.
+
+        energon looks at every object the garbage collector knows, and collects, in each new worker:
+        seconds of work that also copies the trainer's memory.
+        """
+        if self._started or not self._loader.num_workers:
+            yield
+            return
+        self._started = True
+        gc.collect()
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+
+    def close(self) -> None:
+        """End the workers. Left to the garbage collector, torch waits five seconds for each."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+    def __del__(self) -> None:
+        self.close()
 
     def save_state_rank(self):
         """energon's state of this rank, to pickle beside a checkpoint; training loaders only.
@@ -192,7 +220,7 @@ def build_train_loader(
             max_samples_per_sequence=config.max_samples_per_sequence,
             task_encoder=encoder,
         )
-    return RowLoader(get_savable_loader(dataset, watchdog_timeout_seconds=None))
+    return RowLoader(SavableDataLoader(dataset, **_housekeeping(config)))
 
 
 def build_valid_loader(
@@ -236,7 +264,7 @@ def build_valid_loader(
         samples, encoder=encoder, config=config, dp_rank=dp_rank, dp_size=dp_size,
         max_batches=max_batches,
     )  # fmt: skip
-    return RowLoader(get_loader(rows, watchdog_timeout_seconds=None))
+    return RowLoader(BasicDataLoader(rows, **_housekeeping(config)))
 
 
 class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
@@ -314,12 +342,20 @@ def _workers(config: DataConfig, rank: int, size: int, num_workers: int, group) 
     )
 
 
+def _housekeeping(config: DataConfig) -> dict:
+    """energon collects garbage every few batches: right in a worker, a stall in the trainer."""
+    return {
+        "gc_collect_every_n_steps": GC_DEFAULT_EVERY_N_ITER if config.num_workers else 0,
+        "watchdog_timeout_seconds": None,
+    }
+
+
 @contextlib.contextmanager
 def _field_map_errors(path: Path) -> Iterator[None]:
     """energon's complaints about dataset.yaml as one sentence."""
     try:
         yield
-    except (AssertionError, ValueError, TypeError, KeyError) as error:
+    except (AssertionError, ValueError, TypeError, KeyError, ImportError) as error:
         raise InputError(
             f"{path}/.nv-meta/dataset.yaml cannot be used ({str(error).strip()}); it must name "
             f"sample_type VQASample and a field_map of image, context and answers, as "

@@ -1,0 +1,362 @@
+"""The loaders on real shards: rows, ranks, resume, and everything that can be wrong on disk."""
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vl.data import media
+from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.samples import IGNORE
+from megatron_vl.errors import InputError
+
+INTEGERS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "grid_thw")
+
+
+@pytest.fixture
+def loaders(hf_dir, spec, wds_dir):
+    """Builds the train or validation loader of a small configuration."""
+
+    def build(kind="train", path=wds_dir, rank=0, size=1, pixels=True, hf=hf_dir, limit=None,
+              **options):
+        settings = {
+            "train_path": path, "valid_path": path, "seq_length": 256, "micro_batch_size": 2,
+            "num_workers": 0, "packing_buffer_size": 64, "shuffle_buffer_size": 20,
+        }  # fmt: skip
+        config = DataConfig(**(settings | options))
+        where = {"hf_dir": hf, "spec": spec, "dp_rank": rank, "dp_size": size,
+                 "decode_pixels": pixels}
+        if kind == "train":
+            return build_train_loader(config, **where)
+        return build_valid_loader(config, max_batches=limit, **where)
+
+    return build
+
+
+def _take(loader, count):
+    return list(islice(loader, count))
+
+
+def _same(one, two, pixels=True):
+    assert one.sample_keys == two.sample_keys
+    for name in (*INTEGERS, *(["pixel_patches"] if pixels else [])):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+
+
+def _samples(wds, split_shards):
+    found = {}
+    for shard in split_shards:
+        with tarfile.open(wds / shard) as tar:
+            for name in tar.getnames():
+                if name.endswith(".json"):
+                    found[f"{shard}/{name[:-5]}"] = json.load(tar.extractfile(name))
+    return found
+
+
+TRAIN = [f"shard-{number:06d}.tar" for number in range(9)]
+VALID = ["shard-000009.tar"]
+
+
+# ---- rows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [64, None])
+def test_rows_hold_whole_samples_in_segments_of_their_own(loaders, spec, wds_dir, hf_dir, packing):
+    loader = loaders(packing_buffer_size=packing, max_padding_length=128)
+    known = _samples(wds_dir, TRAIN)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+    for batch in _take(loader, 4):
+        assert batch.tokens.shape == (2, 256 if packing else 128)
+        flat, labels = batch.tokens.flatten(), batch.labels.flatten()
+        positions = batch.position_ids.flatten(1)
+        bounds = batch.cu_seqlens.tolist()
+        assert bounds[0] == 0 and bounds[-1] == flat.numel() and bounds == sorted(set(bounds))
+        assert (256 if packing else 128) in bounds, "no segment crosses a row"
+        keys = iter(batch.sample_keys)
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            assert positions[:, begin].tolist() == [0, 0, 0]
+            if (flat[begin:end] == tokenizer.pad_token_id).all():
+                assert (labels[begin:end] == IGNORE).all()
+                continue
+            question, answer = (turn["value"] for turn in known[next(keys)])
+            text = tokenizer.decode(flat[begin:end])
+            assert text.count("<|image_pad|>") == 4
+            assert text.endswith(f"{question[len('<image>') + 1:]}<|im_end|>\n"
+                                 f"<|im_start|>assistant\n{answer}<|im_end|>\n")
+            trained = labels[begin:end]
+            assert tokenizer.decode(trained[trained != IGNORE]) == f"{answer}<|im_end|>"
+        assert next(keys, None) is None
+        assert batch.pixel_patches.shape == (16 * batch.num_images, spec.vision.patch_dim)
+        assert (flat == spec.tokens.image).sum() == 4 * batch.num_images
+        assert batch.num_images == batch.num_samples
+
+
+def test_stages_without_the_vision_tower_decode_nothing_and_see_the_same_rows(loaders, monkeypatch):
+    decoded = []
+    real = media.decode_rgb
+    monkeypatch.setattr(media, "decode_rgb", lambda data: decoded.append(1) or real(data))
+    first = _take(loaders(pixels=True), 6)
+    assert len(decoded) >= sum(batch.num_images for batch in first)
+    decoded.clear()
+    second = _take(loaders(pixels=False), 6)
+    assert not decoded
+    for one, two in zip(first, second, strict=True):
+        assert two.pixel_patches is None
+        _same(one, two, pixels=False)
+
+
+def test_only_picked_samples_are_decoded(loaders, monkeypatch):
+    decoded = []
+    real = media.decode_rgb
+    monkeypatch.setattr(media, "decode_rgb", lambda data: decoded.append(1) or real(data))
+    batches = _take(loaders(packing_buffer_size=200), 3)
+    assert len(decoded) == sum(batch.num_images for batch in batches)
+
+
+def test_one_epoch_has_every_sample_once_whatever_the_ranks_and_workers(loaders, wds_dir):
+    known = Counter(_samples(wds_dir, TRAIN))
+    for size, workers in ((1, 0), (2, 0), (2, 2)):
+        seen = Counter()
+        for rank in range(size):
+            share = len(known) // size
+            for batch in loaders(rank=rank, size=size, num_workers=workers, pixels=False,
+                                 packing_buffer_size=None, micro_batch_size=1,
+                                 shuffle_buffer_size=0):
+                seen.update(batch.sample_keys)
+                share -= 1
+                if share <= 8 * max(1, workers):  # workers end their epochs at their own pace
+                    break
+        assert not seen.keys() - known.keys()
+        assert max(seen.values()) == 1
+        assert len(seen) >= len(known) - 16 * size - 2
+
+
+def test_another_seed_gives_another_order(loaders):
+    one, two = (_take(loaders(seed=seed), 1)[0] for seed in (1, 2))
+    assert one.sample_keys != two.sample_keys
+
+
+# ---- resume -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "stop"), [(0, 3), (2, 1), (2, 7)])
+def test_a_resumed_loader_goes_on_exactly(loaders, workers, stop):
+    loader = loaders(num_workers=workers)
+    batches = iter(loader)
+    for _ in range(stop):
+        next(batches)
+    state = pickle.dumps(loader.save_state_rank())
+    want = _take(batches, 6)
+    resumed = loaders(num_workers=workers)
+    resumed.restore_state_rank(pickle.loads(state))
+    for one, two in zip(want, _take(resumed, 6), strict=True):
+        _same(one, two)
+
+
+def test_another_number_of_workers_is_refused_on_resume(loaders):
+    loader = loaders(num_workers=2)
+    next(iter(loader))
+    state = loader.save_state_rank()
+    with pytest.raises(InputError, match="2 workers a rank but 1 are asked for"):
+        loaders(num_workers=1).restore_state_rank(state)
+
+
+def test_a_batch_is_rebuilt_from_its_restore_key(loaders):
+    loader = loaders()
+    batch = _take(loader, 3)[2]
+    _same(batch, loader.restore_sample(batch.__restore_key__))
+
+
+# ---- validation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [16, None])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_validate_on_every_sample_once_in_equally_many_full_batches(
+    loaders, wds_dir, packing, size
+):
+    known = _samples(wds_dir, VALID)
+    ranks = [
+        list(loaders("valid", rank=rank, size=size, packing_buffer_size=packing, pixels=False))
+        for rank in range(size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(batch.tokens.shape[0] == 2 for batches in ranks for batch in batches)
+    seen = Counter(key for batches in ranks for batch in batches for key in batch.sample_keys)
+    assert seen == Counter(dict.fromkeys(known, 1))
+
+
+def test_validation_starts_over_each_time(loaders):
+    loader = loaders("valid", num_workers=1)
+    first, second = list(loader), list(loader)
+    assert first
+    for one, two in zip(first, second, strict=True):
+        _same(one, two)
+
+
+def test_validation_stops_after_the_batches_asked_for(loaders):
+    whole = list(loaders("valid"))
+    assert len(whole) > 2
+    for one, two in zip(whole[:2], list(loaders("valid", limit=2)), strict=True):
+        _same(one, two)
+
+
+# ---- what can be wrong ------------------------------------------------------------------------
+
+
+def _copy(wds, out):
+    shutil.copytree(wds, out)
+    return out
+
+
+def _rewrite(shard, change):
+    """Rewrite every member of a shard in place, sizes kept."""
+    with tarfile.open(shard) as tar:
+        spots = [(m.name, m.offset_data, m.size) for m in tar]
+    data = bytearray(shard.read_bytes())
+    for name, at, size in spots:
+        new = change(name, bytes(data[at : at + size]))
+        assert len(new) == size
+        data[at : at + size] = new
+    shard.write_bytes(data)
+
+
+def _drain(loader):
+    with pytest.raises(InputError) as caught:
+        for _ in islice(loader, 200):
+            pass
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda data: data[:60] + bytes(len(data) - 60), "its pixels cannot be decoded"),
+        (lambda data: bytes(len(data)), "not in a format PIL can read"),
+    ],
+)
+def test_one_corrupt_image_stops_training_with_its_name(loaders, wds_dir, tmp_path, workers, damage,
+                                                        what):
+    wds = _copy(wds_dir, tmp_path / "wds")
+    with tarfile.open(wds / TRAIN[4]) as tar:
+        victim = next(name for name in tar.getnames() if name.endswith(".png"))
+    _rewrite(wds / TRAIN[4], lambda name, data: damage(data) if name == victim else data)
+    said = _drain(loaders(path=wds, num_workers=workers))
+    assert f"{TRAIN[4]}/{victim[:-4]}" in said
+    assert what in said and "replace or remove it" in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_longer_than_a_row_is_named_with_its_length(loaders, workers):
+    said = _drain(loaders(seq_length=48, num_workers=workers))
+    assert "shard-0000" in said and "tokens but a row holds 48" in said
+    assert "raise the sequence length" in said
+    said = _drain(loaders(packing_buffer_size=None, max_padding_length=48, num_workers=workers))
+    assert "raise the padding length" in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_json_in_a_shard_is_named(loaders, wds_dir, tmp_path, workers):
+    wds = _copy(wds_dir, tmp_path / "wds")
+    _rewrite(wds / TRAIN[0], lambda name, data: b"[" * len(data) if name.endswith("json") else data)
+    said = _drain(loaders(path=wds, num_workers=workers))
+    assert f"sample {TRAIN[0]}/" in said and "cannot be read" in said
+
+
+def test_an_empty_answer_is_named(loaders, wds_dir, tmp_path):
+    wds = _copy(wds_dir, tmp_path / "wds")
+    dataset = wds / ".nv-meta/dataset.yaml"
+    dataset.write_text(dataset.read_text().replace("answers: json[1][value]", "answers: json[1][from]"))
+    _rewrite(wds / TRAIN[0], lambda name, data: data.replace(b'"gpt"', b'"   "'))
+    assert "its answer is empty" in _drain(loaders(path=wds))
+
+
+FIELD_MAPS = {
+    "image: png": ("image: jpg", "lacks a part that the field_map"),
+    "context: json[0][value]": ("context: json[5][value]", "lacks a part that the field_map"),
+    "answers: json[1][value]": ("answers: json[1][text]", "lacks a part that the field_map"),
+    "image: png": ("image: json", "is not an image's bytes, a question and an answer"),
+    "image: png ": ("picture: png ", "dataset.yaml cannot be used"),
+    "VQASample": ("NoSuchSample", "dataset.yaml cannot be used"),
+}
+
+
+@pytest.mark.parametrize("old", FIELD_MAPS)
+def test_a_wrong_field_map_is_named(loaders, wds_dir, tmp_path, old):
+    new, what = FIELD_MAPS[old]
+    wds = _copy(wds_dir, tmp_path / "wds")
+    dataset = wds / ".nv-meta/dataset.yaml"
+    assert old.strip() in dataset.read_text()
+    dataset.write_text(dataset.read_text().replace(old.strip(), new.strip()))
+    with pytest.raises(InputError, match=what):
+        for _ in islice(loaders(path=wds), 3):
+            pass
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-20_000])
+
+
+BROKEN = {
+    "no directory": (lambda wds: shutil.rmtree(wds), "does not exist; give the directory"),
+    "not prepared": (lambda wds: shutil.rmtree(wds / ".nv-meta"), "has no .nv-meta"),
+    "no info": (lambda wds: (wds / ".nv-meta/.info.json").unlink(), ".info.json is missing"),
+    "no dataset.yaml": (lambda wds: (wds / ".nv-meta/dataset.yaml").unlink(), "dataset.yaml is miss"),
+    "no split.yaml": (lambda wds: (wds / ".nv-meta/split.yaml").unlink(), "split.yaml is missing"),
+    "bad split.yaml": (lambda wds: (wds / ".nv-meta/split.yaml").write_text("{"), "is damaged"),
+    "empty split": (
+        lambda wds: (wds / ".nv-meta/split.yaml").write_text("split_parts: {train: []}"),
+        "nothing in its split 'train'",
+    ),
+    "no shard": (lambda wds: (wds / TRAIN[3]).unlink(), "the shard .*3.tar is missing"),
+    "no index": (lambda wds: (wds / f"{TRAIN[3]}.idx").unlink(), "index .*3.tar.idx is missing"),
+    "shard cut off": (lambda wds: _cut(wds / TRAIN[3]), "3.tar is cut off"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_hole_in_the_dataset_is_one_sentence(loaders, wds_dir, tmp_path, name):
+    breaks, what = BROKEN[name]
+    wds = _copy(wds_dir, tmp_path / "wds")
+    breaks(wds)
+    with pytest.raises(InputError, match=what) as caught:
+        loaders(path=wds)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_readers_than_samples_are_refused(loaders):
+    with pytest.raises(InputError, match="ask for fewer workers"):
+        loaders(size=400, num_workers=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"seq_length": 0}, "seq_length is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"max_padding_length": 257}, "padding length 257 is above the sequence length 256"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+    ],
+)
+def test_unusable_settings_are_refused(loaders, options, what):
+    with pytest.raises(InputError, match=what):
+        loaders(**options)
+
+
+def test_images_without_a_dataset_are_refused(loaders):
+    with pytest.raises(InputError, match="no training dataset"):
+        loaders(train_path=None)
+    with pytest.raises(InputError, match="no validation dataset"):
+        loaders("valid", valid_path=None)

@@ -1,0 +1,101 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vl.data.media import BadImage, ImageProcessor, decode_rgb, image_size
+from megatron_vl.errors import InputError
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def _file(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _one_colour(colour, mode="RGB", size=(56, 56)):
+    return _file(Image.new(mode, size, colour))
+
+
+@pytest.fixture(scope="module")
+def images(hf_dir, spec):
+    return ImageProcessor.from_hf_dir(hf_dir, vision=spec.vision)
+
+
+def test_red_stays_in_the_first_channel(images):
+    patch = images.patches(_one_colour((255, 0, 0)))[0].view(3, 2, 14, 14)
+    want = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    assert torch.allclose(patch.mean(dim=(1, 2, 3)), want, atol=1e-5)
+
+
+def test_mean_and_std_are_those_of_the_preprocessor_config(hf_dir, spec, tmp_path):
+    config = json.loads((hf_dir / "preprocessor_config.json").read_text())
+    assert (config["image_mean"], config["image_std"]) == (CLIP_MEAN, CLIP_STD)
+    config |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    images = ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+    assert torch.equal(images.patches(_one_colour((0, 0, 0))).unique(), torch.tensor([-2.0]))
+
+
+def test_transparency_is_laid_on_white(images):
+    clear = _one_colour((10, 20, 30, 0), mode="RGBA")
+    assert torch.equal(images.patches(clear), images.patches(_one_colour((255, 255, 255))))
+
+
+def test_sixteen_bit_gray_keeps_its_high_byte():
+    deep = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    image = decode_rgb(_file(Image.fromarray(deep)))
+    assert np.asarray(image)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
+
+
+def test_the_size_comes_from_the_header_alone(images):
+    data = _file(Image.fromarray(np.random.default_rng(0).integers(
+        0, 256, (300, 200, 3), dtype=np.uint8)))
+    assert image_size(data[:100]) == (300, 200)
+    assert images.grid(data[:100]) == images.grid(data) == (1, 22, 14)
+    assert images.num_tokens(images.grid(data)) == 77
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "not in a format"),
+        (b"\x89PNG\r\n\x1a\n", "not in a format"),
+        (b"<html>", "not in a format"),
+        (_file(Image.effect_noise((64, 64), 50))[:-300], "cannot be decoded"),
+        (_file(Image.effect_noise((64, 64), 50), "JPEG")[:-300], "cannot be decoded"),
+        (_file(Image.new("RGB", (1, 300))), "too long and thin"),
+    ],
+)
+def test_a_damaged_image_says_what_is_wrong(images, data, what):
+    with pytest.raises(BadImage, match=what):
+        images.patches(data)
+
+
+def test_a_missing_preprocessor_config_is_named(spec, tmp_path):
+    with pytest.raises(InputError, match=r"preprocessor_config.json is missing; copy it"):
+        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+
+
+def test_a_damaged_preprocessor_config_is_named(spec, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"preprocessor_config.json cannot be read"):
+        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+
+
+def test_a_patch_size_unlike_config_json_s_is_refused(hf_dir, spec, tmp_path):
+    config = json.loads((hf_dir / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"patch_size": 16}))
+    with pytest.raises(InputError, match="patch_size 16 but config.json has 14"):
+        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+
+
+def test_a_budget_upside_down_is_refused(hf_dir, spec):
+    with pytest.raises(InputError, match="no larger than the maximum"):
+        ImageProcessor.from_hf_dir(hf_dir, vision=spec.vision, min_pixels=9000, max_pixels=800)

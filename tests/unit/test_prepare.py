@@ -1,0 +1,219 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from megatron_vl.cli.main import run
+from megatron_vl.data.formats.llava import BadEntry, check_question_and_answer
+from megatron_vl.data.prepare import Entry, PrepareConfig, plan_shards, prepare
+from megatron_vl.errors import InputError
+
+
+def _entry(image="0.png", question="<image>\nWhat?", answer="red", **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "a", "image": image, "conversations": turns, **more}
+
+
+def _source(path, entries, images=("0.png",)):
+    path.mkdir(parents=True, exist_ok=True)
+    for name in images:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (255, 0, 0)).save(path / name)
+    (path / "data.json").write_text(json.dumps(entries))
+    return path
+
+
+def _members(wds):
+    found = {}
+    for shard in sorted(wds.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                assert member.name not in found
+                found[member.name] = tar.extractfile(member).read()
+    return found
+
+
+# ---- the whole command ------------------------------------------------------------------------
+
+
+def test_every_question_is_a_sample_with_the_image_s_own_bytes(llava_dir, wds_dir):
+    entries = json.loads((llava_dir / "train.json").read_text())
+    members = _members(wds_dir)
+    assert len(members) == 2 * len(entries)
+    for number, entry in enumerate(entries):
+        key = f"{number:03d}-{entry['id']}"
+        assert members[f"{key}.png"] == (llava_dir / entry["image"]).read_bytes()
+        assert json.loads(members[f"{key}.json"]) == entry["conversations"]
+
+
+def test_energon_s_metadata_has_the_field_map_and_a_validation_split(wds_dir):
+    meta = wds_dir / ".nv-meta"
+    dataset = yaml.safe_load((meta / "dataset.yaml").read_text())
+    assert dataset["sample_type"]["__class__"] == "VQASample"
+    assert dataset["field_map"] == {
+        "image": "png", "context": "json[0][value]", "answers": "json[1][value]",
+    }  # fmt: skip
+    counts = json.loads((meta / ".info.json").read_text())["shard_counts"]
+    splits = yaml.safe_load((meta / "split.yaml").read_text())["split_parts"]
+    assert len(counts) == 10
+    assert splits["val"] == ["shard-000009.tar"]
+    assert counts["shard-000009.tar"] >= 0.05 * sum(counts.values())
+    assert (wds_dir / "refused.jsonl").read_text() == ""
+
+
+def test_no_image_is_both_trained_and_validated_on(llava_dir, wds_dir):
+    entries = json.loads((llava_dir / "train.json").read_text())
+    image_of = {f"{n:03d}-{e['id']}": e["image"] for n, e in enumerate(entries)}
+    shown = {"train": set(), "val": set()}
+    for shard in wds_dir.glob("*.tar"):
+        split = "val" if shard.name == "shard-000009.tar" else "train"
+        with tarfile.open(shard) as tar:
+            shown[split] |= {image_of[name.split(".")[0]] for name in tar.getnames()}
+    assert shown["train"] and shown["val"] and not shown["train"] & shown["val"]
+
+
+def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
+    good = [_entry(f"sub.dir/{n}.JPG", id=f"x.{n}/é") for n in range(10)]
+    bad = [
+        _entry("absent.png"),
+        _entry("cut.png", id=7),
+        _entry(answer=" "),
+        _entry(question="no mark"),
+        {"id": "b"},
+        "text",
+    ]
+    source = _source(tmp_path / "in", [*good[:5], *bad, *good[5:]],
+                     ["0.png", *(e["image"] for e in good)])
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    (source / "cut.png").write_bytes(file.getvalue()[:5000])
+
+    assert run(["prepare", str(source), str(tmp_path / "out"), "--quiet"]) == 0
+    refused = [json.loads(line) for line in (tmp_path / "out/refused.jsonl").read_text().splitlines()]
+    assert [r["entry"] for r in refused] == [5, 6, 7, 8, 9, 10]
+    for refusal, what in zip(refused, ("does not exist", "cannot be decoded", "answer is empty",
+                                       "0 <image> marks", "no list", "not an object"), strict=True):
+        assert what in refusal["reason"]
+        assert refusal["file"].endswith("data.json")
+    assert refused[1]["id"] == "7"
+    names = _members(tmp_path / "out")
+    assert len(names) == 20
+    assert "00-x-0-.jpg" in names and "15-x-9-.jpg" in names
+    said = capsys.readouterr().out
+    assert "kept 10 samples in 10 shards (9 train, 1 val)" in said
+    assert "refused 6" in said
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+# ---- what a person can get wrong --------------------------------------------------------------
+
+
+def _refuses(config, what):
+    with pytest.raises(InputError, match=what) as caught:
+        prepare(PrepareConfig(progress=False, **config))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_source_is_named(tmp_path):
+    _refuses({"source": tmp_path / "no", "output": tmp_path / "out"}, "no does not exist; give")
+
+
+def test_several_json_files_ask_for_a_name(tmp_path):
+    source = _source(tmp_path / "in", [_entry()])
+    (source / "other.json").write_text("[]")
+    _refuses({"source": source, "output": tmp_path / "out"}, "data.json, other.json; name the one")
+    _refuses({"source": source, "output": tmp_path / "out", "json_name": "x.json"}, "x.json does not")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('[{"id": 1,}]', "not valid JSON .line 1, column 1"),
+        ("{}", "holds no list"),
+        ("[]", "holds no list"),
+        ("\xff", "not valid JSON"),
+    ],
+)
+def test_damaged_json_is_named(tmp_path, text, what):
+    source = _source(tmp_path / "in", [])
+    (source / "data.json").write_text(text)
+    _refuses({"source": source, "output": tmp_path / "out"}, what)
+
+
+def test_an_existing_output_is_not_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    _refuses({"source": tmp_path, "output": tmp_path / "out"}, "exists already")
+
+
+def test_nothing_usable_names_the_first_reason(tmp_path):
+    source = _source(tmp_path / "in", [_entry("absent.png")])
+    _refuses({"source": source, "output": tmp_path / "out"}, "none of the 1 entries .*absent.png")
+
+
+def test_strict_refuses_the_whole_for_one_entry(tmp_path):
+    source = _source(tmp_path / "in", [_entry(), _entry("absent.png")])
+    _refuses({"source": source, "output": tmp_path / "out", "strict": True}, "1 of 2 entries")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_samples_for_the_split_is_an_error(tmp_path):
+    source = _source(tmp_path / "in", [_entry()] * 9)
+    _refuses({"source": source, "output": tmp_path / "out"}, "at least 10 samples but 9")
+
+
+@pytest.mark.parametrize("split", ["9,1", "a,b,c", "0,1,0", "-1,1,1", "1/0,1,1"])
+def test_a_bad_split_is_refused(tmp_path, split):
+    _refuses({"source": tmp_path, "output": tmp_path / "o", "split": split}, "give the shares")
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    _refuses({"source": tmp_path, "output": tmp_path / "o", "format": "x"}, "must be one of: llava")
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        (_entry(image=None), "no `image`"),
+        (_entry(conversations=[]), "or an empty one"),
+        (_entry(conversations=[{"from": "human"}]), "turn 1 has no text"),
+        (_entry(conversations=[{"from": "x", "value": ""}]), "from 'x', not human"),
+        (_entry(question="<image><image>"), "2 <image> marks"),
+        (_entry(answer="<image>"), "2 <image> marks"),
+        (_entry(conversations=_entry()["conversations"] * 2), "not one question and one answer"),
+    ],
+)
+def test_an_unusable_entry_says_why(entry, what):
+    with pytest.raises(BadEntry, match=what):
+        check_question_and_answer(entry)
+
+
+# ---- shards -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "parts"),
+    [
+        (1000, {}, {"train": 9, "val": 1}),
+        (1000, {"samples_per_shard": 50}, {"train": 18, "val": 2}),
+        (1000, {"split": "8,1,1"}, {"train": 8, "val": 1, "test": 1}),
+        (1000, {"split": "1,0,0"}, {"train": 1}),
+        (1000, {"split": "98,2,0", "samples_per_shard": 900}, {"train": 49, "val": 1}),
+        (1000, {"split": "7,2,1", "shuffle": False}, {"train": 7, "val": 2, "test": 1}),
+        (10, {}, {"train": 9, "val": 1}),
+    ],
+)
+def test_the_shards_follow_the_split_and_hold_every_entry_once(tmp_path, count, options, parts):
+    config = PrepareConfig(source=tmp_path, output=tmp_path / "o", **options)
+    entries = [Entry(key=str(n), media=tmp_path / f"{n // 7}.png", conversations=[])
+               for n in range(count)]
+    shards, found = plan_shards(entries, config)
+    assert {name: len(shards) for name, shards in found.items()} == parts
+    assert sorted(int(e.key) for shard in shards for e in shard) == list(range(count))
+    assert all(shards)
+    assert max(map(len, shards)) <= config.samples_per_shard + 7
+    assert plan_shards(entries, config) == (shards, found), "the same seed gives the same shards"

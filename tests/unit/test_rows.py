@@ -1,0 +1,71 @@
+import torch
+
+from megatron_vl.data.rows import empty_row, make_batch, make_row
+from megatron_vl.data.samples import IGNORE, EncodedSample
+
+
+def _sample(key, length, images=0):
+    tokens = torch.arange(1, length + 1)
+    return EncodedSample(
+        __key__=key,
+        __restore_key__=(),
+        tokens=tokens,
+        labels=torch.cat([tokens[1:], torch.tensor([IGNORE])]),
+        position_ids=tokens.expand(3, -1) - 1,
+        grids=torch.tensor([[1, 2, 2]] * images, dtype=torch.int64).reshape(-1, 3),
+        images=(),
+        patches=torch.full((4 * images, 6), float(length)) if images else None,
+    )
+
+
+def _batch():
+    rows = [make_row([_sample("a", 3), _sample("b", 4, images=2)]), make_row([_sample("c", 8)]),
+            empty_row(), make_row([_sample("d", 1, images=1)])]
+    return make_batch(rows, row_length=8, pad_token=99)
+
+
+def test_every_sample_is_a_segment_and_so_is_a_tail():
+    assert _batch().cu_seqlens.tolist() == [0, 3, 7, 8, 16, 24, 25, 32]
+    assert _batch().cu_seqlens.dtype == torch.int32
+
+
+def test_rows_hold_their_samples_and_then_padding():
+    batch = _batch()
+    assert batch.tokens.tolist() == [
+        [1, 2, 3, 1, 2, 3, 4, 99],
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        [99] * 8,
+        [1] + [99] * 7,
+    ]
+    assert batch.labels[0].tolist() == [2, 3, IGNORE, 2, 3, 4, IGNORE, IGNORE]
+    assert batch.labels[2].tolist() == [IGNORE] * 8
+    assert torch.equal(batch.loss_mask, (batch.labels != IGNORE).float())
+    assert batch.num_tokens == 16
+    assert (batch.num_samples, batch.num_images) == (4, 3)
+
+
+def test_positions_start_again_with_every_segment():
+    positions = _batch().position_ids
+    assert positions.shape == (3, 4, 8)
+    assert positions[1, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert positions[2, 3].tolist() == [0, *range(7)]
+
+
+def test_images_stand_in_the_order_of_their_tokens():
+    batch = _batch()
+    assert batch.pixel_patches[:, 0].tolist() == [4.0] * 8 + [1.0] * 4
+    assert batch.grid_thw.tolist() == [[1, 2, 2]] * 3
+    assert batch.sample_keys == ["a", "b", "c", "d"]
+
+
+def test_a_batch_without_images_has_no_patches_and_no_grids():
+    batch = make_batch([make_row([_sample("a", 3)])], row_length=3, pad_token=0)
+    assert batch.pixel_patches is None
+    assert batch.grid_thw.shape == (0, 3)
+    assert batch.cu_seqlens.tolist() == [0, 3]
+
+
+def test_a_batch_moves_between_devices_whole():
+    moved = _batch().to("meta")
+    assert moved.tokens.device.type == moved.pixel_patches.device.type == "meta"
+    assert moved.sample_keys == ["a", "b", "c", "d"]
