@@ -46,3 +46,21 @@ def wds_dir(llava_dir) -> Path:
     _toolkit("pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py", llava_dir,
              "--json", "train.json", "--quiet")
     return llava_dir / "wds"
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """Four language and two vision layers, so that uneven splits and virtual stages exist."""
+    out = tmp_path_factory.mktemp("hf4") / "model"
+    _toolkit("make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks",
+             1500, "--dtype", "float32")
+    return out
+
+
+@pytest.fixture(scope="session")
+def untied_dir(tmp_path_factory) -> Path:
+    """The same with an output layer of its own."""
+    out = tmp_path_factory.mktemp("untied") / "model"
+    _toolkit("make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks",
+             1500, "--dtype", "float32", "--untied")
+    return out

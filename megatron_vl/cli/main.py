@@ -47,6 +47,7 @@ def run(argv: list[str]) -> int:
         else:
             commands.add_parser(name, help=summary)
     args = parser.parse_args(argv)
+    args.argv = argv  # what ranks are started with
     try:
         return args.run(args) or 0
     except InputError as error:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from megatron_vl.training.config import add_arguments, load_config
 
 LAUNCH = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
-NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug", "run"}
+NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug", "run", "argv"}
 
 
 def add_parser(commands) -> None:
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     find_checkpoint(plan)
     from megatron_vl.cli.launch import launch
 
-    return launch(sys.argv[1:], **{name: getattr(args, name) for name in LAUNCH})
+    return launch(args.argv, **{name: getattr(args, name) for name in LAUNCH})
 
 
 def _processes(config) -> int:

@@ -25,8 +25,7 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     """Do `work` as the rank that the environment names, and end the process."""
     code = 0
     try:
-        # torch renamed two collectives; Megatron-Core will follow in its own time.
-        warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
+        _quiet_libraries()
         # Before Megatron-Core is imported by anything else: see the CPU platform.
         select_platform().install()
         work()
@@ -41,6 +40,12 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
         child.terminate()
     # Leave at once: destructors of process groups may wait for ranks that are gone.
     os._exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Hide what torch and Megatron-Core tell each other about their next versions."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|megatron\.core")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 
 def fail(code: int, message: str) -> int:

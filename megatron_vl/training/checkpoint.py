@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import to_local_names
@@ -89,7 +90,7 @@ def load_checkpoint(
         return Resumed(iteration=0, loader_state=None)
     finetune = options.finetune and not own
     with_optimizer = not (finetune or options.no_load_optim)
-    if with_optimizer and not _holds_optimizer(info):
+    if with_optimizer and not _holds(info, "optimizer"):
         raise InputError(
             f"{info.path} holds no optimizer state; give --no-load-optim to go on without it, or "
             f"--finetune to start at step 0."
@@ -208,14 +209,8 @@ def _loader_file() -> str:
 
 
 def _holds(info: CheckpointInfo, key: str) -> bool:
-    prefix = f"{key}/"
-    names = dist_checkpointing.load_sharded_metadata(str(info.path))
-    return any(name == key or name.startswith(prefix) for name in names)
-
-
-def _holds_optimizer(info: CheckpointInfo) -> bool:
-    names = dist_checkpointing.load_tensors_metadata(str(info.path))
-    return any(name.startswith("optimizer.") for name in names)
+    names = load_sharded_metadata(str(info.path))
+    return any(name == key or name.startswith((f"{key}/", f"{key}.")) for name in names)
 
 
 def _random_state() -> ShardedObject:

@@ -128,6 +128,7 @@ def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case) -> Outcome:
     """Each sample alone through transformers' own model, in fp32."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         hf_dir, dtype=torch.float32, attn_implementation="eager"
     )

@@ -133,6 +133,10 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         hidden_dropout=0.0,
         # The mean over trained tokens is taken once, over every microbatch and data rank.
         calculate_per_token_loss=True,
+        # Under virtual stages a rank sends both ways to the same neighbour when there are two
+        # stages; batched, those messages are matched by order and silently swapped.
+        overlap_p2p_comm=layout.vp > 1,
+        batch_p2p_comm=layout.vp == 1,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,

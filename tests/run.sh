@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Make the test environment and run every test that fits this machine.
+#   bash tests/run.sh [pytest arguments]
+#   VENV=path   the environment to make or reuse (default: .venv-test)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tests/environment.sh
+
+VENV=${VENV:-.venv-test}
+make_environment "$VENV" ".[test]"
+
+say "checking style: ruff check ."
+"$VENV/bin/ruff" check .
+
+say "running the tests (about 10 minutes on two cores); pytest arguments: ${*:-none}"
+# One thread a process: several ranks share two cores.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PATH="$PWD/$VENV/bin:$PATH" PYTHON="$PWD/$VENV/bin/python"
+if "$VENV/bin/python" -m pytest -q --durations=15 "$@" tests; then
+  say "all tests passed"
+else
+  code=$?
+  say "tests failed (pytest exit code $code); one test again, with its output:"
+  say "  $VENV/bin/python -m pytest -x -s tests/FILE.py -k NAME"
+  exit "$code"
+fi
