@@ -54,7 +54,9 @@ class ChatTokenizer:
 
         hf_dir = Path(hf_dir)
         if not hf_dir.is_dir():
-            raise InputError(f"{hf_dir} is not a directory; give the model's Hugging Face directory.")
+            raise InputError(
+                f"{hf_dir} is not a directory; give the model's Hugging Face directory."
+            )
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (hf_dir / name).is_file():
                 raise InputError(
@@ -69,7 +71,8 @@ class ChatTokenizer:
             ) from error
         legacy = hf_dir / "chat_template.json"  # where processors kept it before the .jinja file
         if not tokenizer.chat_template and legacy.is_file():
-            tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+            template = json.loads(legacy.read_text(encoding="utf-8"))
+            tokenizer.chat_template = template["chat_template"]
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer in {hf_dir} has no chat template; copy chat_template.jinja or a "

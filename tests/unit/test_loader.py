@@ -1,17 +1,14 @@
 """The loaders on real shards: rows, ranks, resume, and everything that can be wrong on disk."""
 
-import io
 import json
 import pickle
 import shutil
 import tarfile
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from megatron_vl.data import media
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
@@ -83,7 +80,7 @@ def test_rows_hold_whole_samples_in_segments_of_their_own(loaders, spec, wds_dir
         assert bounds[0] == 0 and bounds[-1] == flat.numel() and bounds == sorted(set(bounds))
         assert (256 if packing else 128) in bounds, "no segment crosses a row"
         keys = iter(batch.sample_keys)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             assert positions[:, begin].tolist() == [0, 0, 0]
             if (flat[begin:end] == tokenizer.pad_token_id).all():
                 assert (labels[begin:end] == IGNORE).all()
@@ -278,28 +275,28 @@ def test_damaged_json_in_a_shard_is_named(loaders, wds_dir, tmp_path, workers):
 def test_an_empty_answer_is_named(loaders, wds_dir, tmp_path):
     wds = _copy(wds_dir, tmp_path / "wds")
     dataset = wds / ".nv-meta/dataset.yaml"
-    dataset.write_text(dataset.read_text().replace("answers: json[1][value]", "answers: json[1][from]"))
+    text = dataset.read_text()
+    dataset.write_text(text.replace("answers: json[1][value]", "answers: json[1][from]"))
     _rewrite(wds / TRAIN[0], lambda name, data: data.replace(b'"gpt"', b'"   "'))
     assert "its answer is empty" in _drain(loaders(path=wds))
 
 
-FIELD_MAPS = {
-    "image: png": ("image: jpg", "lacks a part that the field_map"),
-    "context: json[0][value]": ("context: json[5][value]", "lacks a part that the field_map"),
-    "answers: json[1][value]": ("answers: json[1][text]", "lacks a part that the field_map"),
-    "image: png": ("image: json", "is not an image's bytes, a question and an answer"),
-    "image: png ": ("picture: png ", "dataset.yaml cannot be used"),
-    "VQASample": ("NoSuchSample", "dataset.yaml cannot be used"),
-}
+FIELD_MAPS = (  # what is written, what it is changed to, what the error says
+    ("image: png", "image: jpg", "lacks a part that the field_map"),
+    ("context: json[0][value]", "context: json[5][value]", "lacks a part that the field_map"),
+    ("answers: json[1][value]", "answers: json[1][text]", "lacks a part that the field_map"),
+    ("image: png", "image: json", "is not an image's bytes, a question and an answer"),
+    ("image: png", "picture: png", "dataset.yaml cannot be used"),
+    ("VQASample", "NoSuchSample", "dataset.yaml cannot be used"),
+)
 
 
-@pytest.mark.parametrize("old", FIELD_MAPS)
-def test_a_wrong_field_map_is_named(loaders, wds_dir, tmp_path, old):
-    new, what = FIELD_MAPS[old]
+@pytest.mark.parametrize(("old", "new", "what"), FIELD_MAPS)
+def test_a_wrong_field_map_is_named(loaders, wds_dir, tmp_path, old, new, what):
     wds = _copy(wds_dir, tmp_path / "wds")
     dataset = wds / ".nv-meta/dataset.yaml"
-    assert old.strip() in dataset.read_text()
-    dataset.write_text(dataset.read_text().replace(old.strip(), new.strip()))
+    assert old in dataset.read_text()
+    dataset.write_text(dataset.read_text().replace(old, new))
     with pytest.raises(InputError, match=what):
         for _ in islice(loaders(path=wds), 3):
             pass
@@ -313,7 +310,9 @@ BROKEN = {
     "no directory": (lambda wds: shutil.rmtree(wds), "does not exist; give the directory"),
     "not prepared": (lambda wds: shutil.rmtree(wds / ".nv-meta"), "has no .nv-meta"),
     "no info": (lambda wds: (wds / ".nv-meta/.info.json").unlink(), ".info.json is missing"),
-    "no dataset.yaml": (lambda wds: (wds / ".nv-meta/dataset.yaml").unlink(), "dataset.yaml is miss"),
+    "no dataset.yaml": (
+        lambda wds: (wds / ".nv-meta/dataset.yaml").unlink(), "dataset.yaml is missing"
+    ),
     "no split.yaml": (lambda wds: (wds / ".nv-meta/split.yaml").unlink(), "split.yaml is missing"),
     "bad split.yaml": (lambda wds: (wds / ".nv-meta/split.yaml").write_text("{"), "is damaged"),
     "empty split": (

@@ -94,7 +94,8 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
     (source / "cut.png").write_bytes(file.getvalue()[:5000])
 
     assert run(["prepare", str(source), str(tmp_path / "out"), "--quiet"]) == 0
-    refused = [json.loads(line) for line in (tmp_path / "out/refused.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "out/refused.jsonl").read_text().splitlines()
+    refused = [json.loads(line) for line in lines]
     assert [r["entry"] for r in refused] == [5, 6, 7, 8, 9, 10]
     for refusal, what in zip(refused, ("does not exist", "cannot be decoded", "answer is empty",
                                        "0 <image> marks", "no list", "not an object"), strict=True):
@@ -127,7 +128,8 @@ def test_several_json_files_ask_for_a_name(tmp_path):
     source = _source(tmp_path / "in", [_entry()])
     (source / "other.json").write_text("[]")
     _refuses({"source": source, "output": tmp_path / "out"}, "data.json, other.json; name the one")
-    _refuses({"source": source, "output": tmp_path / "out", "json_name": "x.json"}, "x.json does not")
+    config = {"source": source, "output": tmp_path / "out", "json_name": "x.json"}
+    _refuses(config, "x.json does not")
 
 
 @pytest.mark.parametrize(
