@@ -107,8 +107,12 @@ class RowLoader:
         with _without_pin_memory_warning():
             batches = iter(self._loader)
         while True:
-            with _sentences(), _without_pin_memory_warning(), self._starting():
-                batch = next(batches, None)
+            try:
+                with _sentences(), _without_pin_memory_warning(), self._starting():
+                    batch = next(batches, None)
+            except InputError:
+                self.close()  # now: the error's traceback keeps this loader alive
+                raise
             if batch is None:
                 return
             yield batch
