@@ -390,9 +390,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {made['parameters']:,} parameters, {made['num_hidden_layers']} language and "
-          f"{made['vision_config']['depth']} vision layers, vocabulary {made['vocab_size']:,}, "
-          f"{args.dtype}")
+    print(f"{args.out}: {made['parameters']:,} parameters, {made['num_hidden_layers']} language "
+          f"and {made['vision_config']['depth']} vision layers, vocabulary "
+          f"{made['vocab_size']:,}, {args.dtype}")
     return 0
 
 
