@@ -1,0 +1,19 @@
+"""Runs of the launcher that several tests look at; each is made once."""
+
+from __future__ import annotations
+
+import pytest
+from distributed_launch import Workshop
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory, model_dir, wds_dir) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("runs"), model_dir, wds_dir)
+
+
+@pytest.fixture(scope="session")
+def plain_run(workshop) -> dict[int, dict]:
+    """Ten steps on one rank."""
+    done = workshop.train("plain")
+    assert done.code == 0, done.text
+    return workshop.steps("plain")

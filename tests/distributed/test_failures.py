@@ -1,0 +1,199 @@
+"""Bad input ends with one sentence and code 2; a rank that dies takes its job down, never hangs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import ROOT, megatron_vl, shell
+
+from distributed_launch import CONVERTOR, LAUNCHER, words
+
+BAD_ARGUMENTS = {
+    "unknown ENV": (dict(ENV="cloud"), "ENV is 'cloud'; use dsw or dlc."),
+    "unknown PR": (dict(PR="int4"), "PR is 'int4'; use fp16, bf16, fp8 or fp32."),
+    "AC true": (dict(AC="true"), "AC is 'true'; use sel, full, offload or false."),
+    "unknown offload": (dict(OPTIMIZER_OFFLOAD="yes"), "OPTIMIZER_OFFLOAD is 'yes'"),
+    "unknown DO": (dict(DO="1"), "DO is '1'; use true or false."),
+    "unknown FL": (dict(FL="on"), "FL is 'on'; use true or false."),
+    "unknown SP": (dict(SP="maybe"), "SP is 'maybe'; use true or false."),
+    "dlc outside DLC": (dict(ENV="dlc"), "ENV is dlc but MASTER_ADDR is not set"),
+    "TP that does not divide heads": (dict(TP=3), "TP 3 does not divide"),
+    "PP that does not divide layers": (dict(PP=3), "do not divide over pp 3"),
+    "a batch that does not divide": (
+        dict(BATCH_SIZE=3), "global-batch-size 4 is not a multiple of micro-batch-size 3"),
+    "PAD_LEN over SEQ_LEN": (dict(PAD_LEN=512), "PAD_LEN) 512 must be between 1 and"),
+    "another MODEL_SIZE": (dict(MODEL_SIZE="7B"), "MODEL_SIZE is 7B, which has 28 layers"),
+    "fp8 without a GPU": (dict(PR="fp8"), "fp8-format (PR fp8) needs TransformerEngine"),
+    "AC offload without a GPU": (dict(AC="offload"), "cpu-offloading (AC offload) needs"),
+    "warmup longer than the run": (dict(LR_WARMUP_ITERS=10), "lr-warmup-iters 10 must be fewer"),
+    "no checkpoint there": (
+        dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere is not a directory"),
+    "a word for a number": (dict(LR="fast"), "argument --lr: invalid float value: 'fast'"),
+    "context parallelism": (dict(CP=2), "context-parallel-size 2 is not supported yet"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_a_bad_argument_is_refused_before_anything_starts(changes, sentence, workshop, tmp_path):
+    given = {
+        "DATASET_PATH": workshop.wds_dir, "VALID_DATASET_PATH": workshop.wds_dir,
+        "OUTPUT_BASEPATH": tmp_path / "out", "PRETRAIN_CHECKPOINT_PATH": workshop.weights(1, 1),
+    }
+    done = shell(LAUNCHER, *words(**{**given, **changes}))
+    assert done.code == 2, done.text
+    assert sentence in done.err
+    assert "Traceback" not in done.text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [LAUNCHER, CONVERTOR, "toolkits/hf2mcore_convertor.sh"])
+def test_too_few_arguments_print_the_usage_table(script):
+    done = shell(script, "dsw", "2B")
+    assert done.code == 2
+    assert "usage:" in done.err and "MODEL_SIZE" in done.err and "TP" in done.err
+
+
+def test_a_pp0_split_that_does_not_fit_names_those_that_do(workshop, tmp_path):
+    done = workshop.train("bad-split", PP=2, first=4, OUTPUT_BASEPATH=tmp_path,
+                          PRETRAIN_CHECKPOINT_PATH=workshop.model_dir)
+    assert done.code == 2 and "leaves no language layer for the other" in done.err, done.text
+
+
+def test_a_checkpoint_of_another_layout_is_refused_with_the_command_that_mends_it(workshop):
+    done = workshop.train("other", PP=2, PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2, 1))
+    assert done.code == 2, done.text
+    assert "llm 1-3" in done.err and "llm 2-2" in done.err and "megatron-vl convert" in done.err
+
+
+def test_an_unknown_configuration_key_names_the_nearest(tmp_path):
+    (tmp_path / "run.yaml").write_text("train_itres: 5\n")
+    done = megatron_vl("train", "--config", tmp_path / "run.yaml")
+    assert done.code == 2 and "did you mean train_iters" in done.err
+
+
+def copy_of(directory, tmp_path):
+    return shutil.copytree(directory, tmp_path / "copy")
+
+
+def remove_tokenizer(workshop, tmp_path):
+    weights = copy_of(workshop.weights(1, 1), tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (weights / name).unlink()
+    return dict(PRETRAIN_CHECKPOINT_PATH=weights)
+
+
+def remove_dataset(workshop, tmp_path):
+    return dict(DATASET_PATH=tmp_path / "no-data")
+
+
+def remove_index(workshop, tmp_path):
+    data = copy_of(workshop.wds_dir, tmp_path)
+    (data / ".nv-meta" / ".info.json").unlink(missing_ok=True)
+    (data / ".nv-meta" / ".info.yaml").unlink(missing_ok=True)
+    return dict(DATASET_PATH=data)
+
+
+def remove_shard(workshop, tmp_path):
+    data = copy_of(workshop.wds_dir, tmp_path)
+    next(iter(sorted(data.glob("shard-*.tar")))).unlink()
+    return dict(DATASET_PATH=data)
+
+
+def damage_images(workshop, tmp_path):
+    data = copy_of(workshop.wds_dir, tmp_path)
+    for shard in data.glob("shard-*.tar"):
+        content = shard.read_bytes()
+        # The pixels' compressed stream, not the header that tells the size.
+        shard.write_bytes(content.replace(b"IDAT", b"IDXT"))
+    return dict(DATASET_PATH=data)
+
+
+def shorten_rows(workshop, tmp_path):
+    return dict(SEQ_LEN=24, PAD_LEN=24)
+
+
+BAD_FILES = {
+    "a missing dataset": (remove_dataset, "no-data"),
+    "a missing index": (remove_index, ".nv-meta"),
+    "a missing shard": (remove_shard, "shard-"),
+    "a missing tokenizer": (remove_tokenizer, "tokenizer"),
+    "a corrupt image": (damage_images, "the image of sample shard-"),
+    "a sample longer than SEQ_LEN": (shorten_rows, "tokens"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "names"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_broken_file_is_named_by_one_sentence(break_it, names, workshop, tmp_path):
+    changes = break_it(workshop, tmp_path)
+    done = workshop.train("broken", PP=2, **{
+        "PRETRAIN_CHECKPOINT_PATH": workshop.weights(1, 2), "OUTPUT_BASEPATH": tmp_path / "out",
+        **_for_two_stages(changes, workshop, tmp_path),
+    })
+    assert done.code == 2, done.text
+    sentences = [line for line in done.err.splitlines() if line.startswith("megatron-vl train:")]
+    assert len(sentences) == 1 and names in sentences[0], done.text
+    assert "Traceback" not in done.text
+
+
+def _for_two_stages(changes, workshop, tmp_path):
+    """A broken copy of one-stage weights becomes one of two-stage weights."""
+    if changes.get("PRETRAIN_CHECKPOINT_PATH") != tmp_path / "copy":
+        return changes
+    two = shutil.copytree(workshop.weights(1, 2), tmp_path / "two")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (two / name).unlink()
+    return {"PRETRAIN_CHECKPOINT_PATH": two}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_takes_the_job_down_with_a_message(victim, workshop, tmp_path):
+    command = [
+        "bash", str(ROOT / LAUNCHER),
+        *map(str, words(
+            PP=2, TRAIN_ITERS=100000, DATASET_PATH=workshop.wds_dir,
+            VALID_DATASET_PATH=workshop.wds_dir, OUTPUT_BASEPATH=tmp_path,
+            PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2), SAVE_INTERVAL=100000,
+        )),
+    ]
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for line in job.stdout:
+            if line.startswith("iteration"):
+                break
+        pids = ranks_of(job.pid)
+        os.kill(pids[victim], signal.SIGKILL)
+        started = time.monotonic()
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 1
+    assert time.monotonic() - started < 60
+    assert f"rank {victim} was ended by SIGKILL" in errors or f"rank {1 - victim} failed" in errors
+    assert all(not os.path.exists(f"/proc/{pid}") for pid in pids.values())
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """rank -> process id of the launcher's children."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                parent = int(file.read().rsplit(")", 1)[1].split()[1])
+            with open(f"/proc/{entry}/environ") as file:
+                environ = dict(v.split("=", 1) for v in file.read().split("\0") if "=" in v)
+        except (OSError, ValueError):
+            continue
+        if parent == launcher and "LOCAL_RANK" in environ:
+            found[int(environ["RANK"])] = int(entry)
+    return found

@@ -1,0 +1,122 @@
+"""The trainer on real ranks: layouts agree, runs resume, checkpoints go home."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from commands import megatron_vl
+from safetensors.torch import load_file
+
+
+def losses(steps: dict[int, dict]) -> list[float]:
+    return [steps[i]["loss"] for i in sorted(steps)]
+
+
+LAYOUTS = {
+    "TP2 PP2, sequence parallel, 24 arguments": dict(TP=2, PP=2, SP="true"),
+    "PP2 uneven": dict(PP=2, first=1),
+    "PP2 uneven, full recompute": dict(PP=2, first=1, AC="full"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_ten_steps_follow_those_of_one_rank(layout, workshop, plain_run):
+    name = "-".join(f"{k}{v}" for k, v in layout.items())
+    done = workshop.train(name, **layout)
+    assert done.code == 0, done.text
+    steps = workshop.steps(name)
+    assert sorted(steps) == list(range(1, 11))
+    # fp32; ten AdamW steps amplify the rounding of the first.
+    assert losses(steps) == pytest.approx(losses(plain_run), rel=2e-4)
+    for i in (1, 10):
+        assert steps[i]["grad_norm"] == pytest.approx(plain_run[i]["grad_norm"], rel=2e-3)
+        assert steps[i]["lr"] == plain_run[i]["lr"]
+        assert steps[i]["tokens"] == plain_run[i]["tokens"]  # the same rows
+
+
+def test_training_learns_and_logs_every_number(plain_run):
+    assert sorted(plain_run) == list(range(1, 11))
+    assert plain_run[10]["loss"] < 0.8 * plain_run[1]["loss"]
+    for step in plain_run.values():
+        assert step["tokens_per_second"] > 0 and step["grad_norm"] > 0 and not step["skipped"]
+        assert 0 < step["trained_tokens"] < step["tokens"] <= 4 * 256
+        assert step["samples"] == step["images"] > 4  # several samples a row
+    # Warmup from 0 over two steps, then the cosine.
+    assert [plain_run[i]["lr"] for i in (1, 2, 3)] == pytest.approx([0, 5e-4, 1e-3])
+
+
+def test_a_run_resumed_from_an_earlier_iteration_repeats_it_exactly(workshop):
+    done = workshop.train("resumed", PP=2, first=1)
+    assert done.code == 0, done.text
+    undisturbed = losses(workshop.steps("resumed"))
+    save = workshop.checkpoint("resumed")
+    # As users do: choose the iteration by editing the file, and start the same command again.
+    (save / "latest_checkpointed_iteration.txt").write_text("5\n")
+    shutil.rmtree(save / "iter_0000010")
+    done = workshop.train("resumed", PP=2, first=1)
+    assert done.code == 0, done.text
+    assert "5 steps done" in done.out
+    assert "iteration  6/10" in done.out and "iteration  5/10" not in done.out
+    # Model, optimizer, schedule, random state and data order all came back.
+    assert losses(workshop.steps("resumed")) == undisturbed
+
+
+def test_a_run_resumes_in_another_layout(workshop):
+    done = workshop.train("moved", PP=2, first=1)
+    assert done.code == 0, done.text
+    undisturbed = losses(workshop.steps("moved"))
+    save = workshop.checkpoint("moved")
+    (save / "latest_checkpointed_iteration.txt").write_text("5\n")
+    # Same SAVE, TP2 instead of PP2: torch_dist reshards model and optimizer state.
+    done = workshop.train("moved", TP=2, PP=1, PRETRAIN_CHECKPOINT_PATH="none",
+                          extra=f"--save {save} --metrics-file {workshop.root}/moved/log/x/m.jsonl")
+    assert done.code == 0, done.text
+    import json
+
+    lines = (workshop.root / "moved/log/x/m.jsonl").read_text().splitlines()
+    again = [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
+    assert again == pytest.approx(undisturbed[5:], rel=2e-4)
+
+
+def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop):
+    changes = dict(extra="--nproc-per-node 2", TRAIN_ITERS=6, SAVE_INTERVAL=3)
+    done = workshop.train("dp2", **changes)
+    assert done.code == 0, done.text
+    undisturbed = losses(workshop.steps("dp2"))
+    assert len(list((workshop.checkpoint("dp2") / "iter_0000006").glob("loader_dp*.pt"))) == 2
+    (workshop.checkpoint("dp2") / "latest_checkpointed_iteration.txt").write_text("3\n")
+    done = workshop.train("dp2", **changes)
+    assert done.code == 0, done.text
+    assert losses(workshop.steps("dp2")) == pytest.approx(undisturbed, rel=1e-6)
+
+
+def test_bfloat16_follows_float32(workshop, plain_run):
+    done = workshop.train("bf16", PR="bf16", AC="sel", DO="false")
+    assert done.code == 0, done.text
+    assert losses(workshop.steps("bf16")) == pytest.approx(losses(plain_run), rel=0.02)
+
+
+def test_a_trained_checkpoint_converts_back_with_every_weight_changed(workshop, plain_run):
+    out = workshop.root / "home"
+    done = megatron_vl("convert", workshop.checkpoint("plain"), out, "--to", "hf")
+    assert done.code == 0, done.text
+    before = load_file(workshop.model_dir / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    # A key bias moves every score of a query alike: its gradient is zero, up to rounding.
+    still = [n for n in before if torch.equal(before[n], after[n]) and "k_proj.bias" not in n]
+    assert not still
+    import transformers
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(out)
+    assert model.config.model_type == "qwen2_vl"
+
+
+def test_a_config_file_means_the_same_as_flags_and_is_beaten_by_them(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("lr: 3e-4\nmin-lr: 1e-5\ntrain_iters: 7\nbf16: true\n")
+    done = megatron_vl("train", "--config", config, "--train-iters", 9, "--show-config")
+    assert done.code == 0, done.text
+    assert "lr: 0.0003" in done.out and "train_iters: 9" in done.out and "bf16: true" in done.out
