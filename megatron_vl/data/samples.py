@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 
+_BY_VALUE = 1 << 20  # bytes
 IGNORE = -100  # the label of a position that is not trained; never a token id, so never the pad id
 
 
@@ -100,6 +102,21 @@ class RowBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> RowBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def __getstate__(self) -> dict:
+        """Small tensors travel between processes by value: torch would open a file for each."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: value.numpy()
+            if isinstance(value, torch.Tensor) and value.is_cpu and value.nbytes < _BY_VALUE
+            else value
+            for name, value in values.items()
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        for name, value in state.items():
+            value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            setattr(self, name, value)
 
     def _map(self, change) -> RowBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

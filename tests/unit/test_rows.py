@@ -1,3 +1,5 @@
+import pickle
+
 import torch
 
 from megatron_vl.data.rows import empty_row, make_batch, make_row
@@ -63,6 +65,16 @@ def test_a_batch_without_images_has_no_patches_and_no_grids():
     assert batch.pixel_patches is None
     assert batch.grid_thw.shape == (0, 3)
     assert batch.cu_seqlens.tolist() == [0, 3]
+
+
+def test_a_batch_travels_between_processes_whole():
+    batch = _batch()
+    arrived = pickle.loads(pickle.dumps(batch))
+    for name in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "pixel_patches"):
+        assert torch.equal(getattr(arrived, name), getattr(batch, name))
+        assert getattr(arrived, name).dtype == getattr(batch, name).dtype
+    assert arrived.sample_keys == batch.sample_keys
+    arrived.tokens += 1  # its own memory, writable
 
 
 def test_a_batch_moves_between_devices_whole():
