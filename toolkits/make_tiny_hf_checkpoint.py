@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 )
 IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's
 IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
-PATCH, TEMPORAL, MERGE, CHANNELS = 14, 2, 2, 3
+TEMPORAL, MERGE, CHANNELS = 2, 2, 3
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,6 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         ("vision-depth", 2, "vision layers"),
         ("vision-hidden-size", 64, "width of the vision tower"),
         ("vision-heads", 4, "heads of the vision tower"),
+        ("patch-size", 14, "pixels a side of a patch; small images want smaller ones"),
         ("vision-mlp-ratio", 4, "vision MLP width / vision width"),
         ("max-positions", 32768, "max_position_embeddings"),
         ("ranks", 4096, f"BPE ranks to keep, {PUBLISHED_RANKS} for the published vocabulary"),
@@ -236,9 +237,9 @@ def model_config(args: argparse.Namespace, vocab_size: int, ids: dict[str, int])
             "num_heads": args.vision_heads,
             "in_chans": CHANNELS,
             "hidden_size": args.hidden_size,
-            "patch_size": PATCH,
+            "patch_size": args.patch_size,
             "spatial_merge_size": MERGE,
-            "spatial_patch_size": PATCH,
+            "spatial_patch_size": args.patch_size,
             "temporal_patch_size": TEMPORAL,
         },
         "rope_scaling": {
@@ -255,7 +256,7 @@ def preprocessor_config(args: argparse.Namespace) -> dict:
         "min_pixels": args.min_pixels,
         "max_pixels": args.max_pixels,
         "size": {"shortest_edge": args.min_pixels, "longest_edge": args.max_pixels},
-        "patch_size": PATCH,
+        "patch_size": args.patch_size,
         "temporal_patch_size": TEMPORAL,
         "merge_size": MERGE,
         "image_mean": IMAGE_MEAN,
@@ -276,7 +277,8 @@ def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     width, merged = vision["embed_dim"], vision["embed_dim"] * MERGE**2
     ffn, heads = config["intermediate_size"], config["num_attention_heads"]
     group = hidden // heads * config["num_key_value_heads"]
-    shapes = {"visual.patch_embed.proj.weight": (width, CHANNELS, TEMPORAL, PATCH, PATCH)}
+    patch = vision["patch_size"]
+    shapes = {"visual.patch_embed.proj.weight": (width, CHANNELS, TEMPORAL, patch, patch)}
 
     def linear(name: str, rows: int, columns: int, bias: bool) -> None:
         shapes[f"{name}.weight"] = (rows, columns)

@@ -1,31 +1,38 @@
 """Write the easy-VQA data set as LLaVA-style JSON and image files.
 
-    python easy_vqa_to_llava.py OUT [--max-images N]
+    python easy_vqa_to_llava.py OUT [--max-images N] [--yes-no-per-image N]
 
-OUT/train.json and OUT/test.json hold `[{id, image, conversations}, ...]`; OUT/images holds the PNG
-files of the PyPI package `easy-vqa` (MIT), byte for byte. Every question is one entry.
+OUT/train.json and OUT/test.json hold `[{id, image, conversations}, ...]`, OUT/train-shape.json the
+training questions that ask for the shape; OUT/images holds the PNG files of the PyPI package
+`easy-vqa` (MIT), byte for byte. Every question is one entry.
 """
 
 import argparse
 import json
+import random
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 
-def write_split(out: Path, split: str, questions, images: dict[int, str], limit: int | None) -> int:
-    """Write one split's JSON and images; returns its number of questions.
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def kind_of(answer: str) -> str:
+    """What a question asks for: "yes-no", "shape" or "colour"."""
+    if answer in ("yes", "no"):
+        return "yes-no"
+    return "shape" if answer in SHAPES else "colour"
+
+
+def entries_of(split: str, questions, kept: set[int]) -> list[dict]:
+    """LLaVA entries of the questions about the images `kept`.
 
     Args:
         questions: texts, answers and image ids, one each a question.
-        images: image id -> path of its PNG.
     """
-    folder = out / "images" / split
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = set(sorted(images)[:limit])
-    for number in sorted(kept):
-        shutil.copyfile(images[number], folder / f"{number}.png")
-    entries = [
+    return [
         {
             "id": f"{split}-{image}-{index}",
             "image": f"images/{split}/{image}.png",
@@ -37,8 +44,32 @@ def write_split(out: Path, split: str, questions, images: dict[int, str], limit:
         for index, (question, answer, image) in enumerate(zip(*questions, strict=True))
         if image in kept
     ]
-    (out / f"{split}.json").write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
-    return len(entries)
+
+
+def answer_of(entry: dict) -> str:
+    return entry["conversations"][1]["value"]
+
+
+def thin_yes_no(entries: list[dict], per_image: int, seed: int) -> list[dict]:
+    """All other questions and, of every image, at most `per_image` yes/no questions at random."""
+    order = list(range(len(entries)))
+    random.Random(seed).shuffle(order)
+    seen: Counter[str] = Counter()
+    kept = set()
+    for at in order:
+        if kind_of(answer_of(entries[at])) == "yes-no":
+            seen[entries[at]["image"]] += 1
+            if seen[entries[at]["image"]] > per_image:
+                continue
+        kept.add(at)
+    return [entry for at, entry in enumerate(entries) if at in kept]
+
+
+def write_json(path: Path, entries: list[dict]) -> None:
+    path.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
+    kinds = Counter(kind_of(answer_of(entry)) for entry in entries)
+    print(f"{path}: {len(entries)} questions ("
+          + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + ")")
 
 
 def main() -> int:
@@ -47,6 +78,11 @@ def main() -> int:
     parser.add_argument(
         "--max-images", metavar="N", type=int, help="only the first N of each split"
     )
+    parser.add_argument(
+        "--yes-no-per-image", metavar="N", type=int,
+        help="keep at most N yes/no questions of each training image (default: all)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
     args = parser.parse_args()
     try:
         import easy_vqa
@@ -57,8 +93,18 @@ def main() -> int:
         ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         ("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     ):
-        count = write_split(args.out, split, questions, images, args.max_images)
-        print(f"{args.out / split}.json: {count} questions")
+        folder = args.out / "images" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = set(sorted(images)[: args.max_images])
+        for number in sorted(kept):
+            shutil.copyfile(images[number], folder / f"{number}.png")
+        entries = entries_of(split, questions, kept)
+        if split == "train":
+            shapes = [entry for entry in entries if kind_of(answer_of(entry)) == "shape"]
+            write_json(args.out / "train-shape.json", shapes)
+            if args.yes_no_per_image is not None:
+                entries = thin_yes_no(entries, args.yes_no_per_image, args.seed)
+        write_json(args.out / f"{split}.json", entries)
     return 0
 
 

@@ -1,0 +1,150 @@
+"""Let transformers answer held-out questions greedily, and count how often it is right.
+
+    python evaluate_vqa.py HF_DIR QUESTIONS.json [--limit N] [--output answers.jsonl]
+
+HF_DIR is loaded by transformers alone: model, tokenizer, chat template, image processor. QUESTIONS
+is LLaVA-style JSON (`easy_vqa_to_llava.py` writes one). An answer is right when it is the expected
+text, to the letter. Beside each score stands that of always giving the commonest answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def group_of(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in SHAPES else "colour"
+
+
+def read_questions(path: Path, limit: int | None, seed: int) -> list[dict]:
+    """Entries of the JSON, in an order that puts questions of equal length together."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if limit is not None and limit < len(entries):
+        import random
+
+        entries = random.Random(seed).sample(entries, limit)
+    return sorted(entries, key=lambda entry: len(entry["conversations"][0]["value"]))
+
+
+class Answerer:
+    """transformers' own Qwen2-VL, asked in batches."""
+
+    def __init__(self, hf_dir: Path):
+        import torch
+        import transformers
+        from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+        class ImageAndTextProcessor(Qwen2VLProcessor):
+            """The processor where torchvision, which only its video half needs, is missing."""
+
+            def check_argument_for_proper_class(self, name, argument):
+                pass
+
+        transformers.utils.logging.disable_progress_bar()
+        self.torch = torch
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir, padding_side="left")
+        images = transformers.AutoImageProcessor.from_pretrained(hf_dir, backend="pil")
+        self.processor = ImageAndTextProcessor(images, self.tokenizer)
+        self.model = transformers.AutoModelForImageTextToText.from_pretrained(
+            hf_dir, dtype=torch.float32
+        ).eval()
+
+    def __call__(self, entries: list[dict], root: Path) -> list[str]:
+        """One answer an entry."""
+        from PIL import Image
+
+        texts, images = [], []
+        for entry in entries:
+            question = entry["conversations"][0]["value"].removeprefix("<image>\n")
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            texts.append(self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            ))
+            with Image.open(root / entry["image"]) as image:
+                images.append(image.convert("RGB"))
+        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        with self.torch.inference_mode():
+            tokens = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, True)]
+
+
+def table(entries: list[dict], answers: list[str]) -> tuple[str, dict[str, float]]:
+    """The scores as text, and by group."""
+    right, total = Counter(), Counter()
+    expected: dict[str, Counter] = defaultdict(Counter)
+    for entry, answer in zip(entries, answers, strict=True):
+        truth = entry["conversations"][1]["value"]
+        groups = [group_of(truth)]
+        groups += ["colour and shape"] if groups[0] != "yes/no" else []
+        for group in groups:
+            total[group] += 1
+            right[group] += answer == truth
+            expected[group][truth] += 1
+    lines = [f"{'questions':<18} {'number':>7} {'right':>7} {'always the commonest answer':>28}"]
+    scores = {}
+    for group in ("colour", "shape", "colour and shape", "yes/no"):
+        if total[group]:
+            scores[group] = right[group] / total[group]
+            answer, count = expected[group].most_common(1)[0]
+            commonest = f"{count / total[group]:.3f} ({answer})"
+            lines.append(f"{group:<18} {total[group]:>7,} {scores[group]:>7.3f} {commonest:>28}")
+    return "\n".join(lines), scores
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    parser.add_argument("questions", type=Path, metavar="QUESTIONS.json")
+    parser.add_argument("--limit", type=int, help="ask only N questions, chosen at random")
+    parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=128, help="questions (default: 128)")
+    parser.add_argument("--output", type=Path, help="JSONL of every answer")
+    parser.add_argument(
+        "--at-least", type=float, metavar="SHARE",
+        help="exit 1 unless so many colour and shape questions are answered right",
+    )
+    args = parser.parse_args()
+    for path in (args.hf_dir / "config.json", args.questions):
+        if not path.is_file():
+            print(f"{path} does not exist; give a Hugging Face directory and a questions JSON.",
+                  file=sys.stderr)
+            return 2
+    from tqdm import tqdm
+
+    entries = read_questions(args.questions, args.limit, args.seed)
+    answerer = Answerer(args.hf_dir)
+    started, answers = time.perf_counter(), []
+    with tqdm(total=len(entries), unit="question", mininterval=5) as bar:
+        for start in range(0, len(entries), args.batch_size):
+            group = entries[start : start + args.batch_size]
+            answers += answerer(group, args.questions.parent)
+            bar.update(len(group))
+    if args.output is not None:
+        with args.output.open("w", encoding="utf-8") as file:
+            for entry, answer in zip(entries, answers, strict=True):
+                record = {"id": entry["id"], "question": entry["conversations"][0]["value"],
+                          "expected": entry["conversations"][1]["value"], "answer": answer}
+                file.write(json.dumps(record) + "\n")
+    text, scores = table(entries, answers)
+    print(text)
+    print(f"{len(entries):,} held-out questions answered greedily by transformers in "
+          f"{time.perf_counter() - started:.0f} s")
+    if args.at_least is not None and scores.get("colour and shape", 0.0) < args.at_least:
+        print(f"fewer than {args.at_least} of the colour and shape questions were answered right.",
+              file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
