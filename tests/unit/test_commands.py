@@ -1,0 +1,48 @@
+"""The command line as a whole: every command starts, and `plot` draws a run."""
+
+import json
+
+import pytest
+
+from megatron_vl.cli.main import COMMANDS, run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_tells_its_options(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run([command, "--help"])
+    assert ended.value.code == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """A run's metrics of three steps, the second of them twice, as a resumed run leaves them."""
+    steps = [
+        {"kind": "train", "iteration": i, "loss": 3.0 - i, "grad_norm": 1.0, "lr": 1e-4,
+         "tokens_per_second": 100.0}
+        for i in (1, 2, 2, 3)
+    ]
+    steps.append({"kind": "validation", "iteration": 3, "validation_loss": 0.5})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    return path
+
+
+def test_plot_draws_a_run_given_its_directory_or_its_metrics(metrics, capsys):
+    assert run(["plot", str(metrics.parent)]) == 0
+    assert run(["plot", str(metrics), "--output", str(metrics.with_name("x.png"))]) == 0
+    pictures = [metrics.with_name(name) for name in ("loss.png", "x.png")]
+    assert capsys.readouterr().out.split() == [str(picture) for picture in pictures]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    (None, "does not exist"), ("", "holds no training step yet"), ("{}\n", "is not a line of run"),
+])
+def test_plot_says_what_is_wrong_with_the_metrics(tmp_path, capsys, content, what):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert run(["plot", str(tmp_path)]) == 2
+    assert what in capsys.readouterr().err
