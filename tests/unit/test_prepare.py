@@ -1,6 +1,9 @@
 import io
 import json
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from megatron_vl.cli.main import run
 from megatron_vl.data.formats.llava import BadEntry, check_question_and_answer
 from megatron_vl.data.prepare import Entry, PrepareConfig, plan_shards, prepare
 from megatron_vl.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _entry(image="0.png", question="<image>\nWhat?", answer="red", **more):
@@ -109,6 +114,13 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
     assert "kept 10 samples in 10 shards (9 train, 1 val)" in said
     assert "refused 6" in said
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_the_known_command_without_arguments_prints_its_usage():
+    script = ROOT / "toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "convert_llava_pretrain_to_wds.py LLAVA_DIR" in done.stderr
 
 
 # ---- what a person can get wrong --------------------------------------------------------------
