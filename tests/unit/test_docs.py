@@ -1,0 +1,246 @@
+"""What the documents name exists: paths, commands, options, arguments; and the READMEs agree."""
+
+import re
+import shlex
+from argparse import ArgumentParser
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from test_import_rule import ROOMS
+
+from megatron_vl.cli.main import COMMANDS
+from megatron_vl.training.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ("README.md", "README_zh.md")
+DOCUMENTS = (*READMES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+
+TRAINER = "examples/qwen2_vl/run_mcore_qwen.sh"
+CONVERTOR = "toolkits/hf2mcore_convertor.sh"
+ARGUMENTS = {  # script -> numbers of arguments it takes
+    TRAINER: (23, 24),
+    CONVERTOR: (7, 8),
+    "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh": (7, 8),
+}
+MADE = ("runs", ".quickstart", ".venv", ".venv-test")  # what the commands shown there write
+SITES = ("https://github.com/", "https://arxiv.org/", "http://www.apache.org/")
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@cache
+def text(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document: str, language: str | None = None) -> list[str]:
+    """The code blocks of a document, of one language or of all."""
+    return [body for name, body in FENCE.findall(text(document)) if language in (None, name)]
+
+
+def prose(document: str) -> str:
+    return FENCE.sub("", text(document))
+
+
+def commands(document: str) -> list[list[str]]:
+    """The command lines of its bash blocks as words, without environment assignments."""
+    lines = [
+        shlex.split(line, comments=True)
+        for block in blocks(document, "bash")
+        for line in block.replace("\\\n", " ").splitlines() if line.strip()
+    ]
+    for words in lines:
+        while re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
+            del words[0]
+    return lines
+
+
+def headings(document: str) -> list[tuple[int, str]]:
+    found = re.findall(r"^(#+) +(.+?) *$", prose(document), re.M)
+    return [(len(marks), title) for marks, title in found]
+
+
+def tables(document: str) -> list[list[list[str]]]:
+    """Every table as rows of cells; the line under its heading is left out."""
+    found = re.findall(r"(?:^\|.*\|$\n?)+", prose(document), re.M)
+    return [
+        [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()
+         if not re.fullmatch(r"[|\s:-]+", row)]
+        for table in found
+    ]
+
+
+@cache
+def parser(command: str) -> ArgumentParser:
+    root = ArgumentParser()
+    commands = root.add_subparsers()
+    import_module(f"megatron_vl.cli.{command}").add_parser(commands)
+    commands.choices[command].add_argument("--debug")
+    return commands.choices[command]
+
+
+def options(command: str) -> set[str]:
+    return set(parser(command)._option_string_actions)
+
+
+# ---- paths and links --------------------------------------------------------------------------
+
+
+def paths(document: str) -> list[str]:
+    """Words of code that name something in the repository, from its top."""
+    top = {path.name for path in ROOT.iterdir()} - set(MADE)
+    words = [word for code in CODE.findall(prose(document)) for word in code.split()]
+    words += [word for line in commands(document) for word in line]
+    return [word for word in words if ("/" in word or "." in word) and word.split("/")[0] in top]
+
+
+def names(document: str) -> set[str]:
+    """Scripts named without their folder."""
+    return {code for code in CODE.findall(prose(document)) if re.fullmatch(r"\w+\.(py|sh)", code)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_that_is_named_exists(document):
+    missing = [path for path in paths(document) if not (ROOT / path).exists()]
+    assert not missing, f"{document} names {missing}"
+    somewhere = {path.name for path in ROOT.rglob("*.py")} | {p.name for p in ROOT.rglob("*.sh")}
+    assert names(document) <= somewhere
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document):
+    for target in LINK.findall(prose(document)):
+        if target.startswith("http"):
+            assert target.startswith(SITES), target
+            continue
+        file, _, anchor = target.partition("#")
+        assert not anchor, f"{document}: link to a heading, {target}; headings change"
+        assert ((ROOT / document).parent / file).exists(), f"{document} links to {target}"
+
+
+def test_every_folder_is_in_the_table_of_both_readmes():
+    folders = {"toolkits/", "examples/", "tests/", "docs/"}
+    folders |= {f"megatron_vl/{room}/" for room in ROOMS
+                if (ROOT / "megatron_vl" / room).is_dir()}
+    for readme in READMES:
+        named = {CODE.findall(row[0])[0] for table in tables(readme) for row in table
+                 if CODE.fullmatch(row[0]) and row[0].endswith("/`")}
+        assert named == folders, readme
+
+
+def test_the_table_of_rooms_is_the_enforced_one():
+    table = next(t for t in tables("docs/architecture.md") if t[0][0] == "room")
+    rooms = {row[0].strip("`/"): tuple(CODE.findall(row[2])) for row in table[1:]}
+    assert rooms == {room: may for room, may in ROOMS.items() if room not in ("errors", "__main__")}
+
+
+# ---- commands and options ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_can_be_given_as_it_is_written(document):
+    for words in commands(document):
+        program, given = words[0], words[1:]
+        assert program in ("megatron-vl", "bash", "python", "pip"), words
+        if program == "megatron-vl":
+            assert given[0] in COMMANDS, words
+            unknown = {w for w in given if w.startswith("--")} - options(given[0])
+            assert not unknown, f"megatron-vl {given[0]} has no {unknown}"
+        elif program == "pip":
+            assert given == ["install", "-e", ".[test]"], words
+        else:
+            assert (ROOT / given[0]).is_file(), words
+            flags = [word.lstrip("-") for word in given if word.startswith("--")]
+            assert all(flag in text(given[0]) for flag in flags), words
+            assert len(given) - 1 in ARGUMENTS.get(given[0], (len(given) - 1,)), words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_and_option_in_a_sentence_exists(document):
+    known = set().union(*(options(command) for command in COMMANDS))
+    for code in CODE.findall(prose(document)):
+        words = code.split()
+        if words[0] == "megatron-vl" and len(words) > 1:
+            assert words[1] in COMMANDS, code
+        unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known
+        assert not unknown, f"{document}: {code}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_configuration_file_shown_is_valid(document, tmp_path):
+    for block in blocks(document, "yaml"):
+        (tmp_path / "run.yaml").write_text(block)
+        config = load_config({}, str(tmp_path / "run.yaml"))
+        shown = {key.replace("-", "_") for key in yaml.safe_load(block)}
+        assert shown <= config.to_dict().keys()
+
+
+# ---- the launchers' arguments -----------------------------------------------------------------
+
+
+def usage(script: str) -> tuple[list[str], set[str]]:
+    """(arguments in order, variables) of a script's own usage table."""
+    table = text(script).split("<<TABLE\n")[1].split("\nTABLE\n")[0]
+    arguments = re.findall(r"^ +(?:\d+|--) (\w+) ", table, re.M)
+    variables = re.findall(r"^  ([A-Z][A-Z0-9_]+) {2,}", table, re.M)
+    return arguments, set(variables)
+
+
+@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize(("script", "number"), [(TRAINER, 0), (CONVERTOR, 1)])
+def test_the_tables_of_arguments_are_those_of_the_scripts(readme, script, number):
+    numbered = [table[1:] for table in tables(readme) if table[0][0] == "" and table[1][0] == "1"]
+    rows = numbered[number]
+    arguments, _ = usage(script)
+    assert [CODE.findall(row[1])[0] for row in rows] == arguments
+    count = iter(range(1, len(rows) + 1))
+    assert [row[0] for row in rows] == [
+        "–" if argument == "SP" else str(next(count)) for argument in arguments
+    ]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_variables_of_the_launchers_are_those_of_the_scripts(readme):
+    named = set(re.findall(r"\bMP_[A-Z0-9_]+", text(readme)))
+    assert named == {
+        name for script in (TRAINER, CONVERTOR) for name in usage(script)[1]
+        if name.startswith("MP_")
+    }
+    read = set(re.findall(r"\$\{?(MP_[A-Z0-9_]+)", text(TRAINER) + text(CONVERTOR)))
+    assert named == read
+
+
+# ---- two languages ----------------------------------------------------------------------------
+
+
+def test_both_readmes_have_the_same_headings_blocks_tables_and_links():
+    english, chinese = READMES
+    assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
+    assert blocks(english) == blocks(chinese)
+    shapes = [[(len(table), len(table[0])) for table in tables(readme)] for readme in READMES]
+    assert shapes[0] == shapes[1]
+    links = [set(LINK.findall(prose(readme))) for readme in READMES]
+    assert links[0] - {chinese} == links[1] - {english}
+    # Every path and option stands in both, whatever is written around it.
+    codes = [{code for code in CODE.findall(prose(readme)) if "/" in code or code.startswith("-")}
+             for readme in READMES]
+    assert codes[0] == codes[1]
+
+
+def test_the_chinese_readme_is_chinese():
+    words = CODE.sub("", LINK.sub("", prose("README_zh.md")))
+    for paragraph in words.split("\n\n"):
+        if len(paragraph) > 80 and not paragraph.startswith("|"):
+            assert len(re.findall("[\u4e00-\u9fff]", paragraph)) > len(paragraph) / 4, paragraph
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_document_names_a_host_beyond_the_known_sites(document):
+    for url in re.findall(r"https?://[^\s)>`]+", text(document)):
+        assert url.startswith(SITES), url
+    assert not re.search(r"--(extra-)?index-url|/root/|/tmp/", text(document))
