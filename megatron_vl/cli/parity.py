@@ -103,7 +103,8 @@ def _convert(*words) -> None:
 def _read_tensors(hf_dir: Path) -> dict:
     from safetensors.torch import load_file
 
-    return {k: v for file in sorted(hf_dir.glob("*.safetensors")) for k, v in load_file(file).items()}
+    files = sorted(hf_dir.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _report(differences, layout, split, tolerance: float) -> int:

@@ -17,7 +17,8 @@ NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug", "run", "arg
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
-        "train", help="pretrain or finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "train", help="pretrain or finetune", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="YAML", help="file with the same options as keys")
     parser.add_argument(

@@ -3,7 +3,7 @@
 SAVE/
     config.json, tokenizer files         the model's own, so that SAVE converts to HF by itself
     latest_checkpointed_iteration.txt    the iteration to resume from
-    iter_0000100/                        one torch_dist checkpoint; reshards when TP, PP or DP change
+    iter_0000100/                        a torch_dist checkpoint; reshards when TP, PP or DP change
         loader_dp00000.pt                where each data-parallel rank stood in its data
 
 A checkpoint is written under a hidden name and renamed when every rank has finished.

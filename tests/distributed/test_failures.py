@@ -11,7 +11,6 @@ import time
 
 import pytest
 from commands import ROOT, megatron_vl, shell
-
 from distributed_launch import CONVERTOR, LAUNCHER, words
 
 BAD_ARGUMENTS = {

@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-
 SHAPES = ("circle", "rectangle", "triangle")
 
 
