@@ -205,7 +205,7 @@ def draw_weights(canvas):
     steps = (
         (75, 6.5, "Hugging Face directory", "safetensors, tokenizer", "white"),
         (63.2, 6.5, "a file a rank", "mp_rank_01_000, ..", "white"),
-        (42.2, 6.5, "iter_0000100/", "resumes in any layout", "white"),
+        (42.2, 6.5, "iter_0000100/", "loads in any layout", "white"),
         (30.4, 6.5, "Hugging Face directory", "loads in transformers", "white"),
     )
     for y, height, head, words, fill in steps:
