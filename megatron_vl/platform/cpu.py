@@ -192,6 +192,12 @@ def _install_random_calls() -> None:
 
 
 def _install_factories() -> None:
+    # `with torch.device(...)` knows factories by identity and remembers them at its first use. It
+    # must remember torch's own: else models built on the meta device would be left unset.
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
+
     def on_cpu(factory):
         @functools.wraps(factory)
         def make(*args, **kwargs):

@@ -1,0 +1,93 @@
+"""The CPU platform gives Megatron-Core what it needs, and nobody else anything to notice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from commands import run
+from megatron_vl.platform import select_platform
+from megatron_vl.platform.base import Platform
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def platform():
+    chosen = select_platform()
+    chosen.install()
+    chosen.install()  # twice is once
+    return chosen
+
+
+def test_without_cuda_the_cpu_platform_is_chosen_whatever_torch_was_built_for(monkeypatch):
+    for built_for in (None, "12.8"):
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        assert select_platform().name == "cpu"
+        assert isinstance(select_platform(), Platform)
+
+
+def test_importing_leaves_torch_as_it_was():
+    code = (
+        "import torch; before = (torch.zeros, torch.Tensor.type, torch.cuda.current_device);"
+        "import megatron_vl.platform, megatron_vl.models, megatron_vl.weights;"
+        "assert before == (torch.zeros, torch.Tensor.type, torch.cuda.current_device)"
+    )
+    import sys
+
+    assert run([sys.executable, "-c", code]).code == 0
+
+
+def test_cuda_factories_and_moves_land_on_the_cpu():
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.tensor([1], device=torch.cuda.current_device()).device.type == "cpu"
+    assert torch.ones(1).cuda().to("cuda:0").to(device="cuda").device.type == "cpu"
+    assert not torch.cuda.is_available()
+
+
+def test_a_device_context_still_decides_where_tensors_are_made():
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+        assert torch.arange(3).device.type == "meta"
+
+
+def test_transformers_still_fills_every_buffer(hf_dir):
+    import transformers
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(hf_dir)
+    inv_freq = model.model.language_model.rotary_emb.inv_freq
+    width = 2 * inv_freq.numel()
+    expected = 1.0 / 1e6 ** (torch.arange(0, width, 2) / width)
+    assert torch.allclose(inv_freq, expected)
+
+
+def test_only_megatron_core_sees_cuda_type_names():
+    tensor = torch.zeros(1)
+    assert tensor.type() == "torch.FloatTensor"
+    inside = {"__name__": "megatron.core.somewhere", "tensor": tensor}
+    assert eval("tensor.type()", inside) == "torch.cuda.FloatTensor"
+    assert tensor.type(torch.int64).dtype == torch.int64
+
+
+def test_random_state_is_one_generator_and_seeding_ends():
+    torch.manual_seed(7)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    torch.cuda.manual_seed(7)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_the_group_step_adam_equals_torchs_adamw():
+    from megatron_vl.platform.cpu import GroupStepAdam
+
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(50)) for _ in range(2))
+    options = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    adam, adamw = GroupStepAdam([ours], **options), torch.optim.AdamW([theirs], **options)
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(50)
+        adam.step()
+        adamw.step()
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+    assert adam.param_groups[0]["step"] == 5 and set(adam.state[ours]) == {"exp_avg", "exp_avg_sq"}

@@ -1,0 +1,217 @@
+"""Our training step against transformers' own, on the same weights and samples, in one run.
+
+    python train_step.py HF_DIR DATASET [--rows 4] [--seq-length 512] [--steps 10] [--threads 1]
+
+Ours is the step of `megatron-vl train` at TP1 PP1: packed rows, Megatron-Core's forward, backward,
+clipping and AdamW. Transformers gets the same samples as its users batch them, padded to the
+longest, one batch per microbatch: forward with labels, backward, clipping, torch's fused AdamW.
+Both run in fp32 with the same number of threads, step by step in turn, so that noise of the machine
+meets both. Reported are the median seconds of a step, tokens of samples (no padding) a second, the
+ratio, and the resident memory of two further processes that run one side alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    parser.add_argument("dataset", type=Path, metavar="DATASET", help="prepared dataset")
+    parser.add_argument("--rows", type=int, default=4, help="packed rows of a step (default: 4)")
+    parser.add_argument("--micro-batch-size", type=int, default=2, help="rows at once (default: 2)")
+    parser.add_argument("--seq-length", type=int, default=512, help="of a row (default: 512)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--only", choices=("ours", "transformers"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def read_batches(args) -> list:
+    """The microbatches of one step, from the dataset as the trainer reads it."""
+    from megatron_vl.data.loader import DataConfig, build_train_loader
+    from megatron_vl.models import load_spec
+
+    config = DataConfig(
+        train_path=args.dataset, seq_length=args.seq_length, num_workers=0,
+        micro_batch_size=args.micro_batch_size, packing_buffer_size=200,
+    )
+    batches = iter(build_train_loader(config, hf_dir=args.hf_dir, spec=load_spec(args.hf_dir)))
+    return [next(batches) for _ in range(args.rows // args.micro_batch_size)]
+
+
+def our_step(args, batches):
+    """A function that trains one step and returns its loss."""
+    import torch
+
+    from megatron_vl.platform import initialize
+    from megatron_vl.training.checkpoint import load_weights
+    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.plan import plan_run
+    from megatron_vl.training.setup import build_model, build_optimizer
+    from megatron_vl.training.step import RowStream, forward_step, mean_loss
+    from megatron_vl.weights.mcore_io import inspect_checkpoint
+
+    config = TrainConfig.from_dict({
+        "hf_config": str(args.hf_dir), "train_data_path": str(args.dataset), "lr": 1e-4,
+        "min_lr": 1e-4, "lr_decay_style": "constant", "seq_length": args.seq_length,
+        "micro_batch_size": args.micro_batch_size, "global_batch_size": args.rows,
+        "use_distributed_optimizer": True, "weight_decay": 0.01,
+    })
+    plan = plan_run(config, 1)
+    platform = initialize(plan.layout)
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    model = build_model(plan, platform, initialize_weights=False)
+    load_weights(inspect_checkpoint(args.weights), model)
+    optimizer, _ = build_optimizer(plan, model)
+    run = get_forward_backward_func()
+
+    def step() -> float:
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = run(
+            forward_step_func=forward_step, data_iterator=RowStream(iter(batches), "cpu"),
+            model=model[0], num_microbatches=len(batches), seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size, forward_only=False,
+        )
+        optimizer.step()
+        return mean_loss(losses, torch.device("cpu"))[0]
+
+    return step
+
+
+def transformers_step(args, batches):
+    """The same with transformers' model and torch's optimizer."""
+    import torch
+    import transformers
+    from torch.nn.utils.rnn import pad_sequence
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        args.hf_dir, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    image = model.config.image_token_id
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    padded = []
+    for batch in batches:
+        bounds = batch.cu_seqlens.tolist()
+        tokens, labels = batch.tokens.flatten(), batch.labels.flatten()
+        samples = [(tokens[a:b], labels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
+                   if (tokens[a:b] == image).any()]
+        ids = pad_sequence([t for t, _ in samples], batch_first=True)
+        mask = pad_sequence([torch.ones_like(t) for t, _ in samples], batch_first=True)
+        targets = pad_sequence([x for _, x in samples], batch_first=True, padding_value=-100)
+        padded.append((ids, mask, targets, batch.pixel_patches, batch.grid_thw))
+    trained = sum(int((targets != -100).sum()) for _, _, targets, _, _ in padded)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        for ids, mask, targets, patches, grids in padded:
+            logits = model(
+                input_ids=ids, attention_mask=mask, pixel_values=patches, image_grid_thw=grids,
+                mm_token_type_ids=(ids == image).int(), use_cache=False,
+            ).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+            ) / trained
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return total
+
+    return step
+
+
+SIDES = {"transformers": transformers_step, "ours": our_step}
+
+
+def convert(args, directory: str) -> None:
+    """HF_DIR as the weights of one rank, by the public command."""
+    command = [sys.executable, "-m", "megatron_vl", "convert", str(args.hf_dir), directory,
+               "--dtype", "float32"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def peak_memory(side: str) -> int:
+    """Largest resident bytes of a process that runs only `side`."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", side]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def run_alone(args) -> None:
+    import resource
+
+    # Both read the data in this process; what is compared is the larger peak of the step.
+    step = SIDES[args.only](args, read_batches(args))
+    for _ in range(3):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_bytes": peak}))
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.rows % args.micro_batch_size:
+        print(f"--rows {args.rows} is not a multiple of --micro-batch-size "
+              f"{args.micro_batch_size}.", file=sys.stderr)
+        return 2
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    import tempfile
+
+    if args.only != "transformers":
+        from megatron_vl.platform import select_platform
+
+        select_platform().install()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as scratch:
+        args.weights = f"{scratch}/weights"
+        convert(args, args.weights)
+        if args.only:
+            run_alone(args)
+            return 0
+        batches = read_batches(args)
+        tokens = sum(batch.num_tokens for batch in batches)
+        steps = {name: make(args, batches) for name, make in SIDES.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        losses: dict[str, list[float]] = {name: [] for name in steps}
+        for number in range(args.steps + 2):
+            for name, step in steps.items():
+                started = time.perf_counter()
+                losses[name].append(step())
+                if number >= 2:  # the first steps fill caches
+                    seconds[name].append(time.perf_counter() - started)
+    images = sum(batch.num_images for batch in batches)
+    print(f"{tokens:,} tokens, {images} images in {args.rows} rows a step; {args.threads} thread(s)"
+          f"; torch {torch.__version__}")
+    print(f"{'':<14} {'s/step':>8} {'tokens/s':>10} {'peak MiB':>9} {'loss 1':>9} {'last loss':>10}")
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    for name in steps:
+        peak = peak_memory(name) / 2**20
+        print(f"{name:<14} {median[name]:>8.3f} {tokens / median[name]:>10,.0f} {peak:>9,.0f} "
+              f"{losses[name][0]:>9.5f} {losses[name][-1]:>10.5f}")
+    print(f"ratio of tokens/s, ours to transformers: "
+          f"{median['transformers'] / median['ours']:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
