@@ -4,7 +4,7 @@
 #   VENV=path   the environment to make or reuse (default: .venv-test)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. tests/environment.sh
+. toolkits/environment.sh
 
 VENV=${VENV:-.venv-test}
 make_environment "$VENV" ".[test]"

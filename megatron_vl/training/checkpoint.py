@@ -44,8 +44,8 @@ class Resumed:
 def save_checkpoint(plan: Plan, iteration: int, model, optimizer, scheduler, loader_state) -> Path:
     """Write SAVE/iter_XXXXXXX; returns its path. All ranks call it together.
 
-    `loader_state` is what the loader's `save_state_rank` returned on the ranks that read data, None
-    on the others.
+    `loader_state` is what the loader's `save_state_rank` returned on the rank of a replica that
+    reads, None on the others.
     """
     root = Path(plan.config.checkpoint.save)
     final = root / f"iter_{iteration:07d}"
@@ -61,7 +61,7 @@ def save_checkpoint(plan: Plan, iteration: int, model, optimizer, scheduler, loa
     dist_checkpointing.save(
         state, str(partial), ("torch_dist", 1), content_metadata=_storable(_metadata())
     )
-    if loader_state is not None and parallel_state.get_pipeline_model_parallel_rank() == 0:
+    if loader_state is not None:
         torch.save(loader_state, partial / _loader_file())
     torch.distributed.barrier()
     if first:

@@ -14,6 +14,7 @@ from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_
 from megatron_vl.errors import InputError
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.metrics import MetricLog, StepMetrics
 from megatron_vl.training.plan import Plan, find_checkpoint
 from megatron_vl.training.setup import build_model, build_optimizer
@@ -53,8 +54,7 @@ class Trainer:
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model)
         self.forward_backward = get_forward_backward_func()
-        # Tensor-parallel rank 0 of every stage reads; only stage 0 decodes pixels.
-        self.reads = parallel_state.get_tensor_model_parallel_rank() == 0
+        self.exchange = RowExchange(plan.layout)
         self.loader = self.streams = None
         self.log = None
         if self.rank == 0:
@@ -89,7 +89,7 @@ class Trainer:
             )
         self.optimizer.zero_grad()
         batches = None
-        if self.reads:
+        if self.exchange.is_reader:
             self.loader = build_train_loader(
                 self._data_config(),
                 data_parallel_group=parallel_state.get_data_parallel_group(),
@@ -102,7 +102,7 @@ class Trainer:
 
     def _streams(self, batches: Iterator | None) -> list[RowStream]:
         """One stream a model chunk; chunks of one rank see the same rows."""
-        copies = [None] * len(self.model) if batches is None else tee(batches, len(self.model))
+        copies = tee(self.exchange.rows(batches), len(self.model))
         return [RowStream(copy, self.device) for copy in copies]
 
     def _data_config(self) -> DataConfig:
@@ -126,7 +126,6 @@ class Trainer:
             spec=self.plan.spec,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
-            decode_pixels=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         )
 
     # ---- one step ---------------------------------------------------------------------------
@@ -175,13 +174,15 @@ class Trainer:
             )
 
     def _totals(self, counts) -> dict:
-        """Counts over data-parallel ranks; the wait is the longest of any rank."""
+        """Counts over data-parallel ranks; the wait is the longest of any reader."""
         sums = torch.tensor(
             [counts.rows, counts.tokens, counts.samples, counts.images],
             dtype=torch.float64, device=self.device,
         )
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        wait = torch.tensor([counts.wait_seconds], dtype=torch.float64, device=self.device)
+        # Ranks that are sent rows also wait for the stage before them; the reader alone for data.
+        waited = counts.wait_seconds if self.exchange.is_reader else 0.0
+        wait = torch.tensor([waited], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
         rows, tokens, samples, images = (int(x) for x in sums.tolist())
         return dict(rows=rows, tokens=tokens, samples=samples, images=images,
@@ -194,33 +195,28 @@ class Trainer:
         started = time.perf_counter()
         for chunk in self.model:
             chunk.eval()
-        batches = None
-        if self.reads:
+        reads, batches = self.exchange.is_reader, iter(())
+        if reads:
             limit = self.config.data.eval_iters * self.plan.num_microbatches
-            batches = iter(build_valid_loader(
+            loader = build_valid_loader(
                 self._data_config(), max_batches=limit or None, **self._reader()
-            ))
+            )
+            batches = iter(loader)
         losses = []
         while True:
-            # The loader knows where the split ends; tensor-parallel neighbours are told.
-            group = list(islice(batches, self.plan.num_microbatches)) if self.reads else []
-            size = self._size_over_tp(len(group))
+            # The loader knows where the split ends; the replica's other ranks are told.
+            group = list(islice(batches, self.plan.num_microbatches))
+            size = self.exchange.number(len(group))
             if size == 0:
                 break
-            streams = self._streams(iter(group) if self.reads else None)
+            streams = self._streams(iter(group) if reads else None)
             with torch.no_grad():
                 losses += self._run(streams, size, forward_only=True)
+        if reads:
+            loader.close()
         loss, trained = mean_loss(losses, self.device)
         if self.log is not None:
             self.log.evaluation(iteration, loss, trained, time.perf_counter() - started)
-
-    def _size_over_tp(self, size: int) -> int:
-        sizes = torch.tensor([size], dtype=torch.int64, device=self.device)
-        torch.distributed.all_reduce(
-            sizes, op=torch.distributed.ReduceOp.MAX,
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-        return int(sizes)
 
     # ---- end --------------------------------------------------------------------------------
 
@@ -233,6 +229,8 @@ class Trainer:
         self.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
 
     def close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
         if self.log is not None:
             self.log.close()
 

@@ -18,7 +18,7 @@ class StepMetrics:
     lr: float
     grad_norm: float  # before clipping
     step_seconds: float
-    data_wait_seconds: float  # longest of any rank
+    data_wait_seconds: float  # for the loader, longest of any reading rank
     rows: int
     tokens: int  # of samples, without padding
     trained_tokens: int

@@ -37,26 +37,17 @@ class StepCounts:
 
 
 class RowStream:
-    """Microbatches for one model chunk: tensor-parallel rank 0 reads, the others are sent them.
+    """Microbatches for one model chunk, on its device, counted as they pass."""
 
-    Args:
-        batches: the loader's iterator on tensor-parallel rank 0, None on the other ranks.
-        device: where the tensors shall be.
-        counts: is told what passed; shared by nobody else.
-    """
-
-    def __init__(self, batches: Iterator[RowBatch] | None, device: torch.device):
+    def __init__(self, batches: Iterator[RowBatch], device: torch.device | str):
         self.batches = batches
         self.device = device
         self.counts = StepCounts()
 
     def __next__(self) -> RowBatch:
         started = time.perf_counter()
-        batch = next(self.batches) if self.batches is not None else None
-        waited = time.perf_counter() - started
-        if parallel_state.get_tensor_model_parallel_world_size() > 1:
-            batch = _broadcast(batch)
-        self.counts.add(batch, waited)
+        batch = next(self.batches)
+        self.counts.add(batch, time.perf_counter() - started)
         return batch.to(self.device, non_blocking=True)
 
     def __iter__(self):
@@ -66,15 +57,6 @@ class RowStream:
         """The counts since the last call."""
         counts, self.counts = self.counts, StepCounts()
         return counts
-
-
-def _broadcast(batch: RowBatch | None) -> RowBatch:
-    source = parallel_state.get_tensor_model_parallel_src_rank()
-    box = [batch]
-    torch.distributed.broadcast_object_list(
-        box, src=source, group=parallel_state.get_tensor_model_parallel_group()
-    )
-    return box[0]
 
 
 def forward_step(stream: RowStream, model):

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# From a fresh machine to a trained Qwen2-VL that transformers loads, in about 12 minutes on two
+# cores, without a GPU: each step is the command a user would type, printed before it runs.
+#   bash examples/quickstart.sh
+#   WORK=dir     where everything is written (default: .quickstart)
+#   VENV=dir     the environment to make or reuse (default: .venv)
+#   PYTHON=path  the Python to make it with (default: python3)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. toolkits/environment.sh
+
+WORK=${WORK:-.quickstart}
+VENV=${VENV:-.venv}
+started=$SECONDS
+doing="starting"
+
+failed() {
+  code=$?
+  printf '\nquickstart stopped while %s (exit code %s).\n' "$doing" "$code" >&2
+  printf 'The lines above say why. Mend it and run the same command again: %s is written anew and\n' "$WORK" >&2
+  printf 'the environment %s is kept. To see a traceback, run the last command with --debug.\n' "$VENV" >&2
+}
+trap failed ERR
+
+step() {
+  doing=$1
+  printf '\n== [%s] %s\n' "$(printf '%d:%02d' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))" "$1"
+}
+
+run() {
+  local word
+  printf '$'
+  for word in "$@"; do
+    case $word in *[[:space:]\;\*]*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
+  done
+  printf '\n'
+  "$@"
+}
+
+step "making the environment"
+make_environment "$VENV" ".[test]"
+export PATH="$PWD/$VENV/bin:$PATH" PYTHON="$PWD/$VENV/bin/python"
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+rm -rf "$WORK"
+mkdir -p "$WORK"
+
+step "writing a small random Qwen2-VL as a Hugging Face directory"
+run python toolkits/make_tiny_hf_checkpoint.py "$WORK/hf" --hidden-size 64 --ffn-size 192 \
+  --num-layers 4 --patch-size 8 --min-pixels 4096 --max-pixels 4096 --init-std 0.08 --dtype float32
+
+step "writing easy-VQA, real images and questions, as LLaVA-style JSON"
+run python toolkits/pretrain_data_preprocessing/easy_vqa_to_llava.py "$WORK/data" \
+  --yes-no-per-image 2
+
+step "turning it into energon shards: shape questions to pretrain on, all kinds to finetune on"
+run python toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py "$WORK/data" \
+  --json train-shape.json --output "$WORK/data/wds-pretrain"
+run python toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py "$WORK/data" \
+  --json train.json --output "$WORK/data/wds-finetune"
+
+# One language layer beside the vision tower on stage 0, three on stage 1: an uneven split.
+export MP_PP0_LAYERS=1
+
+step "converting the weights to Megatron-Core: TP 1, PP 2, vision tower and 1 layer on stage 0"
+run bash toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh \
+  auto "$WORK/hf" "$WORK/mcore" 1 2 false fp32
+
+# Samples are packed into rows of 512 tokens; a step is 4 rows, about 36 samples.
+export MP_PACKING_BUFFER=256
+
+step "pretraining on 2 ranks (gloo): 300 steps on what shape an image shows"
+MP_EXTRA="--eval-iters 10" run bash examples/qwen2_vl/run_mcore_qwen.sh \
+  dsw auto 1 4 1e-3 3e-4 512 512 fp32 1 2 1 true true false false 300 \
+  "$WORK/data/wds-pretrain" "$WORK/data/wds-pretrain" "$WORK/mcore" 300 30 "$WORK/pretrain"
+PRETRAINED=$(ls -d "$WORK"/pretrain/checkpoint/*)
+
+step "finetuning on 2 ranks: 550 steps on shape, colour and yes/no questions"
+MP_EXTRA="--eval-iters 10 --finetune" run bash examples/qwen2_vl/run_mcore_qwen.sh \
+  dsw auto 1 4 1e-3 5e-5 512 512 fp32 1 2 1 true true false false 275 \
+  "$WORK/data/wds-finetune" "$WORK/data/wds-finetune" "$PRETRAINED" 550 20 "$WORK/finetune"
+FINETUNED=$(ls -d "$WORK"/finetune/checkpoint/*)
+
+step "converting the trained checkpoint back to Hugging Face"
+run bash toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh \
+  auto "$FINETUNED" "$WORK/trained-hf" 1 2 true fp32 "$WORK/hf"
+
+step "drawing the loss"
+run megatron-vl plot "$(ls -d "$WORK"/pretrain/log/*)" --output "$WORK/loss-pretrain.png" \
+  --title "pretraining: what shape is it?"
+run megatron-vl plot "$(ls -d "$WORK"/finetune/log/*)" --output "$WORK/loss.png" \
+  --title "finetuning: shape, colour and yes/no"
+
+step "asking transformers, with the trained weights, the questions about images it never saw"
+run python toolkits/evaluate_vqa.py "$WORK/trained-hf" "$WORK/data/test.json" \
+  --output "$WORK/answers.jsonl" --at-least 0.80 | tee "$WORK/accuracy.txt"
+
+step "done"
+cat <<TXT
+$WORK/
+  hf/            the random Qwen2-VL, as published models are laid out
+  data/          easy-VQA as JSON and images; wds-pretrain/ and wds-finetune/ are energon datasets
+  mcore/         its weights for TP 1, PP 2: release/mp_rank_00_000 and mp_rank_00_001
+  pretrain/      checkpoint/, tensorboard/ and log/ of the first run
+  finetune/      the same of the second
+  trained-hf/    the trained model; transformers loads it as it is
+  loss.png       the finetuning's loss, validation, gradient norm and throughput
+  answers.jsonl  every question, the expected answer, the given one;  accuracy.txt: the table above
+
+What to try next
+  megatron-vl parity $WORK/trained-hf --tp 2 --pp 2 --sequence-parallel
+      the trained model against transformers: logits, loss and every gradient, on four ranks
+  megatron-vl convert $WORK/hf $WORK/mcore-tp2 --tp 2 --dry-run
+      how each weight would be cut for another layout
+  tensorboard --logdir $WORK/finetune/tensorboard
+  the same launcher with your own converted checkpoint and shards; README.md has the arguments
+TXT
