@@ -115,8 +115,26 @@ def load_checkpoint(
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         _set_random_state(loaded["rng_state"])
-    file = info.path / _loader_file()
-    return Resumed(iteration=info.iteration, loader_state=file if own and file.is_file() else None)
+    return Resumed(
+        iteration=info.iteration, loader_state=_loader_state(plan, info) if own else None
+    )
+
+
+def _loader_state(plan: Plan, info: CheckpointInfo) -> Path | None:
+    """This replica's place in the data.
+
+    Raises:
+        InputError: the checkpoint has it for another number of data-parallel ranks.
+    """
+    saved = len(list(info.path.glob("loader_dp*.pt")))
+    if saved not in (0, plan.layout.dp):
+        raise InputError(
+            f"{info.path} was saved by {saved} data-parallel rank(s) but this run has "
+            f"{plan.layout.dp}, so its place in the data cannot be told; start "
+            f"{saved * plan.layout.model_size} processes, or go on in a new SAVE with --load "
+            f"{info.root}, where the data starts anew."
+        )
+    return info.path / _loader_file() if saved else None
 
 
 def load_weights(info: CheckpointInfo, model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from commands import run
+
 from megatron_vl.platform import select_platform
 from megatron_vl.platform.base import Platform
 

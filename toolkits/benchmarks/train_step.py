@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -109,7 +110,7 @@ def transformers_step(args, batches):
     for batch in batches:
         bounds = batch.cu_seqlens.tolist()
         tokens, labels = batch.tokens.flatten(), batch.labels.flatten()
-        samples = [(tokens[a:b], labels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
+        samples = [(tokens[a:b], labels[a:b]) for a, b in pairwise(bounds)
                    if (tokens[a:b] == image).any()]
         ids = pad_sequence([t for t, _ in samples], batch_first=True)
         mask = pad_sequence([torch.ones_like(t) for t, _ in samples], batch_first=True)
@@ -202,12 +203,13 @@ def main() -> int:
     images = sum(batch.num_images for batch in batches)
     print(f"{tokens:,} tokens, {images} images in {args.rows} rows a step; {args.threads} thread(s)"
           f"; torch {torch.__version__}")
-    print(f"{'':<14} {'s/step':>8} {'tokens/s':>10} {'peak MiB':>9} {'loss 1':>9} {'last loss':>10}")
+    print(f"{'':<14} {'s/step':>8} {'tokens/s':>10} {'peak MiB':>9} {'first loss':>11} "
+          f"{'last loss':>10}")
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name in steps:
         peak = peak_memory(name) / 2**20
         print(f"{name:<14} {median[name]:>8.3f} {tokens / median[name]:>10,.0f} {peak:>9,.0f} "
-              f"{losses[name][0]:>9.5f} {losses[name][-1]:>10.5f}")
+              f"{losses[name][0]:>11.5f} {losses[name][-1]:>10.5f}")
     print(f"ratio of tokens/s, ours to transformers: "
           f"{median['transformers'] / median['ours']:.2f}")
     return 0
