@@ -27,6 +27,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--vp", type=int, default=1, help="model chunks per stage (default: 1)")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks (default: 1)")
     parser.add_argument("--sequence-parallel", action="store_true", help="split norms over TP")
+    parser.add_argument(
+        "--overlap-grad-reduce", action="store_true", help="reduce gradients during backward"
+    )
     parser.add_argument("--first-stage-layers", type=int, help="language layers on stage 0")
     parser.add_argument(
         "--tolerance", type=float, default=1e-5,
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_vl.training.parity import run_rank
 
         run_worker(
-            lambda: run_rank(args.work_dir, args.hf_dir, layout, split),
+            lambda: run_rank(args.work_dir, args.hf_dir, layout, split, args.overlap_grad_reduce),
             command="parity", debug=args.debug,
         )
     with tempfile.TemporaryDirectory(prefix="megatron-vl-parity-") as scratch:

@@ -168,7 +168,9 @@ def published_name(name: str) -> str:
 # ---- ours -------------------------------------------------------------------------------------
 
 
-def run_rank(work_dir: Path, hf_dir: Path, layout, split) -> None:
+def run_rank(
+    work_dir: Path, hf_dir: Path, layout, split, overlap_grad_reduce: bool = False
+) -> None:
     """One rank's part of every case; writes to WORK_DIR what the parent compares.
 
     Reads the converted weights of WORK_DIR/weights. For case i it writes i.logits.pt (samples'
@@ -196,15 +198,20 @@ def run_rank(work_dir: Path, hf_dir: Path, layout, split) -> None:
     chunks = family(spec.model_type).build_model(
         spec, layout, split, ModelOptions(initialize_weights=False)
     )
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce
+    )
     model = [
         DistributedDataParallel(
-            chunk.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk.to(device),
-            disable_bucketing=number > 0,
+            chunk.config, ddp, chunk.to(device), disable_bucketing=number > 0
         )
         for number, chunk in enumerate(chunks)
     ]
     for chunk in model:
         chunk.config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in model]
+        model[0].config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     source = inspect_checkpoint(work_dir / "weights")
     load_weights(source, model)
     forward_backward = get_forward_backward_func()

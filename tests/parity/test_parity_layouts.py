@@ -16,7 +16,8 @@ LAYOUTS = {
     "PP2, uneven first stage": ["--pp", 2, "--first-stage-layers", 1],
     "TP2 PP2 with sequence parallelism": ["--tp", 2, "--pp", 2, "--sequence-parallel"],
     "PP2 VP2": ["--pp", 2, "--vp", 2],
-    "DP2, one rank without images": ["--dp", 2],
+    # The last batch has all its images on rank 0; overlapped, every weight must report a gradient.
+    "DP2, one rank without images, overlapped": ["--dp", 2, "--overlap-grad-reduce"],
 }
 
 

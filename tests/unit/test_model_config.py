@@ -1,0 +1,71 @@
+"""The two towers' configurations: what others got wrong, checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_vl.errors import InputError
+from megatron_vl.models import load_spec
+from megatron_vl.parallel import Layout
+from megatron_vl.platform import select_platform
+
+
+@pytest.fixture(scope="module", autouse=True)
+def platform():
+    select_platform().install()
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return load_spec(model_dir)
+
+
+def options(**changes):
+    from megatron_vl.models.common.transformer_config import ModelOptions
+
+    return ModelOptions(**changes)
+
+
+def test_an_uneven_first_stage_cannot_touch_the_vision_tower(model):
+    from megatron_vl.models.common.transformer_config import language_config, vision_config
+
+    layout = Layout(pp=2)
+    split = model.split(pp=2, first_stage_layers=1)
+    language = language_config(model, layout, split, options())
+    vision = vision_config(model, layout, options())
+    assert language.pipeline_model_parallel_layout.get_num_layers_to_build(pp_rank=0) == 1
+    assert vision.num_layers == model.vision.depth == 2
+    assert vision.num_layers_in_first_pipeline_stage is None
+    assert vision.pipeline_model_parallel_layout is None
+    assert vision.pipeline_model_parallel_size == 1
+
+
+def test_sizes_come_from_config_json_alone(model):
+    from megatron_vl.models.common.transformer_config import language_config, vision_config
+
+    language = language_config(model, Layout(), model.split(), options())
+    assert (language.num_layers, language.hidden_size, language.ffn_hidden_size) == (4, 64, 96)
+    assert (language.num_query_groups, language.layernorm_epsilon) == (2, 1e-6)
+    vision = vision_config(model, Layout(), options())
+    assert vision.normalization == "LayerNorm" and vision.add_qkv_bias
+    assert not language.add_bias_linear and language.add_qkv_bias
+
+
+def test_recompute_is_checked_against_the_smallest_stage(model):
+    from megatron_vl.models.common.transformer_config import language_config
+
+    layout, split = Layout(pp=2), model.split(pp=2, first_stage_layers=1)
+    ok = language_config(model, layout, split, options(recompute="full"))
+    assert (ok.recompute_granularity, ok.recompute_num_layers) == ("full", 1)
+    with pytest.raises(InputError, match="more than the 1 language layers of the smallest stage"):
+        language_config(model, layout, split, options(recompute="full", recompute_num_layers=3))
+
+
+def test_an_unknown_vision_activation_is_named(model):
+    from dataclasses import replace
+
+    from megatron_vl.models.common.transformer_config import vision_config
+
+    strange = replace(model, vision=replace(model.vision, activation="swish9"))
+    with pytest.raises(InputError, match="'swish9'; known are"):
+        vision_config(strange, Layout(), options())
