@@ -50,12 +50,13 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
             f"context-parallel-size {layout.cp} is not supported yet; use 1 and, for long rows, "
             f"tensor-model-parallel-size with sequence-parallel."
         )
-    split = spec.split(
-        pp=layout.pp,
-        vp=layout.vp,
-        first_stage_layers=config.parallel.decoder_first_pipeline_num_layers,
-    )
+    split = _split(config, spec, layout)
     spec.check_layout(layout, split)
+    if any(split.flat("vit")[1:]):
+        raise InputError(
+            f"vision layers on more than the first stage ({split}) can be converted but not "
+            "trained yet; convert without --vit-pp-layers."
+        )
     if layout.sequence_parallel and config.batch.seq_length % layout.tp:
         raise InputError(
             f"seq-length {config.batch.seq_length} is not a multiple of TP {layout.tp}, as "
@@ -71,6 +72,30 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         hf_dir=Path(hf_dir),
         num_microbatches=config.batch.num_microbatches(layout.dp),
     )
+
+
+def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
+    """The split that was asked for; when none was, the checkpoint's own, if it is for this layout.
+
+    So a launcher need not repeat the MP_PP0_LAYERS of the converter: the checkpoint carries it.
+    """
+    first = config.parallel.decoder_first_pipeline_num_layers
+    if first is None:
+        source = _source(config)
+        info = inspect_checkpoint(source) if source is not None else None
+        if info is not None and info.split is not None:
+            here = (layout.pp, layout.vp)
+            if (info.split.pp, info.split.vp) == here:
+                return info.split
+    return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first)
+
+
+def _source(config: TrainConfig) -> str | None:
+    """SAVE if it holds a run, else LOAD, else nothing."""
+    save = config.checkpoint.save
+    if save is not None and (Path(save) / LATEST).is_file():
+        return save
+    return config.checkpoint.load
 
 
 def _check_machine(config: TrainConfig) -> None:
@@ -99,12 +124,10 @@ def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:
     Raises:
         InputError: LOAD holds no checkpoint, or one that cannot be used in this layout.
     """
-    options = plan.config.checkpoint
-    if options.save is not None and (Path(options.save) / LATEST).is_file():
-        return _checked(plan, inspect_checkpoint(options.save)), True
-    if options.load is not None:
-        return _checked(plan, inspect_checkpoint(options.load)), False
-    return None, False
+    source = _source(plan.config)
+    if source is None:
+        return None, False
+    return _checked(plan, inspect_checkpoint(source)), source == plan.config.checkpoint.save
 
 
 def _checked(plan: Plan, info: CheckpointInfo) -> CheckpointInfo:

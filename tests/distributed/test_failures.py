@@ -64,10 +64,18 @@ def test_a_pp0_split_that_does_not_fit_names_those_that_do(workshop, tmp_path):
     assert done.code == 2 and "leaves no language layer for the other" in done.err, done.text
 
 
-def test_a_checkpoint_of_another_layout_is_refused_with_the_command_that_mends_it(workshop):
-    done = workshop.train("other", PP=2, PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2, 1))
+OTHER_LAYOUTS = {
+    "another split": (dict(PP=2, first=2), (1, 2, 1), ("llm 1-3", "llm 2-2")),
+    "another TP": (dict(TP=2), (1, 1), ("TP 1 PP 1", "TP 2 PP 1")),
+}
+
+
+@pytest.mark.parametrize(("run", "made_for", "names"), OTHER_LAYOUTS.values(), ids=OTHER_LAYOUTS)
+def test_a_checkpoint_of_another_layout_is_refused_with_the_mend(run, made_for, names, workshop):
+    weights = workshop.weights(*made_for)
+    done = workshop.train("other", PRETRAIN_CHECKPOINT_PATH=weights, **run)
     assert done.code == 2, done.text
-    assert "llm 1-3" in done.err and "llm 2-2" in done.err and "megatron-vl convert" in done.err
+    assert all(name in done.err for name in names) and "megatron-vl convert" in done.err
 
 
 def test_an_unknown_configuration_key_names_the_nearest(tmp_path):
