@@ -14,36 +14,42 @@ VENV=${VENV:-.venv}
 started=$SECONDS
 doing="starting"
 
-failed() {
-  code=$?
+finished() {
+  local code=$?
+  [ "$code" -ne 0 ] || return 0
   printf '\nquickstart stopped while %s (exit code %s).\n' "$doing" "$code" >&2
   printf 'The lines above say why. Mend it and run the same command again: %s is written anew and\n' "$WORK" >&2
   printf 'the environment %s is kept. To see a traceback, run the last command with --debug.\n' "$VENV" >&2
 }
-trap failed ERR
+trap finished EXIT
 
 step() {
   doing=$1
   printf '\n== [%s] %s\n' "$(printf '%d:%02d' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))" "$1"
 }
 
+# run WORDS: prints the command as it can be typed, then runs it.
 run() {
-  local word
   printf '$'
-  for word in "$@"; do
-    case $word in *[[:space:]\;\*]*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
-  done
+  printf ' %q' "$@"
   printf '\n'
   "$@"
 }
 
+if [ -e "$WORK" ] && [ ! -e "$WORK/.megatron-vl-quickstart" ]; then
+  doing="looking at $WORK"
+  give_up "$WORK exists and is not a quickstart's folder; remove it, or set WORK to another one."
+fi
+
 step "making the environment"
 make_environment "$VENV" ".[test]"
-export PATH="$PWD/$VENV/bin:$PATH" PYTHON="$PWD/$VENV/bin/python"
+VENV=$(cd "$VENV" && pwd)
+export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 rm -rf "$WORK"
 mkdir -p "$WORK"
+touch "$WORK/.megatron-vl-quickstart"
 
 step "writing a small random Qwen2-VL as a Hugging Face directory"
 run python toolkits/make_tiny_hf_checkpoint.py "$WORK/hf" --hidden-size 64 --ffn-size 192 \
@@ -59,24 +65,23 @@ run python toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py
 run python toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py "$WORK/data" \
   --json train.json --output "$WORK/data/wds-finetune"
 
-# One language layer beside the vision tower on stage 0, three on stage 1: an uneven split.
-export MP_PP0_LAYERS=1
-
 step "converting the weights to Megatron-Core: TP 1, PP 2, vision tower and 1 layer on stage 0"
-run bash toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh \
+# One language layer beside the vision tower on stage 0, three on stage 1: an uneven split.
+run env MP_PP0_LAYERS=1 \
+  bash toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh \
   auto "$WORK/hf" "$WORK/mcore" 1 2 false fp32
 
-# Samples are packed into rows of 512 tokens; a step is 4 rows, about 36 samples.
-export MP_PACKING_BUFFER=256
-
 step "pretraining on 2 ranks (gloo): 300 steps on what shape an image shows"
-MP_EXTRA="--eval-iters 10" run bash examples/qwen2_vl/run_mcore_qwen.sh \
+# Samples are packed into rows of 512 tokens; a step is 4 rows, about 36 samples.
+run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10" \
+  bash examples/qwen2_vl/run_mcore_qwen.sh \
   dsw auto 1 4 1e-3 3e-4 512 512 fp32 1 2 1 true true false false 300 \
   "$WORK/data/wds-pretrain" "$WORK/data/wds-pretrain" "$WORK/mcore" 300 30 "$WORK/pretrain"
 PRETRAINED=$(ls -d "$WORK"/pretrain/checkpoint/*)
 
 step "finetuning on 2 ranks: 550 steps on shape, colour and yes/no questions"
-MP_EXTRA="--eval-iters 10 --finetune" run bash examples/qwen2_vl/run_mcore_qwen.sh \
+run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10 --finetune" \
+  bash examples/qwen2_vl/run_mcore_qwen.sh \
   dsw auto 1 4 1e-3 5e-5 512 512 fp32 1 2 1 true true false false 275 \
   "$WORK/data/wds-finetune" "$WORK/data/wds-finetune" "$PRETRAINED" 550 20 "$WORK/finetune"
 FINETUNED=$(ls -d "$WORK"/finetune/checkpoint/*)

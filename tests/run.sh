@@ -9,13 +9,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv-test}
 make_environment "$VENV" ".[test]"
 
+VENV=$(cd "$VENV" && pwd)
+
 say "checking style: ruff check ."
-"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" check . || give_up "the style check failed; $VENV/bin/ruff check --fix . mends most."
 
 say "running the tests (about 10 minutes on two cores); pytest arguments: ${*:-none}"
 # One thread a process: several ranks share two cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export PATH="$PWD/$VENV/bin:$PATH" PYTHON="$PWD/$VENV/bin/python"
+export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"
 if "$VENV/bin/python" -m pytest -q --durations=15 "$@" tests; then
   say "all tests passed"
 else

@@ -143,9 +143,7 @@ if [ -n "${MP_PP0_LAYERS:-}" ]; then
   OPTIONS+=(--decoder-first-pipeline-num-layers "$MP_PP0_LAYERS")
 fi
 if [ -n "${MP_VP:-}" ]; then OPTIONS+=(--num-virtual-stages-per-pipeline-rank "$MP_VP"); fi
-# Unquoted on purpose: MP_EXTRA is a list of words.
-# shellcheck disable=SC2206
-EXTRA=(${MP_EXTRA:-})
+read -r -a EXTRA <<<"${MP_EXTRA:-}"
 
 NAME="mcore-qwen2-vl-${MODEL_SIZE}-lr-${LR}-minlr-${MIN_LR}-bs-${BATCH_SIZE}-gbs-${GLOBAL_BATCH_SIZE}"
 NAME+="-seqlen-${SEQ_LEN}-pr-${PR}-tp-${TP}-pp-${PP}-cp-${CP}-ac-${AC}-do-${DO}-sp-${SP}"
@@ -184,5 +182,5 @@ COMMAND=(
   --metrics-file "$OUTPUT_BASEPATH/log/$NAME/metrics.jsonl"
   "${OPTIONS[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
 )
-echo "${COMMAND[*]}"
+printf '%q ' "${COMMAND[@]}" && echo
 exec "${COMMAND[@]}"

@@ -1,8 +1,8 @@
 """Loaders: a prepared dataset and a Hugging Face directory to batches of rows.
 
-Rows depend on the data-parallel rank and the number of workers, never on the other ranks of a
-model replica: every pipeline stage and tensor-parallel rank of one replica builds the same loader
-(with pixels where the vision tower is) and sees the same rows.
+Rows depend on the data-parallel rank and the number of workers, never on the layout of a model
+replica. The trainer builds one loader a replica, on the stage with the vision tower; without pixels
+(`decode_pixels=False`) a loader gives the same rows' integers alone.
 """
 
 from __future__ import annotations

@@ -66,12 +66,3 @@ def seed_everything(seed: int) -> None:
     seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def shutdown() -> None:
-    """Leave the process groups; a process that ends without it may print a warning."""
-    if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()

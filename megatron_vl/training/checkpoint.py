@@ -112,12 +112,39 @@ def load_checkpoint(
         optimizer.reload_model_params()
     if finetune:
         return Resumed(iteration=0, loader_state=None)
+    _check_schedule(plan, info, scheduler, loaded["opt_param_scheduler"])
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         _set_random_state(loaded["rng_state"])
     return Resumed(
         iteration=info.iteration, loader_state=_loader_state(plan, info) if own else None
     )
+
+
+SCHEDULE = {  # of the checkpoint's schedule -> the option that sets it
+    "max_lr": "lr",
+    "min_lr": "min-lr",
+    "lr_warmup_steps": "lr-warmup-iters",
+    "lr_decay_steps": "lr-decay-iters (or train-iters, when that is not given)",
+    "lr_decay_style": "lr-decay-style",
+}
+
+
+def _check_schedule(plan: Plan, info: CheckpointInfo, scheduler, saved: dict) -> None:
+    """A resumed run keeps its schedule, unless it is told that another one is meant.
+
+    Raises:
+        InputError: it differs and `override-opt-param-scheduler` is not given.
+    """
+    if plan.config.optimizer.override_opt_param_scheduler:
+        return
+    now = scheduler.state_dict()
+    for key, option in SCHEDULE.items():
+        if saved[key] != now[key]:
+            raise InputError(
+                f"{info.path} was trained with {option} {saved[key]} but this run has {now[key]}; "
+                f"give the old value, or --override-opt-param-scheduler to take the new one."
+            )
 
 
 def _loader_state(plan: Plan, info: CheckpointInfo) -> Path | None:

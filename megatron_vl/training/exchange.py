@@ -8,7 +8,6 @@ rows. Sending never waits, so the pipeline's stages stay as far apart as its sch
 from __future__ import annotations
 
 import pickle
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
@@ -39,7 +38,7 @@ class RowExchange:
                 self.group = group
                 self.peers = [(rank, layout.coordinates(rank).pp == 0)
                               for rank in ranks if rank != self.reader]
-        self._sending: deque = deque()  # (work, tensor): a tensor must live until it has gone
+        self._sending: list = []  # (work, tensor): a tensor must live until it has gone
 
     def rows(self, batches: Iterator[RowBatch] | None) -> Iterator[RowBatch]:
         """The reader's `batches` on every rank; the other ranks give None, and never see an end."""
@@ -56,9 +55,13 @@ class RowExchange:
         dist.broadcast(box, src=self.reader, group=self.group)
         return int(box)
 
+    def settle(self) -> None:
+        """Let go of what was sent, after a step: every rank has received its rows by then."""
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+
     def _send(self, batch: RowBatch) -> None:
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
         payloads: dict[bool, torch.Tensor] = {}
         for rank, pixels in self.peers:
             if pixels not in payloads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from itertools import islice, tee
@@ -18,13 +19,16 @@ from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.metrics import MetricLog, StepMetrics
 from megatron_vl.training.plan import Plan, find_checkpoint
 from megatron_vl.training.setup import build_model, build_optimizer
-from megatron_vl.training.step import RowStream, forward_step, mean_loss
+from megatron_vl.training.step import RowStream, blank_like, forward_step, mean_loss
 
 
 def train(plan: Plan) -> None:
     """Run `plan` on this rank, from its checkpoint to its last step."""
     config = plan.config
-    platform = initialize(plan.layout, seed=config.model.seed)
+    platform = initialize(
+        plan.layout, seed=config.model.seed,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
     trainer = Trainer(plan, platform)
     trainer.say(describe(plan, platform))
     trainer.restore()
@@ -131,19 +135,17 @@ class Trainer:
     # ---- one step ---------------------------------------------------------------------------
 
     def _run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
-        batch = self.config.batch
-        row = batch.seq_length
-        if not self.config.data.packing_buffer_size and batch.max_padding_length:
-            row = batch.max_padding_length
-        return self.forward_backward(
+        outputs = self.forward_backward(
             forward_step_func=forward_step,
             data_iterator=streams if len(streams) > 1 else streams[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=num_microbatches,
-            seq_length=row,
-            micro_batch_size=batch.micro_batch_size,
+            seq_length=self.plan.row_length,
+            micro_batch_size=self.config.batch.micro_batch_size,
             forward_only=forward_only,
         )
+        self.exchange.settle()
+        return outputs
 
     def step(self, iteration: int) -> None:
         """Forward and backward over all microbatches, then one update."""
@@ -167,10 +169,12 @@ class Trainer:
                 step_seconds=time.perf_counter() - started, trained_tokens=trained,
                 skipped=not updated, **totals,
             ))
-        if loss != loss:
+        finite = math.isfinite(loss) and math.isfinite(float(grad_norm or 0.0))
+        if updated and not finite:
+            what = "loss" if not math.isfinite(loss) else "gradient"
             raise InputError(
-                f"the loss of iteration {iteration} is not a number; the step's samples on this "
-                f"rank were {', '.join(counts.sample_keys[:8])}; lower lr, or look at them."
+                f"the {what} of iteration {iteration} is not finite; its samples on this rank were "
+                f"{', '.join(counts.sample_keys[:8])}; lower lr, or look at them."
             )
 
     def _totals(self, counts) -> dict:
@@ -206,6 +210,9 @@ class Trainer:
         while True:
             # The loader knows where the split ends; the replica's other ranks are told.
             group = list(islice(batches, self.plan.num_microbatches))
+            if group and self.plan.layout.vp > 1:
+                # The interleaved schedule takes whole rounds of the stages; padding trains nothing.
+                group += [blank_like(group[0])] * (-len(group) % self.plan.layout.pp)
             size = self.exchange.number(len(group))
             if size == 0:
                 break
@@ -215,6 +222,11 @@ class Trainer:
         if reads:
             loader.close()
         loss, trained = mean_loss(losses, self.device)
+        if trained == 0:
+            raise InputError(
+                "the validation split has no trained token; give another valid-data-path, or "
+                "eval-interval 0."
+            )
         if self.log is not None:
             self.log.evaluation(iteration, loss, trained, time.perf_counter() - started)
 
@@ -241,7 +253,9 @@ def describe(plan: Plan, platform) -> str:
     rows = config.batch.global_batch_size
     return (
         f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
-        f"{rows} rows of {config.batch.seq_length} tokens a step = {plan.num_microbatches} "
+        f"{rows} rows of {plan.row_length} tokens a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
         f"{config.batch.train_iters} steps; {config.model.dtype}"
+        + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else
+           "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
     )

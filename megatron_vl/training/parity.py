@@ -10,6 +10,7 @@ Letters: L tokens of a sample, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -310,26 +311,34 @@ class Difference:
 
 
 def compare(case: Case, ours: Outcome, theirs: Outcome) -> Difference:
-    """Scale-free differences; a parameter whose gradient is zero on one side must be on both."""
+    """Scale-free differences; anything that is not finite counts as infinitely far off."""
     assert set(ours.gradients) == set(theirs.gradients), (
         set(ours.gradients) ^ set(theirs.gradients)
     )
     logits = max(
-        float((a - b).abs().max() / b.abs().max())
+        _finite(float((a - b).abs().max() / b.abs().max()))
         for a, b in zip(ours.logits, theirs.logits, strict=True)
     )
     # A key bias shifts every score of a query alike: its true gradient is zero and what is there is
     # rounding, so the scale of a tensor never counts as smaller than 1e-4 of the largest gradient.
     floor = 1e-4 * max(float(g.abs().max()) for g in theirs.gradients.values())
     apart = {
-        name: float((ours.gradients[name] - g).abs().max() / max(float(g.abs().max()), floor))
+        name: _finite(
+            float((ours.gradients[name] - g).abs().max() / max(float(g.abs().max()), floor))
+        )
         for name, g in theirs.gradients.items()
     }
     worst = max(apart, key=apart.get)
     return Difference(
-        case=case.name, logits=logits, loss=abs(ours.loss - theirs.loss) / abs(theirs.loss),
+        case=case.name, logits=logits,
+        loss=_finite(abs(ours.loss - theirs.loss) / abs(theirs.loss)),
         gradient=apart[worst], worst=worst, parameters=len(apart),
     )
+
+
+def _finite(difference: float) -> float:
+    """NaN compares as neither larger nor smaller, and would slip through every maximum."""
+    return difference if math.isfinite(difference) else math.inf
 
 
 def read_ours(work_dir: Path, index: int, case: Case, samples, dp: int, gradients) -> Outcome:

@@ -26,6 +26,13 @@ class Plan:
     hf_dir: Path  # config.json and tokenizer
     num_microbatches: int
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of every row: seq-length when samples are packed, else what they are padded to."""
+        batch = self.config.batch
+        packs = self.config.data.packing_buffer_size > 0
+        return batch.seq_length if packs else batch.max_padding_length or batch.seq_length
+
 
 def plan_run(config: TrainConfig, world_size: int) -> Plan:
     """Check a configuration against the model and the number of processes; touches no GPU.
@@ -57,14 +64,9 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
             f"vision layers on more than the first stage ({split}) can be converted but not "
             "trained yet; convert without --vit-pp-layers."
         )
-    if layout.sequence_parallel and config.batch.seq_length % layout.tp:
-        raise InputError(
-            f"seq-length {config.batch.seq_length} is not a multiple of TP {layout.tp}, as "
-            f"sequence-parallel needs; use a multiple of {layout.tp}."
-        )
     if config.data.train_data_path is None:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
-    return Plan(
+    plan = Plan(
         config=config,
         spec=spec,
         layout=layout,
@@ -72,6 +74,17 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         hf_dir=Path(hf_dir),
         num_microbatches=config.batch.num_microbatches(layout.dp),
     )
+    if layout.sequence_parallel and plan.row_length % layout.tp:
+        raise InputError(
+            f"rows of {plan.row_length} tokens (SEQ_LEN, or PAD_LEN without packing) do not divide "
+            f"over TP {layout.tp}, as sequence-parallel needs; use a multiple of {layout.tp}."
+        )
+    if layout.vp > 1 and plan.num_microbatches % layout.pp:
+        raise InputError(
+            f"{plan.num_microbatches} microbatches a step are not a multiple of PP {layout.pp}, as "
+            f"virtual stages need; change global-batch-size or micro-batch-size."
+        )
+    return plan
 
 
 def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:

@@ -100,8 +100,11 @@ def build_optimizer(plan: Plan, model: list):
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
-        wd_incr_steps=plan.config.batch.train_iters,
+        wd_incr_steps=1,  # weight decay is constant
         wd_incr_style="constant",
+        # What was asked for; whether it may differ from the checkpoint's is checked while loading.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     for chunk in model:
         chunk.config.grad_scale_func = optimizer.scale_loss

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core import parallel_state
 
-from megatron_vl.data.samples import RowBatch
+from megatron_vl.data.samples import IGNORE, RowBatch
 from megatron_vl.ops.segments import Segments
 
 
@@ -57,6 +57,22 @@ class RowStream:
         """The counts since the last call."""
         counts, self.counts = self.counts, StepCounts()
         return counts
+
+
+def blank_like(batch: RowBatch) -> RowBatch:
+    """A microbatch of padding of the same shape: no image, nothing trained, nothing counted."""
+    rows, length = batch.tokens.shape
+    return RowBatch(
+        tokens=torch.zeros_like(batch.tokens),
+        labels=torch.full_like(batch.labels, IGNORE),
+        loss_mask=torch.zeros_like(batch.loss_mask),
+        position_ids=torch.arange(length).expand(3, rows, length).contiguous(),
+        cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * length,
+        pixel_patches=None,
+        grid_thw=batch.grid_thw[:0],
+        sample_keys=[],
+        num_tokens=0,
+    )
 
 
 def forward_step(stream: RowStream, model):

@@ -27,6 +27,8 @@ BAD_ARGUMENTS = {
     "a batch that does not divide": (
         dict(BATCH_SIZE=3), "global-batch-size 4 is not a multiple of micro-batch-size 3"),
     "PAD_LEN over SEQ_LEN": (dict(PAD_LEN=512), "PAD_LEN) 512 must be between 1 and"),
+    "rows that TP does not divide": (
+        dict(TP=2, SP="true", PAD_LEN=255), "rows of 255 tokens"),
     "another MODEL_SIZE": (dict(MODEL_SIZE="7B"), "MODEL_SIZE is 7B, which has 28 layers"),
     "fp8 without a GPU": (dict(PR="fp8"), "fp8-format (PR fp8) needs TransformerEngine"),
     "AC offload without a GPU": (dict(AC="offload"), "cpu-offloading (AC offload) needs"),

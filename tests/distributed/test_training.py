@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from commands import megatron_vl
+from commands import megatron_vl, shell
+from distributed_launch import LAUNCHER, words
 from safetensors.torch import load_file
 
 
@@ -85,7 +86,7 @@ def test_a_run_resumes_in_another_layout(workshop):
     assert again == pytest.approx(undisturbed[5:], rel=2e-4)
 
 
-def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop):
+def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop, plain_run):
     changes = dict(extra="--nproc-per-node 2", TRAIN_ITERS=6, SAVE_INTERVAL=3)
     done = workshop.train("dp2", **changes)
     assert done.code == 0, done.text
@@ -94,13 +95,50 @@ def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop):
     (workshop.checkpoint("dp2") / "latest_checkpointed_iteration.txt").write_text("3\n")
     done = workshop.train("dp2", **changes)
     assert done.code == 0, done.text
+    assert "3 steps done" in done.out and "iteration 3/6" not in done.out
+    assert "iteration 4/6" in done.out
     assert losses(workshop.steps("dp2")) == pytest.approx(undisturbed, rel=1e-6)
+    # Four rows a step, two from each rank: other rows than one rank reads.
+    assert losses(workshop.steps("dp2"))[0] != pytest.approx(plain_run[1]["loss"], rel=1e-6)
 
 
-def test_bfloat16_follows_float32(workshop, plain_run):
-    done = workshop.train("bf16", PR="bf16", AC="sel", DO="false")
+def test_virtual_stages_train_and_validate_over_a_whole_split(workshop, plain_run):
+    weights = workshop.root / "vp2"
+    done = megatron_vl("convert", workshop.model_dir, weights, "--pp", 2, "--vp", 2)
     assert done.code == 0, done.text
-    assert losses(workshop.steps("bf16")) == pytest.approx(losses(plain_run), rel=0.02)
+    done = shell(LAUNCHER, *words(
+        PP=2, DATASET_PATH=workshop.wds_dir, VALID_DATASET_PATH=workshop.wds_dir,
+        PRETRAIN_CHECKPOINT_PATH=weights, OUTPUT_BASEPATH=workshop.root / "vp",
+    ), MP_VP=2, MP_PACKING_BUFFER=32)
+    assert done.code == 0, done.text
+    assert losses(workshop.steps("vp")) == pytest.approx(losses(plain_run), rel=2e-4)
+    assert "validation at iteration 10" in done.out
+
+
+def test_a_longer_schedule_is_refused_on_resume_until_it_is_meant(workshop):
+    done = workshop.train("longer", TRAIN_ITERS=3, SAVE_INTERVAL=3)
+    assert done.code == 0, done.text
+    save = workshop.checkpoint("longer")
+    again = dict(TRAIN_ITERS=4, extra=f"--save {save}")
+    done = workshop.train("longer", **again)
+    assert done.code == 2 and "--override-opt-param-scheduler" in done.err, done.text
+    again["extra"] += " --override-opt-param-scheduler"
+    done = workshop.train("longer", **again)
+    assert done.code == 0 and "iteration 4/4" in done.out, done.text
+
+
+def test_bfloat16_follows_float32_and_resumes_without_the_distributed_optimizer(
+    workshop, plain_run
+):
+    changes = dict(PR="bf16", AC="sel", DO="false")
+    done = workshop.train("bf16", **changes)
+    assert done.code == 0, done.text
+    undisturbed = losses(workshop.steps("bf16"))
+    assert undisturbed == pytest.approx(losses(plain_run), rel=0.02)
+    (workshop.checkpoint("bf16") / "latest_checkpointed_iteration.txt").write_text("5\n")
+    done = workshop.train("bf16", **changes)
+    assert done.code == 0 and "5 steps done" in done.out, done.text
+    assert losses(workshop.steps("bf16")) == undisturbed
 
 
 def test_a_trained_checkpoint_converts_back_with_every_weight_changed(workshop, plain_run):

@@ -6,8 +6,9 @@ Ours is the step of `megatron-vl train` at TP1 PP1: packed rows, Megatron-Core's
 clipping and AdamW. Transformers gets the same samples as its users batch them, padded to the
 longest, one batch per microbatch: forward with labels, backward, clipping, torch's fused AdamW.
 Both run in fp32 with the same number of threads, step by step in turn, so that noise of the machine
-meets both. Reported are the median seconds of a step, tokens of samples (no padding) a second, the
-ratio, and the resident memory of two further processes that run one side alone.
+meets both. Reported are the median seconds of a step, tokens of samples (no padding) a second and
+the ratio; then the same and the largest resident memory of two further processes that run one side
+alone, transformers without anything of ours loaded but the reader. The first losses must agree.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def transformers_step(args, batches):
         bounds = batch.cu_seqlens.tolist()
         tokens, labels = batch.tokens.flatten(), batch.labels.flatten()
         samples = [(tokens[a:b], labels[a:b]) for a, b in pairwise(bounds)
-                   if (tokens[a:b] == image).any()]
+                   if (labels[a:b] != -100).any()]  # a row's padding trains nothing
         ids = pad_sequence([t for t, _ in samples], batch_first=True)
         mask = pad_sequence([torch.ones_like(t) for t, _ in samples], batch_first=True)
         targets = pad_sequence([x for _, x in samples], batch_first=True, padding_value=-100)
@@ -148,11 +149,11 @@ def convert(args, directory: str) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def peak_memory(side: str) -> int:
-    """Largest resident bytes of a process that runs only `side`."""
+def alone(side: str) -> dict:
+    """Largest resident bytes, and median seconds of a step, of a process that runs only `side`."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", side]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_alone(args) -> None:
@@ -160,10 +161,13 @@ def run_alone(args) -> None:
 
     # Both read the data in this process; what is compared is the larger peak of the step.
     step = SIDES[args.only](args, read_batches(args))
-    for _ in range(3):
+    seconds = []
+    for _ in range(args.steps + 2):
+        started = time.perf_counter()
         step()
+        seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak}))
+    print(json.dumps({"peak_bytes": peak, "seconds": statistics.median(seconds[2:])}))
 
 
 def main() -> int:
@@ -203,15 +207,21 @@ def main() -> int:
     images = sum(batch.num_images for batch in batches)
     print(f"{tokens:,} tokens, {images} images in {args.rows} rows a step; {args.threads} thread(s)"
           f"; torch {torch.__version__}")
-    print(f"{'':<14} {'s/step':>8} {'tokens/s':>10} {'peak MiB':>9} {'first loss':>11} "
-          f"{'last loss':>10}")
+    print(f"{'':<14} {'s/step':>8} {'tokens/s':>10} {'alone s/step':>13} {'peak MiB':>9} "
+          f"{'first loss':>11} {'last loss':>10}")
     median = {name: statistics.median(values) for name, values in seconds.items()}
+    by_itself = {name: alone(name) for name in steps}
     for name in steps:
-        peak = peak_memory(name) / 2**20
-        print(f"{name:<14} {median[name]:>8.3f} {tokens / median[name]:>10,.0f} {peak:>9,.0f} "
+        print(f"{name:<14} {median[name]:>8.3f} {tokens / median[name]:>10,.0f} "
+              f"{by_itself[name]['seconds']:>13.3f} {by_itself[name]['peak_bytes'] / 2**20:>9,.0f} "
               f"{losses[name][0]:>11.5f} {losses[name][-1]:>10.5f}")
-    print(f"ratio of tokens/s, ours to transformers: "
-          f"{median['transformers'] / median['ours']:.2f}")
+    ratio = median["transformers"] / median["ours"]
+    ratio_alone = by_itself["transformers"]["seconds"] / by_itself["ours"]["seconds"]
+    print(f"ratio of tokens/s, ours to transformers: {ratio:.2f} in turn, {ratio_alone:.2f} alone")
+    ours, theirs = losses["ours"][0], losses["transformers"][0]
+    if not abs(ours - theirs) <= 1e-4 * theirs:
+        print("the two first losses differ: the sides did not compute the same.", file=sys.stderr)
+        return 1
     return 0
 
 

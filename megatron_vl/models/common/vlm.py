@@ -32,6 +32,8 @@ class LanguageModel(GPTModel):
     150,000 words for the others would be computed, stored and thrown away.
     """
 
+    real_vocab_size: int  # without the rows that pad it for tensor parallelism
+
     def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
         if not self.post_process or labels is None:
             return super()._postprocess(
@@ -50,11 +52,22 @@ class LanguageModel(GPTModel):
             hidden_sbE = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
         trained = loss_mask.transpose(0, 1) > 0  # [s, b]
         hidden_nE = hidden_sbE[trained]
-        logits_nV = F.linear(hidden_nE, weight)
+        logits_nV = F.linear(hidden_nE, weight).float()
+        padding = self.vocab_size - self.real_vocab_size
+        if padding and _is_last_tensor_parallel_rank():
+            # Rows added so that TP divides the vocabulary are no words: none may be predicted.
+            no_word = torch.arange(logits_nV.shape[1], device=logits_nV.device)
+            no_word = no_word >= logits_nV.shape[1] - padding
+            logits_nV = logits_nV.masked_fill(no_word, float("-inf"))
         loss_n = tensor_parallel.vocab_parallel_cross_entropy(
-            logits_nV.float(), labels.transpose(0, 1)[trained]
+            logits_nV, labels.transpose(0, 1)[trained]
         )
         return loss_n * loss_mask.transpose(0, 1)[trained]
+
+
+def _is_last_tensor_parallel_rank() -> bool:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_rank() == size - 1
 
 
 class VisionLanguageModel(MegatronModule):
@@ -109,6 +122,7 @@ class VisionLanguageModel(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
+        self.language_model.real_vocab_size = spec.decoder.vocab_size
         # Megatron-Core's gradient and pipeline code asks the outermost module.
         self.share_embeddings_and_output_weights = spec.decoder.tie_word_embeddings
         self.model_type = self.language_model.model_type
@@ -183,7 +197,8 @@ class VisionLanguageModel(MegatronModule):
         elif self.training:
             # A microbatch without images still touches every vision weight, with gradient zero:
             # gradient reduction waits for all of them.
-            hidden_sbE = hidden_sbE + 0.0 * self._blank_image(hidden_sbE.device).sum()
+            blank = self._blank_image(hidden_sbE.device).float()  # a 16-bit sum could overflow
+            hidden_sbE = hidden_sbE + (0.0 * blank.sum()).to(hidden_sbE.dtype)
         if self.config.sequence_parallel:
             hidden_sbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_sbE)
         return hidden_sbE
