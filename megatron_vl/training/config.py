@@ -35,6 +35,13 @@ class ParallelOptions:
     decoder_first_pipeline_num_layers: int | None = option(
         None, "language layers on stage 0; the rest is divided over the other stages", kind=int
     )
+    distributed_timeout_minutes: float = option(
+        10.0, "minutes a collective may take before the job is given up"
+    )
+
+    def __post_init__(self) -> None:
+        # The sizes are checked where they are multiplied: see Layout.
+        _above_zero(self, "distributed_timeout_minutes")
 
     @property
     def layout_size(self) -> int:
@@ -70,7 +77,7 @@ class BatchOptions:
     train_iters: int = option(100, "optimizer steps")
 
     def __post_init__(self) -> None:
-        _positive(self, "micro_batch_size", "global_batch_size", "seq_length", "train_iters")
+        _at_least(self, 1, "micro_batch_size", "global_batch_size", "seq_length", "train_iters")
         pad = self.max_padding_length
         if pad is not None and not 0 < pad <= self.seq_length:
             raise InputError(
@@ -108,12 +115,22 @@ class OptimizerOptions:
     use_distributed_optimizer: bool = option(False, "share optimizer state over data ranks")
     optimizer_cpu_offload: bool = option(False, "keep and update optimizer state in host memory")
     overlap_grad_reduce: bool = option(False, "reduce gradients while backward still runs")
+    override_opt_param_scheduler: bool = option(
+        False, "take lr, min-lr, warmup and decay from the options, not from the checkpoint"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
-        if self.lr_warmup_iters < 0:
-            raise InputError(f"lr-warmup-iters {self.lr_warmup_iters} must not be negative.")
+        _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad")
+        _at_least(self, 1, "lr_decay_iters")
+        _above_zero(self, "adam_eps")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 "
+                    f"and less than 1."
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +165,8 @@ class ModelRunOptions:
             raise InputError("fp8-format is for bf16 training; add bf16.")
         if self.cpu_offloading and self.recompute_granularity:
             raise InputError("cpu-offloading and recompute-granularity exclude one another.")
+        _at_least(self, 1, "recompute_num_layers", "cpu_offloading_num_layers")
+        _at_least(self, 0, "seed")
 
     @property
     def dtype(self) -> str:
@@ -172,6 +191,11 @@ class DataOptions:
     eval_interval: int = option(1000, "steps between validations; 0: never")
     eval_iters: int = option(0, "batches of one validation; 0: the whole split")
 
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "num_workers", "packing_buffer_size", "shuffle_buffer_size",
+                  "eval_interval", "eval_iters")
+        _at_least(self, 1, "max_samples_per_sequence")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointOptions:
@@ -192,6 +216,9 @@ class CheckpointOptions:
     no_save_optim: bool = option(False, "do not save optimizer state; the run cannot resume")
     no_save_rng: bool = option(False, "do not save random-number state")
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "save_interval")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogOptions:
@@ -202,7 +229,7 @@ class LogOptions:
     metrics_file: str | None = option(None, "JSONL with the numbers of every log line", kind=str)
 
     def __post_init__(self) -> None:
-        _positive(self, "log_interval")
+        _at_least(self, 1, "log_interval")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +254,9 @@ class TrainConfig:
 
     @property
     def decay_iters(self) -> int:
-        return self.optimizer.lr_decay_iters or self.batch.train_iters
+        """Steps of the learning-rate schedule."""
+        chosen = self.optimizer.lr_decay_iters
+        return self.batch.train_iters if chosen is None else chosen
 
     def to_dict(self) -> dict[str, Any]:
         """Every option under its flag's name with underscores."""
@@ -275,8 +304,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag = "--" + f.name.replace("_", "-")
             help_text = f.metadata["help"].replace("%", "%%")
             if _kind(f) is bool:
+                # --no-bf16 beats a file's `bf16: true`; --no-load-optim has no such counterpart.
+                negative = f.name.startswith("no_")
                 section.add_argument(
-                    flag, action="store_true", default=argparse.SUPPRESS, help=help_text
+                    flag, default=argparse.SUPPRESS, help=help_text,
+                    action="store_true" if negative else argparse.BooleanOptionalAction,
                 )
                 continue
             assert f.default is not MISSING
@@ -335,9 +367,19 @@ def _typed(f, value):
     return typed
 
 
-def _positive(options, *names: str) -> None:
+def _at_least(options, minimum: int, *names: str) -> None:
+    """Refuse a smaller value, and NaN; an option left to its default of None passes."""
     for name in names:
-        if getattr(options, name) < 1:
+        value = getattr(options, name)
+        if value is not None and not value >= minimum:
             raise InputError(
-                f"{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1."
+                f"{name.replace('_', '-')} is {value}; it must be at least {minimum}."
+            )
+
+
+def _above_zero(options, *names: str) -> None:
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise InputError(
+                f"{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0."
             )

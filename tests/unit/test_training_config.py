@@ -33,6 +33,63 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
     assert config.parallel.sequence_parallel and config.optimizer.clip_grad == 1.0
 
 
+def test_a_flag_switches_off_what_the_file_switches_on(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("bf16: true\noverlap-grad-reduce: true\nno-load-rng: true\n")
+    config = from_flags("--no-bf16", "--no-load-optim", yaml_file=str(file))
+    assert config.model.dtype == "float32" and config.optimizer.overlap_grad_reduce
+    assert config.checkpoint.no_load_optim and config.checkpoint.no_load_rng
+    with pytest.raises(SystemExit):
+        from_flags("--no-no-load-rng")
+
+
+def test_the_schedule_lasts_as_long_as_the_run_unless_told():
+    assert from_flags("--train-iters", "7").decay_iters == 7
+    assert from_flags("--train-iters", "7", "--lr-decay-iters", "5").decay_iters == 5
+
+
+def test_options_wired_to_collectives_and_the_scheduler_have_their_defaults():
+    config = from_flags()
+    assert config.parallel.distributed_timeout_minutes == 10
+    assert not config.optimizer.override_opt_param_scheduler
+    config = from_flags("--distributed-timeout-minutes", "0.5", "--override-opt-param-scheduler")
+    assert config.parallel.distributed_timeout_minutes == 0.5
+    assert config.optimizer.override_opt_param_scheduler
+
+
+OUT_OF_RANGE = {
+    "must be at least 0": [
+        "lr-warmup-iters: -1", "weight-decay: -0.1", "clip-grad: -1", "clip-grad: .nan",
+        "seed: -1", "num-workers: -1", "packing-buffer-size: -1", "shuffle-buffer-size: -1",
+        "eval-interval: -1", "eval-iters: -1", "adam-beta1: -0.1",
+    ],
+    "must be at least 1": [
+        "lr-decay-iters: 0", "train-iters: 0", "save-interval: 0", "max-samples-per-sequence: 0",
+        "recompute-num-layers: 0", "cpu-offloading-num-layers: 0", "log-interval: 0",
+    ],
+    "less than 1": ["adam-beta1: 1", "adam-beta2: 1.5", "adam-beta2: .nan"],
+    "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0"],
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "bound"), [(line, bound) for bound, lines in OUT_OF_RANGE.items() for line in lines]
+)
+def test_a_number_out_of_range_is_refused_with_its_bound(line, bound, tmp_path):
+    (tmp_path / "run.yaml").write_text(line)
+    with pytest.raises(InputError, match=f"^{line.split(':')[0]} is .*{bound}"):
+        from_flags(yaml_file=str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize("line", [
+    "eval-interval: 0", "eval-iters: 0", "num-workers: 0", "clip-grad: 0", "weight-decay: 0",
+    "adam-beta1: 0", "seed: 0", "packing-buffer-size: 0", "lr-decay-iters: null",
+])
+def test_a_number_at_its_bound_is_taken(line, tmp_path):
+    (tmp_path / "run.yaml").write_text(line)
+    from_flags(yaml_file=str(tmp_path / "run.yaml"))
+
+
 BAD = {
     "unknown key": ("trian-iters: 3", "did you mean train_iters"),
     "a word for a number": ("train-iters: many", "train-iters is 'many'; give a int"),
