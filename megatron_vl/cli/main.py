@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 a check failed or something broke, 2 unusable arguments or
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import megatron_vl
 from megatron_vl.errors import CheckFailed, InputError
@@ -21,6 +23,30 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses arguments by one sentence instead of every flag, and takes no abbreviations."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def parse_known_args(self, args=None, namespace=None):
+        # Here, not in parse_args: a command's unknown flags would be reported as the program's.
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self._refuse(unknown)
+        return known, unknown
+
+    def _refuse(self, unknown: list[str]) -> NoReturn:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        flag = word.partition("=")[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = f" (did you mean {near[0]}?)" if near and flag.startswith("-") else ""
+        self.error(f"unrecognized argument {word}{hint}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit the process with its code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -29,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-vl",
         description="Train Qwen-family vision-language models on Megatron-Core, on any machine.",
     )

@@ -15,6 +15,35 @@ def test_every_command_tells_its_options(command, capsys):
     assert "--debug" in capsys.readouterr().out
 
 
+BAD_ARGUMENTS = {
+    "a word for a number": (
+        ["train", "--lr", "fast"], "train", "argument --lr: invalid float value: 'fast'"),
+    "a flag one letter off": (
+        ["train", "--lrr", "1"], "train", "unrecognized argument --lrr (did you mean --lr?)"),
+    "an abbreviated flag": (
+        ["train", "--train-iter=3"], "train",
+        "unrecognized argument --train-iter=3 (did you mean --train-iters?)"),
+    "a flag like no other": (["plot", "x", "--zzz"], "plot", "unrecognized argument --zzz"),
+    "a word too many": (["plot", "x", "y"], "plot", "unrecognized argument y"),
+    "a missing word": (["plot"], "plot", "the following arguments are required: "),
+    "an unknown command": (["trian"], "", "argument COMMAND: invalid choice: 'trian'"),
+    "no command": ([], "", "the following arguments are required: COMMAND"),
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "command", "sentence"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS
+)
+def test_a_bad_argument_is_refused_by_one_line(argv, command, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(argv)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    program = f"megatron-vl {command}".strip()
+    assert len(lines) == 1 and lines[0].startswith(f"{program}: {sentence}"), lines
+    assert lines[0].endswith(f"; see {program} --help.")
+
+
 @pytest.fixture
 def metrics(tmp_path):
     """A run's metrics of three steps, the second of them twice, as a resumed run leaves them."""
