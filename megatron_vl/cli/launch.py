@@ -10,7 +10,8 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from megatron_vl.cli.worker import FAILURE_FILE
+from megatron_vl.cli.worker import FAILURE_FILE, read_failure
+from megatron_vl.errors import InputError
 
 
 def launch(
@@ -22,8 +23,17 @@ def launch(
     master_addr: str = "127.0.0.1",
     master_port: int = 29500,
 ) -> int:
-    """Run `megatron-vl ARGV` as `nproc_per_node` ranks; returns the job's exit code."""
+    """Run `megatron-vl ARGV` as `nproc_per_node` ranks; returns the job's exit code.
+
+    A signal ends the ranks, and gives 128 + its number as a shell would.
+
+    Raises:
+        InputError: the nodes did not meet at `master_addr`:`master_port`.
+    """
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The rank that failed has said why; the launcher's own report would bury it.
@@ -50,12 +60,34 @@ def launch(
         try:
             elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
         except ChildFailedError as error:
-            if failure.is_file():
-                return int(failure.read_text())
-            rank, first = error.get_first_failure()
-            print(f"megatron-vl {argv[0]}: rank {rank} {_ending(first.exitcode)}", file=sys.stderr)
-            return 1
+            code, report = read_failure(failure) or (1, _no_report(argv[0], error))
+            print(report, end="", file=sys.stderr, flush=True)
+            return code
+        except SignalException as error:
+            # Whatever the ranks reported, they were told to stop.
+            name = signal.Signals(error.sigval).name
+            print(f"megatron-vl {argv[0]}: ended by {name}", file=sys.stderr, flush=True)
+            return 128 + error.sigval
+        except (RendezvousError, DistError) as error:
+            raise InputError(_no_meeting(one_node, node_rank, master_addr, master_port)) from error
+        finally:
+            del os.environ[FAILURE_FILE]
     return 0
+
+
+def _no_report(command: str, error) -> str:
+    rank, first = error.get_first_failure()
+    return f"megatron-vl {command}: rank {rank} {_ending(first.exitcode)}\n"
+
+
+def _no_meeting(one_node: bool, node_rank: int, address: str, port: int) -> str:
+    if one_node:
+        return "this node's processes found no free port of localhost to meet at; free one."
+    return (
+        f"node {node_rank} could not meet the others at {address}:{port}; give every node node 0's "
+        f"address as --master-addr, a port that is free there and open to the others as "
+        f"--master-port, and a --node-rank of its own."
+    )
 
 
 def _ending(exitcode: int) -> str:

@@ -1,8 +1,9 @@
 """One rank of a training job: runs it, and when it fails, says why before the job goes down.
 
 A rank that dies makes its neighbours fail too, with errors about closed connections. Only the rank
-that fails first may speak: it claims FAILURE_FILE, which the launcher made a name for, and the
-launcher takes the job's exit code from it.
+that fails first is heard: it claims FAILURE_FILE, which the launcher made a name for, and the
+launcher prints the message it finds there and ends with its code. The launcher prints, for it
+outlives the ranks: a rank may be ended by it between claiming the file and printing.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_vl.errors import InputError
@@ -49,15 +52,36 @@ def _quiet_libraries() -> None:
 
 
 def fail(code: int, message: str) -> int:
-    """Report a failure if this rank is the first to; returns its exit code."""
-    path = os.environ.get(FAILURE_FILE)
-    if path is not None:
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return code  # another rank failed before and has said why
-        os.write(handle, str(code).encode())
-        os.close(handle)
+    """Report a failure if this rank is the first to; returns its exit code.
+
+    Under our launcher the report goes into FAILURE_FILE; under another one it is printed.
+    """
     where = "" if code == 2 else f"rank {os.environ['RANK']} failed:\n"
-    print(where + message.rstrip(), file=sys.stderr, flush=True)
+    report = where + message.rstrip() + "\n"
+    path = os.environ.get(FAILURE_FILE)
+    if path is None or not _claim(Path(path), f"{code}\n{report}"):
+        print(report, end="", file=sys.stderr, flush=True)
     return code
+
+
+def _claim(path: Path, content: str) -> bool:
+    """Whether `path` now holds a rank's whole report, be it ours or an earlier one."""
+    try:
+        # Written aside and linked: whoever sees the file sees all of it.
+        handle, private = tempfile.mkstemp(dir=path.parent)
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(content)
+        os.link(private, path)
+    except FileExistsError:
+        pass  # another rank failed before; the launcher prints what that one said
+    except OSError:
+        return False  # no launcher is there any more, or its disk is full
+    return True
+
+
+def read_failure(path: Path) -> tuple[int, str] | None:
+    """The exit code and report of the rank that failed first; None when none reported."""
+    if not path.is_file():
+        return None
+    code, _, report = path.read_text(encoding="utf-8").partition("\n")
+    return int(code), report

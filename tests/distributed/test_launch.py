@@ -1,0 +1,177 @@
+"""A job ends with one message and its code, whichever rank or signal ends it.
+
+The ranks here are stand-ins for `python -m megatron_vl ...`: a few lines that fail at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import ROOT
+
+from megatron_vl.cli.worker import FAILURE_FILE, read_failure
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+RANK = """#!{python}
+import os, signal, sys, time
+from megatron_vl.cli.worker import fail
+from megatron_vl.errors import InputError
+rank = int(os.environ["RANK"])
+{body}
+"""
+
+LAUNCHER = """
+import sys
+sys.executable = {rank!r}
+from megatron_vl.cli.launch import launch
+from megatron_vl.errors import InputError
+try:
+    sys.exit(launch(["train"], nproc_per_node=2, {settings}))
+except InputError as error:
+    sys.exit(f"InputError: {{error}}")
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a launcher whose two ranks run `body`."""
+    jobs = []
+
+    def start(body: str, settings: str = "") -> subprocess.Popen:
+        rank = tmp_path / "rank"
+        rank.write_text(RANK.format(python=sys.executable, body=body))
+        rank.chmod(0o755)
+        script = LAUNCHER.format(rank=str(rank), settings=settings)
+        jobs.append(subprocess.Popen(
+            [sys.executable, "-c", script], env=ENVIRONMENT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+        job.wait()
+
+
+ENDINGS = {
+    "bad input on every rank": (
+        "sys.exit(fail(2, 'megatron-vl train: no data; give some.'))",
+        2, "megatron-vl train: no data; give some.\n",
+    ),
+    "bad input on the rank that is last to end": (
+        "fail(2, 'megatron-vl train: no data; give some.') if rank else None\n"
+        "time.sleep(60 if rank else 2)\nsys.exit(1)",
+        2, "megatron-vl train: no data; give some.\n",
+    ),
+    "something broke": (
+        "time.sleep(0 if rank else 60)\nsys.exit(fail(1, 'Traceback\\nKeyError: 3\\n'))",
+        1, "rank 1 failed:\nTraceback\nKeyError: 3\n",
+    ),
+    "killed": (
+        "time.sleep(0 if rank else 60)\nos.kill(os.getpid(), signal.SIGKILL)",
+        1, "megatron-vl train: rank 1 was ended by SIGKILL; the machine may have run out of "
+           "memory.\n",
+    ),
+    "no message": (
+        "time.sleep(0 if rank else 60)\nsys.exit(7)",
+        1, "megatron-vl train: rank 1 ended with code 7 and no message.\n",
+    ),
+    "none": ("", 0, ""),
+}
+
+
+@pytest.mark.parametrize(("body", "code", "message"), ENDINGS.values(), ids=ENDINGS)
+def test_a_job_ends_with_one_message_and_its_code(body, code, message, start):
+    job = start(body)
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (code, message)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_launcher_ends_its_ranks_in_one_line(name, start):
+    job = start("print(os.getpid(), flush=True)\ntime.sleep(60)")
+    ranks = [int(job.stdout.readline()) for _ in range(2)]
+    job.send_signal(signal.Signals[name])
+    # A rank that is told to stop by SIGINT reports a KeyboardInterrupt to nobody's interest.
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.Signals[name]
+    lines = [line for line in errors.splitlines() if line.startswith("megatron-vl")]
+    assert lines == [f"megatron-vl train: ended by {name}"]
+    assert "SignalException" not in errors
+    assert not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+
+
+def test_nodes_that_cannot_meet_are_told_where_and_what_to_mend(start):
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = start("", f"nnodes=2, node_rank=0, master_addr='127.0.0.1', master_port={port}")
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1
+    said = errors.splitlines()[-1]
+    assert said.startswith(f"InputError: node 0 could not meet the others at 127.0.0.1:{port}; ")
+    assert "--master-addr" in said and "--master-port" in said
+    assert "Traceback" not in errors
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+import os
+from megatron_vl.cli.worker import FAILURE_FILE, fail
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+for turn in range(20):
+    os.environ[FAILURE_FILE] = str(folder / f"failure-{turn}")
+    (folder / f"ready-{turn}-{rank}").touch()
+    while not (folder / f"ready-{turn}-{1 - int(rank)}").exists():
+        pass
+    fail(1, f"rank {rank} says " + "much " * 20000)
+"""
+
+
+def test_one_of_two_ranks_that_fail_at_once_is_heard_and_heard_whole(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(tmp_path)], text=True, stderr=subprocess.PIPE,
+            env={**ENVIRONMENT, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    unseen = {tmp_path / f"failure-{turn}" for turn in range(20)}
+    deadline = time.monotonic() + 60
+    # Read each file as soon as it is there, as the launcher may.
+    while unseen and time.monotonic() < deadline:
+        for path in list(unseen):
+            found = read_failure(path)
+            if found is None:
+                continue
+            unseen.remove(path)
+            code, report = found
+            speaker = report.removeprefix("rank ")[0]
+            said = f"rank {speaker} says " + "much " * 20000
+            assert code == 1 and report == f"rank {speaker} failed:\n{said.rstrip()}\n"
+    assert not unseen
+    for rank in ranks:
+        assert rank.communicate(timeout=60) == (None, "") and rank.returncode == 0
+
+
+@pytest.mark.parametrize("where", [None, "gone/failure"])
+def test_a_rank_without_our_launcher_speaks_itself(where, tmp_path):
+    env = {**ENVIRONMENT, "RANK": "3"}
+    env.pop(FAILURE_FILE, None)
+    if where:
+        env[FAILURE_FILE] = str(tmp_path / where)
+    script = "from megatron_vl.cli.worker import fail; fail(1, 'KeyError: 3'); fail(2, 'no data')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, text=True, capture_output=True, timeout=60
+    )
+    assert done.stderr == "rank 3 failed:\nKeyError: 3\nno data\n" and done.returncode == 0
