@@ -55,7 +55,8 @@ def save_checkpoint(plan: Plan, iteration: int, model, optimizer, scheduler, loa
         for leftover in (partial, final):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-        copy_side_files(plan.hf_dir, root)
+        if plan.hf_dir.resolve() != root.resolve():  # a resumed run may have no other source
+            copy_side_files(plan.hf_dir, root)
     torch.distributed.barrier()
     state = _state_dict(plan, iteration, model, optimizer, scheduler, loading=False)
     dist_checkpointing.save(
