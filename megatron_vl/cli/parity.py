@@ -85,7 +85,7 @@ def _compare(args, spec, layout, split, work_dir: Path) -> int:
         )
         samples = parity.make_samples(spec, case)
         ours = parity.read_ours(
-            work_dir, index, case, samples, layout.dp, _read_tensors(hf_gradients)
+            work_dir, index, spec, samples, layout.dp, _read_tensors(hf_gradients)
         )
         theirs = parity.run_transformers(args.hf_dir, spec, case)
         differences.append(parity.compare(case, ours, theirs))

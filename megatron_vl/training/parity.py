@@ -75,9 +75,10 @@ class Outcome:
 def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
     """Random text and pixels around the grids of `case`; half of each sample's tail is trained."""
     generator = torch.Generator().manual_seed(seed)
-    reserved = {spec.tokens.image, spec.tokens.video, spec.tokens.vision_start,
-                spec.tokens.vision_end}
-    low = min(spec.decoder.vocab_size, min(reserved))
+    # No padding token either: transformers' embedding keeps its gradient at zero on purpose.
+    tokens = spec.tokens
+    reserved = {tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.pad}
+    low = min(spec.decoder.vocab_size, min(reserved - {None}))
     merge = spec.vision.spatial_merge_size
 
     def text(count: int) -> list[int]:
@@ -341,13 +342,17 @@ def _finite(difference: float) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def read_ours(work_dir: Path, index: int, case: Case, samples, dp: int, gradients) -> Outcome:
+def read_ours(
+    work_dir: Path, index: int, spec: VLMSpec, samples, dp: int, gradients
+) -> Outcome:
     """What the ranks left for case `index`; rows are taken apart into samples again."""
+    case = CASES[index]
     per_batch = [None] * case.num_microbatches
     for rank in range(dp):
         mine = torch.load(work_dir / f"{index}.logits.{rank}.pt", weights_only=True)
         per_batch[rank::dp] = mine
-    rows = torch.cat(per_batch)  # [rows, ROW_LENGTH, V]
+    # [rows, ROW_LENGTH, V], without what pads the vocabulary for tensor parallelism.
+    rows = torch.cat(per_batch)[..., : spec.decoder.vocab_size]
     logits, at = [], 0
     for number, sample in enumerate(samples):
         row, place = divmod(number, case.samples_per_row)

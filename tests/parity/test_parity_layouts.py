@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_hf
 from commands import megatron_vl
 
 # fp32: sums run in another order over tensor-parallel ranks and packed rows, and nothing else.
@@ -32,6 +33,12 @@ def test_an_untied_model_equals_transformers_over_tp2_pp2(untied_dir):
     done = megatron_vl("parity", untied_dir, "--tolerance", TOLERANCE, "--tp", 2, "--pp", 2)
     assert done.code == 0, done.text
     assert done.text.count("(of 82)") == 4, done.text
+
+
+def test_rows_that_pad_the_vocabulary_change_nothing(tmp_path):
+    odd = tiny_hf.make(tmp_path / "odd", "--init-std", "0.02", vocab_size=277)
+    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--tp", 2)
+    assert done.code == 0, done.text
 
 
 def test_a_tolerance_that_cannot_be_met_fails_and_names_the_case(model_dir):
