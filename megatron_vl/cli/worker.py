@@ -8,8 +8,10 @@ outlives the ranks: a rank may be ended by it between claiming the file and prin
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -29,6 +31,7 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     code = 0
     try:
         _quiet_libraries()
+        _take_children_along()
         # Before Megatron-Core is imported by anything else: see the CPU platform.
         select_platform().install()
         work()
@@ -43,6 +46,19 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
         child.terminate()
     # Leave at once: destructors of process groups may wait for ranks that are gone.
     os._exit(code)
+
+
+def _take_children_along() -> None:
+    """Let the processes this rank forks, its data workers, die when it does, even by SIGKILL.
+
+    A worker whose rank is gone would wait for ever to hand over its last rows, and keep the job's
+    output open.
+    """
+    if sys.platform != "linux":
+        return
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    os.register_at_fork(after_in_child=lambda: prctl(parent_death_signal, int(signal.SIGKILL)))
 
 
 def _quiet_libraries() -> None:
