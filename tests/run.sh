@@ -14,12 +14,12 @@ VENV=$(cd "$VENV" && pwd)
 say "checking style: ruff check ."
 "$VENV/bin/ruff" check . || give_up "the style check failed; $VENV/bin/ruff check --fix . mends most."
 
-# Two processes, each with whole files: most of a test's time is starting Python and torch.
+# Two processes: most of a test's time is starting Python and torch.
 say "running the tests (about 12 minutes on two cores); pytest arguments: ${*:-none}"
 # One thread a process: several ranks share two cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"
-if "$VENV/bin/python" -m pytest -q -n 2 --dist loadfile --durations=15 "$@"; then
+if "$VENV/bin/python" -m pytest -q -n 2 --dist worksteal --durations=15 "$@"; then
   say "all tests passed"
 else
   code=$?
