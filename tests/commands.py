@@ -24,7 +24,7 @@ class Done:
         return f"{self.out}\n{self.err}"
 
 
-def run(command: list[object], *, timeout: float = 300, **environment: object) -> Done:
+def run(command: list[object], *, timeout: float = 900, **environment: object) -> Done:
     """Run a command from the project's root; `environment` is added to this process's."""
     env = {
         **os.environ,

@@ -181,11 +181,11 @@ def test_a_killed_rank_takes_the_job_down_with_a_message(victim, workshop, tmp_p
         pids = ranks_of(job.pid)
         os.kill(pids[victim], signal.SIGKILL)
         started = time.monotonic()
-        _, errors = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=180)
     finally:
         job.kill()
     assert job.returncode == 1
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 180
     assert f"rank {victim} was ended by SIGKILL" in errors or f"rank {1 - victim} failed" in errors
     assert all(not os.path.exists(f"/proc/{pid}") for pid in pids.values())
 
