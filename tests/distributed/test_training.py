@@ -16,7 +16,11 @@ def losses(steps: dict[int, dict]) -> list[float]:
     return [steps[i]["loss"] for i in sorted(steps)]
 
 
+# Measured over ten steps at TP2, TP2 PP2 and PP2: 3e-8.
+FP32 = 1e-6
+
 LAYOUTS = {
+    "TP2": dict(TP=2, PP=1),
     "TP2 PP2, sequence parallel, 24 arguments": dict(TP=2, PP=2, SP="true"),
     # The launcher is not told the split: the converted checkpoint carries it.
     "PP2 uneven": dict(PP=2, weights=(1, 2, 1)),
@@ -36,12 +40,10 @@ def test_ten_steps_follow_those_of_one_rank(layout, workshop, plain_run):
         assert "llm 1-3, vision 2-0" in done.out
     steps = workshop.steps(name)
     assert sorted(steps) == list(range(1, 11))
-    # fp32, the first step to rounding. A key bias has a gradient of zero up to rounding, which
-    # AdamW scales to full steps in whatever direction the rounding took.
-    assert steps[1]["loss"] == pytest.approx(plain_run[1]["loss"], rel=1e-5)
-    assert losses(steps) == pytest.approx(losses(plain_run), rel=5e-3)
-    for i in (1, 10):
-        assert steps[i]["grad_norm"] == pytest.approx(plain_run[i]["grad_norm"], rel=5e-2)
+    assert losses(steps) == pytest.approx(losses(plain_run), rel=FP32)
+    for i in steps:
+        # A norm is a sum over whole tensors in fp32: 3e-6 where the tensors are cut otherwise.
+        assert steps[i]["grad_norm"] == pytest.approx(plain_run[i]["grad_norm"], rel=1e-4)
         assert steps[i]["lr"] == plain_run[i]["lr"]
         assert steps[i]["tokens"] == plain_run[i]["tokens"]  # the same rows
 
@@ -75,7 +77,7 @@ def test_a_run_resumes_in_another_layout(workshop, uneven_run):
     assert done.code == 0, done.text
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     again = [r["loss"] for r in records if r["kind"] == "train"]
-    assert again == pytest.approx(uneven_run[5:], rel=5e-3)
+    assert again == pytest.approx(uneven_run[5:], rel=FP32)
 
 
 def test_a_run_resumed_from_an_earlier_iteration_repeats_it_exactly(workshop, uneven_run):
@@ -116,7 +118,7 @@ def test_virtual_stages_train_and_validate_over_a_whole_split(workshop, plain_ru
         PRETRAIN_CHECKPOINT_PATH=weights, OUTPUT_BASEPATH=workshop.root / "vp",
     ), MP_VP=2, MP_PACKING_BUFFER=32)
     assert done.code == 0, done.text
-    assert losses(workshop.steps("vp")) == pytest.approx(losses(plain_run), rel=5e-3)
+    assert losses(workshop.steps("vp")) == pytest.approx(losses(plain_run), rel=FP32)
     assert "validation at iteration 10" in done.out
 
 

@@ -244,7 +244,8 @@ def test_a_run_killed_at_any_moment_leaves_the_old_target_and_can_be_repeated(hf
 import sys, time
 from megatron_vl.weights import files
 def slow(*_):
-    print('writing', flush=True)
+    sys.stdout.write('writing\\n')  # one call: two threads' lines must not mix
+    sys.stdout.flush()
     time.sleep(60)
 files.TensorAt.write = slow
 from megatron_vl.cli.main import run

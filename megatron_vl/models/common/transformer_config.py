@@ -75,7 +75,7 @@ def language_config(
         fp8=options.fp8_format,
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
-        init_method_std=decoder.init_std,
+        **_initialization(options, decoder.init_std),
         pipeline_model_parallel_size=layout.pp,
         pipeline_model_parallel_layout=pipeline,
         **_recompute(options, split),
@@ -97,7 +97,7 @@ def vision_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         activation_func=_activation(vision.activation),
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
-        init_method_std=spec.decoder.init_std,
+        **_initialization(options, spec.decoder.init_std),
         **_recompute(options, None, num_layers=vision.depth),
         # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
         **_shared(layout, options, sequence_parallel=False),
@@ -114,7 +114,7 @@ def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         kv_channels=spec.vision.head_dim,
         add_bias_linear=True,
         activation_func=F.gelu,
-        init_method_std=spec.decoder.init_std,
+        **_initialization(options, spec.decoder.init_std),
         **_shared(layout, options, sequence_parallel=False),
     )
 
@@ -127,7 +127,6 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         pipeline_dtype=options.params_dtype,
         bf16=options.params_dtype == torch.bfloat16,
         fp16=options.params_dtype == torch.float16,
-        perform_initialization=options.initialize_weights,
         varlen_attention_backend=options.attention_backend,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -145,6 +144,23 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         cross_entropy_loss_fusion=False,
     )
     return shared
+
+
+def leave_as_allocated(weight: torch.Tensor) -> None:
+    """The initialization of weights that a checkpoint fills right after."""
+
+
+def _initialization(options: ModelOptions, std: float) -> dict:
+    if options.initialize_weights:
+        return dict(init_method_std=std)
+    # Never `perform_initialization=False`: Megatron-Core marks a weight as a tensor-parallel shard
+    # while initializing it, and what is not marked is left out of the gradient norm as a duplicate
+    # on every rank but the first.
+    return dict(
+        init_method_std=std,
+        init_method=leave_as_allocated,
+        output_layer_init_method=leave_as_allocated,
+    )
 
 
 def _recompute(options: ModelOptions, split: StageSplit | None, num_layers: int = 0) -> dict:

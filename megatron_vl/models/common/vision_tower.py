@@ -27,15 +27,14 @@ from megatron_vl.ops.segments import Segments
 class PatchEmbed(torch.nn.Module):
     """A convolution whose kernel equals its stride: one matrix product over flattened patches."""
 
-    def __init__(self, spec: VisionSpec, dtype: torch.dtype, init_std: float | None):
+    def __init__(self, spec: VisionSpec, dtype: torch.dtype, init_method):
         super().__init__()
         kernel = (spec.temporal_patch_size, spec.patch_size, spec.patch_size)
         # Kept as a Conv3d so that the weight has the published name and shape.
         self.proj = torch.nn.Conv3d(
             spec.in_channels, spec.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype
         )
-        if init_std is not None:
-            torch.nn.init.normal_(self.proj.weight, std=init_std)
+        init_method(self.proj.weight)
 
     def forward(self, patches_PC: torch.Tensor) -> torch.Tensor:
         weight = self.proj.weight
@@ -52,8 +51,7 @@ class VisionTower(MegatronModule):
     def __init__(self, spec: VisionSpec, config, merger_config, *, pg_collection=None):
         super().__init__(config=config)
         self.spec = spec
-        init_std = config.init_method_std if config.perform_initialization else None
-        self.patch_embed = PatchEmbed(spec, config.params_dtype, init_std)
+        self.patch_embed = PatchEmbed(spec, config.params_dtype, config.init_method)
         self.decoder = TransformerBlock(
             config=config,
             spec=block_spec(causal=False, num_layers=spec.depth),
