@@ -55,12 +55,3 @@ def model_dir(tmp_path_factory) -> Path:
     _toolkit("make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks",
              1500, "--dtype", "float32")
     return out
-
-
-@pytest.fixture(scope="session")
-def untied_dir(tmp_path_factory) -> Path:
-    """The same with an output layer of its own."""
-    out = tmp_path_factory.mktemp("untied") / "model"
-    _toolkit("make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks",
-             1500, "--dtype", "float32", "--untied")
-    return out

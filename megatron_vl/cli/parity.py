@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import tempfile
 from pathlib import Path
 
 from megatron_vl.errors import CheckFailed, InputError
-from megatron_vl.parallel import Layout
+from megatron_vl.parallel import Layout, StageSplit
 
 
 def add_parser(commands) -> None:
@@ -30,6 +31,9 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--overlap-grad-reduce", action="store_true", help="reduce gradients during backward"
     )
+    parser.add_argument(
+        "--sweep", type=int, metavar="N", help="every layout of N ranks that fits, a row each"
+    )
     parser.add_argument("--first-stage-layers", type=int, help="language layers on stage 0")
     parser.add_argument(
         "--tolerance", type=float, default=1e-5,
@@ -43,53 +47,74 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.models.registry import load_spec
 
     spec = load_spec(args.hf_dir)
+    layouts = _layouts(args, spec)
+    if "LOCAL_RANK" in os.environ:
+        from megatron_vl.cli.worker import run_worker
+        from megatron_vl.training.parity import run_ranks
+
+        run_worker(
+            lambda: run_ranks(args.work_dir, args.hf_dir, layouts, args.overlap_grad_reduce),
+            command="parity", debug=args.debug,
+        )
+    with tempfile.TemporaryDirectory(prefix="megatron-vl-parity-") as scratch:
+        return _compare(args, spec, layouts, Path(scratch))
+
+
+def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
+    """The layouts to compare, all of the same number of ranks."""
+    from megatron_vl.training import parity
+
     layout = Layout(
         tp=args.tp, pp=args.pp, vp=args.vp, dp=args.dp,
         sequence_parallel=args.sequence_parallel and args.tp > 1,
     )
+    if args.sweep is not None:
+        if layout != Layout() or args.first_stage_layers is not None:
+            raise InputError(
+                "--sweep goes through every layout; leave out --tp, --pp, --vp, --dp, "
+                "--sequence-parallel and --first-stage-layers, or --sweep."
+            )
+        layouts = list(parity.sweep(spec, args.sweep))
+        if not layouts:
+            raise InputError(f"no layout of --sweep {args.sweep} ranks fits this model.")
+        return layouts
     split = spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=args.first_stage_layers)
     spec.check_layout(layout, split)
-    if layout.dp > 2:
-        raise InputError(f"--dp {layout.dp} is more than the 2 that every batch can be cut into.")
-    if "LOCAL_RANK" in os.environ:
-        from megatron_vl.cli.worker import run_worker
-        from megatron_vl.training.parity import run_rank
-
-        run_worker(
-            lambda: run_rank(args.work_dir, args.hf_dir, layout, split, args.overlap_grad_reduce),
-            command="parity", debug=args.debug,
-        )
-    with tempfile.TemporaryDirectory(prefix="megatron-vl-parity-") as scratch:
-        return _compare(args, spec, layout, split, Path(scratch))
+    parity.check_microbatches(layout)
+    return [(layout, split)]
 
 
-def _compare(args, spec, layout, split, work_dir: Path) -> int:
+def _compare(args, spec, layouts, work_dir: Path) -> int:
     from megatron_vl.cli.launch import launch
     from megatron_vl.training import parity
 
-    options = ["--dtype", "float32", "--tp", layout.tp, "--pp", layout.pp, "--vp", layout.vp]
-    if args.first_stage_layers is not None:
-        options += ["--first-stage-layers", args.first_stage_layers]
-    print(f"converting {args.hf_dir} to {layout}", flush=True)
-    _convert(args.hf_dir, work_dir / "weights", *options)
-    print(f"running {layout.world_size} rank(s)", flush=True)
-    code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=layout.world_size)
+    ranks = layouts[0][0].world_size
+    print(f"converting {args.hf_dir} for {len(layouts)} layout(s) of {ranks} rank(s)", flush=True)
+    for number, (layout, split) in enumerate(layouts):
+        options = ["--dtype", "float32", "--tp", layout.tp, "--pp", layout.pp, "--vp", layout.vp]
+        options += ["--pp-layers", json.dumps(split.to_dict()["llm"])]
+        _convert(args.hf_dir, work_dir / str(number) / "weights", *options)
+    print("running Megatron-Core", flush=True)
+    code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)
     if code:
         return code
     print("running transformers", flush=True)
-    differences = []
+    differences = [[] for _ in layouts]
     for index, case in enumerate(parity.CASES):
-        hf_gradients = work_dir / f"{index}.hf"
-        _convert(
-            work_dir / f"{index}.gradients", hf_gradients, "--to", "hf", "--hf-config", args.hf_dir
-        )
-        samples = parity.make_samples(spec, case)
-        ours = parity.read_ours(
-            work_dir, index, spec, samples, layout.dp, _read_tensors(hf_gradients)
-        )
         theirs = parity.run_transformers(args.hf_dir, spec, case)
-        differences.append(parity.compare(case, ours, theirs))
-    return _report(differences, layout, split, args.tolerance)
+        samples = parity.make_samples(spec, case)
+        for number, (layout, _) in enumerate(layouts):
+            folder = work_dir / str(number)
+            gradients = folder / f"{index}.hf"
+            _convert(
+                folder / f"{index}.gradients", gradients, "--to", "hf", "--hf-config", args.hf_dir
+            )
+            ours = parity.read_ours(
+                folder, index, spec, samples, layout.dp, _read_tensors(gradients)
+            )
+            differences[number].append(parity.compare(case, ours, theirs))
+    report = _report if args.sweep is None else _report_sweep
+    return report(layouts, differences, args.tolerance)
 
 
 def _convert(*words) -> None:
@@ -110,15 +135,37 @@ def _read_tensors(hf_dir: Path) -> dict:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def _report(differences, layout, split, tolerance: float) -> int:
+def _report(layouts, differences, tolerance: float) -> int:
+    """A row a case of the only layout."""
+    ((layout, split),), (cases,) = layouts, differences
     print(f"\n{layout}, {split}, fp32; relative to transformers\n"
           f"{'case':<28} {'logits':>9} {'loss':>9} {'gradients':>10}  parameter furthest off")
-    failed = []
-    for one in differences:
-        print(f"{one.case:<28} {one.logits:>9.1e} {one.loss:>9.1e} {one.gradient:>10.1e}  "
-              f"{one.worst} (of {one.parameters})")
-        if not max(one.logits, one.loss, one.gradient) <= tolerance:
-            failed.append(one.case)
+    for one in cases:
+        print(f"{one.case:<28} {_figures(one)}  {one.worst} (of {one.parameters})")
+    return _verdict([one.case for one in cases if one.largest > tolerance], tolerance)
+
+
+def _report_sweep(layouts, differences, tolerance: float) -> int:
+    """A row a layout, with the case that is furthest off."""
+    width = max(len(f"{layout}, {split}") for layout, split in layouts)
+    print(f"\nfp32, {len(differences[0])} cases each, the furthest off; relative to transformers\n"
+          f"{'layout':<{width}} {'logits':>9} {'loss':>9} {'gradients':>10}  case, parameter")
+    for (layout, split), cases in zip(layouts, differences, strict=True):
+        one = max(cases, key=lambda case: case.largest)
+        print(f"{f'{layout}, {split}':<{width}} {_figures(one)}  {one.case}, {one.worst} "
+              f"(of {one.parameters})")
+    return _verdict(
+        [f"{layout} ({split})" for (layout, split), cases in zip(layouts, differences, strict=True)
+         if any(one.largest > tolerance for one in cases)],
+        tolerance,
+    )
+
+
+def _figures(one) -> str:
+    return f"{one.logits:>9.1e} {one.loss:>9.1e} {one.gradient:>10.1e}"
+
+
+def _verdict(failed: list[str], tolerance: float) -> int:
     if failed:
         raise CheckFailed(f"{', '.join(failed)}: further than {tolerance:g} from transformers.")
     print(f"equal within {tolerance:g}")

@@ -59,6 +59,18 @@ def initialize(layout: Layout, *, seed: int = 1234, timeout_minutes: float = 10.
     return platform
 
 
+def leave_layout() -> None:
+    """Undo `initialize` but for the world itself, so that it can be called with another layout."""
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    world = torch.distributed.group.WORLD
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not world:
+            torch.distributed.destroy_process_group(group)
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch and Megatron-Core's tracker; pipeline stages draw different numbers."""
     from megatron.core import parallel_state, tensor_parallel

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from megatron_vl.data.rows import make_batch, make_row
 from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
+from megatron_vl.errors import InputError
 from megatron_vl.models.common.mrope import rope_index
 from megatron_vl.models.spec import VLMSpec
+from megatron_vl.parallel import Layout, StageSplit
 
 ROW_LENGTH = 128
 
@@ -37,6 +41,7 @@ class Case:
 
     @property
     def num_microbatches(self) -> int:
+        """As many for every case, so that a layout fits all of them or none."""
         return len(self.images) // (self.samples_per_row * self.rows_per_microbatch)
 
 
@@ -48,16 +53,61 @@ CASES = (
     Case(
         name="images of several sizes",
         images=((SMALL, WIDE), (TALL,), (LARGE,), (CLIP, SMALL), (WIDE,), (TALL, TALL), (LARGE,),
-                (SMALL, SMALL, SMALL)),
+                (SMALL, SMALL, SMALL)) * 2,
         samples_per_row=2, rows_per_microbatch=2,
     ),
-    Case(name="text only", images=((),) * 8, samples_per_row=2, rows_per_microbatch=2),
+    Case(name="text only", images=((),) * 8, samples_per_row=2),
     Case(
         name="a microbatch without images",
         images=((SMALL,), (WIDE, SMALL), (), (), (LARGE,), (), (), ()),
         rows_per_microbatch=2,
     ),
 )
+
+
+MICROBATCHES = 4
+assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
+
+
+def check_microbatches(layout: Layout) -> None:
+    """Whether the microbatches of every case can be dealt out to `layout`.
+
+    Raises:
+        InputError: more data ranks than microbatches, or too few a rank for virtual stages.
+    """
+    if MICROBATCHES % layout.dp:
+        raise InputError(
+            f"dp {layout.dp} does not divide the {MICROBATCHES} microbatches of every case; use a "
+            f"dp that does."
+        )
+    if layout.vp > 1 and MICROBATCHES // layout.dp % layout.pp:
+        raise InputError(
+            f"virtual stages need a multiple of pp {layout.pp} microbatches a data rank, and dp "
+            f"{layout.dp} leaves {MICROBATCHES // layout.dp} of {MICROBATCHES}; use a smaller dp."
+        )
+
+
+def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
+    """Every layout of `ranks` ranks that fits the model, pipelines with an even and, where there
+    is one, an uneven first stage, with and without sequence parallelism and two virtual stages."""
+    sizes = [size for size in range(1, ranks + 1) if not ranks % size]
+    for tp, pp, vp, sequence_parallel in product(sizes, sizes, (1, 2), (False, True)):
+        if ranks % (tp * pp) or (vp > 1 and pp == 1) or (sequence_parallel and tp == 1):
+            continue
+        layout = Layout(
+            tp=tp, pp=pp, vp=vp, dp=ranks // (tp * pp), sequence_parallel=sequence_parallel
+        )
+        found = set()
+        for first in (None, *(range(1, spec.decoder.num_layers) if pp > 1 else ())):
+            try:
+                split = spec.split(pp=pp, vp=vp, first_stage_layers=first)
+                spec.check_layout(layout, split)
+                check_microbatches(layout)
+            except InputError:
+                continue
+            if split not in found and len(found) < 2:
+                found.add(split)
+                yield layout, split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,15 +220,37 @@ def published_name(name: str) -> str:
 # ---- ours -------------------------------------------------------------------------------------
 
 
-def run_rank(
-    work_dir: Path, hf_dir: Path, layout, split, overlap_grad_reduce: bool = False
+def run_ranks(
+    work_dir: Path,
+    hf_dir: Path,
+    layouts: Sequence[tuple[Layout, StageSplit]],
+    overlap_grad_reduce: bool = False,
 ) -> None:
-    """One rank's part of every case; writes to WORK_DIR what the parent compares.
+    """One rank's part of every case in every layout; writes what the parent compares.
 
-    Reads the converted weights of WORK_DIR/weights. For case i it writes i.logits.pt (samples'
-    logits, from the last stage of data rank 0), i.loss.pt, and the gradients as a checkpoint,
-    i.gradients/, which converts back to Hugging Face names like weights do.
+    Layout k has WORK_DIR/k: there it reads the converted weights, `weights/`, and writes for case
+    i `i.logits.D.pt` (samples' logits, from the last stage of data rank D), `i.loss.pt`, and the
+    gradients as a checkpoint, `i.gradients/`, which converts back to Hugging Face names like
+    weights do.
     """
+    from megatron_vl.platform import initialize, leave_layout
+
+    for number, (layout, split) in enumerate(layouts):
+        started = time.monotonic()
+        platform = initialize(layout)
+        device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
+        _run_layout(work_dir / str(number), hf_dir, layout, split, device, overlap_grad_reduce)
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            print(f"  {number + 1}/{len(layouts)}  {layout}, {split}: "
+                  f"{time.monotonic() - started:.1f} s", flush=True)
+        leave_layout()
+
+
+def _run_layout(
+    work_dir: Path, hf_dir: Path, layout: Layout, split: StageSplit, device,
+    overlap_grad_reduce: bool,
+) -> None:
     from megatron.core import parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -189,13 +261,10 @@ def run_rank(
 
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
-    from megatron_vl.platform import initialize
     from megatron_vl.training.checkpoint import load_weights
     from megatron_vl.training.step import RowStream, forward_step, mean_loss
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
-    platform = initialize(layout)
-    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
     spec = load_spec(hf_dir)
     chunks = family(spec.model_type).build_model(
         spec, layout, split, ModelOptions(initialize_weights=False)
@@ -250,7 +319,6 @@ def run_rank(
             torch.save([one.cpu() for one in logits], work_dir / f"{index}.logits.{dp_rank}.pt")
         if torch.distributed.get_rank() == 0:
             torch.save(torch.tensor(loss, dtype=torch.float64), work_dir / f"{index}.loss.pt")
-    torch.distributed.barrier()
 
 
 def _logits_step(stream, model):
@@ -309,6 +377,10 @@ class Difference:
     gradient: float  # largest over parameters: absolute difference over the largest absolute value
     worst: str  # parameter with that gradient difference
     parameters: int  # compared
+
+    @property
+    def largest(self) -> float:
+        return max(self.logits, self.loss, self.gradient)
 
 
 def compare(case: Case, ours: Outcome, theirs: Outcome) -> Difference:

@@ -12,6 +12,10 @@ from distributed_launch import LAUNCHER, words
 from safetensors.torch import load_file
 
 
+# One test process runs all of these: they share what they trained.
+pytestmark = pytest.mark.xdist_group("training")
+
+
 def losses(steps: dict[int, dict]) -> list[float]:
     return [steps[i]["loss"] for i in sorted(steps)]
 
@@ -22,30 +26,27 @@ FP32 = 1e-6
 LAYOUTS = {
     "TP2": dict(TP=2, PP=1),
     "TP2 PP2, sequence parallel, 24 arguments": dict(TP=2, PP=2, SP="true"),
-    # The launcher is not told the split: the converted checkpoint carries it.
-    "PP2 uneven": dict(PP=2, weights=(1, 2, 1)),
     "PP2 uneven, full recompute": dict(PP=2, first=1, AC="full"),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_ten_steps_follow_those_of_one_rank(layout, workshop, plain_run):
-    name = "-".join(f"{k}{v}" for k, v in layout.items()).replace(" ", "")
-    layout = dict(layout)
-    if "weights" in layout:
-        layout["PRETRAIN_CHECKPOINT_PATH"] = workshop.weights(*layout.pop("weights"))
-    done = workshop.train(name, **layout)
-    assert done.code == 0, done.text
-    if layout["PP"] == 2 and layout.get("TP", 1) == 1:
-        assert "llm 1-3, vision 2-0" in done.out
-    steps = workshop.steps(name)
-    assert sorted(steps) == list(range(1, 11))
-    assert losses(steps) == pytest.approx(losses(plain_run), rel=FP32)
+def follows(steps: dict[int, dict], plain: dict[int, dict]) -> None:
+    """The steps are those of one rank, in fp32: losses, gradient norms, rates and rows."""
+    assert sorted(steps) == sorted(plain)
+    assert losses(steps) == pytest.approx(losses(plain), rel=FP32)
     for i in steps:
         # A norm is a sum over whole tensors in fp32: 3e-6 where the tensors are cut otherwise.
-        assert steps[i]["grad_norm"] == pytest.approx(plain_run[i]["grad_norm"], rel=1e-4)
-        assert steps[i]["lr"] == plain_run[i]["lr"]
-        assert steps[i]["tokens"] == plain_run[i]["tokens"]  # the same rows
+        assert steps[i]["grad_norm"] == pytest.approx(plain[i]["grad_norm"], rel=1e-4)
+        assert steps[i]["lr"] == plain[i]["lr"]
+        assert steps[i]["tokens"] == plain[i]["tokens"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_ten_steps_follow_those_of_one_rank(layout, workshop, plain_run):
+    name = "-".join(f"{k}{v}" for k, v in layout.items())
+    done = workshop.train(name, **layout)
+    assert done.code == 0, done.text
+    follows(workshop.steps(name), plain_run)
 
 
 def test_training_learns_and_logs_every_number(plain_run):
@@ -59,12 +60,19 @@ def test_training_learns_and_logs_every_number(plain_run):
     assert [plain_run[i]["lr"] for i in (1, 2, 3)] == pytest.approx([0, 5e-4, 1e-3])
 
 
-@pytest.fixture(scope="module")
-def uneven_run(workshop):
-    """Ten steps at PP2 with an uneven split, checkpoints at 5 and 10; returns their losses."""
-    done = workshop.train("uneven", PP=2, first=1)
+@pytest.fixture(scope="session")
+def uneven_run(workshop) -> dict[int, dict]:
+    """Ten steps at PP2 with an uneven split, checkpoints at 5 and 10."""
+    # The launcher is not told the split: the converted checkpoint carries it.
+    weights = workshop.weights(1, 2, 1)
+    done = workshop.train("uneven", PP=2, PRETRAIN_CHECKPOINT_PATH=weights)
     assert done.code == 0, done.text
-    return losses(workshop.steps("uneven"))
+    assert "llm 1-3, vision 2-0" in done.out
+    return workshop.steps("uneven")
+
+
+def test_ten_steps_over_an_uneven_pipeline_follow_those_of_one_rank(uneven_run, plain_run):
+    follows(uneven_run, plain_run)
 
 
 def test_a_run_resumes_in_another_layout(workshop, uneven_run):
@@ -77,7 +85,7 @@ def test_a_run_resumes_in_another_layout(workshop, uneven_run):
     assert done.code == 0, done.text
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     again = [r["loss"] for r in records if r["kind"] == "train"]
-    assert again == pytest.approx(uneven_run[5:], rel=FP32)
+    assert again == pytest.approx(losses(uneven_run)[5:], rel=FP32)
 
 
 def test_a_run_resumed_from_an_earlier_iteration_repeats_it_exactly(workshop, uneven_run):
@@ -85,25 +93,25 @@ def test_a_run_resumed_from_an_earlier_iteration_repeats_it_exactly(workshop, un
     # As users do: choose the iteration by editing the file, and start the same command again.
     (save / "latest_checkpointed_iteration.txt").write_text("5\n")
     shutil.rmtree(save / "iter_0000010")
-    done = workshop.train("uneven", PP=2, first=1)
+    done = workshop.train("uneven", PP=2, PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2, 1))
     assert done.code == 0, done.text
     assert "5 steps done" in done.out
     assert "iteration  6/10" in done.out and "iteration  5/10" not in done.out
     # Model, optimizer, schedule and data order all came back.
-    assert losses(workshop.steps("uneven")) == uneven_run
+    assert losses(workshop.steps("uneven")) == losses(uneven_run)
 
 
 def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop, plain_run):
-    changes = dict(extra="--nproc-per-node 2", TRAIN_ITERS=6, SAVE_INTERVAL=3)
+    changes = dict(extra="--nproc-per-node 2", TRAIN_ITERS=4, SAVE_INTERVAL=2)
     done = workshop.train("dp2", **changes)
     assert done.code == 0, done.text
     undisturbed = losses(workshop.steps("dp2"))
-    assert len(list((workshop.checkpoint("dp2") / "iter_0000006").glob("loader_dp*.pt"))) == 2
-    (workshop.checkpoint("dp2") / "latest_checkpointed_iteration.txt").write_text("3\n")
+    assert len(list((workshop.checkpoint("dp2") / "iter_0000004").glob("loader_dp*.pt"))) == 2
+    (workshop.checkpoint("dp2") / "latest_checkpointed_iteration.txt").write_text("2\n")
     done = workshop.train("dp2", **changes)
     assert done.code == 0, done.text
-    assert "3 steps done" in done.out and "iteration 3/6" not in done.out
-    assert "iteration 4/6" in done.out
+    assert "2 steps done" in done.out and "iteration 2/4" not in done.out
+    assert "iteration 3/4" in done.out
     assert losses(workshop.steps("dp2")) == pytest.approx(undisturbed, rel=1e-6)
     # Four rows a step, two from each rank: other rows than one rank reads.
     assert losses(workshop.steps("dp2"))[0] != pytest.approx(plain_run[1]["loss"], rel=1e-6)
@@ -118,20 +126,18 @@ def test_virtual_stages_train_and_validate_over_a_whole_split(workshop, plain_ru
         PRETRAIN_CHECKPOINT_PATH=weights, OUTPUT_BASEPATH=workshop.root / "vp",
     ), MP_VP=2, MP_PACKING_BUFFER=32)
     assert done.code == 0, done.text
-    assert losses(workshop.steps("vp")) == pytest.approx(losses(plain_run), rel=FP32)
+    follows(workshop.steps("vp"), plain_run)
     assert "validation at iteration 10" in done.out
 
 
-def test_a_longer_schedule_is_refused_on_resume_until_it_is_meant(workshop):
-    done = workshop.train("longer", TRAIN_ITERS=3, SAVE_INTERVAL=3)
-    assert done.code == 0, done.text
-    save = workshop.checkpoint("longer")
-    again = dict(TRAIN_ITERS=4, extra=f"--save {save}")
-    done = workshop.train("longer", **again)
+def test_a_longer_schedule_is_refused_on_resume_until_it_is_meant(workshop, plain_run):
+    save = shutil.copytree(workshop.checkpoint("plain"), workshop.root / "longer")
+    again = dict(TRAIN_ITERS=11, extra=f"--save {save}")
+    done = workshop.train("longer-out", **again)
     assert done.code == 2 and "--override-opt-param-scheduler" in done.err, done.text
     again["extra"] += " --override-opt-param-scheduler"
-    done = workshop.train("longer", **again)
-    assert done.code == 0 and "iteration 4/4" in done.out, done.text
+    done = workshop.train("longer-out", **again)
+    assert done.code == 0 and "iteration 11/11" in done.out, done.text
 
 
 def test_bfloat16_follows_float32_and_resumes_without_the_distributed_optimizer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny_hf
 from commands import megatron_vl
@@ -9,39 +11,77 @@ from commands import megatron_vl
 # fp32: sums run in another order over tensor-parallel ranks and packed rows, and nothing else.
 TOLERANCE = "1e-5"
 
+# Every layout that fits four language layers and two key/value heads: named here, so that one that
+# falls out of the sweep is noticed.
 LAYOUTS = {
-    "TP1 PP1": [],
-    "TP2": ["--tp", 2],
-    "TP2 with sequence parallelism": ["--tp", 2, "--sequence-parallel"],
-    "TP4, more ranks than key/value heads": ["--tp", 4],
-    "PP2, uneven first stage": ["--pp", 2, "--first-stage-layers", 1],
-    "TP2 PP2 with sequence parallelism": ["--tp", 2, "--pp", 2, "--sequence-parallel"],
-    "PP2 VP2": ["--pp", 2, "--vp", 2],
-    # The last batch has all its images on rank 0; overlapped, every weight must report a gradient.
-    "DP2, one rank without images, overlapped": ["--dp", 2, "--overlap-grad-reduce"],
+    2: """
+        TP1xPP1xDP2, llm 4, vision 2
+        TP1xPP2xDP1, llm 2-2, vision 2-0
+        TP1xPP2xDP1, llm 1-3, vision 2-0
+        TP1xPP2xVP2xDP1, llm 1-1/1-1, vision 2-0/0-0
+        TP2xPP1xDP1, llm 4, vision 2
+        TP2xPP1xDP1+SP, llm 4, vision 2
+    """,
+    4: """
+        TP1xPP1xDP4, llm 4, vision 2
+        TP1xPP2xDP2, llm 2-2, vision 2-0
+        TP1xPP2xDP2, llm 1-3, vision 2-0
+        TP1xPP2xVP2xDP2, llm 1-1/1-1, vision 2-0/0-0
+        TP1xPP4xDP1, llm 1-1-1-1, vision 2-0-0-0
+        TP2xPP1xDP2, llm 4, vision 2
+        TP2xPP1xDP2+SP, llm 4, vision 2
+        TP2xPP2xDP1, llm 2-2, vision 2-0
+        TP2xPP2xDP1, llm 1-3, vision 2-0
+        TP2xPP2xDP1+SP, llm 2-2, vision 2-0
+        TP2xPP2xDP1+SP, llm 1-3, vision 2-0
+        TP2xPP2xVP2xDP1, llm 1-1/1-1, vision 2-0/0-0
+        TP2xPP2xVP2xDP1+SP, llm 1-1/1-1, vision 2-0/0-0
+        TP4xPP1xDP1, llm 4, vision 2
+        TP4xPP1xDP1+SP, llm 4, vision 2
+    """,
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_logits_loss_and_gradients_equal_transformers(layout, model_dir):
-    done = megatron_vl("parity", model_dir, "--tolerance", TOLERANCE, *layout)
+def rows_of(table: str) -> list[tuple[str, float, str]]:
+    """(name, largest figure, how many parameters) of each row."""
+    found = re.findall(r"^(.+?) +(\d\S+) +(\d\S+) +(\d\S+)  .*\(of (\d+)\)$", table, re.M)
+    return [(name, max(map(float, figures)), count) for name, *figures, count in found]
+
+
+# The last batch has all its images on one data rank; overlapped, every weight must still report a
+# gradient, or the others wait forever.
+@pytest.mark.parametrize(("ranks", "options"), [(2, ["--overlap-grad-reduce"]), (4, [])])
+def test_every_layout_equals_transformers(ranks, options, model_dir):
+    done = megatron_vl("parity", model_dir, "--tolerance", TOLERANCE, "--sweep", ranks, *options)
     assert done.code == 0, done.text
-    assert done.text.count("(of 81)") == 4, done.text  # four batches, every parameter
+    rows = rows_of(done.out)
+    expected = [line.strip() for line in LAYOUTS[ranks].strip().splitlines()]
+    assert [name for name, *_ in rows] == expected
+    assert all(figure <= float(TOLERANCE) and count == "81" for _, figure, count in rows)
 
 
-def test_an_untied_model_equals_transformers_over_tp2_pp2(untied_dir):
-    done = megatron_vl("parity", untied_dir, "--tolerance", TOLERANCE, "--tp", 2, "--pp", 2)
+def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):
+    odd = tiny_hf.make(tmp_path / "odd", "--init-std", "0.02", "--untied", vocab_size=277)
+    layout = ["--tp", 2, "--pp", 2, "--sequence-parallel"]
+    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, *layout)
     assert done.code == 0, done.text
-    assert done.text.count("(of 82)") == 4, done.text
+    assert [count for *_, count in rows_of(done.out)] == ["82"] * 4
 
 
-def test_rows_that_pad_the_vocabulary_change_nothing(tmp_path):
-    odd = tiny_hf.make(tmp_path / "odd", "--init-std", "0.02", vocab_size=277)
-    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--tp", 2)
-    assert done.code == 0, done.text
-
-
-def test_a_tolerance_that_cannot_be_met_fails_and_names_the_case(model_dir):
+def test_one_rank_equals_transformers_and_an_unmet_tolerance_names_the_cases(model_dir):
     done = megatron_vl("parity", model_dir, "--tolerance", "1e-12")
+    rows = rows_of(done.out)
+    assert [name for name, *_ in rows] == [
+        "one image", "images of several sizes", "text only", "a microbatch without images"]
+    assert all(figure <= float(TOLERANCE) and count == "81" for _, figure, count in rows)
     assert done.code == 1
     assert "images of several sizes" in done.err and "further than 1e-12" in done.err
+
+
+def test_what_cannot_be_compared_is_refused(model_dir):
+    done = megatron_vl("parity", model_dir, "--sweep", 2, "--tp", 2)
+    assert done.code == 2 and "leave out --tp" in done.err
+    done = megatron_vl("parity", model_dir, "--dp", 3)
+    assert done.code == 2 and "dp 3 does not divide the 4 microbatches" in done.err
+    done = megatron_vl("parity", model_dir, "--sweep", 7)
+    assert done.code == 2 and "no layout of --sweep 7 ranks fits" in done.err
