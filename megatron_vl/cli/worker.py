@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vl.errors import InputError
-from megatron_vl.platform import select_platform
 
 FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"
 
 
 def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoReturn:
     """Do `work` as the rank that the environment names, and end the process."""
+    from megatron_vl.platform import select_platform
+
     code = 0
     try:
         _quiet_libraries()

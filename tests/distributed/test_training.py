@@ -11,7 +11,6 @@ from commands import megatron_vl, shell
 from distributed_launch import LAUNCHER, words
 from safetensors.torch import load_file
 
-
 # One test process runs all of these: they share what they trained.
 pytestmark = pytest.mark.xdist_group("training")
 
