@@ -44,7 +44,9 @@ LAYOUTS = {
 
 def rows_of(table: str) -> list[tuple[str, float, str]]:
     """(name, largest figure, how many parameters) of each row."""
-    found = re.findall(r"^(.+?) +(\d\S+) +(\d\S+) +(\d\S+)  .*\(of (\d+)\)$", table, re.M)
+    figure = r"(\d\.\de[+-]\d+)"
+    row = rf"^(.+?) +{figure} +{figure} +{figure}  .*\(of (\d+)\)$"
+    found = re.findall(row, table, re.M)
     return [(name, max(map(float, figures)), count) for name, *figures, count in found]
 
 
