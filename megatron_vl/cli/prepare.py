@@ -30,7 +30,8 @@ def add_parser(subparsers) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--shuffle", action=argparse.BooleanOptionalAction, default=True,
-        help="mix the entries, keeping an image's entries in one split (default: yes)",
+        help="mix the entries, keeping an image's entries in one split where they fit it; without, "
+        "splits are cut in the order of the JSON (default: yes)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=42, help="of the shuffle (default: %(default)s)"
@@ -38,7 +39,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--num-workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace DST if it is empty or a prepared dataset"
+    )
     parser.add_argument("--strict", action="store_true", help="fail if any entry is refused")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)

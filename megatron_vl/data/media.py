@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VisionSpec
 
+MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart_resize's limit
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

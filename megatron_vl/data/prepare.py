@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,7 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_vl.data.formats import llava
-from megatron_vl.data.media import BadImage, decode_rgb
+from megatron_vl.data.media import MAX_ASPECT_RATIO, BadImage, decode_rgb
+from megatron_vl.data.output_dir import check_output, clear_beside, new_dataset
 from megatron_vl.errors import InputError
 
 KNOWN_JSON = "blip_laion_cc_sbu_558k.json"  # LLaVA-Pretrain's own, beside a *_meta.json
@@ -111,10 +110,16 @@ class Summary:
     refused: tuple[Refusal, ...]
     samples: dict[str, int]  # of each split
     shards: int
+    shared_images: int  # shown in more than one split
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.samples.items() if count)
         lines = [f"{self.output}: kept {self.kept} samples in {self.shards} shards ({parts})"]
+        if self.shared_images:
+            lines.append(
+                f"images that more than one split shows: {self.shared_images} (prepare with "
+                f"--shuffle or another --split to keep them apart)"
+            )
         if self.refused:
             lines.append(f"refused {len(self.refused)}, listed in {self.output / REFUSED}:")
             reasons = Counter(re.sub(r"\S*[/\\]\S*|\d+", "…", r.reason) for r in self.refused)
@@ -128,34 +133,28 @@ def prepare(config: PrepareConfig) -> Summary:
     Raises:
         InputError: no readable source, an output that exists, or nothing usable.
     """
-    if config.output.exists() and not config.overwrite:
-        raise InputError(
-            f"{config.output} exists already; choose another directory, or give --overwrite to "
-            f"replace it."
-        )
+    clear_beside(config.output)
+    needed = [config.source, config.source / (config.json_name or ""), Path.cwd()]
+    needed += [config.media_root] if config.media_root else []
+    check_output(config.output, overwrite=config.overwrite, needed=needed)
     json_path = find_json(config.source, config.json_name)
     raw = read_json(json_path)
     entries, refused = check_entries(raw, json_path, config)
-    entries, refused = check_media(entries, refused, json_path, config)
-    if not entries:
-        first = f"; the first because {refused[0].reason}" if refused else ""
-        raise InputError(
-            f"none of the {len(raw)} entries of {json_path} can be used{first}; check the format "
-            f"and where the images are (--media-root)."
-        )
-    if refused and config.strict:
-        raise InputError(
-            f"{len(refused)} of {len(raw)} entries of {json_path} cannot be used, the first (entry "
-            f"{refused[0].entry}) because {refused[0].reason}; mend them or prepare without "
-            f"--strict."
-        )
-    shards, parts = plan_shards(entries, config)
-
-    partial = config.output.with_name(f".{config.output.name}.partial-{os.getpid()}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with new_dataset(config.output) as partial:
+        entries, refused = check_media(entries, refused, json_path, config)
+        if not entries:
+            first = f"; the first because {refused[0].reason}" if refused else ""
+            raise InputError(
+                f"none of the {len(raw)} entries of {json_path} can be used{first}; check the "
+                f"format and where the images are (--media-root)."
+            )
+        if refused and config.strict:
+            raise InputError(
+                f"{len(refused)} of {len(raw)} entries of {json_path} cannot be used, the first "
+                f"(entry {refused[0].entry}) because {refused[0].reason}; mend them or prepare "
+                f"without --strict."
+            )
+        shards, parts = plan_shards(entries, config)
         write_shards(shards, partial, progress=config.progress)
         run_energon_prepare(partial, entries, parts, config)
         samples = read_back(partial, len(entries))
@@ -163,14 +162,9 @@ def prepare(config: PrepareConfig) -> Summary:
             "".join(json.dumps(_fields(r), ensure_ascii=False) + "\n" for r in refused),
             encoding="utf-8",
         )
-        if config.output.exists():
-            shutil.rmtree(config.output)
-        partial.rename(config.output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Summary(
         output=config.output, kept=len(entries), refused=tuple(refused), samples=samples,
-        shards=len(shards),
+        shards=len(shards), shared_images=count_shared_images(shards, parts),
     )  # fmt: skip
 
 
@@ -255,8 +249,15 @@ def check_entries(
 
 
 def _find_media(root: Path, image: str) -> Path | None:
-    """LLaVA's images lie beside the JSON, or in `images` beside it."""
-    return next((p for p in (root / image, root / "images" / image) if p.is_file()), None)
+    """LLaVA's images lie beside the JSON, or in `images` beside it.
+
+    Raises:
+        BadEntry: a path the system refuses, such as one too long.
+    """
+    try:
+        return next((p for p in (root / image, root / "images" / image) if p.is_file()), None)
+    except OSError as error:
+        raise llava.BadEntry(f"its image cannot be read ({error})") from error
 
 
 def _safe(name) -> str:
@@ -296,9 +297,11 @@ def check_media(
 
 def _media_problem(path: Path) -> str | None:
     try:
-        decode_rgb(path.read_bytes())
+        width, height = decode_rgb(path.read_bytes()).size
     except (BadImage, OSError) as error:
         return str(error)
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        return f"it is {width} x {height} pixels, too long and thin"
     return None
 
 
@@ -308,7 +311,7 @@ def plan_shards(
     """Which entry goes to which shard, and which shards to which split.
 
     Shuffled entries that show the same image stay in the same split where the sizes allow it, so
-    that validation images are not trained on.
+    that validation images are not trained on; `count_shared_images` says where they do not.
 
     Raises:
         InputError: fewer entries than shards the split needs.
@@ -366,6 +369,16 @@ def _media_edge(order: Sequence[Entry], end: int, *, least: int, most: int) -> i
         if order[cut - 1].media != order[cut].media:
             return cut
     return end
+
+
+def count_shared_images(shards: Sequence[Sequence[Entry]], parts: dict[str, range]) -> int:
+    """Images, by path, that more than one split shows."""
+    splits_of = Counter(
+        media
+        for part in parts.values()
+        for media in {entry.media for number in part for entry in shards[number]}
+    )
+    return sum(count > 1 for count in splits_of.values())
 
 
 def _shard(number: str) -> str:
@@ -458,9 +471,12 @@ def _progress(items: Iterable, total: int, what: str, show: bool) -> Iterator:
 
 
 def _refusal(json_path: Path, number: int, name, reason: str) -> Refusal:
-    return Refusal(
-        file=str(json_path), entry=number, id=None if name is None else str(name), reason=reason
-    )
+    """Lone surrogates are escaped: what is refused must be writable."""
+    escaped = [
+        None if text is None else str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+        for text in (name, reason)
+    ]
+    return Refusal(file=str(json_path), entry=number, id=escaped[0], reason=escaped[1])
 
 
 def _fields(refusal: Refusal) -> dict:

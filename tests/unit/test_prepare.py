@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -12,7 +14,15 @@ from PIL import Image
 
 from megatron_vl.cli.main import run
 from megatron_vl.data.formats.llava import BadEntry, check_question_and_answer
-from megatron_vl.data.prepare import Entry, PrepareConfig, plan_shards, prepare
+from megatron_vl.data.output_dir import clear_beside, new_dataset
+from megatron_vl.data.prepare import (
+    Entry,
+    PrepareConfig,
+    Summary,
+    count_shared_images,
+    plan_shards,
+    prepare,
+)
 from megatron_vl.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +100,9 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
         _entry(question="no mark"),
         {"id": "b"},
         "text",
+        _entry("thin.png"),
+        _entry("x" * 300),
+        _entry("\ud800.png", id="\ud800"),
     ]
     source = _source(tmp_path / "in", [*good[:5], *bad, *good[5:]],
                      ["0.png", *(e["image"] for e in good)])
@@ -97,22 +110,25 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
     (source / "cut.png").write_bytes(file.getvalue()[:5000])
+    Image.new("RGB", (402, 2)).save(source / "thin.png")
 
     assert run(["prepare", str(source), str(tmp_path / "out"), "--quiet"]) == 0
     lines = (tmp_path / "out/refused.jsonl").read_text().splitlines()
     refused = [json.loads(line) for line in lines]
-    assert [r["entry"] for r in refused] == [5, 6, 7, 8, 9, 10]
+    assert [r["entry"] for r in refused] == list(range(5, 14))
     for refusal, what in zip(refused, ("does not exist", "cannot be decoded", "answer is empty",
-                                       "0 <image> marks", "no list", "not an object"), strict=True):
+                                       "0 <image> marks", "no list", "not an object",
+                                       "402 x 2 pixels, too long and thin", "too long",
+                                       "does not exist"), strict=True):
         assert what in refusal["reason"]
         assert refusal["file"].endswith("data.json")
     assert refused[1]["id"] == "7"
     names = _members(tmp_path / "out")
     assert len(names) == 20
-    assert "00-x-0-.jpg" in names and "15-x-9-.jpg" in names
+    assert "00-x-0-.jpg" in names and "18-x-9-.jpg" in names
     said = capsys.readouterr().out
     assert "kept 10 samples in 10 shards (9 train, 1 val)" in said
-    assert "refused 6" in said
+    assert "refused 9" in said
     assert not list(tmp_path.glob(".*partial*"))
 
 
@@ -164,6 +180,88 @@ def test_an_existing_output_is_not_touched(tmp_path):
     _refuses({"source": tmp_path, "output": tmp_path / "out"}, "exists already")
 
 
+@pytest.mark.parametrize("output", ["in", ".", "in/images"])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_overwriting_never_deletes_what_is_read(tmp_path, output, prepared):
+    source = _source(tmp_path / "in", [_entry()] * 10, ["images/0.png"])
+    if prepared:
+        (tmp_path / output / ".nv-meta").mkdir()
+    config = {"source": source / "data.json", "output": tmp_path / output, "overwrite": True,
+              "media_root": source / "images"}
+    _refuses(config, "would delete .*, which is in use; choose another")
+    assert (source / "images/0.png").exists() and (source / "data.json").exists()
+
+
+def test_the_current_directory_is_not_overwritten(tmp_path, monkeypatch):
+    source = _source(tmp_path / "in", [_entry()] * 10)
+    (tmp_path / "here/.nv-meta").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    _refuses({"source": source, "output": Path(".")}, "exists already")
+    _refuses({"source": source, "output": Path("."), "overwrite": True}, "which is in use")
+
+
+def test_only_a_prepared_dataset_is_overwritten(tmp_path):
+    source = _source(tmp_path / "in", [_entry()] * 10)
+    _source(tmp_path / "other", [])
+    _refuses({"source": source, "output": tmp_path / "other", "overwrite": True},
+             "other holds no prepared dataset")
+    assert (tmp_path / "other/0.png").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path, overwrite):
+    source = _source(tmp_path / "in", [_entry()] * 10)
+    config = {"source": source, "overwrite": overwrite}
+    _refuses(config | {"output": source / "data.json"}, "data.json is a file; give a directory")
+    _refuses(config | {"output": source / "data.json/wds"}, "wds cannot be written .*; check the")
+
+
+def test_a_full_disk_leaves_the_old_dataset(tmp_path, monkeypatch):
+    source, out = _source(tmp_path / "in", [_entry()] * 10), tmp_path / "out"
+    (out / ".nv-meta").mkdir(parents=True)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_vl.data.prepare.write_shards", full)
+    _refuses({"source": source, "output": out, "overwrite": True}, "No space left on device")
+    assert (out / ".nv-meta").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_what_a_killed_run_left_is_removed_and_its_old_dataset_put_back(tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    host = socket.gethostname()
+    for kind, pid in (("partial", done.pid), ("replaced", done.pid), ("partial", os.getppid())):
+        (tmp_path / f".out.{kind}-{host}-{pid}/.nv-meta").mkdir(parents=True)
+    (tmp_path / f".out.partial-elsewhere-{done.pid}").mkdir()
+    clear_beside(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out", f".out.partial-{host}-{os.getppid()}", f".out.partial-elsewhere-{done.pid}",
+    }  # fmt: skip
+
+
+def test_the_old_dataset_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (out / ".nv-meta").mkdir(parents=True)
+    with new_dataset(out) as partial:
+        (partial / "new").touch()
+        assert (out / ".nv-meta").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "new").exists()
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, target: _fail_to_take(self, target, rename))
+    with pytest.raises(InputError, match="cannot be written"), new_dataset(out):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "new").exists()
+
+
+def _fail_to_take(path, target, rename):
+    if ".partial-" in path.name:
+        raise OSError("killed here")
+    return rename(path, target)
+
+
 def test_nothing_usable_names_the_first_reason(tmp_path):
     source = _source(tmp_path / "in", [_entry("absent.png")])
     _refuses({"source": source, "output": tmp_path / "out"}, "none of the 1 entries .*absent.png")
@@ -198,6 +296,10 @@ def test_an_unknown_format_is_refused(tmp_path):
         (_entry(conversations=[{"from": "x", "value": ""}]), "from 'x', not human"),
         (_entry(question="<image><image>"), "2 <image> marks"),
         (_entry(answer="<image>"), "2 <image> marks"),
+        (_entry(conversations=[{"from": ["human"], "value": ""}]), "from .'human'., not human"),
+        (_entry(question="<image>a <|video_pad|>?"), r"1 holds the reserved mark <\|video_pad"),
+        (_entry(answer="<|vision_start|>"), "turn 2 holds the reserved mark"),
+        (_entry(answer="\ud83d"), r"half a character \(.ud83d\)"),
         (_entry(conversations=_entry()["conversations"] * 2), "not one question and one answer"),
     ],
 )
@@ -231,3 +333,17 @@ def test_the_shards_follow_the_split_and_hold_every_entry_once(tmp_path, count, 
     assert all(shards)
     assert max(map(len, shards)) <= config.samples_per_shard + 7
     assert plan_shards(entries, config) == (shards, found), "the same seed gives the same shards"
+
+
+@pytest.mark.parametrize(
+    ("images", "shuffle", "shared"),
+    [([5] * 20, True, 0), ([5] * 20, False, 0), ([7] * 15, False, 1), ([100], True, 1)],
+)
+def test_images_in_two_splits_are_counted_and_told(tmp_path, images, shuffle, shared):
+    config = PrepareConfig(source=tmp_path, output=tmp_path / "o", shuffle=shuffle)
+    media = [tmp_path / f"{n}.png" for n, times in enumerate(images) for _ in range(times)]
+    entries = [Entry(key=str(n), media=path, conversations=[]) for n, path in enumerate(media)]
+    assert count_shared_images(*plan_shards(entries, config)) == shared
+    said = str(Summary(output=tmp_path, kept=len(entries), refused=(), samples={"train": 1},
+                       shards=1, shared_images=shared))
+    assert ("images that more than one split shows: 1" in said) == bool(shared)

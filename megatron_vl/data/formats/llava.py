@@ -6,12 +6,15 @@ it belongs to the mark: `"<image>\\nWhat is this?"` is the image, then `What is 
 
 from __future__ import annotations
 
+import json
 import re
 
 from megatron_vl.data.samples import Part, Turn
 
 IMAGE_MARK = "<image>"
 _MARK = re.compile(rf"\n?{re.escape(IMAGE_MARK)}$|{re.escape(IMAGE_MARK)}\n?")
+# A tokenizer takes these for images and videos wherever they stand.
+_RESERVED = re.compile(r"<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -56,11 +59,21 @@ def read_turns(entry: dict) -> tuple[Turn, ...]:
     conversations = entry.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise BadEntry("it has no list `conversations`, or an empty one")
+    try:
+        json.dumps(conversations, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadEntry(
+            f"its text holds half a character (\\u{ord(error.object[error.start]):x}), which UTF-8 "
+            f"cannot write"
+        ) from error
     turns = []
     for number, said in enumerate(conversations, start=1):
         if not isinstance(said, dict) or not isinstance(said.get("value"), str):
             raise BadEntry(f"turn {number} has no text `value`")
-        role = _ROLES.get(said.get("from"))
+        reserved = _RESERVED.search(said["value"])
+        if reserved is not None:
+            raise BadEntry(f"turn {number} holds the reserved mark {reserved[0]}")
+        role = _ROLES.get(said["from"]) if isinstance(said.get("from"), str) else None
         if role is None:
             raise BadEntry(f"turn {number} is from {said.get('from')!r}, not human, gpt or system")
         turns.append(Turn(role=role, parts=split_marks(said["value"])))
