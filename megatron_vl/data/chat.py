@@ -71,8 +71,14 @@ class ChatTokenizer:
             ) from error
         legacy = hf_dir / "chat_template.json"  # where processors kept it before the .jinja file
         if not tokenizer.chat_template and legacy.is_file():
-            template = json.loads(legacy.read_text(encoding="utf-8"))
-            tokenizer.chat_template = template["chat_template"]
+            try:
+                template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{legacy} cannot be read or has no chat_template; copy it again from the "
+                    f"model's Hugging Face repository."
+                ) from error
+            tokenizer.chat_template = template
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer in {hf_dir} has no chat template; copy chat_template.jinja or a "
@@ -107,7 +113,7 @@ class ChatTokenizer:
             IGNORE.
 
         Raises:
-            BadConversation: no turn to train, an empty answer, or images that do not match.
+            BadConversation: no turn to train, an empty answer, images that do not match, a video.
         """
         for turn in turns:
             if turn.role == "assistant" and not any(p.text and p.text.strip() for p in turn.parts):
@@ -127,6 +133,10 @@ class ChatTokenizer:
             raise BadConversation(
                 f"its text has {tokens.count(self.tokens.image)} image marks for "
                 f"{len(image_tokens)} images"
+            )
+        if self.tokens.video in tokens:
+            raise BadConversation(
+                f"its text has {tokens.count(self.tokens.video)} video marks, but it has no video"
             )
         at = 0
         for count in image_tokens:

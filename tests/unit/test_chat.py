@@ -76,6 +76,7 @@ def test_a_system_prompt_of_any_length_leaves_the_mask_right(chat, system):
         ((_say("user", "?"),), [], "no answer to train on"),
         ((_say("user", "<|image_pad|>"), _say("assistant", "a")), [], "1 image marks for 0"),
         ((_say("user", "?"), _say("assistant", "a")), [4], "0 image marks for 1"),
+        ((_say("user", "<|video_pad|>?"), _say("assistant", "a")), [], "1 video marks, but"),
     ],
 )
 def test_a_conversation_that_cannot_be_trained_on_says_why(chat, turns, images, what):
@@ -107,6 +108,14 @@ def test_a_template_beside_the_tokenizer_is_found(hf_dir, spec, tmp_path):
         ChatTokenizer.from_hf_dir(copy, tokens=spec.tokens)
     shutil.copy(hf_dir / "chat_template.json", copy)
     ChatTokenizer.from_hf_dir(copy, tokens=spec.tokens)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"template": ""}'])
+def test_a_damaged_template_beside_the_tokenizer_is_named(hf_dir, spec, tmp_path, text):
+    copy = _copy(hf_dir, tmp_path / "hf", chat_template="")
+    (copy / "chat_template.json").write_text(text)
+    with pytest.raises(InputError, match=r"chat_template.json cannot be read or has no"):
+        ChatTokenizer.from_hf_dir(copy, tokens=spec.tokens)
 
 
 def test_a_remembered_form_writes_what_the_template_writes(chat):
