@@ -3,6 +3,7 @@ of a worker process an hour later."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator
@@ -37,17 +38,26 @@ def check_dataset(path: Path, split: str) -> int:
             f"{path} is no prepared dataset (it has no .nv-meta); run `megatron-vl prepare` and "
             f"give the directory it writes."
         )
-    info = _read(meta / ".info.json", json.loads)
+    info_path = _info_path(path)
+    info = _read(info_path, json.loads if info_path.suffix == ".json" else yaml.safe_load)
     _read(meta / "dataset.yaml", yaml.safe_load)
     shards = split_shards(path, split)
     counts = info.get("shard_counts") if isinstance(info, dict) else None
     if not isinstance(counts, dict):
-        raise InputError(f"{meta / '.info.json'} has no shard_counts; {_PREPARE}.")
+        raise InputError(f"{info_path} has no shard_counts; {_PREPARE}.")
     for shard in shards:
         if shard not in counts:
-            raise InputError(f"{meta / '.info.json'} does not list shard {shard}; {_PREPARE}.")
+            raise InputError(f"{info_path} does not list shard {shard}; {_PREPARE}.")
         _check_shard(path / shard)
     return sum(counts[shard] for shard in shards)
+
+
+def fingerprint(path: Path) -> str:
+    """Of a checked dataset's shards, their samples and splits, wherever the directory lies."""
+    digest = hashlib.sha256()
+    for file in (_info_path(path), Path(path) / ".nv-meta" / "split.yaml"):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def splits(path: Path) -> list[str]:
@@ -72,6 +82,12 @@ def split_shards(path: Path, split: str) -> list[str]:
             f"that gives {split!r} a share, or give another dataset."
         )
     return shards
+
+
+def _info_path(path: Path) -> Path:
+    """energon's counts; older versions of it wrote YAML."""
+    info, older = (Path(path) / ".nv-meta" / name for name in (".info.json", ".info.yaml"))
+    return older if older.is_file() and not info.is_file() else info
 
 
 def _split_parts(path: Path) -> dict[str, list[str]]:

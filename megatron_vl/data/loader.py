@@ -1,8 +1,7 @@
 """Loaders: a prepared dataset and a Hugging Face directory to batches of rows.
 
 Rows depend on the data-parallel rank and the number of workers, never on the layout of a model
-replica. The trainer builds one loader a replica, on the stage with the vision tower; without pixels
-(`decode_pixels=False`) a loader gives the same rows' integers alone.
+replica. The trainer builds one loader a replica, on the stage with the vision tower.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.dataset_dir import check_dataset
+from megatron_vl.data.dataset_dir import check_dataset, fingerprint
 from megatron_vl.data.media import ImageProcessor
 from megatron_vl.data.rows import empty_row, make_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
@@ -37,6 +36,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
+_BEGIN_ANEW = "--load the checkpoint with another --save, where the data begins anew"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +57,12 @@ class DataConfig:
     shuffle_buffer_size: int = 100  # samples to draw from; 0 keeps the shards' order
     max_samples_per_sequence: int | None = 100  # neighbours read in one go before changing place
     seed: int = 1234
-    min_pixels: int | None = None  # of a resized image; None: preprocessor_config.json's
-    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
             ("seq_length", 1), ("micro_batch_size", 1), ("num_workers", 0),
             ("max_padding_length", 1), ("packing_buffer_size", 0), ("shuffle_buffer_size", 0),
-            ("max_samples_per_sequence", 1), ("min_pixels", 1), ("max_pixels", 1),
+            ("max_samples_per_sequence", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -89,7 +87,10 @@ class DataConfig:
     @property
     def length_mend(self) -> str:
         what = "sequence length" if self.packs else "padding length"
-        return f"raise the {what}, lower the images' max_pixels, or remove the sample"
+        return (
+            f"raise the {what}, lower max_pixels in the model's preprocessor_config.json, or "
+            f"remove the sample"
+        )
 
 
 class RowLoader:
@@ -99,8 +100,10 @@ class RowLoader:
     validation.
     """
 
-    def __init__(self, loader: SavableDataLoader | BasicDataLoader):
+    def __init__(self, loader: SavableDataLoader | BasicDataLoader, made_for: dict | None = None):
+        """`made_for`: what a saved state is bound to; training loaders only."""
         self._loader = loader
+        self._made_for = made_for
         self._started = False
 
     def __iter__(self) -> Iterator[RowBatch]:
@@ -144,39 +147,44 @@ class RowLoader:
     def __del__(self) -> None:
         self.close()
 
-    def save_state_rank(self):
-        """energon's state of this rank, to pickle beside a checkpoint; training loaders only.
+    def save_state_rank(self) -> dict:
+        """The state of this rank, to pickle beside a checkpoint; training loaders only.
 
         It stands before the first batch not yet taken from the iterator.
         """
-        return self._loader.save_state_rank()
+        return {"state": self._loader.save_state_rank(), "made_for": self._made_for}
 
-    def restore_state_rank(self, state) -> None:
-        """Go on from a state saved by a loader of the same dataset, settings and rank.
+    def restore_state_rank(self, saved: dict) -> None:
+        """Go on from what a loader of the same dataset, settings and rank saved.
 
-        Call before the first iteration.
+        Call before the first iteration. energon's state is made of places, not of names: with
+        other data or settings the same places are other samples.
 
         Raises:
-            InputError: the state is of another number of workers or micro-batch size.
+            InputError: it was saved for another dataset or other settings; they are named.
         """
-        if state is not None:
-            have, want = len(state.worker_states), max(1, self._loader.num_workers)
-            if have != want:
-                raise InputError(
-                    f"the checkpoint's data state is of {have} workers a rank but {want} are asked "
-                    f"for; resume with the same number of workers."
-                )
+        made_for = saved.get("made_for") if isinstance(saved, dict) else None
+        if not isinstance(made_for, dict):
+            raise InputError(
+                f"the checkpoint's data state does not say which dataset and settings it was made "
+                f"for; {_BEGIN_ANEW}."
+            )
+        differ = [
+            f"{name} was {made_for.get(name)} and is {now}"
+            for name, now in self._made_for.items()
+            if made_for.get(name) != now
+        ]
+        if differ:
+            raise InputError(
+                f"the data cannot go on where the checkpoint left it: {', '.join(differ)}; go on "
+                f"with the old value, or {_BEGIN_ANEW}."
+            )
         try:
-            self._loader.restore_state_rank(state)
+            self._loader.restore_state_rank(saved["state"])
         except (AssertionError, ValueError) as error:
             raise InputError(
-                f"the checkpoint's data state does not fit these settings ({error}); resume with "
-                f"the micro-batch size, workers and packing it was saved with."
+                f"the checkpoint's data state does not fit this energon ({error}); {_BEGIN_ANEW}."
             ) from error
-
-    def restore_sample(self, key: tuple) -> RowBatch:
-        """Rebuild the batch whose `__restore_key__` is `key`."""
-        return self._loader.restore_sample(key)
 
 
 def build_train_loader(
@@ -186,7 +194,6 @@ def build_train_loader(
     spec: VLMSpec,
     dp_rank: int = 0,
     dp_size: int = 1,
-    decode_pixels: bool = True,
     data_parallel_group: torch.distributed.ProcessGroup | None = None,
 ) -> RowLoader:
     """An endless, shuffled, resumable loader over the training split.
@@ -195,7 +202,6 @@ def build_train_loader(
         hf_dir: the model's tokenizer and preprocessor_config.json.
         spec: its `vision` and `tokens` are read.
         dp_rank, dp_size: the pure data-parallel coordinates, not counting context parallelism.
-        decode_pixels: True on the pipeline stage that holds the vision tower.
 
     Raises:
         InputError: a dataset, tokenizer or image settings that cannot be used.
@@ -210,7 +216,7 @@ def build_train_loader(
             f"the training split of {config.train_path} has {samples} samples for {readers} "
             f"reading processes (data-parallel size x workers); ask for fewer workers."
         )
-    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec, decode_pixels))
+    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec))
     workers = _workers(config, dp_rank, dp_size, config.num_workers, data_parallel_group)
     with _field_map_errors(config.train_path):
         dataset = get_train_dataset(
@@ -224,7 +230,8 @@ def build_train_loader(
             max_samples_per_sequence=config.max_samples_per_sequence,
             task_encoder=encoder,
         )
-    return RowLoader(SavableDataLoader(dataset, **_housekeeping(config)))
+    loader = SavableDataLoader(dataset, **_housekeeping(config))
+    return RowLoader(loader, _made_for(config, dp_rank, dp_size))
 
 
 def build_valid_loader(
@@ -234,7 +241,6 @@ def build_valid_loader(
     spec: VLMSpec,
     dp_rank: int = 0,
     dp_size: int = 1,
-    decode_pixels: bool = True,
     max_batches: int | None = None,
 ) -> RowLoader:
     """One pass over the validation split, in order, each time it is iterated.
@@ -253,7 +259,7 @@ def build_valid_loader(
     if config.valid_path is None:
         raise InputError("there is no validation dataset; give its directory.")
     check_dataset(config.valid_path, "val")
-    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec, decode_pixels))
+    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec))
     # One process reads in order; the split into ranks comes after packing.
     workers = _workers(config, 0, 1, min(1, config.num_workers), None)
     with _field_map_errors(config.valid_path):
@@ -319,19 +325,29 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
         return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
 
 
-def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec, decode_pixels: bool) -> dict:
+def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec) -> dict:
     return {
         "chat": ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens),
-        "images": ImageProcessor.from_hf_dir(
-            hf_dir,
-            vision=spec.vision,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-        ),
+        "images": ImageProcessor.from_hf_dir(hf_dir, vision=spec.vision),
         "row_length": config.row_length,
         "packs": config.packs,
-        "decode_pixels": decode_pixels,
         "length_mend": config.length_mend,
+    }
+
+
+def _made_for(config: DataConfig, dp_rank: int, dp_size: int) -> dict:
+    """All that decides which samples come when, by the names of the options where there are."""
+    return {
+        "the training dataset's content": fingerprint(config.train_path),
+        "row length": config.row_length,
+        "packing_buffer_size": config.packing_buffer_size or 0,
+        "micro_batch_size": config.micro_batch_size,
+        "num_workers": config.num_workers,
+        "shuffle_buffer_size": config.shuffle_buffer_size,
+        "max_samples_per_sequence": config.max_samples_per_sequence,
+        "seed": config.seed,
+        "data-parallel size": dp_size,
+        "data-parallel rank": dp_rank,
     }
 
 

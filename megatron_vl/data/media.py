@@ -120,18 +120,8 @@ class ImageProcessor:
         self._table_rows = (np.arange(self.in_channels, dtype=np.int16) * 256).reshape(1, -1, 1)
 
     @classmethod
-    def from_hf_dir(
-        cls,
-        hf_dir: Path,
-        *,
-        vision: VisionSpec,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ) -> ImageProcessor:
+    def from_hf_dir(cls, hf_dir: Path, *, vision: VisionSpec) -> ImageProcessor:
         """Read DIR/preprocessor_config.json.
-
-        Args:
-            min_pixels, max_pixels: pixels an image is resized into; None leaves the file's own.
 
         Raises:
             InputError: the file is missing or unreadable, or differs from config.json.
@@ -160,15 +150,12 @@ class ImageProcessor:
                     f"{path} has {name} {getattr(processor, name, None)} but config.json has "
                     f"{want}; take both files from the same model."
                 )
-        size = dict(processor.size)
-        size["shortest_edge"] = size["shortest_edge"] if min_pixels is None else min_pixels
-        size["longest_edge"] = size["longest_edge"] if max_pixels is None else max_pixels
-        if not 0 < size["shortest_edge"] <= size["longest_edge"]:
+        least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        if not 0 < least <= most:
             raise InputError(
-                f"images are to have {size['shortest_edge']} to {size['longest_edge']} pixels; "
-                f"give a minimum above 0 and no larger than the maximum."
+                f"{path} asks for images of {least} to {most} pixels; give a min_pixels above 0 "
+                f"and no larger than max_pixels."
             )
-        processor.size = size
         return cls(processor, vision=vision)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:

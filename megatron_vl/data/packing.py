@@ -53,9 +53,3 @@ def _fullest(lengths: Sequence[int], room: int) -> list[int]:
             places.append(place)
             rest -= lengths[place - 1]
     return places[::-1]
-
-
-def fill(lengths: Sequence[int], bins: Sequence[Sequence[int]], capacity: int) -> float:
-    """Share of the bins' capacity that holds items, 0..1."""
-    used = sum(lengths[index] for members in bins for index in members)
-    return used / (capacity * len(bins)) if bins else 1.0

@@ -45,7 +45,7 @@ class Turn:
 
 @edataclass
 class EncodedSample(Sample):
-    """One sample as integers; pixels come after packing, if they come at all.
+    """One sample as integers; pixels come after packing.
 
     The dunder fields of `Sample` name and restore it.
     """
@@ -54,7 +54,7 @@ class EncodedSample(Sample):
     labels: torch.Tensor  # int64 [L], already shifted: the target of each position, or IGNORE
     position_ids: torch.Tensor  # int64 [3, L]
     grids: torch.Tensor  # int64 [images, 3]: frames, rows, columns of patches
-    images: tuple[bytes, ...]  # the files' own bytes; empty where this rank decodes no pixels
+    images: tuple[bytes, ...]  # the files' own bytes; empty once decoded
     patches: torch.Tensor | None = None  # float32 [P, D] once decoded
 
     @property
@@ -87,7 +87,7 @@ class RowBatch:
     grid_thw: torch.Tensor  # int64 [images, 3]; [0, 3] where there is none
     sample_keys: list[str]  # `shard.tar/key` of every sample, in order
     num_tokens: int  # of the samples: all B*S but the rows' padding tails
-    __restore_key__: tuple = ()  # set by energon; `RowLoader.restore_sample` rebuilds the batch
+    __restore_key__: tuple = ()  # set by energon
 
     @property
     def num_samples(self) -> int:

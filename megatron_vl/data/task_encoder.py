@@ -2,9 +2,8 @@
 
 `preencode_sample` makes integers of a sample from its text and its image's header;
 `select_samples_to_pack` groups samples to rows; `pack_selected_samples` decodes the images of what
-was picked, where this rank needs pixels; `batch` lays the rows out. All of it is deterministic and
-stateless but the packing buffer, so that a checkpointed loader replays exactly and ranks that
-decode nothing see the same rows as those that do.
+was picked; `batch` lays the rows out. All of it is deterministic and stateless but the packing
+buffer, so that a checkpointed loader replays exactly.
 """
 
 from __future__ import annotations
@@ -54,19 +53,17 @@ class SampleEncoder(TaskEncoder):
     decoder = TextDecoder()
 
     def __init__(self, *, chat: ChatTokenizer, images: ImageProcessor, row_length: int,
-                 packs: bool, decode_pixels: bool, length_mend: str):
+                 packs: bool, length_mend: str):
         """
         Args:
             row_length: tokens a row holds; a longer sample is an error.
             packs: whether samples share rows.
-            decode_pixels: whether this rank needs pixels; without, image bytes are let go early.
             length_mend: what to do about a sample that is too long, for the message.
         """
         self.chat = chat
         self.images = images
         self.row_length = row_length
         self.packs = packs
-        self.decode_pixels = decode_pixels
         self.length_mend = length_mend
 
     @stateless
@@ -112,7 +109,7 @@ class SampleEncoder(TaskEncoder):
                 image_grids=[grid],
             ),
             grids=torch.tensor([grid], dtype=torch.int64),
-            images=(image,) if self.decode_pixels else (),
+            images=(image,),
         )
 
     def decode_images(self, sample: EncodedSample) -> EncodedSample:
@@ -121,13 +118,12 @@ class SampleEncoder(TaskEncoder):
         Raises:
             InputError: an image that cannot be decoded; the sample and its shard are named.
         """
-        if sample.images:
-            try:
-                patches = [self.images.patches(data) for data in sample.images]
-            except BadImage as error:
-                raise bad_image(sample, error) from error
-            sample.patches = patches[0] if len(patches) == 1 else torch.cat(patches)
-            sample.images = ()
+        try:
+            patches = [self.images.patches(data) for data in sample.images]
+        except BadImage as error:
+            raise bad_image(sample, error) from error
+        sample.patches = patches[0] if len(patches) == 1 else torch.cat(patches)
+        sample.images = ()
         return sample
 
     def make_batch(self, rows: list[Row]) -> RowBatch:
@@ -220,5 +216,4 @@ def stop_on_error(error: Exception, sample: Any, sources: list | None) -> None:
             f"sample {name} holds text or JSON that cannot be read ({error}); prepare the dataset "
             f"again."
         ) from error
-    error.add_note(f"while reading sample {name}")
-    raise error
+    raise RuntimeError(f"sample {name}: {type(error).__name__}: {error}") from error

@@ -1,6 +1,7 @@
 """Tokens, masks and pixels against transformers' Qwen2-VL processor, bit for bit."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -170,11 +171,12 @@ def test_a_turned_photo_stands_upright_as_transformers_loads_it(orientation, pro
         assert list(images.grid(data)) == want["image_grid_thw"][0].tolist()
 
 
-def test_a_pixel_budget_is_the_processor_s(hf_dir, spec, processor):
+def test_the_pixel_budget_of_the_preprocessor_config_holds(hf_dir, spec, processor, tmp_path):
     data = _png(300, 400)
-    images = ImageProcessor.from_hf_dir(
-        hf_dir, vision=spec.vision, min_pixels=28 * 28, max_pixels=28 * 28 * 16
-    )
-    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
+    config = json.loads((hf_dir / "preprocessor_config.json").read_text())
+    config["max_pixels"] = 28 * 28 * 16
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    images = ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+    size = {"shortest_edge": images.min_pixels, "longest_edge": 28 * 28 * 16}
     want = processor(images=[Image.open(io.BytesIO(data))], size=size, return_tensors="pt")
     assert torch.equal(images.patches(data), want["pixel_values"])

@@ -9,28 +9,29 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
+import yaml
 
 from megatron_vl.data import media
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.samples import IGNORE
+from megatron_vl.data.task_encoder import stop_on_error
 from megatron_vl.errors import InputError
 
-INTEGERS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "grid_thw")
+TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "grid_thw",
+           "pixel_patches")
 
 
 @pytest.fixture
 def loaders(hf_dir, spec, wds_dir):
     """Builds the train or validation loader of a small configuration."""
 
-    def build(kind="train", path=wds_dir, rank=0, size=1, pixels=True, hf=hf_dir, limit=None,
-              **options):
+    def build(kind="train", path=wds_dir, rank=0, size=1, hf=hf_dir, limit=None, **options):
         settings = {
             "train_path": path, "valid_path": path, "seq_length": 256, "micro_batch_size": 2,
             "num_workers": 0, "packing_buffer_size": 64, "shuffle_buffer_size": 20,
         }  # fmt: skip
         config = DataConfig(**(settings | options))
-        where = {"hf_dir": hf, "spec": spec, "dp_rank": rank, "dp_size": size,
-                 "decode_pixels": pixels}
+        where = {"hf_dir": hf, "spec": spec, "dp_rank": rank, "dp_size": size}
         if kind == "train":
             return build_train_loader(config, **where)
         return build_valid_loader(config, max_batches=limit, **where)
@@ -42,9 +43,9 @@ def _take(loader, count):
     return list(islice(loader, count))
 
 
-def _same(one, two, pixels=True):
+def _same(one, two):
     assert one.sample_keys == two.sample_keys
-    for name in (*INTEGERS, *(["pixel_patches"] if pixels else [])):
+    for name in TENSORS:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
@@ -98,20 +99,6 @@ def test_rows_hold_whole_samples_in_segments_of_their_own(loaders, spec, wds_dir
         assert batch.num_images == batch.num_samples
 
 
-def test_stages_without_the_vision_tower_decode_nothing_and_see_the_same_rows(loaders, monkeypatch):
-    decoded = []
-    real = media.decode_rgb
-    monkeypatch.setattr(media, "decode_rgb", lambda data: decoded.append(1) or real(data))
-    first = _take(loaders(pixels=True), 6)
-    assert len(decoded) >= sum(batch.num_images for batch in first)
-    decoded.clear()
-    second = _take(loaders(pixels=False), 6)
-    assert not decoded
-    for one, two in zip(first, second, strict=True):
-        assert two.pixel_patches is None
-        _same(one, two, pixels=False)
-
-
 def test_only_picked_samples_are_decoded(loaders, monkeypatch):
     decoded = []
     real = media.decode_rgb
@@ -120,22 +107,29 @@ def test_only_picked_samples_are_decoded(loaders, monkeypatch):
     assert len(decoded) == sum(batch.num_images for batch in batches)
 
 
-def test_one_epoch_has_every_sample_once_whatever_the_ranks_and_workers(loaders, wds_dir):
-    known = Counter(_samples(wds_dir, TRAIN))
-    for size, workers in ((1, 0), (2, 0), (2, 2)):
-        seen = Counter()
-        for rank in range(size):
-            share = len(known) // size
-            for batch in loaders(rank=rank, size=size, num_workers=workers, pixels=False,
-                                 packing_buffer_size=None, micro_batch_size=1,
-                                 shuffle_buffer_size=0):
-                seen.update(batch.sample_keys)
-                share -= 1
-                if share <= 8 * max(1, workers):  # workers end their epochs at their own pace
-                    break
-        assert not seen.keys() - known.keys()
-        assert max(seen.values()) == 1
-        assert len(seen) >= len(known) - 16 * size - 2
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 0), (2, 2), (3, 1)])
+def test_one_epoch_has_every_sample_once_whatever_the_ranks_and_workers(
+    loaders, wds_dir, size, workers
+):
+    seen = Counter()
+    for rank in range(size):
+        loader = loaders(rank=rank, size=size, num_workers=workers, packing_buffer_size=None,
+                         micro_batch_size=1, shuffle_buffer_size=0)
+        # Readers take turns and each comes to its own end: the first to repeat ends them all.
+        turns = max(1, workers)
+        epochs, ended = [set() for _ in range(turns)], set()
+        for number, batch in enumerate(loader):
+            reader, (key,) = number % turns, batch.sample_keys
+            if key in epochs[reader]:
+                ended.add(reader)
+            elif reader not in ended:
+                epochs[reader].add(key)
+            if len(ended) == turns:
+                break
+        loader.close()
+        for keys in epochs:
+            seen.update(keys)
+    assert seen == Counter(_samples(wds_dir, TRAIN).keys())
 
 
 def test_another_seed_gives_another_order(loaders):
@@ -160,18 +154,43 @@ def test_a_resumed_loader_goes_on_exactly(loaders, workers, stop):
         _same(one, two)
 
 
-def test_another_number_of_workers_is_refused_on_resume(loaders):
-    loader = loaders(num_workers=2)
-    next(iter(loader))
-    state = loader.save_state_rank()
-    with pytest.raises(InputError, match="2 workers a rank but 1 are asked for"):
-        loaders(num_workers=1).restore_state_rank(state)
+OTHER = {
+    "num_workers": (2, "num_workers was 0 and is 2"),
+    "micro_batch_size": (1, "micro_batch_size was 2 and is 1"),
+    "seq_length": (512, "row length was 256 and is 512"),
+    "packing_buffer_size": (None, "packing_buffer_size was 64 and is 0"),
+    "shuffle_buffer_size": (10, "shuffle_buffer_size was 20 and is 10"),
+    "max_samples_per_sequence": (5, "max_samples_per_sequence was 100 and is 5"),
+    "seed": (7, "seed was 1234 and is 7"),
+    "size": (2, "data-parallel size was 1 and is 2"),
+}
 
 
-def test_a_batch_is_rebuilt_from_its_restore_key(loaders):
+@pytest.mark.parametrize("name", OTHER)
+def test_other_settings_are_refused_on_resume(loaders, name):
+    value, what = OTHER[name]
+    state = loaders().save_state_rank()
+    with pytest.raises(InputError, match=f"{what}; go on with the old value, or --load") as caught:
+        loaders(**{name: value}).restore_state_rank(state)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_dataset_is_refused_on_resume_but_the_same_elsewhere_is_not(loaders, wds_dir,
+                                                                            tmp_path):
+    state = loaders().save_state_rank()
+    moved = _copy(wds_dir, tmp_path / "moved")
+    loaders(path=moved).restore_state_rank(state)
+    split = moved / ".nv-meta/split.yaml"
+    split.write_text(split.read_text().replace("shard-000008.tar", ""))
+    split.write_text(split.read_text().replace("000000..000008", "000000..000007"))
+    with pytest.raises(InputError, match="the training dataset's content was [0-9a-f]{16} and is"):
+        loaders(path=moved).restore_state_rank(state)
+
+
+def test_a_data_state_without_its_settings_is_refused(loaders):
     loader = loaders()
-    batch = _take(loader, 3)[2]
-    _same(batch, loader.restore_sample(batch.__restore_key__))
+    with pytest.raises(InputError, match="does not say which dataset and settings"):
+        loader.restore_state_rank(loader.save_state_rank()["state"])
 
 
 # ---- validation -------------------------------------------------------------------------------
@@ -184,7 +203,7 @@ def test_ranks_validate_on_every_sample_once_in_equally_many_full_batches(
 ):
     known = _samples(wds_dir, VALID)
     ranks = [
-        list(loaders("valid", rank=rank, size=size, packing_buffer_size=packing, pixels=False))
+        list(loaders("valid", rank=rank, size=size, packing_buffer_size=packing))
         for rank in range(size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -259,7 +278,7 @@ def test_one_corrupt_image_stops_training_with_its_name(loaders, wds_dir, tmp_pa
 def test_a_sample_longer_than_a_row_is_named_with_its_length(loaders, workers):
     said = _drain(loaders(seq_length=48, num_workers=workers))
     assert "shard-0000" in said and "tokens but a row holds 48" in said
-    assert "raise the sequence length" in said
+    assert "raise the sequence length, lower max_pixels in the model's preprocessor_config" in said
     said = _drain(loaders(packing_buffer_size=None, max_padding_length=48, num_workers=workers))
     assert "raise the padding length" in said
 
@@ -333,6 +352,33 @@ def test_a_hole_in_the_dataset_is_one_sentence(loaders, wds_dir, tmp_path, name)
     with pytest.raises(InputError, match=what) as caught:
         loaders(path=wds)
     assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_of_an_older_energon_is_read(loaders, wds_dir, tmp_path):
+    wds = _copy(wds_dir, tmp_path / "wds")
+    info = wds / ".nv-meta/.info.json"
+    info.with_suffix(".yaml").write_text(yaml.safe_dump(json.loads(info.read_text())))
+    info.unlink()
+    _same(_take(loaders(path=wds), 1)[0], _take(loaders(), 1)[0])
+
+
+def test_an_error_of_ours_names_its_sample():
+    with pytest.raises(RuntimeError, match="sample 07-a: ZeroDivisionError: by zero"):
+        stop_on_error(ZeroDivisionError("by zero"), {"__key__": "07-a"}, None)
+
+
+def test_a_question_that_quotes_a_video_mark_is_named(loaders, wds_dir, tmp_path):
+    wds = _copy(wds_dir, tmp_path / "wds")
+    mark = b"<|video_pad|>"
+    _rewrite(wds / TRAIN[0], lambda name, data: _with_mark(data, mark) if name.endswith("json")
+             else data)
+    said = _drain(loaders(path=wds))
+    assert f"sample {TRAIN[0]}/" in said and "1 video marks, but it has no video" in said
+
+
+def _with_mark(data, mark):
+    at = data.index(b"<image>\\n") + len(b"<image>\\n")
+    return data[:at] + mark + data[at + len(mark) :]
 
 
 def test_more_readers_than_samples_are_refused(loaders):

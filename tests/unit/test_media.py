@@ -6,7 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vl.data.media import BadImage, ImageProcessor, decode_rgb, image_size
+from megatron_vl.data.media import (
+    MAX_ASPECT_RATIO,
+    BadImage,
+    ImageProcessor,
+    decode_rgb,
+    image_size,
+)
 from megatron_vl.errors import InputError
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -96,6 +102,16 @@ def test_a_patch_size_unlike_config_json_s_is_refused(hf_dir, spec, tmp_path):
         ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
 
 
-def test_a_budget_upside_down_is_refused(hf_dir, spec):
-    with pytest.raises(InputError, match="no larger than the maximum"):
-        ImageProcessor.from_hf_dir(hf_dir, vision=spec.vision, min_pixels=9000, max_pixels=800)
+def test_a_budget_upside_down_is_refused(hf_dir, spec, tmp_path):
+    config = json.loads((hf_dir / "preprocessor_config.json").read_text())
+    config |= {"size": {"shortest_edge": 9000, "longest_edge": 800}, "min_pixels": 9000,
+               "max_pixels": 800}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="9000 to 800 pixels; .* no larger than max_pixels"):
+        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+
+
+def test_the_longest_shape_that_prepare_takes_is_the_longest_that_is_resized(images):
+    images.resized(3, 3 * MAX_ASPECT_RATIO)
+    with pytest.raises(BadImage, match="too long and thin"):
+        images.resized(3, 3 * MAX_ASPECT_RATIO + 1)
