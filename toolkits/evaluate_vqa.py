@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+# The place of the image, with the one line break beside it, as training reads it.
+MARK = re.compile(r"\n?<image>$|<image>\n?")
 SHAPES = ("circle", "rectangle", "triangle")
 
 
@@ -33,6 +36,31 @@ def read_questions(path: Path, limit: int | None, seed: int) -> list[dict]:
 
         entries = random.Random(seed).sample(entries, limit)
     return sorted(entries, key=lambda entry: len(entry["conversations"][0]["value"]))
+
+
+def content_of(question: str) -> list[dict]:
+    """A question as a chat template takes it; without a mark the image comes first."""
+    pieces = MARK.split(question)
+    content = [] if len(pieces) > 1 else [{"type": "image"}]
+    for number, text in enumerate(pieces):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": text}] if text else []
+    return content
+
+
+def load_rgb(path: Path):
+    """The pixels training saw: upright, transparency on white, the high byte of 16-bit gray."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    elif "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 class Answerer:
@@ -60,17 +88,13 @@ class Answerer:
 
     def __call__(self, entries: list[dict], root: Path) -> list[str]:
         """One answer an entry."""
-        from PIL import Image
-
         texts, images = [], []
         for entry in entries:
-            question = entry["conversations"][0]["value"].removeprefix("<image>\n")
-            content = [{"type": "image"}, {"type": "text", "text": question}]
+            content = content_of(entry["conversations"][0]["value"])
             texts.append(self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             ))
-            with Image.open(root / entry["image"]) as image:
-                images.append(image.convert("RGB"))
+            images.append(load_rgb(root / entry["image"]))
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         with self.torch.inference_mode():
             tokens = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)

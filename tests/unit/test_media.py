@@ -1,11 +1,14 @@
+import importlib.util
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from megatron_vl.data.formats.llava import question_and_answer
 from megatron_vl.data.media import (
     MAX_ASPECT_RATIO,
     BadImage,
@@ -115,3 +118,49 @@ def test_the_longest_shape_that_prepare_takes_is_the_longest_that_is_resized(ima
     images.resized(3, 3 * MAX_ASPECT_RATIO)
     with pytest.raises(BadImage, match="too long and thin"):
         images.resized(3, 3 * MAX_ASPECT_RATIO + 1)
+
+
+# ---- what toolkits/evaluate_vqa.py shows the model ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluate_vqa():
+    path = Path(__file__).resolve().parents[2] / "toolkits/evaluate_vqa.py"
+    spec = importlib.util.spec_from_file_location("evaluate_vqa", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _files():
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
+    colour, clear = Image.fromarray(noise[:, :, :3]), Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "rgb": _file(colour),
+        "alpha": _file(clear),
+        "gray with alpha": _file(clear.convert("LA")),
+        "palette with transparency": _file(colour.quantize(16), transparency=3),
+        "sixteen bit": _file(Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)),
+        "turned": _file(colour, "JPEG", exif=exif),
+        "turned and clear": _file(clear, exif=exif),
+    }
+
+
+@pytest.mark.parametrize("name", _files())
+def test_answers_are_asked_on_the_pixels_that_were_trained(evaluate_vqa, tmp_path, name):
+    data = _files()[name]
+    (tmp_path / "image").write_bytes(data)
+    have, want = evaluate_vqa.load_rgb(tmp_path / "image"), decode_rgb(data)
+    assert (have.mode, have.size) == (want.mode, want.size)
+    assert np.array_equal(np.asarray(have), np.asarray(want))
+
+
+@pytest.mark.parametrize(
+    "question", ["<image>\nWhat?", "What?\n<image>", "Is <image>\n\nred?", "What?", "<image>What?"]
+)
+def test_a_question_is_asked_with_its_image_where_it_was_trained(evaluate_vqa, question):
+    assert evaluate_vqa.content_of(question) == question_and_answer(question, "")[0].message()[
+        "content"
+    ]
