@@ -132,11 +132,27 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
     assert not list(tmp_path.glob(".*partial*"))
 
 
-def test_the_known_command_without_arguments_prints_its_usage():
-    script = ROOT / "toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+@pytest.mark.parametrize("words", [[], ["--json", "data.json", "in"], ["--output", "out", "in"]])
+def test_the_known_command_without_its_directory_first_prints_its_usage(tmp_path, words):
+    _source(tmp_path / "in", [_entry()] * 10)
+    done = _convert(tmp_path, *words)
     assert done.returncode == 2
     assert "convert_llava_pretrain_to_wds.py LLAVA_DIR" in done.stderr
+    assert done.stderr.endswith("Give LLAVA_DIR first, before any option.\n")
+
+
+def test_the_known_command_writes_where_it_is_told(tmp_path):
+    source = _source(tmp_path / "in", [_entry()] * 10)
+    (source / "other.json").write_text("[]")
+    done = _convert(tmp_path, "in", "--json", "data.json", "--quiet", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    assert len(_members(tmp_path / "out")) == 20
+
+
+def _convert(cwd, *words):
+    script = ROOT / "toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py"
+    return subprocess.run([sys.executable, script, *words], capture_output=True, text=True, cwd=cwd,
+                          check=False)
 
 
 # ---- what a person can get wrong --------------------------------------------------------------

@@ -13,21 +13,23 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("source", nargs="?", type=Path)
-    parser.add_argument("--output", type=Path)
-    args, options = parser.parse_known_args()
+    first, *words = sys.argv[1:] or [""]
     command = [sys.executable, "-m", "megatron_vl", "prepare"]
-    if args.source is None:
+    if first in ("-h", "--help"):
         print(__doc__, file=sys.stderr)
-        asked = {"-h", "--help"} & set(options)
-        if not asked:
-            sys.exit(2)
         command += ["--help"]
+    elif not first or first.startswith("-"):
+        # A word behind an option of prepare may be its value: only the first is surely LLAVA_DIR.
+        print(f"{__doc__}\nGive LLAVA_DIR first, before any option.", file=sys.stderr)
+        sys.exit(2)
     else:
-        home = args.source if args.source.is_dir() else args.source.parent
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--output", type=Path)
+        args, options = parser.parse_known_args(words)
+        source = Path(first)
+        home = source if source.is_dir() else source.parent
         output = args.output or home / "wds"
-        command += [str(args.source), str(output), "--format", "llava", *options]
+        command += [str(source), str(output), "--format", "llava", *options]
     repository = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
     path = repository if not path else f"{repository}{os.pathsep}{path}"
