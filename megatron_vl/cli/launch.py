@@ -41,6 +41,8 @@ def launch(
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node))
     )
+    # Megatron-Core counts on it to overlap tensor-parallel messages with matrix products.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     one_node = nnodes == 1
     with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
         failure = Path(scratch) / "failure"

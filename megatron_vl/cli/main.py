@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import traceback
 from importlib import import_module
 from typing import NoReturn
 
@@ -78,7 +79,7 @@ def run(argv: list[str]) -> int:
         return args.run(args) or 0
     except InputError as error:
         if args.debug:
-            raise
+            traceback.print_exc()
         print(f"megatron-vl {chosen}: {error}", file=sys.stderr)
         return 2
     except CheckFailed as error:

@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import tempfile
 from pathlib import Path
 
+from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import CheckFailed, InputError
 from megatron_vl.parallel import Layout, StageSplit
 
@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     spec = load_spec(args.hf_dir)
     layouts = _layouts(args, spec)
-    if "LOCAL_RANK" in os.environ:
+    if not args.tolerance > 0:
+        raise InputError(f"--tolerance is {args.tolerance}; give a number above 0, as 1e-5.")
+    if started_by_torchrun():
         from megatron_vl.cli.worker import run_worker
         from megatron_vl.training.parity import run_ranks
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 
+from megatron_vl.cli.worker import started_by_torchrun
+from megatron_vl.errors import InputError
 from megatron_vl.training.config import add_arguments, load_config
 
 LAUNCH = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
-    if "LOCAL_RANK" in os.environ:
+    if started_by_torchrun():
         from megatron_vl.cli.worker import run_worker
 
         run_worker(lambda: _train(config), command="train", debug=args.debug)
@@ -53,6 +55,15 @@ def run(args: argparse.Namespace) -> int:
 
     if args.nproc_per_node is None:
         args.nproc_per_node = _processes(config)
+    if min(args.nproc_per_node, args.nnodes) < 1:
+        raise InputError(
+            f"nproc-per-node is {args.nproc_per_node} and nnodes {args.nnodes}; give at least 1."
+        )
+    if not 0 <= args.node_rank < args.nnodes:
+        raise InputError(
+            f"node-rank {args.node_rank} is not one of the {args.nnodes} node(s); number them from "
+            f"0 to {args.nnodes - 1}."
+        )
     plan = plan_run(config, args.nproc_per_node * args.nnodes)
     find_checkpoint(plan)
     from megatron_vl.cli.launch import launch

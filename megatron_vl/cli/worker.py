@@ -25,6 +25,11 @@ from megatron_vl.errors import InputError
 FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"
 
 
+def started_by_torchrun() -> bool:
+    """Whether this process is a rank; a shell may have exported one of these by itself."""
+    return all(name in os.environ for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
+
+
 def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoReturn:
     """Do `work` as the rank that the environment names, and end the process."""
     from megatron_vl.platform import select_platform

@@ -6,7 +6,7 @@ converter, the data pipeline and the trainer all read the same `VLMSpec`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
@@ -193,7 +193,6 @@ class VLMSpec:
         """
         decoder, vision = self.decoder, self.vision
         stages = [sum(row[stage] for row in split.llm) for stage in range(split.pp)]
-        padded = -(-decoder.vocab_size // layout.tp) * layout.tp
         return {
             "num_layers": decoder.num_layers,
             "hidden_size": decoder.hidden_size,
@@ -203,7 +202,7 @@ class VLMSpec:
             "num_query_groups": decoder.num_query_groups,
             "kv_channels": decoder.head_dim,
             "vocab_size": decoder.vocab_size,
-            "padded_vocab_size": padded,
+            "padded_vocab_size": self.padded_vocab_size(layout.tp),
             "untie_embeddings_and_output_weights": not decoder.tie_word_embeddings,
             "max_position_embeddings": decoder.max_position_embeddings,
             "position_embedding_type": "mrope",
@@ -231,9 +230,6 @@ class VLMSpec:
                 "dtype": dtype,
             },
         }
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def _positive(spec, *names: str) -> None:

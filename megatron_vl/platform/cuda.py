@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vl.errors import InputError
+
 
 class CudaPlatform:
     name = "cuda"
@@ -13,7 +15,13 @@ class CudaPlatform:
         """Megatron-Core needs no help on a CUDA device."""
 
     def device(self, local_rank: int) -> torch.device:
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise InputError(
+                f"process {local_rank} of this node has no GPU of its own, there are {count}; "
+                f"start at most {count}, or set CUDA_VISIBLE_DEVICES= to run on the CPU."
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
 

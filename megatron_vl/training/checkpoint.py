@@ -11,7 +11,6 @@ A checkpoint is written under a hidden name and renamed when every rank has fini
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import to_local_names
-from megatron_vl.training.plan import LATEST, Plan
+from megatron_vl.platform import select_platform
+from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
-from megatron_vl.weights.mcore_io import CheckpointInfo, load_rank
+from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, load_rank
+from megatron_vl.weights.torch_dist import read_common
 
-logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resumed:
@@ -104,11 +104,14 @@ def load_checkpoint(
     with_rng = not (finetune or options.no_load_rng) and same_ranks and _holds(info, "rng_state")
     if not with_rng:
         del state["rng_state"]
+    if with_optimizer:
+        _check_optimizer(plan, info)
     loaded = dist_checkpointing.load(state, str(info.path), ("torch_dist", 1))
     for number, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)
     if with_optimizer:
         optimizer.load_state_dict(loaded["optimizer"])
+        _take_options(plan, optimizer)
     else:
         optimizer.reload_model_params()
     if finetune:
@@ -116,7 +119,7 @@ def load_checkpoint(
     _check_schedule(plan, info, scheduler, loaded["opt_param_scheduler"])
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
-        _set_random_state(loaded["rng_state"])
+        _set_random_state(loaded["rng_state"], info)
     return Resumed(
         iteration=info.iteration, loader_state=_loader_state(plan, info) if own else None
     )
@@ -128,7 +131,9 @@ SCHEDULE = {  # of the checkpoint's schedule -> the option that sets it
     "lr_warmup_steps": "lr-warmup-iters",
     "lr_decay_steps": "lr-decay-iters (or train-iters, when that is not given)",
     "lr_decay_style": "lr-decay-style",
+    "end_wd": "weight-decay",
 }
+ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
 
 
 def _check_schedule(plan: Plan, info: CheckpointInfo, scheduler, saved: dict) -> None:
@@ -140,12 +145,50 @@ def _check_schedule(plan: Plan, info: CheckpointInfo, scheduler, saved: dict) ->
     if plan.config.optimizer.override_opt_param_scheduler:
         return
     now = scheduler.state_dict()
-    for key, option in SCHEDULE.items():
-        if saved[key] != now[key]:
+    pairs = [(option, saved[key], now[key]) for key, option in SCHEDULE.items()]
+    options = read_common(info.path).get("args") or {}
+    for key in ADAM:
+        if key in options:
+            pairs.append((key.replace("_", "-"), options[key], getattr(plan.config.optimizer, key)))
+    for option, before, here in pairs:
+        if before != here:
             raise InputError(
-                f"{info.path} was trained with {option} {saved[key]} but this run has {now[key]}; "
-                f"give the old value, or --override-opt-param-scheduler to take the new one."
+                f"{info.path} was trained with {option} {before} but this run has {here}; give the "
+                f"old value, or --override-opt-param-scheduler to take the new one."
             )
+
+
+def _check_optimizer(plan: Plan, info: CheckpointInfo) -> None:
+    """Optimizer state is laid out by the kind of optimizer, and by precision without sharding.
+
+    Raises:
+        InputError: the checkpoint's is of another kind.
+    """
+    saved = read_common(info.path).get("args") or {}
+    here = plan.config.to_dict()
+    names = ["use_distributed_optimizer"]
+    if not here["use_distributed_optimizer"]:
+        names += ["bf16", "fp16"]
+    for name in names:
+        if name in saved and saved[name] != here[name]:
+            raise InputError(
+                f"{info.path} holds the optimizer state of a run with {name.replace('_', '-')} "
+                f"{str(saved[name]).lower()} but this run has {str(here[name]).lower()}; give the "
+                f"old value, or --no-load-optim to start the optimizer anew."
+            )
+
+
+def _take_options(plan: Plan, optimizer) -> None:
+    """The run's own rates in every parameter group: loading brought those of the checkpoint.
+
+    Where they may differ is checked with the schedule.
+    """
+    options = plan.config.optimizer
+    for group in optimizer.param_groups:
+        group.update(
+            max_lr=options.lr, min_lr=options.min_lr,
+            betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_eps,
+        )
 
 
 def _loader_state(plan: Plan, info: CheckpointInfo) -> Path | None:
@@ -237,7 +280,8 @@ def _metadata() -> dict:
     return {
         # Optimizer state in the model's own shapes: TP, PP and DP may all change on resume.
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
+        # Gathered over gloo onto one data-parallel rank, not onto all of them.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -262,6 +306,7 @@ def _holds(info: CheckpointInfo, key: str) -> bool:
 def _random_state() -> ShardedObject:
     """torch's generators and Megatron-Core's tracker; data order is the loader's own state."""
     state = {
+        "platform": select_platform().name,
         "cpu": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
@@ -278,7 +323,13 @@ def _random_state() -> ShardedObject:
     return ShardedObject("rng_state", state, shape, (pp, tp), replica_id=replica)
 
 
-def _set_random_state(state: dict) -> None:
+def _set_random_state(state: dict, info: CheckpointInfo) -> None:
+    here = select_platform().name
+    if state["platform"] != here:
+        if torch.distributed.get_rank() == 0:
+            print(f"random states of {info.path} are those of {state['platform']} and start anew "
+                  f"on {here}", flush=True)
+        return
     torch.set_rng_state(state["cpu"])
     torch.cuda.set_rng_state(state["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

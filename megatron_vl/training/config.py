@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,11 @@ class OptimizerOptions:
     optimizer_cpu_offload: bool = option(False, "keep and update optimizer state in host memory")
     overlap_grad_reduce: bool = option(False, "reduce gradients while backward still runs")
     override_opt_param_scheduler: bool = option(
-        False, "take lr, min-lr, warmup and decay from the options, not from the checkpoint"
+        False, "take lr, its schedule, betas, eps and weight decay from the options, not from the "
+        "checkpoint"
+    )
+    initial_loss_scale: float = option(
+        2.0**12, "with fp16: what the loss is multiplied by at first; halved at an overflow"
     )
 
     def __post_init__(self) -> None:
@@ -124,7 +129,7 @@ class OptimizerOptions:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
         _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad")
         _at_least(self, 1, "lr_decay_iters")
-        _above_zero(self, "adam_eps")
+        _above_zero(self, "adam_eps", "initial_loss_scale")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(
@@ -166,7 +171,7 @@ class ModelRunOptions:
         if self.cpu_offloading and self.recompute_granularity:
             raise InputError("cpu-offloading and recompute-granularity exclude one another.")
         _at_least(self, 1, "recompute_num_layers", "cpu_offloading_num_layers")
-        _at_least(self, 0, "seed")
+        _at_least(self, 0, "seed", "init_method_std")
 
     @property
     def dtype(self) -> str:
@@ -333,7 +338,7 @@ def load_config(flags: dict[str, Any], yaml_file: str | None) -> TrainConfig:
             raise InputError(f"--config {path} does not exist; give a YAML file of options.")
         try:
             read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"--config {path} is not valid YAML: {error}") from error
         if not isinstance(read, dict):
             raise InputError(f"--config {path} must hold `option: value` lines.")
@@ -356,8 +361,10 @@ def _typed(f, value):
         raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.")
     try:
         typed = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.") from None
+    if kind is float and math.isinf(typed):
+        raise InputError(f"option {name} is {value!r}; give a finite number.")
     if kind is int and isinstance(value, float) and typed != value:
         raise InputError(f"option {name} is {value!r}; give a whole number.")
     if f.metadata["choices"] and typed not in f.metadata["choices"]:

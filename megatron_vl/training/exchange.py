@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ class RowExchange:
     All ranks of the job create it together.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, timeout_minutes: float):
         here = layout.coordinates(dist.get_rank())
         self.reader = layout.rank(Coordinates(tp=0, cp=0, dp=here.dp, pp=0))
         self.is_reader = dist.get_rank() == self.reader
@@ -33,7 +34,9 @@ class RowExchange:
             ranks = [layout.rank(Coordinates(tp=tp, cp=cp, dp=dp, pp=pp))
                      for pp in range(layout.pp) for cp in range(layout.cp)
                      for tp in range(layout.tp)]
-            group = dist.new_group(sorted(ranks), backend="gloo")
+            group = dist.new_group(
+                sorted(ranks), backend="gloo", timeout=timedelta(minutes=timeout_minutes)
+            )
             if dp == here.dp:
                 self.group = group
                 self.peers = [(rank, layout.coordinates(rank).pp == 0)

@@ -16,7 +16,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vl.training.exchange import RowExchange
-from megatron_vl.training.metrics import MetricLog, StepMetrics
+from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
 from megatron_vl.training.plan import Plan, find_checkpoint
 from megatron_vl.training.setup import build_model, build_optimizer
 from megatron_vl.training.step import RowStream, blank_like, forward_step, mean_loss
@@ -35,10 +35,11 @@ def train(plan: Plan) -> None:
     for iteration in range(trainer.done + 1, config.batch.train_iters + 1):
         trainer.step(iteration)
         last = iteration == config.batch.train_iters
-        if _due(iteration, config.data.eval_interval) or (last and config.data.eval_interval):
-            trainer.evaluate(iteration)
+        # Saved first: a validation that fails costs no training.
         if config.checkpoint.save and (_due(iteration, config.checkpoint.save_interval) or last):
             trainer.save(iteration)
+        if _due(iteration, config.data.eval_interval) or (last and config.data.eval_interval):
+            trainer.evaluate(iteration)
     trainer.close()
 
 
@@ -53,12 +54,13 @@ class Trainer:
         self.plan, self.config, self.platform = plan, plan.config, platform
         self.rank = torch.distributed.get_rank()
         self.device = torch.device(torch.cuda.current_device())
+        self.started = time.perf_counter()
         self.done = 0
         self.source, self.own = find_checkpoint(plan)
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model)
         self.forward_backward = get_forward_backward_func()
-        self.exchange = RowExchange(plan.layout)
+        self.exchange = RowExchange(plan.layout, self.config.parallel.distributed_timeout_minutes)
         self.loader = self.streams = None
         self.log = None
         if self.rank == 0:
@@ -161,7 +163,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         if updated:
             self.scheduler.step(increment=1)
-        counts = self.streams[0].take_counts()
+        counts, *_ = [stream.take_counts() for stream in self.streams]  # chunks see the same rows
         totals = self._totals(counts)
         if self.log is not None:
             self.log.step(StepMetrics(
@@ -241,6 +243,10 @@ class Trainer:
         self.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
 
     def close(self) -> None:
+        peak = torch.tensor([float(self.platform.peak_memory_bytes())], device=self.device)
+        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+        self.say(f"done in {duration(time.perf_counter() - self.started)}; "
+                 f"peak memory of a rank {peak.item() / 2**30:.2f} GiB")
         if self.loader is not None:
             self.loader.close()
         if self.log is not None:

@@ -252,16 +252,12 @@ def _run_layout(
     overlap_grad_reduce: bool,
 ) -> None:
     from megatron.core import parallel_state
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
     from megatron_vl.training.checkpoint import load_weights
+    from megatron_vl.training.setup import wrap_for_data_parallel
     from megatron_vl.training.step import RowStream, forward_step, mean_loss
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
@@ -269,20 +265,7 @@ def _run_layout(
     chunks = family(spec.model_type).build_model(
         spec, layout, split, ModelOptions(initialize_weights=False)
     )
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce
-    )
-    model = [
-        DistributedDataParallel(
-            chunk.config, ddp, chunk.to(device), disable_bucketing=number > 0
-        )
-        for number, chunk in enumerate(chunks)
-    ]
-    for chunk in model:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
-    if overlap_grad_reduce:
-        hooks = [chunk.no_sync for chunk in model]
-        model[0].config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    model = wrap_for_data_parallel(chunks, device, overlap_grad_reduce=overlap_grad_reduce)
     source = inspect_checkpoint(work_dir / "weights")
     load_weights(source, model)
     forward_backward = get_forward_backward_func()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_vl.data.dataset_dir import check_dataset
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import TrainConfig
-from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
-
-LATEST = "latest_checkpointed_iteration.txt"
+from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, inspect_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +66,7 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         )
     if config.data.train_data_path is None:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
+    _check_paths(config)
     plan = Plan(
         config=config,
         spec=spec,
@@ -111,12 +112,50 @@ def _source(config: TrainConfig) -> str | None:
     return config.checkpoint.load
 
 
+def _check_paths(config: TrainConfig) -> None:
+    """The datasets' splits, and whether what the run writes can be written.
+
+    Raises:
+        InputError: a dataset without the split that is read from it, or an output that cannot be.
+    """
+    data = config.data
+    check_dataset(data.train_data_path, "train")
+    if data.eval_interval > 0:
+        check_dataset(data.valid_data_path or data.train_data_path, "val")
+    for option, given in (
+        ("save", config.checkpoint.save),
+        ("tensorboard-dir", config.log.tensorboard_dir),
+        ("metrics-file", config.log.metrics_file),
+    ):
+        if given is None:
+            continue
+        folder = Path(given).absolute()
+        if option == "metrics-file":
+            if folder.is_dir():
+                raise InputError(f"metrics-file {given} is a directory; give a file.")
+            folder = folder.parent
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            what = "may not be written to" if there.is_dir() else "is a file"
+            raise InputError(f"{option} {given} cannot be made: {there} {what}; give another.")
+
+
 def _check_machine(config: TrainConfig) -> None:
-    """What was asked for and needs TransformerEngine on a CUDA device."""
+    """What was asked for and this machine, or this program on it, cannot do."""
     import importlib.util
 
     import torch
 
+    if torch.cuda.is_available() and config.optimizer.optimizer_cpu_offload:
+        raise InputError(
+            "optimizer-cpu-offload (OPTIMIZER_OFFLOAD) does not work on GPUs yet; use "
+            "use-distributed-optimizer, which shares the optimizer's state over data ranks."
+        )
+    if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
+        raise InputError(
+            "cpu-offloading (AC offload) needs a pipeline of one stage; use "
+            "recompute-granularity full (AC full), or PP 1."
+        )
     if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
         return
     for option, asked, instead in (
@@ -152,8 +191,8 @@ def _checked(plan: Plan, info: CheckpointInfo) -> CheckpointInfo:
     if info.format != "torch":
         return info  # torch_dist reshards while it loads
     have, want = info.layout, plan.layout
-    same_layout = have is None or (have.tp, have.pp, have.vp) == (want.tp, want.pp, want.vp)
-    if not same_layout or (info.split is not None and info.split != plan.split):
+    same_layout = (have.tp, have.pp, have.vp) == (want.tp, want.pp, want.vp)
+    if not same_layout or info.split != plan.split:
         first = plan.config.parallel.decoder_first_pipeline_num_layers
         flag = f" --first-stage-layers {first}" if first is not None else ""
         raise InputError(

@@ -65,6 +65,7 @@ def plot_run(jsonl: str | Path, png: str | Path, title: str = "") -> Path:
     for axis in (loss, norm, speed):
         axis.grid(alpha=0.3)
     figure.suptitle(title or Path(jsonl).parent.name)
+    Path(png).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=110)
     pyplot.close(figure)
     return Path(png)

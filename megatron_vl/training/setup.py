@@ -43,31 +43,45 @@ def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> 
     """This rank's chunks on its device, each wrapped for data parallelism."""
     options = model_options(plan.config, initialize_weights=initialize_weights)
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
-    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+    return wrap_for_data_parallel(
+        chunks,
+        platform.device(int(os.environ.get("LOCAL_RANK", 0))),
         overlap_grad_reduce=plan.config.optimizer.overlap_grad_reduce,
         use_distributed_optimizer=plan.config.optimizer.use_distributed_optimizer,
     )
-    wrapped = []
-    for number, chunk in enumerate(chunks):
-        chunk.to(device)
-        wrapped.append(
-            DistributedDataParallel(
-                config=chunk.config,
-                ddp_config=ddp,
-                module=chunk,
-                # Later chunks finish their backward first; one bucket each keeps the order simple.
-                disable_bucketing=number > 0,
-            )
+
+
+def wrap_for_data_parallel(
+    chunks: list, device, *, overlap_grad_reduce: bool, use_distributed_optimizer: bool = False
+) -> list:
+    """The chunks on `device` with fp32 gradient buffers, and their hooks into the schedules."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap_grad_reduce,
+        use_distributed_optimizer=use_distributed_optimizer,
+    )
+    model = [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=ddp,
+            module=chunk.to(device),
+            # Later chunks finish their backward first; one bucket each keeps the order simple.
+            disable_bucketing=number > 0,
         )
-    return wrapped
+        for number, chunk in enumerate(chunks)
+    ]
+    for chunk in model:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in model]
+        model[0].config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    return model
 
 
 def build_optimizer(plan: Plan, model: list):
-    """Megatron-Core's optimizer and schedule over `model`, and its hooks into the schedules.
+    """Megatron-Core's optimizer and schedule over `model`, and its loss scale in the schedules.
 
-    Call it after the weights are loaded: mixed precision copies them here.
+    Mixed precision copies the weights here; after loading others call `reload_model_params`.
     """
     options, run = plan.config.optimizer, plan.config.model
     config = OptimizerConfig(
@@ -83,13 +97,13 @@ def build_optimizer(plan: Plan, model: list):
         fp16=run.fp16,
         params_dtype=getattr(torch, run.dtype),
         use_distributed_optimizer=options.use_distributed_optimizer,
-        # Without a device the optimizer state is in host memory anyway.
-        optimizer_cpu_offload=options.optimizer_cpu_offload and torch.cuda.is_available(),
-        optimizer_offload_fraction=1.0,
+        initial_loss_scale=options.initial_loss_scale,
     )
     optimizer = get_megatron_optimizer(
         config, model, config_overrides=get_standard_config_overrides(config)
     )
+    if run.fp16:
+        _start_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -108,8 +122,16 @@ def build_optimizer(plan: Plan, model: list):
     )
     for chunk in model:
         chunk.config.grad_scale_func = optimizer.scale_loss
-        chunk.config.finalize_model_grads_func = finalize_model_grads
-    if options.overlap_grad_reduce:
-        hooks = [chunk.no_sync for chunk in model]
-        model[0].config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return optimizer, scheduler
+
+
+def _start_state(optimizer) -> None:
+    """Adam's moments at zero before the first update.
+
+    While the loss scale is still too large, updates are skipped and the moments would not exist
+    yet; a checkpoint of such a step could not be written.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        one.init_state_fn(one.optimizer, one.config)
+        for group in one.optimizer.param_groups:
+            group.setdefault("step", 0)

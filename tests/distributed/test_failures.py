@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+import torch
+import yaml
 from commands import ROOT, megatron_vl, shell
 from distributed_launch import CONVERTOR, LAUNCHER, words
 
@@ -36,6 +38,10 @@ BAD_ARGUMENTS = {
     "no checkpoint there": (
         dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere is not a directory"),
     "a word for a number": (dict(LR="fast"), "argument --lr: invalid float value: 'fast'"),
+    "a node's number": (
+        dict(MP_EXTRA="--nnodes 2 --node-rank 2"), "node-rank 2 is not one of the 2 node(s)"),
+    "an output below a file": (
+        dict(OUTPUT_BASEPATH="README.md/out"), "README.md is a file; give another"),
     "context parallelism": (dict(CP=2), "context-parallel-size 2 is not supported yet"),
 }
 
@@ -46,7 +52,9 @@ def test_a_bad_argument_is_refused_before_anything_starts(changes, sentence, wor
         "DATASET_PATH": workshop.wds_dir, "VALID_DATASET_PATH": workshop.wds_dir,
         "OUTPUT_BASEPATH": tmp_path / "out", "PRETRAIN_CHECKPOINT_PATH": workshop.weights(1, 1),
     }
-    done = shell(LAUNCHER, *words(**{**given, **changes}))
+    environment = {name: value for name, value in changes.items() if name.startswith("MP_")}
+    changes = {name: value for name, value in changes.items() if name not in environment}
+    done = shell(LAUNCHER, *words(**{**given, **changes}), **environment)
     assert done.code == 2, done.text
     assert sentence in done.err
     assert "Traceback" not in done.text
@@ -114,6 +122,24 @@ def remove_shard(workshop, tmp_path):
     return dict(DATASET_PATH=data)
 
 
+def empty_validation(workshop, tmp_path):
+    data = copy_of(workshop.wds_dir, tmp_path)
+    file = data / ".nv-meta" / "split.yaml"
+    parts = yaml.safe_load(file.read_text())
+    parts["split_parts"]["val"] = []
+    file.write_text(yaml.safe_dump(parts))
+    return dict(VALID_DATASET_PATH=data)
+
+
+def remove_weight(workshop, tmp_path):
+    weights = shutil.copytree(workshop.weights(1, 2), tmp_path / "weights")
+    file = weights / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    del content["model"]["language_model.decoder.final_layernorm.weight"]
+    torch.save(content, file)
+    return dict(PRETRAIN_CHECKPOINT_PATH=weights)
+
+
 def damage_images(workshop, tmp_path):
     data = copy_of(workshop.wds_dir, tmp_path)
     for shard in data.glob("shard-*.tar"):
@@ -131,6 +157,8 @@ BAD_FILES = {
     "a missing dataset": (remove_dataset, "no-data"),
     "a missing index": (remove_index, ".nv-meta"),
     "a missing shard": (remove_shard, "shard-"),
+    "an empty validation split": (empty_validation, "'val'"),
+    "a missing weight": (remove_weight, "language_model.decoder.final_layernorm.weight"),
     "a missing tokenizer": (remove_tokenizer, "tokenizer"),
     "a corrupt image": (damage_images, "the image of sample shard-"),
     "a sample longer than SEQ_LEN": (shorten_rows, "tokens"),

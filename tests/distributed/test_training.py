@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -131,12 +132,59 @@ def test_virtual_stages_train_and_validate_over_a_whole_split(workshop, plain_ru
 
 def test_a_longer_schedule_is_refused_on_resume_until_it_is_meant(workshop, plain_run):
     save = shutil.copytree(workshop.checkpoint("plain"), workshop.root / "longer")
-    again = dict(TRAIN_ITERS=11, extra=f"--save {save}")
+    again = dict(TRAIN_ITERS=11, LR="2e-3", extra=f"--save {save}")
     done = workshop.train("longer-out", **again)
     assert done.code == 2 and "--override-opt-param-scheduler" in done.err, done.text
     again["extra"] += " --override-opt-param-scheduler"
     done = workshop.train("longer-out", **again)
     assert done.code == 0 and "iteration 11/11" in done.out, done.text
+    # Warmup 2, cosine from the new 2e-3 to 1e-4 over 11: the last step but one of the decay.
+    expected = 1e-4 + (2e-3 - 1e-4) * (1 + math.cos(math.pi * 8 / 9)) / 2
+    assert workshop.steps("longer-out")[11]["lr"] == pytest.approx(expected)
+
+
+def test_another_kind_of_optimizer_is_refused_on_resume(workshop, plain_run):
+    save = workshop.checkpoint("plain")
+    done = workshop.train("plain-out", TRAIN_ITERS=10, DO="false", extra=f"--save {save}")
+    assert done.code == 2 and "--no-load-optim" in done.err, done.text
+    assert "use-distributed-optimizer true but this run has false" in done.err
+
+
+def test_finetuning_starts_from_the_weights_of_a_run_and_may_leave_its_optimizer(
+    workshop, plain_run
+):
+    load = workshop.checkpoint("plain")
+    changes = dict(PRETRAIN_CHECKPOINT_PATH=load, TRAIN_ITERS=3, SAVE_INTERVAL=2)
+    changes["extra"] = "--finetune --no-save-optim --no-save-rng"
+    done = workshop.train("tuned", **changes)
+    assert done.code == 0 and "0 steps done" in done.out, done.text
+    # The first rows again, by a model that has learnt.
+    steps = workshop.steps("tuned")
+    assert steps[1]["tokens"] == plain_run[1]["tokens"]
+    assert steps[1]["loss"] < plain_run[9]["loss"]
+    (workshop.checkpoint("tuned") / "latest_checkpointed_iteration.txt").write_text("2\n")
+    done = workshop.train("tuned", **changes)
+    assert done.code == 2 and "holds no optimizer state" in done.err, done.text
+    changes["extra"] += " --no-load-optim"
+    done = workshop.train("tuned", **changes)
+    assert done.code == 0 and "iteration 3/3" in done.out, done.text
+
+
+def test_float16_may_be_saved_and_resumed_while_the_loss_scale_is_still_too_large(
+    workshop, plain_run
+):
+    changes = dict(PR="fp16", TRAIN_ITERS=6, SAVE_INTERVAL=2, LR_WARMUP_ITERS=0,
+                   extra="--initial-loss-scale 20000000")
+    done = workshop.train("fp16", **changes)
+    assert done.code == 0, done.text
+    undisturbed = workshop.steps("fp16")
+    # The scale is halved from the second overflow on; a skipped update leaves the weights alone.
+    assert undisturbed[1]["skipped"] and undisturbed[2]["skipped"]
+    assert undisturbed[1]["loss"] == pytest.approx(plain_run[1]["loss"], rel=2e-3)
+    (workshop.checkpoint("fp16") / "latest_checkpointed_iteration.txt").write_text("2\n")
+    done = workshop.train("fp16", **changes)
+    assert done.code == 0 and "2 steps done" in done.out, done.text
+    assert losses(workshop.steps("fp16")) == losses(undisturbed)
 
 
 def test_bfloat16_follows_float32_and_resumes_without_the_distributed_optimizer(

@@ -85,5 +85,7 @@ def test_what_cannot_be_compared_is_refused(model_dir):
     assert done.code == 2 and "leave out --tp" in done.err
     done = megatron_vl("parity", model_dir, "--dp", 3)
     assert done.code == 2 and "dp 3 does not divide the 4 microbatches" in done.err
+    done = megatron_vl("parity", model_dir, "--tolerance", "nan")
+    assert done.code == 2 and "--tolerance is nan" in done.err
     done = megatron_vl("parity", model_dir, "--sweep", 7)
     assert done.code == 2 and "no layout of --sweep 7 ranks fits" in done.err

@@ -44,6 +44,12 @@ def test_a_bad_argument_is_refused_by_one_line(argv, command, sentence, capsys):
     assert lines[0].endswith(f"; see {program} --help.")
 
 
+def test_debug_adds_the_traceback_and_keeps_the_code_and_the_sentence(tmp_path, capsys):
+    assert run(["convert", str(tmp_path / "none"), str(tmp_path / "out"), "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.splitlines()[-1].startswith("megatron-vl convert: ")
+
+
 @pytest.fixture
 def metrics(tmp_path):
     """A run's metrics of three steps, the second of them twice, as a resumed run leaves them."""

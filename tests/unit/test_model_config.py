@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from megatron_vl.errors import InputError
@@ -69,3 +71,11 @@ def test_an_unknown_vision_activation_is_named(model):
     strange = replace(model, vision=replace(model.vision, activation="swish9"))
     with pytest.raises(InputError, match="'swish9'; known are"):
         vision_config(strange, Layout(), options())
+
+
+def test_a_rope_that_is_not_the_published_one_is_refused(model_dir, tmp_path):
+    config = json.loads((model_dir / "config.json").read_text())
+    config["rope_scaling"] = {**config["rope_scaling"], "type": "yarn", "factor": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="type of rope_scaling .* is 'yarn'"):
+        load_spec(tmp_path)

@@ -101,12 +101,16 @@ BAD = {
     "min above max": ("lr: 1e-5\nmin-lr: 1e-3", "must be between 0 and lr"),
     "no mapping": ("- lr", "must hold `option: value` lines"),
     "no YAML": ("lr: [1", "is not valid YAML"),
+    "not UTF-8": (b"save: \xff", "is not valid YAML"),
+    "no end": ("distributed-timeout-minutes: .inf", "give a finite number"),
+    "no end of steps": ("train-iters: .inf", "train-iters is inf; give a int"),
+    "a negative spread": ("init-method-std: -0.02", "must be at least 0"),
 }
 
 
 @pytest.mark.parametrize(("text", "sentence"), BAD.values(), ids=BAD)
 def test_a_bad_file_is_refused_by_one_sentence(text, sentence, tmp_path):
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=sentence):
         from_flags(yaml_file=str(tmp_path / "run.yaml"))
 

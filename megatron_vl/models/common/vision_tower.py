@@ -91,12 +91,11 @@ class VisionTower(MegatronModule):
         return self.projection(merged).squeeze(1)
 
     def _rotary(self, grids: list[tuple[int, int, int]], device: torch.device) -> torch.Tensor:
-        head_dim = self.spec.hidden_size // self.spec.num_heads
-        merge = self.spec.spatial_merge_size
+        merge, head_dim = self.spec.spatial_merge_size, self.spec.head_dim
         return torch.cat([grid_rotary(grid, merge, head_dim) for grid in grids]).to(device)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=128)  # of a large image a few MB each
 def grid_rotary(grid: tuple[int, int, int], merge: int, head_dim: int) -> torch.Tensor:
     """Rotary angles float32 [t*h*w, head_dim] of one image, patches in merge-block order.
 

@@ -75,6 +75,13 @@ def _decoder(text: _Keys, config: dict) -> DecoderSpec:
           for name in ("rope_parameters", "rope_scaling")),
         *text.sections,
     )
+    for name in ("rope_type", "type"):
+        kind = rope.get(name, default="default", kind=str)
+        if kind not in ("default", "mrope"):
+            raise InputError(
+                f"{name} of rope_scaling (or rope_parameters) is {kind!r}, which is not supported; "
+                f"train with the published 'mrope' and set it for inference."
+            )
     section = rope.get("mrope_section", kind=list)
     if len(section) != 3 or not all(isinstance(n, int) for n in section):
         raise InputError(f"mrope_section is {section}; it must be three whole numbers.")
