@@ -161,7 +161,7 @@ def test_finetuning_starts_from_the_weights_of_a_run_and_may_leave_its_optimizer
     # The first rows again, by a model that has learnt.
     steps = workshop.steps("tuned")
     assert steps[1]["tokens"] == plain_run[1]["tokens"]
-    assert steps[1]["loss"] < plain_run[9]["loss"]
+    assert steps[1]["loss"] < 0.95 * plain_run[1]["loss"]
     (workshop.checkpoint("tuned") / "latest_checkpointed_iteration.txt").write_text("2\n")
     done = workshop.train("tuned", **changes)
     assert done.code == 2 and "holds no optimizer state" in done.err, done.text
