@@ -23,7 +23,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.rules import Piece
-from megatron_vl.weights.torch_file import Opaque, load_torch_file, storage_offset
+from megatron_vl.weights.torch_file import Opaque, load_torch_file, noting_offsets, storage_offset
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
@@ -177,7 +177,8 @@ class _Chunks:
             raise InputError(f"{file} is missing or cut short; copy the checkpoint again.")
         view = _View(self.open(file), place.offset, place.length)
         try:
-            tensor = torch.load(view, weights_only=True, map_location="meta")
+            with noting_offsets():
+                tensor = torch.load(view, weights_only=True, map_location="meta")
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise InputError(f"{file} is broken at {name}; copy the checkpoint again.") from error
         if tuple(tensor.shape) != sizes or tensor.dtype != dtype or not tensor.is_contiguous():

@@ -8,7 +8,9 @@ so it is carried and never called.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -56,13 +58,33 @@ def open_torch_file(path: Path) -> Any:
         raise InputError(f"{path} is missing; copy it again.")
     if not zipfile.is_zipfile(path):
         return _located(_load(path), None, path)  # torch's format before 1.6 has no places
-    placed = _load(path, map_location="meta")
+    with noting_offsets():
+        placed = _load(path, map_location="meta")
     # Tensors that are no contiguous run of bytes are rare; only for them the file is mapped.
     return _located(placed, functools.cache(lambda: _load(path, mmap=True)), path)
 
 
-def storage_offset(tensor: torch.Tensor) -> int:
-    """Where a tensor's storage starts in the file it was loaded from onto the meta device."""
+def noting_offsets() -> contextlib.AbstractContextManager:
+    """Loads onto the meta device in here read no numbers but note where they lie."""
+    if _meta_loads_note_offsets():
+        return contextlib.nullcontext()
+    # Imported here: it takes seconds, and only older torch needs it.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@functools.cache
+def _meta_loads_note_offsets() -> bool:
+    """Torch 2.8, and no doubt others before 2.13, note offsets for fake tensors alone."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    return storage_offset(torch.load(file, weights_only=True, map_location="meta")) is not None
+
+
+def storage_offset(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's storage starts in the file; noted by a load in `noting_offsets`."""
     return tensor.untyped_storage()._checkpoint_offset
 
 
