@@ -41,7 +41,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json "
                         "and tokenizer for a Megatron-Core SRC that has none beside it")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in DST")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest safetensors file, as in 5GB (default)")
     parser.add_argument("--model-size", default="auto", metavar="SIZE", help="2B, 7B or 72B: "
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.weights import convert as work
 
     started = time.perf_counter()
+    if args.workers < 1:
+        raise InputError(f"--workers is {args.workers}; give 1 or more threads.")
     kind = work.detect(args.src)
     info = work.inspect_checkpoint(args.src) if kind == "mcore" else None
     config_dir = _config_dir(args, info)

@@ -94,14 +94,19 @@ def detect(directory: Path) -> str:
     """
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give a checkpoint's directory.")
+    kind = _kind(directory)
+    if kind is None:
+        raise InputError(
+            f"{directory} is no checkpoint: it has neither config.json with weights nor "
+            f"latest_checkpointed_iteration.txt."
+        )
+    return kind
+
+
+def _kind(directory: Path) -> str | None:
     if is_mcore_directory(directory):
         return "mcore"
-    if is_hf_directory(directory) or (directory / "config.json").is_file():
-        return "hf"
-    raise InputError(
-        f"{directory} is no checkpoint: it has neither config.json with weights nor "
-        f"latest_checkpointed_iteration.txt."
-    )
+    return "hf" if is_hf_directory(directory) or (directory / "config.json").is_file() else None
 
 
 def open_source(
@@ -172,10 +177,17 @@ def run_conversion(
         side_files: directory whose config.json, tokenizer and templates go along.
 
     Raises:
-        InputError: the target exists, cannot be written, or the source breaks off.
+        InputError: the target exists, is no checkpoint that `overwrite` may replace, holds what is
+            read, or cannot be written; or the source breaks off.
     """
     target = conversion.target
-    with replacing(directory, overwrite=overwrite) as new:
+    if overwrite and directory.is_dir() and any(directory.iterdir()) and not _kind(directory):
+        raise InputError(
+            f"{directory} is no checkpoint, and --overwrite replaces nothing else; remove it "
+            f"yourself or choose another target."
+        )
+    reads = {side_files, *(tensor.path for tensor in conversion.source.tensors.values())}
+    with replacing(directory, overwrite=overwrite, reads=sorted(reads)) as new:
         free = shutil.disk_usage(new).free
         if free < conversion.nbytes:
             raise InputError(

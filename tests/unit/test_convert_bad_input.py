@@ -70,6 +70,7 @@ def changed(hf, tmp_path, change) -> object:
     (["--model-size", "3B"], "one of 2B, 7B, 72B or auto"),
     (["--to", "hf", "--tp", "2"], "--tp is for a Megatron-Core DST"),
     (["--to", "hf", "--max-shard-size", "big"], "write 5GB or 500MB"),
+    (["--workers", "0"], "--workers is 0; give 1 or more"),
 ])
 def test_arguments_that_do_not_fit_the_model(options, says, hf, refused):
     refused(hf, *options, says=says)
@@ -215,11 +216,34 @@ def test_an_existing_target_is_kept_unless_overwriting_is_asked_for(hf, tmp_path
     target.mkdir()
     (target / "precious").write_text("x")
     refused(hf, says=["exists and is not empty", "--overwrite"])
+    refused(hf, "--overwrite", says=["out is no checkpoint", "remove it yourself"])
     (tmp_path / "file").write_text("x")
     refused(hf, says="is a file", target="file")
+    shutil.copy(hf / "config.json", target)
     assert run(["convert", str(hf), str(target), "--overwrite"]) == 0
     assert not (target / "precious").exists() and (target / "release").is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+@pytest.mark.parametrize("source, target", [
+    ("all/m", "all/m"), ("all/m", "all/m/release"), ("all/m", "all"), ("all/m", "link"),
+    ("link", "all/m"), ("other", "all"),
+])
+def test_a_target_that_holds_what_is_read_is_refused(source, target, hf, mcore, tmp_path, refused):
+    shutil.copytree(mcore, tmp_path / "all" / "m")
+    shutil.copytree(mcore, tmp_path / "other")
+    shutil.copytree(hf, tmp_path / "all", dirs_exist_ok=True)
+    (tmp_path / "link").symlink_to("all/m")
+    refused(tmp_path / source, "--tp", "2", "--hf-config", str(tmp_path / "all"), "--overwrite",
+            says=["holds", "which is read here"], target=target)
+
+
+def test_a_linked_target_is_replaced_where_it_lies(hf, mcore, tmp_path):
+    shutil.copytree(mcore, tmp_path / "far")
+    (tmp_path / "out").symlink_to("far")
+    assert run(["convert", str(hf), str(tmp_path / "out"), "--overwrite"]) == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "far/release/mp_rank_00").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "out"]
 
 
 def test_a_full_disk_is_said_before_anything_is_written(hf, refused, monkeypatch):
@@ -265,6 +289,35 @@ run(['convert', sys.argv[1], sys.argv[2], '--overwrite'])
     assert_equal(read(tmp_path / "back"), read(hf))
     assert run(["convert", str(hf), str(target), "--overwrite"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_run_killed_while_it_swaps_is_mended_by_the_next(renames, hf, tmp_path):
+    target = tmp_path / "out"
+    assert run(["convert", str(hf), str(target), "--tp", "2"]) == 0
+    code = """
+import os, signal, sys
+from pathlib import Path
+left, rename = int(sys.argv[3]), Path.rename
+def renames(*paths):
+    global left
+    rename(*paths)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = renames
+from megatron_vl.cli.main import run
+run(['convert', sys.argv[1], sys.argv[2], '--overwrite'])
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(hf), str(target), str(renames)],
+                            cwd=ROOT, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert target.exists() == (renames == 2)
+    assert any(path.name.startswith(".out.replaced-") for path in tmp_path.iterdir())
+    assert run(["convert", str(hf), str(target), "--tp", "4"]) == 2  # it exists, as before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    ranks = {1: ["mp_rank_00", "mp_rank_01"], 2: ["mp_rank_00"]}[renames]
+    assert sorted(path.name for path in (target / "release").iterdir()) == ranks
 
 
 def test_large_tensors_go_through_in_small_chunks(hf, mcore, tmp_path, monkeypatch):
