@@ -4,7 +4,6 @@ from megatron_vl.weights.map import Place, Stored, Weight, WeightMap
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint, load_rank
 from megatron_vl.weights.plan import Plan, make_plan
 from megatron_vl.weights.reshard import run_plan
-from megatron_vl.weights.rules import join_tensors, split_tensors
 
 __all__ = [
     "CheckpointInfo",
@@ -14,9 +13,7 @@ __all__ = [
     "Weight",
     "WeightMap",
     "inspect_checkpoint",
-    "join_tensors",
     "load_rank",
     "make_plan",
     "run_plan",
-    "split_tensors",
 ]

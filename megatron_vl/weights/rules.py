@@ -1,8 +1,8 @@
 """How one Megatron-Core tensor is made of published tensors, said once for both directions.
 
 A rule lists, in order, the row blocks a Megatron-Core tensor is made of, and the dimension tensor
-parallelism cuts. From that one list follow the slices of any TP rank (`pieces`), the shards of
-whole tensors (`split_tensors`) and the published tensors back from shards (`join_tensors`).
+parallelism cuts. From that one list follow the slices of any TP rank (`pieces`), read one way to
+write Megatron-Core's tensors and the other way to write the published ones.
 
 Letters: N query heads, G query groups (key/value heads), D head width, F ffn width, V vocabulary.
 
@@ -17,14 +17,10 @@ its weights are cut evenly all the same and nothing is stored twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 from megatron_vl.errors import InputError
-
-if TYPE_CHECKING:  # plans are made without torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,43 +244,6 @@ class Vocab(Rule):
 
     def published(self) -> dict[str, tuple[int, ...]]:
         return {self.key: (self.vocab, self.columns)}
-
-
-# ---- the same rules on tensors in memory ------------------------------------------------------
-
-
-def split_tensors(rule: Rule, tensors: Mapping[str, Tensor], tp: int) -> list[Tensor]:
-    """Published tensors -> one Megatron-Core tensor a TP rank, new memory, same dtype."""
-    like = tensors[next(iter(rule.published()))]
-    shards = []
-    for rank in range(tp):
-        shape, pieces = rule.pieces(tp, rank)
-        shard = like.new_zeros(shape)
-        for piece in pieces:
-            if piece.key is not None:
-                shard[box(piece.at, piece.shape)] = tensors[piece.key][
-                    box(piece.start, piece.shape)
-                ]
-        shards.append(shard)
-    return shards
-
-
-def join_tensors(rule: Rule, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-    """One Megatron-Core tensor a TP rank -> the published tensors; padding is dropped."""
-    tensors = {key: shards[0].new_empty(shape) for key, shape in rule.published().items()}
-    for rank, shard in enumerate(shards):
-        shape, pieces = rule.pieces(len(shards), rank)
-        if tuple(shard.shape) != shape:
-            raise InputError(
-                f"TP rank {rank} of {', '.join(tensors)} has shape {list(shard.shape)}; the rule "
-                f"asks for {list(shape)}."
-            )
-        for piece in pieces:
-            if piece.key is not None:
-                tensors[piece.key][box(piece.start, piece.shape)] = shard[
-                    box(piece.at, piece.shape)
-                ]
-    return tensors
 
 
 def box(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
