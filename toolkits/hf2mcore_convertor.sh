@@ -19,7 +19,7 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] [MP_OVERWRITE=true] bash ${CONVERTOR:-$0} \\
 
   MP_PP0_LAYERS   language layers on stage 0, the rest evenly (to Megatron-Core only)
   MP_VP           model chunks a stage (to Megatron-Core only)
-  MP_OVERWRITE    true replaces an existing TARGET
+  MP_OVERWRITE    true replaces a checkpoint in TARGET
 TABLE
   exit 2
 }

@@ -8,6 +8,7 @@ import pytest
 from tiny_hf import ROOT, assert_equal, make, read, read_mcore
 
 FAMILY = ROOT / "toolkits" / "hf2mcore_convertor.sh"
+TRAINER = ROOT / "examples" / "qwen2_vl" / "run_mcore_qwen.sh"
 QWEN2_VL = (ROOT / "toolkits" / "model_checkpoints_convertor" / "qwen"
             / "hf2mcore_qwen2_vl_convertor.sh")
 
@@ -39,21 +40,11 @@ def test_there_and_back_with_an_uneven_first_stage_from_any_directory(hf, tmp_pa
 def test_overwriting_has_to_be_asked_for_by_name(hf, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "old").write_text("x")
+    (tmp_path / "m" / "config.json").write_text("{}")
     done = shell(FAMILY, "auto", hf, tmp_path / "m", 1, 1, "false", "bf16", MP_OVERWRITE="true")
     assert done.returncode == 0, done.stderr
     assert sorted(read_mcore(tmp_path / "m")) == ["mp_rank_00"]
     assert not (tmp_path / "m" / "old").exists()
-
-
-@pytest.mark.parametrize("script", [FAMILY, QWEN2_VL])
-@pytest.mark.parametrize("count", [0, 6])
-def test_too_few_arguments_print_the_usage_table(script, count):
-    done = shell(script, *["x"] * count)
-    assert done.returncode == 2
-    assert script.name in done.stderr
-    for name in ("MODEL_SIZE", "SOURCE", "TARGET", "TP", "PP", "mg2hf", "PR", "HF_CKPT_PATH",
-                 "MP_PP0_LAYERS"):
-        assert name in done.stderr
 
 
 @pytest.mark.parametrize("arguments, variables, says", [
@@ -76,3 +67,16 @@ def test_a_size_that_is_not_config_jsons_is_refused(hf, tmp_path):
     done = shell(QWEN2_VL, "2B", hf, tmp_path / "m", 2, 2, "false", "bf16")
     assert done.returncode == 2 and "MODEL_SIZE is 2B" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("extra, words", [
+    ("", []),
+    ("--eval-iters 10\n  --finetune", ["--eval-iters", "10", "--finetune"]),
+    ("--finetune *\n", ["--finetune", "*"]),  # not a pattern of files
+])
+def test_extra_options_of_every_line_reach_the_trainer(extra, words):
+    done = shell(TRAINER, "dsw", *["x"] * 7, "bf16", 1, 1, 1, "true", "true", "sel", "false",
+                 *["x"] * 3, "none", *["x"] * 3, PYTHON="echo", MP_EXTRA=extra)
+    assert done.returncode == 0, done.stderr
+    given = done.stdout.splitlines()[-1].split()  # what `echo` in Python's place was given
+    assert given[given.index("selective") + 1 :] == words  # AC's option is the last before them
