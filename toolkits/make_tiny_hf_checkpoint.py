@@ -338,6 +338,9 @@ def random_weights(config: dict, seed: int):
 
 def write_checkpoint(args: argparse.Namespace) -> dict:
     """Writes the directory; answers the config. Raises ValueError for sizes that do not fit."""
+    for name, size in vars(args).items():
+        if type(size) is int and size < 1 and name != "seed":
+            raise ValueError(f"--{name.replace('_', '-')} is {size}; give 1 or more.")
     for what, size, parts in (
         ("--hidden-size", args.hidden_size, args.num_heads),
         ("--num-heads", args.num_heads, args.num_kv_heads),

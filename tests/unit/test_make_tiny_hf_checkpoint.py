@@ -78,6 +78,9 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(tmp_path):
 
 @pytest.mark.parametrize("options, says", [
     (["--num-heads", "3"], "--hidden-size is 128; it must be a multiple of 3"),
+    (["--num-heads", "0"], "--num-heads is 0; give 1 or more"),
+    (["--vision-heads", "0"], "--vision-heads is 0; give 1 or more"),
+    (["--num-kv-heads", "-2"], "--num-kv-heads is -2; give 1 or more"),
     (["--ranks", "5"], "--ranks is 5; give 256 to 151643"),
     (["--mrope-section", "1", "2", "3"], "half of the head width"),
 ])
@@ -87,4 +90,5 @@ def test_sizes_that_do_not_fit_are_refused(options, says, tmp_path):
          str(tmp_path / "out"), *options], capture_output=True, text=True, timeout=60,
     )
     assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
