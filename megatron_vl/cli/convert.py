@@ -41,6 +41,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json "
                         "and tokenizer for a Megatron-Core SRC that has none beside it")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--verify", action="store_true", help="compare DST with SRC at the end")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in DST")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest safetensors file, as in 5GB (default)")
@@ -61,17 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.weights import convert as work
 
     started = time.perf_counter()
-    if args.workers < 1:
-        raise InputError(f"--workers is {args.workers}; give 1 or more threads.")
-    kind = work.detect(args.src)
-    info = work.inspect_checkpoint(args.src) if kind == "mcore" else None
-    config_dir = _config_dir(args, info)
-    spec = load_spec(config_dir)
-    if info is not None and info.model_type not in (None, spec.model_type):
-        raise InputError(
-            f"{args.src} holds a {info.model_type} model but {config_dir} has the config.json of "
-            f"{spec.model_type}; give the right one with --hf-config."
-        )
+    check_workers(args.workers)
+    kind, info, config_dir, spec = describe(args.src, args.hf_config)
     family(spec.model_type).check_size(spec, args.model_size)
     weights = family(spec.model_type).weight_map(spec)
     target = _target(args, kind, spec, work)
@@ -89,14 +81,41 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers, progress=progress,
         )
     _report(args.dst, conversion, written, time.perf_counter() - started)
+    if args.verify:
+        from megatron_vl.cli.verify import verify
+
+        verify(args.src, args.dst, config_dir, cast=args.dtype is not None, workers=args.workers)
     return 0
 
 
-def _config_dir(args: argparse.Namespace, info) -> Path:
-    if args.hf_config is not None:
-        return args.hf_config
+def check_workers(workers: int) -> None:
+    if workers < 1:
+        raise InputError(f"--workers is {workers}; give 1 or more threads.")
+
+
+def describe(directory: Path, hf_config: Path | None):
+    """(kind, description of a Megatron-Core checkpoint or None, config.json's directory, spec).
+
+    Raises:
+        InputError: no checkpoint, no config.json, or that of another model.
+    """
+    from megatron_vl.weights import convert as work
+
+    kind = work.detect(directory)
+    info = work.inspect_checkpoint(directory) if kind == "mcore" else None
+    config_dir = hf_config or _config_dir(directory, info)
+    spec = load_spec(config_dir)
+    if info is not None and info.model_type not in (None, spec.model_type):
+        raise InputError(
+            f"{directory} holds a {info.model_type} model but {config_dir} has the config.json of "
+            f"{spec.model_type}; give the right one with --hf-config."
+        )
+    return kind, info, config_dir, spec
+
+
+def _config_dir(directory: Path, info) -> Path:
     if info is None:
-        return args.src
+        return directory
     if not (info.root / "config.json").is_file():
         raise InputError(
             f"{info.root} has no config.json; give the model's Hugging Face directory with "

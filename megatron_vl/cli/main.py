@@ -17,6 +17,7 @@ from megatron_vl.errors import CheckFailed, InputError
 
 COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
+    "verify": "whether two checkpoints hold the same tensors, whatever their layouts",
     "prepare": "raw data -> WebDataset shards ready for energon",
     "train": "pretrain or finetune",
     "parity": "logits, loss and gradients against transformers, in any layout",

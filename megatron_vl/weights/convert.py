@@ -222,14 +222,16 @@ def _name_dtype(path: Path, dtype: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(nbytes: int) -> Iterator[Callable[[int], object]]:
+def progress_bar(
+    nbytes: int, what: str = "convert"
+) -> Iterator[Callable[[int], object]]:
     """A bar with rate and time left on a terminal; nothing elsewhere, or without tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
         yield lambda _: None
         return
-    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=what, disable=None) as bar:
         yield bar.update
 
 

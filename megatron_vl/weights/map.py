@@ -79,6 +79,7 @@ class WeightMap:
     hf_copies: tuple[tuple[str, str], ...] = ()  # (key that may be there, key it is a copy of)
     hf_ignored: tuple[str, ...] = ()  # patterns of published keys that are no weights
     mcore_ignored: tuple[str, ...] = ()  # patterns of Megatron-Core keys that are no weights
+    partial: bool = False  # take a checkpoint that lacks keys: inventories are of what is there
 
     def __post_init__(self) -> None:
         names = [w.name for w in self.weights]
@@ -120,7 +121,8 @@ class WeightMap:
         extra = [key for key in found if key not in shapes and key not in copies
                  and not _matches(self.hf_ignored, key)]
         self._complain("published", [key for key in shapes if key not in found], extra)
-        wanted = {**{key: key for key in shapes}, **{c: k for c, k in copies.items() if c in found}}
+        wanted = {**{key: key for key in shapes}, **copies}
+        wanted = {name: key for name, key in wanted.items() if name in found}
         return [_whole(found[name], name, key, shapes[key]) for name, key in wanted.items()]
 
     # ---- Megatron-Core's forms ----------------------------------------------------------------
@@ -235,7 +237,7 @@ class WeightMap:
         return range(counts.get(place, 1))
 
     def _complain(self, kind: str, missing: list[str], extra: list[str]) -> None:
-        if missing:
+        if missing and not self.partial:
             raise InputError(
                 f"{len(missing)} {kind} key(s) are missing: {listed(missing)}; use a complete "
                 f"checkpoint and the config.json it was made with."

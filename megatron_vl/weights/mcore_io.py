@@ -133,6 +133,7 @@ def open_mcore(
         split=info.split, tp=info.layout.tp, padded_vocab=info.padded_vocab
     )
     weights.match_mcore(inventory, tensors)
+    inventory = [stored for stored in inventory if stored.id in tensors]
     check_shapes(inventory, tensors)
     return inventory, {stored.id: tensors[stored.id] for stored in inventory}
 

@@ -92,7 +92,7 @@ def make_plan(source: Iterable[Stored], target: Iterable[Stored]) -> Plan:
         InputError: an element of the target that the source does not hold, or a tensor of the
             source that the target has no place for.
     """
-    held, twins = _holders(source)
+    held, twins = holders(source)
     tensors, used = [], set()
     for stored in target:
         ops, covered = [], 0
@@ -122,7 +122,9 @@ def make_plan(source: Iterable[Stored], target: Iterable[Stored]) -> Plan:
     return Plan(tuple(tensors), tuple(twins))
 
 
-def _holders(source: Iterable[Stored]):
+def holders(
+    source: Iterable[Stored],
+) -> tuple[Mapping[str, list[tuple[Stored, Piece]]], list[Twin]]:
     """Who holds each published tensor: boxes that overlap nowhere, and the twins of some."""
     held: dict[str, list[tuple[Stored, Piece]]] = defaultdict(list)
     seen: dict[tuple, tuple[Stored, Piece]] = {}

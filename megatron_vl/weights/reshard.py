@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,22 +71,32 @@ def run_plan(
         InputError: a source that ends too early, or copies in the source that differ.
     """
     with contextlib.ExitStack() as stack:
+        reader = Reader(source, stack)
         files = _Files(stack)
-        for at in source.values():
-            files.open(at, os.O_RDONLY)
         for at in target.values():
             files.open(at, os.O_WRONLY)
-        run = _Run(source, target, files, progress)
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for _ in pool.map(run.compare, plan.twins):
-                    pass
-                bad = [name for name in pool.map(run.tensor, plan.tensors) if name]
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        run = _Run(reader, target, files, progress)
+        for twin, differs in zip(plan.twins, in_threads(reader.differ, plan.twins, workers),
+                                 strict=True):
+            if differs:
+                raise InputError(f"{twin_differs(twin)}; use another checkpoint.")
+        bad = [name for name in in_threads(run.tensor, plan.tensors, workers) if name]
     nbytes = sum(at.nbytes for at in target.values())
     return Written(tensors=len(plan.tensors), nbytes=nbytes, not_finite=tuple(bad))
+
+
+def in_threads(work: Callable, items: Iterable, workers: int) -> list:
+    """`work` of every item, in order; the first error ends the others."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def twin_differs(twin: Twin) -> str:
+    return f"{twin.key} is stored twice and the copies differ ({twin.first} and {twin.second})"
 
 
 class _Files:
@@ -104,30 +114,42 @@ class _Files:
         return self._open.get(path)
 
 
-class _Run:
-    def __init__(self, source: Tensors, target: Tensors, files: _Files, progress) -> None:
-        self.source, self.target, self.files, self.progress = source, target, files, progress
+class Reader:
+    """Puts published tensors, or any others a plan describes, together from a checkpoint.
 
-    def tensor(self, plan: TensorPlan) -> str | None:
-        """Writes one tensor; answers its name if it holds NaN or Inf."""
-        at = self.target[plan.target.id]
-        file, shape, finite = self.files(at.path), at.shape, True
-        for low, high in _chunks(shape[0], self._row_bytes(plan)):
+    Args:
+        stack: closes the checkpoint's files.
+    """
+
+    def __init__(self, source: Tensors, stack: contextlib.ExitStack) -> None:
+        self.source, self.files = source, _Files(stack)
+        for at in source.values():
+            self.files.open(at, os.O_RDONLY)
+
+    def row_bytes(self, plan: TensorPlan) -> int:
+        """Bytes of the widest row among the tensors that take part."""
+        tensors = [self.source[op.source.id] for op in plan.ops]
+        return max((volume(at.shape[1:]) * at.dtype.itemsize for at in tensors), default=0)
+
+    def chunks(
+        self, plan: TensorPlan, dtype: torch.dtype, row_bytes: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) of the tensor `plan` makes, so many that they fill CHUNK."""
+        shape = plan.target.shape
+        for low, high in _chunks(shape[0], row_bytes):
             ops = [clip for op in plan.ops if (clip := _clip(op, low, high))]
             rows = (high - low, *shape[1:])
             if len(ops) == 1 and ops[0].shape == rows:
-                chunk = self._read(ops[0]).to(at.dtype)
-            else:
-                covered = sum(volume(op.shape) for op in ops) == volume(rows)
-                chunk = (torch.empty if covered else torch.zeros)(rows, dtype=at.dtype)
-                for op in ops:
-                    chunk[box((op.at[0] - low, *op.at[1:]), op.shape)] = self._read(op)
-            finite = finite and _is_finite(chunk)
-            at.write(file, (low,), chunk)
-            self.progress(chunk.nbytes)
-        return None if finite else plan.target.name
+                yield low, self._read(ops[0]).to(dtype)
+                continue
+            covered = sum(volume(op.shape) for op in ops) == volume(rows)
+            chunk = (torch.empty if covered else torch.zeros)(rows, dtype=dtype)
+            for op in ops:
+                chunk[box((op.at[0] - low, *op.at[1:]), op.shape)] = self._read(op)
+            yield low, chunk
 
-    def compare(self, twin: Twin) -> None:
+    def differ(self, twin: Twin) -> bool:
+        """Whether two copies in the checkpoint are not the same bits."""
         first, second = self.source[twin.first.id], self.source[twin.second.id]
         row = max(at.nbytes // at.shape[0] for at in (first, second))
         for low, high in _chunks(twin.shape[0], row):
@@ -137,10 +159,8 @@ class _Run:
                 for stored, at in ((twin.first, twin.first_at), (twin.second, twin.second_at))
             )
             if not torch.equal(_bits(one), _bits(two)):
-                raise InputError(
-                    f"{twin.key} is stored twice and the copies differ ({twin.first} and "
-                    f"{twin.second}); the checkpoint is not consistent, use another one."
-                )
+                return True
+        return False
 
     def _read(self, op: Op) -> torch.Tensor:
         at = self.source[op.source.id]
@@ -148,10 +168,21 @@ class _Run:
         shape = (*(1,) * front, *op.shape)
         return at.read(self.files(at.path), op.start, shape).reshape(op.shape)
 
-    def _row_bytes(self, plan: TensorPlan) -> int:
-        """Bytes of the widest row among the tensors that take part."""
-        tensors = [self.target[plan.target.id], *(self.source[op.source.id] for op in plan.ops)]
-        return max(volume(at.shape[1:]) * at.dtype.itemsize for at in tensors)
+
+class _Run:
+    def __init__(self, reader: Reader, target: Tensors, files: _Files, progress) -> None:
+        self.reader, self.target, self.files, self.progress = reader, target, files, progress
+
+    def tensor(self, plan: TensorPlan) -> str | None:
+        """Writes one tensor; answers its name if it holds NaN or Inf."""
+        at = self.target[plan.target.id]
+        file, finite = self.files(at.path), True
+        row_bytes = max(self.reader.row_bytes(plan), volume(at.shape[1:]) * at.dtype.itemsize)
+        for low, chunk in self.reader.chunks(plan, at.dtype, row_bytes):
+            finite = finite and _is_finite(chunk)
+            at.write(file, (low,), chunk)
+            self.progress(chunk.nbytes)
+        return None if finite else plan.target.name
 
 
 def _chunks(rows: int, row_bytes: int):

@@ -1,0 +1,143 @@
+"""Whether two checkpoints of any kind and layout hold the same tensors, bit by bit.
+
+Both are read as published tensors, a run of rows at a time, by the plans that would convert them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_vl.weights.convert import Source
+from megatron_vl.weights.map import Stored, WeightMap, volume
+from megatron_vl.weights.plan import Plan, TensorPlan, holders, make_plan
+from megatron_vl.weights.reshard import Reader, in_threads, target_dtypes, twin_differs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """One published tensor in both checkpoints."""
+
+    name: str
+    dtypes: tuple[torch.dtype, torch.dtype]
+    numel: int
+    differing: int  # elements whose bits differ; all of them if the dtypes may not
+    largest: float  # absolute difference; 0 where only bits differ, inf where one is no number
+
+    @property
+    def equal(self) -> bool:
+        return self.differing == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two checkpoints, tensor by tensor, in the order of the model."""
+
+    tensors: tuple[Compared, ...]
+    missing: tuple[tuple[str, ...], tuple[str, ...]]  # published names that each of them lacks
+    inconsistent: tuple[tuple[str, ...], tuple[str, ...]]  # copies inside each that differ
+
+    @property
+    def equal(self) -> bool:
+        return all(one.equal for one in self.tensors) and not any(
+            (*self.missing, *self.inconsistent)
+        )
+
+
+def compare(
+    first: Source,
+    second: Source,
+    weights: WeightMap,
+    *,
+    cast: bool = False,
+    workers: int = 2,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Comparison:
+    """Compare what two opened checkpoints hold; `progress` is told bytes of the first.
+
+    Args:
+        weights: of the model, `partial` if the sources were opened so.
+        cast: compare tensors of different dtypes after casting to the narrower one, to the
+            second's where both are as wide; without, they differ.
+
+    Raises:
+        InputError: a file that ends too early.
+    """
+    shapes = weights.published()
+    whole = [_complete(source, shapes) for source in (first, second)]
+    missing = tuple(tuple(name for name in shapes if name not in held) for held in whole)
+    wanted = [stored for stored in replace(weights, partial=False).hf_inventory()
+              if stored.name in whole[0] and stored.name in whole[1]]
+    names = {stored.name for stored in wanted}
+    plans = [_plan(source, wanted, names) for source in (first, second)]
+    with contextlib.ExitStack() as stack:
+        readers = [Reader(source.tensors, stack) for source in (first, second)]
+        dtypes = [target_dtypes(plan, source.dtypes, None)
+                  for plan, source in zip(plans, (first, second), strict=True)]
+
+        def tensor(pair: tuple[TensorPlan, TensorPlan]) -> Compared:
+            of = tuple(found[plan.target.id] for found, plan in zip(dtypes, pair, strict=True))
+            return _compare(pair, readers, of, cast, progress)
+
+        inconsistent = tuple(
+            tuple(twin_differs(twin) for twin, differs in
+                  zip(plan.twins, in_threads(reader.differ, plan.twins, workers), strict=True)
+                  if differs)
+            for plan, reader in zip(plans, readers, strict=True)
+        )
+        pairs = zip(plans[0].tensors, plans[1].tensors, strict=True)
+        return Comparison(
+            tensors=tuple(in_threads(tensor, pairs, workers)), missing=missing,
+            inconsistent=inconsistent,
+        )
+
+
+def _complete(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The published tensors that are there in full."""
+    held, _ = holders(source.inventory)
+    return {name for name, shape in shapes.items()
+            if sum(volume(piece.shape) for _, piece in held.get(name, ())) == volume(shape)}
+
+
+def _plan(source: Source, wanted: list[Stored], names: set[str]) -> Plan:
+    parts = (replace(stored, pieces=tuple(p for p in stored.pieces if p.key in names))
+             for stored in source.inventory)
+    return make_plan([stored for stored in parts if stored.pieces], wanted)
+
+
+def _compare(
+    pair: tuple[TensorPlan, TensorPlan], readers: list[Reader],
+    dtypes: tuple[torch.dtype, torch.dtype], cast: bool, progress: Callable[[int], object],
+) -> Compared:
+    common = min(reversed(dtypes), key=lambda dtype: dtype.itemsize)
+    differing, largest = 0, 0.0
+    row_bytes = max(reader.row_bytes(plan) for reader, plan in zip(readers, pair, strict=True))
+    for one, two in _both(pair, readers, dtypes, row_bytes):
+        progress(one.nbytes)
+        a, b = one.to(common), two.to(common)
+        apart = _integers(a) != _integers(b)
+        if apart.any():
+            differing += int(apart.sum())
+            gap = (a[apart].double() - b[apart].double()).abs()
+            largest = max(largest, float(torch.nan_to_num(gap, nan=float("inf")).max()))
+    numel = pair[0].target.numel
+    return Compared(
+        name=pair[0].target.name, dtypes=dtypes, numel=numel, largest=largest,
+        differing=differing if cast or dtypes[0] == dtypes[1] else numel,
+    )
+
+
+def _both(pair, readers, dtypes, row_bytes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    streams = (reader.chunks(plan, dtype, row_bytes)
+               for reader, plan, dtype in zip(readers, pair, dtypes, strict=True))
+    for (_, one), (_, two) in zip(*streams, strict=True):
+        yield one, two
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits as integers, of which any two compare."""
+    return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32,
+                                     8: torch.int64}[tensor.dtype.itemsize])
