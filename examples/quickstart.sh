@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained Qwen2-VL that transformers loads, in about 13 minutes on two
+# From a fresh machine to a trained Qwen2-VL that transformers loads, in about 10 minutes on two
 # cores, without a GPU: each step is the command a user would type, printed before it runs.
 #   bash examples/quickstart.sh
 #   WORK=dir     where everything is written (default: .quickstart)
