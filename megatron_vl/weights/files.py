@@ -11,6 +11,7 @@ import mmap
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,11 @@ import numpy as np
 import torch
 
 from megatron_vl.errors import InputError
+
+# Filled at once: a page fault for every few pages would take longer than the copy. Not on systems
+# that know no such flag.
+_MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -41,7 +47,7 @@ class TensorAt:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self, file: int | None, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-        """The box of extents `shape` at `start`, of this dtype; a copy unless `loaded`.
+        """The box of extents `shape` at `start`, of this dtype; read only, it may be the file.
 
         Args:
             file: descriptor of `path`, open for reading; None when `loaded`.
@@ -53,24 +59,20 @@ class TensorAt:
             return self.loaded[_slices(start, shape)]
         span, first = self._span(start, shape)
         offset, nbytes = self.offset + first * self.dtype.itemsize, prod(span) * self.dtype.itemsize
-        if tuple(span) == tuple(shape):
-            out = torch.empty(span, dtype=self.dtype)
-            view, done = memoryview(out.flatten().view(torch.uint8).numpy()), 0
-            while done < nbytes:
-                got = os.preadv(file, [view[done:]], offset + done)
-                if got == 0:
-                    raise InputError(f"{self.path} ends too early; copy or download it again.")
-                done += got
-            return out
-        # Narrower than the rows it lies in: map the rows, so that only its own pages are read.
-        # numpy, because the bytes may start anywhere and torch wants them aligned.
         skip = offset % mmap.ALLOCATIONGRANULARITY
-        within = [a if n == s else 0 for a, n, s in zip(start, span, self.shape, strict=True)]
-        with mmap.mmap(file, nbytes + skip, access=mmap.ACCESS_READ, offset=offset - skip) as rows:
-            view = np.ndarray(span, f"i{self.dtype.itemsize}", rows, skip)
-            out = torch.from_numpy(view[_slices(within, shape)].copy())
-            del view
-        return out.view(self.dtype)
+        try:
+            rows = mmap.mmap(file, nbytes + skip, _MAP_FLAGS, mmap.PROT_READ, offset=offset - skip)
+        except ValueError as error:
+            raise InputError(f"{self.path} ends too early; copy or download it again.") from error
+        # The view keeps the mapping alive; narrower than the rows it lies in, only its own pages
+        # are read. numpy, because the bytes may start anywhere and torch wants them aligned.
+        view = np.ndarray(span, f"i{self.dtype.itemsize}", rows, skip)
+        if tuple(span) != tuple(shape):
+            within = [a if n == s else 0 for a, n, s in zip(start, span, self.shape, strict=True)]
+            view = view[_slices(within, shape)]
+        if skip % self.dtype.itemsize:
+            view = view.copy()
+        return torch.from_numpy(view).view(self.dtype)
 
     def write(self, file: int, start: Sequence[int], tensor: torch.Tensor) -> None:
         """Writes a contiguous box of whole rows (`start` is 0 after the first dimension)."""

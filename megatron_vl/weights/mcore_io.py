@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
@@ -168,11 +167,13 @@ def lay_out_mcore(
         path = root / RELEASE / file
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
-        with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        # Memory that nobody touches is none.
+        with torch.serialization.skip_data():
             for part in parts:  # a chunk without weights has its entry too
                 content[part] = {one.name: torch.empty(one.shape, dtype=dtypes[one.id])
                                  for one in group if one.part == part}
             torch.save(content, path)
+        del content
         placed = open_torch_file(path)
         tensors |= {one.id: placed[one.part][one.name] for one in group}
     (root / LATEST).write_text(RELEASE)

@@ -1,0 +1,264 @@
+"""Conversion against `cp -r` of the same bytes and against the naive way, in one run.
+
+    python convert.py [--model-size 2B] [--tp 2] [--pp 2] [--work DIR] [--repeat 3] [--no-naive]
+
+Writes a random bfloat16 checkpoint of the published model's true shapes, then times, in turn and
+each in a process of its own: `cp -r`, `megatron-vl convert` to Megatron-Core and back, and the
+naive way of both: transformers' `from_pretrained`, cutting in memory, `torch.save`; and back by
+`torch.load`, joining, `save_pretrained`. Given are medians, the ratio to `cp -r`, and the largest
+resident memory of any one process, of all its threads. Before each run what is still to be written
+to the disk is waited for, and no run is timed before its source has been read once: every side
+finds it in the machine's memory as far as that goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# layers, width, heads, key/value heads, ffn, vocabulary, tied: of the published config.json
+PUBLISHED = {
+    "2B": (28, 1536, 12, 2, 8960, 151936, True),
+    "7B": (28, 3584, 28, 4, 18944, 152064, False),
+}
+SHARD = 4 * 10**9  # bytes of a published file
+NAIVE = ("naive to mcore", "naive to hf")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-size", choices=PUBLISHED, default="2B")
+    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks (default: 2)")
+    parser.add_argument("--pp", type=int, default=2, help="pipeline stages (default: 2)")
+    parser.add_argument("--work", type=Path, help="directory on the disk to measure")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--workers", type=int, default=2, help="converter's threads (default: 2)")
+    parser.add_argument("--no-naive", action="store_true", help="leave the naive way out")
+    parser.add_argument("--step", choices=("write", *NAIVE), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---- the checkpoint -----------------------------------------------------------------------------
+
+
+def published_config(size: str) -> dict:
+    layers, width, heads, groups, ffn, vocab, tied = PUBLISHED[size]
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocab,
+        "tie_word_embeddings": tied, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "max_position_embeddings": 32768, "initializer_range": 0.02, "torch_dtype": "bfloat16",
+        "use_sliding_window": False, "image_token_id": 151655, "video_token_id": 151656,
+        "vision_start_token_id": 151652, "vision_end_token_id": 151653, "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_config": {
+            "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+            "hidden_size": width, "patch_size": 14, "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def write_checkpoint(directory: Path, size: str) -> None:
+    """A random model, file by file."""
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_vl.models.registry import family, load_spec
+
+    directory.mkdir(parents=True)
+    config = published_config(size)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    spec = load_spec(directory)
+    noise = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    groups: list[dict] = [{}]
+    filled = total = 0
+    for number, (name, shape) in enumerate(
+        family(spec.model_type).weight_map(spec).published().items()
+    ):
+        numel = torch.Size(shape).numel()
+        # One block of noise, begun elsewhere in each tensor: drawing takes longer than writing.
+        first = number * 7919 % noise.numel()
+        blocks = noise.repeat(1 + -(-numel // noise.numel()))
+        tensor = blocks[first : first + numel].clone().reshape(shape)
+        if filled and filled + tensor.nbytes > SHARD:
+            groups.append({})
+            _write_group(directory, groups, save_file)
+            filled = 0
+        groups[-1][name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    groups.append({})
+    _write_group(directory, groups, save_file)
+    index = {name: file for file, names in enumerate(groups[:-1], 1) for name in names}
+    count = len(groups) - 1
+    for number in range(1, count + 1):
+        (directory / f"part-{number}").rename(directory / _shard_name(number, count))
+    if count > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({
+            "metadata": {"total_size": total},
+            "weight_map": {name: _shard_name(file, count) for name, file in index.items()},
+        }))
+
+
+def _write_group(directory: Path, groups: list, save_file) -> None:
+    """Writes the last full group and keeps its names alone."""
+    save_file(groups[-2], directory / f"part-{len(groups) - 1}", {"format": "pt"})
+    groups[-2] = list(groups[-2])
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+# ---- the naive way ------------------------------------------------------------------------------
+
+
+def naive_to_mcore(source: Path, target: Path, args) -> None:
+    import torch
+    import transformers
+
+    from megatron_vl.models.registry import family, load_spec
+
+    spec = load_spec(source)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16)
+    published = {_published(name): tensor for name, tensor in model.state_dict().items()}
+    split = spec.split(pp=args.pp)
+    ranks: dict[str, dict] = {}
+    for stored in family(spec.model_type).weight_map(spec).mcore_inventory(split=split, tp=args.tp):
+        tensor = torch.zeros(stored.shape, dtype=torch.bfloat16)
+        for piece in stored.pieces:
+            if piece.key is not None:
+                tensor[_box(piece.at, piece.shape)] = published[piece.key][
+                    _box(piece.start, piece.shape)]
+        ranks.setdefault(stored.file, {})[stored.name] = tensor
+    for file, tensors in ranks.items():
+        path = target / "release" / file
+        path.parent.mkdir(parents=True)
+        torch.save({"model": tensors}, path)
+
+
+def naive_to_hf(source: Path, target: Path, args) -> None:
+    import torch
+    import transformers
+
+    from megatron_vl.models.registry import family, load_spec
+
+    hf = args.work / "hf"
+    spec = load_spec(hf)
+    weights = family(spec.model_type).weight_map(spec)
+    ranks = {
+        str(path.relative_to(source / "release")): torch.load(path, weights_only=False)["model"]
+        for path in (source / "release").glob("mp_rank_*/model_optim_rng.pt")
+    }
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16)
+               for name, shape in weights.published().items()}
+    for stored in weights.mcore_inventory(split=spec.split(pp=args.pp), tp=args.tp):
+        for piece in stored.pieces:
+            if piece.key is not None:
+                tensors[piece.key][_box(piece.start, piece.shape)] = ranks[stored.file][
+                    stored.name][_box(piece.at, piece.shape)]
+    config = transformers.AutoConfig.from_pretrained(hf)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    names = {_published(name): name for name in model.state_dict()}
+    state = {names[name]: tensor for name, tensor in tensors.items()}
+    if spec.decoder.tie_word_embeddings:
+        state["lm_head.weight"] = state[names["model.embed_tokens.weight"]]
+    model.load_state_dict(state, strict=False, assign=True)
+    model.save_pretrained(target)
+
+
+def _published(name: str) -> str:
+    name = name.replace("model.visual.", "visual.", 1)
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def _box(start, shape) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """(seconds, largest resident bytes) of one process."""
+    os.sync()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    error = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{error.decode()[-2000:]}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.step == "write":
+        write_checkpoint(args.work / "hf", args.model_size)
+        return 0
+    if args.step is not None:
+        way = naive_to_mcore if args.step == NAIVE[0] else naive_to_hf
+        way(args.work / ("hf" if way is naive_to_mcore else "mcore"), args.work / "out", args)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=args.work) as scratch:
+        return measure(args, Path(scratch))
+
+
+def measure(args, work: Path) -> int:
+    hf, mcore, out = work / "hf", work / "mcore", work / "out"
+    print(f"writing a random Qwen2-VL {args.model_size} to {hf}", flush=True)
+    # In a process of its own: what this one holds would count as its children's.
+    own = [sys.executable, __file__, "--work", str(work), "--model-size", args.model_size]
+    subprocess.run([*own, "--step", "write"], check=True)
+    nbytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
+    free = shutil.disk_usage(work).free
+    if free < 3 * nbytes:
+        print(f"{work} has {free:,} bytes free, {3 * nbytes:,} are needed; give --work a larger "
+              f"disk.", file=sys.stderr)
+        return 2
+    convert = [sys.executable, "-m", "megatron_vl", "convert", "--workers", str(args.workers)]
+    layout = ["--tp", str(args.tp), "--pp", str(args.pp)]
+    naive = [*own, *layout, "--step"]
+    commands = {
+        "cp -r": ["cp", "-r", str(hf), str(out)],
+        "convert to mcore": [*convert, str(hf), str(out), *layout],
+        "convert to hf": [*convert, str(mcore), str(out)],
+    }
+    if not args.no_naive:
+        commands |= {name: [*naive, name] for name in NAIVE}
+    timed([*convert, str(hf), str(mcore), *layout])  # the source of the way back
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    memory = dict.fromkeys(commands, 0)
+    for number in range(args.repeat + 1):
+        for name, command in commands.items():
+            took, peak = timed(command)
+            shutil.rmtree(out)
+            if number:  # the first round reads the sources into memory
+                seconds[name].append(took)
+                memory[name] = max(memory[name], peak)
+                print(f"  round {number}: {name} {took:.1f} s", flush=True)
+    copied = statistics.median(seconds["cp -r"])
+    print(f"\nQwen2-VL {args.model_size}, {nbytes / 1e9:.2f} GB, TP {args.tp} PP {args.pp}, median "
+          f"of {args.repeat}\n{'':<18} {'seconds':>8} {'GB/s':>6} {'x cp -r':>8} {'peak MiB':>9}")
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        print(f"{name:<18} {middle:>8.1f} {nbytes / middle / 1e9:>6.2f} {middle / copied:>8.2f} "
+              f"{memory[name] / 2**20:>9,.0f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
