@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from megatron_vl.data.formats import llava
 from megatron_vl.data.media import MAX_ASPECT_RATIO, BadImage, decode_rgb
-from megatron_vl.data.output_dir import check_output, clear_beside, new_dataset
 from megatron_vl.errors import InputError
+from megatron_vl.outputs import check_target, replacing
 
 KNOWN_JSON = "blip_laion_cc_sbu_558k.json"  # LLaVA-Pretrain's own, beside a *_meta.json
 FORMATS = {"llava": llava.check_question_and_answer}  # format -> check of one entry
@@ -133,14 +133,16 @@ def prepare(config: PrepareConfig) -> Summary:
     Raises:
         InputError: no readable source, an output that exists, or nothing usable.
     """
-    clear_beside(config.output)
     needed = [config.source, config.source / (config.json_name or ""), Path.cwd()]
     needed += [config.media_root] if config.media_root else []
-    check_output(config.output, overwrite=config.overwrite, needed=needed)
+    check_target(
+        config.output, overwrite=config.overwrite, needed=needed, what="prepared dataset",
+        is_ours=lambda there: (there / ".nv-meta").is_dir(),
+    )
     json_path = find_json(config.source, config.json_name)
     raw = read_json(json_path)
     entries, refused = check_entries(raw, json_path, config)
-    with new_dataset(config.output) as partial:
+    with replacing(config.output) as partial:
         entries, refused = check_media(entries, refused, json_path, config)
         if not entries:
             first = f"; the first because {refused[0].reason}" if refused else ""

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from megatron_vl.errors import InputError
+from megatron_vl.outputs import check_target, replacing
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.weights.files import TensorAt, dtype_name, replacing
+from megatron_vl.weights.files import TensorAt, dtype_name
 from megatron_vl.weights.hf_io import (
     copy_side_files,
     is_hf_directory,
@@ -181,13 +182,12 @@ def run_conversion(
             read, or cannot be written; or the source breaks off.
     """
     target = conversion.target
-    if overwrite and directory.is_dir() and any(directory.iterdir()) and not _kind(directory):
-        raise InputError(
-            f"{directory} is no checkpoint, and --overwrite replaces nothing else; remove it "
-            f"yourself or choose another target."
-        )
     reads = {side_files, *(tensor.path for tensor in conversion.source.tensors.values())}
-    with replacing(directory, overwrite=overwrite, reads=sorted(reads)) as new:
+    check_target(
+        directory, overwrite=overwrite, needed=sorted(reads), what="checkpoint",
+        is_ours=lambda there: _kind(there) is not None,
+    )
+    with replacing(directory) as new:
         free = shutil.disk_usage(new).free
         if free < conversion.nbytes:
             raise InputError(

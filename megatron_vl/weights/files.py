@@ -6,13 +6,10 @@ an offset, a dtype and a shape. Memory is what a caller reads at a time.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import shutil
-import socket
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -96,84 +93,3 @@ class TensorAt:
 
 def _slices(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
-
-
-@contextlib.contextmanager
-def replacing(target: Path, *, overwrite: bool, reads: Iterable[Path]) -> Iterator[Path]:
-    """A new directory beside `target` that takes its place when the block ends without an error.
-
-    Until then `target` is untouched; on an error nothing is left behind. What a killed run of this
-    machine left beside `target` is mended first.
-
-    Args:
-        reads: files and directories that the block reads.
-
-    Raises:
-        InputError: `target` is a file, or exists and is not empty without `overwrite`, or holds
-            one of `reads`, or cannot be written.
-    """
-    target = target.resolve()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file; give a directory.")
-    for path in reads:
-        if _holds(target, path):
-            raise InputError(f"{target} holds {path}, which is read here; choose another target.")
-    host = socket.gethostname()
-    temporary = target.with_name(f".{target.name}.partial-{host}-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _mend_abandoned(target, host)
-        if target.is_dir() and any(target.iterdir()) and not overwrite:
-            raise InputError(f"{target} exists and is not empty; remove it or pass --overwrite.")
-        temporary.mkdir()
-        yield temporary
-        _swap(temporary, target)
-    except OSError as error:
-        raise InputError(
-            f"writing {target} failed: {error.strerror or error}; free space or choose another "
-            f"target."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _holds(target: Path, path: Path) -> bool:
-    """Whether `path` is `target` or in it, by its name or by where a link leads."""
-    named, real = path.parent.resolve() / path.name, path.resolve()
-    return any(one.is_relative_to(target) for one in (named, real))
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Puts `new` in `target`'s place and the old `target`, to be removed, in `new`'s."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = new.with_name(new.name.replace(".partial-", ".replaced-"))
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    # So that a `.replaced-` directory is always whole, however far its removal came.
-    old.rename(new)
-
-
-def _mend_abandoned(target: Path, host: str) -> None:
-    """Puts back what a run that was killed in `_swap` took away; removes what is not needed."""
-    for kind in ("replaced", "partial"):
-        prefix = f".{target.name}.{kind}-{host}-"
-        for left in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
-            if not _is_abandoned(left.name.removeprefix(prefix)):
-                continue
-            if kind == "replaced" and not target.exists():
-                left.rename(target)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_abandoned(pid: str) -> bool:
-    """Whether the process that made a directory is gone; this one has made none yet."""
-    if not pid.isdigit() or not Path("/proc/self").exists():
-        return False
-    return int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()

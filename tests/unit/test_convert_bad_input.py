@@ -216,7 +216,7 @@ def test_an_existing_target_is_kept_unless_overwriting_is_asked_for(hf, tmp_path
     target.mkdir()
     (target / "precious").write_text("x")
     refused(hf, says=["exists and is not empty", "--overwrite"])
-    refused(hf, "--overwrite", says=["out is no checkpoint", "remove it yourself"])
+    refused(hf, "--overwrite", says=["out holds no checkpoint", "remove it yourself"])
     (tmp_path / "file").write_text("x")
     refused(hf, says="is a file", target="file")
     shutil.copy(hf / "config.json", target)
@@ -235,7 +235,7 @@ def test_a_target_that_holds_what_is_read_is_refused(source, target, hf, mcore, 
     shutil.copytree(hf, tmp_path / "all", dirs_exist_ok=True)
     (tmp_path / "link").symlink_to("all/m")
     refused(tmp_path / source, "--tp", "2", "--hf-config", str(tmp_path / "all"), "--overwrite",
-            says=["holds", "which is read here"], target=target)
+            says=["holds", "which is in use"], target=target)
 
 
 def test_a_linked_target_is_replaced_where_it_lies(hf, mcore, tmp_path):

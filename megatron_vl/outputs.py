@@ -1,0 +1,133 @@
+"""A directory that a command writes: what it may replace, and how it takes its place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from megatron_vl.errors import InputError
+
+_HOST = socket.gethostname()
+
+
+def check_target(
+    target: Path, *, overwrite: bool, needed: Iterable[Path],
+    is_ours: Callable[[Path], bool], what: str,
+) -> None:
+    """Whether `target` may be written; what killed runs left of it is mended first.
+
+    Args:
+        needed: files and directories that must not be deleted with a target that is overwritten.
+        is_ours: whether a directory holds what the command writes; nothing else is overwritten.
+        what: the name of that.
+
+    Raises:
+        InputError: it exists and may not, or cannot, be replaced.
+    """
+    _mend(target)
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file; give a directory.")
+    try:
+        empty = not any(target.iterdir())
+        replaceable = empty or is_ours(target)
+    except OSError:  # what cannot be looked at cannot be replaced either
+        empty = replaceable = False
+    if not overwrite and not empty:
+        raise InputError(
+            f"{target} exists and is not empty; choose another directory, or give --overwrite to "
+            f"replace it."
+        )
+    for path in needed:
+        if _holds(target.resolve(), path):
+            raise InputError(
+                f"{target} holds {path}, which is in use; choose another directory."
+            )
+    if not replaceable:
+        raise InputError(
+            f"{target} holds no {what}, so --overwrite leaves it alone; remove it yourself, or "
+            f"choose another directory."
+        )
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new directory beside `target` that takes its place when the block ends without an error.
+
+    Until then `target` is untouched; on an error nothing is left behind. Of a run that is killed
+    `check_target` clears away what is left; a target it had moved aside comes back.
+
+    Raises:
+        InputError: something cannot be read or written, in the block too.
+    """
+    target = target.resolve()
+    partial, replaced = (_beside(target, kind, os.getpid()) for kind in ("partial", "replaced"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            target.rename(replaced)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        if replaced.exists():
+            # So that a `.replaced-` directory is always whole, however far its removal came.
+            replaced.rename(partial)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error}); free space, check the permissions, or choose "
+            f"another directory."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _mend(target: Path) -> None:
+    """Removes what killed runs of this machine left beside `target`, or puts it back."""
+    target = target.resolve()
+    try:
+        beside = sorted(target.parent.iterdir())
+    except OSError:  # a directory that cannot be read is told where it is written
+        return
+    for kind in ("replaced", "partial"):
+        prefix = _beside(target, kind, "").name
+        for left in beside:
+            pid = left.name.removeprefix(prefix)
+            if not left.name.startswith(prefix) or not pid.isdigit() or _is_other(int(pid)):
+                continue
+            if kind == "replaced" and not target.exists():
+                left.rename(target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _holds(target: Path, path: Path) -> bool:
+    """Whether `path` is `target` or in it, by its name or by where a link leads."""
+    named, real = path.parent.resolve() / path.name, path.resolve()
+    return any(one.is_relative_to(target) for one in (named, real))
+
+
+def _beside(target: Path, kind: str, pid: int | str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{_HOST}-{pid}")
+
+
+def _is_other(pid: int) -> bool:
+    """Whether another process of this machine that still lives has this id."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is someone else's
+        return True
+    return True
