@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_vl.cli.worker import run_worker
 
         run_worker(lambda: _train(config), command="train", debug=args.debug)
-    from megatron_vl.training.plan import find_checkpoint, plan_run
+    from megatron_vl.training.plan import check_paths, find_checkpoint, plan_run
 
     if args.nproc_per_node is None:
         args.nproc_per_node = _processes(config)
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         )
     plan = plan_run(config, args.nproc_per_node * args.nnodes)
     find_checkpoint(plan)
+    check_paths(config)
     from megatron_vl.cli.launch import launch
 
     return launch(args.argv, **{name: getattr(args, name) for name in LAUNCH})
@@ -79,6 +80,8 @@ def _processes(config) -> int:
 
 def _train(config) -> None:
     from megatron_vl.training.loop import train
-    from megatron_vl.training.plan import plan_run
+    from megatron_vl.training.plan import check_paths, plan_run
 
+    if os.environ["RANK"] == "0":  # another launcher than ours has not looked
+        check_paths(config)
     train(plan_run(config, int(os.environ["WORLD_SIZE"])))

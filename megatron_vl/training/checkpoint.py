@@ -27,7 +27,6 @@ from megatron_vl.platform import select_platform
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, load_rank
-from megatron_vl.weights.torch_dist import read_common
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +103,6 @@ def load_checkpoint(
     with_rng = not (finetune or options.no_load_rng) and same_ranks and _holds(info, "rng_state")
     if not with_rng:
         del state["rng_state"]
-    if with_optimizer:
-        _check_optimizer(plan, info)
     loaded = dist_checkpointing.load(state, str(info.path), ("torch_dist", 1))
     for number, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)
@@ -116,7 +113,6 @@ def load_checkpoint(
         optimizer.reload_model_params()
     if finetune:
         return Resumed(iteration=0, loader_state=None)
-    _check_schedule(plan, info, scheduler, loaded["opt_param_scheduler"])
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         _set_random_state(loaded["rng_state"], info)
@@ -125,63 +121,10 @@ def load_checkpoint(
     )
 
 
-SCHEDULE = {  # of the checkpoint's schedule -> the option that sets it
-    "max_lr": "lr",
-    "min_lr": "min-lr",
-    "lr_warmup_steps": "lr-warmup-iters",
-    "lr_decay_steps": "lr-decay-iters (or train-iters, when that is not given)",
-    "lr_decay_style": "lr-decay-style",
-    "end_wd": "weight-decay",
-}
-ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
-
-
-def _check_schedule(plan: Plan, info: CheckpointInfo, scheduler, saved: dict) -> None:
-    """A resumed run keeps its schedule, unless it is told that another one is meant.
-
-    Raises:
-        InputError: it differs and `override-opt-param-scheduler` is not given.
-    """
-    if plan.config.optimizer.override_opt_param_scheduler:
-        return
-    now = scheduler.state_dict()
-    pairs = [(option, saved[key], now[key]) for key, option in SCHEDULE.items()]
-    options = read_common(info.path).get("args") or {}
-    for key in ADAM:
-        if key in options:
-            pairs.append((key.replace("_", "-"), options[key], getattr(plan.config.optimizer, key)))
-    for option, before, here in pairs:
-        if before != here:
-            raise InputError(
-                f"{info.path} was trained with {option} {before} but this run has {here}; give the "
-                f"old value, or --override-opt-param-scheduler to take the new one."
-            )
-
-
-def _check_optimizer(plan: Plan, info: CheckpointInfo) -> None:
-    """Optimizer state is laid out by the kind of optimizer, and by precision without sharding.
-
-    Raises:
-        InputError: the checkpoint's is of another kind.
-    """
-    saved = read_common(info.path).get("args") or {}
-    here = plan.config.to_dict()
-    names = ["use_distributed_optimizer"]
-    if not here["use_distributed_optimizer"]:
-        names += ["bf16", "fp16"]
-    for name in names:
-        if name in saved and saved[name] != here[name]:
-            raise InputError(
-                f"{info.path} holds the optimizer state of a run with {name.replace('_', '-')} "
-                f"{str(saved[name]).lower()} but this run has {str(here[name]).lower()}; give the "
-                f"old value, or --no-load-optim to start the optimizer anew."
-            )
-
-
 def _take_options(plan: Plan, optimizer) -> None:
     """The run's own rates in every parameter group: loading brought those of the checkpoint.
 
-    Where they may differ is checked with the schedule.
+    Where they may differ was checked with the plan.
     """
     options = plan.config.optimizer
     for group in optimizer.param_groups:

@@ -66,7 +66,6 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         )
     if config.data.train_data_path is None:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
-    _check_paths(config)
     plan = Plan(
         config=config,
         spec=spec,
@@ -112,8 +111,10 @@ def _source(config: TrainConfig) -> str | None:
     return config.checkpoint.load
 
 
-def _check_paths(config: TrainConfig) -> None:
+def check_paths(config: TrainConfig) -> None:
     """The datasets' splits, and whether what the run writes can be written.
+
+    Looks at every shard: one process does it for all.
 
     Raises:
         InputError: a dataset without the split that is read from it, or an output that cannot be.
@@ -174,12 +175,52 @@ def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:
     """What to start from, and whether it is this run's own: SAVE if it holds one, else LOAD.
 
     Raises:
-        InputError: LOAD holds no checkpoint, or one that cannot be used in this layout.
+        InputError: LOAD holds no checkpoint, or one that cannot be used in this layout or with
+            these options.
     """
     source = _source(plan.config)
     if source is None:
         return None, False
-    return _checked(plan, inspect_checkpoint(source)), source == plan.config.checkpoint.save
+    info, own = inspect_checkpoint(source), source == plan.config.checkpoint.save
+    if info.format == "torch_dist" and (own or not plan.config.checkpoint.finetune):
+        _check_options(plan.config, info)
+    return _checked(plan, info), own
+
+
+# Options of a run that its checkpoint goes on with.
+SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_decay_iters", "weight_decay",
+            "adam_beta1", "adam_beta2", "adam_eps")
+
+
+def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
+    """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule."""
+    saved, here = dict(info.args), config.to_dict()
+    for options in (saved, here):  # left out, the schedule is as long as the run
+        if options.get("lr_decay_iters") is None and "train_iters" in options:
+            options["lr_decay_iters"] = options["train_iters"]
+    if not config.optimizer.override_opt_param_scheduler:
+        for name in SCHEDULE:
+            if name in saved and saved[name] != here[name]:
+                raise InputError(
+                    f"{info.path} was trained with {_flag(name)} {saved[name]} but this run has "
+                    f"{here[name]}; give the old value, or --override-opt-param-scheduler to take "
+                    f"the new one."
+                )
+    if config.checkpoint.no_load_optim:
+        return
+    # State is laid out by the kind of optimizer and, where it is not sharded, by precision.
+    sharded = here["use_distributed_optimizer"]
+    for name in ("use_distributed_optimizer", *(() if sharded else ("bf16", "fp16"))):
+        if name in saved and saved[name] != here[name]:
+            raise InputError(
+                f"{info.path} holds the optimizer state of a run with {_flag(name)} "
+                f"{str(saved[name]).lower()} but this run has {str(here[name]).lower()}; give the "
+                f"old value, or --no-load-optim to start the optimizer anew."
+            )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _checked(plan: Plan, info: CheckpointInfo) -> CheckpointInfo:

@@ -48,6 +48,7 @@ class CheckpointInfo:
     model_type: str | None  # None if the checkpoint does not say; then config.json does
     dtype: str | None
     padded_vocab: int | None  # rows of the embedding over all TP ranks, where known
+    args: Mapping[str, Any]  # what its maker noted; a run of ours its options by their names
 
 
 def is_mcore_directory(directory: Path) -> bool:
@@ -234,7 +235,7 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
     return CheckpointInfo(
         **common, layout=Layout(tp=tp, pp=pp, vp=split.vp), split=split,
         model_type=ours.get("model_type"), dtype=ours.get("dtype"),
-        padded_vocab=_padded_vocab(stages, tp),
+        padded_vocab=_padded_vocab(stages, tp), args=args,
     )
 
 
@@ -242,13 +243,14 @@ def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
     from megatron_vl.weights.torch_dist import read_common
 
     saved = read_common(path)
-    ours = saved.get(ENTRY) or _arguments(saved.get("args")).get(ENTRY) or {}
+    args = _arguments(saved.get("args"))
+    ours = saved.get(ENTRY) or args.get(ENTRY) or {}
     sizes = ours.get("layout") or {}
     return CheckpointInfo(
         **common,
         layout=Layout(**{name: sizes.get(name, 1) for name in ("tp", "pp", "vp")}),
         split=StageSplit.from_dict(ours["split"]) if "split" in ours else None,
-        model_type=ours.get("model_type"), dtype=ours.get("dtype"), padded_vocab=None,
+        model_type=ours.get("model_type"), dtype=ours.get("dtype"), padded_vocab=None, args=args,
     )
 
 
