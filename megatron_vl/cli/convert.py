@@ -13,6 +13,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import DTYPES, VLMSpec
 from megatron_vl.parallel import Layout
+from megatron_vl.weights.map import listed
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 LAYOUT_OPTIONS = ("tp", "pp", "vp", "pp_layers", "vit_pp_layers", "first_stage_layers")
@@ -178,4 +179,4 @@ def _report(dst: Path, conversion, written, seconds: float) -> None:
     print(f"{len(conversion.files):>7} {written.tensors:>8} {written.nbytes:>16,} {seconds:>8.1f} "
           f"{rate:>6.2f} {peak / 2**20:>8.0f} MiB")
     if bad := written.not_finite:
-        print(f"warning: {len(bad)} tensor(s) hold NaN or Inf: {', '.join(bad[:4])}")
+        print(f"warning: {sum(bad.values()):,} NaN or Inf in {len(bad)} tensor(s): {listed(bad)}")

@@ -59,7 +59,7 @@ def verify(a: Path, b: Path, hf_config: Path | None, *, cast: bool, workers: int
                      for path, info in ((a, a_info), (b, b_info)))
     nbytes = sum(at.nbytes for at in first.tensors.values())
     with work.progress_bar(nbytes, "verify") as progress:
-        found = compare(first, second, weights, cast=cast, workers=workers, progress=progress)
+        found = compare(first, second, weights, tolerant=cast, workers=workers, progress=progress)
     _print(a, b, found, nbytes, time.perf_counter() - started)
     if not found.equal:
         raise CheckFailed(f"{a} and {b} do not hold the same tensors; the table says which.")
@@ -90,5 +90,5 @@ def _print(a: Path, b: Path, found, nbytes: int, seconds: float) -> None:
 
 
 def _dtypes(one) -> str:
-    names = [str(dtype).removeprefix("torch.") for dtype in one.dtypes]
+    names = [dtype.name for dtype in one.dtypes]
     return "" if names[0] == names[1] else f" ({names[0]} and {names[1]})"

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_vl.errors import InputError
 from megatron_vl.outputs import check_target, replacing
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.weights.files import TensorAt, dtype_name
+from megatron_vl.weights.dtypes import WEIGHTS, DType
+from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.hf_io import (
     copy_side_files,
     is_hf_directory,
@@ -29,7 +28,7 @@ from megatron_vl.weights.hf_io import (
 from megatron_vl.weights.map import Stored, WeightMap, rank_file
 from megatron_vl.weights.mcore_io import (
     CheckpointInfo,
-    check_shapes,
+    check_tensors,
     inspect_checkpoint,
     is_mcore_directory,
     lay_out_mcore,
@@ -46,7 +45,7 @@ class Source:
     """An opened checkpoint: what it holds and where."""
 
     inventory: list[Stored]
-    dtypes: Mapping[Ids, torch.dtype]
+    dtypes: Mapping[Ids, DType]
     tensors: Mapping[Ids, TensorAt] | None  # None when only config.json is there: plans, no weights
 
 
@@ -73,7 +72,7 @@ class Conversion:
     plan: Plan
     source: Source
     target: HFTarget | McoreTarget
-    dtypes: Mapping[Ids, torch.dtype]  # of the target's tensors
+    dtypes: Mapping[Ids, DType]  # of the target's tensors
     files: Mapping[str, Sequence[Stored]]  # of the target
 
     @property
@@ -84,7 +83,7 @@ class Conversion:
     @property
     def dtype(self) -> str:
         """Name of the target's dtype; of the widest one if it has several."""
-        return dtype_name(max(set(self.dtypes.values()), key=lambda one: (one.itemsize, str(one))))
+        return max(set(self.dtypes.values()), key=lambda one: (one.itemsize, one.name)).name
 
 
 def detect(directory: Path) -> str:
@@ -127,13 +126,13 @@ def open_source(
         inventory, tensors = open_mcore(info, weights)
     elif planned_dtype is not None and not is_hf_directory(directory):
         inventory = weights.hf_inventory()
-        dtype = getattr(torch, planned_dtype)
+        dtype = WEIGHTS[planned_dtype]
         return Source(inventory=inventory, dtypes={one.id: dtype for one in inventory},
                       tensors=None)
     else:
         files, tensors = open_hf(directory, weights.published_name)
         inventory = weights.hf_inventory(files)
-        check_shapes(inventory, tensors)
+        check_tensors(inventory, tensors)
     return Source(inventory=inventory, dtypes={one: at.dtype for one, at in tensors.items()},
                   tensors=tensors)
 
@@ -151,7 +150,7 @@ def plan_conversion(
     else:
         wanted = weights.mcore_inventory(split=target.split, tp=target.layout.tp)
     plan = make_plan(source.inventory, wanted)
-    dtypes = target_dtypes(plan, source.dtypes, getattr(torch, dtype) if dtype else None)
+    dtypes = target_dtypes(plan, source.dtypes, WEIGHTS[dtype] if dtype else None)
     if isinstance(target, HFTarget):
         files = shard(wanted, dtypes, target.max_shard_bytes)
     else:

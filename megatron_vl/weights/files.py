@@ -1,50 +1,49 @@
-"""Where a tensor's bytes lie in a file: read and written by byte range, never through a mapping.
+"""Where a tensor's bytes lie in a file: read and written by byte range.
 
 Every checkpoint format is opened once for its table of contents; from then on a tensor is a path,
-an offset, a dtype and a shape. Memory is what a caller reads at a time.
+an offset, a format and a shape. Memory is what a caller reads at a time.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
 
 from megatron_vl.errors import InputError
+from megatron_vl.weights.dtypes import DType
+from megatron_vl.weights.rules import box
 
 # Filled at once: a page fault for every few pages would take longer than the copy. Not on systems
 # that know no such flag.
 _MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+_IOV_MAX = 1024  # buffers that one call writes, at least, on every system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorAt:
-    """One contiguous tensor in a file, or, for the formats that allow no better, in memory."""
+    """One contiguous tensor in a file, or, where that is not so, an array of its bits."""
 
     path: Path
     offset: int  # bytes from the start of the file
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
-    loaded: torch.Tensor | None = None
+    loaded: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
-    def read(self, file: int | None, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-        """The box of extents `shape` at `start`, of this dtype; read only, it may be the file.
+    def read(self, file: int | None, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+        """The bits of the box of extents `shape` at `start`; read only, it may be the file.
 
         Args:
             file: descriptor of `path`, open for reading; None when `loaded`.
@@ -53,7 +52,7 @@ class TensorAt:
             InputError: the file ends before the box does.
         """
         if self.loaded is not None:
-            return self.loaded[_slices(start, shape)]
+            return self.loaded[box(start, shape)]
         span, first = self._span(start, shape)
         offset, nbytes = self.offset + first * self.dtype.itemsize, prod(span) * self.dtype.itemsize
         skip = offset % mmap.ALLOCATIONGRANULARITY
@@ -61,23 +60,24 @@ class TensorAt:
             rows = mmap.mmap(file, nbytes + skip, _MAP_FLAGS, mmap.PROT_READ, offset=offset - skip)
         except ValueError as error:
             raise InputError(f"{self.path} ends too early; copy or download it again.") from error
-        # The view keeps the mapping alive; narrower than the rows it lies in, only its own pages
-        # are read. numpy, because the bytes may start anywhere and torch wants them aligned.
-        view = np.ndarray(span, f"i{self.dtype.itemsize}", rows, skip)
+        # The view keeps the mapping alive.
+        view = np.ndarray(span, self.dtype.bits, rows, skip)
         if tuple(span) != tuple(shape):
             within = [a if n == s else 0 for a, n, s in zip(start, span, self.shape, strict=True)]
-            view = view[_slices(within, shape)]
-        if skip % self.dtype.itemsize:
-            view = view.copy()
-        return torch.from_numpy(view).view(self.dtype)
+            view = view[box(within, shape)]
+        return view
 
-    def write(self, file: int, start: Sequence[int], tensor: torch.Tensor) -> None:
-        """Writes a contiguous box of whole rows (`start` is 0 after the first dimension)."""
-        offset = self.offset + start[0] * prod(self.shape[1:]) * self.dtype.itemsize
-        view = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        done = 0
-        while done < len(view):
-            done += os.pwrite(file, view[done:], offset + done)
+    def write(self, file: int, row: int, buffers: Sequence[np.ndarray]) -> None:
+        """Writes contiguous arrays of bits one after the other, from a row on."""
+        offset = self.offset + row * prod(self.shape[1:]) * self.dtype.itemsize
+        for low in range(0, len(buffers), _IOV_MAX):
+            some = buffers[low : low + _IOV_MAX]
+            done, size = os.pwritev(file, some, offset), sum(one.nbytes for one in some)
+            if done < size:  # an interrupt, or a disk that is full: that the next write says
+                rest = memoryview(b"".join(some))
+                while done < size:
+                    done += os.pwrite(file, rest[done:], offset + done)
+            offset += size
 
     def _span(self, start: Sequence[int], shape: Sequence[int]) -> tuple[list[int], int]:
         """(extents, first element) of the smallest contiguous run that holds the box."""
@@ -91,5 +91,20 @@ class TensorAt:
         return span, first
 
 
-def _slices(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+def reserve(file: BinaryIO, size: int) -> None:
+    """Makes a file `size` bytes long, with its place on the disk taken where the system can.
+
+    Filling it is then faster, and a disk that is too small says so before anything is written.
+
+    Raises:
+        OSError: it does not fit.
+    """
+    # Not os.posix_fallocate: where a file system has no such call, that writes every block.
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if call is not None and size:
+        file.flush()
+        call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        if call(file.fileno(), 0, 0, size) and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT,
+                                                                      errno.EFBIG):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), file.name)
+    file.truncate(size)

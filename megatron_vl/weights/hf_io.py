@@ -1,7 +1,7 @@
 """Published (Hugging Face) weights: where each tensor's bytes lie, and files laid out to be filled.
 
-Reads `model.safetensors` with or without an index, sharded safetensors, and `.bin` pickles through
-torch's weights-only reader. A safetensors file is 8 bytes of header length, a JSON header and the
+Reads `model.safetensors` with or without an index, sharded safetensors, and `.bin` pickles, whose
+code is not run. A safetensors file is 8 bytes of header length, a JSON header and the
 tensors; header and file length are checked against each other before anything is read.
 """
 
@@ -12,10 +12,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from megatron_vl.errors import InputError
-from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from megatron_vl.weights.files import TensorAt, reserve
 from megatron_vl.weights.map import Stored, listed, volume
 from megatron_vl.weights.torch_file import open_torch_file
 
@@ -30,7 +29,7 @@ SIDE_FILES = (  # besides weights, what makes a directory loadable
 )
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own limit
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -162,7 +161,7 @@ def _broken(path: Path, why: str) -> str:
 
 
 def shard(
-    inventory: Sequence[Stored], dtypes: Mapping[tuple[str, str, str], torch.dtype], max_bytes: int
+    inventory: Sequence[Stored], dtypes: Mapping[tuple[str, str, str], DType], max_bytes: int
 ) -> dict[str, list[Stored]]:
     """Distributes tensors, in order, over files of at most `max_bytes` (or of one tensor)."""
     groups, filled = [[]], 0
@@ -182,7 +181,7 @@ def shard(
 def lay_out_hf(
     directory: Path,
     files: Mapping[str, Sequence[Stored]],
-    dtypes: Mapping[tuple[str, str, str], torch.dtype],
+    dtypes: Mapping[tuple[str, str, str], DType],
 ) -> dict[tuple[str, str, str], TensorAt]:
     """Writes headers and index, and reserves every file's bytes. Answers where each tensor lies."""
     tensors, total = {}, 0
@@ -198,7 +197,7 @@ def lay_out_hf(
         path, base = directory / name, 8 + len(text)
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(base + end)
+            reserve(file, base + end)
         for stored in group:
             start = header[stored.name]["data_offsets"][0]
             tensors[stored.id] = TensorAt(path=path, offset=base + start, dtype=dtypes[stored.id],

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import Stored, WeightMap, rank_file
-from megatron_vl.weights.torch_file import load_torch_file, open_torch_file
+from megatron_vl.weights.torch_dist import open_torch_dist, read_common
+from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_torch_file
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -81,11 +81,11 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
 
 def load_rank(
     checkpoint: CheckpointInfo | str | Path, tp: int, pp: int
-) -> dict[str, dict[str, torch.Tensor]]:
+) -> dict[str, dict[str, Any]]:
     """The state dicts of one rank: {"model": ..} or {"model0": .., "model1": ..}, mapped from disk.
 
-    The tensors have the shapes and names of the model's own state dict on that rank; entries that
-    are no tensors are left out.
+    The torch tensors have the shapes and names of the model's own state dict on that rank; entries
+    that are no tensors are left out.
 
     Raises:
         InputError: the checkpoint has no such rank, or is not of the torch format.
@@ -100,10 +100,10 @@ def load_rank(
             f"{info.path} was written for {info.layout}, it has no rank TP {tp} PP {pp}; convert "
             f"it again for this layout."
         )
-    loaded = load_torch_file(_rank_path(info.path, tp, pp, info.layout.pp))
+    found = open_torch_file(_rank_path(info.path, tp, pp, info.layout.pp))
     return {
-        part: {name: one for name, one in loaded[part].items() if isinstance(one, torch.Tensor)}
-        for part in _parts(loaded)
+        part: {name: map_tensor(at) for name, at in found[part].items() if isinstance(at, TensorAt)}
+        for part in _parts(found)
     }
 
 
@@ -116,9 +116,6 @@ def open_mcore(
         InputError: gaps, surpluses or wrong shapes, named.
     """
     if info.format == "torch_dist":
-        # Imported here: torch.distributed.checkpoint takes seconds and only this format needs it.
-        from megatron_vl.weights.torch_dist import open_torch_dist
-
         return open_torch_dist(info.path, weights)
     tensors = {}
     for stage in range(info.layout.pp):
@@ -134,20 +131,25 @@ def open_mcore(
     )
     weights.match_mcore(inventory, tensors)
     inventory = [stored for stored in inventory if stored.id in tensors]
-    check_shapes(inventory, tensors)
+    check_tensors(inventory, tensors)
     return inventory, {stored.id: tensors[stored.id] for stored in inventory}
 
 
-def check_shapes(
+def check_tensors(
     inventory: Sequence[Stored], tensors: Mapping[tuple[str, str, str], TensorAt]
 ) -> None:
-    """Whether every tensor has the shape the inventory says.
+    """Whether every tensor has the shape the inventory says, and numbers that can be converted.
 
     Raises:
         InputError: one has not.
     """
     for stored in inventory:
-        shape = tensors[stored.id].shape
+        shape, dtype = tensors[stored.id].shape, tensors[stored.id].dtype
+        if dtype not in WEIGHTS.values():
+            raise InputError(
+                f"{stored} has dtype {dtype}; only {', '.join(WEIGHTS)} are supported, convert it "
+                f"first."
+            )
         if shape != stored.shape:
             raise InputError(
                 f"{stored} has shape {list(shape)} but config.json and the layout ask for "
@@ -158,7 +160,7 @@ def check_shapes(
 def lay_out_mcore(
     root: Path,
     files: Mapping[str, Sequence[Stored]],
-    dtypes: Mapping[tuple[str, str, str], torch.dtype],
+    dtypes: Mapping[tuple[str, str, str], DType],
     args: Mapping[str, Any],
 ) -> dict[tuple[str, str, str], TensorAt]:
     """Writes every rank's file with room for its tensors; answers where each of them lies."""
@@ -167,16 +169,14 @@ def lay_out_mcore(
     for file, group in files.items():
         path = root / RELEASE / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
-        # Memory that nobody touches is none.
-        with torch.serialization.skip_data():
-            for part in parts:  # a chunk without weights has its entry too
-                content[part] = {one.name: torch.empty(one.shape, dtype=dtypes[one.id])
-                                 for one in group if one.part == part}
-            torch.save(content, path)
-        del content
-        placed = open_torch_file(path)
-        tensors |= {one.id: placed[one.part][one.name] for one in group}
+        places = lay_out_torch_file(
+            path,
+            {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 0},
+            # A chunk without weights has its entry too.
+            {part: {one.name: (dtypes[one.id], one.shape) for one in group if one.part == part}
+             for part in parts},
+        )
+        tensors |= {one.id: places[one.part, one.name] for one in group}
     (root / LATEST).write_text(RELEASE)
     return tensors
 
@@ -240,8 +240,6 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
 
 
 def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
-    from megatron_vl.weights.torch_dist import read_common
-
     saved = read_common(path)
     args = _arguments(saved.get("args"))
     ours = saved.get(ENTRY) or args.get(ENTRY) or {}

@@ -7,25 +7,31 @@ and the target's files were laid out before, so a chunk goes straight to its pla
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from megatron_vl.errors import InputError
+from megatron_vl.weights.dtypes import DType, cast, not_finite
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import volume
 from megatron_vl.weights.plan import Op, Plan, TensorPlan, Twin
 from megatron_vl.weights.rules import box
 
-# Bytes of target and of source that one worker holds at a time. Small enough that the allocator
-# hands the same pages out again: fresh ones would cost more than the copy.
-CHUNK = 8 * 2**20
+# Bytes a worker looks at and writes at a time: small enough to be in the processor's cache still
+# when they are written.
+CHUNK = 2**20
+BUFFER = 4096  # bytes from which on pieces are written as they are; shorter ones are joined
+SPAN = 32 * 2**20  # bytes a worker maps at a time: mapping every chunk would cost more than copying
 
 Tensors = Mapping[tuple[str, str, str], TensorAt]
+Run = tuple[int, int, Sequence[Op]]  # first row, end, the slices that write them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,12 +40,12 @@ class Written:
 
     tensors: int
     nbytes: int
-    not_finite: tuple[str, ...]  # names of the target's tensors that hold NaN or Inf
+    not_finite: Mapping[str, int]  # NaN and Inf in tensors of the target, by name
 
 
 def target_dtypes(
-    plan: Plan, source: Mapping[tuple[str, str, str], torch.dtype], dtype: torch.dtype | None
-) -> dict[tuple[str, str, str], torch.dtype]:
+    plan: Plan, source: Mapping[tuple[str, str, str], DType], dtype: DType | None
+) -> dict[tuple[str, str, str], DType]:
     """The dtype of every tensor of the target: `dtype`, or the one its sources have.
 
     Raises:
@@ -49,7 +55,7 @@ def target_dtypes(
     for one in plan.tensors:
         found = {source[op.source.id] for op in one.ops}
         if dtype is None and len(found) > 1:
-            names = ", ".join(sorted(str(name).removeprefix("torch.") for name in found))
+            names = ", ".join(sorted(one.name for one in found))
             raise InputError(
                 f"{one.target.name} would join tensors of dtypes {names}; pass --dtype to cast."
             )
@@ -80,9 +86,23 @@ def run_plan(
                                  strict=True):
             if differs:
                 raise InputError(f"{twin_differs(twin)}; use another checkpoint.")
-        bad = [name for name in in_threads(run.tensor, plan.tensors, workers) if name]
+        parts = _alternating((one, rows) for one in plan.tensors for rows in run.runs(one))
+        counts = in_threads(lambda part: run.write(*part), parts, workers)
+    bad: dict[str, int] = {}
+    for (one, _), count in zip(parts, counts, strict=True):
+        if count:
+            bad[one.target.name] = bad.get(one.target.name, 0) + count
     nbytes = sum(at.nbytes for at in target.values())
-    return Written(tensors=len(plan.tensors), nbytes=nbytes, not_finite=tuple(bad))
+    return Written(tensors=len(plan.tensors), nbytes=nbytes, not_finite=bad)
+
+
+def _alternating(parts: Iterable[tuple[TensorPlan, Run]]) -> list[tuple[TensorPlan, Run]]:
+    """One of each file in turn: a file takes one write at a time, whoever writes."""
+    by_file: dict[str, list] = defaultdict(list)
+    for part in parts:
+        by_file[part[0].target.file].append(part)
+    rounds = itertools.zip_longest(*by_file.values())
+    return [part for one in rounds for part in one if part is not None]
 
 
 def in_threads(work: Callable, items: Iterable, workers: int) -> list:
@@ -93,6 +113,13 @@ def in_threads(work: Callable, items: Iterable, workers: int) -> list:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _same(one: np.ndarray, two: np.ndarray) -> bool:
+    """np.array_equal, eight bytes at a time where that is possible."""
+    if one.flags.c_contiguous and two.flags.c_contiguous and one.nbytes % 8 == 0:
+        one, two = one.reshape(-1).view("u8"), two.reshape(-1).view("u8")
+    return np.array_equal(one, two)
 
 
 def twin_differs(twin: Twin) -> str:
@@ -114,6 +141,45 @@ class _Files:
         return self._open.get(path)
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows of a tensor as the boxes they were read in; what no box covers is zero."""
+
+    first: int  # row
+    shape: tuple[int, ...]
+    dtype: DType
+    pieces: tuple[tuple[tuple[int, ...], np.ndarray], ...]  # (where in the chunk, bits)
+
+    @property
+    def nbytes(self) -> int:
+        return volume(self.shape) * self.dtype.itemsize
+
+    def assembled(self) -> np.ndarray:
+        """The bits as one array."""
+        if self._is_covered() and len(self.pieces) == 1:
+            return self.pieces[0][1]
+        bits = (np.empty if self._is_covered() else np.zeros)(self.shape, self.dtype.bits)
+        for at, one in self.pieces:
+            bits[box(at, one.shape)] = one
+        return bits
+
+    def buffers(self) -> list[np.ndarray]:
+        """The bits in order, contiguous each: as they were read, if the pieces are long enough."""
+        bits = [one for _, one in sorted(self.pieces, key=lambda piece: piece[0])]
+        width = self.shape[1:]
+        if self._is_covered():
+            if (all(one.shape[1:] == width and one.flags.c_contiguous for one in bits)
+                    and self.nbytes >= len(bits) * BUFFER):
+                return bits
+            if (len(width) == 1 and all(len(one) == self.shape[0] for one in bits)
+                    and min(one.nbytes for one in bits) >= self.shape[0] * BUFFER):
+                return [row for rows in zip(*bits, strict=True) for row in rows]
+        return [np.ascontiguousarray(self.assembled())]
+
+    def _is_covered(self) -> bool:
+        return sum(one.size for _, one in self.pieces) == volume(self.shape)
+
+
 class Reader:
     """Puts published tensors, or any others a plan describes, together from a checkpoint.
 
@@ -132,37 +198,39 @@ class Reader:
         return max((volume(at.shape[1:]) * at.dtype.itemsize for at in tensors), default=0)
 
     def chunks(
-        self, plan: TensorPlan, dtype: torch.dtype, row_bytes: int
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of the tensor `plan` makes, so many that they fill CHUNK."""
-        shape = plan.target.shape
-        for low, high in _chunks(shape[0], row_bytes):
-            ops = [clip for op in plan.ops if (clip := _clip(op, low, high))]
-            rows = (high - low, *shape[1:])
-            if len(ops) == 1 and ops[0].shape == rows:
-                yield low, self._read(ops[0]).to(dtype)
-                continue
-            covered = sum(volume(op.shape) for op in ops) == volume(rows)
-            chunk = (torch.empty if covered else torch.zeros)(rows, dtype=dtype)
-            for op in ops:
-                chunk[box((op.at[0] - low, *op.at[1:]), op.shape)] = self._read(op)
-            yield low, chunk
+        self, plan: TensorPlan, run: Run, dtype: DType, row_bytes: int
+    ) -> Iterator[Chunk]:
+        """A run of rows of the tensor `plan` makes, about CHUNK bytes at a time."""
+        start, stop, ops = run
+        parts = [(op, self._read(op)) for one in ops if (op := _clip(one, start, stop))]
+        for first, last in chunks(start, stop, row_bytes, CHUNK):
+            pieces = []
+            for op, bits in parts:
+                low, high = max(op.at[0], first), min(op.at[0] + op.shape[0], last)
+                if low < high:
+                    rows = bits[low - op.at[0] : high - op.at[0]]
+                    pieces.append(((low - first, *op.at[1:]),
+                                   cast(rows, self.source[op.source.id].dtype, dtype)))
+            yield Chunk(first, (last - first, *plan.target.shape[1:]), dtype, tuple(pieces))
 
     def differ(self, twin: Twin) -> bool:
         """Whether two copies in the checkpoint are not the same bits."""
         first, second = self.source[twin.first.id], self.source[twin.second.id]
+        if first.dtype != second.dtype:
+            return True
         row = max(at.nbytes // at.shape[0] for at in (first, second))
-        for low, high in _chunks(twin.shape[0], row):
+        for low, high in chunks(0, twin.shape[0], row, SPAN):
             shape = (high - low, *twin.shape[1:])
             one, two = (
                 self._read(Op(stored, _down(at, low, len(shape)), (), shape))
                 for stored, at in ((twin.first, twin.first_at), (twin.second, twin.second_at))
             )
-            if not torch.equal(_bits(one), _bits(two)):
+            if any(not _same(one[a:b], two[a:b])
+                   for a, b in chunks(0, high - low, row, CHUNK)):
                 return True
         return False
 
-    def _read(self, op: Op) -> torch.Tensor:
+    def _read(self, op: Op) -> np.ndarray:
         at = self.source[op.source.id]
         front = len(op.start) - len(op.shape)
         shape = (*(1,) * front, *op.shape)
@@ -173,21 +241,54 @@ class _Run:
     def __init__(self, reader: Reader, target: Tensors, files: _Files, progress) -> None:
         self.reader, self.target, self.files, self.progress = reader, target, files, progress
 
-    def tensor(self, plan: TensorPlan) -> str | None:
-        """Writes one tensor; answers its name if it holds NaN or Inf."""
+    def row_bytes(self, plan: TensorPlan) -> int:
         at = self.target[plan.target.id]
-        file, finite = self.files(at.path), True
-        row_bytes = max(self.reader.row_bytes(plan), volume(at.shape[1:]) * at.dtype.itemsize)
-        for low, chunk in self.reader.chunks(plan, at.dtype, row_bytes):
-            finite = finite and _is_finite(chunk)
-            at.write(file, (low,), chunk)
+        return max(self.reader.row_bytes(plan), volume(at.shape[1:]) * at.dtype.itemsize)
+
+    def runs(self, plan: TensorPlan) -> Iterator[Run]:
+        """The tensor's rows, in parts that a worker takes."""
+        row_bytes = self.row_bytes(plan)
+        for low, high, ops in _runs(plan, row_bytes):
+            for start, stop in chunks(low, high, row_bytes, SPAN):
+                yield start, stop, ops
+
+    def write(self, plan: TensorPlan, run: Run) -> int:
+        """Writes some rows of a tensor; answers how many NaN or Inf they hold."""
+        at, bad = self.target[plan.target.id], 0
+        file = self.files(at.path)
+        for chunk in self.reader.chunks(plan, run, at.dtype, self.row_bytes(plan)):
+            bad += sum(not_finite(bits, at.dtype) for _, bits in chunk.pieces)
+            at.write(file, chunk.first, chunk.buffers())
             self.progress(chunk.nbytes)
-        return None if finite else plan.target.name
+        return bad
 
 
-def _chunks(rows: int, row_bytes: int):
-    step = max(1, CHUNK // max(1, row_bytes))
-    return ((low, min(low + step, rows)) for low in range(0, rows, step))
+def _runs(plan: TensorPlan, row_bytes: int) -> Iterator[Run]:
+    """The target's rows, cut where another slice begins.
+
+    So that rows that lie in one piece in the source are not put together but handed on. Runs of
+    less than a chunk are joined.
+    """
+    ops = sorted(plan.ops, key=lambda op: op.at[0])
+    cuts = sorted({0, plan.target.shape[0], *(op.at[0] for op in ops),
+                   *(op.at[0] + op.shape[0] for op in ops)})
+    low = taken = 0
+    for high, following in zip(cuts[1:], [*cuts[2:], None], strict=True):
+        if following is not None and (following - low) * row_bytes <= CHUNK:
+            continue
+        last = taken
+        while last < len(ops) and ops[last].at[0] < high:
+            last += 1
+        yield low, high, ops[taken:last]
+        while taken < len(ops) and ops[taken].at[0] + ops[taken].shape[0] <= high:
+            taken += 1
+        low = high
+
+
+def chunks(start: int, stop: int, row_bytes: int, size: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) in parts of at most `size` bytes, or of one row."""
+    step = max(1, size // max(1, row_bytes))
+    return ((low, min(low + step, stop)) for low in range(start, stop, step))
 
 
 def _clip(op: Op, low: int, high: int) -> Op | None:
@@ -207,16 +308,3 @@ def _down(start: tuple[int, ...], rows: int, dims: int) -> tuple[int, ...]:
     """`start` moved by `rows` on the first of the last `dims` dimensions."""
     front = len(start) - dims
     return (*start[:front], start[front] + rows, *start[front + 1 :])
-
-
-def _is_finite(chunk: torch.Tensor) -> bool:
-    # A sum is NaN or Inf if an element is; only then is it worth looking at each. float16 would
-    # overflow, so it is added up in float32; the others take torch's faster way.
-    wide = torch.float32 if chunk.dtype == torch.float16 else None
-    return bool(torch.isfinite(chunk.sum(dtype=wide))) or bool(torch.isfinite(chunk).all())
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-

@@ -1,51 +1,56 @@
 """Reads the weights of a `torch_dist` checkpoint (megatron.core.dist_checkpointing) by byte range.
 
 `.metadata` is a pickle of torch.distributed.checkpoint's table: the global tensors, the chunks each
-is cut into, and the file and byte range of every chunk. It is read by an unpickler that knows those
-classes only; any other name becomes an `Opaque` and nothing is called. A chunk is a torch.save
-file inside a `.distcp` file, opened like any other. No process group, no Megatron-Core.
+is cut into, and the file and byte range of every chunk. It is read as data, so nothing in it is
+called. A chunk is a torch.save file inside a `.distcp` file, opened like any other. No torch, no
+process group, no Megatron-Core.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-import io
-import pickle
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint import filesystem, metadata, planner
-
 from megatron_vl.errors import InputError
+from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.inert_pickle import Unpickler
 from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.rules import Piece
-from megatron_vl.weights.torch_file import Opaque, load_torch_file, noting_offsets, storage_offset
+from megatron_vl.weights.torch_file import BROKEN, Section, open_torch_file, read_archive
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
-_CLASSES = {
-    ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
-    for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
-                 "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
-    if hasattr(metadata, name)
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    ("torch.distributed.checkpoint.planner", "WriteItemType"): planner.WriteItemType,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-}
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # (start, extents)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return _CLASSES.get((module, name), Opaque)
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One global tensor."""
+
+    dtype: str  # torch's name
+    size: tuple[int, ...]
+    chunks: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The bytes of one chunk."""
+
+    file: str
+    offset: int
+    length: int
+    plain: bool  # neither compressed nor changed in another way
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    entries: Mapping[str, _Entry]
+    places: Mapping[tuple[str, tuple[int, ...]], _Range]  # of (name, a chunk's start)
 
 
 def read_common(path: Path) -> dict:
@@ -53,11 +58,11 @@ def read_common(path: Path) -> dict:
     common = path / "common.pt"
     if not common.is_file():
         return {}
-    found = load_torch_file(common, mmap=False)
+    found = open_torch_file(common)
     return found if isinstance(found, dict) else {}
 
 
-def read_metadata(path: Path) -> metadata.Metadata:
+def _read_table(path: Path) -> _Table:
     """The table of contents of a checkpoint's directory.
 
     Raises:
@@ -66,13 +71,27 @@ def read_metadata(path: Path) -> metadata.Metadata:
     file = path / ".metadata"
     try:
         with file.open("rb") as opened:
-            table = _MetadataUnpickler(opened).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError,
-            IndexError, KeyError) as error:
-        raise InputError(f"{file} is unreadable ({error}); copy the checkpoint again.") from error
-    if not isinstance(table, metadata.Metadata) or not isinstance(table.storage_data, dict):
-        raise InputError(f"{file} is not a table of contents; copy the checkpoint again.")
-    return table
+            table = Unpickler(opened).load()
+        return _Table(
+            {name: _Entry(
+                _dtype(entry.properties), tuple(entry.size),
+                tuple((tuple(one.offsets), tuple(one.sizes)) for one in entry.chunks),
+            ) for name, entry in table.state_dict_metadata.items() if hasattr(entry, "chunks")},
+            {(index.fqn, tuple(index.offset)): _Range(
+                str(place.relative_path), int(place.offset), int(place.length),
+                not getattr(place, "transform_descriptors", None),
+            ) for index, place in table.storage_data.items() if getattr(index, "offset", None)
+                is not None},
+        )
+    except BROKEN as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"{file} is unreadable ({reason}); copy the checkpoint again.") from error
+
+
+def _dtype(properties: Any) -> str:
+    """TensorProperties pickles itself as a tuple that begins with the dtype."""
+    dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
+    return dtype.__name__
 
 
 def open_torch_dist(
@@ -85,31 +104,34 @@ def open_torch_dist(
     Raises:
         InputError: gaps, surpluses, wrong shapes or missing files, named.
     """
-    table = read_metadata(path)
-    entries = {
-        name: entry for name, entry in table.state_dict_metadata.items()
-        if isinstance(entry, metadata.TensorStorageMetadata) and not name.startswith(NOT_WEIGHTS)
-    }
-    inventory = weights.global_inventory({name: tuple(e.size) for name, e in entries.items()})
+    table = _read_table(path)
+    entries = {name: entry for name, entry in table.entries.items()
+               if not name.startswith(NOT_WEIGHTS)}
+    inventory = weights.global_inventory({name: e.size for name, e in entries.items()})
     chunks: dict[tuple[str, tuple[int, ...]], list[Piece]] = {}
-    sizes_of = {name: dict(_chunk_boxes(entry)) for name, entry in entries.items()}
-    near = functools.cache(lambda name: _Near(entries[name]))
+    sizes_of = {name: dict(entry.chunks) for name, entry in entries.items()}
+    near = functools.cache(lambda name: _Near(entries[name].chunks))
     for stored in inventory:
         entry = entries[stored.name]
-        if tuple(entry.size) != stored.shape:
+        if entry.size != stored.shape:
             raise InputError(
                 f"{path}: {stored.name} has shape {list(entry.size)} but config.json asks for "
                 f"{list(stored.shape)}; use the config.json the checkpoint was made with."
+            )
+        if entry.dtype not in WEIGHTS:
+            raise InputError(
+                f"{path}: {stored.name} has dtype {entry.dtype}; only {', '.join(WEIGHTS)} are "
+                f"supported, convert it first."
             )
         for piece in stored.pieces:
             for offsets, sizes in near(stored.name)(piece):
                 if clipped := _clip(piece, offsets, sizes):
                     chunks.setdefault((stored.name, offsets), []).append(clipped)
-    opened = _Chunks(path, table)
+    opened = _Chunks(path, table.places)
     stored_chunks, tensors = [], {}
     for (name, offsets), pieces in chunks.items():
         sizes = sizes_of[name][offsets]
-        file, at = opened(name, offsets, sizes, entries[name].properties.dtype)
+        file, at = opened(name, offsets, sizes, WEIGHTS[entries[name].dtype])
         one = Stored(file=file, part="", name=f"{name}@{','.join(map(str, offsets))}", shape=sizes,
                      pieces=tuple(pieces))
         stored_chunks.append(one)
@@ -117,19 +139,15 @@ def open_torch_dist(
     return stored_chunks, tensors
 
 
-def _chunk_boxes(entry: metadata.TensorStorageMetadata):
-    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
-
-
 class _Near:
     """The chunks that may hold part of a piece; of stacked layers, those of the piece's layer."""
 
-    def __init__(self, entry: metadata.TensorStorageMetadata) -> None:
+    def __init__(self, chunks: tuple[Box, ...]) -> None:
         self.by_first = collections.defaultdict(list)
-        for offsets, sizes in _chunk_boxes(entry):
+        for offsets, sizes in chunks:
             self.by_first[offsets[0] if sizes[0] == 1 else None].append((offsets, sizes))
 
-    def __call__(self, piece: Piece) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def __call__(self, piece: Piece) -> list[Box]:
         if len(piece.at) == len(piece.shape):
             return [one for some in self.by_first.values() for one in some]
         return self.by_first[piece.at[0]] + self.by_first[None]
@@ -155,64 +173,27 @@ def _clip(piece: Piece, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Pie
 class _Chunks:
     """Finds where a chunk's numbers start inside its `.distcp` file."""
 
-    def __init__(self, path: Path, table: metadata.Metadata) -> None:
-        self.path = path
-        self.places = {
-            (index.fqn, tuple(index.offset)): info for index, info in table.storage_data.items()
-            if index.offset is not None
-        }
+    def __init__(self, path: Path, places: Mapping[tuple[str, tuple[int, ...]], _Range]) -> None:
+        self.path, self.places = path, places
         self.open = functools.cache(lambda file: file.open("rb"))
 
     def __call__(
-        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: DType
     ) -> tuple[str, TensorAt]:
         place = self.places.get((name, offsets))
-        if place is None or getattr(place, "transform_descriptors", None):
+        if place is None or not place.plain:
             raise InputError(
                 f"{self.path}: .metadata gives no plain place for {name}; copy the checkpoint "
                 f"again, or save it without compression."
             )
-        file = self.path / place.relative_path
+        file = self.path / place.file
         if not file.is_file() or file.stat().st_size < place.offset + place.length:
             raise InputError(f"{file} is missing or cut short; copy the checkpoint again.")
-        view = _View(self.open(file), place.offset, place.length)
+        section = Section(self.open(file), place.offset, place.length)
         try:
-            with noting_offsets():
-                tensor = torch.load(view, weights_only=True, map_location="meta")
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            at = read_archive(section, file, place.offset)
+        except BROKEN as error:
             raise InputError(f"{file} is broken at {name}; copy the checkpoint again.") from error
-        if tuple(tensor.shape) != sizes or tensor.dtype != dtype or not tensor.is_contiguous():
+        if not isinstance(at, TensorAt) or (at.shape, at.dtype) != (sizes, dtype):
             raise InputError(f"{file}: {name} is not what .metadata says; copy it again.")
-        within = tensor.storage_offset() * tensor.element_size()
-        offset = place.offset + storage_offset(tensor) + within
-        return place.relative_path, TensorAt(path=file, offset=offset, dtype=dtype, shape=sizes)
-
-
-class _View(io.RawIOBase):
-    """Bytes [offset, offset + length) of an open file, as a file."""
-
-    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
-        super().__init__()
-        self.file, self.offset, self.length, self.at = file, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, to: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
-        self.at = base + to
-        return self.at
-
-    def readinto(self, buffer) -> int:
-        self.file.seek(self.offset + self.at)
-        wanted = min(len(buffer), max(0, self.length - self.at))
-        got = self.file.readinto(memoryview(buffer)[:wanted])
-        self.at += got
-        return got
-
+        return place.file, at

@@ -1,51 +1,45 @@
-"""torch.save files opened for their table of contents: no tensor is read, no pickled code is run.
+"""torch.save files without torch: opened for their table of contents, and laid out to be filled.
 
-torch's weights-only reader builds tensors and plain containers and refuses every other class. What
-other tools put next to the weights (enums, numpy state) is replaced by `Opaque` under its own name,
-so it is carried and never called.
+Such a file is a zip archive of uncompressed records, all under one folder: `data.pkl`, a pickle of
+the objects in which every storage is a persistent id, `data/N`, the bytes of storage N, and
+`version`. The pickle is read as data (`inert_pickle`), so no code of a checkpoint runs. The bytes
+are little-endian and start at a multiple of 64, as torch writes them, so that they can be mapped.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import functools
 import io
+import mmap
+import pickle
+import struct
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+import numpy as np
 
 from megatron_vl.errors import InputError
-from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.dtypes import DType
+from megatron_vl.weights.files import TensorAt, reserve
+from megatron_vl.weights.inert_pickle import Unpickler
 
-
-class Opaque:
-    """Stands for an object of a class that is not a weight; it keeps nothing."""
-
-    def __new__(cls, *_args, **_kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *_args, **_kwargs) -> None:
-        pass
-
-    def __setstate__(self, _state) -> None:
-        pass
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def load_torch_file(path: Path, *, mmap: bool = True) -> Any:
-    """The file's content with tensors mapped from disk.
-
-    Raises:
-        InputError: the file is missing, cut short or no torch file.
-    """
-    return _load(path, mmap=mmap and zipfile.is_zipfile(path))
+_DTYPES = {  # torch's storage classes
+    "DoubleStorage": DType("float64", 8), "FloatStorage": DType("float32", 4),
+    "HalfStorage": DType("float16", 2), "BFloat16Storage": DType("bfloat16", 2),
+    "LongStorage": DType("int64", 8), "IntStorage": DType("int32", 4),
+    "ShortStorage": DType("int16", 2), "CharStorage": DType("int8", 1),
+    "ByteStorage": DType("uint8", 1), "BoolStorage": DType("bool", 1),
+}
+_STORAGES = {dtype.name: storage for storage, dtype in _DTYPES.items()}
+_ALIGNMENT = 64  # bytes; torch.serialization's storage_alignment
+BROKEN = (  # what reading a file that is none of torch's may raise
+    zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, AttributeError, TypeError,
+    ValueError, IndexError, KeyError, ImportError, OverflowError, RecursionError, MemoryError,
+    struct.error,
+)
 
 
 def open_torch_file(path: Path) -> Any:
@@ -56,73 +50,309 @@ def open_torch_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise InputError(f"{path} is missing; copy it again.")
-    if not zipfile.is_zipfile(path):
-        return _located(_load(path), None, path)  # torch's format before 1.6 has no places
-    with noting_offsets():
-        placed = _load(path, map_location="meta")
-    # Tensors that are no contiguous run of bytes are rare; only for them the file is mapped.
-    return _located(placed, functools.cache(lambda: _load(path, mmap=True)), path)
-
-
-def noting_offsets() -> contextlib.AbstractContextManager:
-    """Loads onto the meta device in here read no numbers but note where they lie."""
-    if _meta_loads_note_offsets():
-        return contextlib.nullcontext()
-    # Imported here: it takes seconds, and only older torch needs it.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()
-
-
-@functools.cache
-def _meta_loads_note_offsets() -> bool:
-    """Torch 2.8, and no doubt others before 2.13, note offsets for fake tensors alone."""
-    file = io.BytesIO()
-    torch.save(torch.zeros(1), file)
-    file.seek(0)
-    return storage_offset(torch.load(file, weights_only=True, map_location="meta")) is not None
-
-
-def storage_offset(tensor: torch.Tensor) -> int | None:
-    """Where a tensor's storage starts in the file; noted by a load in `noting_offsets`."""
-    return tensor.untyped_storage()._checkpoint_offset
-
-
-def _load(path: Path, **options) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path} is missing; copy it again.")
     try:
-        stubs = [(Opaque, name) for name in _unknown(path)]
-        with safe_globals([argparse.Namespace, *stubs]):
-            return torch.load(path, **{"map_location": "cpu", "weights_only": True, **options})
-    except Exception as error:
-        # torch raises many types for a broken file; all mean the same to the person who has it.
+        if not zipfile.is_zipfile(path):
+            return _located(_load_old(path), path)
+        with path.open("rb") as file:
+            return read_archive(file, path)
+    except BROKEN as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"{path} cannot be read as a torch file ({reason}); copy or download it again."
         ) from error
 
 
-def _unknown(path: Path) -> list[str]:
-    if not zipfile.is_zipfile(path):
-        return []
-    names = get_unsafe_globals_in_checkpoint(path)
-    return [name for name in names if name != "argparse.Namespace"]
+def read_archive(file: BinaryIO, path: Path, offset: int = 0) -> Any:
+    """As `open_torch_file`, of an archive that starts at `offset` of `path`; `file` is its bytes.
+
+    Raises:
+        BROKEN: it is no archive of torch's.
+    """
+    with zipfile.ZipFile(file) as archive:
+        found = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(found) != 1:
+            raise zipfile.BadZipFile("it has no data.pkl")
+        folder = found[0].removesuffix("data.pkl")
+        if f"{folder}byteorder" in archive.namelist():
+            order = archive.read(f"{folder}byteorder")
+            if order != b"little":
+                raise zipfile.BadZipFile("it was written by a big-endian machine")
+        return _Contents(archive, file, folder, path, offset).load(found[0])
 
 
-def _located(value: Any, real: Callable[[], Any] | None, path: Path) -> Any:
-    """`value` with places for tensors; `real` opens the same content with true tensors."""
-    if isinstance(value, dict):
-        return {
-            key: _located(one, real and (lambda key=key: real()[key]), path)
-            for key, one in value.items()
+def map_tensor(at: TensorAt):
+    """The tensor as torch's, mapped from the file; writing to it does not change the file."""
+    import torch
+
+    dtype = getattr(torch, at.dtype.name)
+    if at.loaded is not None:
+        signed = np.ascontiguousarray(at.loaded).view(f"i{at.dtype.itemsize}")
+        return torch.from_numpy(signed).view(dtype)
+    if at.nbytes == 0:
+        return torch.empty(at.shape, dtype=dtype)
+    with at.path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    count = at.nbytes // at.dtype.itemsize
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=at.offset).reshape(at.shape)
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: DType
+    offset: int  # in the file
+    numel: int
+
+
+class _Contents:
+    """What the names in data.pkl stand for."""
+
+    def __init__(
+        self, archive: zipfile.ZipFile, file: BinaryIO, folder: str, path: Path, offset: int
+    ) -> None:
+        self.archive, self.file, self.folder = archive, file, folder
+        self.path, self.offset = path, offset
+
+    def load(self, name: str) -> Any:
+        known = {
+            ("torch._utils", "_rebuild_tensor"): self._tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): self._parameter,
+            ("torch._utils", "_rebuild_parameter_with_state"): self._parameter,
         }
+        with self.archive.open(name) as pickled:
+            return Unpickler(io.BytesIO(pickled.read()), known, self._storage).load()
+
+    def _storage(self, pid: Any) -> _Storage:
+        kind, storage, key, _device, numel = pid
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"it refers to {kind!r}")
+        # A kind of numbers that is not known here may be carried but not converted.
+        name = storage.__name__
+        dtype = _DTYPES.get(name) or DType(name.removesuffix("Storage").lower(), 1)
+        info = self.archive.getinfo(f"{self.folder}data/{key}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
+        if name in _DTYPES and numel * dtype.itemsize > info.file_size:
+            raise zipfile.BadZipFile(f"its record {info.filename} is too short")
+        self.file.seek(info.header_offset)
+        header = self.file.read(30)
+        name_length, extra_length = struct.unpack("<2H", header[26:30])
+        start = info.header_offset + 30 + name_length + extra_length
+        return _Storage(dtype, self.offset + start, numel)
+
+    def _tensor(self, storage: _Storage, first: int, shape: tuple, strides: tuple,
+                *_rest: Any) -> TensorAt:
+        numbers = (first, *shape, *strides)
+        if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise pickle.UnpicklingError("it holds a tensor of an impossible shape")
+        last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if 0 not in shape and last >= storage.numel:
+            raise pickle.UnpicklingError("it holds a tensor that is larger than its storage")
+        dtype, offset = storage.dtype, storage.offset + first * storage.dtype.itemsize
+        if _contiguous(shape, strides):
+            return TensorAt(path=self.path, offset=offset, dtype=dtype, shape=tuple(shape))
+        # Rare, and no byte range: mapped, so that reading it still reads only what is asked for.
+        flat = np.memmap(self.path, dtype.bits, "r", offset, (last - first + 1,))
+        view = np.lib.stride_tricks.as_strided(
+            flat, shape, [s * dtype.itemsize for s in strides], writeable=False
+        )
+        return TensorAt(path=self.path, offset=offset, dtype=dtype, shape=tuple(shape), loaded=view)
+
+    def _parameter(self, data: TensorAt, *_rest: Any) -> TensorAt:
+        return data
+
+
+def _contiguous(shape: tuple, strides: tuple) -> bool:
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return 0 in shape
+        step *= size
+    return True
+
+
+def _load_old(path: Path) -> Any:
+    """torch's format before 1.6, which is no archive: read whole, by torch."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _located(value: Any, path: Path) -> Any:
+    """`value` with a `TensorAt` for every torch tensor."""
+    import torch
+
+    if isinstance(value, dict):
+        return {key: _located(one, path) for key, one in value.items()}
     if not isinstance(value, torch.Tensor):
         return value
-    shape = tuple(value.shape)
-    if real is not None and value.is_contiguous():
-        start = storage_offset(value)
-        return TensorAt(path=path, offset=start + value.storage_offset() * value.element_size(),
-                        dtype=value.dtype, shape=shape)
-    loaded = value if real is None else real()
-    return TensorAt(path=path, offset=0, dtype=value.dtype, shape=shape, loaded=loaded)
+    value = value.detach()
+    dtype = DType(str(value.dtype).removeprefix("torch."), value.element_size())
+    bits = value.contiguous().view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy()
+    return TensorAt(path=path, offset=0, dtype=dtype, shape=tuple(value.shape),
+                    loaded=bits.view(dtype.bits))
+
+
+class Section(io.RawIOBase):
+    """Bytes [offset, offset + length) of an open file, as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        super().__init__()
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, to: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
+        if base + to < 0:
+            raise OSError("before the start")
+        self.at = base + to
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        self.file.seek(self.offset + self.at)
+        wanted = min(len(buffer), max(0, self.length - self.at))
+        got = self.file.readinto(memoryview(buffer)[:wanted])
+        self.at += got
+        return got
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+Tables = Mapping[str, Mapping[str, tuple[DType, tuple[int, ...]]]]
+
+
+def lay_out_torch_file(
+    path: Path, plain: Mapping[str, Any], tables: Tables
+) -> dict[tuple[str, str], TensorAt]:
+    """Writes a file that torch.load reads, with room in place of its tensors' bytes.
+
+    Its content is a dict of `plain`'s entries (containers, numbers, text, an argparse.Namespace)
+    and of one dict of tensors for each table: name -> (dtype, shape).
+
+    Returns:
+        Where each tensor lies, by (table, name).
+    """
+    folder, records = path.stem, []
+    tensors = [(table, name, *kind) for table, names in tables.items()
+               for name, kind in names.items()]
+    with path.open("wb") as file:
+        records.append(_record(file, f"{folder}/data.pkl", _pickled(plain, tables)))
+        for name, text in ((".format_version", b"1"), (".storage_alignment", b"%d" % _ALIGNMENT),
+                           ("byteorder", b"little")):
+            records.append(_record(file, f"{folder}/{name}", text))
+        places = {}
+        for number, (table, name, dtype, shape) in enumerate(tensors):
+            at = TensorAt(path=path, offset=0, dtype=dtype, shape=shape)
+            one = _record(file, f"{folder}/data/{number}", at.nbytes)
+            records.append(one)
+            places[table, name] = TensorAt(path=path, offset=one.start, dtype=dtype, shape=shape)
+        records.append(_record(file, f"{folder}/version", b"3\n"))
+        _directory(file, records)
+        reserve(file, file.tell())
+    return places
+
+
+def _pickled(plain: Mapping[str, Any], tables: Tables) -> bytes:
+    """data.pkl: the operations torch.save writes, tensor after tensor; see `pickletools`."""
+    made = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, pickle.MARK]
+    for key, value in plain.items():
+        made += [_plain(key), _plain(value)]
+    number = 0
+    for table, names in tables.items():
+        made += [_plain(table), pickle.EMPTY_DICT, pickle.MARK]
+        for name, (dtype, shape) in names.items():
+            strides, step = [], 1
+            for size in reversed(shape):
+                strides.insert(0, step)
+                step *= size
+            made += [
+                _plain(name), pickle.GLOBAL, b"torch._utils\n_rebuild_tensor_v2\n", pickle.MARK,
+                pickle.MARK, _plain("storage"),
+                pickle.GLOBAL, b"torch\n%s\n" % _STORAGES[dtype.name].encode(),
+                _plain(str(number)), _plain("cpu"), _plain(step), pickle.TUPLE, pickle.BINPERSID,
+                _plain(0), _plain(tuple(shape)), _plain(tuple(strides)), pickle.NEWFALSE,
+                pickle.GLOBAL, b"collections\nOrderedDict\n", pickle.EMPTY_TUPLE, pickle.REDUCE,
+                pickle.TUPLE, pickle.REDUCE,
+            ]
+            number += 1
+        made.append(pickle.SETITEMS)
+    return b"".join([*made, pickle.SETITEMS, pickle.STOP])
+
+
+def _plain(value: Any) -> bytes:
+    """The operations that put one plain value on the stack, without a pickle's first and last."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    name: bytes
+    header: int  # where its local header starts
+    start: int  # where its bytes start
+    size: int
+    crc: int
+
+
+_WIDE = 0xFFFFFFFF  # in a field of 32 bits: the true number is in the zip64 extra field
+
+
+def _record(file: BinaryIO, name: str, content: bytes | int) -> _Record:
+    """Appends a record, or room for one of `content` bytes."""
+    encoded, header = name.encode(), file.tell()
+    size = content if isinstance(content, int) else len(content)
+    # Of a room the checksum is not known; torch does not look at it.
+    crc = 0 if isinstance(content, int) else zlib.crc32(content)
+    wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _WIDE else b""
+    padding = -(header + 30 + len(encoded) + len(wide)) % _ALIGNMENT
+    if 0 < padding < 4:  # an extra field has four bytes of its own
+        padding += _ALIGNMENT
+    extra = wide
+    if padding:
+        extra += struct.pack("<2H", 0x4246, padding - 4).ljust(padding, b"Z")
+    short = _WIDE if wide else size
+    file.write(struct.pack("<4s5H3L2H", b"PK\3\4", 45 if wide else 20, 0x800, 0, 0, 0x21, crc,
+                           short, short, len(encoded), len(extra)) + encoded + extra)
+    start = file.tell()
+    if isinstance(content, int):
+        file.seek(size, io.SEEK_CUR)
+    else:
+        file.write(content)
+    return _Record(encoded, header, start, size, crc)
+
+
+def _directory(file: BinaryIO, records: list[_Record]) -> None:
+    """Appends the archive's table of contents."""
+    begin = file.tell()
+    for one in records:
+        wide = b"".join(struct.pack("<Q", n) for n in (one.size, one.size, one.header)
+                        if n >= _WIDE)
+        extra = struct.pack("<2H", 1, len(wide)) + wide if wide else b""
+        size = min(one.size, _WIDE)
+        version = 45 if wide else 20
+        file.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", version, version, 0x800, 0, 0, 0x21,
+                               one.crc, size, size, len(one.name), len(extra), 0, 0, 0, 0,
+                               min(one.header, _WIDE)) + one.name + extra)
+    end, count = file.tell(), len(records)
+    length = end - begin
+    if begin >= _WIDE or length >= _WIDE or count >= 0xFFFF:
+        file.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length,
+                               begin))
+        file.write(struct.pack("<4sLQL", b"PK\6\7", 0, end, 1))
+    file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF),
+                           min(length, _WIDE), min(begin, _WIDE), 0))
+
+

@@ -9,12 +9,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 
 from megatron_vl.weights.convert import Source
+from megatron_vl.weights.dtypes import DType, cast, numbers
 from megatron_vl.weights.map import Stored, WeightMap, volume
 from megatron_vl.weights.plan import Plan, TensorPlan, holders, make_plan
-from megatron_vl.weights.reshard import Reader, in_threads, target_dtypes, twin_differs
+from megatron_vl.weights.reshard import (
+    SPAN,
+    Reader,
+    chunks,
+    in_threads,
+    target_dtypes,
+    twin_differs,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +30,7 @@ class Compared:
     """One published tensor in both checkpoints."""
 
     name: str
-    dtypes: tuple[torch.dtype, torch.dtype]
+    dtypes: tuple[DType, DType]
     numel: int
     differing: int  # elements whose bits differ; all of them if the dtypes may not
     largest: float  # absolute difference; 0 where only bits differ, inf where one is no number
@@ -52,7 +60,7 @@ def compare(
     second: Source,
     weights: WeightMap,
     *,
-    cast: bool = False,
+    tolerant: bool = False,
     workers: int = 2,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> Comparison:
@@ -60,7 +68,7 @@ def compare(
 
     Args:
         weights: of the model, `partial` if the sources were opened so.
-        cast: compare tensors of different dtypes after casting to the narrower one, to the
+        tolerant: compare tensors of different dtypes after casting to the narrower one, to the
             second's where both are as wide; without, they differ.
 
     Raises:
@@ -80,7 +88,7 @@ def compare(
 
         def tensor(pair: tuple[TensorPlan, TensorPlan]) -> Compared:
             of = tuple(found[plan.target.id] for found, plan in zip(dtypes, pair, strict=True))
-            return _compare(pair, readers, of, cast, progress)
+            return _compare(pair, readers, of, tolerant, progress)
 
         inconsistent = tuple(
             tuple(twin_differs(twin) for twin, differs in
@@ -110,34 +118,30 @@ def _plan(source: Source, wanted: list[Stored], names: set[str]) -> Plan:
 
 def _compare(
     pair: tuple[TensorPlan, TensorPlan], readers: list[Reader],
-    dtypes: tuple[torch.dtype, torch.dtype], cast: bool, progress: Callable[[int], object],
+    dtypes: tuple[DType, DType], tolerant: bool, progress: Callable[[int], object],
 ) -> Compared:
     common = min(reversed(dtypes), key=lambda dtype: dtype.itemsize)
     differing, largest = 0, 0.0
     row_bytes = max(reader.row_bytes(plan) for reader, plan in zip(readers, pair, strict=True))
     for one, two in _both(pair, readers, dtypes, row_bytes):
         progress(one.nbytes)
-        a, b = one.to(common), two.to(common)
-        apart = _integers(a) != _integers(b)
+        a, b = cast(one, dtypes[0], common), cast(two, dtypes[1], common)
+        apart = a != b
         if apart.any():
-            differing += int(apart.sum())
-            gap = (a[apart].double() - b[apart].double()).abs()
-            largest = max(largest, float(torch.nan_to_num(gap, nan=float("inf")).max()))
+            differing += int(np.count_nonzero(apart))
+            with np.errstate(invalid="ignore"):  # Inf - Inf
+                gap = np.abs(numbers(a[apart], common) - numbers(b[apart], common))
+            largest = max(largest, float(np.nan_to_num(gap, nan=np.inf, posinf=np.inf).max()))
     numel = pair[0].target.numel
     return Compared(
         name=pair[0].target.name, dtypes=dtypes, numel=numel, largest=largest,
-        differing=differing if cast or dtypes[0] == dtypes[1] else numel,
+        differing=differing if tolerant or dtypes[0] == dtypes[1] else numel,
     )
 
 
-def _both(pair, readers, dtypes, row_bytes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    streams = (reader.chunks(plan, dtype, row_bytes)
-               for reader, plan, dtype in zip(readers, pair, dtypes, strict=True))
-    for (_, one), (_, two) in zip(*streams, strict=True):
-        yield one, two
-
-
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits as integers, of which any two compare."""
-    return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32,
-                                     8: torch.int64}[tensor.dtype.itemsize])
+def _both(pair, readers, dtypes, row_bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start, stop in chunks(0, pair[0].target.shape[0], row_bytes, SPAN):
+        streams = (reader.chunks(plan, (start, stop, plan.ops), dtype, row_bytes)
+                   for reader, plan, dtype in zip(readers, pair, dtypes, strict=True))
+        for one, two in zip(*streams, strict=True):
+            yield one.assembled(), two.assembled()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import ROOT, assert_equal, make, read, read_mcore, reference_ranks
 
 from megatron_vl.cli.main import run
-from megatron_vl.weights import inspect_checkpoint, load_rank, torch_file
+from megatron_vl.weights import inspect_checkpoint, load_rank
 
 
 @pytest.fixture(scope="session")
@@ -245,16 +245,6 @@ def test_a_trained_torch_dist_checkpoint_goes_to_hf_and_to_any_layout(
     assert_equal(read(tmp_path / "back"), read(source))
     convert(torch_dist[kind], tmp_path / "m", "--tp", 2, "--pp", 2)
     assert_is_reference(source, tmp_path / "m", tp=2, llm=[[2, 2]], vit=[[2, 0]])
-
-
-def test_a_torch_that_notes_offsets_for_fake_tensors_alone_gives_the_same(
-    tied, torch_dist, tmp_path, monkeypatch
-):
-    convert(tied, tmp_path / "m", "--tp", 2)
-    monkeypatch.setattr(torch_file, "_meta_loads_note_offsets", lambda: False)
-    for number, source in enumerate((tmp_path / "m", torch_dist["tied"])):
-        convert(source, tmp_path / str(number), "--to", "hf")
-        assert_equal(read(tmp_path / str(number)), read(tied))
 
 
 def test_a_torch_dist_table_of_contents_is_read_without_running_code(torch_dist, tmp_path, capfd):

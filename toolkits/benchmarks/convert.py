@@ -3,12 +3,12 @@
     python convert.py [--model-size 2B] [--tp 2] [--pp 2] [--work DIR] [--repeat 3] [--no-naive]
 
 Writes a random bfloat16 checkpoint of the published model's true shapes, then times, in turn and
-each in a process of its own: `cp -r`, `megatron-vl convert` to Megatron-Core and back, and the
-naive way of both: transformers' `from_pretrained`, cutting in memory, `torch.save`; and back by
-`torch.load`, joining, `save_pretrained`. Given are medians, the ratio to `cp -r`, and the largest
-resident memory of any one process, of all its threads. Before each run what is still to be written
-to the disk is waited for, and no run is timed before its source has been read once: every side
-finds it in the machine's memory as far as that goes.
+each in a process of its own: `megatron-vl convert` to Megatron-Core and back, `cp -r` of what each
+of them writes, and the naive way of both: transformers' `from_pretrained`, cutting in memory,
+`torch.save`; and back by `torch.load`, joining, `save_pretrained`. Given are medians, the ratio to
+`cp -r` of the same bytes, and the largest resident memory of any one process, of all its threads.
+Before each run what is still to be written to the disk is waited for, and no run is timed before
+its source has been read once: every side finds it in the machine's memory as far as that goes.
 """
 
 from __future__ import annotations
@@ -224,22 +224,25 @@ def measure(args, work: Path) -> int:
     own = [sys.executable, __file__, "--work", str(work), "--model-size", args.model_size]
     subprocess.run([*own, "--step", "write"], check=True)
     nbytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
-    free = shutil.disk_usage(work).free
-    if free < 3 * nbytes:
-        print(f"{work} has {free:,} bytes free, {3 * nbytes:,} are needed; give --work a larger "
+    free, needed = shutil.disk_usage(work).free, int(2.5 * nbytes)
+    if free < needed:
+        print(f"{work} has {free:,} bytes free, {needed:,} are needed; give --work a larger "
               f"disk.", file=sys.stderr)
         return 2
     convert = [sys.executable, "-m", "megatron_vl", "convert", "--workers", str(args.workers)]
     layout = ["--tp", str(args.tp), "--pp", str(args.pp)]
     naive = [*own, *layout, "--step"]
     commands = {
-        "cp -r": ["cp", "-r", str(hf), str(out)],
+        "cp -r mcore": ["cp", "-r", str(mcore), str(out)],
         "convert to mcore": [*convert, str(hf), str(out), *layout],
+        "cp -r hf": ["cp", "-r", str(hf), str(out)],
         "convert to hf": [*convert, str(mcore), str(out)],
     }
     if not args.no_naive:
         commands |= {name: [*naive, name] for name in NAIVE}
     timed([*convert, str(hf), str(mcore), *layout])  # the source of the way back
+    sizes = {directory.name: sum(path.stat().st_size for path in directory.rglob("*")
+                                 if path.is_file()) for directory in (hf, mcore)}
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0)
     for number in range(args.repeat + 1):
@@ -250,13 +253,14 @@ def measure(args, work: Path) -> int:
                 seconds[name].append(took)
                 memory[name] = max(memory[name], peak)
                 print(f"  round {number}: {name} {took:.1f} s", flush=True)
-    copied = statistics.median(seconds["cp -r"])
-    print(f"\nQwen2-VL {args.model_size}, {nbytes / 1e9:.2f} GB, TP {args.tp} PP {args.pp}, median "
-          f"of {args.repeat}\n{'':<18} {'seconds':>8} {'GB/s':>6} {'x cp -r':>8} {'peak MiB':>9}")
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        print(f"{name:<18} {middle:>8.1f} {nbytes / middle / 1e9:>6.2f} {middle / copied:>8.2f} "
-              f"{memory[name] / 2**20:>9,.0f}")
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"\nQwen2-VL {args.model_size}, TP {args.tp} PP {args.pp}, median of {args.repeat}\n"
+          f"{'':<18} {'GB':>6} {'seconds':>8} {'GB/s':>6} {'x cp -r':>8} {'peak MiB':>9}")
+    for name, took in middle.items():
+        kind = name.split()[-1]
+        size = sizes[kind] / 1e9
+        print(f"{name:<18} {size:>6.2f} {took:>8.1f} {size / took:>6.2f} "
+              f"{took / middle[f'cp -r {kind}']:>8.2f} {memory[name] / 2**20:>9,.0f}")
     return 0
 
 

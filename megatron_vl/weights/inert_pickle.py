@@ -1,0 +1,76 @@
+"""Reads pickles as data: nothing a pickle names is imported or called.
+
+A pickle is a program whose calls may be of anything that can be imported. Here every class or
+function it names is one of a few containers, or what the caller gives, or a `Record`: an object
+that keeps what it was made of and does nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_CONTAINERS = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): tuple,
+    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__")
+       for kind in (set, frozenset)},
+}
+
+
+class Record:
+    """An object of a class that was not imported: its state as attributes."""
+
+    def __new__(cls, *args, **_kwargs):
+        self = super().__new__(cls)
+        self.made_of = args
+        return self
+
+    def __init__(self, *_args, **_kwargs) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+class Unpickler(pickle.Unpickler):
+    """A pickle's content with a `Record` in place of every unknown object.
+
+    Args:
+        file: open for reading in binary.
+        known: (module, name) -> what is called in its place. A bound method is safest: a pickle
+            cannot change it.
+        storage: what becomes of a persistent id; without, one is an error.
+
+    Raises:
+        pickle.UnpicklingError, EOFError and what else its parts raise: it is broken. Which
+            exceptions a broken pickle raises nobody lists.
+    """
+
+    def __init__(
+        self, file, known: Mapping[tuple[str, str], Callable] | None = None,
+        storage: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._known = {**_CONTAINERS, ("_codecs", "encode"): self._encode, **(known or {})}
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = self._known.get((module, name))
+        return found or type(name, (Record,), {"__module__": module})
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._storage is None:
+            raise pickle.UnpicklingError("it refers to what is not in it")
+        return self._storage(pid)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """How old protocols write bytes."""
+        if encoding != "latin1" or not isinstance(text, str):
+            raise pickle.UnpicklingError("it holds bytes in an unknown form")
+        return text.encode("latin1")
