@@ -1,6 +1,6 @@
 """Runs a plan: every tensor of the target is put together and written a run of rows at a time.
 
-Memory is `workers` x a few times `CHUNK`, whatever the model's size: sources are read by byte range
+Memory is `workers` x a few times `SPAN`, whatever the model's size: sources are read by byte range
 and the target's files were laid out before, so a chunk goes straight to its place.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +22,14 @@ from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import volume
 from megatron_vl.weights.plan import Op, Plan, TensorPlan, Twin
 from megatron_vl.weights.rules import box
+from megatron_vl.weights.workers import in_parallel
 
 # Bytes a worker looks at and writes at a time: small enough to be in the processor's cache still
 # when they are written.
 CHUNK = 2**20
 BUFFER = 4096  # bytes from which on pieces are written as they are; shorter ones are joined
 SPAN = 32 * 2**20  # bytes a worker maps at a time: mapping every chunk would cost more than copying
+SHARED = 2 * SPAN  # bytes from which on work is shared out
 
 Tensors = Mapping[tuple[str, str, str], TensorAt]
 Run = tuple[int, int, Sequence[Op]]  # first row, end, the slices that write them
@@ -81,38 +82,39 @@ def run_plan(
         files = _Files(stack)
         for at in target.values():
             files.open(at, os.O_WRONLY)
-        run = _Run(reader, target, files, progress)
-        for twin, differs in zip(plan.twins, in_threads(reader.differ, plan.twins, workers),
-                                 strict=True):
-            if differs:
-                raise InputError(f"{twin_differs(twin)}; use another checkpoint.")
-        parts = _alternating((one, rows) for one in plan.tensors for rows in run.runs(one))
-        counts = in_threads(lambda part: run.write(*part), parts, workers)
-    bad: dict[str, int] = {}
-    for (one, _), count in zip(parts, counts, strict=True):
-        if count:
-            bad[one.target.name] = bad.get(one.target.name, 0) + count
-    nbytes = sum(at.nbytes for at in target.values())
+        run = _Run(reader, target, files)
+        batches: list[list] = [[twin] for twin in plan.twins]
+        batches += _batches((one, rows, run.nbytes(one, rows)) for one in plan.tensors
+                            for rows in run.runs(one))
+        nbytes, bad = 0, Counter()
+        for size, found in in_parallel(run.batch, batches, enough(workers, target.values())):
+            progress(size)
+            nbytes += size
+            bad.update(found)
     return Written(tensors=len(plan.tensors), nbytes=nbytes, not_finite=bad)
 
 
-def _alternating(parts: Iterable[tuple[TensorPlan, Run]]) -> list[tuple[TensorPlan, Run]]:
-    """One of each file in turn: a file takes one write at a time, whoever writes."""
-    by_file: dict[str, list] = defaultdict(list)
-    for part in parts:
-        by_file[part[0].target.file].append(part)
+def enough(workers: int, tensors: Iterable[TensorAt]) -> int:
+    """One worker where starting more takes longer than the work."""
+    return workers if sum(at.nbytes for at in tensors) >= SHARED else 1
+
+
+def _batches(parts: Iterable[tuple[TensorPlan, Run, int]]) -> list[list[tuple[TensorPlan, Run]]]:
+    """Parts of one file for a worker to write, files in turn.
+
+    A file takes one write at a time, whoever writes.
+    """
+    by_file: dict[str, list[list]] = defaultdict(list)
+    room: dict[str, int] = defaultdict(int)
+    for plan, run, nbytes in parts:
+        file = plan.target.file
+        if room[file] < nbytes:
+            by_file[file].append([])
+            room[file] = SPAN
+        by_file[file][-1].append((plan, run))
+        room[file] -= nbytes
     rounds = itertools.zip_longest(*by_file.values())
-    return [part for one in rounds for part in one if part is not None]
-
-
-def in_threads(work: Callable, items: Iterable, workers: int) -> list:
-    """`work` of every item, in order; the first error ends the others."""
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            return list(pool.map(work, items))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    return [batch for one in rounds for batch in one if batch is not None]
 
 
 def _same(one: np.ndarray, two: np.ndarray) -> bool:
@@ -238,8 +240,26 @@ class Reader:
 
 
 class _Run:
-    def __init__(self, reader: Reader, target: Tensors, files: _Files, progress) -> None:
-        self.reader, self.target, self.files, self.progress = reader, target, files, progress
+    def __init__(self, reader: Reader, target: Tensors, files: _Files) -> None:
+        self.reader, self.target, self.files = reader, target, files
+
+    def batch(self, batch: list) -> tuple[int, Counter[str]]:
+        """Compares twins, writes parts; answers bytes written, and NaN and Inf by tensor."""
+        nbytes, bad = 0, Counter()
+        for one in batch:
+            if isinstance(one, Twin):
+                if self.reader.differ(one):
+                    raise InputError(f"{twin_differs(one)}; use another checkpoint.")
+                continue
+            plan, run = one
+            nbytes += self.nbytes(plan, run)
+            if found := self.write(plan, run):
+                bad[plan.target.name] += found
+        return nbytes, bad
+
+    def nbytes(self, plan: TensorPlan, run: Run) -> int:
+        at = self.target[plan.target.id]
+        return (run[1] - run[0]) * volume(at.shape[1:]) * at.dtype.itemsize
 
     def row_bytes(self, plan: TensorPlan) -> int:
         at = self.target[plan.target.id]
@@ -259,7 +279,6 @@ class _Run:
         for chunk in self.reader.chunks(plan, run, at.dtype, self.row_bytes(plan)):
             bad += sum(not_finite(bits, at.dtype) for _, bits in chunk.pieces)
             at.write(file, chunk.first, chunk.buffers())
-            self.progress(chunk.nbytes)
         return bad
 
 

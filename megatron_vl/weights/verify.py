@@ -14,15 +14,16 @@ import numpy as np
 from megatron_vl.weights.convert import Source
 from megatron_vl.weights.dtypes import DType, cast, numbers
 from megatron_vl.weights.map import Stored, WeightMap, volume
-from megatron_vl.weights.plan import Plan, TensorPlan, holders, make_plan
+from megatron_vl.weights.plan import Plan, TensorPlan, Twin, holders, make_plan
 from megatron_vl.weights.reshard import (
     SPAN,
     Reader,
     chunks,
-    in_threads,
+    enough,
     target_dtypes,
     twin_differs,
 )
+from megatron_vl.weights.workers import in_parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,11 @@ class Compared:
     @property
     def equal(self) -> bool:
         return self.differing == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the first checkpoint's."""
+        return self.numel * self.dtypes[0].itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,21 +92,25 @@ def compare(
         dtypes = [target_dtypes(plan, source.dtypes, None)
                   for plan, source in zip(plans, (first, second), strict=True)]
 
-        def tensor(pair: tuple[TensorPlan, TensorPlan]) -> Compared:
-            of = tuple(found[plan.target.id] for found, plan in zip(dtypes, pair, strict=True))
-            return _compare(pair, readers, of, tolerant, progress)
+        def check(one: tuple[Reader, Twin] | tuple[TensorPlan, TensorPlan]) -> bool | Compared:
+            if isinstance(one[1], Twin):
+                return one[0].differ(one[1])
+            of = tuple(found[plan.target.id] for found, plan in zip(dtypes, one, strict=True))
+            return _compare(one, readers, of, tolerant)
 
+        twins = [[(reader, twin) for twin in plan.twins]
+                 for plan, reader in zip(plans, readers, strict=True)]
+        pairs = list(zip(plans[0].tensors, plans[1].tensors, strict=True))
+        answers = in_parallel(check, [*twins[0], *twins[1], *pairs],
+                              enough(workers, first.tensors.values()))
         inconsistent = tuple(
-            tuple(twin_differs(twin) for twin, differs in
-                  zip(plan.twins, in_threads(reader.differ, plan.twins, workers), strict=True)
-                  if differs)
-            for plan, reader in zip(plans, readers, strict=True)
+            tuple(twin_differs(twin) for _, twin in some if next(answers)) for some in twins
         )
-        pairs = zip(plans[0].tensors, plans[1].tensors, strict=True)
-        return Comparison(
-            tensors=tuple(in_threads(tensor, pairs, workers)), missing=missing,
-            inconsistent=inconsistent,
-        )
+        compared = []
+        for one in answers:
+            progress(one.nbytes)
+            compared.append(one)
+    return Comparison(tensors=tuple(compared), missing=missing, inconsistent=inconsistent)
 
 
 def _complete(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
@@ -118,13 +128,12 @@ def _plan(source: Source, wanted: list[Stored], names: set[str]) -> Plan:
 
 def _compare(
     pair: tuple[TensorPlan, TensorPlan], readers: list[Reader],
-    dtypes: tuple[DType, DType], tolerant: bool, progress: Callable[[int], object],
+    dtypes: tuple[DType, DType], tolerant: bool,
 ) -> Compared:
     common = min(reversed(dtypes), key=lambda dtype: dtype.itemsize)
     differing, largest = 0, 0.0
     row_bytes = max(reader.row_bytes(plan) for reader, plan in zip(readers, pair, strict=True))
     for one, two in _both(pair, readers, dtypes, row_bytes):
-        progress(one.nbytes)
         a, b = cast(one, dtypes[0], common), cast(two, dtypes[1], common)
         apart = a != b
         if apart.any():
