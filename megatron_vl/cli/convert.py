@@ -137,8 +137,8 @@ def _target(args: argparse.Namespace, kind: str, spec: VLMSpec, work):
                        for name in ("tp", "pp", "vp")})
     split = spec.split(
         pp=layout.pp, vp=layout.vp, first_stage_layers=args.first_stage_layers,
-        llm=_layers(args.pp_layers, "--pp-layers"),
-        vit=_layers(args.vit_pp_layers, "--vit-pp-layers"),
+        llm=layer_list(args.pp_layers, "--pp-layers"),
+        vit=layer_list(args.vit_pp_layers, "--vit-pp-layers"),
     )
     spec.check_layout(layout, split)
     return work.McoreTarget(
@@ -146,7 +146,7 @@ def _target(args: argparse.Namespace, kind: str, spec: VLMSpec, work):
     )
 
 
-def _layers(text: str | None, option: str) -> list | None:
+def layer_list(text: str | None, option: str) -> list | None:
     """ "1,10,10,7" or "[[0,1],[4,3]]" -> lists."""
     if text is None:
         return None

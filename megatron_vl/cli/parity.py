@@ -9,6 +9,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from megatron_vl.cli.convert import layer_list
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import CheckFailed, InputError
 from megatron_vl.parallel import Layout, StageSplit
@@ -35,6 +36,8 @@ def add_parser(commands) -> None:
         "--sweep", type=int, metavar="N", help="every layout of N ranks that fits, a row each"
     )
     parser.add_argument("--first-stage-layers", type=int, help="language layers on stage 0")
+    parser.add_argument("--pp-layers", metavar="LIST", help="language layers of each stage")
+    parser.add_argument("--vit-pp-layers", metavar="LIST", help="vision layers of each stage")
     parser.add_argument(
         "--tolerance", type=float, default=1e-5,
         help="largest relative difference that passes (default: 1e-5)",
@@ -71,17 +74,25 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
         sequence_parallel=args.sequence_parallel and args.tp > 1,
     )
     if args.sweep is not None:
-        if layout != Layout() or args.first_stage_layers is not None:
+        if layout != Layout() or any(
+            one is not None for one in (args.first_stage_layers, args.pp_layers, args.vit_pp_layers)
+        ):
             raise InputError(
                 "--sweep goes through every layout; leave out --tp, --pp, --vp, --dp, "
-                "--sequence-parallel and --first-stage-layers, or --sweep."
+                "--sequence-parallel, --first-stage-layers, --pp-layers and --vit-pp-layers, or "
+                "--sweep."
             )
         layouts = list(parity.sweep(spec, args.sweep))
         if not layouts:
             raise InputError(f"no layout of --sweep {args.sweep} ranks fits this model.")
         return layouts
-    split = spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=args.first_stage_layers)
+    split = spec.split(
+        pp=layout.pp, vp=layout.vp, first_stage_layers=args.first_stage_layers,
+        llm=layer_list(args.pp_layers, "--pp-layers"),
+        vit=layer_list(args.vit_pp_layers, "--vit-pp-layers"),
+    )
     spec.check_layout(layout, split)
+    split.check_trainable()
     parity.check_microbatches(layout)
     return [(layout, split)]
 
@@ -94,7 +105,8 @@ def _compare(args, spec, layouts, work_dir: Path) -> int:
     print(f"converting {args.hf_dir} for {len(layouts)} layout(s) of {ranks} rank(s)", flush=True)
     for number, (layout, split) in enumerate(layouts):
         options = ["--dtype", "float32", "--tp", layout.tp, "--pp", layout.pp, "--vp", layout.vp]
-        options += ["--pp-layers", json.dumps(split.to_dict()["llm"])]
+        for option, rows in (("--pp-layers", split.llm), ("--vit-pp-layers", split.vit)):
+            options += [option, json.dumps(rows)]
         _convert(args.hf_dir, work_dir / str(number) / "weights", *options)
     print("running Megatron-Core", flush=True)
     code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)

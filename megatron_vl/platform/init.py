@@ -12,8 +12,10 @@ from megatron_vl.parallel import Layout
 from megatron_vl.platform.base import Platform, select_platform
 
 
-def initialize(layout: Layout, *, seed: int = 1234, timeout_minutes: float = 10.0) -> Platform:
-    """Start this process's share of `layout`.
+def initialize(
+    layout: Layout, *, embedding_stage: int = 0, seed: int = 1234, timeout_minutes: float = 10.0
+) -> Platform:
+    """Start this process's share of `layout`, with the word embedding on stage `embedding_stage`.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them the process is the
     only one. Seeds torch, and Megatron-Core's random tracker, which starts tensor-parallel ranks
@@ -51,6 +53,7 @@ def initialize(layout: Layout, *, seed: int = 1234, timeout_minutes: float = 10.
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
             context_parallel_size=layout.cp,
+            get_embedding_ranks=lambda ranks: sorted({ranks[embedding_stage], ranks[-1]}),
             # The distributed optimizer gathers its state over gloo when it saves.
             create_gloo_process_groups=True,
             distributed_timeout_minutes=timeout_minutes,

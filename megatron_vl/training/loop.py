@@ -26,7 +26,7 @@ def train(plan: Plan) -> None:
     """Run `plan` on this rank, from its checkpoint to its last step."""
     config = plan.config
     platform = initialize(
-        plan.layout, seed=config.model.seed,
+        plan.layout, embedding_stage=plan.split.last_vision_chunk[0], seed=config.model.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     trainer = Trainer(plan, platform)
@@ -142,7 +142,7 @@ class Trainer:
             data_iterator=streams if len(streams) > 1 else streams[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=num_microbatches,
-            seq_length=self.plan.row_length,
+            seq_length=self.model[0].module.pipeline_length(self.plan.row_length),
             micro_batch_size=self.config.batch.micro_batch_size,
             forward_only=forward_only,
         )

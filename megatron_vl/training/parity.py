@@ -88,8 +88,12 @@ def check_microbatches(layout: Layout) -> None:
 
 
 def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
-    """Every layout of `ranks` ranks that fits the model, pipelines with an even and, where there
-    is one, an uneven first stage, with and without sequence parallelism and two virtual stages."""
+    """Every layout of `ranks` ranks that fits the model.
+
+    Pipelines with an even and, where there is one, an uneven first stage, and, under sequence
+    parallelism or without tensor parallelism, with the vision tower over several chunks; all with
+    and without two virtual stages.
+    """
     sizes = [size for size in range(1, ranks + 1) if not ranks % size]
     for tp, pp, vp, sequence_parallel in product(sizes, sizes, (1, 2), (False, True)):
         if ranks % (tp * pp) or (vp > 1 and pp == 1) or (sequence_parallel and tp == 1):
@@ -97,17 +101,39 @@ def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
         layout = Layout(
             tp=tp, pp=pp, vp=vp, dp=ranks // (tp * pp), sequence_parallel=sequence_parallel
         )
-        found = set()
-        for first in (None, *(range(1, spec.decoder.num_layers) if pp > 1 else ())):
-            try:
-                split = spec.split(pp=pp, vp=vp, first_stage_layers=first)
-                spec.check_layout(layout, split)
-                check_microbatches(layout)
-            except InputError:
-                continue
-            if split not in found and len(found) < 2:
-                found.add(split)
-                yield layout, split
+        firsts = range(1, spec.decoder.num_layers) if pp > 1 else ()
+        found = [split for first in (None, *firsts)
+                 if (split := _fitting(spec, layout, first_stage_layers=first))]
+        splits = list(dict.fromkeys(found))[:2]
+        if pp > 1 and (tp == 1 or sequence_parallel):
+            splits.append(_fitting(spec, layout, **_spread(spec, pp * vp)))
+        yield from ((layout, split) for split in splits if split)
+
+
+def _fitting(spec: VLMSpec, layout: Layout, **split) -> StageSplit | None:
+    """The split, if the model and the cases fit it."""
+    try:
+        made = spec.split(pp=layout.pp, vp=layout.vp, **split)
+        spec.check_layout(layout, made)
+        made.check_trainable()
+        check_microbatches(layout)
+    except InputError:
+        return None
+    return made
+
+
+def _spread(spec: VLMSpec, chunks: int) -> dict[str, list[int]]:
+    """Vision layers on as many chunks as there are, language layers from the last of them on."""
+    vision = min(spec.vision.depth, chunks)
+    language = chunks - (vision - 1)
+
+    def even(layers: int, parts: int) -> list[int]:
+        return [layers // parts + (part < layers % parts) for part in range(parts)]
+
+    return {
+        "vit": [*even(spec.vision.depth, vision), *[0] * (chunks - vision)],
+        "llm": [*[0] * (vision - 1), *even(spec.decoder.num_layers, language)],
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +263,7 @@ def run_ranks(
 
     for number, (layout, split) in enumerate(layouts):
         started = time.monotonic()
-        platform = initialize(layout)
+        platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
         device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
         _run_layout(work_dir / str(number), hf_dir, layout, split, device, overlap_grad_reduce)
         torch.distributed.barrier()
@@ -281,7 +307,7 @@ def _run_layout(
                 data_iterator=streams if len(streams) > 1 else streams[0],
                 model=model if len(model) > 1 else model[0],
                 num_microbatches=len(batches),
-                seq_length=ROW_LENGTH,
+                seq_length=model[0].module.pipeline_length(ROW_LENGTH),
                 micro_batch_size=case.rows_per_microbatch,
                 forward_only=forward_only,
                 **more,

@@ -59,11 +59,7 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         )
     split = _split(config, spec, layout)
     spec.check_layout(layout, split)
-    if any(split.flat("vit")[1:]):
-        raise InputError(
-            f"vision layers on more than the first stage ({split}) can be converted but not "
-            "trained yet; convert without --vit-pp-layers."
-        )
+    split.check_trainable()
     if config.data.train_data_path is None:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
     plan = Plan(

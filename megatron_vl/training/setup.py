@@ -18,6 +18,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vl.models.common.transformer_config import ModelOptions
+from megatron_vl.models.common.vlm import sum_tied
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
 from megatron_vl.training.config import TrainConfig
@@ -71,11 +72,16 @@ def wrap_for_data_parallel(
         for number, chunk in enumerate(chunks)
     ]
     for chunk in model:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = _finalize_gradients
     if overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in model]
         model[0].config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return model
+
+
+def _finalize_gradients(model: list, *args, **options) -> None:
+    finalize_model_grads(model, *args, **options)
+    sum_tied([chunk.module for chunk in model], "main_grad")
 
 
 def build_optimizer(plan: Plan, model: list):

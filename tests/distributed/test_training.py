@@ -125,24 +125,40 @@ def home(checkpoint, out) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
 
-def test_virtual_stages_train_and_validate_over_a_whole_split(workshop, plain_run):
-    weights = workshop.root / "vp2"
-    done = megatron_vl("convert", workshop.model_dir, weights, "--pp", 2, "--vp", 2)
+SPLITS = {  # how it is converted, and what the launcher is told of it
+    "vp": (["--vp", 2], dict(PP=2), dict(MP_VP=2)),
+    # The embedding and its copy, the head, are then on one rank,
+    "vision over virtual stages": (
+        ["--vp", 2, "--vit-pp-layers", "1,1,0,0", "--pp-layers", "0,2,1,1"], dict(PP=2),
+        dict(MP_VP=2),
+    ),
+    # or on the second and on the third.
+    "vision over two of three stages": (
+        ["--vit-pp-layers", "1,1,0", "--pp-layers", "0,2,2"], dict(PP=3), {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_split_trains_validates_and_goes_home(name, workshop, plain_run):
+    options, layout, environment = SPLITS[name]
+    weights = workshop.root / f"{name} weights"
+    done = megatron_vl("convert", workshop.model_dir, weights, "--pp", layout["PP"], *options)
     assert done.code == 0, done.text
     done = shell(LAUNCHER, *words(
-        PP=2, DATASET_PATH=workshop.wds_dir, VALID_DATASET_PATH=workshop.wds_dir,
-        PRETRAIN_CHECKPOINT_PATH=weights, OUTPUT_BASEPATH=workshop.root / "vp",
-    ), MP_VP=2, MP_PACKING_BUFFER=32)
+        **layout, DATASET_PATH=workshop.wds_dir, VALID_DATASET_PATH=workshop.wds_dir,
+        PRETRAIN_CHECKPOINT_PATH=weights, OUTPUT_BASEPATH=workshop.root / name,
+    ), MP_PACKING_BUFFER=32, **environment)
     assert done.code == 0, done.text
-    follows(workshop.steps("vp"), plain_run)
+    follows(workshop.steps(name), plain_run)
     # Back home by layer numbers of their own: the same model, but for the key biases, whose
     # gradient is rounding that AdamW makes steps of.
-    ours, plain = (home(workshop.checkpoint(name), workshop.root / f"{name}-hf")
-                   for name in ("vp", "plain"))
+    ours, plain = (home(workshop.checkpoint(one), workshop.root / f"{one}-hf")
+                   for one in (name, "plain"))
     assert ours.keys() == plain.keys()
-    for name in ours:
-        if "k_proj.bias" not in name:
-            torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=2e-3)
+    for tensor in ours:
+        if "k_proj.bias" not in tensor:
+            torch.testing.assert_close(ours[tensor], plain[tensor], rtol=1e-3, atol=2e-3)
     assert "validation at iteration 10" in done.out
 
 

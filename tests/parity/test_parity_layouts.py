@@ -18,7 +18,9 @@ LAYOUTS = {
         TP1xPP1xDP2, llm 4, vision 2
         TP1xPP2xDP1, llm 2-2, vision 2-0
         TP1xPP2xDP1, llm 1-3, vision 2-0
+        TP1xPP2xDP1, llm 0-4, vision 1-1
         TP1xPP2xVP2xDP1, llm 1-1/1-1, vision 2-0/0-0
+        TP1xPP2xVP2xDP1, llm 0-2/1-1, vision 1-1/0-0
         TP2xPP1xDP1, llm 4, vision 2
         TP2xPP1xDP1+SP, llm 4, vision 2
     """,
@@ -26,16 +28,21 @@ LAYOUTS = {
         TP1xPP1xDP4, llm 4, vision 2
         TP1xPP2xDP2, llm 2-2, vision 2-0
         TP1xPP2xDP2, llm 1-3, vision 2-0
+        TP1xPP2xDP2, llm 0-4, vision 1-1
         TP1xPP2xVP2xDP2, llm 1-1/1-1, vision 2-0/0-0
+        TP1xPP2xVP2xDP2, llm 0-2/1-1, vision 1-1/0-0
         TP1xPP4xDP1, llm 1-1-1-1, vision 2-0-0-0
+        TP1xPP4xDP1, llm 0-2-1-1, vision 1-1-0-0
         TP2xPP1xDP2, llm 4, vision 2
         TP2xPP1xDP2+SP, llm 4, vision 2
         TP2xPP2xDP1, llm 2-2, vision 2-0
         TP2xPP2xDP1, llm 1-3, vision 2-0
         TP2xPP2xDP1+SP, llm 2-2, vision 2-0
         TP2xPP2xDP1+SP, llm 1-3, vision 2-0
+        TP2xPP2xDP1+SP, llm 0-4, vision 1-1
         TP2xPP2xVP2xDP1, llm 1-1/1-1, vision 2-0/0-0
         TP2xPP2xVP2xDP1+SP, llm 1-1/1-1, vision 2-0/0-0
+        TP2xPP2xVP2xDP1+SP, llm 0-2/1-1, vision 1-1/0-0
         TP4xPP1xDP1, llm 4, vision 2
         TP4xPP1xDP1+SP, llm 4, vision 2
     """,
@@ -68,6 +75,17 @@ def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(t
     done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, *layout)
     assert done.code == 0, done.text
     assert [count for *_, count in rows_of(done.out)] == ["82"] * 4
+
+
+def test_a_vision_tower_over_every_chunk_equals_transformers(tmp_path):
+    deep = tiny_hf.make(tmp_path / "deep", "--init-std", "0.02", "--vision-depth", "4")
+    for layout in (
+        ["--pp", 4, "--vit-pp-layers", "1,1,1,1", "--pp-layers", "0,0,0,4"],
+        ["--pp", 2, "--vp", 2, "--vit-pp-layers", "[[1,1],[2,0]]", "--pp-layers", "[[0,0],[2,2]]"],
+    ):
+        done = megatron_vl("parity", deep, "--tolerance", TOLERANCE, *layout)
+        assert done.code == 0, done.text
+        assert [count for *_, count in rows_of(done.out)] == ["105"] * 4
 
 
 def test_one_rank_equals_transformers_and_an_unmet_tolerance_names_the_cases(model_dir):

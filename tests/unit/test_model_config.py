@@ -34,7 +34,7 @@ def test_an_uneven_first_stage_cannot_touch_the_vision_tower(model):
     layout = Layout(pp=2)
     split = model.split(pp=2, first_stage_layers=1)
     language = language_config(model, layout, split, options())
-    vision = vision_config(model, layout, options())
+    vision = vision_config(model, layout, split, options())
     assert language.pipeline_model_parallel_layout.get_num_layers_to_build(pp_rank=0) == 1
     assert vision.num_layers == model.vision.depth == 2
     assert vision.num_layers_in_first_pipeline_stage is None
@@ -48,7 +48,7 @@ def test_sizes_come_from_config_json_alone(model):
     language = language_config(model, Layout(), model.split(), options())
     assert (language.num_layers, language.hidden_size, language.ffn_hidden_size) == (4, 64, 96)
     assert (language.num_query_groups, language.layernorm_epsilon) == (2, 1e-6)
-    vision = vision_config(model, Layout(), options())
+    vision = vision_config(model, Layout(), model.split(), options())
     assert vision.normalization == "LayerNorm" and vision.add_qkv_bias
     assert not language.add_bias_linear and language.add_qkv_bias
 
@@ -70,7 +70,7 @@ def test_an_unknown_vision_activation_is_named(model):
 
     strange = replace(model, vision=replace(model.vision, activation="swish9"))
     with pytest.raises(InputError, match="'swish9'; known are"):
-        vision_config(strange, Layout(), options())
+        vision_config(strange, Layout(), strange.split(), options())
 
 
 def test_a_rope_that_is_not_the_published_one_is_refused(model_dir, tmp_path):

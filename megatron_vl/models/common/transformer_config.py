@@ -38,6 +38,8 @@ class VLTransformerConfig(TransformerConfig):
     """Megatron-Core's configuration plus the choice of variable-length attention."""
 
     varlen_attention_backend: str = "auto"
+    # The word embedding is then not on the first stage, where Megatron-Core expects it.
+    vision_spans_chunks: bool = False
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -53,11 +55,6 @@ def language_config(
 ) -> VLTransformerConfig:
     """The decoder's configuration; the pipeline split is given explicitly for every chunk."""
     decoder = spec.decoder
-    pipeline = None
-    if layout.pp > 1:
-        pipeline = [["decoder"] * count for count in split.flat("llm")]
-        pipeline[0].insert(0, "embedding")
-        pipeline[-1].append("loss")
     return VLTransformerConfig(
         num_layers=decoder.num_layers,
         hidden_size=decoder.hidden_size,
@@ -76,15 +73,17 @@ def language_config(
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
         **_initialization(options, decoder.init_std),
-        pipeline_model_parallel_size=layout.pp,
-        pipeline_model_parallel_layout=pipeline,
+        vision_spans_chunks=split.vision_spans_chunks,
+        **_pipeline(layout, split, "llm"),
         **_recompute(options, split),
         **_shared(layout, options, sequence_parallel=layout.sequence_parallel and layout.tp > 1),
     )
 
 
-def vision_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTransformerConfig:
-    """The vision tower's configuration: tensor-parallel, but no pipeline of its own."""
+def vision_config(
+    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
+) -> VLTransformerConfig:
+    """The vision tower's configuration, with a pipeline of its own where it spans stages."""
     vision = spec.vision
     return VLTransformerConfig(
         num_layers=vision.depth,
@@ -98,7 +97,8 @@ def vision_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         **_initialization(options, spec.decoder.init_std),
-        **_recompute(options, None, num_layers=vision.depth),
+        **(_pipeline(layout, split, "vit") if split.vision_spans_chunks else {}),
+        **_recompute(options, None, num_layers=min(filter(None, split.flat("vit")), default=0)),
         # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
         **_shared(layout, options, sequence_parallel=False),
     )
@@ -117,6 +117,17 @@ def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         **_initialization(options, spec.decoder.init_std),
         **_shared(layout, options, sequence_parallel=False),
     )
+
+
+def _pipeline(layout: Layout, split: StageSplit, tower: str) -> dict:
+    """How many of the tower's layers each chunk holds; the names at the ends are Megatron-Core's
+    and say nothing about where our embedding and head are."""
+    if layout.pp == 1:
+        return dict(pipeline_model_parallel_size=1)
+    chunks = [["decoder"] * count for count in split.flat(tower)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return dict(pipeline_model_parallel_size=layout.pp, pipeline_model_parallel_layout=chunks)
 
 
 def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -> dict:

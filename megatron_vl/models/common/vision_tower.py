@@ -42,36 +42,47 @@ class PatchEmbed(torch.nn.Module):
 
 
 class VisionTower(MegatronModule):
-    """Patches in, language-model embeddings out.
+    """Patches in, language-model embeddings out; or one chunk's layers of that.
+
+    Args:
+        num_layers: layers of this chunk.
+        first: whether patches enter here; else hidden states do.
+        last: whether it ends here, with norm and merger; else hidden states leave.
+        vp_stage: this chunk's number on its stage, None without virtual stages.
 
     Raises:
         ValueError: patches that do not match the grids.
     """
 
-    def __init__(self, spec: VisionSpec, config, merger_config, *, pg_collection=None):
+    def __init__(
+        self, spec: VisionSpec, config, merger_config, *, num_layers: int, first: bool = True,
+        last: bool = True, vp_stage: int | None = None,
+    ):
         super().__init__(config=config)
-        self.spec = spec
-        self.patch_embed = PatchEmbed(spec, config.params_dtype, config.init_method)
+        self.spec, self.first, self.last = spec, first, last
+        if first:
+            self.patch_embed = PatchEmbed(spec, config.params_dtype, config.init_method)
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(causal=False, num_layers=spec.depth),
+            spec=block_spec(causal=False, num_layers=num_layers),
             pre_process=True,
-            post_process=True,
-            pg_collection=pg_collection,
+            post_process=last,
+            vp_stage=vp_stage,
         )
-        self.projection = MultimodalProjector(
-            merger_config, projector_submodules(), "mlp", spec.merged_size
-        )
+        if last:
+            self.projection = MultimodalProjector(
+                merger_config, projector_submodules(), "mlp", spec.merged_size
+            )
 
     def forward(self, patches_PC: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Encode images.
+        """Encode images, or run this chunk's part of it.
 
         Args:
-            patches_PC: float [P, C], in merge-block order.
+            patches_PC: float [P, C], in merge-block order; hidden states [P, D] if not `first`.
             grid_thw: int64 [images, 3], frames, rows and columns of patches.
 
         Returns:
-            [M, E], image after image.
+            [M, E], image after image; hidden states [P, D] if not `last`.
         """
         grids = [tuple(grid) for grid in grid_thw.tolist()]
         if sum(t * h * w for t, h, w in grids) != patches_PC.shape[0]:
@@ -79,7 +90,7 @@ class VisionTower(MegatronModule):
         segments = Segments(
             [h * w for t, h, w in grids for _ in range(t)], device=patches_PC.device
         )
-        hidden_PD = self.patch_embed(patches_PC)
+        hidden_PD = self.patch_embed(patches_PC) if self.first else patches_PC
         rotary_PK = self._rotary(grids, patches_PC.device)
         hidden_P1D = self.decoder(
             hidden_states=hidden_PD.unsqueeze(1),
@@ -87,6 +98,8 @@ class VisionTower(MegatronModule):
             rotary_pos_emb=rotary_PK[:, None, None, :],
             packed_seq_params=SegmentParams(segments=segments),
         )
+        if not self.last:
+            return hidden_P1D.squeeze(1)
         merged = hidden_P1D.reshape(-1, 1, self.spec.merged_size)
         return self.projection(merged).squeeze(1)
 

@@ -5,10 +5,14 @@ Letters: s row length, b rows, n trained positions, E language width, V vocabula
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import make_viewless_tensor
 from torch.nn import functional as F
 
 from megatron_vl.models.common.core_attention import SegmentParams
@@ -33,6 +37,27 @@ class LanguageModel(GPTModel):
     """
 
     real_vocab_size: int  # without the rows that pad it for tensor parallelism
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Marks the weights; where the embedding is not on the first stage, its copies are tied by
+        `sum_tied`, for Megatron-Core looks for them on the first and the last stage."""
+        if not self.config.vision_spans_chunks:
+            super().setup_embeddings_and_output_layer()
+            return
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+        if self.post_process and self.output_layer.weight is not None:
+            self.output_layer.weight.is_embedding_or_output_parameter = True
+        weight = self.shared_embedding_or_output_weight()
+        if not self.share_embeddings_and_output_weights or weight is None:
+            return
+        if self.pre_process and self.post_process:
+            weight.zero_out_wgrad = True  # two layers add their gradients to it
+            return
+        weight.shared_embedding = True  # alike over data ranks on both stages
+        if self.post_process:
+            weight.shared = True  # a copy, which the gradient norm leaves out
+            weight.data.zero_()
 
     def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
         if not self.post_process or labels is None:
@@ -71,7 +96,12 @@ def _is_last_tensor_parallel_rank() -> bool:
 
 
 class VisionLanguageModel(MegatronModule):
-    """One chunk of the model: the vision tower on the first, language layers on all.
+    """One chunk of the model: its vision layers, its language layers, what joins the two.
+
+    Pixels enter the first chunk. The vision tower ends where the word embedding is; from there on
+    chunks hold language layers. Before, they pass vision hidden states on, as many as there are
+    patches; Megatron-Core's schedules send tensors of one shape alone, so these then travel in
+    tensors large enough for a row that is all image (`pipeline_length`).
 
     Args:
         spec: sizes, from the model's config.json.
@@ -98,42 +128,74 @@ class VisionLanguageModel(MegatronModule):
         self.spec = spec
         self.pre_process, self.post_process = pre_process, post_process
         self.vp_stage = vp_stage
+        self.spans = split.vision_spans_chunks
+        stage, chunk = parallel_state.get_pipeline_model_parallel_rank(), vp_stage or 0
+        self.ends_vision = (stage, chunk) == split.last_vision_chunk
+        vision_layers = len(split.layers("vit", stage, chunk))
         self.vision_model = None
-        if pre_process:
+        if pre_process or vision_layers:
             self.vision_model = VisionTower(
                 spec.vision,
-                vision_config(spec, layout, options),
+                vision_config(spec, layout, split, options),
                 merger_config(spec, layout, options),
+                num_layers=vision_layers, first=pre_process, last=self.ends_vision,
+                vp_stage=vp_stage if self.spans else None,
             )
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        layers = split.layers("llm", stage, vp_stage or 0)
-        self.language_model = LanguageModel(
-            config=config,
-            transformer_layer_spec=block_spec(causal=True, num_layers=len(layers)),
-            vocab_size=spec.padded_vocab_size(layout.tp),
-            max_sequence_length=spec.decoder.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            parallel_output=True,
-            share_embeddings_and_output_weights=spec.decoder.tie_word_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=spec.decoder.rope_theta,
-            # Scattered after the image embeddings are in: a shard must already hold them.
-            scatter_embedding_sequence_parallel=False,
-            vp_stage=vp_stage,
-        )
-        self.language_model.real_vocab_size = spec.decoder.vocab_size
+        self.language_model = None
+        if self.ends_vision or self.vision_model is None:
+            layers = split.layers("llm", stage, chunk)
+            self.language_model = LanguageModel(
+                config=config,
+                transformer_layer_spec=block_spec(causal=True, num_layers=len(layers)),
+                vocab_size=spec.padded_vocab_size(layout.tp),
+                max_sequence_length=spec.decoder.max_position_embeddings,
+                pre_process=self.ends_vision,
+                post_process=post_process,
+                parallel_output=True,
+                share_embeddings_and_output_weights=spec.decoder.tie_word_embeddings,
+                position_embedding_type="mrope",
+                rotary_base=spec.decoder.rope_theta,
+                # Scattered after the image embeddings are in: a shard must already hold them.
+                scatter_embedding_sequence_parallel=False,
+                vp_stage=vp_stage,
+            )
+            self.language_model.real_vocab_size = spec.decoder.vocab_size
         # Megatron-Core's gradient and pipeline code asks the outermost module.
-        self.share_embeddings_and_output_weights = spec.decoder.tie_word_embeddings
-        self.model_type = self.language_model.model_type
+        self.share_embeddings_and_output_weights = (
+            spec.decoder.tie_word_embeddings and not self.spans
+        )
+        self.model_type = ModelType.encoder_or_decoder
+        self._received: torch.Tensor | None = None
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied embedding of this chunk, None on a middle stage."""
+        if self.language_model is None:
+            return None
         return self.language_model.shared_embedding_or_output_weight()
 
+    def tied_copy(self) -> torch.nn.Parameter | None:
+        """The tied embedding of this chunk if another one holds it too and `sum_tied` ties them."""
+        weight = self.shared_embedding_or_output_weight() if self.spans else None
+        return weight if getattr(weight, "shared_embedding", False) else None
+
+    def pipeline_length(self, row_length: int) -> int:
+        """The `seq_length` that Megatron-Core's schedules need for rows of `row_length` tokens.
+
+        Their tensors are [seq_length, b, E], or a TP rank's part of that under sequence
+        parallelism. Vision hidden states are whole on every TP rank, `merge^2` of them a token.
+        """
+        if not self.spans:
+            return row_length
+        vision = self.spec.vision
+        tp = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        numbers = row_length * vision.spatial_merge_size**2 * vision.hidden_size
+        return max(row_length, tp * -(-numbers // self.config.hidden_size))
+
     def set_input_tensor(self, input_tensor) -> None:
-        """Hidden states [s, b, E] from the stage before."""
-        self.language_model.set_input_tensor(input_tensor)
+        """What the chunk before sent: hidden states [s, b, E], or vision's in such a tensor."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self._received = input_tensor
 
     def forward(
         self,
@@ -165,9 +227,14 @@ class VisionLanguageModel(MegatronModule):
             ValueError: image tokens and image embeddings differ in number.
         """
         decoder_input = None
-        if self.pre_process:
-            decoder_input = self._embed(input_ids, pixel_patches, grid_thw)
-        return self.language_model(
+        if self.vision_model is not None:
+            vision = self._see(pixel_patches, grid_thw, input_ids.device)
+            if not self.ends_vision:
+                return self._send(vision, input_ids.shape)
+            decoder_input = self._embed(input_ids, vision, grid_thw)
+        else:
+            self.language_model.set_input_tensor(self._received_text(input_ids.shape[1]))
+        output = self.language_model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=None,
@@ -176,13 +243,60 @@ class VisionLanguageModel(MegatronModule):
             loss_mask=loss_mask,
             packed_seq_params=SegmentParams(segments=segments),
         )
+        return output if self.post_process else self._send(output, input_ids.shape)
 
-    def _embed(self, input_ids, pixel_patches, grid_thw) -> torch.Tensor:
+    # ---- between chunks -----------------------------------------------------------------------
+
+    def _send(self, hidden: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Hidden states as the schedules send them, for input_ids of `shape`."""
+        if not self.spans:
+            return hidden
+        b, s = shape
+        room = (self._local(self.pipeline_length(s)), b, self.config.hidden_size)
+        padded = F.pad(hidden.flatten(), (0, math.prod(room) - hidden.numel())).view(room)
+        return make_viewless_tensor(padded, requires_grad=True, keep_graph=True)
+
+    def _received_text(self, row_length: int) -> torch.Tensor | None:
+        received = self._received
+        return received[: self._local(row_length)] if self.spans else received
+
+    def _local(self, length: int) -> int:
+        """A TP rank's part of `length` positions."""
+        config = self.config
+        return length // config.tensor_model_parallel_size if config.sequence_parallel else length
+
+    # ---- images -------------------------------------------------------------------------------
+
+    def _see(self, pixel_patches, grid_thw, device: torch.device) -> torch.Tensor | None:
+        """What this chunk's vision layers make of a microbatch's images; None if it has none.
+
+        Even then every vision weight is touched in training, by a blank image whose gradient is
+        zero: gradient reduction waits for all of them. Between chunks one always travels.
+        """
+        has_images = grid_thw is not None and grid_thw.shape[0] > 0
+        if self.pre_process:
+            has_images = pixel_patches is not None and pixel_patches.shape[0] > 0
+        if not has_images:
+            if not self.spans and not self.training:
+                return None
+            merge = self.spec.vision.spatial_merge_size
+            grid_thw = torch.tensor([[1, merge, merge]])
+        if self.pre_process:
+            if not has_images:
+                vision = self.spec.vision
+                pixel_patches = torch.zeros(
+                    vision.spatial_merge_size**2, vision.patch_dim, device=device
+                )
+            return self.vision_model(pixel_patches, grid_thw)
+        patches, width = int(grid_thw.prod(-1).sum()), self.spec.vision.hidden_size
+        hidden_PD = self._received.flatten()[: patches * width].view(patches, width)
+        return self.vision_model(hidden_PD, grid_thw)
+
+    def _embed(self, input_ids, vision_ME, grid_thw) -> torch.Tensor:
         hidden_sbE = self.language_model.embedding(input_ids=input_ids, position_ids=None)
         is_vision = (input_ids == self.spec.tokens.image) | (input_ids == self.spec.tokens.video)
         places = is_vision.flatten().nonzero().flatten()  # row after row, as images are counted
-        if pixel_patches is not None and pixel_patches.shape[0]:
-            vision_ME = self.vision_model(pixel_patches, grid_thw)
+        if grid_thw is not None and grid_thw.shape[0] and vision_ME is not None:
             if vision_ME.shape[0] != places.shape[0]:
                 raise ValueError(
                     f"{places.shape[0]} image tokens but {vision_ME.shape[0]} image embeddings; "
@@ -194,20 +308,12 @@ class VisionLanguageModel(MegatronModule):
             hidden_sbE = rows_bsE.reshape(b, s, width).transpose(0, 1).contiguous()
         elif places.numel():
             raise ValueError(f"{places.numel()} image tokens but no pixels")
-        elif self.training:
-            # A microbatch without images still touches every vision weight, with gradient zero:
-            # gradient reduction waits for all of them.
-            blank = self._blank_image(hidden_sbE.device).float()  # a 16-bit sum could overflow
-            hidden_sbE = hidden_sbE + (0.0 * blank.sum()).to(hidden_sbE.dtype)
+        elif vision_ME is not None:
+            # A blank image's, with gradient zero; in 32 bits, for a 16-bit sum could overflow.
+            hidden_sbE = hidden_sbE + (0.0 * vision_ME.float().sum()).to(hidden_sbE.dtype)
         if self.config.sequence_parallel:
             hidden_sbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_sbE)
         return hidden_sbE
-
-    def _blank_image(self, device: torch.device) -> torch.Tensor:
-        vision = self.spec.vision
-        merge = vision.spatial_merge_size
-        patches = torch.zeros(merge * merge, vision.patch_dim, device=device)
-        return self.vision_model(patches, torch.tensor([[1, merge, merge]]))
 
 
 def build_chunks(
@@ -225,4 +331,24 @@ def build_chunks(
                 pre_process=first, post_process=last, vp_stage=vp_stage,
             )
         )
+    with torch.no_grad():
+        sum_tied(chunks, "data")  # copies start at zero
     return chunks
+
+
+def sum_tied(chunks: list[VisionLanguageModel], attribute: str) -> None:
+    """Adds up an attribute (`data`, `main_grad`) of the tied embedding's copies, in each of them.
+
+    Of the copies that `VisionLanguageModel.tied_copy` names: those Megatron-Core does not find.
+    """
+    copies = [copy for chunk in chunks if (copy := chunk.tied_copy()) is not None]
+    if not copies:
+        return
+    first, *others = [getattr(copy, attribute) for copy in copies]
+    for other in others:
+        first.add_(other)
+    group = parallel_state.get_embedding_group()
+    if group.size() > 1:
+        torch.distributed.all_reduce(first, group=group)
+    for other in others:
+        other.copy_(first)
