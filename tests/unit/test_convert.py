@@ -270,18 +270,18 @@ def test_a_dry_run_prints_the_plan_with_totals_and_writes_nothing(tied, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "m"]
 
 
-def test_converting_needs_no_megatron_and_no_transformers(tied, tmp_path):
+def test_converting_needs_no_torch_no_megatron_and_no_transformers(tied, tmp_path):
     code = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('megatron', 'transformers', 'transformer_engine', 'apex'):
+        if name.split('.')[0] in ('torch', 'megatron', 'transformers', 'apex'):
             raise ImportError(f'{name} is blocked')
 sys.meta_path.insert(0, Blocked())
 from megatron_vl.cli.main import run
 source, out = sys.argv[1:]
 assert run(['convert', source, out + '/m', '--tp', '2', '--pp', '2']) == 0
-assert run(['convert', out + '/m', out + '/back']) == 0
+assert run(['convert', out + '/m', out + '/back', '--verify']) == 0
 """
     subprocess.run([sys.executable, "-c", code, str(tied), str(tmp_path)], check=True, cwd=ROOT,
                    timeout=120)
