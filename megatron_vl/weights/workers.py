@@ -9,7 +9,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from megatron_vl.errors import InputError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -25,6 +28,9 @@ def in_parallel(
     their answers are sent. Copying memory they would wait for each other as threads, for Python's
     lock and for the kernel's on the address space. Where forking is not safe, outside Linux, they
     are threads all the same; one worker is this process.
+
+    Raises:
+        InputError: a worker was killed.
     """
     global _job
     if workers == 1 or len(items) < 2:
@@ -42,6 +48,11 @@ def in_parallel(
         pool, answers, call = ThreadPoolExecutor(workers), items, work
     try:
         yield from pool.map(call, answers)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process was killed, by someone or for want of memory; free memory or give "
+            "fewer --workers."
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         _job = None
