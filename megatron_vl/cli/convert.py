@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import time
 from pathlib import Path
 
@@ -30,6 +29,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("dst", type=Path, metavar="DST")
     parser.add_argument("--to", choices=("hf", "mcore"), help="kind of DST (default: mcore for a "
                         "Hugging Face SRC or if a layout is given, hf otherwise)")
+    parser.add_argument("--format", choices=("torch", "torch_dist"), help="of a Megatron-Core DST: "
+                        "torch, a file a rank of one layout (default), or torch_dist, which loads "
+                        "in every layout")
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks (default 1)")
     parser.add_argument("--pp", type=int, help="pipeline stages (default 1)")
     parser.add_argument("--vp", type=int, help="model chunks a stage (default 1)")
@@ -45,10 +47,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="compare DST with SRC at the end")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in DST")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
-                        help="largest safetensors file, as in 5GB (default)")
+                        help="largest file of safetensors or torch_dist, as in 5GB (default)")
     parser.add_argument("--model-size", default="auto", metavar="SIZE", help="2B, 7B or 72B: "
                         "refuse a config.json of another size (default auto: take what it says)")
-    parser.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.set_defaults(run=run)
     return parser
 
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: anything that is wrong with the arguments or the source.
     """
-    # Imported here: torch takes seconds, and other commands read this file for their help.
+    # Imported here: other commands read this file for their help.
     from megatron_vl.weights import convert as work
 
     started = time.perf_counter()
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             conversion, args.dst, side_files=config_dir, overwrite=args.overwrite,
             workers=args.workers, progress=progress,
         )
-    _report(args.dst, conversion, written, time.perf_counter() - started)
+    _report(args, conversion, written, time.perf_counter() - started)
     if args.verify:
         from megatron_vl.cli.verify import verify
 
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_workers(workers: int) -> None:
     if workers < 1:
-        raise InputError(f"--workers is {workers}; give 1 or more threads.")
+        raise InputError(f"--workers is {workers}; give 1 or more.")
 
 
 def describe(directory: Path, hf_config: Path | None):
@@ -127,12 +129,25 @@ def _config_dir(directory: Path, info) -> Path:
 
 def _target(args: argparse.Namespace, kind: str, spec: VLMSpec, work):
     layout_given = [name for name in LAYOUT_OPTIONS if getattr(args, name) is not None]
-    to = args.to or ("mcore" if kind == "hf" or layout_given else "hf")
+    to = args.to or ("mcore" if kind == "hf" or layout_given or args.format else "hf")
     if to == "hf":
         if layout_given:
             option = layout_given[0].replace("_", "-")
             raise InputError(f"--{option} is for a Megatron-Core DST; leave it out with --to hf.")
+        if args.format:
+            raise InputError("--format is for a Megatron-Core DST; leave it out with --to hf.")
         return work.HFTarget(max_shard_bytes=_bytes(args.max_shard_size))
+    if args.format == "torch_dist":
+        if layout_given:
+            option = layout_given[0].replace("_", "-")
+            raise InputError(
+                f"--{option} is for --format torch; a torch_dist checkpoint loads in every layout."
+            )
+        whole = Layout(), spec.split()
+        return work.ShardedTarget(
+            max_shard_bytes=_bytes(args.max_shard_size),
+            args=lambda dtype: spec.megatron_args(*whole, dtype),
+        )
     layout = Layout(**{name: 1 if getattr(args, name) is None else getattr(args, name)
                        for name in ("tp", "pp", "vp")})
     split = spec.split(
@@ -171,10 +186,12 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _report(dst: Path, conversion, written, seconds: float) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _report(args: argparse.Namespace, conversion, written, seconds: float) -> None:
+    from megatron_vl.weights.workers import peak_memory
+
+    peak = peak_memory(args.workers)
     rate = written.nbytes / seconds / 10**9
-    print(f"{dst}\n{'files':>7} {'tensors':>8} {'bytes':>16} {'seconds':>8} {'GB/s':>6} "
+    print(f"{args.dst}\n{'files':>7} {'tensors':>8} {'bytes':>16} {'seconds':>8} {'GB/s':>6} "
           f"{'peak memory':>12}")
     print(f"{len(conversion.files):>7} {written.tensors:>8} {written.nbytes:>16,} {seconds:>8.1f} "
           f"{rate:>6.2f} {peak / 2**20:>8.0f} MiB")

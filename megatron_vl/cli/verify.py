@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                         help="compare different dtypes after casting to the narrower one")
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json "
                         "for Megatron-Core checkpoints that have none beside them")
-    parser.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.set_defaults(run=run)
     return parser
 
@@ -47,7 +46,7 @@ def verify(a: Path, b: Path, hf_config: Path | None, *, cast: bool, workers: int
         InputError: one of them cannot be read.
         CheckFailed: they are not equal.
     """
-    # Imported here: torch takes seconds, and other commands read this file for their help.
+    # Imported here: other commands read this file for their help.
     from megatron_vl.weights import convert as work
     from megatron_vl.weights.verify import compare
 
@@ -60,12 +59,14 @@ def verify(a: Path, b: Path, hf_config: Path | None, *, cast: bool, workers: int
     nbytes = sum(at.nbytes for at in first.tensors.values())
     with work.progress_bar(nbytes, "verify") as progress:
         found = compare(first, second, weights, tolerant=cast, workers=workers, progress=progress)
-    _print(a, b, found, nbytes, time.perf_counter() - started)
+    _print(a, b, found, nbytes, time.perf_counter() - started, workers)
     if not found.equal:
         raise CheckFailed(f"{a} and {b} do not hold the same tensors; the table says which.")
 
 
-def _print(a: Path, b: Path, found, nbytes: int, seconds: float) -> None:
+def _print(a: Path, b: Path, found, nbytes: int, seconds: float, workers: int) -> None:
+    from megatron_vl.weights.workers import peak_memory
+
     differing = [one for one in found.tensors if not one.equal]
     rows = [
         *((f"{one.name}", f"{one.differing:,} of {one.numel:,} elements differ, by up to "
@@ -81,7 +82,7 @@ def _print(a: Path, b: Path, found, nbytes: int, seconds: float) -> None:
     if len(rows) > SHOWN:
         print(f"and {len(rows) - SHOWN} more")
     largest = max((one.largest for one in differing), default=0.0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = peak_memory(workers) / 2**20
     print(f"A = {a}, B = {b}\n{'compared':>8} {'bytes':>16} {'differing':>9} "
           f"{'missing in A':>12} {'missing in B':>12} {'max abs diff':>12} {'GB/s':>6} "
           f"{'peak memory':>12}\n{len(found.tensors):>8} {nbytes:>16,} {len(differing):>9} "

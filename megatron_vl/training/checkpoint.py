@@ -88,7 +88,8 @@ def load_checkpoint(
         load_weights(info, model)
         optimizer.reload_model_params()
         return Resumed(iteration=0, loader_state=None)
-    finetune = options.finetune and not own
+    # A converted one holds nothing else.
+    finetune = (options.finetune and not own) or info.release
     with_optimizer = not (finetune or options.no_load_optim)
     if with_optimizer and not _holds(info, "optimizer"):
         raise InputError(
@@ -103,6 +104,12 @@ def load_checkpoint(
     with_rng = not (finetune or options.no_load_rng) and same_ranks and _holds(info, "rng_state")
     if not with_rng:
         del state["rng_state"]
+    if info.release:
+        for number in range(len(model)):
+            # Of layers that keep one; there is none to load.
+            part = state[_model_key(number, model)]
+            for name in [name for name in part if name.endswith("_extra_state")]:
+                part[name] = None
     loaded = dist_checkpointing.load(state, str(info.path), ("torch_dist", 1))
     for number, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)

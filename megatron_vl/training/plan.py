@@ -92,11 +92,16 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
     if first is None:
         source = _source(config)
         info = inspect_checkpoint(source) if source is not None else None
-        if info is not None and info.split is not None:
+        if info is not None and info.split is not None and not _fits_all(info):
             here = (layout.pp, layout.vp)
             if (info.split.pp, info.split.vp) == here:
                 return info.split
     return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first)
+
+
+def _fits_all(info: CheckpointInfo) -> bool:
+    """Whether it was written for no layout in particular."""
+    return info.format == "torch_dist" and info.release
 
 
 def _source(config: TrainConfig) -> str | None:
@@ -178,7 +183,8 @@ def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:
     if source is None:
         return None, False
     info, own = inspect_checkpoint(source), source == plan.config.checkpoint.save
-    if info.format == "torch_dist" and (own or not plan.config.checkpoint.finetune):
+    resumes = info.format == "torch_dist" and not info.release
+    if resumes and (own or not plan.config.checkpoint.finetune):
         _check_options(plan.config, info)
     return _checked(plan, info), own
 

@@ -24,14 +24,16 @@ from megatron_vl.weights.hf_io import (
     lay_out_hf,
     open_hf,
     shard,
+    shard_names,
 )
-from megatron_vl.weights.map import Stored, WeightMap, rank_file
+from megatron_vl.weights.map import Chunk, Stored, WeightMap, rank_file
 from megatron_vl.weights.mcore_io import (
     CheckpointInfo,
     check_tensors,
     inspect_checkpoint,
     is_mcore_directory,
     lay_out_mcore,
+    lay_out_sharded,
     open_mcore,
 )
 from megatron_vl.weights.plan import Plan, make_plan
@@ -66,14 +68,26 @@ class McoreTarget:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShardedTarget:
+    """A torch_dist checkpoint, which has no layout, in files of at most `max_shard_bytes`."""
+
+    max_shard_bytes: int
+    args: Callable[[str], Mapping[str, Any]]
+
+
+Target = HFTarget | McoreTarget | ShardedTarget
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
     """A conversion that was thought through and can be printed or run."""
 
     plan: Plan
     source: Source
-    target: HFTarget | McoreTarget
+    target: Target
     dtypes: Mapping[Ids, DType]  # of the target's tensors
     files: Mapping[str, Sequence[Stored]]  # of the target
+    chunks: Mapping[str, Chunk]  # of a ShardedTarget, by the names of what is stored
 
     @property
     def nbytes(self) -> int:
@@ -138,28 +152,38 @@ def open_source(
 
 
 def plan_conversion(
-    source: Source, weights: WeightMap, target: HFTarget | McoreTarget, dtype: str | None = None
+    source: Source, weights: WeightMap, target: Target, dtype: str | None = None
 ) -> Conversion:
     """What has to be copied where; no I/O.
 
     Raises:
         InputError: the target cannot be filled from the source, or dtypes are mixed.
     """
+    chunks: dict[str, Chunk] = {}
     if isinstance(target, HFTarget):
         wanted = weights.hf_inventory()
+    elif isinstance(target, ShardedTarget):
+        chunks = {chunk.stored.name: chunk for chunk in weights.global_chunks()}
+        wanted = [chunk.stored for chunk in chunks.values()]
     else:
         wanted = weights.mcore_inventory(split=target.split, tp=target.layout.tp)
     plan = make_plan(source.inventory, wanted)
     dtypes = target_dtypes(plan, source.dtypes, WEIGHTS[dtype] if dtype else None)
     if isinstance(target, HFTarget):
-        files = shard(wanted, dtypes, target.max_shard_bytes)
+        groups = shard(wanted, dtypes, target.max_shard_bytes)
+        files = dict(zip(shard_names(len(groups)), groups, strict=True))
+    elif isinstance(target, ShardedTarget):
+        groups = shard(wanted, dtypes, target.max_shard_bytes)
+        files = {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
     else:
         # A rank without weights has its file too: the loader looks for every rank's.
         files = {rank_file(tp=rank, pp=stage, pp_size=target.split.pp): []
                  for stage in range(target.split.pp) for rank in range(target.layout.tp)}
         for stored in wanted:
             files[stored.file].append(stored)
-    return Conversion(plan=plan, source=source, target=target, dtypes=dtypes, files=files)
+    return Conversion(
+        plan=plan, source=source, target=target, dtypes=dtypes, files=files, chunks=chunks
+    )
 
 
 def run_conversion(
@@ -195,6 +219,9 @@ def run_conversion(
             )
         if isinstance(target, HFTarget):
             tensors = lay_out_hf(new, conversion.files, conversion.dtypes)
+        elif isinstance(target, ShardedTarget):
+            tensors = lay_out_sharded(new, conversion.files, conversion.dtypes, conversion.chunks,
+                                      target.args(conversion.dtype))
         else:
             tensors = lay_out_mcore(
                 new, conversion.files, conversion.dtypes, target.args(conversion.dtype)
@@ -238,6 +265,7 @@ __all__ = [
     "Conversion",
     "HFTarget",
     "McoreTarget",
+    "ShardedTarget",
     "Source",
     "detect",
     "inspect_checkpoint",

@@ -162,7 +162,7 @@ def _broken(path: Path, why: str) -> str:
 
 def shard(
     inventory: Sequence[Stored], dtypes: Mapping[tuple[str, str, str], DType], max_bytes: int
-) -> dict[str, list[Stored]]:
+) -> list[list[Stored]]:
     """Distributes tensors, in order, over files of at most `max_bytes` (or of one tensor)."""
     groups, filled = [[]], 0
     for stored in inventory:
@@ -172,10 +172,14 @@ def shard(
             filled = 0
         groups[-1].append(stored)
         filled += nbytes
-    if len(groups) == 1:
-        return {SINGLES[0]: groups[0]}
-    total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    return groups
+
+
+def shard_names(total: int) -> list[str]:
+    """What published weights in `total` files call them."""
+    if total == 1:
+        return [SINGLES[0]]
+    return [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
 
 
 def lay_out_hf(

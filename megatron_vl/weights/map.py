@@ -64,6 +64,16 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A part of a tensor that a torch_dist checkpoint holds by itself."""
+
+    name: str  # of the tensor
+    layer: int | None  # its place in the tensor's first dimension, if layers are stacked there
+    layers: int
+    stored: Stored  # the part, without that dimension
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMap:
     """All weights of one model.
 
@@ -211,6 +221,20 @@ class WeightMap:
         self._complain("Megatron-Core", missing, extra)
         return inventory
 
+    def global_chunks(self) -> list[Chunk]:
+        """What a torch_dist checkpoint is written as: whole tensors, a chunk a layer."""
+        return [
+            Chunk(
+                name=weight.name.replace(".{i}.", "."),
+                layer=i if place in _TOWERS else None,
+                layers=len(self._layers(place)),
+                stored=_of_rule(weight.name.replace("{i}", str(i)), weight.rule.at_layer(i)),
+            )
+            for place in Place if place is not Place.LAST_COPY
+            for i in self._layers(place)
+            for weight in self.at(place)
+        ]
+
     def match_mcore(
         self, expected: Iterable[Stored], found: Iterable[tuple[str, str, str]]
     ) -> None:
@@ -276,6 +300,11 @@ def _whole(file: str, name: str, key: str, shape: tuple[int, ...]) -> Stored:
     zeros = (0,) * len(shape)
     piece = Piece(key=key, start=zeros, at=zeros, shape=shape)
     return Stored(file=file, part="", name=name, shape=shape, pieces=(piece,))
+
+
+def _of_rule(name: str, rule: Rule) -> Stored:
+    shape, pieces = rule.pieces(1, 0)
+    return Stored(file="", part="", name=name, shape=shape, pieces=pieces)
 
 
 def _stacked(piece: Piece, layer: int) -> Piece:

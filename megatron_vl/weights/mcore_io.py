@@ -1,12 +1,12 @@
 """Megatron-Core checkpoints on disk: found, described, opened, and laid out to be filled.
 
-The `torch` format, which the converter writes, is a directory of one file a (TP, PP) rank:
+The `torch` format is a directory of one file a (TP, PP) rank:
 
     latest_checkpointed_iteration.txt            "release", or the iteration
     release/mp_rank_{tp:02d}[_{pp:03d}]/model_optim_rng.pt
         {"args", "checkpoint_version": 3.0, "iteration", "model"}      model0, model1.. with VP
 
-The `torch_dist` format, which the trainer writes, is read by `torch_dist.py`.
+The `torch_dist` format, which the trainer writes, is the matter of `torch_dist.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
-from megatron_vl.weights.map import Stored, WeightMap, rank_file
-from megatron_vl.weights.torch_dist import open_torch_dist, read_common
+from megatron_vl.weights.map import Chunk, Stored, WeightMap, rank_file
+from megatron_vl.weights.torch_dist import lay_out_torch_dist, open_torch_dist, read_common
 from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_torch_file
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -177,6 +177,20 @@ def lay_out_mcore(
              for part in parts},
         )
         tensors |= {one.id: places[one.part, one.name] for one in group}
+    (root / LATEST).write_text(RELEASE)
+    return tensors
+
+
+def lay_out_sharded(
+    root: Path,
+    files: Mapping[str, Sequence[Stored]],
+    dtypes: Mapping[tuple[str, str, str], DType],
+    chunks: Mapping[str, Chunk],
+    args: Mapping[str, Any],
+) -> dict[tuple[str, str, str], TensorAt]:
+    """The same of a torch_dist checkpoint, which loads in every layout."""
+    common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 0}
+    tensors = lay_out_torch_dist(root / RELEASE, files, dtypes, chunks, common)
     (root / LATEST).write_text(RELEASE)
     return tensors
 

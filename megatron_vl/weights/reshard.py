@@ -196,8 +196,11 @@ class Reader:
 
     def row_bytes(self, plan: TensorPlan) -> int:
         """Bytes of the widest row among the tensors that take part."""
-        tensors = [self.source[op.source.id] for op in plan.ops]
-        return max((volume(at.shape[1:]) * at.dtype.itemsize for at in tensors), default=0)
+        rows = []
+        for op in plan.ops:
+            at, layers = self.source[op.source.id], len(op.start) - len(op.shape)
+            rows.append(volume(at.shape[layers + 1 :]) * at.dtype.itemsize)
+        return max(rows, default=0)
 
     def chunks(
         self, plan: TensorPlan, run: Run, dtype: DType, row_bytes: int

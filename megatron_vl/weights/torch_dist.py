@@ -1,30 +1,41 @@
-"""Reads the weights of a `torch_dist` checkpoint (megatron.core.dist_checkpointing) by byte range.
+"""The weights of a `torch_dist` checkpoint (megatron.core.dist_checkpointing) by byte range.
 
 `.metadata` is a pickle of torch.distributed.checkpoint's table: the global tensors, the chunks each
 is cut into, and the file and byte range of every chunk. It is read as data, so nothing in it is
-called. A chunk is a torch.save file inside a `.distcp` file, opened like any other. No torch, no
-process group, no Megatron-Core.
+called. A chunk is a torch.save file inside a `.distcp` file, opened like any other. No process
+group, no Megatron-Core; torch only to write `.metadata`, of which its classes are the format.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Mapping
+import itertools
+import json
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_vl.errors import InputError
 from megatron_vl.weights.dtypes import WEIGHTS, DType
-from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.files import TensorAt, reserve
 from megatron_vl.weights.inert_pickle import Unpickler
-from megatron_vl.weights.map import Stored, WeightMap
+from megatron_vl.weights.map import Chunk, Stored, WeightMap
 from megatron_vl.weights.rules import Piece
-from megatron_vl.weights.torch_file import BROKEN, Section, open_torch_file, read_archive
+from megatron_vl.weights.torch_file import (
+    BROKEN,
+    Section,
+    lay_out_tensor,
+    lay_out_torch_file,
+    open_torch_file,
+    read_archive,
+)
 
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
+Id = tuple[str, str, str]
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # (start, extents)
 
 
@@ -197,3 +208,70 @@ class _Chunks:
         if not isinstance(at, TensorAt) or (at.shape, at.dtype) != (sizes, dtype):
             raise InputError(f"{file}: {name} is not what .metadata says; copy it again.")
         return place.file, at
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def lay_out_torch_dist(
+    directory: Path,
+    files: Mapping[str, Sequence[Stored]],
+    dtypes: Mapping[Id, DType],
+    chunks: Mapping[str, Chunk],
+    common: Mapping[str, Any],
+) -> dict[Id, TensorAt]:
+    """Writes one iteration's directory with room for its weights; answers where each lies.
+
+    Args:
+        files: the parts of tensors that each `.distcp` file gets.
+        chunks: of which tensor each of them is a part, by the part's name.
+        common: what common.pt says.
+    """
+    directory.mkdir(parents=True)
+    lay_out_torch_file(directory / "common.pt", common, {})
+    (directory / "metadata.json").write_text(json.dumps({
+        "sharded_backend": "torch_dist", "sharded_backend_version": 1,
+        "common_backend": "torch", "common_backend_version": 1,
+    }))
+    tensors, ranges = {}, {}
+    for name, group in files.items():
+        with (directory / name).open("wb") as file:
+            for stored in group:
+                start, chunk = file.tell(), chunks[stored.name]
+                shape = stored.shape if chunk.layer is None else (1, *stored.shape)
+                at = lay_out_tensor(file, directory / name, dtypes[stored.id], shape)
+                tensors[stored.id] = replace(at, shape=stored.shape)
+                ranges[stored.name] = name, start, file.tell() - start
+            reserve(file, file.tell())
+    _write_table(directory / ".metadata", files, dtypes, chunks, ranges)
+    return tensors
+
+
+def _write_table(path: Path, files, dtypes, chunks: Mapping[str, Chunk], ranges) -> None:
+    # Imported here: they take seconds, and only writing this format needs them.
+    import torch
+    from torch.distributed.checkpoint import metadata
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    entries, places = {}, {}
+    for stored in itertools.chain.from_iterable(files.values()):
+        chunk, (file, start, length) = chunks[stored.name], ranges[stored.name]
+        front = () if chunk.layer is None else (1,)
+        sizes = torch.Size((*front, *stored.shape))
+        offsets = torch.Size((*(() if chunk.layer is None else (chunk.layer,)),
+                              *(0 for _ in stored.shape)))
+        if chunk.name not in entries:
+            entries[chunk.name] = metadata.TensorStorageMetadata(
+                properties=metadata.TensorProperties(
+                    dtype=getattr(torch, dtypes[stored.id].name)
+                ),
+                size=torch.Size((*(chunk.layers for _ in front), *stored.shape)), chunks=[],
+            )
+        known = entries[chunk.name].chunks
+        places[metadata.MetadataIndex(chunk.name, offsets, len(known))] = _StorageInfo(
+            relative_path=file, offset=start, length=length
+        )
+        known.append(metadata.ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+    table = metadata.Metadata(state_dict_metadata=entries, storage_data=places)
+    with path.open("wb") as file:
+        pickle.dump(table, file)

@@ -14,8 +14,9 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -246,24 +247,40 @@ def lay_out_torch_file(
     Returns:
         Where each tensor lies, by (table, name).
     """
-    folder, records = path.stem, []
-    tensors = [(table, name, *kind) for table, names in tables.items()
-               for name, kind in names.items()]
+    rooms = [(dtype, shape) for names in tables.values() for dtype, shape in names.values()]
     with path.open("wb") as file:
-        records.append(_record(file, f"{folder}/data.pkl", _pickled(plain, tables)))
-        for name, text in ((".format_version", b"1"), (".storage_alignment", b"%d" % _ALIGNMENT),
-                           ("byteorder", b"little")):
-            records.append(_record(file, f"{folder}/{name}", text))
-        places = {}
-        for number, (table, name, dtype, shape) in enumerate(tensors):
-            at = TensorAt(path=path, offset=0, dtype=dtype, shape=shape)
-            one = _record(file, f"{folder}/data/{number}", at.nbytes)
-            records.append(one)
-            places[table, name] = TensorAt(path=path, offset=one.start, dtype=dtype, shape=shape)
-        records.append(_record(file, f"{folder}/version", b"3\n"))
-        _directory(file, records)
+        starts = _archive(file, path.stem, _pickled(plain, tables), rooms)
         reserve(file, file.tell())
-    return places
+    names = [(table, name) for table, names in tables.items() for name in names]
+    return {
+        key: TensorAt(path=path, offset=start, dtype=dtype, shape=shape)
+        for key, start, (dtype, shape) in zip(names, starts, rooms, strict=True)
+    }
+
+
+def lay_out_tensor(file: BinaryIO, path: Path, dtype: DType, shape: tuple[int, ...]) -> TensorAt:
+    """Appends to `file`, which is `path`, what torch.save would write of one tensor, as room."""
+    pickled = b"".join([pickle.PROTO, b"\x02", *_tensor(0, dtype, shape), pickle.STOP])
+    (start,) = _archive(file, "archive", pickled, [(dtype, shape)])
+    return TensorAt(path=path, offset=start, dtype=dtype, shape=shape)
+
+
+def _archive(
+    file: BinaryIO, folder: str, pickled: bytes, rooms: Sequence[tuple[DType, tuple[int, ...]]]
+) -> list[int]:
+    """Appends an archive with room for tensors; answers where in the file each of them starts."""
+    base, starts = file.tell(), []
+    records = [_record(file, base, f"{folder}/data.pkl", pickled)]
+    for name, text in ((".format_version", b"1"), (".storage_alignment", b"%d" % _ALIGNMENT),
+                       ("byteorder", b"little")):
+        records.append(_record(file, base, f"{folder}/{name}", text))
+    for number, (dtype, shape) in enumerate(rooms):
+        one = _record(file, base, f"{folder}/data/{number}", prod(shape) * dtype.itemsize)
+        records.append(one)
+        starts.append(base + one.start)
+    records.append(_record(file, base, f"{folder}/version", b"3\n"))
+    _directory(file, base, records)
+    return starts
 
 
 def _pickled(plain: Mapping[str, Any], tables: Tables) -> bytes:
@@ -275,22 +292,27 @@ def _pickled(plain: Mapping[str, Any], tables: Tables) -> bytes:
     for table, names in tables.items():
         made += [_plain(table), pickle.EMPTY_DICT, pickle.MARK]
         for name, (dtype, shape) in names.items():
-            strides, step = [], 1
-            for size in reversed(shape):
-                strides.insert(0, step)
-                step *= size
-            made += [
-                _plain(name), pickle.GLOBAL, b"torch._utils\n_rebuild_tensor_v2\n", pickle.MARK,
-                pickle.MARK, _plain("storage"),
-                pickle.GLOBAL, b"torch\n%s\n" % _STORAGES[dtype.name].encode(),
-                _plain(str(number)), _plain("cpu"), _plain(step), pickle.TUPLE, pickle.BINPERSID,
-                _plain(0), _plain(tuple(shape)), _plain(tuple(strides)), pickle.NEWFALSE,
-                pickle.GLOBAL, b"collections\nOrderedDict\n", pickle.EMPTY_TUPLE, pickle.REDUCE,
-                pickle.TUPLE, pickle.REDUCE,
-            ]
+            made += [_plain(name), *_tensor(number, dtype, shape)]
             number += 1
         made.append(pickle.SETITEMS)
     return b"".join([*made, pickle.SETITEMS, pickle.STOP])
+
+
+def _tensor(number: int, dtype: DType, shape: tuple[int, ...]) -> list[bytes]:
+    """The operations that make a tensor of storage `number`."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return [
+        pickle.GLOBAL, b"torch._utils\n_rebuild_tensor_v2\n", pickle.MARK,
+        pickle.MARK, _plain("storage"),
+        pickle.GLOBAL, b"torch\n%s\n" % _STORAGES[dtype.name].encode(),
+        _plain(str(number)), _plain("cpu"), _plain(step), pickle.TUPLE, pickle.BINPERSID,
+        _plain(0), _plain(tuple(shape)), _plain(tuple(strides)), pickle.NEWFALSE,
+        pickle.GLOBAL, b"collections\nOrderedDict\n", pickle.EMPTY_TUPLE, pickle.REDUCE,
+        pickle.TUPLE, pickle.REDUCE,
+    ]
 
 
 def _plain(value: Any) -> bytes:
@@ -301,7 +323,7 @@ def _plain(value: Any) -> bytes:
 @dataclass(frozen=True, slots=True)
 class _Record:
     name: bytes
-    header: int  # where its local header starts
+    header: int  # where its local header starts, from the start of the archive
     start: int  # where its bytes start
     size: int
     crc: int
@@ -310,9 +332,9 @@ class _Record:
 _WIDE = 0xFFFFFFFF  # in a field of 32 bits: the true number is in the zip64 extra field
 
 
-def _record(file: BinaryIO, name: str, content: bytes | int) -> _Record:
-    """Appends a record, or room for one of `content` bytes."""
-    encoded, header = name.encode(), file.tell()
+def _record(file: BinaryIO, base: int, name: str, content: bytes | int) -> _Record:
+    """Appends a record to the archive that starts at `base`, or room for `content` bytes."""
+    encoded, header = name.encode(), file.tell() - base
     size = content if isinstance(content, int) else len(content)
     # Of a room the checksum is not known; torch does not look at it.
     crc = 0 if isinstance(content, int) else zlib.crc32(content)
@@ -326,7 +348,7 @@ def _record(file: BinaryIO, name: str, content: bytes | int) -> _Record:
     short = _WIDE if wide else size
     file.write(struct.pack("<4s5H3L2H", b"PK\3\4", 45 if wide else 20, 0x800, 0, 0, 0x21, crc,
                            short, short, len(encoded), len(extra)) + encoded + extra)
-    start = file.tell()
+    start = file.tell() - base
     if isinstance(content, int):
         file.seek(size, io.SEEK_CUR)
     else:
@@ -334,9 +356,9 @@ def _record(file: BinaryIO, name: str, content: bytes | int) -> _Record:
     return _Record(encoded, header, start, size, crc)
 
 
-def _directory(file: BinaryIO, records: list[_Record]) -> None:
+def _directory(file: BinaryIO, base: int, records: list[_Record]) -> None:
     """Appends the archive's table of contents."""
-    begin = file.tell()
+    begin = file.tell() - base
     for one in records:
         wide = b"".join(struct.pack("<Q", n) for n in (one.size, one.size, one.header)
                         if n >= _WIDE)
@@ -346,7 +368,7 @@ def _directory(file: BinaryIO, records: list[_Record]) -> None:
         file.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", version, version, 0x800, 0, 0, 0x21,
                                one.crc, size, size, len(one.name), len(extra), 0, 0, 0, 0,
                                min(one.header, _WIDE)) + one.name + extra)
-    end, count = file.tell(), len(records)
+    end, count = file.tell() - base, len(records)
     length = end - begin
     if begin >= _WIDE or length >= _WIDE or count >= 0xFFFF:
         file.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,14 @@ def in_parallel(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         _job = None
+
+
+def peak_memory(workers: int) -> int:
+    """Bytes this process and `workers` of its workers held at most, shared ones for each."""
+    own, children = (resource.getrusage(who).ru_maxrss
+                     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * (own + workers * children)
 
 
 def _begin(parent: int) -> None:

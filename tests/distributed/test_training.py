@@ -49,6 +49,17 @@ def test_ten_steps_follow_those_of_one_rank(layout, workshop, plain_run):
     follows(workshop.steps(name), plain_run)
 
 
+def test_ten_steps_from_a_checkpoint_for_every_layout_follow_those_of_one_rank(
+    workshop, plain_run
+):
+    weights = workshop.root / "any layout"
+    done = megatron_vl("convert", workshop.model_dir, weights, "--format", "torch_dist")
+    assert done.code == 0, done.text
+    done = workshop.train("from-any", TP=2, PP=2, first=1, PRETRAIN_CHECKPOINT_PATH=weights)
+    assert done.code == 0 and "llm 1-3, vision 2-0" in done.out, done.text
+    follows(workshop.steps("from-any"), plain_run)
+
+
 def test_training_learns_and_logs_every_number(plain_run):
     assert sorted(plain_run) == list(range(1, 11))
     assert plain_run[10]["loss"] < 0.95 * plain_run[1]["loss"]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,35 @@ def test_a_trained_torch_dist_checkpoint_goes_to_hf_and_to_any_layout(
     assert_equal(read(tmp_path / "back"), read(source))
     convert(torch_dist[kind], tmp_path / "m", "--tp", 2, "--pp", 2)
     assert_is_reference(source, tmp_path / "m", tp=2, llm=[[2, 2]], vit=[[2, 0]])
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "odd_vocab"])
+def test_a_torch_dist_checkpoint_is_written_for_every_layout(kind, request, tmp_path):
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    source = request.getfixturevalue(kind)
+    convert(source, tmp_path / "dist", "--format", "torch_dist", "--max-shard-size", "200KB")
+    info = inspect_checkpoint(tmp_path / "dist")
+    assert (info.format, info.release, info.iteration) == ("torch_dist", True, 0)
+    assert len(list(info.path.glob("*.distcp"))) > 2
+    # Torch's own reader finds what the files of one rank hold, layers stacked.
+    dcp_to_torch_save(info.path, tmp_path / "read.pt")
+    found = torch.load(tmp_path / "read.pt", weights_only=True)
+    whole_model = dict(tp=1, llm=[[4]], vit=[[2]])
+    (wanted,) = reference_ranks(read(source), config_of(source), **whole_model).values()
+    for name, tensor in wanted["model"].items():
+        if layer := re.search(r"\.layers\.(\d+)\.", name):
+            whole = found[name.replace(layer[0], ".layers.")]
+            assert len(whole) == (2 if name.startswith("vision") else 4)
+            assert torch.equal(whole[int(layer[1])], tensor), name
+        else:
+            assert torch.equal(found.pop(name), tensor), name
+    assert all(".layers." in name for name in found)
+    convert(tmp_path / "dist", tmp_path / "m", "--tp", 2, "--pp", 2)
+    assert_is_reference(source, tmp_path / "m", tp=2, llm=[[2, 2]], vit=[[2, 0]])
+    convert(tmp_path / "m", tmp_path / "again", "--format", "torch_dist", "--verify")
+    convert(tmp_path / "again", tmp_path / "back")
+    assert_equal(read(tmp_path / "back"), read(source))
 
 
 def test_a_torch_dist_table_of_contents_is_read_without_running_code(torch_dist, tmp_path, capfd):

@@ -69,6 +69,8 @@ def changed(hf, tmp_path, change) -> object:
     (["--model-size", "2B"], "use auto"),
     (["--model-size", "3B"], "one of 2B, 7B, 72B or auto"),
     (["--to", "hf", "--tp", "2"], "--tp is for a Megatron-Core DST"),
+    (["--to", "hf", "--format", "torch"], "--format is for a Megatron-Core DST"),
+    (["--format", "torch_dist", "--pp", "2"], "--pp is for --format torch"),
     (["--to", "hf", "--max-shard-size", "big"], "write 5GB or 500MB"),
     (["--workers", "0"], "--workers is 0; give 1 or more"),
 ])

@@ -6,7 +6,8 @@ Writes a random bfloat16 checkpoint of the published model's true shapes, then t
 each in a process of its own: `megatron-vl convert` to Megatron-Core and back, `cp -r` of what each
 of them writes, and the naive way of both: transformers' `from_pretrained`, cutting in memory,
 `torch.save`; and back by `torch.load`, joining, `save_pretrained`. Given are medians, the ratio to
-`cp -r` of the same bytes, and the largest resident memory of any one process, of all its threads.
+`cp -r` of the same bytes, and the resident memory of a process and its workers together, looked at
+every 20 milliseconds, what they share counted for each.
 Before each run what is still to be written to the disk is waited for, and no run is timed before
 its source has been read once: every side finds it in the machine's memory as far as that goes.
 """
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=2, help="pipeline stages (default: 2)")
     parser.add_argument("--work", type=Path, help="directory on the disk to measure")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--workers", type=int, default=2, help="converter's threads (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="converter's processes (default: 2)")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive way out")
     parser.add_argument("--step", choices=("write", *NAIVE), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -192,16 +193,28 @@ def _box(start, shape) -> tuple[slice, ...]:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """(seconds, largest resident bytes) of one process."""
+    """(seconds, largest resident bytes of its whole tree) of one process."""
     os.sync()
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.02)
     seconds = time.perf_counter() - started
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{error.decode()[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{process.stderr.read().decode()[-2000:]}")
+    return seconds, peak
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of a process and of those it started; 0 of one that has just ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident(int(child)) for child in children)
 
 
 def main() -> int:
