@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     conversion = work.plan_conversion(source, weights, target, args.dtype)
     if args.dry_run:
         itemsizes = {one: dtype.itemsize for one, dtype in conversion.dtypes.items()}
-        print("\n".join(conversion.plan.lines(itemsizes)))
+        print("\n".join(conversion.plan.lines(conversion.files, itemsizes)))
         return 0
     with work.progress_bar(conversion.nbytes) as progress:
         written = work.run_conversion(

@@ -1,4 +1,4 @@
-"""Weights between formats and layouts; needs torch, but neither Megatron-Core nor a GPU."""
+"""Weights between formats and layouts, without Megatron-Core or a GPU and mostly without torch."""
 
 from megatron_vl.weights.map import Place, Stored, Weight, WeightMap
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint, load_rank

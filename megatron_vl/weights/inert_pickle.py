@@ -2,7 +2,7 @@
 
 A pickle is a program whose calls may be of anything that can be imported. Here every class or
 function it names is one of a few containers, or what the caller gives, or a `Record`: an object
-that keeps what it was made of and does nothing.
+that keeps its state and does nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ _CONTAINERS = {
 class Record:
     """An object of a class that was not imported: its state as attributes."""
 
-    def __new__(cls, *args, **_kwargs):
-        self = super().__new__(cls)
-        self.made_of = args
-        return self
+    def __new__(cls, *_args, **_kwargs):
+        return super().__new__(cls)
 
     def __init__(self, *_args, **_kwargs) -> None:
         pass

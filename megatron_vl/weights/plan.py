@@ -62,25 +62,32 @@ class Plan:
         return sum(len(one.ops) for one in self.tensors)
 
     def lines(
-        self, itemsizes: Mapping[tuple[str, str, str], int], slices: bool = True
+        self, files: Mapping[str, Sequence[Stored]],
+        itemsizes: Mapping[tuple[str, str, str], int],
     ) -> list[str]:
-        """The plan for people: every slice, then tensors and bytes of each file."""
-        lines, files = [], defaultdict(lambda: [0, 0])
-        for one in self.tensors:
-            total = files[one.target.file]
-            total[0] += 1
-            total[1] += one.target.numel * itemsizes[one.target.id]
-            if slices:
-                lines.append(f"{one.target} {list(one.target.shape)}")
+        """The plan for people: every slice, then tensors and bytes of each of the target's files.
+
+        Args:
+            files: what each of the target's files holds.
+            itemsizes: bytes of a number, of the target's tensors by their ids.
+        """
+        of = {one.target.id: one for one in self.tensors}
+        lines, totals = [], []
+        for file, group in files.items():
+            for stored in group:
+                one = of[stored.id]
+                name = str(stored) if stored.file else f"{file}:{stored}"
+                lines.append(f"{name} {list(stored.shape)}")
                 lines += [f"    {_box(op.at, op.shape)} = {op.source}{_box(op.start, op.shape)}"
                           for op in one.ops]
                 if one.zeros:
                     lines.append(f"    {one.zeros} elements of vocabulary padding = 0")
-        for file, (count, size) in files.items():
-            lines.append(f"{file}: {count} tensors, {size:,} bytes")
-        tensors, size = (sum(total[i] for total in files.values()) for i in (0, 1))
+            totals.append(sum(stored.numel * itemsizes[stored.id] for stored in group))
+        lines += [f"{file}: {len(group)} tensors, {size:,} bytes"
+                  for (file, group), size in zip(files.items(), totals, strict=True)]
         lines.append(
-            f"total: {len(files)} files, {tensors} tensors, {self.num_ops} slices, {size:,} bytes"
+            f"total: {len(files)} files, {len(self.tensors)} tensors, {self.num_ops} slices, "
+            f"{sum(totals):,} bytes"
         )
         return lines
 
