@@ -1,7 +1,7 @@
 """The number formats weights are stored in, as bits: no torch.
 
-Arrays here are numpy's unsigned integers of the format's width. Copying needs no more; only a cast
-asks torch what the numbers are.
+Arrays here are numpy's unsigned integers of the format's width. Copying needs no more, and numpy
+knows all the numbers but bfloat16's, which are the upper halves of float32's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLOAT32, FLOAT16, BFLOAT16 = DType("float32", 4), DType("float16", 2), DType("bf
 WEIGHTS = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}  # that can be converted
 
 # The infinities' bits. Everything from +Inf on up to the sign bit, and from -Inf on to the end, is
-# no finite number (IEEE 754; bfloat16 is the upper half of float32).
+# no finite number (IEEE 754).
 _INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
 
@@ -46,19 +46,27 @@ def not_finite(bits: np.ndarray, dtype: DType) -> int:
 
 
 def cast(bits: np.ndarray, old: DType, new: DType) -> np.ndarray:
-    """The numbers in another format, rounded as torch does."""
+    """The numbers in another format, rounded to the nearest, ties to even, as torch does."""
     if old == new:
         return bits
-    # Imported here: torch takes seconds, and most conversions keep the format.
-    import torch
+    wide = _float32(bits, old)
+    if new == FLOAT32:
+        return wide.view("u4")
+    if new == FLOAT16:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite
+            return wide.astype("f2").view("u2")
+    whole = wide.view("u4")
+    rounded = (whole + (0x7FFF + ((whole >> 16) & 1))) >> 16
+    return np.where(np.isnan(wide), 0x7FC0, rounded).astype("u2")
 
-    signed = torch.from_numpy(np.require(bits, requirements=("C", "W")).view(f"i{old.itemsize}"))
-    numbers = signed.view(getattr(torch, old.name)).to(getattr(torch, new.name))
-    return numbers.view(getattr(torch, f"int{8 * new.itemsize}")).numpy().view(new.bits)
+
+def _float32(bits: np.ndarray, dtype: DType) -> np.ndarray:
+    """The numbers as float32, which holds all of each format."""
+    if dtype == BFLOAT16:
+        return (bits.astype("u4") << 16).view("f4")
+    return bits.view(f"f{dtype.itemsize}").astype("f4")
 
 
 def numbers(bits: np.ndarray, dtype: DType) -> np.ndarray:
     """The numbers as float64."""
-    if dtype == BFLOAT16:
-        bits, dtype = bits.astype("u4") << 16, FLOAT32
-    return bits.view(f"f{dtype.itemsize}").astype("f8")
+    return _float32(bits, dtype).astype("f8")

@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_vl.errors import InputError
 from megatron_vl.weights.dtypes import DType
+from megatron_vl.weights.inert_pickle import refuse_state
 from megatron_vl.weights.rules import box
 
 # Filled at once: a page fault for every few pages would take longer than the copy. Not on systems
@@ -37,6 +38,8 @@ class TensorAt:
     dtype: DType
     shape: tuple[int, ...]
     loaded: np.ndarray | None = None
+
+    __setstate__ = refuse_state  # it is handed to pickles, which may name any state
 
     @property
     def nbytes(self) -> int:

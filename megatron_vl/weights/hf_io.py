@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_vl.errors import InputError
 from megatron_vl.weights.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from megatron_vl.weights.files import TensorAt, reserve
+from megatron_vl.weights.inert_pickle import Record
 from megatron_vl.weights.map import Stored, listed, volume
 from megatron_vl.weights.torch_file import open_torch_file
 
@@ -150,6 +151,12 @@ def _open_bin(path: Path) -> dict[str, TensorAt]:
     found = open_torch_file(path)
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no table of tensors; copy or download it again.")
+    for name, value in found.items():
+        if isinstance(value, Record):
+            raise InputError(
+                f"{path}: {name} is stored as a {type(value).__name__}, which cannot be converted; "
+                f"save it as a plain tensor."
+            )
     return {name: at for name, at in found.items() if isinstance(at, TensorAt)}
 
 

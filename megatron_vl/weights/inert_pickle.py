@@ -20,6 +20,24 @@ _CONTAINERS = {
 }
 
 
+def refuse_state(_self: Any, _state: Any) -> None:
+    """The `__setstate__` of objects that a pickle meets but may not change."""
+    raise pickle.UnpicklingError("it changes what it may not")
+
+
+class _Call:
+    """A function as a pickle sees it: it may be called and not changed."""
+
+    __slots__ = ("_function",)
+    __setstate__ = refuse_state
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
 class Record:
     """An object of a class that was not imported: its state as attributes."""
 
@@ -41,8 +59,7 @@ class Unpickler(pickle.Unpickler):
 
     Args:
         file: open for reading in binary.
-        known: (module, name) -> what is called in its place. A bound method is safest: a pickle
-            cannot change it.
+        known: (module, name) -> the function that is called in its place.
         storage: what becomes of a persistent id; without, one is an error.
 
     Raises:
@@ -55,7 +72,8 @@ class Unpickler(pickle.Unpickler):
         storage: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(file, encoding="utf-8")
-        self._known = {**_CONTAINERS, ("_codecs", "encode"): self._encode, **(known or {})}
+        functions = {("_codecs", "encode"): self._encode, **(known or {})}
+        self._known = {**_CONTAINERS, **{at: _Call(one) for at, one in functions.items()}}
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:

@@ -174,6 +174,7 @@ class Chunk:
                     and self.nbytes >= len(bits) * BUFFER):
                 return bits
             if (len(width) == 1 and all(len(one) == self.shape[0] for one in bits)
+                    and all(one.strides[-1] == one.itemsize for one in bits)
                     and min(one.nbytes for one in bits) >= self.shape[0] * BUFFER):
                 return [row for rows in zip(*bits, strict=True) for row in rows]
         return [np.ascontiguousarray(self.assembled())]
@@ -223,7 +224,8 @@ class Reader:
         first, second = self.source[twin.first.id], self.source[twin.second.id]
         if first.dtype != second.dtype:
             return True
-        row = max(at.nbytes // at.shape[0] for at in (first, second))
+        row = max(volume(at.shape[len(at.shape) - len(twin.shape) + 1 :]) * at.dtype.itemsize
+                  for at in (first, second))
         for low, high in chunks(0, twin.shape[0], row, SPAN):
             shape = (high - low, *twin.shape[1:])
             one, two = (

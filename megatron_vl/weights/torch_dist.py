@@ -122,6 +122,7 @@ def open_torch_dist(
     chunks: dict[tuple[str, tuple[int, ...]], list[Piece]] = {}
     sizes_of = {name: dict(entry.chunks) for name, entry in entries.items()}
     near = functools.cache(lambda name: _Near(entries[name].chunks))
+    checked: set[str] = set()
     for stored in inventory:
         entry = entries[stored.name]
         if entry.size != stored.shape:
@@ -134,6 +135,10 @@ def open_torch_dist(
                 f"{path}: {stored.name} has dtype {entry.dtype}; only {', '.join(WEIGHTS)} are "
                 f"supported, convert it first."
             )
+        if stored.name not in checked:
+            checked.add(stored.name)
+            if _overlap(entry.chunks):
+                raise InputError(f"{path}: chunks of {stored.name} overlap; copy it again.")
         for piece in stored.pieces:
             for offsets, sizes in near(stored.name)(piece):
                 if clipped := _clip(piece, offsets, sizes):
@@ -148,6 +153,19 @@ def open_torch_dist(
         stored_chunks.append(one)
         tensors[one.id] = at
     return stored_chunks, tensors
+
+
+def _overlap(chunks: tuple[Box, ...]) -> bool:
+    """Whether two boxes have an element in common; most differ in the first dimension alone."""
+    open_: list[Box] = []
+    for start, extents in sorted(chunks):
+        open_ = [(low, sizes) for low, sizes in open_ if low[:1] and low[0] + sizes[0] > start[0]]
+        for low, sizes in open_:
+            if all(a < b + m and b < a + n for a, n, b, m in
+                   zip(start, extents, low, sizes, strict=True)):
+                return True
+        open_.append((start, extents))
+    return False
 
 
 class _Near:
@@ -192,6 +210,11 @@ class _Chunks:
         self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: DType
     ) -> tuple[str, TensorAt]:
         place = self.places.get((name, offsets))
+        if place is not None and Path(place.file).name != place.file:
+            raise InputError(
+                f"{self.path}: .metadata looks for {name} in {place.file}, outside the checkpoint; "
+                f"do not use it."
+            )
         if place is None or not place.plain:
             raise InputError(
                 f"{self.path}: .metadata gives no plain place for {name}; copy the checkpoint "

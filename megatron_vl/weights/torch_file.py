@@ -9,6 +9,7 @@ are little-endian and start at a multiple of 64, as torch writes them, so that t
 from __future__ import annotations
 
 import io
+import lzma
 import mmap
 import pickle
 import struct
@@ -25,7 +26,7 @@ import numpy as np
 from megatron_vl.errors import InputError
 from megatron_vl.weights.dtypes import DType
 from megatron_vl.weights.files import TensorAt, reserve
-from megatron_vl.weights.inert_pickle import Unpickler
+from megatron_vl.weights.inert_pickle import Unpickler, refuse_state
 
 _DTYPES = {  # torch's storage classes
     "DoubleStorage": DType("float64", 8), "FloatStorage": DType("float32", 4),
@@ -38,8 +39,8 @@ _STORAGES = {dtype.name: storage for storage, dtype in _DTYPES.items()}
 _ALIGNMENT = 64  # bytes; torch.serialization's storage_alignment
 BROKEN = (  # what reading a file that is none of torch's may raise
     zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, AttributeError, TypeError,
-    ValueError, IndexError, KeyError, ImportError, OverflowError, RecursionError, MemoryError,
-    struct.error,
+    ValueError, IndexError, KeyError, ImportError, OverflowError, RuntimeError, MemoryError,
+    struct.error, zlib.error, lzma.LZMAError,
 )
 
 
@@ -74,7 +75,9 @@ def read_archive(file: BinaryIO, path: Path, offset: int = 0) -> Any:
         if len(found) != 1:
             raise zipfile.BadZipFile("it has no data.pkl")
         folder = found[0].removesuffix("data.pkl")
+        _check_plain(archive.getinfo(found[0]))  # unpacked it could be of any size
         if f"{folder}byteorder" in archive.namelist():
+            _check_plain(archive.getinfo(f"{folder}byteorder"))
             order = archive.read(f"{folder}byteorder")
             if order != b"little":
                 raise zipfile.BadZipFile("it was written by a big-endian machine")
@@ -91,13 +94,20 @@ def map_tensor(at: TensorAt):
         return torch.from_numpy(signed).view(dtype)
     if at.nbytes == 0:
         return torch.empty(at.shape, dtype=dtype)
+    skip = at.offset % mmap.ALLOCATIONGRANULARITY
     with at.path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = mmap.mmap(file.fileno(), skip + at.nbytes, access=mmap.ACCESS_COPY,
+                           offset=at.offset - skip)
     count = at.nbytes // at.dtype.itemsize
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=at.offset).reshape(at.shape)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=skip).reshape(at.shape)
 
 
 # ---- reading ----------------------------------------------------------------------------------
+
+
+def _check_plain(info: zipfile.ZipInfo) -> None:
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,8 @@ class _Storage:
     dtype: DType
     offset: int  # in the file
     numel: int
+
+    __setstate__ = refuse_state
 
 
 class _Contents:
@@ -122,6 +134,7 @@ class _Contents:
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): self._parameter,
             ("torch._utils", "_rebuild_parameter_with_state"): self._parameter,
+            ("torch._tensor", "_rebuild_from_type_v2"): self._with_attributes,
         }
         with self.archive.open(name) as pickled:
             return Unpickler(io.BytesIO(pickled.read()), known, self._storage).load()
@@ -134,8 +147,9 @@ class _Contents:
         name = storage.__name__
         dtype = _DTYPES.get(name) or DType(name.removesuffix("Storage").lower(), 1)
         info = self.archive.getinfo(f"{self.folder}data/{key}")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
+        _check_plain(info)
+        if type(numel) is not int or numel < 0:
+            raise pickle.UnpicklingError("it holds a storage of an impossible size")
         if name in _DTYPES and numel * dtype.itemsize > info.file_size:
             raise zipfile.BadZipFile(f"its record {info.filename} is too short")
         self.file.seek(info.header_offset)
@@ -145,7 +159,9 @@ class _Contents:
         return _Storage(dtype, self.offset + start, numel)
 
     def _tensor(self, storage: _Storage, first: int, shape: tuple, strides: tuple,
-                *_rest: Any) -> TensorAt:
+                _requires_grad: bool = False, _hooks: Any = None, bits: Any = None) -> TensorAt:
+        if bits:
+            raise pickle.UnpicklingError("it holds a negated or conjugated view")
         numbers = (first, *shape, *strides)
         if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
             raise pickle.UnpicklingError("it holds a tensor of an impossible shape")
@@ -164,6 +180,9 @@ class _Contents:
 
     def _parameter(self, data: TensorAt, *_rest: Any) -> TensorAt:
         return data
+
+    def _with_attributes(self, rebuild: Any, _type: Any, parts: tuple, _state: Any) -> Any:
+        return rebuild(*parts)
 
 
 def _contiguous(shape: tuple, strides: tuple) -> bool:
@@ -271,9 +290,7 @@ def _archive(
     """Appends an archive with room for tensors; answers where in the file each of them starts."""
     base, starts = file.tell(), []
     records = [_record(file, base, f"{folder}/data.pkl", pickled)]
-    for name, text in ((".format_version", b"1"), (".storage_alignment", b"%d" % _ALIGNMENT),
-                       ("byteorder", b"little")):
-        records.append(_record(file, base, f"{folder}/{name}", text))
+    records.append(_record(file, base, f"{folder}/byteorder", b"little"))
     for number, (dtype, shape) in enumerate(rooms):
         one = _record(file, base, f"{folder}/data/{number}", prod(shape) * dtype.itemsize)
         records.append(one)

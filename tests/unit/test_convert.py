@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import ROOT, assert_equal, make, read, read_mcore, reference_ranks
 
 from megatron_vl.cli.main import run
-from megatron_vl.weights import inspect_checkpoint, load_rank
+from megatron_vl.weights import inspect_checkpoint, load_rank, reshard
 
 
 @pytest.fixture(scope="session")
@@ -196,6 +196,18 @@ def test_other_forms_of_published_weights_are_read(form, tied, tmp_path):
     assert_is_reference(tied, tmp_path / "m", tp=2, llm=[[2, 2]], vit=[[2, 0]])
 
 
+def test_a_wide_transposed_tensor_of_a_bin_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(reshard, "BUFFER", 8)  # rows of the tiny model count as long
+    source = make(tmp_path / "source")
+    tensors = read(source)
+    (source / "model.safetensors").unlink()
+    torch.save({n: t.T.contiguous().T if t.dim() == 2 else t for n, t in tensors.items()},
+               source / "pytorch_model.bin")
+    convert(source, tmp_path / "m", "--tp", 2, "--pp", 2)
+    convert(tmp_path / "m", tmp_path / "back")
+    assert_equal(read(tmp_path / "back"), tensors)
+
+
 class SomeToolsEnum:
     """What another tool's pickle may hold: an object whose class must not be run."""
 
@@ -277,6 +289,25 @@ def test_a_torch_dist_checkpoint_is_written_for_every_layout(kind, request, tmp_
     assert_equal(read(tmp_path / "back"), read(source))
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda table, at: setattr(table.storage_data[at], "relative_path", "../iter/__0_0.distcp"),
+     "outside the checkpoint"),
+    (lambda table, at: table.state_dict_metadata[at.fqn].chunks.append(
+        table.state_dict_metadata[at.fqn].chunks[0]), "overlap"),
+])
+def test_a_hostile_table_of_contents_is_refused(change, says, torch_dist, tmp_path, capsys):
+    import pickle
+
+    shutil.copytree(torch_dist["tied"], tmp_path / "t")
+    file = tmp_path / "t" / "iter_0000007" / ".metadata"
+    table = pickle.loads(file.read_bytes())
+    places = table.storage_data
+    change(table, next(at for at in places if at.fqn.endswith("final_layernorm.weight")))
+    file.write_bytes(pickle.dumps(table))
+    assert run(["convert", str(tmp_path / "t"), str(tmp_path / "x")]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_torch_dist_table_of_contents_is_read_without_running_code(torch_dist, tmp_path, capfd):
     import pickle
 
@@ -312,6 +343,7 @@ from megatron_vl.cli.main import run
 source, out = sys.argv[1:]
 assert run(['convert', source, out + '/m', '--tp', '2', '--pp', '2']) == 0
 assert run(['convert', out + '/m', out + '/back', '--verify']) == 0
+assert run(['convert', out + '/m', out + '/half', '--to', 'hf', '--dtype', 'float16']) == 0
 """
     subprocess.run([sys.executable, "-c", code, str(tied), str(tmp_path)], check=True, cwd=ROOT,
                    timeout=120)
