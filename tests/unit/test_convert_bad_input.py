@@ -262,6 +262,38 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(hf, refused, monkeypa
     refused(hf, says=["No space left on device", "free space"])
 
 
+def mounted(tmp_path, options: str, *words) -> subprocess.CompletedProcess:
+    """A conversion into a file system of its own, and what it leaves there."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f"""
+mount -t tmpfs -o size=4m none {disk} || exit 77
+mount -o remount,{options} {disk} || exit 77
+{sys.executable} -m megatron_vl convert "$@" {disk}/out; code=$?
+ls -A {disk}; exit $code
+"""
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "-"]
+    done = subprocess.run([*alone, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this machine lets nobody mount")
+    return done
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ("size=100k", ["bytes free but", "are needed"]),  # too small for the weights
+    ("size=500k", ["No space left on device", "free space"]),  # for what goes along with them
+    ("ro", ["Read-only file system", "choose another directory"]),
+])
+def test_a_real_disk_that_is_full_or_read_only_is_said_and_nothing_left(
+    options, says, hf, tmp_path
+):
+    done = mounted(tmp_path, options, hf)
+    assert done.returncode == 2, done.stderr
+    assert all(one in done.stderr for one in says), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout.strip()
+
+
 def test_a_run_killed_at_any_moment_leaves_the_old_target_and_can_be_repeated(hf, tmp_path):
     target = tmp_path / "out"
     assert run(["convert", str(hf), str(target), "--tp", "2"]) == 0
