@@ -1,6 +1,7 @@
 """Conversion against `cp -r` of the same bytes and against the naive way, in one run.
 
     python convert.py [--model-size 2B] [--tp 2] [--pp 2] [--work DIR] [--repeat 3] [--no-naive]
+                      [--cold]
 
 Writes a random bfloat16 checkpoint of the published model's true shapes, then times, in turn and
 each in a process of its own: `megatron-vl convert` to Megatron-Core and back, `cp -r` of what each
@@ -10,6 +11,8 @@ of them writes, and the naive way of both: transformers' `from_pretrained`, cutt
 every 20 milliseconds, what they share counted for each.
 Before each run what is still to be written to the disk is waited for, and no run is timed before
 its source has been read once: every side finds it in the machine's memory as far as that goes.
+Where it does not go far enough, a run finds what the one before it left there; `--cold` takes the
+sources out of memory before each run, so that every side reads all of it from the disk.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--workers", type=int, default=2, help="converter's processes (default: 2)")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive way out")
+    parser.add_argument("--cold", action="store_true", help="read the sources from the disk")
     parser.add_argument("--step", choices=("write", *NAIVE), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -207,6 +211,15 @@ def timed(command: list[str]) -> tuple[float, int]:
     return seconds, peak
 
 
+def evict(*directories: Path) -> None:
+    """Take the files' bytes out of the machine's memory; what is on the disk stays."""
+    os.sync()
+    for path in (path for directory in directories for path in directory.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def resident(pid: int) -> int:
     """Resident bytes of a process and of those it started; 0 of one that has just ended."""
     try:
@@ -226,6 +239,8 @@ def main() -> int:
         way = naive_to_mcore if args.step == NAIVE[0] else naive_to_hf
         way(args.work / ("hf" if way is naive_to_mcore else "mcore"), args.work / "out", args)
         return 0
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="convert-", dir=args.work) as scratch:
         return measure(args, Path(scratch))
 
@@ -260,6 +275,8 @@ def measure(args, work: Path) -> int:
     memory = dict.fromkeys(commands, 0)
     for number in range(args.repeat + 1):
         for name, command in commands.items():
+            if args.cold:
+                evict(hf, mcore)
             took, peak = timed(command)
             shutil.rmtree(out)
             if number:  # the first round reads the sources into memory
@@ -267,7 +284,8 @@ def measure(args, work: Path) -> int:
                 memory[name] = max(memory[name], peak)
                 print(f"  round {number}: {name} {took:.1f} s", flush=True)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"\nQwen2-VL {args.model_size}, TP {args.tp} PP {args.pp}, median of {args.repeat}\n"
+    print(f"\nQwen2-VL {args.model_size}, TP {args.tp} PP {args.pp}, median of {args.repeat}"
+          f"{', sources read from the disk' if args.cold else ''}\n"
           f"{'':<18} {'GB':>6} {'seconds':>8} {'GB/s':>6} {'x cp -r':>8} {'peak MiB':>9}")
     for name, took in middle.items():
         kind = name.split()[-1]
