@@ -92,7 +92,6 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
         vit=layer_list(args.vit_pp_layers, "--vit-pp-layers"),
     )
     spec.check_layout(layout, split)
-    split.check_trainable()
     parity.check_microbatches(layout)
     return [(layout, split)]
 

@@ -173,22 +173,6 @@ class StageSplit:
         """Whether more than one chunk holds vision layers, which then travel between stages."""
         return sum(1 for count in self.flat("vit") if count) > 1
 
-    def check_trainable(self) -> None:
-        """Whether every chunk has weights: Megatron-Core's schedules run no chunk without.
-
-        Raises:
-            InputError: one has neither a vision nor a language layer, nor the embedding or head.
-        """
-        end = self.last_vision_chunk
-        vit, llm = self.flat("vit"), self.flat("llm")
-        for at in range(1, len(llm) - 1):
-            if not vit[at] and not llm[at] and end != (at % self.pp, at // self.pp):
-                chunk = f" chunk {at // self.pp}" if self.vp > 1 else ""
-                raise InputError(
-                    f"the layer split ({self}) leaves stage {at % self.pp}{chunk} without a layer; "
-                    f"give it one, or use fewer stages."
-                )
-
     def to_dict(self) -> dict:
         return {"llm": [list(row) for row in self.llm], "vit": [list(row) for row in self.vit]}
 

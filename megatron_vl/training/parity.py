@@ -115,7 +115,6 @@ def _fitting(spec: VLMSpec, layout: Layout, **split) -> StageSplit | None:
     try:
         made = spec.split(pp=layout.pp, vp=layout.vp, **split)
         spec.check_layout(layout, made)
-        made.check_trainable()
         check_microbatches(layout)
     except InputError:
         return None

@@ -59,7 +59,6 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         )
     split = _split(config, spec, layout)
     spec.check_layout(layout, split)
-    split.check_trainable()
     if config.data.train_data_path is None:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
     plan = Plan(

@@ -147,6 +147,11 @@ SPLITS = {  # how it is converted, and what the launcher is told of it
     "vision over two of three stages": (
         ["--vit-pp-layers", "1,1,0", "--pp-layers", "0,2,2"], dict(PP=3), {},
     ),
+    # A chunk that only passes on what it gets: no weight, no gradient, no optimizer state.
+    "an empty stage": (["--vit-pp-layers", "1,0,1,0", "--pp-layers", "0,0,2,2"], dict(PP=4), {}),
+    "an empty virtual stage": (
+        ["--vp", 2, "--pp-layers", "2,0,0,2"], dict(PP=2), dict(MP_VP=2),
+    ),
 }
 
 

@@ -133,7 +133,8 @@ class VisionLanguageModel(MegatronModule):
         self.ends_vision = (stage, chunk) == split.last_vision_chunk
         vision_layers = len(split.layers("vit", stage, chunk))
         self.vision_model = None
-        if pre_process or vision_layers:
+        # A chunk between two with vision layers, without any of its own, passes patches on.
+        if (chunk, stage) <= split.last_vision_chunk[::-1]:
             self.vision_model = VisionTower(
                 spec.vision,
                 vision_config(spec, layout, split, options),
