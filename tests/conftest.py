@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,45 @@ def wds_dir(llava_dir) -> Path:
     _toolkit("pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py", llava_dir,
              "--json", "train.json", "--quiet")
     return llava_dir / "wds"
+
+
+@pytest.fixture(scope="session")
+def vqa_dir(llava_dir, tmp_path_factory) -> Path:
+    """The same as energon's own VQASample, as datasets that other tools prepared have it."""
+    out = tmp_path_factory.mktemp("vqa") / "wds"
+    out.mkdir()
+    entries = json.loads((llava_dir / "train.json").read_text())
+    for shard in range(10):
+        with tarfile.open(out / f"shard-{shard:06d}.tar", "w") as tar:
+            for number, entry in list(enumerate(entries))[shard::10]:
+                turns = json.dumps(entry["conversations"]).encode()
+                image = (llava_dir / entry["image"]).read_bytes()
+                for name, data in ((f"{number:03d}.png", image), (f"{number:03d}.json", turns)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    fields = {"image": "png", "context": "json[0][value]", "answers": "json[1][value]"}
+    subprocess.run(
+        [sys.executable, "-m", "megatron.energon.cli.main", "prepare", out, "--non-interactive",
+         "--force-overwrite", "--no-progress", "--num-workers", "1", "--split-ratio", "9,1,0",
+         "--sample-type", "VQASample", "--field-map", json.dumps(fields),
+         "--media-metadata-by-extension"], check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def mixed_dir(tmp_path_factory) -> Path:
+    """Images of several sizes, videos, text and Chinese, prepared: see mixed_data.py."""
+    from mixed_data import write_source
+
+    from megatron_vl.cli.main import run
+
+    root = tmp_path_factory.mktemp("mixed")
+    write_source(root / "in", copies=20)
+    assert run(["prepare", str(root / "in"), str(root / "wds"), "--format", "sharegpt",
+                "--quiet"]) == 0
+    return root / "wds"
 
 
 @pytest.fixture(scope="session")

@@ -10,17 +10,33 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "prepare",
         help="raw data -> WebDataset shards ready for energon",
-        description="Turn raw data into WebDataset shards, indexed and split by energon. What is "
-        "refused is listed with its reason in DST/refused.jsonl.",
+        description="Turn raw data into WebDataset shards, indexed and split by energon. Reads "
+        "JSON, JSON lines, parquet and ChatML tar shards. What is refused is listed with its "
+        "reason in DST/refused.jsonl.",
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="directory with the JSON, or it")
+    parser.add_argument(
+        "source", metavar="SRC", type=Path, help="directory with the raw data, or one file of it"
+    )
     parser.add_argument("output", metavar="DST", type=Path, help="the dataset's directory to make")
-    parser.add_argument("--format", default="llava", help="format of SRC (default: %(default)s)")
-    parser.add_argument("--json", metavar="NAME", help="the JSON file in SRC, if there are several")
+    parser.add_argument(
+        "--format", default="llava", metavar="NAME",
+        help="of SRC: llava, sharegpt, chatml, messages, qwen_vl or alpaca (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="NAME", help="the file in SRC, if there are several")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="an entry of SRC's dataset_info.json, with its columns"
+    )
     parser.add_argument(
         "--media-root", metavar="DIR", type=Path,
-        help="what the media paths are relative to (default: the JSON's directory)",
+        help="what the media paths are relative to, and within (default: the file's directory)",
     )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="HF_DIR", type=Path,
+        help="model directory whose tokens --max-length counts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-length", metavar="N", type=int, help="refuse samples of more tokens than this"
+    )
     parser.add_argument(
         "--split", default="9,1,0", help="shares of train, val and test (default: %(default)s)"
     )
@@ -50,12 +66,21 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_vl.data.prepare import PrepareConfig, prepare
 
+    lengths = None
+    if args.tokenizer is not None:
+        from megatron_vl.data.lengths import LengthCounter
+        from megatron_vl.models.registry import load_spec
+
+        lengths = LengthCounter.from_hf_dir(args.tokenizer, load_spec(args.tokenizer))
     summary = prepare(
         PrepareConfig(
             source=args.source,
             output=args.output,
             format=args.format,
             json_name=args.json,
+            dataset=args.dataset,
+            lengths=lengths,
+            max_length=args.max_length,
             media_root=args.media_root,
             split=args.split,
             samples_per_shard=args.samples_per_shard,

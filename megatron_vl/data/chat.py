@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_vl.data.samples import IGNORE, Part, Turn
+from megatron_vl.data.conversation import MEDIA_KINDS, Part, Turn
+from megatron_vl.data.options import TrainedText
+from megatron_vl.data.samples import IGNORE
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import TokenIds
 
@@ -25,7 +27,14 @@ _MAX_FORMS = 256  # shapes of conversations remembered
 
 
 class BadConversation(ValueError):
-    """A conversation that cannot be trained on; the message says why, the caller which sample."""
+    """A conversation that cannot be trained on; the message says why, the caller which sample.
+
+    `reason` is one of `BadEntry`'s.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class ChatTokenizer:
@@ -36,15 +45,18 @@ class ChatTokenizer:
     no system prompt is assumed.
     """
 
-    def __init__(self, tokenizer, *, tokens: TokenIds):
+    def __init__(self, tokenizer, *, tokens: TokenIds, trained: TrainedText | None = None):
         """`tokenizer` is a fast tokenizer of transformers; `from_hf_dir` loads it."""
         self.tokenizer = tokenizer
         self.tokens = tokens
+        self.trained = trained or TrainedText()
+        self._placeholders = {kind: getattr(tokens, kind) for kind in MEDIA_KINDS}
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
         self._forms: dict[tuple, _Form | None] = {}
 
     @classmethod
-    def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds) -> ChatTokenizer:
+    def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds,
+                    trained: TrainedText | None = None) -> ChatTokenizer:
         """Read the tokenizer files of a Hugging Face directory.
 
         Raises:
@@ -89,7 +101,7 @@ class ChatTokenizer:
                 f"the tokenizer in {hf_dir} has no pad token; add pad_token to its "
                 f"tokenizer_config.json."
             )
-        chat = cls(tokenizer, tokens=tokens)
+        chat = cls(tokenizer, tokens=tokens, trained=trained)
         ids = tokenizer(chat._render(_PROBE), add_special_tokens=False)["input_ids"]
         if ids.count(tokens.image) != 1:
             raise InputError(
@@ -99,57 +111,71 @@ class ChatTokenizer:
         return chat
 
     def encode(
-        self, turns: Sequence[Turn], image_tokens: Sequence[int]
+        self, turns: Sequence[Turn], media_tokens: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
-        Trained are the assistant's turns, up to and with their end token, not the newline after it.
+        Trained are, unless `TrainedText` says otherwise, the assistant's turns, up to and with
+        their end token, not the newline after it. A placeholder of an image or video never is.
 
         Args:
-            image_tokens: placeholders each image takes, in order.
+            media_tokens: placeholders each image and video takes, in order.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
             IGNORE.
 
         Raises:
-            BadConversation: no turn to train, an empty answer, images that do not match, a video.
+            BadConversation: no turn to train, an empty answer, placeholders unlike the media.
         """
         for turn in turns:
             if turn.role == "assistant" and not any(p.text and p.text.strip() for p in turn.parts):
-                raise BadConversation("its answer is empty")
+                raise BadConversation("empty answer", "its answer is empty")
         text, spans = self._write(turns)
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         tokens = encoded.ids
-        begins, ends = zip(*encoded.offsets, strict=True)
-        labels = [IGNORE] * len(tokens)
-        for begin, end in spans:
-            # A token across the edge of an answer is part of the prompt and not trained.
-            first, last = bisect_left(begins, begin), bisect_right(ends, end)
-            labels[first:last] = tokens[first:last]
         if not spans:
-            raise BadConversation("it has no answer to train on")
-        if tokens.count(self.tokens.image) != len(image_tokens):
-            raise BadConversation(
-                f"its text has {tokens.count(self.tokens.image)} image marks for "
-                f"{len(image_tokens)} images"
-            )
-        if self.tokens.video in tokens:
-            raise BadConversation(
-                f"its text has {tokens.count(self.tokens.video)} video marks, but it has no video"
-            )
-        at = 0
-        for count in image_tokens:
-            at = tokens.index(self.tokens.image, at)
-            tokens[at : at + 1] = [self.tokens.image] * count
-            labels[at : at + 1] = [IGNORE] * count
-            at += count
+            raise BadConversation("no answer", "it has no answer to train on")
+        if self.trained.train_on_prompt:
+            labels = list(tokens)
+        else:
+            begins, ends = zip(*encoded.offsets, strict=True)
+            labels = [IGNORE] * len(tokens)
+            for begin, end in spans[-1:] if self.trained.mask_history else spans:
+                # A token across the edge of an answer is part of the prompt and not trained.
+                first, last = bisect_left(begins, begin), bisect_right(ends, end)
+                labels[first:last] = tokens[first:last]
+        self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
+                          tokens, labels)
         labels = [*labels[1:], IGNORE]
         return torch.tensor(tokens), torch.tensor(labels)
 
+    def _fill_places(self, kinds: list[str], counts: Sequence[int], tokens: list[int],
+                     labels: list[int]) -> None:
+        """Repeat every placeholder as often as its image or video has tokens."""
+        for kind, placeholder in self._placeholders.items():
+            # What a person wrote may hold the tokenizer's own mark.
+            if tokens.count(placeholder) != kinds.count(kind):
+                raise BadConversation(
+                    "mark count",
+                    f"its text has {tokens.count(placeholder)} {kind} marks for "
+                    f"{kinds.count(kind)} {kind}s",
+                )
+        if len(kinds) != len(counts):
+            raise BadConversation(
+                "mark count", f"it has {len(kinds)} marks for {len(counts)} images and videos"
+            )
+        at = 0
+        for kind, count in zip(kinds, counts, strict=True):
+            placeholder = self._placeholders[kind]
+            at = tokens.index(placeholder, at)
+            tokens[at : at + 1] = [placeholder] * count
+            labels[at : at + 1] = [IGNORE] * count
+            at += count
+
     def _write(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text, and the characters in it that are trained."""
-        shape = tuple((t.role, *(part.text is None for part in t.parts)) for t in turns)
+        shape = tuple((t.role, *(part.media for part in t.parts)) for t in turns)
         if shape not in self._forms:
             if len(self._forms) >= _MAX_FORMS:
                 self._forms.clear()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch.distributed
@@ -22,20 +22,22 @@ from megatron.energon import (
     get_val_dataset,
 )
 from megatron.energon.errors import SampleException
-from megatron.energon.savable_loader import BasicDataLoader
+from megatron.energon.savable_loader import BasicDataLoader, SavableDataLoaderState
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.dataset_dir import check_dataset, fingerprint
-from megatron_vl.data.media import ImageProcessor
-from megatron_vl.data.rows import empty_row, make_row
+from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.rows import empty_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
-from megatron_vl.data.task_encoder import RowEncoder, SampleEncoder, stop_on_error
+from megatron_vl.data.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
+_READERS = ("num_workers", "data-parallel size", "data-parallel rank")
 _BEGIN_ANEW = "--load the checkpoint with another --save, where the data begins anew"
 
 
@@ -47,8 +49,8 @@ class DataConfig:
         InputError: sizes that contradict one another.
     """
 
-    train_path: Path | None  # a directory `megatron-vl prepare` wrote
-    valid_path: Path | None = None  # its validation split is read; None: nothing to validate on
+    train: Mixture | None  # datasets `megatron-vl prepare` wrote
+    valid: Mixture | None = None  # their validation splits are read; None: nothing to validate on
     seq_length: int  # tokens of a row when samples are packed
     max_padding_length: int | None = None  # tokens of a row when they are not; None: seq_length
     micro_batch_size: int = 1  # rows
@@ -56,13 +58,17 @@ class DataConfig:
     packing_buffer_size: int | None = 1024  # samples to pack rows from; None or 0: one a row
     shuffle_buffer_size: int = 100  # samples to draw from; 0 keeps the shards' order
     max_samples_per_sequence: int | None = 100  # neighbours read in one go before changing place
+    max_patches_per_row: int | None = None  # evens the vision tower's cost out; None: no limit
+    max_skipped_samples: int = 0  # unusable samples a reading process skips before it is an error
+    media: MediaLimits = field(default_factory=MediaLimits)
+    trained: TrainedText = field(default_factory=TrainedText)
     seed: int = 1234
 
     def __post_init__(self) -> None:
         for name, least in (
             ("seq_length", 1), ("micro_batch_size", 1), ("num_workers", 0),
             ("max_padding_length", 1), ("packing_buffer_size", 0), ("shuffle_buffer_size", 0),
-            ("max_samples_per_sequence", 1),
+            ("max_samples_per_sequence", 1), ("max_patches_per_row", 1), ("max_skipped_samples", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -85,11 +91,18 @@ class DataConfig:
         return self.max_padding_length
 
     @property
+    def rules(self) -> RowRules:
+        """What makes a row."""
+        return RowRules(
+            length=self.row_length, packs=self.packs, length_mend=self.length_mend,
+            max_patches=self.max_patches_per_row, max_skipped=self.max_skipped_samples,
+        )
+
+    @property
     def length_mend(self) -> str:
         what = "sequence length" if self.packs else "padding length"
         return (
-            f"raise the {what}, lower max_pixels in the model's preprocessor_config.json, or "
-            f"remove the sample"
+            f"raise the {what}, lower image-max-pixels or video-maxlen, or remove the sample"
         )
 
 
@@ -154,25 +167,30 @@ class RowLoader:
         """
         return {"state": self._loader.save_state_rank(), "made_for": self._made_for}
 
-    def restore_state_rank(self, saved: dict) -> None:
-        """Go on from what a loader of the same dataset, settings and rank saved.
+    def restore_state(self, saved: Sequence[dict]) -> None:
+        """Go on from what the loaders of all data-parallel ranks saved, in the order of the ranks.
 
         Call before the first iteration. energon's state is made of places, not of names: with
-        other data or settings the same places are other samples.
+        other data or settings the same places are other samples. At another data-parallel size the
+        reading processes keep their places and are dealt out anew, as `energon checkpoint redist`
+        does; there must be as many of them in all.
 
         Raises:
-            InputError: it was saved for another dataset or other settings; they are named.
+            InputError: they were saved for another dataset, other settings or another number of
+                reading processes; they are named.
         """
-        made_for = saved.get("made_for") if isinstance(saved, dict) else None
-        if not isinstance(made_for, dict):
+        if not all(isinstance(one, dict) and "made_for" in one for one in saved):
             raise InputError(
                 f"the checkpoint's data state does not say which dataset and settings it was made "
                 f"for; {_BEGIN_ANEW}."
             )
+        rank, size = self._made_for["data-parallel rank"], self._made_for["data-parallel size"]
+        dealt = len(saved) != size
+        made_for = saved[0 if dealt else rank]["made_for"]
         differ = [
             f"{name} was {made_for.get(name)} and is {now}"
             for name, now in self._made_for.items()
-            if made_for.get(name) != now
+            if made_for.get(name) != now and not (dealt and name in _READERS)
         ]
         if differ:
             raise InputError(
@@ -180,11 +198,33 @@ class RowLoader:
                 f"with the old value, or {_BEGIN_ANEW}."
             )
         try:
-            self._loader.restore_state_rank(saved["state"])
+            state = self._deal([one["state"] for one in saved]) if dealt else saved[rank]["state"]
+            self._loader.restore_state_rank(state)
         except (AssertionError, ValueError) as error:
             raise InputError(
                 f"the checkpoint's data state does not fit this energon ({error}); {_BEGIN_ANEW}."
             ) from error
+
+    def _deal(self, states: Sequence[SavableDataLoaderState]) -> SavableDataLoaderState:
+        """This rank's share of the reading processes of all ranks."""
+        rank, size = self._made_for["data-parallel rank"], self._made_for["data-parallel size"]
+        workers = [worker for state in states for worker in state.worker_states]
+        here = max(1, self._made_for["num_workers"])
+        if len(workers) != size * here:
+            fitting = (
+                f"give --num-workers {len(workers) // size}" if len(workers) % size == 0 else
+                f"use a data-parallel size that divides {len(workers)}"
+            )
+            raise InputError(
+                f"the checkpoint's data was read by {len(workers)} processes "
+                f"({len(states)} data-parallel ranks) but this run has {size} x {here}; {fitting}, "
+                f"or {_BEGIN_ANEW}."
+            )
+        return SavableDataLoaderState(
+            worker_states=workers[rank * here : (rank + 1) * here],
+            next_worker_id=0,
+            micro_batch_size=states[0].micro_batch_size,
+        )
 
 
 def build_train_loader(
@@ -206,21 +246,20 @@ def build_train_loader(
     Raises:
         InputError: a dataset, tokenizer or image settings that cannot be used.
     """
-    if config.train_path is None:
+    if config.train is None:
         raise InputError("there is no training dataset; give its directory.")
-    samples, readers = check_dataset(config.train_path, "train"), dp_size * max(
-        1, config.num_workers
-    )
-    if samples < readers:
-        raise InputError(
-            f"the training split of {config.train_path} has {samples} samples for {readers} "
-            f"reading processes (data-parallel size x workers); ask for fewer workers."
-        )
+    readers = dp_size * max(1, config.num_workers)
+    for path, samples in config.train.check("train").items():
+        if samples < readers:
+            raise InputError(
+                f"the training split of {path} has {samples} samples for {readers} reading "
+                f"processes (data-parallel size x workers); ask for fewer workers."
+            )
     encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec))
     workers = _workers(config, dp_rank, dp_size, config.num_workers, data_parallel_group)
-    with _field_map_errors(config.train_path):
+    with _field_map_errors(config.train):
         dataset = get_train_dataset(
-            config.train_path,
+            config.train.as_energon(),
             split_part="train",
             worker_config=workers,
             batch_size=config.micro_batch_size,
@@ -256,15 +295,15 @@ def build_valid_loader(
     Raises:
         InputError: as `build_train_loader`.
     """
-    if config.valid_path is None:
+    if config.valid is None:
         raise InputError("there is no validation dataset; give its directory.")
-    check_dataset(config.valid_path, "val")
+    config.valid.check("val")
     encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec))
     # One process reads in order; the split into ranks comes after packing.
     workers = _workers(config, 0, 1, min(1, config.num_workers), None)
-    with _field_map_errors(config.valid_path):
+    with _field_map_errors(config.valid):
         samples = get_val_dataset(
-            config.valid_path,
+            config.valid.as_energon(),
             split_part="val",
             worker_config=workers,
             batch_size=None,
@@ -292,7 +331,7 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
         rows, count, batches = [], 0, 0
         for group in self._groups():
             if count % self.dp_size == self.dp_rank:
-                rows.append(make_row([self.encoder.decode_images(s) for s in group]))
+                rows.append(self.encoder.make_row(group) or empty_row())
             count += 1
             # A batch goes out once every rank has its rows for it, so that all stop alike.
             if count % (size * self.dp_size) == 0:
@@ -327,24 +366,24 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
 
 def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec) -> dict:
     return {
-        "chat": ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens),
-        "images": ImageProcessor.from_hf_dir(hf_dir, vision=spec.vision),
-        "row_length": config.row_length,
-        "packs": config.packs,
-        "length_mend": config.length_mend,
+        "chat": ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
+        "media": MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
+        "rules": config.rules,
     }
 
 
 def _made_for(config: DataConfig, dp_rank: int, dp_size: int) -> dict:
     """All that decides which samples come when, by the names of the options where there are."""
     return {
-        "the training dataset's content": fingerprint(config.train_path),
+        "the training data": config.train.fingerprint(),
         "row length": config.row_length,
         "packing_buffer_size": config.packing_buffer_size or 0,
         "micro_batch_size": config.micro_batch_size,
         "num_workers": config.num_workers,
         "shuffle_buffer_size": config.shuffle_buffer_size,
         "max_samples_per_sequence": config.max_samples_per_sequence,
+        "max_patches_per_row": config.max_patches_per_row,
+        **{f.name: getattr(config.media, f.name) for f in fields(config.media)},
         "seed": config.seed,
         "data-parallel size": dp_size,
         "data-parallel rank": dp_rank,
@@ -371,15 +410,15 @@ def _housekeeping(config: DataConfig) -> dict:
 
 
 @contextlib.contextmanager
-def _field_map_errors(path: Path) -> Iterator[None]:
+def _field_map_errors(mixture: Mixture) -> Iterator[None]:
     """energon's complaints about dataset.yaml as one sentence."""
     try:
         yield
     except (AssertionError, ValueError, TypeError, KeyError, ImportError) as error:
         raise InputError(
-            f"{path}/.nv-meta/dataset.yaml cannot be used ({str(error).strip()}); it must name "
-            f"sample_type VQASample and a field_map of image, context and answers, as "
-            f"`megatron-vl prepare` writes it."
+            f"the .nv-meta/dataset.yaml of {mixture} cannot be used ({str(error).strip()}); it "
+            f"must be as `megatron-vl prepare` writes it, or name sample_type VQASample and a "
+            f"field_map of image, context and answers."
         ) from error
 
 

@@ -1,22 +1,27 @@
-"""Image files to sizes, grids and patches, bit for bit as transformers' image processor does it.
+"""Image and video files to sizes and RGB pixels. H rows, W columns.
 
-H rows, W columns, P patches, D = channels x temporal patch x patch x patch numbers a patch.
+Videos are decoded by PyAV, by energon's AVDecoder where it finds the frames that are asked for.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.spec import VisionSpec
 
 MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart_resize's limit
+FRAMES_AT_ONCE = 16  # of a video, decoded and held at their full size
+_SLACK = 1.05  # by which a whole video may be shorter than its header says
+_CUT = "the file is cut off"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,15 +34,15 @@ _UPRIGHT = {
 }
 
 
-class BadImage(ValueError):
-    """Bytes that are no readable image; the message says why, the caller says which sample."""
+class BadMedia(ValueError):
+    """Bytes that are no readable image or video; the caller says which sample."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """Height and width of the upright image, from the file's header: no pixel is decoded.
 
     Raises:
-        BadImage: no image format's header.
+        BadMedia: no image format's header.
     """
     image = _open(data)
     width, height = image.size
@@ -51,14 +56,14 @@ def decode_rgb(data: bytes) -> Image.Image:
     high byte; PIL's own conversion would clip nearly all of it to white.
 
     Raises:
-        BadImage: no image, or one that ends early.
+        BadMedia: no image, or one that ends early.
     """
     image = _open(data)
     turn = _UPRIGHT.get(_orientation(image))
     try:
         image.load()
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error
-        raise BadImage(f"its pixels cannot be decoded ({error})") from error
+        raise BadMedia(f"its pixels cannot be decoded ({error})") from error
     if image.mode.startswith("I"):
         high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         image = Image.fromarray(high.astype(np.uint8))
@@ -77,9 +82,9 @@ def _open(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise BadImage(str(error)) from error
+        raise BadMedia(str(error)) from error
     except Exception as error:  # a damaged header: UnidentifiedImageError, OSError, SyntaxError
-        raise BadImage("it is not in a format PIL can read") from error
+        raise BadMedia("it is not in a format PIL can read") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -94,125 +99,148 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-class ImageProcessor:
-    """The image side of a Hugging Face directory: its preprocessor_config.json, made fast.
+# ---- videos --------------------------------------------------------------------------------------
 
-    transformers' own PIL processor supplies the settings and is the reference. Between resizing and
-    the flattened patches it rescales and normalises every pixel in floating point; a pixel has only
-    256 values, so one table a channel, computed once by the processor itself, gives the same bits.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoInfo:
+    """What a video file says of itself."""
+
+    num_frames: int
+    fps: float  # frames a second, on average
+    height: int  # pixels
+    width: int
+
+
+def video_info(data: bytes) -> VideoInfo:
+    """Of a video file; its packets are counted, one frame is decoded.
+
+    Raises:
+        BadMedia: no video, one without frames or rate, or one that is cut off.
     """
-
-    def __init__(self, processor, *, vision: VisionSpec):
-        """`processor` is transformers' PIL image processor; `from_hf_dir` loads it."""
-        self.patch_size = processor.patch_size
-        self.merge_size = processor.merge_size
-        self.temporal_patch_size = processor.temporal_patch_size
-        self.min_pixels = processor.size["shortest_edge"]
-        self.max_pixels = processor.size["longest_edge"]
-        self.resample = processor.resample if processor.do_resize else None
-        self.in_channels = vision.in_channels
-        values = np.arange(256, dtype=np.uint8).reshape(1, 1, 256).repeat(self.in_channels, 0)
-        if processor.do_rescale:
-            values = processor.rescale(values, processor.rescale_factor)
-        if processor.do_normalize:
-            values = processor.normalize(values, processor.image_mean, processor.image_std)
-        self._table = values.reshape(-1).astype(np.float32)  # [channels * 256]
-        self._table_rows = (np.arange(self.in_channels, dtype=np.int16) * 256).reshape(1, -1, 1)
-
-    @classmethod
-    def from_hf_dir(cls, hf_dir: Path, *, vision: VisionSpec) -> ImageProcessor:
-        """Read DIR/preprocessor_config.json.
-
-        Raises:
-            InputError: the file is missing or unreadable, or differs from config.json.
-        """
-        from transformers import AutoImageProcessor
-
-        path = Path(hf_dir) / "preprocessor_config.json"
-        if not path.is_file():
-            raise InputError(
-                f"{path} is missing; copy it from the model's Hugging Face repository."
-            )
-        try:
-            processor = AutoImageProcessor.from_pretrained(str(hf_dir), backend="pil")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} cannot be read ({_first_line(error)}); copy it again from the model's "
-                f"Hugging Face repository."
-            ) from error
-        for name, want in (
-            ("patch_size", vision.patch_size),
-            ("merge_size", vision.spatial_merge_size),
-            ("temporal_patch_size", vision.temporal_patch_size),
-        ):
-            if getattr(processor, name, None) != want:
-                raise InputError(
-                    f"{path} has {name} {getattr(processor, name, None)} but config.json has "
-                    f"{want}; take both files from the same model."
-                )
-        least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-        if not 0 < least <= most:
-            raise InputError(
-                f"{path} asks for images of {least} to {most} pixels; give a min_pixels above 0 "
-                f"and no larger than max_pixels."
-            )
-        return cls(processor, vision=vision)
-
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Pixels after resizing: multiples of patch x merge, the area within the budget.
-
-        Raises:
-            BadImage: one side is over 200 times the other; Qwen2-VL takes no such image.
-        """
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        if self.resample is None:
-            return height, width
-        try:
-            return smart_resize(
-                height,
-                width,
-                factor=self.patch_size * self.merge_size,
-                min_pixels=self.min_pixels,
-                max_pixels=self.max_pixels,
-            )
-        except (ValueError, ZeroDivisionError) as error:
-            raise BadImage(f"it is {width} x {height} pixels, too long and thin") from error
-
-    def grid(self, data: bytes) -> tuple[int, int, int]:
-        """Frames, rows and columns of patches of an image file, from its header alone.
-
-        Raises:
-            BadImage: no image header, or an image too thin.
-        """
-        height, width = self.resized(*image_size(data))
-        return 1, height // self.patch_size, width // self.patch_size
-
-    def num_tokens(self, grid: tuple[int, int, int]) -> int:
-        """Tokens the decoder sees of an image with this grid."""
-        return grid[0] * grid[1] * grid[2] // self.merge_size**2
-
-    def patches(self, data: bytes) -> torch.Tensor:
-        """Decode an image file to float32 [P, D].
-
-        Raises:
-            BadImage: the pixels cannot be decoded.
-        """
-        image = decode_rgb(data)
-        height, width = self.resized(image.height, image.width)
-        if self.resample is not None:
-            image = image.resize((width, height), resample=self.resample)
-        pixels_HWC = np.asarray(image)
-        p, m, t, c = self.patch_size, self.merge_size, self.temporal_patch_size, self.in_channels
-        rows, columns = height // p, width // p
-        blocks = pixels_HWC.reshape(rows // m, m, p, columns // m, m, p, c)
-        # Order of patches: the m x m that merge to one token stand together.
-        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows/m, columns/m, m, m, c, p, p]
-        index = blocks.reshape(rows * columns, c, p * p) + self._table_rows
-        values = self._table.take(index)  # [P, c, p * p]
-        values = np.broadcast_to(values[:, :, None], (rows * columns, c, t, p * p))
-        return torch.from_numpy(values.reshape(rows * columns, c * t * p * p))
+    shown, fps = _listed(data)
+    if not shown:
+        raise BadMedia("it has no video frames")
+    if not fps:
+        raise BadMedia("it does not say how many frames it has a second")
+    ((_, first),) = _counted(data, [0], shown, fps)
+    return VideoInfo(num_frames=len(shown), fps=fps, height=first.height, width=first.width)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+def video_frames(data: bytes, indices: Sequence[int]) -> Iterator[tuple[float, Image.Image]]:
+    """Frames of a video file by their numbers from 0, which ascend.
+
+    energon's decoder seeks, which saves most of the decoding of a long video. But it finds a frame
+    by its number from a key frame or by an even rate, and gives a neighbour where frames are shown
+    before the key frame they follow in the file, or unevenly. When a frame is shown tells which one
+    it is; where energon's is another, frames are decoded and counted from the first.
+
+    Yields:
+        seconds from the video's first frame at which the frame is shown, and the frame.
+
+    Raises:
+        BadMedia: a frame that cannot be decoded, or is not there.
+    """
+    shown, fps = _listed(data)
+    for first in range(0, len(indices), FRAMES_AT_ONCE):
+        wanted = indices[first : first + FRAMES_AT_ONCE]
+        frames = _sought(data, wanted, shown)
+        if frames is None:
+            yield from _counted(data, indices[first:], shown, fps)
+            return
+        for index, frame in zip(wanted, frames, strict=True):
+            yield shown[index] - shown[0], frame
+
+
+def _listed(data: bytes) -> tuple[list[float | None], float]:
+    """When each frame is shown, in ascending seconds, and frames a second; nothing is decoded.
+
+    The times are all None in a file that does not tell them all.
+    """
+    with _video(data) as stream:
+        container = stream.container
+        shown, count, end = [], 0, 0.0
+        for packet in container.demux(stream, *container.streams.audio):
+            if packet.pts is None and not packet.size:
+                continue  # not in the file: it tells a decoder that all were read
+            time = None if packet.pts is None else float(packet.pts * packet.time_base)
+            end = max(end, time or 0.0)
+            if packet.stream.index == stream.index:
+                count += 1
+                if packet.size and not packet.is_discard:  # else it is there to be skipped
+                    shown.append(time)
+        if None in shown or len(set(shown)) < len(shown):
+            shown = [None] * len(shown)
+        else:
+            shown.sort()
+            # Where a file tells its length and its streams do not, it is not a guess by its size.
+            length = container.duration if stream.duration is None else None
+            longest = max((b - a for a, b in pairwise(shown)), default=math.inf)
+            if length is not None and length / 1e6 > (end + longest) * _SLACK:
+                raise BadMedia(f"it ends after {end:.1f} of its {length / 1e6:.1f} seconds; {_CUT}")
+        if stream.frames > count * _SLACK:
+            raise BadMedia(f"it ends after {count} of its {stream.frames} frames; {_CUT}")
+        return shown, float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def _sought(
+    data: bytes, indices: Sequence[int], shown: Sequence[float | None]
+) -> list[Image.Image] | None:
+    """Frames as energon's decoder finds them; None if it does not find these."""
+    from megatron.energon.av import AVDecoder
+
+    if indices[-1] >= len(shown) or shown[0] is None:
+        return None
+    # The middle of a frame's time: times in a file are rounded, and so is the number's start.
+    ranges = [(index + 0.5, index + 0.5) for index in indices]
+    try:
+        clips, times = AVDecoder(io.BytesIO(data), suppress_warnings=True).get_video_clips(
+            ranges, "frames"
+        )
+    except Exception:  # PyAV has its own kinds, and energon asserts
+        return None
+    if [begin for begin, _ in times] != [shown[index] for index in indices]:
+        return None
+    return [Image.fromarray(clip[0].permute(1, 2, 0).numpy()) for clip in clips]
+
+
+def _counted(
+    data: bytes, indices: Sequence[int], shown: Sequence[float | None], fps: float
+) -> Iterator[tuple[float, Image.Image]]:
+    """As `video_frames`, decoding every frame from the first."""
+    wanted = iter(indices)
+    index = next(wanted, None)
+    with _video(data) as stream:
+        for number, frame in enumerate(stream.container.decode(stream)):
+            if index is None:
+                return
+            if number == index:
+                told = number < len(shown) and shown[number] is not None
+                time = shown[number] - shown[0] if told else number / fps
+                yield time, Image.fromarray(frame.to_ndarray(format="rgb24"))
+                index = next(wanted, None)
+    if index is not None:
+        raise BadMedia(f"it ends before its frame {index} (from 0); {_CUT}")
+
+
+@contextmanager
+def _video(data: bytes):
+    """A file's video stream, opened as energon does; PyAV's many errors as one."""
+    try:
+        import av  # noqa: F401  (energon's decoder is an optional part of it)
+    except ImportError as error:
+        raise InputError("videos need PyAV, which is not installed; pip install av.") from error
+    from megatron.energon.av.av_init import av_open
+
+    try:
+        with av_open(io.BytesIO(data)) as container:
+            if not container.streams.video:
+                raise BadMedia("it has no video frames")
+            yield container.streams.video[0]
+    except BadMedia:
+        raise
+    except Exception as error:  # PyAV has its own kinds, some of them OSError or ValueError
+        words = str(error).strip().splitlines()
+        raise BadMedia(
+            f"it cannot be decoded ({words[0] if words else type(error).__name__})"
+        ) from error

@@ -1,54 +1,61 @@
 """Raw data to WebDataset shards that energon reads: no questions asked, nothing dropped untold.
 
-Entries are read and checked, every image is decoded once, shards are written with the images' own
-bytes, energon's own `prepare` indexes them, and the finished directory is renamed into place.
-What was refused, and why, is in its `refused.jsonl`.
+Entries are read and checked, every image and video is decoded once, shards are written with the
+media's own bytes and their sizes, energon's own `prepare` indexes them, and the finished directory
+is renamed into place. What was refused, and why, is in its `refused.jsonl`.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import random
 import re
-import subprocess
-import sys
-import tarfile
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from megatron_vl.data.formats import llava
-from megatron_vl.data.media import MAX_ASPECT_RATIO, BadImage, decode_rgb
+from megatron_vl.data.conversation import BadEntry
+from megatron_vl.data.formats import FORMATS
+from megatron_vl.data.raw_media import Library, Measured, RawMedia, measure_all
+from megatron_vl.data.shards import (
+    Entry,
+    count_shared_media,
+    plan_shards,
+    read_back,
+    run_energon_prepare,
+    show_progress,
+    store,
+    write_shards,
+)
+from megatron_vl.data.sources import Source, open_source
 from megatron_vl.errors import InputError
 from megatron_vl.outputs import check_target, replacing
 
-KNOWN_JSON = "blip_laion_cc_sbu_558k.json"  # LLaVA-Pretrain's own, beside a *_meta.json
-FORMATS = {"llava": llava.check_question_and_answer}  # format -> check of one entry
+if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
+    from megatron_vl.data.lengths import LengthCounter
+
 REFUSED = "refused.jsonl"
-SPLITS = ("train", "val", "test")  # energon's names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
     """What to prepare, and how."""
 
-    source: Path  # a directory with one JSON file and its media, or the JSON file
+    source: Path  # a directory with its JSON, JSONL, parquet or tar files and media, or one file
     output: Path  # the dataset's directory, to be made
-    format: str = "llava"  # one of FORMATS
-    json_name: str | None = None  # the JSON file in `source`, where it holds several
-    media_root: Path | None = None  # what media paths are relative to; None: the JSON's directory
+    format: str = "llava"  # one of FORMATS; what dataset_info.json says of `dataset` stands above
+    json_name: str | None = None  # the file in `source`, where it holds several
+    dataset: str | None = None  # a name in the source's dataset_info.json
+    media_root: Path | None = None  # what media paths are relative to; None: the file's directory
     split: str = "9,1,0"  # shares of train, validation and test
     samples_per_shard: int = 10_000
     shuffle: bool = True  # mix entries; without, the validation split is the end of the file
     seed: int = 42
-    num_workers: int = 2  # processes that check images and index shards
+    num_workers: int = 2  # processes that check media and index shards
+    lengths: LengthCounter | None = None  # counts a model's tokens, for `max_length`
+    max_length: int | None = None  # tokens; longer samples are refused
     overwrite: bool = False  # replace `output` if it exists
     strict: bool = False  # refuse the whole dataset when any entry is refused
     progress: bool = True
@@ -58,9 +65,12 @@ class PrepareConfig:
             raise InputError(
                 f"--format is {self.format!r}; it must be one of: {', '.join(sorted(FORMATS))}."
             )
-        for name in ("samples_per_shard", "num_workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
+        for name in ("samples_per_shard", "num_workers", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; give at least 1.")
+        if (self.lengths is None) != (self.max_length is None):
+            raise InputError("give both --tokenizer and --max-length, or neither.")
         self.shares  # noqa: B018  (raises for a bad split)
 
     @property
@@ -79,26 +89,15 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One usable entry of the source."""
-
-    key: str  # unique; starts with the entry's place in the JSON
-    media: Path
-    conversations: list
-
-    @property
-    def extension(self) -> str:
-        return self.media.suffix[1:].lower()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
     """One entry that was left out."""
 
     file: str
-    entry: int  # from 0, its place in the JSON
+    where: str  # in the file, such as "line 4"
+    entry: int  # from 0, its place in the source
     id: str | None
-    reason: str
+    reason: str  # one of a few, to count by: see BadEntry
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,20 +109,28 @@ class Summary:
     refused: tuple[Refusal, ...]
     samples: dict[str, int]  # of each split
     shards: int
-    shared_images: int  # shown in more than one split
+    media: dict[str, int]  # images and videos, each counted once
+    shared_media: int  # shown in more than one split
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.samples.items() if count)
-        lines = [f"{self.output}: kept {self.kept} samples in {self.shards} shards ({parts})"]
-        if self.shared_images:
+        media = ", ".join(f"{count} {kind}s" for kind, count in self.media.items() if count)
+        lines = [
+            f"{self.output}: kept {self.kept} samples in {self.shards} shards ({parts}); "
+            f"{media or 'text only'}"
+        ]
+        if self.shared_media:
             lines.append(
-                f"images that more than one split shows: {self.shared_images} (prepare with "
+                f"images that more than one split shows: {self.shared_media} (prepare with "
                 f"--shuffle or another --split to keep them apart)"
             )
         if self.refused:
             lines.append(f"refused {len(self.refused)}, listed in {self.output / REFUSED}:")
-            reasons = Counter(re.sub(r"\S*[/\\]\S*|\d+", "…", r.reason) for r in self.refused)
-            lines += [f"  {count} x {reason}" for reason, count in reasons.most_common(10)]
+            first = {}
+            for refusal in self.refused:
+                first.setdefault(refusal.reason, refusal)
+            for reason, count in Counter(r.reason for r in self.refused).most_common():
+                lines.append(f"  {count} x {reason}, such as: {first[reason].message}")
         return "\n".join(lines)
 
 
@@ -139,347 +146,165 @@ def prepare(config: PrepareConfig) -> Summary:
         config.output, overwrite=config.overwrite, needed=needed, what="prepared dataset",
         is_ours=lambda there: (there / ".nv-meta").is_dir(),
     )
-    json_path = find_json(config.source, config.json_name)
-    raw = read_json(json_path)
-    entries, refused = check_entries(raw, json_path, config)
+    source = open_source(
+        config.source, format=config.format, json_name=config.json_name, dataset=config.dataset
+    )
     with replacing(config.output) as partial:
-        entries, refused = check_media(entries, refused, json_path, config)
-        if not entries:
-            first = f"; the first because {refused[0].reason}" if refused else ""
-            raise InputError(
-                f"none of the {len(raw)} entries of {json_path} can be used{first}; check the "
-                f"format and where the images are (--media-root)."
-            )
-        if refused and config.strict:
-            raise InputError(
-                f"{len(refused)} of {len(raw)} entries of {json_path} cannot be used, the first "
-                f"(entry {refused[0].entry}) because {refused[0].reason}; mend them or prepare "
-                f"without --strict."
-            )
-        shards, parts = plan_shards(entries, config)
-        write_shards(shards, partial, progress=config.progress)
-        run_energon_prepare(partial, entries, parts, config)
+        preparation = _Preparation(config, source, scratch=partial / ".media")
+        preparation.read()
+        sizes = preparation.measure()
+        if config.lengths is not None:
+            preparation.refuse_long(sizes)
+        entries, refused = preparation.result()
+        shards, parts = plan_shards(
+            entries, shares=config.shares, samples_per_shard=config.samples_per_shard,
+            seed=config.seed if config.shuffle else None,
+        )
+        write_shards(
+            shards, sizes, partial, key=preparation.key, progress=config.progress
+        )
+        shutil.rmtree(preparation.scratch)
+        run_energon_prepare(
+            partial, parts, num_workers=config.num_workers,
+            shown_as=config.output if config.progress else None,
+        )
         samples = read_back(partial, len(entries))
         (partial / REFUSED).write_text(
-            "".join(json.dumps(_fields(r), ensure_ascii=False) + "\n" for r in refused),
+            "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in refused),
             encoding="utf-8",
         )
+    kept = {media for entry in entries for media in entry.media}
     return Summary(
         output=config.output, kept=len(entries), refused=tuple(refused), samples=samples,
-        shards=len(shards), shared_images=count_shared_images(shards, parts),
+        shards=len(shards), shared_media=count_shared_media(shards, parts),
+        media=dict(Counter(media.kind for media in kept)),
     )  # fmt: skip
 
 
-def find_json(source: Path, name: str | None) -> Path:
-    """The JSON file to read.
+@dataclass
+class _Preparation:
+    """Entries on their way: usable so far, or refused."""
 
-    Raises:
-        InputError: it is not there, or there are several to choose from.
-    """
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise InputError(f"{source} does not exist; give the directory that holds the JSON file.")
-    if name is not None:
-        if not (source / name).is_file():
+    config: PrepareConfig
+    source: Source
+    scratch: Path  # for media that entries carry themselves
+    entries: list[Entry] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    places: list[tuple[str, str]] = field(default_factory=list)  # of every entry read
+
+    def read(self) -> None:
+        """The entries whose text is usable and whose media are there."""
+        self.scratch.mkdir()
+        # LLaVA's images lie beside the JSON, or in `images` beside it.
+        root = self.config.media_root or self.source.root
+        library = Library([root, root / "images"], self.scratch,
+                          prefers_frames=self.source.format == "chatml")
+        shown = show_progress(
+            self.source.entries(), self.source.count(), "reading", self.config.progress
+        )
+        for file, number, where, entry in shown:
+            self.places.append((str(file), where))
+            name = entry.get("id") if isinstance(entry, dict) else None
+            name = None if name is None else str(name)
+            try:
+                if isinstance(entry, BadEntry):
+                    raise entry
+                conversation = self.source.read(entry)
+                media = tuple(library.locate(source) for source in conversation.media)
+            except BadEntry as error:
+                self._refuse(number, name, error)
+                continue
+            self.entries.append(
+                Entry(number=number, name=name, turns=conversation.turns, media=media)
+            )
+
+    def measure(self) -> dict[RawMedia, Measured]:
+        """Decode every image and video once; entries with one that cannot be are refused."""
+        media = sorted({m for entry in self.entries for m in entry.media}, key=lambda m: m.files)
+        results = dict(show_progress(
+            measure_all(media, num_workers=self.config.num_workers), len(media), "checking media",
+            self.config.progress,
+        ))
+
+        def problem(entry: Entry) -> BadEntry | None:
+            for media in entry.media:
+                if isinstance(results[media], str):
+                    return BadEntry(
+                        "unusable media", f"its {media} is unusable: {results[media]}"
+                    )
+            return None
+
+        self._keep_where(problem)
+        return {media: sizes for media, sizes in results.items() if isinstance(sizes, Measured)}
+
+    def refuse_long(self, sizes: dict[RawMedia, Measured]) -> None:
+        """Refuse entries of more tokens than `max_length`, as the model's tokenizer counts."""
+        counter = self.config.lengths
+        shown = iter(show_progress(
+            iter(self.entries), len(self.entries), "counting tokens", self.config.progress
+        ))
+
+        def problem(entry: Entry) -> BadEntry | None:
+            next(shown)
+            try:
+                length = counter.num_tokens(entry.turns, store(entry, sizes)[0])
+            except BadEntry as error:
+                return error
+            if length > self.config.max_length:
+                return BadEntry(
+                    "too long", f"it has {length} tokens, above {self.config.max_length}"
+                )
+            return None
+
+        self._keep_where(problem)
+        next(shown, None)
+
+    def result(self) -> tuple[list[Entry], list[Refusal]]:
+        """What is kept and what is not, in the order of the source.
+
+        Raises:
+            InputError: nothing is usable, or `strict` and not everything is.
+        """
+        refused = sorted(self.refused, key=lambda refusal: refusal.entry)
+        total, where = len(self.places), ", ".join(map(str, self.source.files[:3]))
+        if not self.entries:
+            first = f"; the first because {refused[0].message}" if refused else ""
             raise InputError(
-                f"{source / name} does not exist; give --json the name of a file there."
+                f"none of the {total} entries of {where} can be used{first}; check the format "
+                f"(--format {self.source.format}) and where the media are (--media-root)."
             )
-        return source / name
-    if (source / KNOWN_JSON).is_file():
-        return source / KNOWN_JSON
-    found = sorted(source.glob("*.json"))
-    if len(found) == 1:
-        return found[0]
-    have = f"has {', '.join(path.name for path in found)}" if found else "has no .json file"
-    raise InputError(f"{source} {have}; name the one to read with --json.")
-
-
-def read_json(path: Path) -> list:
-    """The list in a JSON file.
-
-    Raises:
-        InputError: it is not JSON, or no list.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); check the file.") from error
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            f"download or write it again."
-        ) from error
-    if not isinstance(raw, list) or not raw:
-        raise InputError(f"{path} holds no list of entries; give a file with [{{...}}, ...].")
-    return raw
-
-
-def check_entries(
-    raw: Sequence, json_path: Path, config: PrepareConfig
-) -> tuple[list[Entry], list[Refusal]]:
-    """The entries whose text is usable and whose media exist, and those refused."""
-    root = config.media_root or json_path.parent
-    check = FORMATS[config.format]
-    known: dict[str, Path | None] = {}
-    entries, refused = [], []
-    width = len(str(len(raw) - 1))
-    for number, entry in enumerate(raw):
-        name = entry.get("id") if isinstance(entry, dict) else None
-        try:
-            if not isinstance(entry, dict):
-                raise llava.BadEntry("it is not an object")
-            check(entry)
-            image = entry["image"]
-            if image not in known:
-                known[image] = _find_media(root, image)
-            if known[image] is None:
-                raise llava.BadEntry(f"its image {root / image} does not exist")
-            if not known[image].suffix[1:].isalnum():
-                raise llava.BadEntry(f"its image {root / image} has no file extension")
-        except llava.BadEntry as error:
-            refused.append(_refusal(json_path, number, name, str(error)))
-            continue
-        entries.append(
-            Entry(
-                key=f"{number:0{width}d}{_safe(name)}",
-                media=known[image],
-                conversations=entry["conversations"],
+        if refused and self.config.strict:
+            raise InputError(
+                f"{len(refused)} of {total} entries of {where} cannot be used, the first (entry "
+                f"{refused[0].entry}) because {refused[0].message}; mend them or prepare without "
+                f"--strict."
             )
+        return self.entries, refused
+
+    def key(self, entry: Entry) -> str:
+        """Unique, and in the source's order; energon cuts keys at dots, tar at slashes."""
+        width = len(str(len(self.places) - 1))
+        text = re.sub(r"[^A-Za-z0-9_-]+", "-", entry.name)[:64] if entry.name is not None else ""
+        return f"{entry.number:0{width}d}" + (f"-{text}" if text else "")
+
+    def _keep_where(self, problem) -> None:
+        kept = []
+        for entry in self.entries:
+            found = problem(entry)
+            if found is None:
+                kept.append(entry)
+            else:
+                self._refuse(entry.number, entry.name, found)
+        self.entries = kept
+
+    def _refuse(self, number: int, name: str | None, error: BadEntry) -> None:
+        """Lone surrogates are escaped: what is refused must be writable."""
+        file, where = self.places[number]
+        name, message = (
+            None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")
+            for text in (name, str(error))
         )
-    return entries, refused
+        self.refused.append(Refusal(
+            file=file, where=where, entry=number, id=name, reason=error.reason, message=message,
+        ))
 
-
-def _find_media(root: Path, image: str) -> Path | None:
-    """LLaVA's images lie beside the JSON, or in `images` beside it.
-
-    Raises:
-        BadEntry: a path the system refuses, such as one too long.
-    """
-    try:
-        return next((p for p in (root / image, root / "images" / image) if p.is_file()), None)
-    except OSError as error:
-        raise llava.BadEntry(f"its image cannot be read ({error})") from error
-
-
-def _safe(name) -> str:
-    """An entry's id as the end of a key: energon cuts keys at dots, tar at slashes."""
-    text = re.sub(r"[^A-Za-z0-9_-]+", "-", str(name))[:64] if name is not None else ""
-    return f"-{text}" if text else ""
-
-
-def check_media(
-    entries: list[Entry], refused: list[Refusal], json_path: Path, config: PrepareConfig
-) -> tuple[list[Entry], list[Refusal]]:
-    """Decode every image once, and refuse the entries whose image cannot be.
-
-    energon's own prepare would drop a whole shard for one such image.
-    """
-    media = sorted({entry.media for entry in entries})
-    with ProcessPoolExecutor(min(config.num_workers, max(1, len(media) // 64))) as pool:
-        found = pool.map(_media_problem, media, chunksize=64)
-        problems = {
-            path: problem
-            for path, problem in zip(
-                media, _progress(found, len(media), "checking images", config.progress), strict=True
-            )
-            if problem
-        }
-    kept = []
-    for entry in entries:
-        if entry.media in problems:
-            number = int(re.match(r"\d+", entry.key)[0])
-            name = entry.key.partition("-")[2] or None
-            reason = f"its image {entry.media} is unusable: {problems[entry.media]}"
-            refused.append(_refusal(json_path, number, name, reason))
-        else:
-            kept.append(entry)
-    return kept, sorted(refused, key=lambda refusal: refusal.entry)
-
-
-def _media_problem(path: Path) -> str | None:
-    try:
-        width, height = decode_rgb(path.read_bytes()).size
-    except (BadImage, OSError) as error:
-        return str(error)
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        return f"it is {width} x {height} pixels, too long and thin"
-    return None
-
-
-def plan_shards(
-    entries: Sequence[Entry], config: PrepareConfig
-) -> tuple[list[list[Entry]], dict[str, range]]:
-    """Which entry goes to which shard, and which shards to which split.
-
-    Shuffled entries that show the same image stay in the same split where the sizes allow it, so
-    that validation images are not trained on; `count_shared_images` says where they do not.
-
-    Raises:
-        InputError: fewer entries than shards the split needs.
-    """
-    shares = config.shares
-    total = max(
-        -(-len(entries) // config.samples_per_shard),
-        *(-(-share.denominator // share.numerator) for share in shares if share),
-    )
-    bounds = [int(total * share) for share in accumulate(shares, initial=Fraction(0))]
-    while any(share and a == b for share, (a, b) in zip(shares, _pairs(bounds), strict=True)):
-        total += 1
-        bounds = [int(total * share) for share in accumulate(shares, initial=Fraction(0))]
-    if total > len(entries):
-        raise InputError(
-            f"a split of {config.split} needs at least {total} samples but {len(entries)} are "
-            f"usable; give more data or another --split."
-        )
-    order = list(entries)
-    if config.shuffle:
-        order = _shuffle_by_media(order, random.Random(config.seed))
-    shards: list[list[Entry]] = []
-    parts = {}
-    begin = 0
-    for split, (first, last) in zip(SPLITS, _pairs(bounds), strict=True):
-        if first == last:
-            continue
-        parts[split] = range(first, last)
-        end = len(order) * last // total
-        if config.shuffle and end < len(order):
-            least, most = begin + last - first, len(order) - total + last
-            end = _media_edge(order, end, least=least, most=most)
-        part = order[begin:end]
-        if config.shuffle:
-            random.Random(config.seed + 1).shuffle(part)
-        cuts = [len(part) * i // (last - first) for i in range(last - first + 1)]
-        shards += [part[a:b] for a, b in _pairs(cuts)]
-        begin = end
-    return shards, parts
-
-
-def _shuffle_by_media(entries: list[Entry], draw: random.Random) -> list[Entry]:
-    """The entries with images in random order, each image's entries side by side."""
-    groups: dict[Path, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.media, []).append(entry)
-    order = list(groups.values())
-    draw.shuffle(order)
-    return [entry for group in order for entry in group]
-
-
-def _media_edge(order: Sequence[Entry], end: int, *, least: int, most: int) -> int:
-    """The first cut at or after `end` that parts no image's entries; `end` if there is none."""
-    for cut in range(max(end, least), most + 1):
-        if order[cut - 1].media != order[cut].media:
-            return cut
-    return end
-
-
-def count_shared_images(shards: Sequence[Sequence[Entry]], parts: dict[str, range]) -> int:
-    """Images, by path, that more than one split shows."""
-    splits_of = Counter(
-        media
-        for part in parts.values()
-        for media in {entry.media for number in part for entry in shards[number]}
-    )
-    return sum(count > 1 for count in splits_of.values())
-
-
-def _shard(number: str) -> str:
-    return f"shard-{number}.tar"
-
-
-def write_shards(shards: Sequence[Sequence[Entry]], output: Path, *, progress: bool) -> None:
-    """Write `shard-NNNNNN.tar` files: per sample the image's own bytes and the conversations."""
-    total = sum(map(len, shards))
-    entries = iter(_progress((e for shard in shards for e in shard), total, "writing", progress))
-    for number, shard in enumerate(shards):
-        path = output / _shard(f"{number:06d}")
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for _ in shard:
-                entry = next(entries)
-                _add(tar, f"{entry.key}.{entry.extension}", entry.media.read_bytes())
-                text = json.dumps(entry.conversations, ensure_ascii=False)
-                _add(tar, f"{entry.key}.json", text.encode("utf-8"))
-    next(entries, None)  # lets the progress bar finish
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # no times, no owners: the same data gives the same bytes
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def run_energon_prepare(
-    path: Path, entries: Iterable[Entry], parts: dict[str, range], config: PrepareConfig
-) -> None:
-    """energon's own `prepare`, in a process of this interpreter.
-
-    The splits are given by shard: energon's ratio is rounded in floating point and can lose one.
-
-    Raises:
-        InputError: it failed; its last words are in the message.
-    """
-    field_map = {
-        "image": ",".join(sorted({entry.extension for entry in entries})),
-        "context": "json[0][value]",
-        "answers": "json[1][value]",
-    }
-    command = [
-        sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(path),
-        "--non-interactive", "--force-overwrite", "--no-progress",
-        "--num-workers", str(config.num_workers),
-        *(word for split, shards in parts.items() for word in (
-            "--split-parts", f"{split}:{_shard(f'{{{shards[0]:06d}..{shards[-1]:06d}}}')}"
-        )),
-        "--sample-type", "VQASample",
-        "--field-map", json.dumps(field_map),
-        "--media-metadata-by-extension",
-    ]  # fmt: skip
-    if config.progress:
-        print(f"energon {' '.join([command[3], str(config.output), *command[5:]])}", flush=True)
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode or not (path / ".nv-meta" / "dataset.yaml").is_file():
-        words = " / ".join(done.stdout.strip().splitlines()[-3:])
-        raise InputError(
-            f"energon could not index the shards (exit {done.returncode}: {words}); check the disk "
-            f"space and the installation of megatron-energon."
-        )
-
-
-def read_back(path: Path, expected: int) -> dict[str, int]:
-    """Samples of each split, as energon counted them.
-
-    Raises:
-        InputError: energon indexed fewer samples than were written.
-    """
-    from megatron_vl.data.dataset_dir import check_dataset, splits
-
-    counts = {name: check_dataset(path, name) for name in splits(path)}
-    if sum(counts.values()) != expected:
-        raise InputError(
-            f"energon indexed {sum(counts.values())} of {expected} samples; check the disk space "
-            f"and prepare again."
-        )
-    return counts
-
-
-def _pairs(bounds: Sequence[int]) -> list[tuple[int, int]]:
-    return list(pairwise(bounds))
-
-
-def _progress(items: Iterable, total: int, what: str, show: bool) -> Iterator:
-    return tqdm(items, total=total, desc=what, mininterval=1.0, disable=not show)
-
-
-def _refusal(json_path: Path, number: int, name, reason: str) -> Refusal:
-    """Lone surrogates are escaped: what is refused must be writable."""
-    escaped = [
-        None if text is None else str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-        for text in (name, reason)
-    ]
-    return Refusal(file=str(json_path), entry=number, id=escaped[0], reason=escaped[1])
-
-
-def _fields(refusal: Refusal) -> dict:
-    return {name: getattr(refusal, name) for name in ("file", "entry", "id", "reason")}

@@ -1,10 +1,11 @@
-"""What flows through the data pipeline: a conversation, an encoded sample, a batch of rows.
+"""What flows through the data pipeline: a sample, its integers, a batch of rows.
 
 S tokens a row, B rows a micro-batch, L tokens a sample, P patches, D numbers a patch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -12,40 +13,24 @@ import torch
 from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 
+from megatron_vl.data.conversation import StoredMedia, Turn
+
 _BY_VALUE = 1 << 20  # bytes
 IGNORE = -100  # the label of a position that is not trained; never a token id, so never the pad id
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A stretch of one turn: text, or the place of one image."""
+@edataclass
+class ConversationSample(Sample):
+    """A prepared sample as its shard tells it: what is said, and where the media are."""
 
-    text: str | None = None  # None where an image stands
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """One message of a conversation."""
-
-    role: str  # "system", "user" or "assistant"
-    parts: tuple[Part, ...]
-
-    @property
-    def num_images(self) -> int:
-        return sum(part.text is None for part in self.parts)
-
-    def message(self) -> dict:
-        """The turn as a chat template takes it."""
-        content = [
-            {"type": "image"} if part.text is None else {"type": "text", "text": part.text}
-            for part in self.parts
-        ]
-        return {"role": self.role, "content": content}
+    turns: tuple[Turn, ...]
+    media: tuple[StoredMedia, ...]
+    read: Callable[[str], bytes]  # a file of the sample, by the extension that `media` names
 
 
 @edataclass
 class EncodedSample(Sample):
-    """One sample as integers; pixels come after packing.
+    """One sample as integers; pixels come after packing, and only then are the files read.
 
     The dunder fields of `Sample` name and restore it.
     """
@@ -53,20 +38,41 @@ class EncodedSample(Sample):
     tokens: torch.Tensor  # int64 [L]
     labels: torch.Tensor  # int64 [L], already shifted: the target of each position, or IGNORE
     position_ids: torch.Tensor  # int64 [3, L]
-    grids: torch.Tensor  # int64 [images, 3]: frames, rows, columns of patches
-    images: tuple[bytes, ...]  # the files' own bytes; empty once decoded
-    patches: torch.Tensor | None = None  # float32 [P, D] once decoded
+    grids: torch.Tensor  # int64 [images and videos, 3]: frames, rows, columns of patches
+    media: tuple[StoredMedia, ...]
+    read: Callable[[str], bytes]
+    patches: torch.Tensor | None = None  # float32 [P, D] once decoded, of all media in order
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def num_patches(self) -> int:
+        return int(self.grids.prod(-1).sum())
 
     @property
     def name(self) -> str:
         return sample_name(self)
 
 
-def sample_name(sample) -> str:
-    """`shard.tar/key`: where a person finds this sample."""
-    sources = sample.__sources__
+def sample_name(sample: Sample | dict) -> str:
+    """`shard.tar/key`: where a person finds this sample, be it crude or not."""
+    if isinstance(sample, dict):
+        sources, key = sample["__sources__"], sample["__key__"]
+    else:
+        sources, key = sample.__sources__, sample.__key__
     shard = f"{sources[0].shard_name}/" if sources else ""
-    return f"{shard}{sample.__key__}"
+    return f"{shard}{key}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """A sample that could not be trained on."""
+
+    reason: str  # one of a few, to count by: see BadEntry
+    sample: str  # `shard.tar/key`
+    message: str  # what is wrong with it
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,7 +81,9 @@ class RowBatch:
 
     Rows are equally long. A row holds one or several samples, each one segment of attention, and
     its padding tail is a segment of its own. `pixel_patches` is None where there is no image in
-    the batch or this rank decodes none; the integers are the same on every pipeline stage.
+    the batch or this rank decodes none; the integers are the same on every pipeline stage. Images
+    and videos are one sequence, in the order of their tokens: the vision tower tells them apart by
+    their frames alone.
     """
 
     tokens: torch.Tensor  # int64 [B, S]
@@ -84,9 +92,10 @@ class RowBatch:
     position_ids: torch.Tensor  # int64 [3, B, S]: time, height, width; every sample starts at 0
     cu_seqlens: torch.Tensor  # int32 [segments + 1]: bounds over the B*S tokens, row after row
     pixel_patches: torch.Tensor | None  # float32 [P, D] of all images, in order of their tokens
-    grid_thw: torch.Tensor  # int64 [images, 3]; [0, 3] where there is none
+    grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
     sample_keys: list[str]  # `shard.tar/key` of every sample, in order
     num_tokens: int  # of the samples: all B*S but the rows' padding tails
+    skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
     __restore_key__: tuple = ()  # set by energon
 
     @property

@@ -1,29 +1,52 @@
 """energon's task encoder: text and sizes first, then packing, and only then pixels.
 
-`preencode_sample` makes integers of a sample from its text and its image's header;
-`select_samples_to_pack` groups samples to rows; `pack_selected_samples` decodes the images of what
-was picked; `batch` lays the rows out. All of it is deterministic and stateless but the packing
-buffer, so that a checkpointed loader replays exactly.
+A cooker makes a conversation of a sample's JSON; `preencode_sample` makes integers of it, with the
+media's sizes from the same JSON; `select_samples_to_pack` groups samples to rows;
+`pack_selected_samples` reads and decodes the media of what was picked; `batch` lays the rows out.
+All of it is deterministic and stateless but the packing buffer, so that a checkpointed loader
+replays exactly.
+
+A sample that cannot be trained on is left out, and travels on by name with the next batch, to be
+counted and shown.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.energon import SavableDataset, TaskEncoder, VQASample, WorkerConfig, stateless
+from megatron.energon import (
+    Cooker,
+    SavableDataset,
+    SkipSample,
+    TaskEncoder,
+    VQASample,
+    WorkerConfig,
+    basic_sample_keys,
+    stateless,
+)
 from megatron.energon.cache import FileStoreDecoder
 from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import PackingDataset
 
 from megatron_vl.data.chat import BadConversation, ChatTokenizer
+from megatron_vl.data.conversation import IMAGE, VIDEO, StoredMedia, from_json
 from megatron_vl.data.formats.llava import question_and_answer
-from megatron_vl.data.media import BadImage, ImageProcessor
+from megatron_vl.data.media import BadMedia, image_size
 from megatron_vl.data.packing import pack
+from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.rows import Row, make_batch, make_row
-from megatron_vl.data.samples import EncodedSample, RowBatch, sample_name
+from megatron_vl.data.samples import (
+    ConversationSample,
+    EncodedSample,
+    RowBatch,
+    Skipped,
+    sample_name,
+)
+from megatron_vl.data.shard_files import ShardFiles
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.mrope import rope_index
 
@@ -47,56 +70,73 @@ class TextDecoder(FileStoreDecoder):
         return {"decoder": "text"}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRules:
+    """What makes a row."""
+
+    length: int  # tokens a row holds; a longer sample is skipped
+    packs: bool  # whether samples share rows
+    length_mend: str  # what to do about a sample that is too long, for the message
+    max_patches: int | None = None  # patches a row holds at most; a larger sample is skipped
+    max_skipped: int = 0  # samples that may be skipped before it is an error
+
+
 class SampleEncoder(TaskEncoder):
-    """VQA samples to integers; the part that packing and pixels do not touch."""
+    """Samples to integers; the part that packing and pixels do not touch."""
 
     decoder = TextDecoder()
 
-    def __init__(self, *, chat: ChatTokenizer, images: ImageProcessor, row_length: int,
-                 packs: bool, length_mend: str):
-        """
-        Args:
-            row_length: tokens a row holds; a longer sample is an error.
-            packs: whether samples share rows.
-            length_mend: what to do about a sample that is too long, for the message.
-        """
+    def __init__(self, *, chat: ChatTokenizer, media: MediaProcessor, rules: RowRules):
         self.chat = chat
-        self.images = images
-        self.row_length = row_length
-        self.packs = packs
-        self.length_mend = length_mend
+        self.media = media
+        self.rules = rules
+        self.files = ShardFiles()
+        self.cookers = [Cooker(self.cook)]
+        self.skipped: list[Skipped] = []  # since the last batch
+        self.num_skipped = 0
 
     @stateless
-    def preencode_sample(self, sample: VQASample) -> EncodedSample:
-        """Tokens, labels, positions and the image's grid; no pixel is decoded.
+    def cook(self, sample: dict) -> ConversationSample:
+        """The conversation in a prepared sample's JSON; no media is read.
 
         Raises:
-            InputError: the sample cannot be used; named, with the mend.
+            SkipSample: it holds none.
         """
-        image, question, answer = sample.image, sample.context, sample.answers
-        answer = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
-        if not (isinstance(image, bytes) and isinstance(question, str) and isinstance(answer, str)):
-            raise InputError(
-                f"sample {sample_name(sample)} is not an image's bytes, a question and an answer; "
-                f"check the field_map in the dataset's .nv-meta/dataset.yaml."
-            )
         try:
-            grid = self.images.grid(image)
+            turns, media = from_json(sample["json"])
+        except (KeyError, ValueError) as error:
+            self._skip(sample, "wrong shape", str(error))
+        dataset = sample["__sources__"][0].dataset_path
+        return ConversationSample(
+            **basic_sample_keys(sample), turns=turns, media=media,
+            read=self.files.reader(dataset, sample["__key__"]),
+        )
+
+    @stateless
+    def preencode_sample(self, sample: ConversationSample | VQASample) -> EncodedSample:
+        """Tokens, labels, positions and grids; no pixel is decoded.
+
+        Raises:
+            SkipSample: the sample cannot be used; it is counted.
+            InputError: too many could not, or the dataset's fields are of another kind.
+        """
+        try:
+            if isinstance(sample, VQASample):
+                sample = _conversation_of(sample)
+            grids = [self.media.grid(media) for media in sample.media]
             tokens, labels = self.chat.encode(
-                question_and_answer(question, answer), [self.images.num_tokens(grid)]
+                sample.turns, [self.media.num_tokens(grid) for grid in grids]
             )
-        except BadImage as error:
-            raise bad_image(sample, error) from error
+            self._check_size(tokens.numel(), grids)
+        except BadMedia as error:
+            self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
         except BadConversation as error:
-            raise InputError(
-                f"sample {sample_name(sample)} cannot be used: {error}; mend or remove it and "
-                f"prepare the dataset again."
-            ) from error
-        if tokens.numel() > self.row_length:
-            raise InputError(
-                f"sample {sample_name(sample)} has {tokens.numel()} tokens but a row holds "
-                f"{self.row_length}; {self.length_mend}."
-            )
+            self._skip(sample, error.reason, str(error))
+        kinds = {
+            kind: [grid for grid, media in zip(grids, sample.media, strict=True)
+                   if media.kind == kind]
+            for kind in (IMAGE, VIDEO)
+        }
         return EncodedSample.derive_from(
             sample,
             tokens=tokens,
@@ -105,36 +145,89 @@ class SampleEncoder(TaskEncoder):
                 tokens,
                 image_token=self.chat.tokens.image,
                 video_token=self.chat.tokens.video,
-                merge_size=self.images.merge_size,
-                image_grids=[grid],
+                merge_size=self.media.merge_size,
+                image_grids=kinds[IMAGE],
+                video_grids=kinds[VIDEO],
             ),
-            grids=torch.tensor([grid], dtype=torch.int64),
-            images=(image,),
+            grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+            media=sample.media,
+            read=sample.read,
         )
 
-    def decode_images(self, sample: EncodedSample) -> EncodedSample:
-        """Fill `patches` from the images' bytes, and let the bytes go.
+    def _check_size(self, length: int, grids: list[tuple[int, int, int]]) -> None:
+        rules = self.rules
+        if length > rules.length:
+            raise BadConversation(
+                "too long",
+                f"it has {length} tokens but a row holds {rules.length}; {rules.length_mend}",
+            )
+        patches = sum(t * h * w for t, h, w in grids)
+        if rules.max_patches is not None and patches > rules.max_patches:
+            raise BadConversation(
+                "too many patches",
+                f"its images and videos have {patches} patches but a row holds "
+                f"{rules.max_patches}; raise max-patches-per-row or lower image-max-pixels",
+            )
+
+    def make_row(self, samples: list[EncodedSample]) -> Row | None:
+        """A row of the samples whose media can be decoded; None if none can."""
+        decoded = []
+        for sample in samples:
+            try:
+                decoded.append(self.decode_media(sample))
+            except BadMedia as error:
+                self._count(sample, "unusable media", f"its image or video is unusable: {error}")
+        return make_row(decoded) if decoded else None
+
+    def decode_media(self, sample: EncodedSample) -> EncodedSample:
+        """Fill `patches` from the media's files, and let go of what read them.
 
         Raises:
-            InputError: an image that cannot be decoded; the sample and its shard are named.
+            BadMedia: an image or video that cannot be read or decoded.
         """
-        try:
-            patches = [self.images.patches(data) for data in sample.images]
-        except BadImage as error:
-            raise bad_image(sample, error) from error
-        sample.patches = patches[0] if len(patches) == 1 else torch.cat(patches)
-        sample.images = ()
+        patches = [self.media.patches(media, sample.read) for media in sample.media]
+        if patches:
+            sample.patches = patches[0] if len(patches) == 1 else torch.cat(patches)
+        sample.read = None
         return sample
 
     def make_batch(self, rows: list[Row]) -> RowBatch:
-        return make_batch(rows, row_length=self.row_length, pad_token=self.chat.pad_token)
+        batch = make_batch(rows, row_length=self.rules.length, pad_token=self.chat.pad_token)
+        batch.skipped, self.skipped = tuple(self.skipped), []
+        return batch
 
     def select(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
         """Groups of samples that share a row."""
-        if not self.packs:
+        if not self.rules.packs:
             return [[sample] for sample in samples]
-        bins = pack([sample.tokens.numel() for sample in samples], self.row_length)
+        bins = pack(
+            [sample.num_tokens for sample in samples], self.rules.length,
+            costs=[sample.num_patches for sample in samples], max_cost=self.rules.max_patches,
+        )
         return [[samples[index] for index in members] for members in bins]
+
+    def _skip(self, sample: Any, reason: str, message: str) -> None:
+        self._count(sample, reason, message)
+        raise SkipSample
+
+    def _count(self, sample: Any, reason: str, message: str) -> None:
+        """Note a sample that is left out.
+
+        Raises:
+            InputError: it is one too many.
+        """
+        name = sample_name(sample)
+        self.num_skipped += 1
+        if self.num_skipped > self.rules.max_skipped:
+            many = "" if self.num_skipped == 1 else (
+                f", and so could {self.num_skipped - 1} before it; max-skipped-samples is "
+                f"{self.rules.max_skipped}"
+            )
+            raise InputError(
+                f"sample {name} cannot be used: {message}{many}; mend or remove it and prepare the "
+                f"dataset again, or raise max-skipped-samples."
+            )
+        self.skipped.append(Skipped(reason=reason, sample=name, message=message))
 
 
 class RowEncoder(SampleEncoder):
@@ -146,7 +239,10 @@ class RowEncoder(SampleEncoder):
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> Row:
         # Not in `postencode_sample`: energon 7.4.1 cannot restore a pack by its key with one.
-        return make_row([self.decode_images(sample) for sample in samples])
+        row = self.make_row(samples)
+        if row is None:
+            raise SkipSample
+        return row
 
     @stateless
     def batch(self, samples: list[Row]) -> RowBatch:
@@ -185,15 +281,31 @@ class _QuietPacking(PackingDataset):
         return super()._fill_reading_buffer(source_iter)
 
 
-def bad_image(sample, error: BadImage) -> InputError:
-    return InputError(
-        f"the image of sample {sample_name(sample)} is unusable: {error}; replace or remove it and "
-        f"prepare the dataset again."
+def _conversation_of(sample: VQASample) -> ConversationSample:
+    """One question about one image, of a dataset with energon's own sample type.
+
+    Raises:
+        InputError: the dataset's fields are of another kind.
+        BadMedia: no image's header.
+    """
+    image, question, answer = sample.image, sample.context, sample.answers
+    answer = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
+    if not (isinstance(image, bytes) and isinstance(question, str) and isinstance(answer, str)):
+        raise InputError(
+            f"sample {sample_name(sample)} is not an image's bytes, a question and an answer; "
+            f"check the field_map in the dataset's .nv-meta/dataset.yaml."
+        )
+    height, width = image_size(image)
+    return ConversationSample.derive_from(
+        sample,
+        turns=question_and_answer(question, answer),
+        media=(StoredMedia(kind=IMAGE, files=("image",), height=height, width=width),),
+        read=lambda _: image,
     )
 
 
 def stop_on_error(error: Exception, sample: Any, sources: list | None) -> None:
-    """energon's error handler: nothing is skipped, and the error says which sample it was.
+    """energon's error handler: what is no sample's own fault stops the run and is named.
 
     energon's default prints the error and goes on, up to 100 times in a row.
     """

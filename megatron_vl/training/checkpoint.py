@@ -28,13 +28,15 @@ from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, load_rank
 
+LOADER = "loader_dp{}.pt"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resumed:
     """Where training goes on."""
 
     iteration: int  # steps already done
-    loader_state: Path | None  # this data-parallel rank's, None to start the data anew
+    loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ def load_checkpoint(
     if info.format == "torch":
         load_weights(info, model)
         optimizer.reload_model_params()
-        return Resumed(iteration=0, loader_state=None)
+        return Resumed(iteration=0)
     # A converted one holds nothing else.
     finetune = (options.finetune and not own) or info.release
     with_optimizer = not (finetune or options.no_load_optim)
@@ -119,12 +121,12 @@ def load_checkpoint(
     else:
         optimizer.reload_model_params()
     if finetune:
-        return Resumed(iteration=0, loader_state=None)
+        return Resumed(iteration=0)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         _set_random_state(loaded["rng_state"], info)
     return Resumed(
-        iteration=info.iteration, loader_state=_loader_state(plan, info) if own else None
+        iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else ()
     )
 
 
@@ -141,21 +143,21 @@ def _take_options(plan: Plan, optimizer) -> None:
         )
 
 
-def _loader_state(plan: Plan, info: CheckpointInfo) -> Path | None:
-    """This replica's place in the data.
+def _loader_states(info: CheckpointInfo) -> list[Path]:
+    """Where every data-parallel rank stood in its data, in the order of the ranks.
 
     Raises:
-        InputError: the checkpoint has it for another number of data-parallel ranks.
+        InputError: a rank's is missing.
     """
-    saved = len(list(info.path.glob("loader_dp*.pt")))
-    if saved not in (0, plan.layout.dp):
+    found = sorted(info.path.glob(LOADER.format("[0-9]" * 5)))
+    wanted = [info.path / LOADER.format(f"{rank:05d}") for rank in range(len(found))]
+    if found != wanted:
+        missing = next(path for path in wanted if path not in found)
         raise InputError(
-            f"{info.path} was saved by {saved} data-parallel rank(s) but this run has "
-            f"{plan.layout.dp}, so its place in the data cannot be told; start "
-            f"{saved * plan.layout.model_size} processes, or go on in a new SAVE with --load "
-            f"{info.root}, where the data starts anew."
+            f"{missing} is missing, where a rank's place in the data is; restore it, or go on in a "
+            f"new SAVE with --load {info.root}, where the data starts anew."
         )
-    return info.path / _loader_file() if saved else None
+    return found
 
 
 def load_weights(info: CheckpointInfo, model) -> None:
@@ -245,7 +247,7 @@ def _model_key(number: int, model) -> str:
 
 
 def _loader_file() -> str:
-    return f"loader_dp{parallel_state.get_data_parallel_rank():05d}.pt"
+    return LOADER.format(f"{parallel_state.get_data_parallel_rank():05d}")
 
 
 def _holds(info: CheckpointInfo, key: str) -> bool:

@@ -182,15 +182,42 @@ class ModelRunOptions:
 class DataOptions:
     """Where rows come from."""
 
-    train_data_path: str | None = option(None, "energon dataset directory", kind=str)
+    train_data_path: str | None = option(
+        None, "prepared dataset; several as A,B (each once an epoch) or 0.3,A,0.7,B (by weight); "
+        "or the YAML of an energon metadataset", kind=str,
+    )
     valid_data_path: str | None = option(
-        None, "energon dataset directory of the validation split; default: train-data-path",
-        kind=str,
+        None, "the same, of the validation split; default: train-data-path", kind=str,
+    )
+    max_samples: int | None = option(
+        None, "of each training dataset read only the first so many samples", kind=int
     )
     num_workers: int = option(1, "data processes per data-parallel rank; 0 reads in the trainer")
     packing_buffer_size: int = option(
         0, "samples packed together into rows of seq-length; 0: one sample a row"
     )
+    max_patches_per_row: int | None = option(
+        None, "vision patches of a row at most, to even out the vision tower's work", kind=int
+    )
+    max_skipped_samples: int = option(
+        100, "samples that cannot be used and are skipped, before the run stops; 0: none"
+    )
+    train_on_prompt: bool = option(False, "train on every token, not on the answers alone")
+    mask_history: bool = option(False, "train on the last answer of a conversation alone")
+    image_min_pixels: int | None = option(
+        None, "least pixels of a resized image; default: preprocessor_config.json's", kind=int
+    )
+    image_max_pixels: int | None = option(
+        None, "most pixels of a resized image; default: preprocessor_config.json's", kind=int
+    )
+    video_min_pixels: int | None = option(
+        None, "least pixels of a video's resized frame; default: the model's own files", kind=int
+    )
+    video_max_pixels: int | None = option(
+        None, "most pixels of a video's resized frame; default: the model's own files", kind=int
+    )
+    video_fps: float = option(2.0, "frames taken from a second of video")
+    video_maxlen: int = option(128, "frames taken from one video at most")
     shuffle_buffer_size: int = option(1000, "samples shuffled together")
     max_samples_per_sequence: int = option(100, "samples read in a row from one shard")
     eval_interval: int = option(1000, "steps between validations; 0: never")
@@ -198,8 +225,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "num_workers", "packing_buffer_size", "shuffle_buffer_size",
-                  "eval_interval", "eval_iters")
-        _at_least(self, 1, "max_samples_per_sequence")
+                  "eval_interval", "eval_iters", "max_skipped_samples")
+        _at_least(self, 1, "max_samples_per_sequence", "max_samples", "max_patches_per_row")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

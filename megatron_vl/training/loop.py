@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice, tee
+from itertools import chain, islice, tee
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_vl.data.conversation import REASONS
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.samples import Skipped
 from megatron_vl.errors import InputError
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
-from megatron_vl.training.plan import Plan, find_checkpoint
+from megatron_vl.training.plan import (
+    Plan,
+    find_checkpoint,
+    media_limits,
+    mixtures,
+    trained_text,
+)
 from megatron_vl.training.setup import build_model, build_optimizer
-from megatron_vl.training.step import RowStream, blank_like, forward_step, mean_loss
+from megatron_vl.training.step import (
+    RowStream,
+    StepCounts,
+    blank_like,
+    forward_step,
+    mean_loss,
+    naming_rows,
+)
+
+TOLD = 20  # samples left out that a rank names one by one; all are counted
+NAMED = 64  # samples that a message names at most: a packed row's
 
 
 def train(plan: Plan) -> None:
@@ -62,6 +81,8 @@ class Trainer:
         self.forward_backward = get_forward_backward_func()
         self.exchange = RowExchange(plan.layout, self.config.parallel.distributed_timeout_minutes)
         self.loader = self.streams = None
+        self.skipped: Counter[str] = Counter()  # samples left out by this process, by reason
+        self.told = 0  # of them named by this rank
         self.log = None
         if self.rank == 0:
             log = self.config.log
@@ -78,12 +99,12 @@ class Trainer:
 
     def restore(self) -> None:
         """Load what there is to load, and open the data where it was left."""
-        loader_state = None
+        loader_states: tuple = ()
         if self.source is not None:
             resumed = load_checkpoint(
                 self.plan, self.source, self.own, self.model, self.optimizer, self.scheduler
             )
-            self.done, loader_state = resumed.iteration, resumed.loader_state
+            self.done, loader_states = resumed.iteration, resumed.loader_states
             verb = "resumed from" if self.own else "loaded"
             self.say(f"{verb} {self.source.path}: {self.done} steps done")
         else:
@@ -101,8 +122,10 @@ class Trainer:
                 data_parallel_group=parallel_state.get_data_parallel_group(),
                 **self._reader(),
             )
-            if loader_state is not None:
-                self.loader.restore_state_rank(torch.load(loader_state, weights_only=False))
+            if loader_states:
+                self.loader.restore_state(
+                    [torch.load(path, weights_only=False) for path in loader_states]
+                )
             batches = iter(self.loader)
         self.streams = self._streams(batches)
 
@@ -113,9 +136,10 @@ class Trainer:
 
     def _data_config(self) -> DataConfig:
         data, batch = self.config.data, self.config.batch
+        train, valid = mixtures(self.config)
         return DataConfig(
-            train_path=data.train_data_path,
-            valid_path=data.valid_data_path or data.train_data_path,
+            train=train,
+            valid=valid,
             seq_length=batch.seq_length,
             max_padding_length=batch.max_padding_length or batch.seq_length,
             micro_batch_size=batch.micro_batch_size,
@@ -123,6 +147,10 @@ class Trainer:
             packing_buffer_size=data.packing_buffer_size or None,
             shuffle_buffer_size=data.shuffle_buffer_size,
             max_samples_per_sequence=data.max_samples_per_sequence,
+            max_patches_per_row=data.max_patches_per_row,
+            max_skipped_samples=data.max_skipped_samples,
+            media=media_limits(self.config),
+            trained=trained_text(self.config),
             seed=self.config.model.seed,
         )
 
@@ -137,15 +165,16 @@ class Trainer:
     # ---- one step ---------------------------------------------------------------------------
 
     def _run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
-        outputs = self.forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=streams if len(streams) > 1 else streams[0],
-            model=self.model if len(self.model) > 1 else self.model[0],
-            num_microbatches=num_microbatches,
-            seq_length=self.model[0].module.pipeline_length(self.plan.row_length),
-            micro_batch_size=self.config.batch.micro_batch_size,
-            forward_only=forward_only,
-        )
+        with naming_rows(streams):
+            outputs = self.forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=streams if len(streams) > 1 else streams[0],
+                model=self.model if len(self.model) > 1 else self.model[0],
+                num_microbatches=num_microbatches,
+                seq_length=self.model[0].module.pipeline_length(self.plan.row_length),
+                micro_batch_size=self.config.batch.micro_batch_size,
+                forward_only=forward_only,
+            )
         self.exchange.settle()
         return outputs
 
@@ -171,18 +200,22 @@ class Trainer:
                 step_seconds=time.perf_counter() - started, trained_tokens=trained,
                 skipped=not updated, **totals,
             ))
+        self._check_skipped(totals["skipped_samples"])
         finite = math.isfinite(loss) and math.isfinite(float(grad_norm or 0.0))
         if updated and not finite:
             what = "loss" if not math.isfinite(loss) else "gradient"
+            blame = self._blame(losses, counts)
             raise InputError(
-                f"the {what} of iteration {iteration} is not finite; its samples on this rank were "
-                f"{', '.join(counts.sample_keys[:8])}; lower lr, or look at them."
+                f"the {what} of iteration {iteration} is not finite; {blame}; lower lr, or look at "
+                f"them."
             )
 
-    def _totals(self, counts) -> dict:
+    def _totals(self, counts: StepCounts) -> dict:
         """Counts over data-parallel ranks; the wait is the longest of any reader."""
+        reasons = Counter(skipped.reason for skipped in counts.skipped)
         sums = torch.tensor(
-            [counts.rows, counts.tokens, counts.samples, counts.images],
+            [counts.rows, counts.tokens, counts.samples, counts.images,
+             *(reasons[reason] for reason in REASONS)],
             dtype=torch.float64, device=self.device,
         )
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
@@ -190,9 +223,45 @@ class Trainer:
         waited = counts.wait_seconds if self.exchange.is_reader else 0.0
         wait = torch.tensor([waited], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
-        rows, tokens, samples, images = (int(x) for x in sums.tolist())
-        return dict(rows=rows, tokens=tokens, samples=samples, images=images,
-                    data_wait_seconds=wait.item())
+        if self.exchange.is_reader:
+            self._tell(counts.skipped)
+        rows, tokens, samples, images, *left_out = (int(x) for x in sums.tolist())
+        return dict(
+            rows=rows, tokens=tokens, samples=samples, images=images,
+            data_wait_seconds=wait.item(),
+            skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},
+        )
+
+    def _tell(self, skipped: list[Skipped]) -> None:
+        """Name the first samples left out; every reader does for its own."""
+        for one in skipped[: max(0, TOLD - self.told)]:
+            print(f"skipped sample {one.sample}: {one.message}", flush=True)
+        self.told += len(skipped)
+
+    def _check_skipped(self, skipped: dict[str, int]) -> None:
+        self.skipped.update(skipped)
+        most, total = self.config.data.max_skipped_samples, self.skipped.total()
+        if total > most:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+            raise InputError(
+                f"{total} samples could not be used ({reasons}), more than max-skipped-samples "
+                f"{most}; look at them with `megatron-vl lint`, or raise it."
+            )
+
+    def _blame(self, losses: list[dict], counts: StepCounts) -> str:
+        """The samples of the rows whose loss is not finite, over all ranks; else of all rows."""
+        mine = []
+        for number, one in enumerate(losses):  # held by last stages alone
+            if not torch.isfinite(one["loss_sum"]):
+                mine += counts.sample_keys[number]
+        everyone: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+        names = list(dict.fromkeys(name for one in everyone for name in one))
+        if names:
+            return f"the samples of its row are {', '.join(names[:NAMED])}"
+        torch.distributed.all_gather_object(everyone, list(chain(*counts.sample_keys)))
+        names = list(dict.fromkeys(name for one in everyone for name in one))
+        return f"its samples were {', '.join(names[:NAMED])}"
 
     # ---- validation -------------------------------------------------------------------------
 
@@ -208,7 +277,7 @@ class Trainer:
                 self._data_config(), max_batches=limit or None, **self._reader()
             )
             batches = iter(loader)
-        losses = []
+        losses, skipped = [], Counter()
         while True:
             # The loader knows where the split ends; the replica's other ranks are told.
             group = list(islice(batches, self.plan.num_microbatches))
@@ -221,6 +290,10 @@ class Trainer:
             streams = self._streams(iter(group) if reads else None)
             with torch.no_grad():
                 losses += self._run(streams, size, forward_only=True)
+            if reads:
+                left_out = streams[0].take_counts().skipped
+                skipped.update(one.reason for one in left_out)
+                self._tell(left_out)
         if reads:
             loader.close()
         loss, trained = mean_loss(losses, self.device)
@@ -230,7 +303,10 @@ class Trainer:
                 "eval-interval 0."
             )
         if self.log is not None:
-            self.log.evaluation(iteration, loss, trained, time.perf_counter() - started)
+            # Rank 0 reads the integers of the whole split, but only its own rows' pixels.
+            self.log.evaluation(
+                iteration, loss, trained, time.perf_counter() - started, dict(skipped)
+            )
 
     # ---- end --------------------------------------------------------------------------------
 

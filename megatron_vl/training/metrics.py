@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -25,6 +25,7 @@ class StepMetrics:
     samples: int
     images: int
     skipped: bool  # the optimizer found inf or nan gradients and kept the weights
+    skipped_samples: dict[str, int] = field(default_factory=dict)  # left out by the data, by reason
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,17 +80,24 @@ class MetricLog:
             f"data wait {100 * step.data_wait_seconds / step.step_seconds:.1f}%",
             f"ETA {duration(left)}",
         ]
+        if step.skipped_samples:
+            parts.append(left_out(step.skipped_samples))
         return " | ".join(parts + (["SKIPPED: gradient is not finite"] if step.skipped else []))
 
-    def evaluation(self, iteration: int, loss: float, trained_tokens: int, seconds: float) -> None:
+    def evaluation(
+        self, iteration: int, loss: float, trained_tokens: int, seconds: float,
+        skipped_samples: dict[str, int],
+    ) -> None:
         perplexity = math.exp(min(loss, 50.0)) if trained_tokens else float("nan")
         print(
             f"validation at iteration {iteration} | loss {loss:.4f} | "
-            f"perplexity {perplexity:.3f} | {trained_tokens:,} trained tokens | {seconds:.1f} s",
+            f"perplexity {perplexity:.3f} | {trained_tokens:,} trained tokens | {seconds:.1f} s"
+            + (f" | {left_out(skipped_samples)}" if skipped_samples else ""),
             flush=True,
         )
         self._record("validation", iteration, {
-            "iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens
+            "iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens,
+            "skipped_samples": skipped_samples,
         })
 
     def _record(self, kind: str, iteration: int, values: dict) -> None:
@@ -105,6 +113,13 @@ class MetricLog:
             self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def left_out(skipped_samples: dict[str, int]) -> str:
+    """`3 samples left out (2 too long, 1 unusable media)`."""
+    total = sum(skipped_samples.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped_samples.items())
+    return f"{total} sample{'s' if total > 1 else ''} left out ({reasons})"
 
 
 def duration(seconds: float) -> str:

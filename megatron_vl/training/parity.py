@@ -179,7 +179,7 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
                 merge_size=merge, image_grids=grids,
             ),
             grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
-            images=(),
+            media=(), read=None,
             patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
             if grids else None,
         ))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from megatron_vl.data.dataset_dir import check_dataset
+from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
@@ -61,6 +62,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
     spec.check_layout(layout, split)
     if config.data.train_data_path is None:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
+    for part_of in (media_limits, trained_text, mixtures):
+        part_of(config)
     plan = Plan(
         config=config,
         spec=spec,
@@ -111,6 +114,23 @@ def _source(config: TrainConfig) -> str | None:
     return config.checkpoint.load
 
 
+def mixtures(config: TrainConfig) -> tuple[Mixture, Mixture]:
+    """The datasets of training and of validation. Raises InputError: see `Mixture.parse`."""
+    data = config.data
+    train = Mixture.parse(data.train_data_path, max_samples=data.max_samples)
+    return train, Mixture.parse(data.valid_data_path or data.train_data_path)
+
+
+def media_limits(config: TrainConfig) -> MediaLimits:
+    """Raises InputError: see `MediaLimits`."""
+    return MediaLimits(**{f.name: getattr(config.data, f.name) for f in fields(MediaLimits)})
+
+
+def trained_text(config: TrainConfig) -> TrainedText:
+    """Raises InputError: see `TrainedText`."""
+    return TrainedText(**{f.name: getattr(config.data, f.name) for f in fields(TrainedText)})
+
+
 def check_paths(config: TrainConfig) -> None:
     """The datasets' splits, and whether what the run writes can be written.
 
@@ -119,10 +139,10 @@ def check_paths(config: TrainConfig) -> None:
     Raises:
         InputError: a dataset without the split that is read from it, or an output that cannot be.
     """
-    data = config.data
-    check_dataset(data.train_data_path, "train")
-    if data.eval_interval > 0:
-        check_dataset(data.valid_data_path or data.train_data_path, "val")
+    train, valid = mixtures(config)
+    train.check("train")
+    if config.data.eval_interval > 0:
+        valid.check("val")
     for option, given in (
         ("save", config.checkpoint.save),
         ("tensorboard-dir", config.log.tensorboard_dir),

@@ -5,6 +5,7 @@ Letters: b rows, s row length, n trained positions.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core import parallel_state
 
-from megatron_vl.data.samples import IGNORE, RowBatch
+from megatron_vl.data.samples import IGNORE, RowBatch, Skipped
+from megatron_vl.errors import InputError
 from megatron_vl.ops.segments import Segments
 
 
@@ -25,7 +27,9 @@ class StepCounts:
     tokens: int = 0  # of samples, without padding
     samples: int = 0
     images: int = 0
-    sample_keys: list[str] = field(default_factory=list)
+    patches: int = 0
+    sample_keys: list[list[str]] = field(default_factory=list)  # of each microbatch
+    skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, batch: RowBatch, waited: float) -> None:
         self.wait_seconds += waited
@@ -33,7 +37,9 @@ class StepCounts:
         self.tokens += batch.num_tokens
         self.samples += batch.num_samples
         self.images += batch.num_images
-        self.sample_keys += batch.sample_keys
+        self.patches += int(batch.grid_thw.prod(-1).sum())
+        self.sample_keys.append(batch.sample_keys)
+        self.skipped += batch.skipped
 
 
 class RowStream:
@@ -57,6 +63,27 @@ class RowStream:
         """The counts since the last call."""
         counts, self.counts = self.counts, StepCounts()
         return counts
+
+
+@contextlib.contextmanager
+def naming_rows(streams: list[RowStream]) -> Iterator[None]:
+    """Out of memory, an error says which samples the rows held that were in work.
+
+    Raises:
+        InputError: the device's memory, or the machine's, did not suffice.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        rows = [keys for stream in streams for keys in stream.counts.sample_keys[-1:]]
+        names = ", ".join(dict.fromkeys(key for keys in rows for key in keys))
+        raise InputError(
+            f"the memory of this rank did not suffice ({str(error).splitlines()[0]}) at the row of "
+            f"the samples {names}; lower image-max-pixels, max-patches-per-row or "
+            f"micro-batch-size, or use recompute-granularity full."
+        ) from error
 
 
 def blank_like(batch: RowBatch) -> RowBatch:

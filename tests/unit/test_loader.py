@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_vl.data import media
+from megatron_vl.data import pixels
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.task_encoder import stop_on_error
 from megatron_vl.errors import InputError
@@ -25,9 +27,11 @@ TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "grid_
 def loaders(hf_dir, spec, wds_dir):
     """Builds the train or validation loader of a small configuration."""
 
-    def build(kind="train", path=wds_dir, rank=0, size=1, hf=hf_dir, limit=None, **options):
+    def build(kind="train", path=wds_dir, rank=0, size=1, hf=hf_dir, limit=None,
+              max_samples=None, **options):
+        data = None if path is None else Mixture.parse(str(path), max_samples=max_samples)
         settings = {
-            "train_path": path, "valid_path": path, "seq_length": 256, "micro_batch_size": 2,
+            "train": data, "valid": data, "seq_length": 256, "micro_batch_size": 2,
             "num_workers": 0, "packing_buffer_size": 64, "shuffle_buffer_size": 20,
         }  # fmt: skip
         config = DataConfig(**(settings | options))
@@ -86,10 +90,12 @@ def test_rows_hold_whole_samples_in_segments_of_their_own(loaders, spec, wds_dir
             if (flat[begin:end] == tokenizer.pad_token_id).all():
                 assert (labels[begin:end] == IGNORE).all()
                 continue
-            question, answer = (turn["value"] for turn in known[next(keys)])
+            user, assistant = known[next(keys)]["messages"]
+            assert user["content"][0] == {"type": "image"}
+            question, answer = user["content"][1]["text"], assistant["content"][0]["text"]
             text = tokenizer.decode(flat[begin:end])
             assert text.count("<|image_pad|>") == 4
-            assert text.endswith(f"{question[len('<image>') + 1:]}<|im_end|>\n"
+            assert text.endswith(f"<|vision_end|>{question}<|im_end|>\n"
                                  f"<|im_start|>assistant\n{answer}<|im_end|>\n")
             trained = labels[begin:end]
             assert tokenizer.decode(trained[trained != IGNORE]) == f"{answer}<|im_end|>"
@@ -101,8 +107,8 @@ def test_rows_hold_whole_samples_in_segments_of_their_own(loaders, spec, wds_dir
 
 def test_only_picked_samples_are_decoded(loaders, monkeypatch):
     decoded = []
-    real = media.decode_rgb
-    monkeypatch.setattr(media, "decode_rgb", lambda data: decoded.append(1) or real(data))
+    real = pixels.decode_rgb
+    monkeypatch.setattr(pixels, "decode_rgb", lambda data: decoded.append(1) or real(data))
     batches = _take(loaders(packing_buffer_size=200), 3)
     assert len(decoded) == sum(batch.num_images for batch in batches)
 
@@ -149,7 +155,7 @@ def test_a_resumed_loader_goes_on_exactly(loaders, workers, stop):
     state = pickle.dumps(loader.save_state_rank())
     want = _take(batches, 6)
     resumed = loaders(num_workers=workers)
-    resumed.restore_state_rank(pickle.loads(state))
+    resumed.restore_state([pickle.loads(state)])
     for one, two in zip(want, _take(resumed, 6), strict=True):
         _same(one, two)
 
@@ -162,7 +168,8 @@ OTHER = {
     "shuffle_buffer_size": (10, "shuffle_buffer_size was 20 and is 10"),
     "max_samples_per_sequence": (5, "max_samples_per_sequence was 100 and is 5"),
     "seed": (7, "seed was 1234 and is 7"),
-    "size": (2, "data-parallel size was 1 and is 2"),
+    "max_patches_per_row": (99, "max_patches_per_row was None and is 99"),
+    "media": (MediaLimits(image_max_pixels=9000), "image_max_pixels was None and is 9000"),
 }
 
 
@@ -171,7 +178,7 @@ def test_other_settings_are_refused_on_resume(loaders, name):
     value, what = OTHER[name]
     state = loaders().save_state_rank()
     with pytest.raises(InputError, match=f"{what}; go on with the old value, or --load") as caught:
-        loaders(**{name: value}).restore_state_rank(state)
+        loaders(**{name: value}).restore_state([state])
     assert "\n" not in str(caught.value)
 
 
@@ -179,18 +186,18 @@ def test_another_dataset_is_refused_on_resume_but_the_same_elsewhere_is_not(load
                                                                             tmp_path):
     state = loaders().save_state_rank()
     moved = _copy(wds_dir, tmp_path / "moved")
-    loaders(path=moved).restore_state_rank(state)
+    loaders(path=moved).restore_state([state])
     split = moved / ".nv-meta/split.yaml"
     split.write_text(split.read_text().replace("shard-000008.tar", ""))
     split.write_text(split.read_text().replace("000000..000008", "000000..000007"))
-    with pytest.raises(InputError, match="the training dataset's content was [0-9a-f]{16} and is"):
-        loaders(path=moved).restore_state_rank(state)
+    with pytest.raises(InputError, match="the training data was [0-9a-f]{16} and is"):
+        loaders(path=moved).restore_state([state])
 
 
 def test_a_data_state_without_its_settings_is_refused(loaders):
     loader = loaders()
     with pytest.raises(InputError, match="does not say which dataset and settings"):
-        loader.restore_state_rank(loader.save_state_rank()["state"])
+        loader.restore_state([loader.save_state_rank()["state"]])
 
 
 # ---- validation -------------------------------------------------------------------------------
@@ -270,15 +277,15 @@ def test_one_corrupt_image_stops_training_with_its_name(loaders, wds_dir, tmp_pa
         victim = next(name for name in tar.getnames() if name.endswith(".png"))
     _rewrite(wds / TRAIN[4], lambda name, data: damage(data) if name == victim else data)
     said = _drain(loaders(path=wds, num_workers=workers))
-    assert f"{TRAIN[4]}/{victim[:-4]}" in said
-    assert what in said and "replace or remove it" in said
+    assert f"{TRAIN[4]}/{victim.split('.')[0]}" in said
+    assert what in said and "mend or remove it" in said
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_longer_than_a_row_is_named_with_its_length(loaders, workers):
     said = _drain(loaders(seq_length=48, num_workers=workers))
     assert "shard-0000" in said and "tokens but a row holds 48" in said
-    assert "raise the sequence length, lower max_pixels in the model's preprocessor_config" in said
+    assert "raise the sequence length, lower image-max-pixels or video-maxlen" in said
     said = _drain(loaders(packing_buffer_size=None, max_padding_length=48, num_workers=workers))
     assert "raise the padding length" in said
 
@@ -291,8 +298,8 @@ def test_damaged_json_in_a_shard_is_named(loaders, wds_dir, tmp_path, workers):
     assert f"sample {TRAIN[0]}/" in said and "cannot be read" in said
 
 
-def test_an_empty_answer_is_named(loaders, wds_dir, tmp_path):
-    wds = _copy(wds_dir, tmp_path / "wds")
+def test_an_empty_answer_is_named(loaders, vqa_dir, tmp_path):
+    wds = _copy(vqa_dir, tmp_path / "wds")
     dataset = wds / ".nv-meta/dataset.yaml"
     text = dataset.read_text()
     dataset.write_text(text.replace("answers: json[1][value]", "answers: json[1][from]"))
@@ -305,14 +312,14 @@ FIELD_MAPS = (  # what is written, what it is changed to, what the error says
     ("context: json[0][value]", "context: json[5][value]", "lacks a part that the field_map"),
     ("answers: json[1][value]", "answers: json[1][text]", "lacks a part that the field_map"),
     ("image: png", "image: json", "is not an image's bytes, a question and an answer"),
-    ("image: png", "picture: png", "dataset.yaml cannot be used"),
-    ("VQASample", "NoSuchSample", "dataset.yaml cannot be used"),
+    ("image: png", "picture: png", "dataset.yaml of .* cannot be used"),
+    ("VQASample", "NoSuchSample", "dataset.yaml of .* cannot be used"),
 )
 
 
 @pytest.mark.parametrize(("old", "new", "what"), FIELD_MAPS)
-def test_a_wrong_field_map_is_named(loaders, wds_dir, tmp_path, old, new, what):
-    wds = _copy(wds_dir, tmp_path / "wds")
+def test_a_wrong_field_map_is_named(loaders, vqa_dir, tmp_path, old, new, what):
+    wds = _copy(vqa_dir, tmp_path / "wds")
     dataset = wds / ".nv-meta/dataset.yaml"
     assert old in dataset.read_text()
     dataset.write_text(dataset.read_text().replace(old, new))
@@ -373,11 +380,11 @@ def test_a_question_that_quotes_a_video_mark_is_named(loaders, wds_dir, tmp_path
     _rewrite(wds / TRAIN[0], lambda name, data: _with_mark(data, mark) if name.endswith("json")
              else data)
     said = _drain(loaders(path=wds))
-    assert f"sample {TRAIN[0]}/" in said and "1 video marks, but it has no video" in said
+    assert f"sample {TRAIN[0]}/" in said and "1 video marks for 0 videos" in said
 
 
 def _with_mark(data, mark):
-    at = data.index(b"<image>\\n") + len(b"<image>\\n")
+    at = data.index(b'"text": "') + len(b'"text": "')
     return data[:at] + mark + data[at + len(mark) :]
 
 
@@ -402,6 +409,6 @@ def test_unusable_settings_are_refused(loaders, options, what):
 
 def test_images_without_a_dataset_are_refused(loaders):
     with pytest.raises(InputError, match="no training dataset"):
-        loaders(train_path=None)
+        loaders(train=None)
     with pytest.raises(InputError, match="no validation dataset"):
-        loaders("valid", valid_path=None)
+        loaders("valid", valid=None)

@@ -1,5 +1,6 @@
 import io
 import json
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -11,15 +12,9 @@ import yaml
 from PIL import Image
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.formats.llava import BadEntry, check_question_and_answer
-from megatron_vl.data.prepare import (
-    Entry,
-    PrepareConfig,
-    Summary,
-    count_shared_images,
-    plan_shards,
-    prepare,
-)
+from megatron_vl.data.prepare import PrepareConfig, Summary, prepare
+from megatron_vl.data.raw_media import RawMedia
+from megatron_vl.data.shards import Entry, count_shared_media, plan_shards
 from megatron_vl.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,17 +53,27 @@ def test_every_question_is_a_sample_with_the_image_s_own_bytes(llava_dir, wds_di
     assert len(members) == 2 * len(entries)
     for number, entry in enumerate(entries):
         key = f"{number:03d}-{entry['id']}"
-        assert members[f"{key}.png"] == (llava_dir / entry["image"]).read_bytes()
-        assert json.loads(members[f"{key}.json"]) == entry["conversations"]
+        assert members[f"{key}.0.png"] == (llava_dir / entry["image"]).read_bytes()
+        question, answer = (turn["value"] for turn in entry["conversations"])
+        assert json.loads(members[f"{key}.json"]) == {
+            "messages": [
+                {"role": "user", "content": [
+                    {"type": "image"}, {"type": "text", "text": question[len("<image>") + 1 :]},
+                ]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ],
+            "media": [{"kind": "image", "files": ["0.png"], "height": 64, "width": 64}],
+        }
 
 
-def test_energon_s_metadata_has_the_field_map_and_a_validation_split(wds_dir):
+def test_energon_s_metadata_has_the_media_s_sizes_and_a_validation_split(wds_dir):
     meta = wds_dir / ".nv-meta"
     dataset = yaml.safe_load((meta / "dataset.yaml").read_text())
-    assert dataset["sample_type"]["__class__"] == "VQASample"
-    assert dataset["field_map"] == {
-        "image": "png", "context": "json[0][value]", "answers": "json[1][value]",
-    }  # fmt: skip
+    assert dataset["__class__"] == "CrudeWebdataset" and dataset["part_filter"] == ["json"]
+    with sqlite3.connect(meta / "index.sqlite") as index:
+        sizes = index.execute("SELECT metadata_type, metadata_json FROM media_metadata").fetchall()
+    assert len(sizes) == len(_members(wds_dir)) // 2
+    assert {(kind, json.loads(text)["width"]) for kind, text in sizes} == {("image", 64)}
     counts = json.loads((meta / ".info.json").read_text())["shard_counts"]
     splits = yaml.safe_load((meta / "split.yaml").read_text())["split_parts"]
     assert len(counts) == 10
@@ -113,16 +118,20 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
     lines = (tmp_path / "out/refused.jsonl").read_text().splitlines()
     refused = [json.loads(line) for line in lines]
     assert [r["entry"] for r in refused] == list(range(5, 14))
-    for refusal, what in zip(refused, ("does not exist", "cannot be decoded", "answer is empty",
-                                       "0 <image> marks", "no list", "not an object",
-                                       "402 x 2 pixels, too long and thin", "too long",
-                                       "does not exist"), strict=True):
-        assert what in refusal["reason"]
+    for refusal, (reason, what) in zip(refused, (
+        ("missing media", "does not exist"), ("unusable media", "cannot be decoded"),
+        ("empty answer", "is empty"), ("mark count", "0 image marks for 1"),
+        ("wrong shape", "conversations"), ("wrong shape", "not an object"),
+        ("unusable media", "402 x 2 pixels, too long and thin"), ("missing media", "too long"),
+        ("bad text", "cannot be written in UTF-8"),
+    ), strict=True):  # fmt: skip
+        assert refusal["reason"] == reason and what in refusal["message"], refusal
         assert refusal["file"].endswith("data.json")
+        assert refusal["where"] == f"entry {refusal['entry']}"
     assert refused[1]["id"] == "7"
     names = _members(tmp_path / "out")
     assert len(names) == 20
-    assert "00-x-0-.jpg" in names and "18-x-9-.jpg" in names
+    assert "00-x-0-.0.jpg" in names and "18-x-9-.0.jpg" in names
     said = capsys.readouterr().out
     assert "kept 10 samples in 10 shards (9 train, 1 val)" in said
     assert "refused 9" in said
@@ -266,28 +275,7 @@ def test_a_bad_split_is_refused(tmp_path, split):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    _refuses({"source": tmp_path, "output": tmp_path / "o", "format": "x"}, "must be one of: llava")
-
-
-@pytest.mark.parametrize(
-    ("entry", "what"),
-    [
-        (_entry(image=None), "no `image`"),
-        (_entry(conversations=[]), "or an empty one"),
-        (_entry(conversations=[{"from": "human"}]), "turn 1 has no text"),
-        (_entry(conversations=[{"from": "x", "value": ""}]), "from 'x', not human"),
-        (_entry(question="<image><image>"), "2 <image> marks"),
-        (_entry(answer="<image>"), "2 <image> marks"),
-        (_entry(conversations=[{"from": ["human"], "value": ""}]), "from .'human'., not human"),
-        (_entry(question="<image>a <|video_pad|>?"), r"1 holds the reserved mark <\|video_pad"),
-        (_entry(answer="<|vision_start|>"), "turn 2 holds the reserved mark"),
-        (_entry(answer="\ud83d"), r"half a character \(.ud83d\)"),
-        (_entry(conversations=_entry()["conversations"] * 2), "not one question and one answer"),
-    ],
-)
-def test_an_unusable_entry_says_why(entry, what):
-    with pytest.raises(BadEntry, match=what):
-        check_question_and_answer(entry)
+    _refuses({"source": tmp_path, "output": tmp_path / "o", "format": "x"}, "must be one of: alpaca, .* llava")
 
 
 # ---- shards -----------------------------------------------------------------------------------
@@ -307,14 +295,25 @@ def test_an_unusable_entry_says_why(entry, what):
 )
 def test_the_shards_follow_the_split_and_hold_every_entry_once(tmp_path, count, options, parts):
     config = PrepareConfig(source=tmp_path, output=tmp_path / "o", **options)
-    entries = [Entry(key=str(n), media=tmp_path / f"{n // 7}.png", conversations=[])
-               for n in range(count)]
-    shards, found = plan_shards(entries, config)
+    entries = [_shown(n, tmp_path / f"{n // 7}.png") for n in range(count)]
+    shards, found = _plan(entries, config)
     assert {name: len(shards) for name, shards in found.items()} == parts
-    assert sorted(int(e.key) for shard in shards for e in shard) == list(range(count))
+    assert sorted(e.number for shard in shards for e in shard) == list(range(count))
     assert all(shards)
     assert max(map(len, shards)) <= config.samples_per_shard + 7
-    assert plan_shards(entries, config) == (shards, found), "the same seed gives the same shards"
+    assert _plan(entries, config) == (shards, found), "the same seed gives the same shards"
+
+
+def _shown(number, *paths):
+    media = tuple(RawMedia(kind="image", files=(path,)) for path in paths)
+    return Entry(number=number, name=None, turns=(), media=media)
+
+
+def _plan(entries, config):
+    return plan_shards(
+        entries, shares=config.shares, samples_per_shard=config.samples_per_shard,
+        seed=config.seed if config.shuffle else None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,9 +322,17 @@ def test_the_shards_follow_the_split_and_hold_every_entry_once(tmp_path, count, 
 )
 def test_images_in_two_splits_are_counted_and_told(tmp_path, images, shuffle, shared):
     config = PrepareConfig(source=tmp_path, output=tmp_path / "o", shuffle=shuffle)
-    media = [tmp_path / f"{n}.png" for n, times in enumerate(images) for _ in range(times)]
-    entries = [Entry(key=str(n), media=path, conversations=[]) for n, path in enumerate(media)]
-    assert count_shared_images(*plan_shards(entries, config)) == shared
+    paths = [tmp_path / f"{n}.png" for n, times in enumerate(images) for _ in range(times)]
+    entries = [_shown(n, path) for n, path in enumerate(paths)]
+    assert count_shared_media(*_plan(entries, config)) == shared
     said = str(Summary(output=tmp_path, kept=len(entries), refused=(), samples={"train": 1},
-                       shards=1, shared_images=shared))
+                       shards=1, media={"image": 3}, shared_media=shared))
     assert ("images that more than one split shows: 1" in said) == bool(shared)
+
+
+def test_entries_that_share_any_image_stay_together(tmp_path):
+    """A chain: each of ten entries shows an image of the one before."""
+    config = PrepareConfig(source=tmp_path, output=tmp_path / "o")
+    entries = [_shown(10 * chain + n, tmp_path / f"{chain}-{n}", tmp_path / f"{chain}-{n + 1}")
+               for chain in range(30) for n in range(10)]
+    assert count_shared_media(*_plan(entries, config)) == 0

@@ -1,0 +1,137 @@
+"""An entry's images and videos, from its columns to their places in the turns."""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from urllib.parse import unquote
+
+from megatron_vl.data.conversation import (
+    IMAGE,
+    MEDIA_KINDS,
+    VIDEO,
+    BadEntry,
+    Conversation,
+    MediaSource,
+    Turn,
+    check_conversation,
+)
+from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.turns import column, describe
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def listed_media(entry: dict, fields: Fields) -> dict[str, list[MediaSource]]:
+    """Kind -> the entry's images or videos, of its `images` or `image`, `videos` or `video`.
+
+    A column holds one or a list of them, or nothing.
+
+    Raises:
+        BadEntry: something that is no image or video.
+    """
+    columns = {IMAGE: fields.images, VIDEO: fields.videos}
+    found = {}
+    for kind, named in columns.items():
+        value = column(entry, named, f"{kind}s", kind)
+        values = value if isinstance(value, list) else [value]
+        found[kind] = [] if value is None else [media_source(one, kind) for one in values]
+    return found
+
+
+def media_source(value, kind: str) -> MediaSource:
+    """One image or video.
+
+    It is a path, a `file://` or `data:` URL, the file's bytes, or `{"bytes", "path"}` as Hugging
+    Face writes media to tables. A video may also be the list of its frames.
+
+    Raises:
+        BadEntry: it is none of these, or on the network.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray)) and value:
+        return MediaSource(kind=kind, data=(bytes(value),))
+    if isinstance(value, str):
+        return _named(value, kind)
+    if kind == VIDEO and isinstance(value, (list, tuple)) and value:
+        return _frames([media_source(frame, IMAGE) for frame in value])
+    raise BadEntry("wrong shape", f"one of its {kind}s is {describe(value)}, not a path")
+
+
+def _frames(frames: Sequence[MediaSource]) -> MediaSource:
+    if all(frame.data for frame in frames):
+        return MediaSource(kind=VIDEO, data=tuple(frame.data[0] for frame in frames))
+    if all(frame.path for frame in frames):
+        return MediaSource(kind=VIDEO, frames=tuple(frame.path for frame in frames))
+    raise BadEntry("wrong shape", "the frames of one of its videos are partly paths, partly data")
+
+
+def _named(name: str, kind: str) -> MediaSource:
+    if name.startswith("data:"):
+        return MediaSource(kind=kind, data=(_inline(name, kind),))
+    if name.startswith("file://"):
+        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
+    elif _URL.match(name):
+        raise BadEntry(
+            "missing media",
+            f"its {kind} {describe(name)} is on the network; download it and name the file",
+        )
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadEntry(
+            "bad text", f"the path {describe(name)} of its {kind} cannot be written in UTF-8"
+        ) from error
+    if not name.strip() or "\0" in name:
+        raise BadEntry("missing media", f"its {kind} {describe(name)} is no path")
+    return MediaSource(kind=kind, path=name)
+
+
+def _inline(url: str, kind: str) -> bytes:
+    """The bytes in a `data:` URL."""
+    head, _, text = url.partition(",")
+    if not head.endswith(";base64"):
+        raise BadEntry("unusable media", f"the data: URL of its {kind} is not in base64")
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise BadEntry("unusable media", f"the base64 of its {kind} is broken ({error})") from error
+    if not data:
+        raise BadEntry("unusable media", f"the data: URL of its {kind} is empty")
+    return data
+
+
+def positive(value) -> float | None:
+    """A number above 0 and below infinity, or None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # JSON's whole numbers have no largest one; a float has.
+    return float(value) if 0 < value <= sys.float_info.max else None
+
+
+def place_media(
+    turns: Iterable[Turn], waiting: dict[str, list[MediaSource]]
+) -> tuple[MediaSource, ...]:
+    """The media of each kind, one after another, in the order of their places in the turns.
+
+    Those for which there is no place come last: `check_conversation` counts them.
+    """
+    queues = {kind: iter(waiting.get(kind, ())) for kind in MEDIA_KINDS}
+    places = [kind for turn in turns for kind in turn.media]
+    media = [next(queues[kind], None) for kind in places]
+    media += [source for queue in queues.values() for source in queue]
+    return tuple(source for source in media if source is not None)
+
+
+def conversation(turns: Sequence[Turn], media: Sequence[MediaSource] = ()) -> Conversation:
+    """The checked conversation of `turns` and the media in them, in order.
+
+    Raises:
+        BadEntry: see `check_conversation`.
+    """
+    made = Conversation(turns=tuple(turns), media=tuple(media))
+    check_conversation(made)
+    return made

@@ -1,0 +1,130 @@
+"""Turns under a role and a content key, with marks in the text where images and videos stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_vl.data.conversation import BadEntry, Part, Turn
+from megatron_vl.data.formats.fields import Fields
+
+MARK = re.compile(r"<(image|video)>")
+ROLES = {  # what roles are called, whatever the format
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+def column(entry: dict, named: str | None, *defaults: str):
+    """The value of the column `named`, or else of the first of `defaults` that holds something."""
+    names = defaults if named is None else (named,)
+    return next((entry[name] for name in names if entry.get(name)), None)
+
+
+def listed_turns(entry: dict, fields: Fields, *defaults: str) -> list:
+    """The entry's list of turns, each still as it is written.
+
+    Raises:
+        BadEntry: there is none.
+    """
+    said = column(entry, fields.messages, *defaults)
+    if not isinstance(said, list):
+        name = fields.messages or "` or `".join(defaults)
+        raise BadEntry("wrong shape", f"it has no list `{name}`, or an empty one")
+    return said
+
+
+def read_turns(said: Sequence, fields: Fields, mark: re.Pattern | None) -> tuple[Turn, ...]:
+    """The turns of `[{role, content}, ...]`, their texts split at each `mark` (None: not at all).
+
+    The keys are `from` and `value`, or `role` and `content`, unless the tags name others.
+
+    Raises:
+        BadEntry: a turn that is no object, from nobody known, or without text.
+    """
+    roles = role_names(fields)
+    turns = []
+    for number, turn in enumerate(said, start=1):
+        role, key = read_role(turn, number, fields, roles)
+        text = turn.get(key)
+        if not isinstance(text, str):
+            raise BadEntry("wrong shape", f"turn {number} has no text `{key}`")
+        turns.append(Turn(role=role, parts=split_at_marks(text, mark)))
+    return tuple(turns)
+
+
+def role_names(fields: Fields) -> dict[str, str]:
+    """Every name of a role the dataset may use -> the role."""
+    roles = dict(ROLES)
+    for tool in (fields.observation_tag, fields.function_tag):
+        roles.pop(tool, None)
+    for name, role in (
+        (fields.user_tag, "user"),
+        (fields.assistant_tag, "assistant"),
+        (fields.system_tag, "system"),
+    ):
+        if name is not None:
+            roles[name] = role
+    return roles
+
+
+def read_role(turn, number: int, fields: Fields, roles: dict[str, str]) -> tuple[str, str]:
+    """The role of a turn, and the key its content is under.
+
+    Raises:
+        BadEntry: no object, or nobody known.
+    """
+    if not isinstance(turn, dict):
+        raise BadEntry("wrong shape", f"turn {number} is {describe(turn)}, not an object")
+    # A table of turns has every key in every row, empty where a row has none.
+    by_role = turn.get("from") is None
+    role_key = fields.role_tag or ("role" if by_role else "from")
+    content_key = fields.content_tag or ("content" if by_role else "value")
+    name = turn.get(role_key)
+    role = roles.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise BadEntry(
+            "unknown role",
+            f"turn {number} is from {describe(name)}, not one of: {', '.join(roles)}",
+        )
+    return role, content_key
+
+
+def split_at_marks(text: str, mark: re.Pattern | None) -> tuple[Part, ...]:
+    """Text and media parts in order; `mark`'s group 1 is the kind. Empty text is left out."""
+    parts: list[Part] = []
+    done = 0
+    for found in mark.finditer(text) if mark else ():
+        if found.start() > done:
+            parts.append(Part(text=text[done : found.start()]))
+        parts.append(Part(media=found[1]))
+        done = found.end()
+    if done < len(text) or not parts:
+        parts.append(Part(text=text[done:]))
+    return tuple(parts)
+
+
+def with_system(turns: tuple[Turn, ...], entry: dict, fields: Fields) -> tuple[Turn, ...]:
+    """The turns after the entry's system prompt; a system turn of their own comes before it.
+
+    Raises:
+        BadEntry: the system prompt is no text.
+    """
+    system = column(entry, fields.system, "system")
+    if system is None or (turns and turns[0].role == "system"):
+        return turns
+    if not isinstance(system, str):
+        name = fields.system or "system"
+        raise BadEntry("wrong shape", f"its `{name}` is {describe(system)}, not text")
+    return Turn(role="system", parts=(Part(text=system),)), *turns
+
+
+def describe(value) -> str:
+    """A value in a message: its text if it is short, else what it is."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 60 else f"{value[:60]!r}..."
+    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "nothing"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -1,0 +1,251 @@
+"""Media to grids and patches, bit for bit as transformers' PIL image processor makes them.
+
+H rows, W columns, T frames, P patches, D = channels x temporal patch x patch x patch numbers a
+patch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_vl.data.conversation import VIDEO, StoredMedia
+from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
+from megatron_vl.data.options import MediaLimits
+from megatron_vl.errors import InputError
+from megatron_vl.models.spec import VisionSpec
+
+Grid = tuple[int, int, int]
+MIN_FRAMES = 4  # transformers' Qwen2VLVideoProcessor.min_frames
+
+
+class MediaProcessor:
+    """The media side of a Hugging Face directory: its preprocessor_config.json, made fast.
+
+    transformers' own PIL image processor supplies the settings and is the reference. Between
+    resizing and the flattened patches it rescales and normalises every pixel in floating point; a
+    pixel has only 256 values, so one table a channel, computed once by the processor itself, gives
+    the same bits. Video frames are resized by PIL as images are, each to the same size, and every
+    `temporal_patch_size` of them share a patch (transformers' Qwen2VLVideoProcessor).
+    """
+
+    def __init__(self, processor, *, vision: VisionSpec, limits: MediaLimits | None = None,
+                 video_size: tuple[int, int] | None = None):
+        """`processor` is transformers' PIL image processor; `from_hf_dir` loads it.
+
+        Args:
+            video_size: least and most pixels of a frame; None: those of an image.
+        """
+        self.limits = limits or MediaLimits()
+        self.patch_size = processor.patch_size
+        self.merge_size = processor.merge_size
+        self.temporal_patch_size = processor.temporal_patch_size
+        image_size = processor.size["shortest_edge"], processor.size["longest_edge"]
+        self.image_size = _chosen("image", self.limits, image_size)
+        self.video_size = _chosen("video", self.limits, video_size or image_size)
+        self.resample = processor.resample if processor.do_resize else None
+        self.in_channels = vision.in_channels
+        values = np.arange(256, dtype=np.uint8).reshape(1, 1, 256).repeat(self.in_channels, 0)
+        if processor.do_rescale:
+            values = processor.rescale(values, processor.rescale_factor)
+        if processor.do_normalize:
+            values = processor.normalize(values, processor.image_mean, processor.image_std)
+        self._table = values.reshape(-1).astype(np.float32)  # [channels * 256]
+        self._table_rows = (np.arange(self.in_channels, dtype=np.int16) * 256).reshape(1, -1, 1, 1)
+
+    @classmethod
+    def from_hf_dir(cls, hf_dir: Path, *, vision: VisionSpec,
+                    limits: MediaLimits | None = None) -> MediaProcessor:
+        """Read DIR/preprocessor_config.json, and video_preprocessor_config.json if it is there.
+
+        Raises:
+            InputError: a file is missing or unreadable, or differs from config.json.
+        """
+        from transformers import AutoImageProcessor
+
+        path = Path(hf_dir) / "preprocessor_config.json"
+        if not path.is_file():
+            raise InputError(
+                f"{path} is missing; copy it from the model's Hugging Face repository."
+            )
+        try:
+            processor = AutoImageProcessor.from_pretrained(str(hf_dir), backend="pil")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} cannot be read ({_first_line(error)}); copy it again from the model's "
+                f"Hugging Face repository."
+            ) from error
+        for name, want in (
+            ("patch_size", vision.patch_size),
+            ("merge_size", vision.spatial_merge_size),
+            ("temporal_patch_size", vision.temporal_patch_size),
+        ):
+            if getattr(processor, name, None) != want:
+                raise InputError(
+                    f"{path} has {name} {getattr(processor, name, None)} but config.json has "
+                    f"{want}; take both files from the same model."
+                )
+        least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        if not 0 < least <= most:
+            raise InputError(
+                f"{path} asks for images of {least} to {most} pixels; give a min_pixels above 0 "
+                f"and no larger than max_pixels."
+            )
+        return cls(processor, vision=vision, limits=limits, video_size=_video_size(hf_dir))
+
+    # ---- sizes, without a pixel ---------------------------------------------------------------
+
+    def grid(self, media: StoredMedia) -> Grid:
+        """Frames, rows and columns of patches.
+
+        Raises:
+            BadMedia: one side is over 200 times the other; Qwen2-VL takes no such image.
+        """
+        if media.kind != VIDEO:
+            return self.image_grid(media.height, media.width)
+        frames = len(self.frame_indices(media.num_frames, media.fps))
+        height, width = self._resized(media.height, media.width, self.video_size)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        return -(-frames // self.temporal_patch_size), rows, columns
+
+    def image_grid(self, height: int, width: int) -> Grid:
+        """That of an image of `height` x `width` pixels. Raises BadMedia: see `grid`."""
+        height, width = self._resized(height, width, self.image_size)
+        return 1, height // self.patch_size, width // self.patch_size
+
+    def num_tokens(self, grid: Grid) -> int:
+        """Tokens the decoder sees of an image or video with this grid."""
+        return grid[0] * grid[1] * grid[2] // self.merge_size**2
+
+    def frame_indices(self, num_frames: int, fps: float | None) -> list[int]:
+        """Frames taken of a video, by their numbers: `video_fps` a second, evenly, an even count.
+
+        The rule is that of transformers' `Qwen2VLVideoProcessor.sample_frames`; of a video with
+        fewer frames than a patch, which it refuses, all are taken.
+        """
+        t = self.temporal_patch_size
+        most = min(self.limits.video_maxlen, num_frames) // t * t
+        wanted = num_frames / (fps or self.limits.video_fps) * self.limits.video_fps
+        count = math.floor(min(max(wanted, MIN_FRAMES), most, num_frames) / t) * t
+        if count == 0:
+            return list(range(min(num_frames, self.limits.video_maxlen)))
+        return torch.arange(0, num_frames, num_frames / count).int().tolist()[:count]
+
+    def _resized(self, height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Pixels after resizing: multiples of patch x merge, the area within the budget."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        if self.resample is None:
+            return height, width
+        try:
+            return smart_resize(
+                height,
+                width,
+                factor=self.patch_size * self.merge_size,
+                min_pixels=size[0],
+                max_pixels=size[1],
+            )
+        except (ValueError, ZeroDivisionError) as error:
+            raise BadMedia(f"it is {width} x {height} pixels, too long and thin") from error
+
+    # ---- pixels -------------------------------------------------------------------------------
+
+    def patches(self, media: StoredMedia, read: Callable[[str], bytes]) -> torch.Tensor:
+        """Read and decode an image or video to float32 [P, D].
+
+        Args:
+            read: a file's bytes by its name in `media.files`.
+
+        Raises:
+            BadMedia: it cannot be read or decoded, or is not of the size it was prepared with.
+        """
+        if media.kind != VIDEO:
+            frames, size = [decode_rgb(read(media.files[0]))], self.image_size
+        else:
+            size = self.video_size
+            indices = self.frame_indices(media.num_frames, media.fps)
+            if media.separate:
+                frames = (decode_rgb(read(media.files[index])) for index in indices)
+            else:
+                frames = (frame for _, frame in video_frames(read(media.files[0]), indices))
+        height, width = self._resized(media.height, media.width, size)
+        resized = []
+        for frame in frames:
+            if frame.size != (media.width, media.height):
+                raise BadMedia(
+                    f"it is {frame.size[0]} x {frame.size[1]} pixels but was prepared as "
+                    f"{media.width} x {media.height}"
+                )
+            if self.resample is not None:
+                frame = frame.resize((width, height), resample=self.resample)
+            resized.append(np.asarray(frame))
+        return self._patches(resized)
+
+    def image_patches(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image to float32 [P, D]. Raises BadMedia: see `grid`."""
+        height, width = self._resized(image.height, image.width, self.image_size)
+        if self.resample is not None:
+            image = image.resize((width, height), resample=self.resample)
+        return self._patches([np.asarray(image)])
+
+    def _patches(self, frames_HWC: Sequence[np.ndarray]) -> torch.Tensor:
+        """Frames of one size to patches; the last is repeated where a patch needs more."""
+        p, m, t, c = self.patch_size, self.merge_size, self.temporal_patch_size, self.in_channels
+        height, width, _ = frames_HWC[0].shape
+        rows, columns = height // p, width // p
+        still = len(frames_HWC) == 1  # one image fills the time of its patches: table it once
+        depth = 1 if still else t
+        frames = [*frames_HWC, *[frames_HWC[-1]] * (-len(frames_HWC) % depth)]
+        time = len(frames) // depth
+        pixels = np.stack(frames) if len(frames) > 1 else frames[0][None]
+        blocks = pixels.reshape(time, depth, rows // m, m, p, columns // m, m, p, c)
+        # Order of patches: the m x m that merge to one token stand together, frame after frame.
+        blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [T, h, w, m, m, c, depth, p, p]
+        count = time * rows * columns
+        index = blocks.reshape(count, c, depth, p * p) + self._table_rows
+        values = self._table.take(index)  # [P, c, depth, p * p]
+        if still:
+            values = np.broadcast_to(values, (count, c, t, p * p))
+        return torch.from_numpy(values.reshape(count, c * t * p * p))
+
+
+def _chosen(kind: str, limits: MediaLimits, default: tuple[int, int]) -> tuple[int, int]:
+    """Least and most pixels of one kind: the model's, but where a limit is given."""
+    least, most = (getattr(limits, f"{kind}_{end}_pixels") for end in ("min", "max"))
+    chosen = default[0] if least is None else least, default[1] if most is None else most
+    if chosen[0] > chosen[1]:
+        raise InputError(
+            f"{kind}s would have {chosen[0]} to {chosen[1]} pixels, with the model's own limits "
+            f"{default[0]} to {default[1]}; give both {kind}-min-pixels and {kind}-max-pixels."
+        )
+    return chosen
+
+
+def _video_size(hf_dir: Path) -> tuple[int, int] | None:
+    """The pixels of a frame that video_preprocessor_config.json asks for; None without the file."""
+    path = Path(hf_dir) / "video_preprocessor_config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        size = config.get("size") or {}
+        least = config.get("min_pixels") or size["shortest_edge"]
+        most = config.get("max_pixels") or size["longest_edge"]
+        if not 0 < least <= most:
+            raise ValueError(f"{least} to {most} pixels")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} cannot be used ({_first_line(error)}); copy it again from the model's Hugging "
+            f"Face repository."
+        ) from error
+    return least, most
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
