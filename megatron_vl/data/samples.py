@@ -73,6 +73,7 @@ class Skipped:
     reason: str  # one of a few, to count by: see BadEntry
     sample: str  # `shard.tar/key`
     message: str  # what is wrong with it
+    first: bool = True  # in the process that read it; every epoch comes to it again
 
 
 @dataclass(kw_only=True, slots=True)

@@ -93,7 +93,7 @@ class SampleEncoder(TaskEncoder):
         self.files = ShardFiles()
         self.cookers = [Cooker(self.cook)]
         self.skipped: list[Skipped] = []  # since the last batch
-        self.num_skipped = 0
+        self.known_bad: set[str] = set()  # samples left out so far: an epoch brings them again
 
     @stateless
     def cook(self, sample: dict) -> ConversationSample:
@@ -217,17 +217,19 @@ class SampleEncoder(TaskEncoder):
             InputError: it is one too many.
         """
         name = sample_name(sample)
-        self.num_skipped += 1
-        if self.num_skipped > self.rules.max_skipped:
-            many = "" if self.num_skipped == 1 else (
-                f", and so could {self.num_skipped - 1} before it; max-skipped-samples is "
+        first = name not in self.known_bad
+        self.known_bad.add(name)
+        if len(self.known_bad) > self.rules.max_skipped:
+            others = len(self.known_bad) - 1
+            many = "" if not others else (
+                f", nor could {others} others before it; max-skipped-samples is "
                 f"{self.rules.max_skipped}"
             )
             raise InputError(
                 f"sample {name} cannot be used: {message}{many}; mend or remove it and prepare the "
                 f"dataset again, or raise max-skipped-samples."
             )
-        self.skipped.append(Skipped(reason=reason, sample=name, message=message))
+        self.skipped.append(Skipped(reason=reason, sample=name, message=message, first=first))
 
 
 class RowEncoder(SampleEncoder):

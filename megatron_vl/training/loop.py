@@ -37,7 +37,7 @@ from megatron_vl.training.step import (
     naming_rows,
 )
 
-TOLD = 20  # samples left out that a rank names one by one; all are counted
+TOLD = 10  # samples left out for one reason that a rank names; all are counted
 NAMED = 64  # samples that a message names at most: a packed row's
 
 
@@ -81,8 +81,8 @@ class Trainer:
         self.forward_backward = get_forward_backward_func()
         self.exchange = RowExchange(plan.layout, self.config.parallel.distributed_timeout_minutes)
         self.loader = self.streams = None
-        self.skipped: Counter[str] = Counter()  # samples left out by this process, by reason
-        self.told = 0  # of them named by this rank
+        self.left_out = 0  # samples that could not be used, over all ranks, each counted once
+        self.told: Counter[str] = Counter()  # of them named by this rank, by reason
         self.log = None
         if self.rank == 0:
             log = self.config.log
@@ -200,7 +200,7 @@ class Trainer:
                 step_seconds=time.perf_counter() - started, trained_tokens=trained,
                 skipped=not updated, **totals,
             ))
-        self._check_skipped(totals["skipped_samples"])
+        self._check_left_out()
         finite = math.isfinite(loss) and math.isfinite(float(grad_norm or 0.0))
         if updated and not finite:
             what = "loss" if not math.isfinite(loss) else "gradient"
@@ -213,8 +213,9 @@ class Trainer:
     def _totals(self, counts: StepCounts) -> dict:
         """Counts over data-parallel ranks; the wait is the longest of any reader."""
         reasons = Counter(skipped.reason for skipped in counts.skipped)
+        new = sum(skipped.first for skipped in counts.skipped)
         sums = torch.tensor(
-            [counts.rows, counts.tokens, counts.samples, counts.images,
+            [counts.rows, counts.tokens, counts.samples, counts.images, new,
              *(reasons[reason] for reason in REASONS)],
             dtype=torch.float64, device=self.device,
         )
@@ -225,7 +226,8 @@ class Trainer:
         torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
         if self.exchange.is_reader:
             self._tell(counts.skipped)
-        rows, tokens, samples, images, *left_out = (int(x) for x in sums.tolist())
+        rows, tokens, samples, images, new, *left_out = (int(x) for x in sums.tolist())
+        self.left_out += new
         return dict(
             rows=rows, tokens=tokens, samples=samples, images=images,
             data_wait_seconds=wait.item(),
@@ -234,18 +236,17 @@ class Trainer:
 
     def _tell(self, skipped: list[Skipped]) -> None:
         """Name the first samples left out; every reader does for its own."""
-        for one in skipped[: max(0, TOLD - self.told)]:
-            print(f"skipped sample {one.sample}: {one.message}", flush=True)
-        self.told += len(skipped)
+        for one in skipped:
+            if one.first and self.told[one.reason] < TOLD:
+                print(f"skipped sample {one.sample}: {one.message}", flush=True)
+                self.told[one.reason] += 1
 
-    def _check_skipped(self, skipped: dict[str, int]) -> None:
-        self.skipped.update(skipped)
-        most, total = self.config.data.max_skipped_samples, self.skipped.total()
-        if total > most:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+    def _check_left_out(self) -> None:
+        most = self.config.data.max_skipped_samples
+        if self.left_out > most:
             raise InputError(
-                f"{total} samples could not be used ({reasons}), more than max-skipped-samples "
-                f"{most}; look at them with `megatron-vl lint`, or raise it."
+                f"{self.left_out} samples could not be used, more than max-skipped-samples {most}; "
+                f"look at them with megatron-vl lint, or raise it."
             )
 
     def _blame(self, losses: list[dict], counts: StepCounts) -> str:

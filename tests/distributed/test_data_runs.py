@@ -1,0 +1,181 @@
+"""Real runs on images, videos and text: who decodes, what is left out, where a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+
+import pytest
+from commands import ROOT, megatron_vl
+from distributed_launch import Workshop
+
+pytestmark = pytest.mark.xdist_group("data runs")
+
+RUN = {  # of a run on the mixed dataset
+    "--seq-length": 512, "--packing-buffer-size": 32, "--shuffle-buffer-size": 30,
+    "--global-batch-size": 4, "--train-iters": 4, "--lr": "1e-3", "--save-interval": 2,
+    "--eval-interval": 0, "--num-workers": 1,
+}
+
+
+class Runs:
+    """Trains one tiny model on the mixed dataset."""
+
+    def __init__(self, root, workshop: Workshop, data):
+        self.root, self.workshop, self.data = root, workshop, data
+
+    def words(self, name, *, tp=1, pp=1, dp=1, weights=None, **changes) -> list:
+        options = {
+            **RUN, "--load": weights or self.workshop.weights(tp, pp),
+            "--train-data-path": self.data, "--save": self.root / name,
+            "--metrics-file": self.root / f"{name}.jsonl", "--nproc-per-node": tp * pp * dp,
+            "--tensor-model-parallel-size": tp, "--pipeline-model-parallel-size": pp,
+        }  # fmt: skip
+        options |= {f"--{flag.replace('_', '-')}": value for flag, value in changes.items()}
+        return ["train", *(word for pair in options.items() for word in pair)]
+
+    def train(self, name, *, environment=None, code=0, **changes):
+        done = megatron_vl(*self.words(name, **changes), **(environment or {}))
+        assert done.code == code, done.text
+        return done
+
+    def steps(self, name) -> dict[int, dict]:
+        lines = (self.root / f"{name}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        return {r["iteration"]: r for r in records if r["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, workshop, mixed_dir) -> Runs:
+    return Runs(tmp_path_factory.mktemp("mixed-runs"), workshop, mixed_dir)
+
+
+@pytest.fixture(scope="module")
+def two_data_ranks(runs) -> dict[int, dict]:
+    """Two data-parallel ranks with one worker each, saved after two of four steps."""
+    runs.train("dp2", dp=2)
+    return runs.steps("dp2")
+
+
+def losses(steps):
+    return {i: step["loss"] for i, step in steps.items()}
+
+
+def test_one_rank_of_a_replica_reads_and_decodes_each_image_once(runs, tmp_path):
+    """TP2 PP2: ranks 0 and 1 hold the vision tower, 2 and 3 do not."""
+    count = tmp_path / "count"
+    path = os.pathsep.join([str(ROOT / "tests/distributed/counting"), str(ROOT)])
+    runs.train("counted", tp=2, pp=2, save=tmp_path / "out",
+               environment={"COUNT_DECODES": count, "PYTHONPATH": path})
+    ranks = Counter(count.read_text().split())
+    steps = runs.steps("counted").values()
+    assert sum(step["images"] for step in steps) > 20
+    assert list(ranks) == ["0"], "only the reader decodes"
+    # A video of the dataset is a folder of six frames, of which all are opened, or an mp4 of none;
+    # a row or two more than were trained wait in the worker.
+    trained, ahead = sum(step["images"] for step in steps), 4 * 512 // 20
+    assert ranks["0"] <= 6 * (trained + ahead)
+
+
+@pytest.mark.parametrize("change", ["two ranks to one", "one rank to two"])
+def test_a_run_goes_on_with_another_number_of_data_ranks(runs, two_data_ranks, change):
+    """The reading processes keep their places, so every step sees the same rows as undisturbed."""
+    if change == "two ranks to one":
+        start, go_on = dict(dp=2), dict(dp=1, num_workers=2)
+    else:
+        start, go_on = dict(dp=1, num_workers=2), dict(dp=2)
+    name = change.replace(" ", "-")
+    if "dp" in start and start["dp"] == 1:
+        runs.train(name, **start)
+        assert losses(runs.steps(name)) == pytest.approx(losses(two_data_ranks), rel=1e-5)
+    else:
+        shutil.copytree(runs.root / "dp2", runs.root / name)
+    (runs.root / name / "latest_checkpointed_iteration.txt").write_text("2\n")
+    shutil.rmtree(runs.root / name / "iter_0000004")
+    (runs.root / f"{name}.jsonl").unlink(missing_ok=True)
+    done = runs.train(name, **go_on)
+    assert "2 steps done" in done.out
+    again = losses(runs.steps(name))
+    assert sorted(again) == [3, 4]
+    assert again == pytest.approx({i: two_data_ranks[i]["loss"] for i in (3, 4)}, rel=1e-5)
+
+
+def test_a_number_of_readers_that_cannot_be_dealt_is_refused(runs, two_data_ranks):
+    save = shutil.copytree(runs.root / "dp2", runs.root / "refused")
+    (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+    done = runs.train("refused", code=2, dp=1, num_workers=1)
+    assert "read by 2 processes (2 data-parallel ranks) but this run has 1 x 1" in done.err
+    assert "give --num-workers 2" in done.err
+
+
+def test_a_run_killed_between_saves_repeats_itself_exactly(runs, two_data_ranks):
+    """SIGKILL to every rank after the third step; the same command goes on after the second."""
+    words = [str(word) for word in runs.words("killed", dp=2)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen([sys.executable, "-m", "megatron_vl", *words], cwd=ROOT, env=env,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    for line in job.stdout:
+        if line.startswith("iteration 3/4"):
+            break
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    (runs.root / "killed" / "latest_checkpointed_iteration.txt").write_text("2\n")
+    done = runs.train("killed", dp=2)
+    assert "2 steps done" in done.out
+    assert losses(runs.steps("killed")) == losses(two_data_ranks)
+
+
+def damaged(data, out):
+    """A copy with one image cut to nothing, its size in the index unchanged."""
+    shutil.copytree(data, out)
+    for shard in sorted(out.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            victim = next((m for m in tar if m.name.endswith("-0.0.png")), None)
+        if victim is not None:  # one small image, one turn
+            break
+    content = bytearray(shard.read_bytes())
+    content[victim.offset_data : victim.offset_data + victim.size] = bytes(victim.size)
+    shard.write_bytes(content)
+    return f"{shard.name}/{victim.name.split('.')[0]}"
+
+
+def test_samples_that_cannot_be_used_are_left_out_counted_and_named(runs, tmp_path):
+    key = damaged(runs.data, tmp_path / "data")
+    changes = dict(train_data_path=tmp_path / "data", save=tmp_path / "out", train_iters=30,
+                   seq_length=64, save_interval=100)
+    done = runs.train("skips", **changes)
+    left_out = Counter()
+    for step in runs.steps("skips").values():
+        left_out.update(step["skipped_samples"])
+    assert set(left_out) == {"too long", "unusable media"}
+    named = re.findall(r"skipped sample (\S+): (.*)", done.out)
+    assert any(name == key and "not in a format" in why
+               for name, why in named)
+    assert any("tokens but a row holds 64" in why for _, why in named)
+    assert re.search(r"\d+ samples? left out \(\d+ too long", done.out)
+    shutil.rmtree(tmp_path / "out")
+    done = runs.train("too-many", code=2, **changes, max_skipped_samples=1)
+    assert "could not be used" in done.err or "cannot be used" in done.err
+    assert "max-skipped-samples" in done.err
+
+
+def test_a_loss_that_is_not_finite_names_the_samples_of_its_row(runs, tmp_path):
+    """Weights of one word become infinite: the rows that say it are named, and no others."""
+    import torch
+
+    weights = shutil.copytree(runs.workshop.weights(1, 2), tmp_path / "weights")
+    file = weights / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    norm = content["model"]["language_model.decoder.final_layernorm.weight"]
+    norm[0] = float("nan")
+    torch.save(content, file)
+    done = runs.train("nan", code=2, pp=2, weights=weights, save=tmp_path / "out")
+    assert "the loss of iteration 1 is not finite; the samples of its row are shard-" in done.err
