@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
     "verify": "whether two checkpoints hold the same tensors, whatever their layouts",
     "prepare": "raw data -> WebDataset shards ready for energon",
+    "lint": "what is in prepared data: unusable samples, histograms, how rows fill",
     "train": "pretrain or finetune",
     "parity": "logits, loss and gradients against transformers, in any layout",
     "plot": "a run's loss, gradient norm and throughput as PNG",

@@ -208,19 +208,17 @@ def _counted(
     data: bytes, indices: Sequence[int], shown: Sequence[float | None], fps: float
 ) -> Iterator[tuple[float, Image.Image]]:
     """As `video_frames`, decoding every frame from the first."""
-    wanted = iter(indices)
-    index = next(wanted, None)
+    left = list(indices)
     with _video(data) as stream:
         for number, frame in enumerate(stream.container.decode(stream)):
-            if index is None:
-                return
-            if number == index:
+            if number == left[0]:
                 told = number < len(shown) and shown[number] is not None
                 time = shown[number] - shown[0] if told else number / fps
                 yield time, Image.fromarray(frame.to_ndarray(format="rgb24"))
-                index = next(wanted, None)
-    if index is not None:
-        raise BadMedia(f"it ends before its frame {index} (from 0); {_CUT}")
+                if not left[1:]:
+                    return
+                del left[0]
+    raise BadMedia(f"it ends before its frame {left[0]} (from 0); {_CUT}")
 
 
 @contextmanager

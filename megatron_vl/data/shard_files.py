@@ -1,4 +1,4 @@
-"""Single files of a sample, read from the shards when they are needed.
+"""Files in shards: single ones, read when they are needed; and what energon keeps of them all.
 
 A sample's tokens and sizes fit a few kilobytes; its images and videos may be many megabytes. What
 waits in a shuffle or packing buffer is therefore the sample without its media, and the media of a
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+from megatron.energon import SavableDataset
 from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.webdataset.itar_reader import SqliteITarEntryReader
+from megatron.energon.flavors.webdataset.itar_reader import ITarReader, SqliteITarEntryReader
 
 from megatron_vl.data.media import BadMedia
 
@@ -77,3 +78,28 @@ class ShardFiles:
         self._process = os.getpid()
         self._indices: dict[str, SqliteITarEntryReader] = {}
         self._open: OrderedDict[str, int] = OrderedDict()
+
+
+class TarMemory:
+    """Lets a reading process forget the tar headers it has passed.
+
+    Python's tarfile remembers every header it reads, and energon keeps its shards open: about one
+    kilobyte a sample, for ever. Nothing reads what is remembered.
+    """
+
+    def __init__(self, dataset: SavableDataset):
+        self.readers = list(_tar_readers(dataset))
+
+    def forget(self) -> None:
+        for reader in self.readers:
+            for tar in reader.itar_files_cache.values():
+                tar.members.clear()
+
+
+def _tar_readers(dataset) -> Iterator[ITarReader]:
+    """Those at the ends of energon's chain of datasets."""
+    yield from getattr(dataset, "join_readers", ())
+    inner = getattr(dataset, "datasets", None)
+    for one in (getattr(dataset, "dataset", None),) if inner is None else inner:
+        if one is not None:
+            yield from _tar_readers(one)
