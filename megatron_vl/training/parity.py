@@ -35,7 +35,7 @@ class Case:
     """A batch to compare on."""
 
     name: str
-    images: tuple[tuple[tuple[int, int, int], ...], ...]  # per sample the grids of its images
+    images: tuple[tuple[tuple[int, int, int], ...], ...]  # per sample the grids of its media
     samples_per_row: int = 1
     rows_per_microbatch: int = 1
 
@@ -46,12 +46,12 @@ class Case:
 
 
 SMALL, WIDE, TALL, LARGE = (1, 4, 4), (1, 4, 8), (1, 10, 2), (1, 8, 8)
-CLIP = (2, 4, 4)  # an image processor writes one frame pair; two are a moving picture
+CLIP = (2, 4, 4)  # more than one frame pair: a video
 
 CASES = (
     Case(name="one image", images=((SMALL,),) * 4),
     Case(
-        name="images of several sizes",
+        name="images and videos",
         images=((SMALL, WIDE), (TALL,), (LARGE,), (CLIP, SMALL), (WIDE,), (TALL, TALL), (LARGE,),
                 (SMALL, SMALL, SMALL)) * 2,
         samples_per_row=2, rows_per_microbatch=2,
@@ -162,21 +162,22 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
     samples = []
     for number, grids in enumerate(case.images):
         tokens = text(3 + number % 3)
-        for t, h, w in grids:
+        for grid in grids:
             tokens += [spec.tokens.vision_start]
-            tokens += [spec.tokens.image] * (t * h * w // merge**2)
+            tokens += [_placeholder(spec, grid)] * (math.prod(grid) // merge**2)
             tokens += [spec.tokens.vision_end, *text(2)]
         prompt = len(tokens)
         tokens = torch.tensor(tokens + text(5 + number))
         labels = torch.full_like(tokens, IGNORE)
         labels[prompt - 1 : -1] = tokens[prompt:]
         labels[-2] = IGNORE  # a hole, as a turn's newline leaves one
-        patches = sum(t * h * w for t, h, w in grids)
+        patches = sum(map(math.prod, grids))
         samples.append(EncodedSample(
             __key__=str(number), __restore_key__=(), tokens=tokens, labels=labels,
             position_ids=rope_index(
                 tokens, image_token=spec.tokens.image, video_token=spec.tokens.video,
-                merge_size=merge, image_grids=grids,
+                merge_size=merge, image_grids=[g for g in grids if not _is_video(g)],
+                video_grids=[g for g in grids if _is_video(g)],
             ),
             grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
             media=(), read=None,
@@ -184,6 +185,14 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
             if grids else None,
         ))
     return samples
+
+
+def _is_video(grid: Sequence[int]) -> bool:
+    return grid[0] > 1
+
+
+def _placeholder(spec: VLMSpec, grid: Sequence[int]) -> int:
+    return spec.tokens.video if _is_video(grid) else spec.tokens.image
 
 
 def make_batches(case: Case, samples: Sequence[EncodedSample]) -> list[RowBatch]:
@@ -212,14 +221,9 @@ def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case) -> Outcome:
     samples = make_samples(spec, case)
     logits, total, trained = [], 0.0, sum(int((s.labels != IGNORE).sum()) for s in samples)
     for sample in samples:
-        vision = {}
-        if sample.patches is not None:
-            vision = {
-                "pixel_values": sample.patches,
-                "image_grid_thw": sample.grids,
-                "mm_token_type_ids": (sample.tokens == spec.tokens.image).int()[None],
-            }
-        out = model(input_ids=sample.tokens[None], use_cache=False, **vision).logits[0]
+        out = model(
+            input_ids=sample.tokens[None], use_cache=False, **_vision_arguments(spec, sample)
+        ).logits[0]
         logits.append(out.detach())
         loss = torch.nn.functional.cross_entropy(
             out, sample.labels, ignore_index=IGNORE, reduction="sum"
@@ -234,6 +238,31 @@ def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case) -> Outcome:
             for name, p in model.named_parameters()
         },
     )
+
+
+def _vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
+    """A sample's media as transformers' model takes them: images and videos apart."""
+    if sample.patches is None:
+        return {}
+    kinds = {
+        ("pixel_values", "image_grid_thw"): [], ("pixel_values_videos", "video_grid_thw"): [],
+    }  # fmt: skip
+    images, videos = kinds.values()
+    for grid, patches in zip(
+        sample.grids, sample.patches.split(sample.grids.prod(-1).tolist()), strict=True
+    ):
+        (videos if _is_video(grid) else images).append((patches, grid))
+    arguments = {
+        "mm_token_type_ids": (
+            (sample.tokens == spec.tokens.image).int()
+            + 2 * (sample.tokens == spec.tokens.video).int()
+        )[None]
+    }
+    for (pixels, grids), found in kinds.items():
+        if found:
+            arguments[pixels] = torch.cat([patches for patches, _ in found])
+            arguments[grids] = torch.stack([grid for _, grid in found])
+    return arguments
 
 
 def published_name(name: str) -> str:
