@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 from pathlib import Path
+
+from megatron_vl.data.formats import Fields
+from megatron_vl.errors import InputError
 
 
 def add_parser(subparsers) -> None:
@@ -25,6 +30,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--json", metavar="NAME", help="the file in SRC, if there are several")
     parser.add_argument(
         "--dataset", metavar="NAME", help="an entry of SRC's dataset_info.json, with its columns"
+    )
+    parser.add_argument(
+        "--columns", metavar="NAME=KEY,..", default="",
+        help="where SRC's entries have other keys than its format's, such as images=pictures; "
+        "names are those of a dataset_info.json's columns and tags",
     )
     parser.add_argument(
         "--media-root", metavar="DIR", type=Path,
@@ -63,6 +73,25 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+def read_columns(text: str) -> Fields:
+    """`images=pictures,role_tag=who` as columns and tags.
+
+    Raises:
+        InputError: no such pairs, or an unknown name.
+    """
+    pairs = dict(word.partition("=")[::2] for word in filter(None, text.split(",")))
+    known = [field.name for field in dataclasses.fields(Fields)]
+    for name, key in pairs.items():
+        if name not in known or not key:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near and name != near[0] else ""
+            raise InputError(
+                f"--columns {text!r} is not understood at {name!r}{hint}; give NAME=KEY pairs by "
+                f"commas, of the names {', '.join(known)}."
+            )
+    return Fields(**pairs)
+
+
 def run(args: argparse.Namespace) -> None:
     from megatron_vl.data.prepare import PrepareConfig, prepare
 
@@ -79,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
             format=args.format,
             json_name=args.json,
             dataset=args.dataset,
+            fields=read_columns(args.columns),
             lengths=lengths,
             max_length=args.max_length,
             media_root=args.media_root,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.data.conversation import BadEntry
-from megatron_vl.data.formats import FORMATS
+from megatron_vl.data.formats import FORMATS, Fields
 from megatron_vl.data.raw_media import Library, Measured, RawMedia, measure_all
 from megatron_vl.data.shards import (
     Entry,
@@ -48,6 +48,7 @@ class PrepareConfig:
     format: str = "llava"  # one of FORMATS; what dataset_info.json says of `dataset` stands above
     json_name: str | None = None  # the file in `source`, where it holds several
     dataset: str | None = None  # a name in the source's dataset_info.json
+    fields: Fields | None = None  # columns and tags that are not the format's own
     media_root: Path | None = None  # what media paths are relative to; None: the file's directory
     split: str = "9,1,0"  # shares of train, validation and test
     samples_per_shard: int = 10_000
@@ -147,7 +148,8 @@ def prepare(config: PrepareConfig) -> Summary:
         is_ours=lambda there: (there / ".nv-meta").is_dir(),
     )
     source = open_source(
-        config.source, format=config.format, json_name=config.json_name, dataset=config.dataset
+        config.source, format=config.format, json_name=config.json_name, dataset=config.dataset,
+        fields=config.fields,
     )
     with replacing(config.output) as partial:
         preparation = _Preparation(config, source, scratch=partial / ".media")

@@ -74,13 +74,17 @@ class Source:
         return None if None in counts else sum(counts)
 
 
-def open_source(source: Path, *, format: str, json_name: str | None, dataset: str | None) -> Source:
+def open_source(
+    source: Path, *, format: str, json_name: str | None, dataset: str | None,
+    fields: Fields | None = None,
+) -> Source:
     """The entries of `source`, a file or a directory.
 
     Args:
         format: one of FORMATS; a dataset's own formatting stands above it.
         json_name: the file in a directory that has several, or the name of a sharded table.
         dataset: a name in the directory's dataset_info.json.
+        fields: columns and tags that are not the format's own.
 
     Raises:
         InputError: nothing to read, or several to choose from.
@@ -89,6 +93,10 @@ def open_source(source: Path, *, format: str, json_name: str | None, dataset: st
         names = ", ".join(sorted(FORMATS))
         raise InputError(f"--format is {format!r}; it must be one of: {names}.")
     if dataset is not None:
+        if fields not in (None, Fields()):
+            raise InputError(
+                f"--columns and the columns of --dataset {dataset} exclude one another; give one."
+            )
         if json_name is not None:
             raise InputError(
                 f"--dataset {dataset} and --json {json_name} both name what to read; give one."
@@ -98,7 +106,7 @@ def open_source(source: Path, *, format: str, json_name: str | None, dataset: st
         return _open(_dataset_files(info), info.format, info.fields, directory)
     files = find_files(source, json_name, format)
     root = source if source.is_dir() and json_name is None else files[0].parent
-    return _open(files, format, Fields(), root)
+    return _open(files, format, fields or Fields(), root)
 
 
 def _open(files: tuple[Path, ...], format: str, fields: Fields, root: Path) -> Source:

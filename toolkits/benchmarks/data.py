@@ -3,10 +3,10 @@
     python data.py HF_DIR DATASET [--samples 2000] [--rounds 3] [--memory-samples 20000]
 
 HF_DIR is a model's directory, DATASET what `megatron-vl prepare` wrote. One process with one thread
-takes turns: the floor decodes the samples' images with PIL and hands them to transformers' PIL image
-processor; the loader reads, tokenises, packs, decodes and lays out rows of the same samples. Given
-are samples a second of both, their ratio, how full the packed rows are, and the resident memory of
-a data worker while it reads `--memory-samples`.
+takes turns: the floor decodes the samples' images with PIL and hands them to transformers' PIL
+image processor; the loader reads, tokenises, packs, decodes and lays out rows of the same samples.
+Given are samples a second of both, their ratio, how full the packed rows are, and the resident
+memory of a data worker while it reads `--memory-samples`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> int:
     spec = load_spec(args.hf_dir)
     config = DataConfig(
         train=Mixture.parse(str(args.dataset)), seq_length=args.seq_length, num_workers=0,
-        packing_buffer_size=256, shuffle_buffer_size=0,
+        shuffle_buffer_size=0,
     )
     processor = AutoImageProcessor.from_pretrained(args.hf_dir, backend="pil")
     images = read_images(args.dataset, args.samples)
