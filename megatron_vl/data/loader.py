@@ -258,7 +258,7 @@ def build_train_loader(
             )
     encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec))
     workers = _workers(config, dp_rank, dp_size, config.num_workers, data_parallel_group)
-    with _field_map_errors(config.train):
+    with field_map_errors(config.train):
         dataset = get_train_dataset(
             config.train.as_energon(),
             split_part="train",
@@ -303,7 +303,7 @@ def build_valid_loader(
     encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec))
     # One process reads in order; the split into ranks comes after packing.
     workers = _workers(config, 0, 1, min(1, config.num_workers), None)
-    with _field_map_errors(config.valid):
+    with field_map_errors(config.valid):
         samples = get_val_dataset(
             config.valid.as_energon(),
             split_part="val",
@@ -413,7 +413,7 @@ def _housekeeping(config: DataConfig) -> dict:
 
 
 @contextlib.contextmanager
-def _field_map_errors(mixture: Mixture) -> Iterator[None]:
+def field_map_errors(mixture: Mixture) -> Iterator[None]:
     """energon's complaints about dataset.yaml as one sentence."""
     try:
         yield

@@ -50,7 +50,7 @@ class MediaProcessor:
         self.image_size = _chosen("image", self.limits, image_size)
         self.video_size = _chosen("video", self.limits, video_size or image_size)
         self.resample = processor.resample if processor.do_resize else None
-        self.in_channels = vision.in_channels
+        self.in_channels, self.patch_dim = vision.in_channels, vision.patch_dim
         values = np.arange(256, dtype=np.uint8).reshape(1, 1, 256).repeat(self.in_channels, 0)
         if processor.do_rescale:
             values = processor.rescale(values, processor.rescale_factor)
@@ -156,11 +156,14 @@ class MediaProcessor:
 
     # ---- pixels -------------------------------------------------------------------------------
 
-    def patches(self, media: StoredMedia, read: Callable[[str], bytes]) -> torch.Tensor:
+    def patches(
+        self, media: StoredMedia, read: Callable[[str], bytes], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Read and decode an image or video to float32 [P, D].
 
         Args:
             read: a file's bytes by its name in `media.files`.
+            out: where to write them.
 
         Raises:
             BadMedia: it cannot be read or decoded, or is not of the size it was prepared with.
@@ -185,7 +188,7 @@ class MediaProcessor:
             if self.resample is not None:
                 frame = frame.resize((width, height), resample=self.resample)
             resized.append(np.asarray(frame))
-        return self._patches(resized)
+        return self._patches(resized, out)
 
     def image_patches(self, image: Image.Image) -> torch.Tensor:
         """An RGB image to float32 [P, D]. Raises BadMedia: see `grid`."""
@@ -194,7 +197,9 @@ class MediaProcessor:
             image = image.resize((width, height), resample=self.resample)
         return self._patches([np.asarray(image)])
 
-    def _patches(self, frames_HWC: Sequence[np.ndarray]) -> torch.Tensor:
+    def _patches(
+        self, frames_HWC: Sequence[np.ndarray], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Frames of one size to patches; the last is repeated where a patch needs more."""
         p, m, t, c = self.patch_size, self.merge_size, self.temporal_patch_size, self.in_channels
         height, width, _ = frames_HWC[0].shape
@@ -209,10 +214,12 @@ class MediaProcessor:
         blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [T, h, w, m, m, c, depth, p, p]
         count = time * rows * columns
         index = blocks.reshape(count, c, depth, p * p) + self._table_rows
-        values = self._table.take(index)  # [P, c, depth, p * p]
-        if still:
-            values = np.broadcast_to(values, (count, c, t, p * p))
-        return torch.from_numpy(values.reshape(count, c * t * p * p))
+        if out is None:
+            out = torch.empty(count, self.patch_dim)
+        values = out.numpy().reshape(count, c, t, p * p)  # a view
+        # An image's one frame fills the time of its patches.
+        values[...] = self._table.take(index)  # [P, c, depth, p * p]
+        return out
 
 
 def _chosen(kind: str, limits: MediaLimits, default: tuple[int, int]) -> tuple[int, int]:

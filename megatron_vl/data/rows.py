@@ -20,17 +20,21 @@ class Row(Sample):
     """Samples that share one row of S tokens."""
 
     samples: list[EncodedSample]
+    patches: torch.Tensor | None = None  # float32 [P, D] of the samples' media, in order
 
     @property
     def num_tokens(self) -> int:
         return sum(sample.tokens.numel() for sample in self.samples)
 
 
-def make_row(samples: Sequence[EncodedSample]) -> Row:
+def make_row(samples: Sequence[EncodedSample], patches: torch.Tensor | None = None) -> Row:
+    """The row of `samples`; its patches are theirs, where they are not given."""
+    own = [sample.patches for sample in samples if sample.patches is not None]
     return Row(
         __key__=",".join(sample.__key__ for sample in samples),
         __restore_key__=(),
         samples=list(samples),
+        patches=torch.cat(own) if own else patches,
     )
 
 
@@ -66,15 +70,20 @@ def make_batch(rows: Sequence[Row], *, row_length: int, pad_token: int) -> RowBa
             position_ids[:, number, at:] = np.arange(row_length - at)
             bounds.append((number + 1) * row_length)
     samples = [sample for row in rows for sample in row.samples]
-    patches = [sample.patches for sample in samples if sample.patches is not None]
+    patches = [row.patches for row in rows if row.patches is not None]
     return RowBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy((labels != IGNORE).astype(np.float32)),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        pixel_patches=torch.cat(patches) if patches else None,
+        pixel_patches=_joined(patches),
         grid_thw=torch.cat([torch.empty(0, 3, dtype=torch.int64), *(s.grids for s in samples)]),
         sample_keys=[sample.name for sample in samples],
         num_tokens=sum(row.num_tokens for row in rows),
     )
+
+
+def _joined(patches: list[torch.Tensor]) -> torch.Tensor | None:
+    """One row's patches as they are: they may be a hundred megabytes."""
+    return torch.cat(patches) if len(patches) > 1 else patches[0] if patches else None

@@ -13,6 +13,7 @@ counted and shown.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ class SampleEncoder(TaskEncoder):
         """
         try:
             if isinstance(sample, VQASample):
-                sample = _conversation_of(sample)
+                sample = conversation_of(sample)
             grids = [self.media.grid(media) for media in sample.media]
             tokens, labels = self.chat.encode(
                 sample.turns, [self.media.num_tokens(grid) for grid in grids]
@@ -172,25 +173,35 @@ class SampleEncoder(TaskEncoder):
 
     def make_row(self, samples: list[EncodedSample]) -> Row | None:
         """A row of the samples whose media can be decoded; None if none can."""
-        decoded = []
+        count = sum(sample.num_patches for sample in samples)
+        # Decoded in place: joining the samples' patches would write every pixel twice.
+        patches_PD = torch.empty(count, self.media.patch_dim)
+        decoded, at = [], 0
         for sample in samples:
+            end = at + sample.num_patches
             try:
-                decoded.append(self.decode_media(sample))
+                self.decode_media(sample, patches_PD[at:end])
             except BadMedia as error:
                 self._count(sample, "unusable media", f"its image or video is unusable: {error}")
-        return make_row(decoded) if decoded else None
+                continue
+            decoded.append(sample)
+            at = end
+        if not decoded:
+            return None
+        return make_row(decoded, patches_PD[:at] if at else None)
 
-    def decode_media(self, sample: EncodedSample) -> EncodedSample:
-        """Fill `patches` from the media's files, and let go of what read them.
+    def decode_media(self, sample: EncodedSample, patches_PD: torch.Tensor) -> None:
+        """Fill `patches_PD` from the media's files, and let go of what read them.
 
         Raises:
             BadMedia: an image or video that cannot be read or decoded.
         """
-        patches = [self.media.patches(media, sample.read) for media in sample.media]
-        if patches:
-            sample.patches = patches[0] if len(patches) == 1 else torch.cat(patches)
+        at = 0
+        for media, grid in zip(sample.media, sample.grids.tolist(), strict=True):
+            end = at + math.prod(grid)
+            self.media.patches(media, sample.read, out=patches_PD[at:end])
+            at = end
         sample.read = None
-        return sample
 
     def make_batch(self, rows: list[Row]) -> RowBatch:
         batch = make_batch(rows, row_length=self.rules.length, pad_token=self.chat.pad_token)
@@ -302,7 +313,7 @@ class _RowPacking(PackingDataset):
         return super()._fill_reading_buffer(source_iter)  # without a progress bar in every worker
 
 
-def _conversation_of(sample: VQASample) -> ConversationSample:
+def conversation_of(sample: VQASample) -> ConversationSample:
     """One question about one image, of a dataset with energon's own sample type.
 
     Raises:

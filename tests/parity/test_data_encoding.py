@@ -1,21 +1,25 @@
-"""Tokens, masks and pixels against transformers' Qwen2-VL processor, bit for bit."""
+"""Tokens, masks, positions and pixels against transformers' Qwen2-VL processor, bit for bit."""
 
 import io
-import json
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from qwen2_vl_reference import load_processor
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.conversation import Part, StoredMedia, Turn
 from megatron_vl.data.formats.llava import question_and_answer
-from megatron_vl.data.media import ImageProcessor
-from megatron_vl.data.samples import IGNORE, Part, Turn
+from megatron_vl.data.options import TrainedText
+from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.samples import IGNORE, ConversationSample
+from megatron_vl.data.task_encoder import RowRules, SampleEncoder
 
-IMAGE = Part()
+IMAGE, VIDEO = Part(media="image"), Part(media="video")
 
 
 def _turn(role, *parts):
@@ -28,6 +32,17 @@ CONVERSATIONS = {
     "several images": (
         _turn("user", "First ", IMAGE, "then", IMAGE, IMAGE, "?"),
         _turn("assistant", "yes"),
+    ),
+    "video": (
+        _turn("user", VIDEO, "What happens?"),
+        _turn("assistant", "a ball rolls"),
+    ),
+    "images and videos": (
+        _turn("system", "Look."),
+        _turn("user", IMAGE, "then", VIDEO, "then ", IMAGE, "?"),
+        _turn("assistant", "a ball"),
+        _turn("user", "And here?\n", VIDEO, VIDEO, IMAGE),
+        _turn("assistant", "two"),
     ),
     "text only": (_turn("user", "1 + 1?"), _turn("assistant", "2")),
     "several turns": (
@@ -54,37 +69,38 @@ CONVERSATIONS = {
     ),
 }
 SIZES = [(64, 64), (90, 200), (28, 301)]  # rows, columns of the images, in order
+CLIPS = [(9, 5.0, 64, 84), (60, 30.0, 40, 90), (5, 2.0, 90, 60)]  # frames, fps, rows, columns
+MASKS = {
+    "the answers": TrainedText(),
+    "all text": TrainedText(train_on_prompt=True),
+    "the last answer": TrainedText(mask_history=True),
+}
 
 
-def _png(height, width, mode="RGB", **options):
-    draw = np.random.default_rng(height * width)
-    bands = Image.new(mode, (1, 1)).getbands()
-    pixels = draw.integers(0, 256, (height, width, len(bands)), dtype=np.uint8)
-    image = Image.fromarray(pixels if len(bands) > 1 else pixels[:, :, 0], mode)
-    return _file(image, "PNG", **options)
+def _noise(*shape):
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _file(image, kind, **options):
+def _png(pixels):
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
-class ImageAndTextProcessor(Qwen2VLProcessor):
-    """transformers' processor where torchvision, which its video half needs, is not installed."""
-
-    def check_argument_for_proper_class(self, name, argument):
-        pass
+@pytest.fixture(scope="module")
+def reference(hf_dir):
+    return load_processor(hf_dir)
 
 
 @pytest.fixture(scope="module")
-def processor(hf_dir):
-    return AutoImageProcessor.from_pretrained(hf_dir, backend="pil")
+def meta_model(hf_dir):
+    with torch.device("meta"):
+        return Qwen2VLModel(AutoConfig.from_pretrained(hf_dir))
 
 
 @pytest.fixture(scope="module")
-def images(hf_dir, spec):
-    return ImageProcessor.from_hf_dir(hf_dir, vision=spec.vision)
+def media(hf_dir, spec):
+    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision)
 
 
 @pytest.fixture(scope="module")
@@ -92,32 +108,126 @@ def chat(hf_dir, spec):
     return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_tokens_and_pixels_equal_transformers(name, hf_dir, processor, images, chat):
+def _material(turns):
+    """Media of a conversation: as prepared, their files, and transformers' arguments for them.
+
+    Frames of videos are files of their own here; video files are decoded in test_data_pixels.py.
+    """
+    stored, files = [], {}
+    asked = {"image": [], "video": [], "metadata": []}
+    for number, kind in enumerate(kind for turn in turns for kind in turn.media):
+        if kind == "image":
+            height, width = SIZES[len(asked["image"])]
+            pixels = _noise(1, height, width, 3)
+            told = {}
+            asked["image"].append(Image.fromarray(pixels[0]))
+        else:
+            frames, fps, height, width = CLIPS[len(asked["video"])]
+            pixels = _noise(frames, height, width, 3)
+            told = dict(num_frames=frames, fps=fps, separate=True)
+            asked["video"].append(pixels.transpose(0, 3, 1, 2))
+            asked["metadata"].append(dict(total_num_frames=frames, fps=fps))
+        names = tuple(f"{number}.{frame}.png" for frame in range(len(pixels)))
+        stored.append(StoredMedia(kind=kind, files=names, height=height, width=width, **told))
+        files |= {name: _png(frame) for name, frame in zip(names, pixels, strict=True)}
+    images = dict(images=asked["image"]) if asked["image"] else {}
+    videos = dict(
+        videos=asked["video"], video_metadata=asked["metadata"], do_sample_frames=True, fps=2.0,
+        max_frames=128,
+    ) if asked["video"] else {}  # fmt: skip
+    return tuple(stored), files, images | videos
+
+
+def _spelled(turns, counts):
+    """The text as the published template is to write it, and the characters of each answer.
+
+    An answer goes from its own first character to the end of its end token.
+    """
+    counts = {kind: iter(numbers) for kind, numbers in counts.items()}
+    text, answers = "", []
+    if turns[0].role != "system":
+        text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    for turn in turns:
+        text += f"<|im_start|>{turn.role}\n"
+        begin = len(text)
+        for part in turn.parts:
+            if part.media is None:
+                text += part.text
+            else:
+                pads = f"<|{part.media}_pad|>" * next(counts[part.media])
+                text += f"<|vision_start|>{pads}<|vision_end|>"
+        text += "<|im_end|>"
+        if turn.role == "assistant":
+            answers.append((begin, len(text)))
+        text += "\n"
+    return text, answers
+
+
+def _labels(text, answers, tokenizer, mask):
+    """What each position is to predict, from characters alone."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids = encoded["input_ids"]
+    if mask == "all text":
+        pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        trained = [token not in pads for token in ids]
+    else:
+        wanted = answers[-1:] if mask == "the last answer" else answers
+        trained = [any(begin <= first and last <= end for begin, end in wanted)
+                   for first, last in encoded["offset_mapping"]]
+    labels = [token if take else IGNORE for token, take in zip(ids, trained, strict=True)]
+    return ids, [*labels[1:], IGNORE]
+
+
+@pytest.mark.parametrize(("name", "mask"), product(CONVERSATIONS, MASKS))
+def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model, media, chat):
     turns = CONVERSATIONS[name]
-    files = [_png(*size) for size in SIZES[: sum(turn.num_images for turn in turns)]]
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir)
-    reference = ImageAndTextProcessor(processor, tokenizer)
+    stored, files, asked = _material(turns)
+    tokenizer = reference.tokenizer
     text = tokenizer.apply_chat_template([t.message() for t in turns], tokenize=False)
-    want = reference(
-        text=[text],
-        images=[Image.open(io.BytesIO(data)) for data in files] or None,
-        return_tensors="pt",
+    want = reference(text=[text], return_tensors="pt", **asked)
+    grids = {kind: want.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.int64))
+             for kind in ("image", "video")}
+
+    encoder = SampleEncoder(
+        chat=ChatTokenizer(chat.tokenizer, tokens=chat.tokens, trained=MASKS[mask]), media=media,
+        rules=RowRules(length=want["input_ids"].shape[1], packs=False, length_mend=""),
     )
+    sample = ConversationSample(__key__="a", __restore_key__=(), turns=turns, media=stored,
+                                read=files.__getitem__)
     for _ in range(2):  # the second time from the remembered form of the template
-        tokens, labels = chat.encode(turns, [images.num_tokens(images.grid(f)) for f in files])
-        assert torch.equal(tokens, want["input_ids"][0])
-        assert labels.shape == tokens.shape
-    if files:
-        patches = torch.cat([images.patches(data) for data in files])
-        assert torch.equal(patches, want["pixel_values"])
-        assert [list(images.grid(f)) for f in files] == want["image_grid_thw"].tolist()
+        encoded = encoder.preencode_sample(sample)
+        batch = encoder.make_batch([encoder.make_row([encoded])])
+
+        assert torch.equal(batch.tokens, want["input_ids"])
+        positions, _ = meta_model.get_rope_index(
+            want["input_ids"], want["mm_token_type_ids"], want.get("image_grid_thw"),
+            want.get("video_grid_thw"),
+        )
+        assert torch.equal(batch.position_ids, positions)
+
+        expanded, answers = _spelled(
+            turns, {kind: (grid.prod(-1) // 4).tolist() for kind, grid in grids.items()}
+        )
+        ids, labels = _labels(expanded, answers, tokenizer, mask)
+        assert ids == want["input_ids"][0].tolist(), "the test spells what the template writes"
+        assert batch.labels[0].tolist() == labels
+        assert batch.loss_mask[0].tolist() == [float(label != IGNORE) for label in labels]
+
+        kinds = [one.kind for one in stored]
+        for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            mine = [i for i, k in enumerate(kinds) if k == kind]
+            assert torch.equal(batch.grid_thw[mine], grids[kind])
+            if mine:
+                parts = batch.pixel_patches.split(batch.grid_thw.prod(-1).tolist())
+                assert torch.equal(torch.cat([parts[i] for i in mine]), want[key])
+        if not kinds:
+            assert batch.pixel_patches is None
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_trained_are_the_answers_and_their_end_token(name, chat):
     turns = CONVERSATIONS[name]
-    tokens, labels = chat.encode(turns, [4] * sum(turn.num_images for turn in turns))
+    tokens, labels = chat.encode(turns, [4] * sum(len(turn.media) for turn in turns))
     trained = labels != IGNORE
     assert torch.equal(labels[trained], tokens[1:][trained[:-1]]), "labels are the next token"
     assert labels[-1] == IGNORE
@@ -125,58 +235,3 @@ def test_trained_are_the_answers_and_their_end_token(name, chat):
     answers = [t.parts[0].text for t in turns if t.role == "assistant"]
     # A newline that opens an answer is one token with the template's own and belongs to the prompt.
     assert said == "".join(f"{answer.removeprefix(chr(10))}<|im_end|>" for answer in answers)
-
-
-FILES = {
-    "rgb": _png(70, 61),
-    "rgba": _png(70, 61, "RGBA"),
-    "gray": _png(70, 61, "L"),
-    "gray with alpha": _png(70, 61, "LA"),
-    "palette": _file(Image.open(io.BytesIO(_png(70, 61))).quantize(16), "PNG"),
-    "palette with transparency": _file(
-        Image.open(io.BytesIO(_png(70, 61))).quantize(16), "PNG", transparency=3
-    ),
-    "one bit": _file(Image.open(io.BytesIO(_png(70, 61, "L"))).convert("1"), "PNG"),
-    "jpeg": _file(Image.open(io.BytesIO(_png(90, 61))), "JPEG"),
-    "cmyk jpeg": _file(Image.open(io.BytesIO(_png(90, 61))).convert("CMYK"), "JPEG"),
-    "webp": _file(Image.open(io.BytesIO(_png(90, 61, "RGBA"))), "WEBP", lossless=True),
-    "gif": _file(Image.open(io.BytesIO(_png(90, 61))).quantize(64), "GIF"),
-    "tiny": _png(3, 5),
-    "large": _png(1500, 900),
-    "long": _png(20, 900),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_file_gives_the_processor_s_patches(name, processor, images):
-    want = processor(images=[Image.open(io.BytesIO(FILES[name]))], return_tensors="pt")
-    have = images.patches(FILES[name])
-    assert have.dtype == want["pixel_values"].dtype
-    assert torch.equal(have, want["pixel_values"])
-    assert list(images.grid(FILES[name])) == want["image_grid_thw"][0].tolist()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_photo_stands_upright_as_transformers_loads_it(orientation, processor, images,
-                                                                tmp_path):
-    from transformers.image_utils import load_image
-
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for kind in ("JPEG", "PNG"):
-        data = _file(Image.open(io.BytesIO(_png(120, 60))), kind, exif=exif)
-        (tmp_path / "image").write_bytes(data)
-        want = processor(images=[load_image(str(tmp_path / "image"))], return_tensors="pt")
-        assert torch.equal(images.patches(data), want["pixel_values"])
-        assert list(images.grid(data)) == want["image_grid_thw"][0].tolist()
-
-
-def test_the_pixel_budget_of_the_preprocessor_config_holds(hf_dir, spec, processor, tmp_path):
-    data = _png(300, 400)
-    config = json.loads((hf_dir / "preprocessor_config.json").read_text())
-    config["max_pixels"] = 28 * 28 * 16
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    images = ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
-    size = {"shortest_edge": images.min_pixels, "longest_edge": 28 * 28 * 16}
-    want = processor(images=[Image.open(io.BytesIO(data))], size=size, return_tensors="pt")
-    assert torch.equal(images.patches(data), want["pixel_values"])

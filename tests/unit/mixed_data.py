@@ -7,8 +7,12 @@ import numpy as np
 from PIL import Image
 
 
-def write_video(path, *, frames=20, fps=10, size=(96, 64), codec=None, bframes=0):
-    """A real video whose frame i is filled with gray level 8 + 9 * i."""
+def write_video(path, *, frames=20, fps=10, size=(96, 64), codec=None, bframes=0, options=None,
+                times=None):
+    """A real video whose frame i is filled with `gray_of(i)`.
+
+    `times` are the milliseconds at which the frames are shown, if not evenly.
+    """
     import av
 
     with av.open(str(path), "w") as container:
@@ -18,10 +22,16 @@ def write_video(path, *, frames=20, fps=10, size=(96, 64), codec=None, bframes=0
         stream.pix_fmt = "yuv420p"
         if codec == "libx264":
             stream.options = {"bf": str(bframes), "g": "8", "crf": "1"}
+        stream.options = {**stream.options, **(options or {})}
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
         for number in range(frames):
             level = gray_of(number)
             array = np.full((size[1], size[0], 3), level, dtype=np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megatron_vl.data.chat import BadConversation, ChatTokenizer
+from megatron_vl.data.conversation import REASONS, Part, Turn
 from megatron_vl.data.formats.llava import question_and_answer, split_marks
-from megatron_vl.data.samples import IGNORE, Part, Turn
+from megatron_vl.data.options import TrainedText
+from megatron_vl.data.samples import IGNORE
 from megatron_vl.errors import InputError
 
 
@@ -56,6 +58,16 @@ def test_the_text_is_what_the_published_template_writes(chat):
     assert chat.tokenizer.decode(labels[labels != IGNORE]) == "red<|im_end|>"
 
 
+def test_a_video_takes_its_tokens_where_it_stands(chat):
+    turns = (Turn(role="user", parts=(Part(media="image"), Part(media="video"), Part(text="?"))),
+             _say("assistant", "red"))
+    tokens, _ = chat.encode(turns, [2, 3])
+    assert (
+        "user\n<|vision_start|>" + "<|image_pad|>" * 2 + "<|vision_end|><|vision_start|>"
+        + "<|video_pad|>" * 3 + "<|vision_end|>?<|im_end|>"
+    ) in chat.tokenizer.decode(tokens)
+
+
 def test_the_ignored_label_is_not_the_pad_token(chat):
     _, labels = chat.encode((_say("user", "?"), _say("assistant", "<|endoftext|>")), [])
     assert chat.pad_token == chat.tokenizer.pad_token_id != IGNORE
@@ -70,18 +82,30 @@ def test_a_system_prompt_of_any_length_leaves_the_mask_right(chat, system):
 
 
 @pytest.mark.parametrize(
-    ("turns", "images", "what"),
+    ("turns", "counts", "reason", "what"),
     [
-        ((_say("user", "?"), _say("assistant", " ")), [], "answer is empty"),
-        ((_say("user", "?"),), [], "no answer to train on"),
-        ((_say("user", "<|image_pad|>"), _say("assistant", "a")), [], "1 image marks for 0"),
-        ((_say("user", "?"), _say("assistant", "a")), [4], "0 image marks for 1"),
-        ((_say("user", "<|video_pad|>?"), _say("assistant", "a")), [], "1 video marks, but"),
+        ((_say("user", "?"), _say("assistant", " ")), [], "empty answer", "answer is empty"),
+        ((_say("user", "?"),), [], "no answer", "no answer to train on"),
+        ((_say("user", "<|image_pad|>"), _say("assistant", "a")), [], "mark count",
+         "1 image marks for 0"),
+        ((_say("user", "?"), _say("assistant", "a")), [4], "mark count",
+         "0 marks for 1 images and videos"),
+        ((_say("user", "<|video_pad|>?"), _say("assistant", "a")), [], "mark count",
+         "1 video marks for 0"),
+        # As many marks as media, but not of their kind.
+        ((Turn(role="user", parts=(Part(media="image"), Part(text="<|video_pad|>"))),
+          _say("assistant", "a")), [4, 4], "mark count", "1 video marks for 0"),
     ],
 )
-def test_a_conversation_that_cannot_be_trained_on_says_why(chat, turns, images, what):
-    with pytest.raises(BadConversation, match=what):
-        chat.encode(turns, images)
+def test_a_conversation_that_cannot_be_trained_on_says_why(chat, turns, counts, reason, what):
+    with pytest.raises(BadConversation, match=what) as raised:
+        chat.encode(turns, counts)
+    assert raised.value.reason == reason in REASONS
+
+
+def test_all_text_and_only_the_last_answer_exclude_one_another():
+    with pytest.raises(InputError, match="exclude one another; give one"):
+        TrainedText(train_on_prompt=True, mask_history=True)
 
 
 TRIMS = (

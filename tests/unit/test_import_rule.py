@@ -34,8 +34,9 @@ HEAVY = ("megatron.core", "transformer_engine", "flash_attn", "apex")
 LIGHT = (
     "parallel", "models", "models.spec", "models.registry", "models.qwen2_vl.config",
     "models.qwen2_vl.weight_map", "weights", "weights.convert", "weights.torch_dist",
-    "data.formats", "data.sources", "data.options", "data.prepare", "training.config", "training.plan", "training.report",
-    "cli.main", "cli.convert", "cli.prepare", "cli.plot", "cli.train",
+    "data.formats", "data.sources", "data.options", "data.prepare", "data.lint",
+    "training.config", "training.plan", "training.report",
+    "cli.main", "cli.convert", "cli.prepare", "cli.lint", "cli.plot", "cli.train",
 )
 
 

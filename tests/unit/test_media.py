@@ -8,14 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_vl.data.conversation import StoredMedia
 from megatron_vl.data.formats.llava import question_and_answer
-from megatron_vl.data.media import (
-    MAX_ASPECT_RATIO,
-    BadImage,
-    ImageProcessor,
-    decode_rgb,
-    image_size,
-)
+from megatron_vl.data.media import MAX_ASPECT_RATIO, BadMedia, decode_rgb, image_size
+from megatron_vl.data.options import MediaLimits
+from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.errors import InputError
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -32,13 +29,20 @@ def _one_colour(colour, mode="RGB", size=(56, 56)):
     return _file(Image.new(mode, size, colour))
 
 
+def _patches(media, data):
+    """Those of an image file, as a shard holds it."""
+    height, width = image_size(data)
+    stored = StoredMedia(kind="image", files=("0.png",), height=height, width=width)
+    return media.patches(stored, {"0.png": data}.get)
+
+
 @pytest.fixture(scope="module")
-def images(hf_dir, spec):
-    return ImageProcessor.from_hf_dir(hf_dir, vision=spec.vision)
+def media(hf_dir, spec):
+    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision)
 
 
-def test_red_stays_in_the_first_channel(images):
-    patch = images.patches(_one_colour((255, 0, 0)))[0].view(3, 2, 14, 14)
+def test_red_stays_in_the_first_channel(media):
+    patch = _patches(media, _one_colour((255, 0, 0)))[0].view(3, 2, 14, 14)
     want = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
     assert torch.allclose(patch.mean(dim=(1, 2, 3)), want, atol=1e-5)
 
@@ -48,13 +52,13 @@ def test_mean_and_std_are_those_of_the_preprocessor_config(hf_dir, spec, tmp_pat
     assert (config["image_mean"], config["image_std"]) == (CLIP_MEAN, CLIP_STD)
     config |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    images = ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
-    assert torch.equal(images.patches(_one_colour((0, 0, 0))).unique(), torch.tensor([-2.0]))
+    media = MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+    assert torch.equal(_patches(media, _one_colour((0, 0, 0))).unique(), torch.tensor([-2.0]))
 
 
-def test_transparency_is_laid_on_white(images):
+def test_transparency_is_laid_on_white(media):
     clear = _one_colour((10, 20, 30, 0), mode="RGBA")
-    assert torch.equal(images.patches(clear), images.patches(_one_colour((255, 255, 255))))
+    assert torch.equal(_patches(media, clear), _patches(media, _one_colour((255, 255, 255))))
 
 
 def test_sixteen_bit_gray_keeps_its_high_byte():
@@ -63,12 +67,12 @@ def test_sixteen_bit_gray_keeps_its_high_byte():
     assert np.asarray(image)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
 
 
-def test_the_size_comes_from_the_header_alone(images):
+def test_the_size_comes_from_the_header_alone(media):
     data = _file(Image.fromarray(np.random.default_rng(0).integers(
         0, 256, (300, 200, 3), dtype=np.uint8)))
     assert image_size(data[:100]) == (300, 200)
-    assert images.grid(data[:100]) == images.grid(data) == (1, 22, 14)
-    assert images.num_tokens(images.grid(data)) == 77
+    assert media.image_grid(*image_size(data[:100])) == media.image_grid(300, 200) == (1, 22, 14)
+    assert media.num_tokens((1, 22, 14)) == 77
 
 
 @pytest.mark.parametrize(
@@ -82,27 +86,27 @@ def test_the_size_comes_from_the_header_alone(images):
         (_file(Image.new("RGB", (1, 300))), "too long and thin"),
     ],
 )
-def test_a_damaged_image_says_what_is_wrong(images, data, what):
-    with pytest.raises(BadImage, match=what):
-        images.patches(data)
+def test_a_damaged_image_says_what_is_wrong(media, data, what):
+    with pytest.raises(BadMedia, match=what):
+        _patches(media, data)
 
 
 def test_a_missing_preprocessor_config_is_named(spec, tmp_path):
     with pytest.raises(InputError, match=r"preprocessor_config.json is missing; copy it"):
-        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+        MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
 
 
 def test_a_damaged_preprocessor_config_is_named(spec, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(InputError, match=r"preprocessor_config.json cannot be read"):
-        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+        MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
 
 
 def test_a_patch_size_unlike_config_json_s_is_refused(hf_dir, spec, tmp_path):
     config = json.loads((hf_dir / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"patch_size": 16}))
     with pytest.raises(InputError, match="patch_size 16 but config.json has 14"):
-        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+        MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
 
 
 def test_a_budget_upside_down_is_refused(hf_dir, spec, tmp_path):
@@ -111,13 +115,40 @@ def test_a_budget_upside_down_is_refused(hf_dir, spec, tmp_path):
                "max_pixels": 800}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="9000 to 800 pixels; .* no larger than max_pixels"):
-        ImageProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+        MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
 
 
-def test_the_longest_shape_that_prepare_takes_is_the_longest_that_is_resized(images):
-    images.resized(3, 3 * MAX_ASPECT_RATIO)
-    with pytest.raises(BadImage, match="too long and thin"):
-        images.resized(3, 3 * MAX_ASPECT_RATIO + 1)
+def test_the_longest_shape_that_prepare_takes_is_the_longest_that_is_resized(media):
+    media.image_grid(3, 3 * MAX_ASPECT_RATIO)
+    with pytest.raises(BadMedia, match="too long and thin"):
+        media.image_grid(3, 3 * MAX_ASPECT_RATIO + 1)
+
+
+def test_pixels_unlike_the_prepared_size_are_refused(media):
+    stored = StoredMedia(kind="image", files=("0.png",), height=28, width=56)
+    with pytest.raises(BadMedia, match="it is 56 x 56 pixels but was prepared as 56 x 28"):
+        media.patches(stored, lambda _: _one_colour((0, 0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [
+        (dict(image_min_pixels=900, image_max_pixels=800), "image-min-pixels 900 is above image-m"),
+        (dict(video_min_pixels=900, video_max_pixels=800), "video-min-pixels 900 is above video-m"),
+        (dict(image_min_pixels=0), "image-min-pixels is 0; give at least 1"),
+        (dict(video_max_pixels=-5), "video-max-pixels is -5; give at least 1"),
+        (dict(video_fps=0.0), "video-fps is 0.0; give a number above 0"),
+        (dict(video_fps=float("nan")), "video-fps is nan; give a number above 0"),
+        (dict(video_fps=float("inf")), "video-fps is inf; give a number above 0"),
+        (dict(video_maxlen=0), "video-maxlen is 0; give at least 1"),
+        # With the model's own limits, 3136 to 1003520.
+        (dict(image_max_pixels=3000), "images would have 3136 to 3000 pixels, with the model's"),
+        (dict(video_min_pixels=2000000), "videos would have 2000000 to 1003520 pixels, with the"),
+    ],
+)
+def test_limits_that_contradict_one_another_are_refused(hf_dir, spec, limits, what):
+    with pytest.raises(InputError, match=what):
+        MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=MediaLimits(**limits))
 
 
 # ---- what toolkits/evaluate_vqa.py shows the model ----------------------------------------------

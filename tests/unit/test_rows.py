@@ -15,7 +15,8 @@ def _sample(key, length, images=0):
         labels=torch.cat([tokens[1:], torch.tensor([IGNORE])]),
         position_ids=tokens.expand(3, -1) - 1,
         grids=torch.tensor([[1, 2, 2]] * images, dtype=torch.int64).reshape(-1, 3),
-        images=(),
+        media=(),
+        read=None,
         patches=torch.full((4 * images, 6), float(length)) if images else None,
     )
 

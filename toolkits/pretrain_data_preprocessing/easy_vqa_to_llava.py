@@ -1,10 +1,11 @@
 """Write the easy-VQA data set as LLaVA-style JSON and image files.
 
-    python easy_vqa_to_llava.py OUT [--max-images N] [--yes-no-per-image N]
+    python easy_vqa_to_llava.py OUT [--max-images N] [--yes-no-per-image N] [--image-size N]
 
 OUT/train.json and OUT/test.json hold `[{id, image, conversations}, ...]`, OUT/train-shape.json the
 training questions that ask for the shape; OUT/images holds the PNG files of the PyPI package
-`easy-vqa` (MIT), byte for byte. Every question is one entry.
+`easy-vqa` (MIT), 64 x 64, byte for byte; with --image-size enlarged, as JPEG, to sizes around N as
+photos have them. Every question is one entry.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def kind_of(answer: str) -> str:
     return "shape" if answer in SHAPES else "colour"
 
 
-def entries_of(split: str, questions, kept: set[int]) -> list[dict]:
+def entries_of(split: str, questions, kept: set[int], extension: str) -> list[dict]:
     """LLaVA entries of the questions about the images `kept`.
 
     Args:
@@ -34,7 +35,7 @@ def entries_of(split: str, questions, kept: set[int]) -> list[dict]:
     return [
         {
             "id": f"{split}-{image}-{index}",
-            "image": f"images/{split}/{image}.png",
+            "image": f"images/{split}/{image}.{extension}",
             "conversations": [
                 {"from": "human", "value": f"<image>\n{question}"},
                 {"from": "gpt", "value": answer},
@@ -64,6 +65,16 @@ def thin_yes_no(entries: list[dict], per_image: int, seed: int) -> list[dict]:
     return [entry for at, entry in enumerate(entries) if at in kept]
 
 
+def enlarge(source: str, target: Path, size: int) -> None:
+    """An image of another size and shape, the same each time: sides of 0.75 to 1.5 times `size`."""
+    from PIL import Image
+
+    draw = random.Random(target.stem)
+    width, height = (round(size * draw.uniform(0.75, 1.5)) for _ in range(2))
+    with Image.open(source) as image:
+        image.convert("RGB").resize((width, height)).save(target, "JPEG", quality=90)
+
+
 def write_json(path: Path, entries: list[dict]) -> None:
     path.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
     kinds = Counter(kind_of(answer_of(entry)) for entry in entries)
@@ -81,6 +92,7 @@ def main() -> int:
         "--yes-no-per-image", metavar="N", type=int,
         help="keep at most N yes/no questions of each training image (default: all)",
     )
+    parser.add_argument("--image-size", metavar="N", type=int, help="enlarge to about N x N pixels")
     parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
     args = parser.parse_args()
     try:
@@ -94,10 +106,15 @@ def main() -> int:
     ):
         folder = args.out / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
+        extension = "png" if args.image_size is None else "jpg"
         kept = set(sorted(images)[: args.max_images])
         for number in sorted(kept):
-            shutil.copyfile(images[number], folder / f"{number}.png")
-        entries = entries_of(split, questions, kept)
+            target = folder / f"{number}.{extension}"
+            if args.image_size is None:
+                shutil.copyfile(images[number], target)
+            else:
+                enlarge(images[number], target, args.image_size)
+        entries = entries_of(split, questions, kept, extension)
         if split == "train":
             shapes = [entry for entry in entries if kind_of(answer_of(entry)) == "shape"]
             write_json(args.out / "train-shape.json", shapes)

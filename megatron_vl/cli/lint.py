@@ -1,0 +1,101 @@
+"""`megatron-vl lint DATASET`: what is in prepared data, before a GPU waits for it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "lint",
+        help="what is in prepared data: counts, unusable samples, histograms, how rows fill",
+        description="Look at samples of a prepared dataset as training would see them. Writes "
+        "lint.html, one page with tables, histograms and samples with what of them is trained; "
+        "its pictures; and lint.json, its numbers.",
+    )
+    parser.add_argument(
+        "data", metavar="DATASET",
+        help="prepared dataset; several as A,B or 0.3,A,0.7,B; or the YAML of a metadataset",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="HF_DIR", type=Path,
+        help="model whose tokens and patches are counted; without, neither is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", default="train", choices=("train", "val"), help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=2000, metavar="N",
+        help="samples to look at, spread evenly over the shards; 0: all (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seq-length", type=int, default=2048, metavar="N",
+        help="tokens of a row, and of the longest sample (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-patches-per-row", type=int, metavar="N", help="as in training (default: any number)"
+    )
+    parser.add_argument(
+        "--max-samples", type=int, metavar="N",
+        help="of each dataset only the first N, as in training",
+    )  # fmt: skip
+    for kind in ("image", "video"):
+        for end, word in (("min", "least"), ("max", "most")):
+            parser.add_argument(
+                f"--{kind}-{end}-pixels", type=int, metavar="N",
+                help=f"{word} pixels of a resized {kind}, as in training (default: the model's)",
+            )  # fmt: skip
+    parser.add_argument(
+        "--video-fps", type=float, default=2.0, metavar="X",
+        help="frames taken from a second of video (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--video-maxlen", type=int, default=128, metavar="N",
+        help="frames taken from one video at most (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--train-on-prompt", action="store_true", help="as in training")
+    parser.add_argument("--mask-history", action="store_true", help="as in training")
+    parser.add_argument(
+        "--decode", action="store_true", help="also decode every image and video that is looked at"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path,
+        help="the report's directory; a report there is replaced (default: DATASET-lint)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 if a sample cannot be used"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="of what is drawn (default: %(default)s)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_vl.data.lint import LintConfig, lint
+    from megatron_vl.data.mixture import Mixture
+    from megatron_vl.data.options import MediaLimits, TrainedText
+    from megatron_vl.models.registry import load_spec
+
+    print(lint(LintConfig(
+        data=Mixture.parse(args.data, max_samples=args.max_samples),
+        hf_dir=args.model,
+        spec=None if args.model is None else load_spec(args.model),
+        split=args.split,
+        samples=args.samples,
+        seq_length=args.seq_length,
+        max_patches_per_row=args.max_patches_per_row,
+        media=MediaLimits(
+            image_min_pixels=args.image_min_pixels, image_max_pixels=args.image_max_pixels,
+            video_min_pixels=args.video_min_pixels, video_max_pixels=args.video_max_pixels,
+            video_fps=args.video_fps, video_maxlen=args.video_maxlen,
+        ),
+        trained=TrainedText(train_on_prompt=args.train_on_prompt, mask_history=args.mask_history),
+        decode=args.decode,
+        output=args.out,
+        strict=args.strict,
+        seed=args.seed,
+        progress=not args.quiet,
+    )))

@@ -1,0 +1,146 @@
+"""One sample as training would see it: encoded by training's own encoder, or refused and why."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.energon import SkipSample, VQASample
+
+from megatron_vl.data.chat import BadConversation, ChatTokenizer
+from megatron_vl.data.conversation import IMAGE, VIDEO, StoredMedia
+from megatron_vl.data.lint.reading import Leaf
+from megatron_vl.data.loader import DataConfig
+from megatron_vl.data.media import BadMedia
+from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.samples import IGNORE, ConversationSample, EncodedSample, sample_name
+from megatron_vl.data.task_encoder import RowRules, SampleEncoder, conversation_of, stop_on_error
+from megatron_vl.errors import InputError
+from megatron_vl.models.spec import VLMSpec
+
+STOPS = "stops training"  # beside the reasons for which training skips a sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What became of one sample."""
+
+    leaf: int
+    place: int
+    name: str  # `shard.tar/key`
+    reason: str | None = None  # why training would leave it out
+    message: str | None = None  # the details
+    media: tuple[StoredMedia, ...] = ()
+    answers: int = 0  # turns of the assistant
+    tokens: int | None = None  # None: it was not encoded
+    trained: int = 0  # tokens that are trained
+    patches: int = 0
+
+    def count(self, kind: str) -> int:
+        return sum(media.kind == kind for media in self.media)
+
+    @property
+    def kind(self) -> str:
+        """What it shows: "video" if there is one, else "image", else "text"."""
+        return VIDEO if self.count(VIDEO) else IMAGE if self.count(IMAGE) else "text"
+
+
+class Looker:
+    """Looks at samples one by one."""
+
+    def __init__(self, leaves: Sequence[Leaf], encoder: _Encoder, *, decode: bool = False):
+        """`decode`: also decode every image and video."""
+        self.leaves = leaves
+        self.encoder = encoder
+        self.decode = decode
+
+    def look(self, leaf: int, place: int) -> Look | None:
+        """None: the dataset excludes this sample."""
+        where = {"leaf": leaf, "place": place}
+        name = f"{self.leaves[leaf].path.name}, sample {place}"
+        try:
+            raw = self.leaves[leaf].read(place)
+            if raw is None:
+                return None
+            name = self._name(leaf, raw)
+            sample = self.encoder.conversation(self.leaves[leaf].load(raw))
+            encoded = self._encode(sample) if self.encoder.chat else None
+            if self.decode:
+                self.encoder.make_row([encoded])
+        except SkipSample:
+            pass
+        except (InputError, RuntimeError) as error:
+            return Look(**where, name=name, reason=STOPS, message=str(error))
+        skipped, self.encoder.skipped = self.encoder.skipped, []
+        for problem in skipped:
+            return Look(**where, name=name, reason=problem.reason, message=problem.message)
+        found = {}
+        if encoded is not None:
+            found = {"tokens": encoded.num_tokens, "patches": encoded.num_patches,
+                     "trained": int((encoded.labels != IGNORE).sum())}
+        over = self.encoder.over
+        return Look(
+            **where, **found, name=name, media=sample.media,
+            answers=sum(turn.role == "assistant" for turn in sample.turns),
+            reason=over and over.reason, message=over and str(over),
+        )
+
+    def encode(self, look: Look) -> EncodedSample:
+        """A sample that has been looked at and has tokens."""
+        leaf = self.leaves[look.leaf]
+        return self._encode(self.encoder.conversation(leaf.load(leaf.read(look.place))))
+
+    def _encode(self, sample: ConversationSample) -> EncodedSample:
+        self.encoder.over = None
+        try:
+            return self.encoder.preencode_sample(sample)
+        except SkipSample:
+            raise
+        except Exception as error:  # as energon hands it on in training
+            stop_on_error(error, sample, None)
+
+    def _name(self, leaf: int, raw: dict) -> str:
+        many = len(self.leaves) > 1
+        return (f"{self.leaves[leaf].path.name}/" if many else "") + sample_name(raw)
+
+
+class _Encoder(SampleEncoder):
+    """Training's, but what is too large for a row is noted and encoded all the same."""
+
+    over: BadConversation | None = None  # what is wrong with the size of the last sample
+
+    def conversation(self, raw) -> ConversationSample:
+        """A raw sample of either kind of dataset. Raises SkipSample: it cannot be used."""
+        if isinstance(raw, dict):
+            return self.cook(raw)
+        try:
+            return conversation_of(raw) if isinstance(raw, VQASample) else raw
+        except BadMedia as error:
+            self._skip(raw, "unusable media", f"its image or video is unusable: {error}")
+
+    def _check_size(self, length: int, grids: list[tuple[int, int, int]]) -> None:
+        try:
+            super()._check_size(length, grids)
+        except BadConversation as error:
+            self.over = error
+
+
+def build_encoder(config: DataConfig, hf_dir: Path | None, spec: VLMSpec | None) -> _Encoder:
+    """Training's encoder of `config`; one that only reads conversations without a model.
+
+    Raises:
+        InputError: a tokenizer or image settings that cannot be used.
+    """
+    rules = RowRules(
+        length=config.seq_length, packs=True, length_mend=config.length_mend,
+        max_patches=config.max_patches_per_row, max_skipped=sys.maxsize,
+    )  # fmt: skip
+    if hf_dir is None:
+        return _Encoder(chat=None, media=None, rules=rules)
+    return _Encoder(
+        chat=ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
+        media=MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
+        rules=rules,
+    )

@@ -1,0 +1,75 @@
+"""What of a sample is trained: its tokens as stretches of text, and the places of its media."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.conversation import IMAGE, VIDEO, StoredMedia
+from megatron_vl.data.media import decode_rgb, video_frames
+from megatron_vl.data.samples import IGNORE
+
+_SIDE = 112  # pixels of a thumbnail's longer side at most
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Neighbouring tokens of one kind."""
+
+    text: str = ""
+    trained: bool = False  # these tokens are what the loss is about
+    special: bool = False  # the tokenizer's own marks
+    media: int | None = None  # the number of the image or video that stands here
+
+
+def pieces(
+    tokens: torch.Tensor, labels: torch.Tensor, *, chat: ChatTokenizer,
+    media_tokens: Sequence[int],
+) -> Iterator[Piece]:
+    """The stretches of a sample, in order.
+
+    Tokens are put together before they are written out: one character may be several of them.
+
+    Args:
+        tokens: [L], labels: [L], as a sample is encoded: a label is the next position's token.
+        media_tokens: places that each image and video takes, in order.
+    """
+    special = {*chat.tokenizer.all_special_ids, *chat.tokenizer.added_tokens_decoder}
+    places = {getattr(chat.tokens, kind) for kind in (IMAGE, VIDEO)}
+    ids = tokens.tolist()
+    trained = [False, *(label != IGNORE for label in labels.tolist()[:-1])]
+    at = number = 0
+    while at < len(ids):
+        if ids[at] in places:
+            yield Piece(media=number)
+            at, number = at + media_tokens[number], number + 1
+            continue
+        kind, end = (ids[at] in special, trained[at]), at + 1
+        while end < len(ids) and ids[end] not in places and (
+            (ids[end] in special, trained[end]) == kind
+        ):
+            end += 1
+        yield Piece(text=chat.tokenizer.decode(ids[at:end]), special=kind[0], trained=kind[1])
+        at = end
+
+
+def thumbnail(media: StoredMedia, read: Callable[[str], bytes]) -> bytes:
+    """A small PNG of an image, or of a video's first frame.
+
+    Raises:
+        BadMedia: it cannot be read or decoded.
+    """
+    data = read(media.files[0])
+    if media.kind == VIDEO and not media.separate:
+        ((_, image),) = video_frames(data, [0])
+    else:
+        image = decode_rgb(data)
+    image.thumbnail((_SIDE, _SIDE), resample=Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()

@@ -1,0 +1,98 @@
+"""transformers' own Qwen2-VL processor for images and videos, with PIL in place of torchvision."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.image_processing_backends import PilBackend
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+_MODULE = "transformers.models.qwen2_vl.video_processing_qwen2_vl"
+_STUBS = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2",
+          "torchvision.transforms.v2.functional")
+
+
+class ImageAndVideoProcessor(Qwen2VLProcessor):
+    """transformers' processor; its check of classes would ask for torchvision's video processor."""
+
+    def check_argument_for_proper_class(self, name, argument):
+        pass
+
+
+def load_processor(hf_dir, **video_settings):
+    """transformers' processor of a Hugging Face directory."""
+    images = AutoImageProcessor.from_pretrained(hf_dir, backend="pil")
+    videos = video_processor_class().from_pretrained(
+        hf_dir, do_convert_rgb=False, cap_pixels_per_frame=False, **video_settings
+    )
+    videos.pil = images
+    return ImageAndVideoProcessor(images, AutoTokenizer.from_pretrained(hf_dir), videos)
+
+
+@cache
+def video_processor_class():
+    """Qwen2VLVideoProcessor, whose pixels are PIL's.
+
+    Sampling, sizes, grids and the layout of patches are transformers' own code. Its resizing,
+    rescaling and normalising are torchvision's, which differ in the last bits from PIL's, frame by
+    frame: there it calls transformers' PIL image processor.
+    """
+    reference = _module().Qwen2VLVideoProcessor
+
+    class PilPixels(reference.__mro__[1]):
+        """Stands where Qwen2VLVideoProcessor looks for `super()`."""
+
+        pil: PilBackend  # the image processor
+
+        def resize(self, image, size, resample):
+            frames = [PilBackend.resize(self.pil, frame.numpy(), size, resample)
+                      for frame in image.flatten(0, 1)]
+            return torch.from_numpy(np.stack(frames)).unflatten(0, image.shape[:2])
+
+        def rescale_and_normalize(self, videos, do_rescale, factor, do_normalize, mean, std):
+            frames = [frame.numpy() for frame in videos.flatten(0, 1)]
+            if do_rescale:
+                frames = [self.pil.rescale(frame, factor) for frame in frames]
+            if do_normalize:
+                frames = [self.pil.normalize(frame, mean, std) for frame in frames]
+            pixels = np.stack(frames).astype(np.float32)
+            return torch.from_numpy(pixels).unflatten(0, videos.shape[:2])
+
+    class PilVideoProcessor(reference, PilPixels):
+        pass
+
+    return PilVideoProcessor
+
+
+def _module():
+    """transformers' module of the video processor, executed for this test alone.
+
+    It imports torchvision, of which it needs only functions that `PilPixels` replaces. An empty
+    stand-in is there while it is executed, and neither is left behind for other tests to find.
+    """
+    path = Path(transformers.__file__).parent / "models/qwen2_vl/video_processing_qwen2_vl.py"
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    module = importlib.util.module_from_spec(spec)
+    meanwhile = {_MODULE: module}  # transformers' decorators look for the class' module
+    if importlib.util.find_spec("torchvision") is None:
+        meanwhile |= {name: types.ModuleType(name) for name in _STUBS}
+        for name in _STUBS[1:]:
+            parent, _, child = name.rpartition(".")
+            setattr(meanwhile[parent], child, meanwhile[name])
+    before = {name: sys.modules[name] for name in meanwhile if name in sys.modules}
+    sys.modules.update(meanwhile)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for name in meanwhile:
+            del sys.modules[name]
+        sys.modules.update(before)
+    return module
