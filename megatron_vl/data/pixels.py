@@ -22,6 +22,10 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VisionSpec
 
 Grid = tuple[int, int, int]
+IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"
+JOINT_SETTINGS = "processor_config.json"
+# Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
+VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 MIN_FRAMES = 4  # transformers' Qwen2VLVideoProcessor.min_frames
 
 
@@ -64,16 +68,20 @@ class MediaProcessor:
                     limits: MediaLimits | None = None) -> MediaProcessor:
         """Read DIR/preprocessor_config.json, and video_preprocessor_config.json if it is there.
 
+        Where transformers 5 saved the directory, processor_config.json holds both.
+
         Raises:
             InputError: a file is missing or unreadable, or differs from config.json.
         """
         from transformers import AutoImageProcessor
 
-        path = Path(hf_dir) / "preprocessor_config.json"
+        path, joint = (Path(hf_dir) / name for name in (IMAGE_SETTINGS, JOINT_SETTINGS))
         if not path.is_file():
-            raise InputError(
-                f"{path} is missing; copy it from the model's Hugging Face repository."
-            )
+            if not joint.is_file():
+                raise InputError(
+                    f"{path} is missing; copy it from the model's Hugging Face repository."
+                )
+            path = joint
         try:
             processor = AutoImageProcessor.from_pretrained(str(hf_dir), backend="pil")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -235,23 +243,28 @@ def _chosen(kind: str, limits: MediaLimits, default: tuple[int, int]) -> tuple[i
 
 
 def _video_size(hf_dir: Path) -> tuple[int, int] | None:
-    """The pixels of a frame that video_preprocessor_config.json asks for; None without the file."""
-    path = Path(hf_dir) / "video_preprocessor_config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        size = config.get("size") or {}
-        least = config.get("min_pixels") or size["shortest_edge"]
-        most = config.get("max_pixels") or size["longest_edge"]
-        if not 0 < least <= most:
-            raise ValueError(f"{least} to {most} pixels")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} cannot be used ({_first_line(error)}); copy it again from the model's Hugging "
-            f"Face repository."
-        ) from error
-    return least, most
+    """The pixels of a frame that the model's video settings ask for; None without any."""
+    for name, part in ((VIDEO_SETTINGS, None), (JOINT_SETTINGS, "video_processor")):
+        path = Path(hf_dir) / name
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config = config if part is None else config.get(part)
+            if config is None:
+                continue
+            size = {**VIDEO_SIZE, **(config.get("size") or {})}
+            least = config.get("min_pixels") or size["shortest_edge"]
+            most = config.get("max_pixels") or size["longest_edge"]
+            if not 0 < least <= most:
+                raise ValueError(f"{least} to {most} pixels")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} cannot be used ({_first_line(error)}); copy it again from the model's "
+                f"Hugging Face repository."
+            ) from error
+        return least, most
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from qwen2_vl_reference import load_processor
+from transformers import AutoImageProcessor
 
 from megatron_vl.data.conversation import StoredMedia
 from megatron_vl.data.media import decode_rgb, image_size
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.errors import InputError
 
 
 def _noise(*shape):
@@ -252,6 +254,7 @@ def test_a_budget_gives_the_grids_that_transformers_resizes_to(budget, hf_dir, s
         {"size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 8}},
         {"min_pixels": 28 * 28 * 20, "max_pixels": 28 * 28 * 40},
         {"size": {"shortest_edge": 3136, "longest_edge": 9000}, "max_pixels": 28 * 28 * 40},
+        {"patch_size": 14},  # transformers' own sizes of videos, not those of images
     ],
 )
 def test_videos_have_the_sizes_of_their_own_config_where_there_is_one(hf_dir, spec, tmp_path,
@@ -267,3 +270,27 @@ def test_videos_have_the_sizes_of_their_own_config_where_there_is_one(hf_dir, sp
     assert list(media.grid(stored)) == want["video_grid_thw"][0].tolist()
     assert media.grid(stored)[1:] != media.image_grid(300, 200)[1:]
     assert torch.equal(media.patches(stored, read), want["pixel_values_videos"])
+
+
+def test_the_one_file_that_transformers_5_saves_is_read(hf_dir, spec, tmp_path):
+    """processor_config.json instead of preprocessor_config.json, images and videos in it."""
+    (tmp_path / "config.json").symlink_to(hf_dir / "config.json")
+    images = json.loads((hf_dir / "preprocessor_config.json").read_text())
+    sizes = {"min_pixels": 3136, "max_pixels": 28 * 28 * 16}
+    joint = {
+        "processor_class": "Qwen2VLProcessor",
+        "image_processor": {**images, **sizes, "size": {
+            "shortest_edge": 3136, "longest_edge": 28 * 28 * 16,
+        }},
+        "video_processor": {"size": {"shortest_edge": 3136, "longest_edge": 28 * 28 * 8}},
+    }  # fmt: skip
+    (tmp_path / "processor_config.json").write_text(json.dumps(joint))
+    media = MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
+    assert media.image_size == (3136, 28 * 28 * 16) and media.video_size == (3136, 28 * 28 * 8)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    image = Image.fromarray(_noise(1, 300, 200, 3)[0])
+    want = processor(images=[image], return_tensors="pt")
+    assert torch.equal(media.image_patches(image), want["pixel_values"])
+    (tmp_path / "processor_config.json").write_text(json.dumps(joint | {"video_processor": 5}))
+    with pytest.raises(InputError, match="processor_config.json cannot be used"):
+        MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
