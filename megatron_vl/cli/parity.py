@@ -27,6 +27,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (default: 1)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
     parser.add_argument("--vp", type=int, default=1, help="model chunks per stage (default: 1)")
+    parser.add_argument("--cp", type=int, default=1, help="ranks that share a row (default: 1)")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks (default: 1)")
     parser.add_argument("--sequence-parallel", action="store_true", help="split norms over TP")
     parser.add_argument(
@@ -70,7 +71,7 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
     from megatron_vl.training import parity
 
     layout = Layout(
-        tp=args.tp, pp=args.pp, vp=args.vp, dp=args.dp,
+        tp=args.tp, pp=args.pp, vp=args.vp, cp=args.cp, dp=args.dp,
         sequence_parallel=args.sequence_parallel and args.tp > 1,
     )
     if args.sweep is not None:
@@ -78,7 +79,7 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
             one is not None for one in (args.first_stage_layers, args.pp_layers, args.vit_pp_layers)
         ):
             raise InputError(
-                "--sweep goes through every layout; leave out --tp, --pp, --vp, --dp, "
+                "--sweep goes through every layout; leave out --tp, --pp, --vp, --cp, --dp, "
                 "--sequence-parallel, --first-stage-layers, --pp-layers and --vit-pp-layers, or "
                 "--sweep."
             )
@@ -123,7 +124,7 @@ def _compare(args, spec, layouts, work_dir: Path) -> int:
                 folder / f"{index}.gradients", gradients, "--to", "hf", "--hf-config", args.hf_dir
             )
             ours = parity.read_ours(
-                folder, index, spec, samples, layout.dp, _read_tensors(gradients)
+                folder, index, spec, samples, layout, _read_tensors(gradients)
             )
             differences[number].append(parity.compare(case, ours, theirs))
     report = _report if args.sweep is None else _report_sweep

@@ -152,6 +152,18 @@ class VLMSpec:
                 raise InputError(
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
                 )
+        heads, cp = decoder.num_attention_heads // tp, layout.cp
+        if heads % cp:
+            raise InputError(
+                f"CP {cp} does not divide the {heads} attention heads that TP {tp} leaves to a "
+                f"rank; use a CP that does, or a smaller TP."
+            )
+        here = max(1, groups // tp)
+        if here % cp and cp % here:
+            raise InputError(
+                f"CP {cp} and the {here} key/value heads that TP {tp} leaves to a rank do not "
+                f"divide one another; use a CP that does."
+            )
         # Megatron-Core cuts the fused [q.. k v] rows evenly whatever TP is, and gathers them when
         # a key/value head would be cut; for that, either number must be a multiple of the other.
         if groups % tp and tp % groups:

@@ -92,14 +92,15 @@ def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
 
     Pipelines with an even and, where there is one, an uneven first stage, and, under sequence
     parallelism or without tensor parallelism, with the vision tower over several chunks; all with
-    and without two virtual stages.
+    and without two virtual stages, and with every context parallelism.
     """
     sizes = [size for size in range(1, ranks + 1) if not ranks % size]
-    for tp, pp, vp, sequence_parallel in product(sizes, sizes, (1, 2), (False, True)):
-        if ranks % (tp * pp) or (vp > 1 and pp == 1) or (sequence_parallel and tp == 1):
+    for cp, tp, pp, vp, sequence_parallel in product(sizes, sizes, sizes, (1, 2), (False, True)):
+        if ranks % (tp * pp * cp) or (vp > 1 and pp == 1) or (sequence_parallel and tp == 1):
             continue
         layout = Layout(
-            tp=tp, pp=pp, vp=vp, dp=ranks // (tp * pp), sequence_parallel=sequence_parallel
+            tp=tp, pp=pp, vp=vp, cp=cp, dp=ranks // (tp * pp * cp),
+            sequence_parallel=sequence_parallel,
         )
         firsts = range(1, spec.decoder.num_layers) if pp > 1 else ()
         found = [split for first in (None, *firsts)
@@ -353,7 +354,8 @@ def _run_layout(
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and (
             parallel_state.get_tensor_model_parallel_rank() == 0
         ):
-            torch.save([one.cpu() for one in logits], work_dir / f"{index}.logits.{dp_rank}.pt")
+            file = f"{index}.logits.{dp_rank}.{parallel_state.get_context_parallel_rank()}.pt"
+            torch.save([one.cpu() for one in logits], work_dir / file)
         if torch.distributed.get_rank() == 0:
             torch.save(torch.tensor(loss, dtype=torch.float64), work_dir / f"{index}.loss.pt")
 
@@ -381,7 +383,7 @@ def _save_gradients(directory: Path, source, model, layout) -> None:
 
     from megatron_vl.models.common.layer_spec import to_checkpoint_names
 
-    if parallel_state.get_data_parallel_rank() == 0:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         tp = parallel_state.get_tensor_model_parallel_rank()
         pp = parallel_state.get_pipeline_model_parallel_rank()
         name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp > 1 else "")
@@ -452,14 +454,17 @@ def _finite(difference: float) -> float:
 
 
 def read_ours(
-    work_dir: Path, index: int, spec: VLMSpec, samples, dp: int, gradients
+    work_dir: Path, index: int, spec: VLMSpec, samples, layout: Layout, gradients
 ) -> Outcome:
     """What the ranks left for case `index`; rows are taken apart into samples again."""
     case = CASES[index]
     per_batch = [None] * case.num_microbatches
-    for rank in range(dp):
-        mine = torch.load(work_dir / f"{index}.logits.{rank}.pt", weights_only=True)
-        per_batch[rank::dp] = mine
+    for rank in range(layout.dp):
+        parts = [
+            torch.load(work_dir / f"{index}.logits.{rank}.{part}.pt", weights_only=True)
+            for part in range(layout.cp)
+        ]
+        per_batch[rank :: layout.dp] = [torch.cat(one, dim=1) for one in zip(*parts, strict=True)]
     # [rows, ROW_LENGTH, V], without what pads the vocabulary for tensor parallelism.
     rows = torch.cat(per_batch)[..., : spec.decoder.vocab_size]
     logits, at = [], 0

@@ -53,11 +53,6 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
     if config.model.init_method_std is not None:
         spec = replace(spec, decoder=replace(spec.decoder, init_std=config.model.init_method_std))
     layout = config.parallel.layout(world_size)
-    if layout.cp > 1:
-        raise InputError(
-            f"context-parallel-size {layout.cp} is not supported yet; use 1 and, for long rows, "
-            f"tensor-model-parallel-size with sequence-parallel."
-        )
     split = _split(config, spec, layout)
     spec.check_layout(layout, split)
     if config.data.train_data_path is None:
@@ -72,10 +67,12 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         hf_dir=Path(hf_dir),
         num_microbatches=config.batch.num_microbatches(layout.dp),
     )
-    if layout.sequence_parallel and plan.row_length % layout.tp:
+    parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    if plan.row_length % parts:
         raise InputError(
             f"rows of {plan.row_length} tokens (SEQ_LEN, or PAD_LEN without packing) do not divide "
-            f"over TP {layout.tp}, as sequence-parallel needs; use a multiple of {layout.tp}."
+            f"over {parts} parts, as context parallelism and sequence-parallel need; use a "
+            f"multiple of {parts}."
         )
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
         raise InputError(

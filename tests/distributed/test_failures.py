@@ -42,7 +42,10 @@ BAD_ARGUMENTS = {
         dict(MP_EXTRA="--nnodes 2 --node-rank 2"), "node-rank 2 is not one of the 2 node(s)"),
     "an output below a file": (
         dict(OUTPUT_BASEPATH="README.md/out"), "README.md is a file; give another"),
-    "context parallelism": (dict(CP=2), "context-parallel-size 2 is not supported yet"),
+    "CP that does not divide heads": (
+        dict(TP=2, CP=4), "CP 4 does not divide the 2 attention heads that TP 2 leaves"),
+    "rows that CP does not divide": (
+        dict(CP=2, PAD_LEN=255), "rows of 255 tokens"),
 }
 
 
@@ -160,8 +163,8 @@ BAD_FILES = {
     "an empty validation split": (empty_validation, "'val'"),
     "a missing weight": (remove_weight, "language_model.decoder.final_layernorm.weight"),
     "a missing tokenizer": (remove_tokenizer, "tokenizer"),
-    "a corrupt image": (damage_images, "the image of sample shard-"),
-    "a sample longer than SEQ_LEN": (shorten_rows, "tokens"),
+    "corrupt images": (damage_images, "its image or video is unusable"),
+    "samples longer than SEQ_LEN": (shorten_rows, "tokens but a row holds 24"),
 }
 
 

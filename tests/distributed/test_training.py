@@ -27,6 +27,7 @@ LAYOUTS = {
     "TP2": dict(TP=2, PP=1),
     "TP2 PP2, sequence parallel, 24 arguments": dict(TP=2, PP=2, SP="true"),
     "PP2 uneven, full recompute": dict(PP=2, first=1, AC="full"),
+    "CP2 PP2": dict(PP=2, CP=2),
 }
 
 

@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.segments import Segments
 
@@ -43,6 +44,8 @@ class VarlenCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        # The vision tower's ranks have images of their own instead.
+        self.share = RowShare() if config.context_parallel_size > 1 else None
         self.backend = choose_backend(config.varlen_attention_backend)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
@@ -60,6 +63,8 @@ class VarlenCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attention inside the segments; returns [s, b, N*H]."""
         assert attention_mask is None and attention_bias is None
+        if self.share is not None:
+            query, key, value = map(self.share.tokens_to_heads, (query, key, value))
         s, b, heads, head_dim = query.shape
         segments = packed_seq_params.segments
 
@@ -70,4 +75,7 @@ class VarlenCoreAttention(MegatronModule):
             rows_end_to_end(query), rows_end_to_end(key), rows_end_to_end(value), segments,
             causal=self.causal, scale=self.scale,
         )
-        return out.reshape(b, s, heads * head_dim).transpose(0, 1).contiguous()
+        out = out.reshape(b, s, heads, head_dim).transpose(0, 1)
+        if self.share is not None:
+            out = self.share.heads_to_tokens(out)
+        return out.flatten(2).contiguous()

@@ -74,6 +74,7 @@ def language_config(
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
         **_initialization(options, decoder.init_std),
         vision_spans_chunks=split.vision_spans_chunks,
+        context_parallel_size=layout.cp,
         **_pipeline(layout, split, "llm"),
         **_recompute(options, split),
         **_shared(layout, options, sequence_parallel=layout.sequence_parallel and layout.tp > 1),

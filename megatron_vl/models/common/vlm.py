@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch.nn import functional as F
 
+from megatron_vl.models.common.context_parallel import Alone, RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.layer_spec import block_spec
 from megatron_vl.models.common.transformer_config import (
@@ -166,6 +167,7 @@ class VisionLanguageModel(MegatronModule):
             spec.decoder.tie_word_embeddings and not self.spans
         )
         self.model_type = ModelType.encoder_or_decoder
+        self.share = RowShare()
         self._received: torch.Tensor | None = None
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
@@ -182,15 +184,15 @@ class VisionLanguageModel(MegatronModule):
     def pipeline_length(self, row_length: int) -> int:
         """The `seq_length` that Megatron-Core's schedules need for rows of `row_length` tokens.
 
-        Their tensors are [seq_length, b, E], or a TP rank's part of that under sequence
-        parallelism. Vision hidden states are whole on every TP rank, `merge^2` of them a token.
+        Their tensors are [seq_length, b, E], or a rank's part of that under context and sequence
+        parallelism. Vision hidden states are whole on every TP rank, `merge^2` of them a token, and
+        one rank of a row may have all of them.
         """
         if not self.spans:
             return row_length
         vision = self.spec.vision
-        tp = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         numbers = row_length * vision.spatial_merge_size**2 * vision.hidden_size
-        return max(row_length, tp * -(-numbers // self.config.hidden_size))
+        return max(row_length, self._parts * -(-numbers // self.config.hidden_size))
 
     def set_input_tensor(self, input_tensor) -> None:
         """What the chunk before sent: hidden states [s, b, E], or vision's in such a tensor."""
@@ -222,7 +224,8 @@ class VisionLanguageModel(MegatronModule):
 
         Returns:
             Hidden states [s, b, E] before the last chunk; on the last one the loss of every
-            trained position [n], or without labels the logits [b, s, V].
+            trained position [n], or without labels the logits [b, s, V]; under context
+            parallelism those of this rank's part of s.
 
         Raises:
             ValueError: image tokens and image embeddings differ in number.
@@ -235,14 +238,15 @@ class VisionLanguageModel(MegatronModule):
             decoder_input = self._embed(input_ids, vision, grid_thw)
         else:
             self.language_model.set_input_tensor(self._received_text(input_ids.shape[1]))
+        mine = self.share.columns(input_ids.shape[1])
         output = self.language_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
+            input_ids=input_ids[:, mine],
+            position_ids=position_ids[..., mine],
             attention_mask=None,
             decoder_input=decoder_input,
-            labels=labels,
-            loss_mask=loss_mask,
-            packed_seq_params=SegmentParams(segments=segments),
+            labels=None if labels is None else labels[:, mine],
+            loss_mask=None if loss_mask is None else loss_mask[:, mine],
+            packed_seq_params=SegmentParams(segments=segments, cp_group=Alone()),
         )
         return output if self.post_process else self._send(output, input_ids.shape)
 
@@ -261,60 +265,95 @@ class VisionLanguageModel(MegatronModule):
         received = self._received
         return received[: self._local(row_length)] if self.spans else received
 
-    def _local(self, length: int) -> int:
-        """A TP rank's part of `length` positions."""
+    @property
+    def _parts(self) -> int:
+        """Ranks that a row's hidden states are cut over."""
         config = self.config
-        return length // config.tensor_model_parallel_size if config.sequence_parallel else length
+        tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return tp * self.share.size
+
+    def _local(self, length: int) -> int:
+        """A rank's part of `length` positions."""
+        return length // self._parts
 
     # ---- images -------------------------------------------------------------------------------
 
     def _see(self, pixel_patches, grid_thw, device: torch.device) -> torch.Tensor | None:
-        """What this chunk's vision layers make of a microbatch's images; None if it has none.
+        """What this chunk's vision layers make of this rank's images; None if there are none.
 
-        Even then every vision weight is touched in training, by a blank image whose gradient is
-        zero: gradient reduction waits for all of them. Between chunks one always travels.
+        Context-parallel ranks have each a run of the microbatch's images. A rank without any sees a
+        blank one in training, whose gradient is zero, so that every vision weight is touched:
+        gradient reduction waits for all of them. Between chunks one always travels.
         """
-        has_images = grid_thw is not None and grid_thw.shape[0] > 0
-        if self.pre_process:
-            has_images = pixel_patches is not None and pixel_patches.shape[0] > 0
-        if not has_images:
-            if not self.spans and not self.training:
-                return None
+        given = 0 if grid_thw is None else grid_thw.shape[0]
+        if given and self.pre_process and pixel_patches is None:
+            raise ValueError(f"{given} images or videos but no pixels")
+        if not given and not self.spans and not self.training:
+            return None
+        mine = self._own_media(grid_thw) if given else range(0)
+        if not mine:
             merge = self.spec.vision.spatial_merge_size
-            grid_thw = torch.tensor([[1, merge, merge]])
-        if self.pre_process:
-            if not has_images:
-                vision = self.spec.vision
-                pixel_patches = torch.zeros(
-                    vision.spatial_merge_size**2, vision.patch_dim, device=device
-                )
-            return self.vision_model(pixel_patches, grid_thw)
-        patches, width = int(grid_thw.prod(-1).sum()), self.spec.vision.hidden_size
-        hidden_PD = self._received.flatten()[: patches * width].view(patches, width)
-        return self.vision_model(hidden_PD, grid_thw)
+            grids = torch.tensor([[1, merge, merge]])
+        else:
+            grids = grid_thw[mine.start : mine.stop]
+        patches = int(grids.prod(-1).sum())
+        if not self.pre_process:
+            width = self.spec.vision.hidden_size
+            hidden_PD = self._received.flatten()[: patches * width].view(patches, width)
+            return self.vision_model(hidden_PD, grids)
+        if not mine:
+            pixels = torch.zeros(patches, self.spec.vision.patch_dim, device=device)
+        else:
+            begin = int(grid_thw[: mine.start].prod(-1).sum())
+            pixels = pixel_patches[begin : begin + patches]
+        return self.vision_model(pixels, grids)
+
+    def _own_media(self, grid_thw: torch.Tensor) -> range:
+        return self.share.media(grid_thw.prod(-1).tolist())
 
     def _embed(self, input_ids, vision_ME, grid_thw) -> torch.Tensor:
-        hidden_sbE = self.language_model.embedding(input_ids=input_ids, position_ids=None)
+        """The decoder's input [t, b, E]: this rank's tokens, with the media's embeddings."""
+        mine = self.share.columns(input_ids.shape[1])
+        hidden_tbE = self.language_model.embedding(input_ids=input_ids[:, mine], position_ids=None)
         is_vision = (input_ids == self.spec.tokens.image) | (input_ids == self.spec.tokens.video)
-        places = is_vision.flatten().nonzero().flatten()  # row after row, as images are counted
-        if grid_thw is not None and grid_thw.shape[0] and vision_ME is not None:
-            if vision_ME.shape[0] != places.shape[0]:
+        count = int(is_vision.sum())
+        if grid_thw is not None and grid_thw.shape[0]:
+            vision_ME = self._gathered(vision_ME, grid_thw)
+            if vision_ME.shape[0] != count:
                 raise ValueError(
-                    f"{places.shape[0]} image tokens but {vision_ME.shape[0]} image embeddings; "
-                    f"grids {grid_thw.tolist()}"
+                    f"{count} image tokens but {vision_ME.shape[0]} image embeddings; grids "
+                    f"{grid_thw.tolist()}"
                 )
-            s, b, width = hidden_sbE.shape
-            rows_bsE = hidden_sbE.transpose(0, 1).reshape(b * s, width)
-            rows_bsE = rows_bsE.index_copy(0, places, vision_ME.to(rows_bsE.dtype))
-            hidden_sbE = rows_bsE.reshape(b, s, width).transpose(0, 1).contiguous()
-        elif places.numel():
-            raise ValueError(f"{places.numel()} image tokens but no pixels")
+            # Row after row, as images are counted: the place of each token among them.
+            order = (is_vision.flatten().cumsum(0) - 1).view_as(is_vision)[:, mine].flatten()
+            places = is_vision[:, mine].flatten().nonzero().flatten()
+            t, b, width = hidden_tbE.shape
+            rows_btE = hidden_tbE.transpose(0, 1).reshape(b * t, width)
+            rows_btE = rows_btE.index_copy(
+                0, places, vision_ME[order[places]].to(rows_btE.dtype)
+            )
+            hidden_tbE = rows_btE.reshape(b, t, width).transpose(0, 1).contiguous()
+        elif count:
+            raise ValueError(f"{count} image tokens but no pixels")
         elif vision_ME is not None:
-            # A blank image's, with gradient zero; in 32 bits, for a 16-bit sum could overflow.
-            hidden_sbE = hidden_sbE + (0.0 * vision_ME.float().sum()).to(hidden_sbE.dtype)
+            hidden_tbE = hidden_tbE + _nothing_of(vision_ME).to(hidden_tbE.dtype)
         if self.config.sequence_parallel:
-            hidden_sbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_sbE)
-        return hidden_sbE
+            hidden_tbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_tbE)
+        return hidden_tbE
+
+    def _gathered(self, vision_ME: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """The embeddings of all the microbatch's media, of each context-parallel rank's."""
+        mine = self._own_media(grid_thw)
+        tokens = (grid_thw.prod(-1) // self.spec.vision.spatial_merge_size**2).tolist()
+        if not mine:
+            vision_ME = vision_ME[:0] + _nothing_of(vision_ME).to(vision_ME.dtype)
+        return self.share.gather_media(vision_ME, sum(tokens[: mine.start]), sum(tokens))
+
+
+def _nothing_of(blank_ME: torch.Tensor) -> torch.Tensor:
+    """Zero, through which a blank image's weights get a gradient of zero; in 32 bits, for a 16-bit
+    sum could overflow."""
+    return 0.0 * blank_ME.float().sum()
 
 
 def build_chunks(

@@ -1,0 +1,107 @@
+"""Context parallelism: ranks that share one row, each with an equal run of its tokens.
+
+Inside attention the ranks trade tokens for heads: each then holds the whole row for its share of
+the heads, and any variable-length backend runs on it as it is. Against gathering keys and values,
+this moves less (all of q, k, v and the output once, divided by the ranks), needs no mask of its own
+for rows of many segments, and is balanced under a causal mask without cutting rows in zigzag. Its
+price: the ranks cannot be more than the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+Letters: s row length, c ranks, t = s / c tokens of a rank, b rows, X heads, H head dim, M media
+tokens of a microbatch, E width.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+
+class RowShare:
+    """This rank's part of a row. Without context parallelism it is the whole."""
+
+    def __init__(self) -> None:
+        self.size = parallel_state.get_context_parallel_world_size()
+        self.rank = parallel_state.get_context_parallel_rank()
+        self.group = parallel_state.get_context_parallel_group()
+
+    def columns(self, row_length: int) -> slice:
+        """The tokens of a row of `row_length` that are this rank's."""
+        part = row_length // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def media(self, costs: list[int]) -> range:
+        """The images and videos that this rank encodes, of a microbatch's, by what each costs."""
+        return equal_runs(costs, self.size)[self.rank]
+
+    def gather_media(self, mine_ME: torch.Tensor, begin: int, total: int) -> torch.Tensor:
+        """All embeddings [M, E] on every rank, of each rank's run of them.
+
+        Args:
+            begin: where this rank's stand among the `total`.
+        """
+        if self.size == 1:
+            return mine_ME
+        after = total - begin - mine_ME.shape[0]
+        placed = torch.nn.functional.pad(mine_ME, (0, 0, begin, after))
+        return _SumOverRanks.apply(placed, self.group)
+
+    def tokens_to_heads(self, x_tbXH: torch.Tensor) -> torch.Tensor:
+        """[t, b, X, H] -> [s, b, X/c, H]; with fewer heads than ranks each is on several."""
+        if self.size == 1:
+            return x_tbXH
+        heads = x_tbXH.shape[2]
+        if heads % self.size:
+            x_tbXH = x_tbXH.repeat_interleave(self.size // heads, dim=2)
+        t, b, heads, width = x_tbXH.shape
+        parts = x_tbXH.reshape(t, b, self.size, heads // self.size, width)
+        parts = parts.permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous()  # [c*t, b, X/c, H]
+        return tensor_parallel.all_to_all(self.group, parts)
+
+    def heads_to_tokens(self, x_sbXH: torch.Tensor) -> torch.Tensor:
+        """[s, b, X/c, H] -> [t, b, X, H], the way back."""
+        if self.size == 1:
+            return x_sbXH
+        s, b, heads, width = x_sbXH.shape
+        parts = tensor_parallel.all_to_all(self.group, x_sbXH.contiguous())
+        parts = parts.reshape(self.size, s // self.size, b, heads, width)
+        return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def equal_runs(costs: list[int], parts: int) -> list[range]:
+    """Runs of neighbours, one a part, cut where the costs so far come nearest to an equal share."""
+    sums = [0, *accumulate(costs)]
+    cuts = [
+        min(range(len(sums)), key=lambda i: abs(sums[i] - sums[-1] * part / parts))
+        for part in range(parts + 1)
+    ]
+    return [range(begin, end) for begin, end in pairwise(cuts)]
+
+
+class Alone:
+    """Stands for a context-parallel group of one: Megatron-Core's rotary embedding would cut the
+    angles in zigzag, but gets the positions of this rank's tokens already."""
+
+    @staticmethod
+    def size() -> int:
+        return 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, on all of them; every rank's gradient goes to every rank's part."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group) -> torch.Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return _summed(gradient, ctx.group), None
+
+
+def _summed(x: torch.Tensor, group) -> torch.Tensor:
+    x = x.clone()
+    torch.distributed.all_reduce(x, group=group)
+    return x
