@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.8",
         "tensorboard>=2.15",
         "av>=17",
+        "filetype>=1.0",
     ],
     extras_require={
         "test": [

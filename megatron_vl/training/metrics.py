@@ -86,7 +86,7 @@ class MetricLog:
 
     def evaluation(
         self, iteration: int, loss: float, trained_tokens: int, seconds: float,
-        skipped_samples: dict[str, int],
+        skipped_samples: dict[str, int] | None = None,
     ) -> None:
         perplexity = math.exp(min(loss, 50.0)) if trained_tokens else float("nan")
         print(
@@ -97,7 +97,7 @@ class MetricLog:
         )
         self._record("validation", iteration, {
             "iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens,
-            "skipped_samples": skipped_samples,
+            "skipped_samples": skipped_samples or {},
         })
 
     def _record(self, kind: str, iteration: int, values: dict) -> None:

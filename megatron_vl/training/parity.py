@@ -107,7 +107,8 @@ def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
                  if (split := _fitting(spec, layout, first_stage_layers=first))]
         splits = list(dict.fromkeys(found))[:2]
         if pp > 1 and (tp == 1 or sequence_parallel):
-            splits.append(_fitting(spec, layout, **_spread(spec, pp * vp)))
+            spread = _fitting(spec, layout, **_spread(spec, pp * vp))
+            splits += [spread] if spread and not _has_an_empty_chunk(spread) else []
         yield from ((layout, split) for split in splits if split)
 
 
@@ -120,6 +121,10 @@ def _fitting(spec: VLMSpec, layout: Layout, **split) -> StageSplit | None:
     except InputError:
         return None
     return made
+
+
+def _has_an_empty_chunk(split: StageSplit) -> bool:
+    return not all(map(sum, zip(split.flat("vit"), split.flat("llm"), strict=True)))
 
 
 def _spread(spec: VLMSpec, chunks: int) -> dict[str, list[int]]:
