@@ -117,6 +117,8 @@ What to try next
       the trained model against transformers: logits, loss and every gradient, on four ranks
   megatron-vl convert $WORK/hf $WORK/mcore-tp2 --tp 2 --dry-run
       how each weight would be cut for another layout
+  megatron-vl lint $WORK/data/wds-finetune --model $WORK/hf --seq-length 512
+      what is in a dataset, how full its rows get, and which text is trained, as a page
   tensorboard --logdir $WORK/finetune/tensorboard
   the same launcher with your own converted checkpoint and shards; README.md has the arguments
 TXT

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
+
+from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.training.config import DataOptions, add_some_arguments
+
+AS_IN_TRAINING = (
+    "max_samples", "max_patches_per_row",
+    *(f.name for kind in (MediaLimits, TrainedText) for f in fields(kind)),
+)
 
 
 def add_parser(subparsers) -> None:
@@ -33,29 +42,7 @@ def add_parser(subparsers) -> None:
         "--seq-length", type=int, default=2048, metavar="N",
         help="tokens of a row, and of the longest sample (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-patches-per-row", type=int, metavar="N", help="as in training (default: any number)"
-    )
-    parser.add_argument(
-        "--max-samples", type=int, metavar="N",
-        help="of each dataset only the first N, as in training",
-    )  # fmt: skip
-    for kind in ("image", "video"):
-        for end, word in (("min", "least"), ("max", "most")):
-            parser.add_argument(
-                f"--{kind}-{end}-pixels", type=int, metavar="N",
-                help=f"{word} pixels of a resized {kind}, as in training (default: the model's)",
-            )  # fmt: skip
-    parser.add_argument(
-        "--video-fps", type=float, default=2.0, metavar="X",
-        help="frames taken from a second of video (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--video-maxlen", type=int, default=128, metavar="N",
-        help="frames taken from one video at most (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--train-on-prompt", action="store_true", help="as in training")
-    parser.add_argument("--mask-history", action="store_true", help="as in training")
+    add_some_arguments(parser, DataOptions, AS_IN_TRAINING)
     parser.add_argument(
         "--decode", action="store_true", help="also decode every image and video that is looked at"
     )
@@ -76,23 +63,23 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_vl.data.lint import LintConfig, lint
     from megatron_vl.data.mixture import Mixture
-    from megatron_vl.data.options import MediaLimits, TrainedText
     from megatron_vl.models.registry import load_spec
 
+    given = {name: getattr(args, name) for name in AS_IN_TRAINING if hasattr(args, name)}
+
+    def chosen(kind: type):
+        return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+
     print(lint(LintConfig(
-        data=Mixture.parse(args.data, max_samples=args.max_samples),
+        data=Mixture.parse(args.data, max_samples=given.get("max_samples")),
         hf_dir=args.model,
         spec=None if args.model is None else load_spec(args.model),
         split=args.split,
         samples=args.samples,
         seq_length=args.seq_length,
-        max_patches_per_row=args.max_patches_per_row,
-        media=MediaLimits(
-            image_min_pixels=args.image_min_pixels, image_max_pixels=args.image_max_pixels,
-            video_min_pixels=args.video_min_pixels, video_max_pixels=args.video_max_pixels,
-            video_fps=args.video_fps, video_maxlen=args.video_maxlen,
-        ),
-        trained=TrainedText(train_on_prompt=args.train_on_prompt, mask_history=args.mask_history),
+        max_patches_per_row=given.get("max_patches_per_row"),
+        media=chosen(MediaLimits),
+        trained=chosen(TrainedText),
         decode=args.decode,
         output=args.out,
         strict=args.strict,

@@ -260,7 +260,7 @@ def build_train_loader(
     workers = _workers(config, dp_rank, dp_size, config.num_workers, data_parallel_group)
     with field_map_errors(config.train):
         dataset = get_train_dataset(
-            config.train.as_energon(),
+            config.train.as_energon("train"),
             split_part="train",
             worker_config=workers,
             batch_size=config.micro_batch_size,
@@ -305,7 +305,7 @@ def build_valid_loader(
     workers = _workers(config, 0, 1, min(1, config.num_workers), None)
     with field_map_errors(config.valid):
         samples = get_val_dataset(
-            config.valid.as_energon(),
+            config.valid.as_energon("val"),
             split_part="val",
             worker_config=workers,
             batch_size=None,

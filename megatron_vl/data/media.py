@@ -103,16 +103,16 @@ def _orientation(image: Image.Image) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoInfo:
-    """What a video file says of itself."""
+class MediaInfo:
+    """What an image, a video or its frames say of themselves."""
 
-    num_frames: int
-    fps: float  # frames a second, on average
-    height: int  # pixels
+    height: int  # pixels, upright
     width: int
+    num_frames: int = 1
+    fps: float | None = None  # frames a second of a video, on average
 
 
-def video_info(data: bytes) -> VideoInfo:
+def video_info(data: bytes) -> MediaInfo:
     """Of a video file; its packets are counted, one frame is decoded.
 
     Raises:
@@ -124,7 +124,7 @@ def video_info(data: bytes) -> VideoInfo:
     if not fps:
         raise BadMedia("it does not say how many frames it has a second")
     ((_, first),) = _counted(data, [0], shown, fps)
-    return VideoInfo(num_frames=len(shown), fps=fps, height=first.height, width=first.width)
+    return MediaInfo(num_frames=len(shown), fps=fps, height=first.height, width=first.width)
 
 
 def video_frames(data: bytes, indices: Sequence[int]) -> Iterator[tuple[float, Image.Image]]:

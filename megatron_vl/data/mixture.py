@@ -13,7 +13,6 @@ from pathlib import Path
 from megatron_vl.data.dataset_dir import check_dataset, fingerprint
 from megatron_vl.errors import InputError
 
-SPLITS = ("train", "val")
 _YAML = (".yaml", ".yml")
 
 
@@ -106,19 +105,16 @@ class Mixture:
             digest.update(self.metadataset.read_bytes())
         return digest.hexdigest()[:16]
 
-    def as_energon(self) -> Path | dict:
-        """What energon's `get_train_dataset` takes."""
+    def as_energon(self, split: str) -> Path | dict:
+        """What energon's `get_train_dataset` and `get_val_dataset` take.
+
+        Raises:
+            InputError: see `check`.
+        """
         (first, *others) = self.paths
         if not others and self.max_samples is None:
             return first
-        return {
-            "__module__": "megatron.energon",
-            "__class__": "MetadatasetV2",
-            "splits": {split: self._blend(split) for split in SPLITS if self._has(split)},
-        }
-
-    def _blend(self, split: str) -> dict:
-        counts = self.check(split)
+        counts = {} if self.max_samples is None else self.check(split)
         entries = []
         for number, path in enumerate(self.paths):
             entry: dict = {"path": str(path.absolute())}
@@ -129,14 +125,11 @@ class Mixture:
             else:
                 entry["weight"] = self.weights[number]
             entries.append(entry)
-        return {"blend_epochized" if self.weights is None else "blend": entries}
-
-    def _has(self, split: str) -> bool:
-        try:
-            self.check(split)
-        except InputError:
-            return False  # the split that is read has been checked by its reader
-        return True
+        return {
+            "__module__": "megatron.energon",
+            "__class__": "MetadatasetV2",
+            "splits": {split: {"blend" if self.weights else "blend_epochized": entries}},
+        }
 
     def _leaves(self, split: str) -> list[tuple[Path, str]]:
         """Dataset directories and the part of each that `split` reads."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from megatron_vl.data.conversation import VIDEO, StoredMedia
 from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
@@ -197,13 +196,6 @@ class MediaProcessor:
                 frame = frame.resize((width, height), resample=self.resample)
             resized.append(np.asarray(frame))
         return self._patches(resized, out)
-
-    def image_patches(self, image: Image.Image) -> torch.Tensor:
-        """An RGB image to float32 [P, D]. Raises BadMedia: see `grid`."""
-        height, width = self._resized(image.height, image.width, self.image_size)
-        if self.resample is not None:
-            image = image.resize((width, height), resample=self.resample)
-        return self._patches([np.asarray(image)])
 
     def _patches(
         self, frames_HWC: Sequence[np.ndarray], out: torch.Tensor | None = None

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from megatron_vl.data.conversation import BadEntry
 from megatron_vl.data.formats import FORMATS, Fields
-from megatron_vl.data.raw_media import Library, Measured, RawMedia, measure_all
+from megatron_vl.data.media import MediaInfo
+from megatron_vl.data.raw_media import Library, RawMedia, measure_all
 from megatron_vl.data.shards import (
     Entry,
     count_shared_media,
@@ -115,7 +117,9 @@ class Summary:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.samples.items() if count)
-        media = ", ".join(f"{count} {kind}s" for kind, count in self.media.items() if count)
+        media = ", ".join(
+            f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in self.media.items()
+        )
         lines = [
             f"{self.output}: kept {self.kept} samples in {self.shards} shards ({parts}); "
             f"{media or 'text only'}"
@@ -220,7 +224,7 @@ class _Preparation:
                 Entry(number=number, name=name, turns=conversation.turns, media=media)
             )
 
-    def measure(self) -> dict[RawMedia, Measured]:
+    def measure(self) -> dict[RawMedia, MediaInfo]:
         """Decode every image and video once; entries with one that cannot be are refused."""
         media = sorted({m for entry in self.entries for m in entry.media}, key=lambda m: m.files)
         results = dict(show_progress(
@@ -237,17 +241,13 @@ class _Preparation:
             return None
 
         self._keep_where(problem)
-        return {media: sizes for media, sizes in results.items() if isinstance(sizes, Measured)}
+        return {media: sizes for media, sizes in results.items() if isinstance(sizes, MediaInfo)}
 
-    def refuse_long(self, sizes: dict[RawMedia, Measured]) -> None:
+    def refuse_long(self, sizes: dict[RawMedia, MediaInfo]) -> None:
         """Refuse entries of more tokens than `max_length`, as the model's tokenizer counts."""
         counter = self.config.lengths
-        shown = iter(show_progress(
-            iter(self.entries), len(self.entries), "counting tokens", self.config.progress
-        ))
 
         def problem(entry: Entry) -> BadEntry | None:
-            next(shown)
             try:
                 length = counter.num_tokens(entry.turns, store(entry, sizes)[0])
             except BadEntry as error:
@@ -258,8 +258,7 @@ class _Preparation:
                 )
             return None
 
-        self._keep_where(problem)
-        next(shown, None)
+        self._keep_where(problem, "counting tokens")
 
     def result(self) -> tuple[list[Entry], list[Refusal]]:
         """What is kept and what is not, in the order of the source.
@@ -289,9 +288,13 @@ class _Preparation:
         text = re.sub(r"[^A-Za-z0-9_-]+", "-", entry.name)[:64] if entry.name is not None else ""
         return f"{entry.number:0{width}d}" + (f"-{text}" if text else "")
 
-    def _keep_where(self, problem) -> None:
+    def _keep_where(
+        self, problem: Callable[[Entry], BadEntry | None], what: str | None = None
+    ) -> None:
+        """Refuse the entries that have a problem; `what` is being done, where that takes long."""
         kept = []
-        for entry in self.entries:
+        progress = self.config.progress and what is not None
+        for entry in show_progress(self.entries, len(self.entries), what, progress):
             found = problem(entry)
             if found is None:
                 kept.append(entry)

@@ -15,6 +15,7 @@ from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, MediaSource
 from megatron_vl.data.media import (
     MAX_ASPECT_RATIO,
     BadMedia,
+    MediaInfo,
     decode_rgb,
     image_size,
     video_frames,
@@ -38,16 +39,6 @@ class RawMedia:
     def __str__(self) -> str:
         name = self.files[0].parent if self.separate else self.files[0]
         return f"{self.kind} {name}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """What decoding told."""
-
-    height: int  # pixels, upright
-    width: int
-    num_frames: int = 1
-    fps: float | None = None
 
 
 class Library:
@@ -189,7 +180,7 @@ def _images_in(folder: Path) -> tuple[Path, ...]:
 
 def measure_all(
     media: Iterable[RawMedia], *, num_workers: int
-) -> Iterator[tuple[RawMedia, Measured | str]]:
+) -> Iterator[tuple[RawMedia, MediaInfo | str]]:
     """Decode each of them once: its sizes, or what is wrong with it.
 
     energon's own prepare would drop a whole shard for one that cannot be decoded.
@@ -199,26 +190,25 @@ def measure_all(
         yield from zip(media, pool.map(measure, media, chunksize=_CHUNK), strict=True)
 
 
-def measure(media: RawMedia) -> Measured | str:
+def measure(media: RawMedia) -> MediaInfo | str:
     """Sizes of one image or video, or what is wrong with it."""
     try:
         if media.kind == IMAGE or media.separate:
             sizes = [_decoded_size(path) for path in media.files]
             if len(set(sizes)) > 1:
                 return "its frames are not of one size"
-            (height, width), fps = sizes[0], media.fps
-            count = len(sizes)
+            ((height, width), *_), count = sizes, len(sizes)
+            info = MediaInfo(height=height, width=width, num_frames=count, fps=media.fps)
         else:
             data = media.files[0].read_bytes()
             info = video_info(data)
-            height, width, count, fps = info.height, info.width, info.num_frames, info.fps
-            for _ in video_frames(data, sorted({0, count - 1})):
+            for _ in video_frames(data, sorted({0, info.num_frames - 1})):
                 pass
     except (BadMedia, OSError) as error:
         return str(error)
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        return f"it is {width} x {height} pixels, too long and thin"
-    return Measured(height=height, width=width, num_frames=count, fps=fps)
+    if max(info.width, info.height) > MAX_ASPECT_RATIO * min(info.width, info.height):
+        return f"it is {info.width} x {info.height} pixels, too long and thin"
+    return info
 
 
 def _decoded_size(path: Path) -> tuple[int, int]:

@@ -18,7 +18,8 @@ import yaml
 from tqdm import tqdm
 
 from megatron_vl.data.conversation import StoredMedia, Turn, to_json
-from megatron_vl.data.raw_media import Measured, RawMedia
+from megatron_vl.data.media import MediaInfo
+from megatron_vl.data.raw_media import RawMedia
 from megatron_vl.errors import InputError
 
 SPLITS = ("train", "val", "test")  # energon's names
@@ -143,7 +144,7 @@ def _shard(number: str) -> str:
 
 
 def write_shards(
-    shards: Sequence[Sequence[Entry]], sizes: dict[RawMedia, Measured], output: Path, *,
+    shards: Sequence[Sequence[Entry]], sizes: dict[RawMedia, MediaInfo], output: Path, *,
     key, progress: bool,
 ) -> None:
     """Write `shard-NNNNNN.tar` files: per sample its JSON, then its media's own bytes.
@@ -168,7 +169,7 @@ def write_shards(
 
 
 def store(
-    entry: Entry, sizes: dict[RawMedia, Measured]
+    entry: Entry, sizes: dict[RawMedia, MediaInfo]
 ) -> tuple[tuple[StoredMedia, ...], list[tuple[str, Path]]]:
     """An entry's media as its JSON tells them, and the files by their extension in the shard."""
     stored, files = [], []
@@ -248,6 +249,6 @@ def read_back(path: Path, expected: int) -> dict[str, int]:
     return counts
 
 
-def show_progress(items: Iterable, total: int | None, what: str, show: bool) -> Iterator:
+def show_progress(items: Iterable, total: int | None, what: str | None, show: bool) -> Iterator:
     """`items`, with a bar that tells the rate and what is left."""
     return tqdm(items, total=total, desc=what, mininterval=1.0, disable=not show)

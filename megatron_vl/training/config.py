@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -333,23 +334,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for group in GROUPS.values():
         section = parser.add_argument_group(group.__doc__.strip().splitlines()[0])
         for f in fields(group):
-            flag = "--" + f.name.replace("_", "-")
-            help_text = f.metadata["help"].replace("%", "%%")
-            if _kind(f) is bool:
-                # --no-bf16 beats a file's `bf16: true`; --no-load-optim has no such counterpart.
-                negative = f.name.startswith("no_")
-                section.add_argument(
-                    flag, default=argparse.SUPPRESS, help=help_text,
-                    action="store_true" if negative else argparse.BooleanOptionalAction,
-                )
-                continue
-            assert f.default is not MISSING
-            shown = "" if f.default is None else f" (default: {f.default})"
-            section.add_argument(
-                flag, type=_kind(f), choices=f.metadata["choices"], default=argparse.SUPPRESS,
-                metavar=None if f.metadata["choices"] else _kind(f).__name__.upper(),
-                help=help_text + shown,
-            )
+            _add_argument(section, f)
+
+
+def add_some_arguments(parser: argparse.ArgumentParser, group: type, names: Sequence[str]) -> None:
+    """The flags of some options of a group, for commands that look at what training would do.
+
+    Flags that were not given stay absent from the namespace.
+    """
+    for f in fields(group):
+        if f.name in names:
+            _add_argument(parser, f)
+
+
+def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
+    flag = "--" + f.name.replace("_", "-")
+    help_text = f.metadata["help"].replace("%", "%%")
+    if _kind(f) is bool:
+        # --no-bf16 beats a file's `bf16: true`; --no-load-optim has no such counterpart.
+        negative = f.name.startswith("no_")
+        section.add_argument(
+            flag, default=argparse.SUPPRESS, help=help_text,
+            action="store_true" if negative else argparse.BooleanOptionalAction,
+        )
+        return
+    assert f.default is not MISSING
+    shown = "" if f.default is None else f" (default: {f.default})"
+    section.add_argument(
+        flag, type=_kind(f), choices=f.metadata["choices"], default=argparse.SUPPRESS,
+        metavar=None if f.metadata["choices"] else _kind(f).__name__.upper(),
+        help=help_text + shown,
+    )
 
 
 def load_config(flags: dict[str, Any], yaml_file: str | None) -> TrainConfig:

@@ -27,7 +27,6 @@ class StepCounts:
     tokens: int = 0  # of samples, without padding
     samples: int = 0
     images: int = 0
-    patches: int = 0
     sample_keys: list[list[str]] = field(default_factory=list)  # of each microbatch
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -37,7 +36,6 @@ class StepCounts:
         self.tokens += batch.num_tokens
         self.samples += batch.num_samples
         self.images += batch.num_images
-        self.patches += int(batch.grid_thw.prod(-1).sum())
         self.sample_keys.append(batch.sample_keys)
         self.skipped += batch.skipped
 

@@ -1,62 +1,13 @@
-"""What each raw format becomes, and what is refused, whatever an entry holds."""
+"""What each raw format becomes, and what is refused."""
 
-import base64
-import copy
-import json
-import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from megatron_vl.data.conversation import BadEntry, Conversation
-from megatron_vl.data.formats import FORMATS, Fields, pickled
+from raw_entries import DATA_URL, PNG, TEXT, chat, lines, media, openai, qwen, read, reason, talk
 
 ROOT = Path(__file__).resolve().parents[2]
-REASONS = {
-    "unknown role", "mark count", "empty answer", "no answer", "bad box", "missing media",
-    "unusable media", "too long", "reserved mark", "bad text", "wrong shape",
-}  # fmt: skip
-PNG = b"\x89PNG\r\n\x1a\n..."
-DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
-
-
-def chat(*texts, keys=("from", "value"), roles=("human", "gpt")):
-    """Turns of both sides, one after another."""
-    return [dict(zip(keys, (roles[i % 2], t), strict=True)) for i, t in enumerate(texts)]
-
-
-def openai(*texts):
-    return chat(*texts, keys=("role", "content"), roles=("user", "assistant"))
-
-
-def read(format, entry, **fields):
-    return FORMATS[format](entry, Fields(**fields))
-
-
-def lines(conversation):
-    """`role: text`, with [image] and [video] where they stand and | between texts."""
-    return [
-        f"{turn.role}: " + "|".join(f"[{p.media}]" if p.media else p.text for p in turn.parts)
-        for turn in conversation.turns
-    ]
-
-
-def media(conversation):
-    """(kind's first letter, what it is) of each image and video."""
-    return [(m.kind[0], m.path or m.frames or m.data) for m in conversation.media]
-
-
-def reason(format, entry, **fields):
-    with pytest.raises(BadEntry) as caught:
-        read(format, entry, **fields)
-    assert caught.value.reason in REASONS
-    return f"{caught.value.reason}: {caught.value}"
 
 
 # ---- LLaVA and ShareGPT -----------------------------------------------------------------------
@@ -156,128 +107,9 @@ def test_media_that_cannot_be_used_say_why(format, text, columns, what):
     assert reason(format, {"conversations": chat(text, "x"), **columns}).startswith(what)
 
 
-# ---- ChatML shards ----------------------------------------------------------------------------
-
-
-def sample(turns, jpgs=(), videos=(), protocol=4, **more):
-    said = json.dumps({"conversations": turns, **more} if more else turns).encode()
-    parts = {"jpgs": list(jpgs), "videos": list(videos)}
-    return {"json": said, **{name: pickle.dumps(part, protocol) for name, part in parts.items()}}
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickled_media_of_every_protocol_are_read(protocol):
-    turns = chat("<image>\n<image> <video>What? ", "x ", keys=("role", "content"))
-    frames = [bytes([200 + i]) * 300 for i in range(3)]
-    made = read("chatml", sample(turns, [PNG, PNG], [frames], protocol, second_per_grid_ts=[0.25]))
-    assert lines(made) == ["user: [image]|[image]|[video]|What?", "assistant: x "]
-    assert media(made) == [("i", (PNG,)), ("i", (PNG,)), ("v", tuple(frames))]
-    assert made.media[2].fps == 4
-    made = read("chatml", sample(turns, ["a.jpg", "图.jpg"], [("f/0.jpg", "f/1.jpg")], protocol))
-    assert media(made)[1:] == [("i", "图.jpg"), ("v", ("f/0.jpg", "f/1.jpg"))]
-    assert made.media[2].fps == 2
-
-
-def test_a_chatml_sample_may_be_turns_alone():
-    assert lines(read("chatml", {"json": json.dumps(chat(" a\n", "b")).encode()}))[0] == "user: a"
-
-
-def test_the_json_of_chatml_names_a_video_s_file():
-    made = read("chatml", {"conversations": chat("<video>\n?", "b"), "videos": ["a/b.mp4"]})
-    assert media(made) == [("v", "a/b.mp4")]
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-class BuildBomb(Bomb):
-    """The call is hidden behind a list, beside good bytes."""
-
-    def __reduce__(self):
-        return list, ([PNG, Bomb(self.path)],)
-
-
-@pytest.mark.parametrize("bomb", [Bomb, BuildBomb])
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_runs_nothing(tmp_path, bomb, protocol):
-    data = pickle.dumps([PNG, bomb(tmp_path / "made")], protocol)
-    for part in ("jpgs", "videos"):
-        entry = {"json": json.dumps(chat("<image><image>", "b")).encode(), part: data}
-        found = reason("chatml", entry)
-        assert found.startswith(f"unusable media: its `{part}` holds a pickle"), found
-    assert not (tmp_path / "made").exists()
-    pickle.loads(data)  # the bomb is real
-    assert (tmp_path / "made").exists()
-
-
-# A list that repeats one list: few bytes, many files.
-MANY = pickle.dumps([["a.jpg"] * 300] * 300)
-# Memory for a memo of four billion places, as pickle's own reader would make it.
-HUGE_MEMO = b"\x80\x02]r\xff\xff\xff\xff."
-
-
-@pytest.mark.parametrize(("data", "what"), [
-    (b"", "is no pickle, or a broken one"),
-    (b"abc", "is no pickle, or a broken one"),
-    (PNG, "a pickle's instruction NEWFALSE"),
-    (pickle.dumps([PNG])[:-9], "is no pickle, or a broken one"),
-    (b"\x80\x04(.", "is pickled, but no list"),
-    (b"\x80\x04e.", "is no pickle, or a broken one"),
-    (b"\x80\x04h\x00.", "is no pickle, or a broken one"),
-    (b"\x80\x04]\x8e" + b"\xff" * 8, "is no pickle, or a broken one"),
-    (pickle.dumps({"a": PNG}), "instruction EMPTY_DICT"),
-    (pickle.dumps([np.zeros(3, np.uint8)]), "numpy"),
-    (pickle.dumps(PNG), "is pickled, but no list"),
-    (MANY, "is a pickle of 90000 files"),
-    (HUGE_MEMO, None),
-])  # fmt: skip
-def test_a_pickle_of_something_else_says_so(data, what):
-    entry = {"json": json.dumps(chat("a", "b")).encode(), "videos": data}
-    if what is None:
-        assert media(read("chatml", entry)) == []
-    else:
-        assert "unusable media: its `videos` " in reason("chatml", entry)
-        assert what in reason("chatml", entry)
-
-
-def test_a_pickle_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(pickled, "MAX_BYTES", 100)
-    assert "is pickled in" in reason("chatml", sample(chat("<image>", "b"), [PNG * 100]))
-
-
-@pytest.mark.parametrize(("said", "what"), [
-    (b"\xff\xfe\xfd", "bad text"),
-    (b"{", "wrong shape: its `json` is not valid JSON"),
-    (b"[" * 100_000, "wrong shape: its `json` is not valid JSON"),
-    (b"1" * 10_000, "wrong shape: its `json` is not valid JSON"),
-    (b"7", "wrong shape: its `json` is no list of turns"),
-    (b"{}", "wrong shape: it has no list `conversations`"),
-])  # fmt: skip
-def test_broken_json_in_a_sample_says_so(said, what):
-    assert reason("chatml", {"json": said}).startswith(what)
-
-
-@pytest.mark.parametrize("seconds", [[0.5, 0.5], [0], [-1], ["a"], [True], [1e-320], {"a": 1}, 7,
-                                     [10**400], [None]])  # fmt: skip
-def test_frame_times_that_are_none_are_refused(seconds):
-    entry = sample(chat("<video>", "b"), [], [[PNG]], second_per_grid_ts=seconds)
-    assert reason("chatml", entry).startswith("wrong shape: its second_per_grid_ts")
-
-
 # ---- messages ---------------------------------------------------------------------------------
 
 
-def talk(*content, **more):
-    answer = {"role": "assistant", "content": "x"}
-    return {"messages": [{"role": "user", "content": list(content)}, answer], **more}
-
-
-TEXT = {"type": "text", "text": "What?"}
 
 
 @pytest.mark.parametrize(("entry", "said", "shown"), [
@@ -338,10 +170,6 @@ def test_turns_of_tools_in_messages_are_refused():
 
 
 # ---- Qwen-VL ----------------------------------------------------------------------------------
-
-
-def qwen(question, answer="x"):
-    return {"conversations": chat(question, answer, roles=("user", "assistant"))}
 
 
 @pytest.mark.parametrize(("question", "said", "shown"), [
@@ -434,93 +262,6 @@ def test_alpaca_s_columns_are_a_conversation(entry, fields, said):
 ])  # fmt: skip
 def test_alpaca_s_unusable_entries_say_why(entry, what):
     assert reason("alpaca", entry).startswith(what)
-
-
-# ---- anything at all --------------------------------------------------------------------------
-
-GOOD = {
-    "llava": {"id": 1, "image": ["0.jpg"], "video": "a.mp4",
-              "conversations": chat("<image>\n<video>?", "x")},
-    "sharegpt": {"messages": openai("<image><video>?", "x"), "images": [{"path": "0.jpg"}],
-                 "videos": [["f/0.jpg"]], "system": "S"},
-    "chatml": {"conversations": chat("<image><video>?", "x"), "images": ["0.jpg"],
-               "videos": ["a.mp4"]},
-    "messages": talk({"type": "image_url", "image_url": {"url": DATA_URL}}, {"type": "image"},
-                     {"type": "video", "video": ["0.jpg"], "fps": 2}, TEXT, images=["1.jpg"]),
-    "qwen_vl": qwen("Picture 1: <img>0.jpg</img>\n?", "<ref>a</ref><box>(1,2),(3,4)</box>"),
-    "alpaca": {"instruction": "<image>", "input": "b", "output": "c", "history": [["d", "e"]],
-               "system": "S", "images": ["0.jpg"]},
-}  # fmt: skip
-WORDS = st.sampled_from((
-    "<image>", "<video>", "<img>", "</img>", "<box>", "</box>", "(1,2)", "(", ",", "<ref>",
-    "human", "gpt", "system", "user", "assistant", "type", "image", "url", "text", "from", "value",
-    "role", "content", "bytes", "path", "fps", "file://", "data:;base64,", "http://", "\0", "\n",
-    "\ud800", "",
-))  # fmt: skip
-TEXTS = st.lists(WORDS, max_size=4).map("".join) | st.text(max_size=5)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
-    max_leaves=6,
-)
-
-# A machine that is busy with other work is no fault.
-MANY_TIMES = settings(
-    max_examples=100, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-
-
-def places(value, at=()):
-    """The way to every part of a value."""
-    yield at
-    if isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(part, (*at, key))
-
-
-def usable_or_refused(format, entry):
-    try:
-        assert isinstance(read(format, entry), Conversation)
-    except BadEntry as error:
-        assert error.reason in REASONS
-        str(error).encode()  # it is written to a file
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_entries_that_are_changed_below_are_good(format):
-    read(format, GOOD[format])
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@MANY_TIMES
-@given(data=st.data())
-def test_any_value_anywhere_is_a_conversation_or_refused(format, data):
-    entry = copy.deepcopy(GOOD[format])
-    for _ in range(data.draw(st.integers(1, 2))):
-        *way, last = data.draw(st.sampled_from([at for at in places(entry) if at]))
-        part = entry
-        for key in way:
-            part = part[key]
-        part[last] = data.draw(JSON)
-    usable_or_refused(format, entry)
-
-
-@MANY_TIMES
-@given(said=JSON, parts=st.dictionaries(st.sampled_from(("jpgs", "videos")), st.binary()))
-def test_any_bytes_in_a_sample_are_a_conversation_or_refused(said, parts):
-    usable_or_refused("chatml", {"json": json.dumps(said).encode(), **parts})
-
-
-@MANY_TIMES
-@given(data=st.data())
-def test_any_change_of_a_pickle_is_read_or_refused(data):
-    protocol = data.draw(st.integers(0, pickle.HIGHEST_PROTOCOL))
-    entry = sample(chat("<image><video>", "x"), [PNG], [[PNG, PNG]], protocol)
-    pickled = bytearray(entry["videos"])
-    for _ in range(data.draw(st.integers(1, 4))):
-        pickled[data.draw(st.integers(0, len(pickled) - 1))] = data.draw(st.integers(0, 255))
-    usable_or_refused("chatml", {**entry, "videos": bytes(pickled)})
 
 
 # ---- what an import costs ---------------------------------------------------------------------

@@ -473,7 +473,7 @@ def test_the_known_chatml_command_reads_folders_of_frames(tmp_path):
                "--train-split", "8", "--val-split", "2", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert "kept 10 samples in 5 shards (8 train, 2 val); 1 videos" in done.stdout
+    assert "kept 10 samples in 5 shards (8 train, 2 val); 1 video\n" in done.stdout
     first = next(d for n, d in _members(source / "wds").items() if n.endswith(".json"))
     assert json.loads(first)["media"][0]["num_frames"] == 5
     assert json.loads(first)["media"][0]["fps"] == 4

@@ -69,7 +69,7 @@ def open_leaves(mixture: Mixture, split: str) -> list[Leaf]:
     """
     mixture.check(split)
     with field_map_errors(mixture):
-        found = load_dataset(mixture.as_energon()).get_datasets(
+        found = load_dataset(mixture.as_energon(split)).get_datasets(
             training=False, split_part=split, decoder=TextDecoder(),
             worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
         )
