@@ -149,6 +149,14 @@ def test_one_epoch_has_every_sample_once_whatever_the_ranks_and_workers(
     assert seen == Counter(_samples(wds_dir, TRAIN).keys())
 
 
+def test_no_buffer_ends_in_a_row_that_is_half_empty(loaders):
+    """64 samples at a time make three full rows of 1,000 tokens and a fourth with little in it."""
+    batches = _take(loaders(seq_length=1000), 20)
+    assert sum(batch.num_tokens for batch in batches) >= 0.97 * sum(
+        batch.tokens.numel() for batch in batches
+    )
+
+
 def test_another_seed_gives_another_order(loaders):
     one, two = (_take(loaders(seed=seed), 1)[0] for seed in (1, 2))
     assert one.sample_keys != two.sample_keys
@@ -290,6 +298,23 @@ def test_one_corrupt_image_stops_training_with_its_name(loaders, wds_dir, tmp_pa
     said = _drain(loaders(path=wds, num_workers=workers))
     assert f"{TRAIN[4]}/{victim.split('.')[0]}" in said
     assert what in said and "mend or remove it" in said
+
+
+def test_a_sample_that_every_epoch_leaves_out_counts_once(loaders, wds_dir, tmp_path):
+    wds = _copy(wds_dir, tmp_path / "wds")
+    with tarfile.open(wds / TRAIN[4]) as tar:
+        victim = next(name for name in tar.getnames() if name.endswith(".png"))
+    _rewrite(wds / TRAIN[4], lambda name, data: bytes(len(data)) if name == victim else data)
+    epoch, seen, skipped = len(_samples(wds, TRAIN)), 0, []
+    for batch in loaders(path=wds, max_skipped_samples=1):
+        seen += batch.num_samples
+        skipped += batch.skipped
+        if seen > 3 * epoch:
+            break
+    assert {one.sample for one in skipped} == {f"{TRAIN[4]}/{victim.split('.')[0]}"}
+    assert {one.reason for one in skipped} == {"unusable media"}
+    assert [one.first for one in skipped] == [True] + [False] * (len(skipped) - 1)
+    assert len(skipped) > 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
