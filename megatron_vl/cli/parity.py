@@ -31,6 +31,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks (default: 1)")
     parser.add_argument("--sequence-parallel", action="store_true", help="split norms over TP")
     parser.add_argument(
+        "--vit-data-parallel", action="store_true", help="divide the images over TP ranks"
+    )
+    parser.add_argument(
         "--overlap-grad-reduce", action="store_true", help="reduce gradients during backward"
     )
     parser.add_argument(
@@ -73,6 +76,7 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
     layout = Layout(
         tp=args.tp, pp=args.pp, vp=args.vp, cp=args.cp, dp=args.dp,
         sequence_parallel=args.sequence_parallel and args.tp > 1,
+        vit_data_parallel=args.vit_data_parallel,
     )
     if args.sweep is not None:
         if layout != Layout() or any(
@@ -80,8 +84,8 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
         ):
             raise InputError(
                 "--sweep goes through every layout; leave out --tp, --pp, --vp, --cp, --dp, "
-                "--sequence-parallel, --first-stage-layers, --pp-layers and --vit-pp-layers, or "
-                "--sweep."
+                "--sequence-parallel, --vit-data-parallel, --first-stage-layers, --pp-layers and "
+                "--vit-pp-layers, or --sweep."
             )
         layouts = list(parity.sweep(spec, args.sweep))
         if not layouts:

@@ -30,6 +30,7 @@ from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.read_ahead import ReadAhead
 from megatron_vl.data.rows import empty_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
 from megatron_vl.data.shard_files import TarMemory
@@ -119,6 +120,7 @@ class RowLoader:
         self._loader = loader
         self._made_for = made_for
         self._started = False
+        self._ahead: ReadAhead | None = None
 
     def __iter__(self) -> Iterator[RowBatch]:
         with _without_pin_memory_warning():
@@ -151,9 +153,14 @@ class RowLoader:
             yield
         finally:
             gc.unfreeze()
+        if ReadAhead.fits(self._loader._iterator):
+            self._ahead = ReadAhead(self._loader._iterator)
 
     def close(self) -> None:
         """End the workers. Left to the garbage collector, torch waits five seconds for each."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()

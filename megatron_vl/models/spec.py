@@ -96,6 +96,21 @@ class VisionSpec:
         """Numbers in one flattened patch, as the image processor hands it over."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
+    def forward_flops(self, grid: tuple[int, int, int]) -> int:
+        """FLOPs of a forward pass over one image or video of t x h x w patches.
+
+        Two for each multiply-add of the matrix products: a patch embedding, in every layer q, k, v
+        and the projection (4 D^2), the MLP (2 D F) and, within a frame of L = h w patches, scores
+        and sums (2 L D), and the merger; as Megatron-LM counts (arXiv 2104.04473, appendix), with D
+        the width and F the MLP's.
+        """
+        t, h, w = grid
+        width, patches = self.hidden_size, t * h * w
+        layer = 4 * width**2 + 2 * width * self.ffn_hidden_size + 2 * h * w * width
+        merged = self.merged_size
+        merger = (merged**2 + merged * self.out_hidden_size) // self.spatial_merge_size**2
+        return 2 * patches * (self.patch_dim * width + self.depth * layer + merger)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenIds:
@@ -142,13 +157,19 @@ class VLMSpec:
         groups = decoder.num_query_groups
         for what, size in (
             ("attention heads", decoder.num_attention_heads),
-            ("vision attention heads", vision.num_heads),
             ("ffn width", decoder.ffn_hidden_size),
             ("hidden width", decoder.hidden_size),
+        ):
+            if size % tp:
+                raise InputError(
+                    f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
+                )
+        for what, size in (
+            ("vision attention heads", vision.num_heads),
             ("vision ffn width", vision.ffn_hidden_size),
             ("merger width", vision.merged_size),
         ):
-            if size % tp:
+            if size % layout.vit_tp:
                 raise InputError(
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
                 )

@@ -35,6 +35,7 @@ class Layout:
     cp: int = 1  # context parallel: ranks that share one row's tokens
     dp: int = 1  # data parallel: ranks that see different rows
     sequence_parallel: bool = False  # split norm and residual activations over tp
+    vit_data_parallel: bool = False  # tp ranks see images of their own, with a whole vision tower
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vp", "cp", "dp"):
@@ -43,11 +44,24 @@ class Layout:
                 raise InputError(f"{name} is {size!r}; give a whole number of at least 1.")
         if self.vp > 1 and self.pp == 1:
             raise InputError(f"vp {self.vp} needs a pipeline; give pp of at least 2, or vp 1.")
+        if self.vit_data_parallel and self.tp == 1:
+            # One layout, one name: without tensor parallelism there is nothing to choose.
+            object.__setattr__(self, "vit_data_parallel", False)
 
     @property
     def model_size(self) -> int:
         """Ranks that together hold one replica of the model."""
         return self.tp * self.pp * self.cp
+
+    @property
+    def vit_tp(self) -> int:
+        """Ranks that share every vision layer."""
+        return 1 if self.vit_data_parallel else self.tp
+
+    @property
+    def media_ranks(self) -> int:
+        """Ranks that a microbatch's images and videos are divided over."""
+        return self.cp * (self.tp // self.vit_tp)
 
     @property
     def world_size(self) -> int:
@@ -84,4 +98,5 @@ class Layout:
         names += [f"VP{self.vp}"] if self.vp > 1 else []
         names += [f"CP{self.cp}"] if self.cp > 1 else []
         names += [f"DP{self.dp}"]
-        return "x".join(names) + ("+SP" if self.sequence_parallel else "")
+        more = "+SP" if self.sequence_parallel else ""
+        return "x".join(names) + more + ("+VDP" if self.vit_data_parallel else "")

@@ -23,10 +23,15 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import to_local_names
+from megatron_vl.models.registry import family
+from megatron_vl.models.spec import VLMSpec
+from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.platform import select_platform
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
+from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, load_rank
+from megatron_vl.weights.recut import recut
 
 LOADER = "loader_dp{}.pt"
 
@@ -87,7 +92,7 @@ def load_checkpoint(
     """
     options = plan.config.checkpoint
     if info.format == "torch":
-        load_weights(info, model)
+        load_weights(info, model, plan.spec, plan.layout)
         optimizer.reload_model_params()
         return Resumed(iteration=0)
     # A converted one holds nothing else.
@@ -160,14 +165,19 @@ def _loader_states(info: CheckpointInfo) -> list[Path]:
     return found
 
 
-def load_weights(info: CheckpointInfo, model) -> None:
-    chunks = load_rank(
-        info,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-    )
+def load_weights(info: CheckpointInfo, model, spec: VLMSpec, layout: Layout) -> None:
+    """This rank's weights from a checkpoint of the torch format, which was made for its TP and PP.
+
+    Raises:
+        InputError: weights that are missing, of another shape, or not of this model.
+    """
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = load_rank(info, tp_rank, stage)
+    whole = _whole_vision(info, spec, stage) if layout.vit_data_parallel else {}
     for number, chunk in enumerate(model):
-        stored = chunks[_model_key(number, model)]
+        key = _model_key(number, model)
+        stored = chunks[key] | whole.get(key, {})
         state = {to_local_names(name): tensor for name, tensor in stored.items()}
         wanted = {
             name for name, value in chunk.module.state_dict().items()
@@ -192,6 +202,34 @@ def load_weights(info: CheckpointInfo, model) -> None:
                         f"{list(own[name].shape)}; convert for this TP and config.json."
                     )
                 own[name].copy_(tensor)
+
+
+def _whole_vision(info: CheckpointInfo, spec: VLMSpec, stage: int) -> dict[str, dict]:
+    """{chunk: {name: tensor}} of a stage's vision weights, from the shards of its TP ranks."""
+    weights, tp = family(spec.model_type).weight_map(spec), info.layout.tp
+    shards = [load_rank(info, rank, stage) for rank in range(tp)]
+    whole = {}
+    for chunk in range(info.split.vp):
+        parts = [vision_inventory(weights, info.split, tp, rank, stage, chunk)
+                 for rank in range(tp)]
+        tensors = {one.id: shard[one.part][one.name]
+                   for shard, part in zip(shards, parts, strict=True) for one in part}
+        target = vision_inventory(weights, info.split, 1, 0, stage, chunk)
+        made = recut(tensors, [one for part in parts for one in part], target)
+        for one in target:
+            whole.setdefault(one.part, {})[one.name] = made[one.id]
+    return whole
+
+
+def vision_inventory(
+    weights: WeightMap, split: StageSplit, tp: int, rank: int, stage: int, chunk: int
+) -> list[Stored]:
+    """The vision weights of one chunk of TP rank `rank` of `tp`."""
+    return [
+        one
+        for one in weights.chunk_inventory(split=split, tp=tp, rank=rank, stage=stage, chunk=chunk)
+        if one.name.startswith("vision_model.")
+    ]
 
 
 # ---- the parts --------------------------------------------------------------------------------

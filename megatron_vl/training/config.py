@@ -34,6 +34,10 @@ class ParallelOptions:
     num_virtual_stages_per_pipeline_rank: int = option(1, "model chunks per stage (VP)")
     context_parallel_size: int = option(1, "ranks that share one row's tokens (CP)")
     sequence_parallel: bool = option(False, "split norms and residuals over TP; no effect at TP 1")
+    vit_data_parallel: bool = option(
+        False, "divide the images over TP ranks, each with a whole vision tower, instead of "
+        "cutting the tower; no effect at TP 1"
+    )
     decoder_first_pipeline_num_layers: int | None = option(
         None, "language layers on stage 0; the rest is divided over the other stages", kind=int
     )
@@ -63,6 +67,7 @@ class ParallelOptions:
             vp=self.num_virtual_stages_per_pipeline_rank,
             cp=self.context_parallel_size,
             sequence_parallel=self.sequence_parallel and self.tensor_model_parallel_size > 1,
+            vit_data_parallel=self.vit_data_parallel,
         )
 
 

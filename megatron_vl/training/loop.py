@@ -16,6 +16,7 @@ from megatron_vl.data.conversation import REASONS
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.samples import Skipped
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.media_share import loads
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vl.training.exchange import RowExchange
@@ -216,6 +217,7 @@ class Trainer:
         new = sum(skipped.first for skipped in counts.skipped)
         sums = torch.tensor(
             [counts.rows, counts.tokens, counts.samples, counts.images, new,
+             *self._vision_work(counts),
              *(reasons[reason] for reason in REASONS)],
             dtype=torch.float64, device=self.device,
         )
@@ -226,13 +228,21 @@ class Trainer:
         torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
         if self.exchange.is_reader:
             self._tell(counts.skipped)
-        rows, tokens, samples, images, new, *left_out = (int(x) for x in sums.tolist())
+        rows, tokens, samples, images, new, mean, busiest, *left_out = map(int, sums.tolist())
         self.left_out += new
         return dict(
             rows=rows, tokens=tokens, samples=samples, images=images,
             data_wait_seconds=wait.item(),
+            vision_balance=mean / busiest if busiest and self.plan.layout.media_ranks > 1 else None,
             skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},
         )
+
+    def _vision_work(self, counts: StepCounts) -> tuple[float, float]:
+        """FLOPs of the vision tower: of its mean rank, and of the busiest of each microbatch."""
+        flops = [[self.plan.spec.vision.forward_flops(grid) for grid in grids]
+                 for grids in counts.grids]
+        ranks = self.plan.layout.media_ranks
+        return sum(map(sum, flops)) / ranks, sum(max(loads(one, ranks)) for one in flops)
 
     def _tell(self, skipped: list[Skipped]) -> None:
         """Name the first samples left out; every reader does for its own."""

@@ -24,6 +24,7 @@ class StepMetrics:
     trained_tokens: int
     samples: int
     images: int
+    vision_balance: float | None = None  # of the vision tower's ranks: mean FLOPs / the busiest's
     skipped: bool  # the optimizer found inf or nan gradients and kept the weights
     skipped_samples: dict[str, int] = field(default_factory=dict)  # left out by the data, by reason
 
@@ -78,6 +79,8 @@ class MetricLog:
             f"{step.tokens_per_second:,.0f} tokens/s",
             f"{step.samples / step.step_seconds:,.1f} samples/s",
             f"data wait {100 * step.data_wait_seconds / step.step_seconds:.1f}%",
+            *([] if step.vision_balance is None else
+              [f"vision balance {100 * step.vision_balance:.0f}%"]),
             f"ETA {duration(left)}",
         ]
         if step.skipped_samples:

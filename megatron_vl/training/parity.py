@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -92,7 +92,8 @@ def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
 
     Pipelines with an even and, where there is one, an uneven first stage, and, under sequence
     parallelism or without tensor parallelism, with the vision tower over several chunks; all with
-    and without two virtual stages, and with every context parallelism.
+    and without two virtual stages, and with every context parallelism. With sequence parallelism
+    the last of these splits again with images divided over tensor-parallel ranks.
     """
     sizes = [size for size in range(1, ranks + 1) if not ranks % size]
     for cp, tp, pp, vp, sequence_parallel in product(sizes, sizes, sizes, (1, 2), (False, True)):
@@ -109,7 +110,9 @@ def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
         if pp > 1 and (tp == 1 or sequence_parallel):
             spread = _fitting(spec, layout, **_spread(spec, pp * vp))
             splits += [spread] if spread and not _has_an_empty_chunk(spread) else []
-        yield from ((layout, split) for split in splits if split)
+        yield from ((layout, split) for split in splits)
+        if sequence_parallel and splits:
+            yield replace(layout, vit_data_parallel=True), splits[-1]
 
 
 def _fitting(spec: VLMSpec, layout: Layout, **split) -> StageSplit | None:
@@ -327,7 +330,7 @@ def _run_layout(
     )
     model = wrap_for_data_parallel(chunks, device, overlap_grad_reduce=overlap_grad_reduce)
     source = inspect_checkpoint(work_dir / "weights")
-    load_weights(source, model)
+    load_weights(source, model, spec, layout)
     forward_backward = get_forward_backward_func()
     dp_rank = parallel_state.get_data_parallel_rank()
 
@@ -351,7 +354,7 @@ def _run_layout(
             chunk.train()
             chunk.zero_grad_buffer()
         loss, _ = mean_loss(run(forward_step, False), device)
-        _save_gradients(work_dir / f"{index}.gradients", source, model, layout)
+        _save_gradients(work_dir / f"{index}.gradients", source, model, spec, layout)
         for chunk in model:
             chunk.eval()
         with torch.no_grad():
@@ -382,7 +385,7 @@ def _logits_step(stream, model):
     return output, gather
 
 
-def _save_gradients(directory: Path, source, model, layout) -> None:
+def _save_gradients(directory: Path, source, model, spec: VLMSpec, layout: Layout) -> None:
     """This rank's summed gradients in the place of the weights of its checkpoint file."""
     from megatron.core import parallel_state
 
@@ -401,11 +404,27 @@ def _save_gradients(directory: Path, source, model, layout) -> None:
                 for key, parameter in chunk.module.named_parameters()
             }
             assert set(gradients) == set(part), set(gradients) ^ set(part)
+            if layout.vit_data_parallel:
+                gradients |= _cut_vision(gradients, spec, source.split, (tp, layout.tp), pp, number)
             part.update({key: value.detach().cpu().clone() for key, value in gradients.items()})
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, directory / file)
         (directory / "latest_checkpointed_iteration.txt").write_text("release")
     torch.distributed.barrier()
+
+
+def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int], stage: int,
+                chunk: int) -> dict[str, torch.Tensor]:
+    """A whole tower's gradients as the checkpoint of rank, size `tp` has its shards."""
+    from megatron_vl.models.registry import family
+    from megatron_vl.training.checkpoint import vision_inventory
+    from megatron_vl.weights.recut import recut
+
+    weights, (rank, size) = family(spec.model_type).weight_map(spec), tp
+    have = vision_inventory(weights, split, 1, 0, stage, chunk)
+    want = vision_inventory(weights, split, size, rank, stage, chunk)
+    made = recut({one.id: gradients[one.name] for one in have}, have, want)
+    return {one.name: made[one.id] for one in want}
 
 
 # ---- comparison -------------------------------------------------------------------------------

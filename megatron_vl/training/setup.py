@@ -18,7 +18,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vl.models.common.transformer_config import ModelOptions
-from megatron_vl.models.common.vlm import sum_tied
+from megatron_vl.models.common.vlm import sum_tied, sum_vision
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
 from megatron_vl.training.config import TrainConfig
@@ -81,7 +81,9 @@ def wrap_for_data_parallel(
 
 def _finalize_gradients(model: list, *args, **options) -> None:
     finalize_model_grads(model, *args, **options)
-    sum_tied([chunk.module for chunk in model], "main_grad")
+    chunks = [chunk.module for chunk in model]
+    sum_tied(chunks, "main_grad")
+    sum_vision(chunks, "main_grad")
 
 
 def build_optimizer(plan: Plan, model: list):

@@ -28,6 +28,7 @@ class StepCounts:
     samples: int = 0
     images: int = 0
     sample_keys: list[list[str]] = field(default_factory=list)  # of each microbatch
+    grids: list[list[list[int]]] = field(default_factory=list)  # of each microbatch's media
     skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, batch: RowBatch, waited: float) -> None:
@@ -37,6 +38,7 @@ class StepCounts:
         self.samples += batch.num_samples
         self.images += batch.num_images
         self.sample_keys.append(batch.sample_keys)
+        self.grids.append(batch.grid_thw.tolist())
         self.skipped += batch.skipped
 
 

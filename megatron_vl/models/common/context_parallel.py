@@ -6,13 +6,10 @@ this moves less (all of q, k, v and the output once, divided by the ranks), need
 for rows of many segments, and is balanced under a causal mask without cutting rows in zigzag. Its
 price: the ranks cannot be more than the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-Letters: s row length, c ranks, t = s / c tokens of a rank, b rows, X heads, H head dim, M media
-tokens of a microbatch, E width.
+Letters: s row length, c ranks, t = s / c tokens of a rank, b rows, X heads, H head dim.
 """
 
 from __future__ import annotations
-
-from itertools import accumulate, pairwise
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -30,22 +27,6 @@ class RowShare:
         """The tokens of a row of `row_length` that are this rank's."""
         part = row_length // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
-
-    def media(self, costs: list[int]) -> range:
-        """The images and videos that this rank encodes, of a microbatch's, by what each costs."""
-        return equal_runs(costs, self.size)[self.rank]
-
-    def gather_media(self, mine_ME: torch.Tensor, begin: int, total: int) -> torch.Tensor:
-        """All embeddings [M, E] on every rank, of each rank's run of them.
-
-        Args:
-            begin: where this rank's stand among the `total`.
-        """
-        if self.size == 1:
-            return mine_ME
-        after = total - begin - mine_ME.shape[0]
-        placed = torch.nn.functional.pad(mine_ME, (0, 0, begin, after))
-        return _SumOverRanks.apply(placed, self.group)
 
     def tokens_to_heads(self, x_tbXH: torch.Tensor) -> torch.Tensor:
         """[t, b, X, H] -> [s, b, X/c, H]; with fewer heads than ranks each is on several."""
@@ -69,16 +50,6 @@ class RowShare:
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def equal_runs(costs: list[int], parts: int) -> list[range]:
-    """Runs of neighbours, one a part, cut where the costs so far come nearest to an equal share."""
-    sums = [0, *accumulate(costs)]
-    cuts = [
-        min(range(len(sums)), key=lambda i: abs(sums[i] - sums[-1] * part / parts))
-        for part in range(parts + 1)
-    ]
-    return [range(begin, end) for begin, end in pairwise(cuts)]
-
-
 class Alone:
     """Stands for a context-parallel group of one: Megatron-Core's rotary embedding would cut the
     angles in zigzag, but gets the positions of this rank's tokens already."""
@@ -86,22 +57,3 @@ class Alone:
     @staticmethod
     def size() -> int:
         return 1
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, on all of them; every rank's gradient goes to every rank's part."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group) -> torch.Tensor:
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        return _summed(gradient, ctx.group), None
-
-
-def _summed(x: torch.Tensor, group) -> torch.Tensor:
-    x = x.clone()
-    torch.distributed.all_reduce(x, group=group)
-    return x

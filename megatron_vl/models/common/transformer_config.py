@@ -6,7 +6,7 @@ would silently cut vision layers off.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -101,7 +101,7 @@ def vision_config(
         **(_pipeline(layout, split, "vit") if split.vision_spans_chunks else {}),
         **_recompute(options, None, num_layers=min(filter(None, split.flat("vit")), default=0)),
         # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
-        **_shared(layout, options, sequence_parallel=False),
+        **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
 
 
@@ -116,8 +116,12 @@ def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         add_bias_linear=True,
         activation_func=F.gelu,
         **_initialization(options, spec.decoder.init_std),
-        **_shared(layout, options, sequence_parallel=False),
+        **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
+
+
+def _vision_layout(layout: Layout) -> Layout:
+    return replace(layout, tp=layout.vit_tp)
 
 
 def _pipeline(layout: Layout, split: StageSplit, tower: str) -> dict:

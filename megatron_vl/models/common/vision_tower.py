@@ -13,6 +13,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.layer_spec import block_spec, projector_submodules
+from megatron_vl.models.common.media_share import make_whole, mark_copies
 from megatron_vl.models.spec import VisionSpec
 from megatron_vl.ops.segments import Segments
 
@@ -48,6 +50,8 @@ class VisionTower(MegatronModule):
         num_layers: layers of this chunk.
         first: whether patches enter here; else hidden states do.
         last: whether it ends here, with norm and merger; else hidden states leave.
+        groups: the process groups of its layers; without any tensor parallelism in them although
+            the model has some, the tower is a whole one on each of those ranks.
         vp_stage: this chunk's number on its stage, None without virtual stages.
 
     Raises:
@@ -55,11 +59,12 @@ class VisionTower(MegatronModule):
     """
 
     def __init__(
-        self, spec: VisionSpec, config, merger_config, *, num_layers: int, first: bool = True,
-        last: bool = True, vp_stage: int | None = None,
+        self, spec: VisionSpec, config, merger_config, *, num_layers: int, groups,
+        first: bool = True, last: bool = True, vp_stage: int | None = None,
     ):
         super().__init__(config=config)
         self.spec, self.first, self.last = spec, first, last
+        self.is_whole = groups.tp.size() < parallel_state.get_tensor_model_parallel_world_size()
         if first:
             self.patch_embed = PatchEmbed(spec, config.params_dtype, config.init_method)
         self.decoder = TransformerBlock(
@@ -68,11 +73,19 @@ class VisionTower(MegatronModule):
             pre_process=True,
             post_process=last,
             vp_stage=vp_stage,
+            pg_collection=groups,
         )
         if last:
             self.projection = MultimodalProjector(
-                merger_config, projector_submodules(), "mlp", spec.merged_size
+                merger_config, projector_submodules(), "mlp", spec.merged_size, tp_group=groups.tp
             )
+        if self.is_whole:
+            make_whole(self)
+
+    def sharded_state_dict(self, *args, **options) -> dict:
+        """Megatron-Core's, which knows nothing of a whole tower on tensor-parallel ranks."""
+        state = super().sharded_state_dict(*args, **options)
+        return mark_copies(state) if self.is_whole else state
 
     def forward(self, patches_PC: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Encode images, or run this chunk's part of it.

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from megatron_vl.models.common.context_parallel import Alone, RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.layer_spec import block_spec
+from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
 from megatron_vl.models.common.transformer_config import (
     ModelOptions,
     language_config,
@@ -140,7 +141,8 @@ class VisionLanguageModel(MegatronModule):
                 spec.vision,
                 vision_config(spec, layout, split, options),
                 merger_config(spec, layout, options),
-                num_layers=vision_layers, first=pre_process, last=self.ends_vision,
+                num_layers=vision_layers, groups=vision_groups(layout),
+                first=pre_process, last=self.ends_vision,
                 vp_stage=vp_stage if self.spans else None,
             )
         self.language_model = None
@@ -168,6 +170,7 @@ class VisionLanguageModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.share = RowShare()
+        self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
@@ -281,21 +284,21 @@ class VisionLanguageModel(MegatronModule):
     def _see(self, pixel_patches, grid_thw, device: torch.device) -> torch.Tensor | None:
         """What this chunk's vision layers make of this rank's images; None if there are none.
 
-        Context-parallel ranks have each a run of the microbatch's images. A rank without any sees a
-        blank one in training, whose gradient is zero, so that every vision weight is touched:
-        gradient reduction waits for all of them. Between chunks one always travels.
+        Ranks that share the rows have each their part of the microbatch's images. A rank without
+        any sees a blank one in training, whose gradient is zero, so that every vision weight is
+        touched: gradient reduction waits for all of them. Between chunks one always travels.
         """
         given = 0 if grid_thw is None else grid_thw.shape[0]
         if given and self.pre_process and pixel_patches is None:
             raise ValueError(f"{given} images or videos but no pixels")
         if not given and not self.spans and not self.training:
             return None
-        mine = self._own_media(grid_thw) if given else range(0)
+        mine = self._own_media(grid_thw) if given else []
         if not mine:
             merge = self.spec.vision.spatial_merge_size
             grids = torch.tensor([[1, merge, merge]])
         else:
-            grids = grid_thw[mine.start : mine.stop]
+            grids = grid_thw[mine]
         patches = int(grids.prod(-1).sum())
         if not self.pre_process:
             width = self.spec.vision.hidden_size
@@ -303,13 +306,15 @@ class VisionLanguageModel(MegatronModule):
             return self.vision_model(hidden_PD, grids)
         if not mine:
             pixels = torch.zeros(patches, self.spec.vision.patch_dim, device=device)
+        elif len(mine) == given:
+            pixels = pixel_patches
         else:
-            begin = int(grid_thw[: mine.start].prod(-1).sum())
-            pixels = pixel_patches[begin : begin + patches]
+            media = pixel_patches.split(grid_thw.prod(-1).tolist())
+            pixels = torch.cat([media[index] for index in mine])
         return self.vision_model(pixels, grids)
 
-    def _own_media(self, grid_thw: torch.Tensor) -> range:
-        return self.share.media(grid_thw.prod(-1).tolist())
+    def _own_media(self, grid_thw: torch.Tensor) -> list[int]:
+        return self.media_share.mine(list(map(self.spec.vision.forward_flops, grid_thw.tolist())))
 
     def _embed(self, input_ids, vision_ME, grid_thw) -> torch.Tensor:
         """The decoder's input [t, b, E]: this rank's tokens, with the media's embeddings."""
@@ -342,12 +347,12 @@ class VisionLanguageModel(MegatronModule):
         return hidden_tbE
 
     def _gathered(self, vision_ME: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """The embeddings of all the microbatch's media, of each context-parallel rank's."""
+        """The embeddings of all the microbatch's media, from the ranks that encoded them."""
         mine = self._own_media(grid_thw)
         tokens = (grid_thw.prod(-1) // self.spec.vision.spatial_merge_size**2).tolist()
         if not mine:
             vision_ME = vision_ME[:0] + _nothing_of(vision_ME).to(vision_ME.dtype)
-        return self.share.gather_media(vision_ME, sum(tokens[: mine.start]), sum(tokens))
+        return self.media_share.gather(vision_ME, mine, tokens)
 
 
 def _nothing_of(blank_ME: torch.Tensor) -> torch.Tensor:
@@ -392,3 +397,10 @@ def sum_tied(chunks: list[VisionLanguageModel], attribute: str) -> None:
         torch.distributed.all_reduce(first, group=group)
     for other in others:
         other.copy_(first)
+
+
+def sum_vision(chunks: list[VisionLanguageModel], attribute: str) -> None:
+    """Adds up an attribute (`main_grad`) of vision towers that are whole on several ranks."""
+    for chunk in chunks:
+        if chunk.vision_model is not None and chunk.vision_model.is_whole:
+            sum_whole(chunk.vision_model, attribute)
