@@ -28,6 +28,7 @@ LAYOUTS = {
     "TP2 PP2, sequence parallel, 24 arguments": dict(TP=2, PP=2, SP="true"),
     "PP2 uneven, full recompute": dict(PP=2, first=1, AC="full"),
     "CP2 PP2": dict(PP=2, CP=2),
+    "TP2 PP2, images divided": dict(TP=2, PP=2, extra="--vit-data-parallel"),
 }
 
 
@@ -70,6 +71,31 @@ def test_training_learns_and_logs_every_number(plain_run):
         assert step["samples"] == step["images"] > 4  # several samples a row
     # Warmup from 0 over two steps, then the cosine.
     assert [plain_run[i]["lr"] for i in (1, 2, 3)] == pytest.approx([0, 5e-4, 1e-3])
+
+
+def test_whole_vision_towers_start_alike_and_resume_alike_and_elsewhere(workshop):
+    # Of weights that are drawn at random, each rank draws its own; only one rank's are saved.
+    changes = dict(
+        TP=2, PP=1, PRETRAIN_CHECKPOINT_PATH="none", TRAIN_ITERS=4, SAVE_INTERVAL=2,
+        extra=f"--vit-data-parallel --nproc-per-node 4 --hf-config {workshop.model_dir}",
+    )
+    done = workshop.train("whole", **changes)
+    assert done.code == 0, done.text
+    undisturbed = workshop.steps("whole")
+    assert all(0.5 < step["vision_balance"] <= 1 for step in undisturbed.values())
+    assert "vision balance" in done.out
+    save = workshop.checkpoint("whole")
+    (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+    elsewhere = shutil.copytree(save, workshop.root / "whole-elsewhere")
+    done = workshop.train("whole", **changes)
+    assert done.code == 0 and "2 steps done" in done.out, done.text
+    assert losses(workshop.steps("whole")) == losses(undisturbed)
+    # The tower is saved once, whole: a layout that cuts it takes it as any other.
+    changes["extra"] = f"--nproc-per-node 4 --save {elsewhere}"
+    done = workshop.train("whole-elsewhere-out", **changes)
+    assert done.code == 0 and "2 steps done" in done.out, done.text
+    cut = losses(workshop.steps("whole-elsewhere-out"))
+    assert cut == pytest.approx(losses(undisturbed)[2:], rel=FP32)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ LAYOUTS = {
         TP1xPP2xVP2xDP1, llm 0-2/1-1, vision 1-1/0-0
         TP2xPP1xDP1, llm 4, vision 2
         TP2xPP1xDP1+SP, llm 4, vision 2
+        TP2xPP1xDP1+SP+VDP, llm 4, vision 2
         TP1xPP1xCP2xDP1, llm 4, vision 2
     """,
     4: """
@@ -36,16 +37,20 @@ LAYOUTS = {
         TP1xPP4xDP1, llm 0-2-1-1, vision 1-1-0-0
         TP2xPP1xDP2, llm 4, vision 2
         TP2xPP1xDP2+SP, llm 4, vision 2
+        TP2xPP1xDP2+SP+VDP, llm 4, vision 2
         TP2xPP2xDP1, llm 2-2, vision 2-0
         TP2xPP2xDP1, llm 1-3, vision 2-0
         TP2xPP2xDP1+SP, llm 2-2, vision 2-0
         TP2xPP2xDP1+SP, llm 1-3, vision 2-0
         TP2xPP2xDP1+SP, llm 0-4, vision 1-1
+        TP2xPP2xDP1+SP+VDP, llm 0-4, vision 1-1
         TP2xPP2xVP2xDP1, llm 1-1/1-1, vision 2-0/0-0
         TP2xPP2xVP2xDP1+SP, llm 1-1/1-1, vision 2-0/0-0
         TP2xPP2xVP2xDP1+SP, llm 0-2/1-1, vision 1-1/0-0
+        TP2xPP2xVP2xDP1+SP+VDP, llm 0-2/1-1, vision 1-1/0-0
         TP4xPP1xDP1, llm 4, vision 2
         TP4xPP1xDP1+SP, llm 4, vision 2
+        TP4xPP1xDP1+SP+VDP, llm 4, vision 2
         TP1xPP1xCP2xDP2, llm 4, vision 2
         TP1xPP2xCP2xDP1, llm 2-2, vision 2-0
         TP1xPP2xCP2xDP1, llm 1-3, vision 2-0
@@ -54,6 +59,7 @@ LAYOUTS = {
         TP1xPP2xVP2xCP2xDP1, llm 0-2/1-1, vision 1-1/0-0
         TP2xPP1xCP2xDP1, llm 4, vision 2
         TP2xPP1xCP2xDP1+SP, llm 4, vision 2
+        TP2xPP1xCP2xDP1+SP+VDP, llm 4, vision 2
         TP1xPP1xCP4xDP1, llm 4, vision 2
     """,
 }
