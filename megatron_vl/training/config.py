@@ -82,6 +82,10 @@ class BatchOptions:
         None, "row length when a row holds one sample; default: seq-length", kind=int
     )
     train_iters: int = option(100, "optimizer steps")
+    calculate_per_sample_loss: bool = option(
+        False, "mean loss of each sample, then the mean over the samples of a step; default: the "
+        "mean over all its trained tokens"
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "micro_batch_size", "global_batch_size", "seq_length", "train_iters")
@@ -166,6 +170,9 @@ class ModelRunOptions:
     cpu_offloading_num_layers: int = option(1, "layers of a stage whose activations are offloaded")
     init_method_std: float | None = option(
         None, "standard deviation of random weights; default: config.json's", kind=float
+    )
+    deterministic: bool = option(
+        False, "the same bits at every run of the same command; slower on a GPU"
     )
     seed: int = option(1234, "of weights, data order and everything else random")
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice, tee
 
 import torch
@@ -48,6 +49,7 @@ def train(plan: Plan) -> None:
     platform = initialize(
         plan.layout, embedding_stage=plan.split.last_vision_chunk[0], seed=config.model.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
+        deterministic=config.model.deterministic,
     )
     trainer = Trainer(plan, platform)
     trainer.say(describe(plan, platform))
@@ -168,7 +170,9 @@ class Trainer:
     def _run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
         with naming_rows(streams):
             outputs = self.forward_backward(
-                forward_step_func=forward_step,
+                forward_step_func=partial(
+                    forward_step, per_sample=self.config.batch.calculate_per_sample_loss
+                ),
                 data_iterator=streams if len(streams) > 1 else streams[0],
                 model=self.model if len(self.model) > 1 else self.model[0],
                 num_microbatches=num_microbatches,
@@ -263,7 +267,7 @@ class Trainer:
         """The samples of the rows whose loss is not finite, over all ranks; else of all rows."""
         mine = []
         for number, one in enumerate(losses):  # held by last stages alone
-            if not torch.isfinite(one["loss_sum"]):
+            if not torch.isfinite(one["sums"]).all():
                 mine += counts.sample_keys[number]
         everyone: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, mine)

@@ -37,6 +37,7 @@ def model_options(config: TrainConfig, *, initialize_weights: bool) -> ModelOpti
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
         initialize_weights=initialize_weights,
+        deterministic=run.deterministic,
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -102,9 +103,17 @@ def blank_like(batch: RowBatch) -> RowBatch:
     )
 
 
-def forward_step(stream: RowStream, model):
-    """Megatron-Core's forward step: the chunk's output, and the function that sums its loss."""
+def forward_step(stream: RowStream, model, *, per_sample: bool = False):
+    """Megatron-Core's forward step: the chunk's output, and the function that sums its loss.
+
+    `per_sample` gives every sample the same weight, instead of every trained token.
+    """
     batch = next(stream)
+    loss_mask, samples = batch.loss_mask, None
+    if per_sample:
+        loss_mask, samples = equal_samples(batch.loss_mask, batch.cu_seqlens)
+        if parallel_state.get_context_parallel_rank() > 0:
+            samples.zero_()  # counted on the first of the ranks that share the row
     output = model(
         batch.tokens,
         batch.position_ids,
@@ -112,37 +121,59 @@ def forward_step(stream: RowStream, model):
         pixel_patches=batch.pixel_patches,
         grid_thw=batch.grid_thw,
         labels=batch.labels,
-        loss_mask=batch.loss_mask,
+        loss_mask=loss_mask,
     )
-    return output, sum_loss
+    return output, partial(sum_loss, samples=samples)
 
 
-def sum_loss(loss_n: torch.Tensor):
+def equal_samples(
+    loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [b, s] that sum to 1 over each sample, and how many samples are trained (int []).
+
+    Args:
+        loss_mask: float [b, s], above 0 where a token is trained.
+        cu_seqlens: int32 [segments + 1], cumulative lengths of the samples and the padding.
+    """
+    trained = (loss_mask.flatten() > 0).to(loss_mask.dtype)
+    lengths = cu_seqlens.diff()
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    counts = trained.new_zeros(len(lengths)).index_add(0, segment, trained)
+    weights = trained / counts.clamp(min=1)[segment]
+    return weights.view_as(loss_mask), (counts > 0).sum(dtype=torch.int)
+
+
+def sum_loss(loss_n: torch.Tensor, *, samples: torch.Tensor | None = None):
     """Sum over the trained positions of a microbatch.
 
+    Args:
+        samples: int [], what the sum is to be divided by; None: the number of positions.
+
     Returns:
-        the loss sum (a scalar with gradient), the number of trained positions (int), and both as
-        numbers for the log. Megatron-Core divides the gradient once by the number over all
-        microbatches and data-parallel ranks.
+        the loss sum (a scalar with gradient), its divisor (int), and what the log needs.
+        Megatron-Core divides the gradient once by the sum of the divisors over all microbatches and
+        data-parallel ranks.
     """
     total = loss_n.sum()
-    count = torch.tensor(loss_n.numel(), dtype=torch.int, device=loss_n.device)
-    return total, count, {"loss_sum": total.detach().double(), "num_tokens": count.double()}
+    trained = torch.tensor(loss_n.numel(), dtype=torch.int, device=loss_n.device)
+    divisor = trained if samples is None else samples
+    numbers = torch.stack([total.detach().double(), divisor.double(), trained.double()])
+    return total, divisor, {"sums": numbers}
 
 
 def mean_loss(per_microbatch: list[dict[str, torch.Tensor]], device: torch.device):
-    """Mean loss a trained token, and their number, over microbatches and data-parallel ranks.
+    """Mean loss, and the number of trained tokens, over microbatches and data-parallel ranks.
 
     Only last pipeline stages hold losses; every rank gets the result.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     for one in per_microbatch:
-        sums += torch.stack([one["loss_sum"], one["num_tokens"]])
+        sums += one["sums"]
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         sums.zero_()
     torch.distributed.all_reduce(
         sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
     torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    total, count = sums.tolist()
-    return (total / count if count else float("nan")), int(count)
+    total, count, trained = sums.tolist()
+    return (total / count if count else float("nan")), int(trained)

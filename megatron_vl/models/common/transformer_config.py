@@ -30,6 +30,7 @@ class ModelOptions:
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
     cpu_offloading: bool = False  # keep the decoder's activations in host memory
     cpu_offloading_num_layers: int = 1
+    deterministic: bool = False  # only kernels that give the same bits at every run
     initialize_weights: bool = True  # False when a checkpoint fills them right after
 
 
@@ -144,6 +145,7 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         bf16=options.params_dtype == torch.bfloat16,
         fp16=options.params_dtype == torch.float16,
         varlen_attention_backend=options.attention_backend,
+        deterministic_mode=options.deterministic,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         # The mean over trained tokens is taken once, over every microbatch and data rank.
