@@ -33,7 +33,7 @@ from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.read_ahead import ReadAhead
 from megatron_vl.data.rows import empty_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
-from megatron_vl.data.shard_files import TarMemory
+from megatron_vl.data.shard_files import TarReaders
 from megatron_vl.data.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
@@ -277,7 +277,7 @@ def build_train_loader(
             max_samples_per_sequence=config.max_samples_per_sequence,
             task_encoder=encoder,
         )
-    encoder.tar_memory = TarMemory(dataset)
+    encoder.tar_readers = TarReaders(dataset)
     loader = SavableDataLoader(dataset, **_housekeeping(config))
     return RowLoader(loader, _made_for(config, dp_rank, dp_size))
 
@@ -318,7 +318,7 @@ def build_valid_loader(
             batch_size=None,
             task_encoder=encoder,
         )
-    encoder.tar_memory = TarMemory(samples)
+    encoder.tar_readers = TarReaders(samples)
     rows = _OwnRows(
         samples, encoder=encoder, config=config, dp_rank=dp_rank, dp_size=dp_size,
         max_batches=max_batches,

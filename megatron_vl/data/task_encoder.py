@@ -47,7 +47,7 @@ from megatron_vl.data.samples import (
     Skipped,
     sample_name,
 )
-from megatron_vl.data.shard_files import ShardFiles, TarMemory
+from megatron_vl.data.shard_files import ShardFiles, TarReaders
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.mrope import rope_index
 
@@ -94,7 +94,7 @@ class SampleEncoder(TaskEncoder):
         self.files = ShardFiles()
         self.cookers = [Cooker(self.cook)]
         self.skipped: list[Skipped] = []  # since the last batch
-        self.tar_memory: TarMemory | None = None  # of the dataset that this encoder reads
+        self.tar_readers: TarReaders | None = None  # of the dataset that this encoder reads
         self.known_bad: set[str] = set()  # samples left out so far: an epoch brings them again
 
     @stateless
@@ -206,8 +206,8 @@ class SampleEncoder(TaskEncoder):
     def make_batch(self, rows: list[Row]) -> RowBatch:
         batch = make_batch(rows, row_length=self.rules.length, pad_token=self.chat.pad_token)
         batch.skipped, self.skipped = tuple(self.skipped), []
-        if self.tar_memory is not None:
-            self.tar_memory.forget()
+        if self.tar_readers is not None:
+            self.tar_readers.forget()
         return batch
 
     def select(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:

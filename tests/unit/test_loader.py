@@ -16,7 +16,7 @@ from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import IGNORE
-from megatron_vl.data.shard_files import TarMemory
+from megatron_vl.data.shard_files import TarReaders
 from megatron_vl.data.task_encoder import stop_on_error
 from megatron_vl.errors import InputError
 
@@ -118,7 +118,7 @@ def test_a_reader_remembers_no_tar_header_it_has_passed(loaders):
     loader = loaders()
     batches = _take(loader, 40)
     assert sum(batch.num_samples for batch in batches) > 300
-    (reader,) = TarMemory(loader._loader.dataset).readers
+    (reader,) = TarReaders(loader._loader.dataset).readers
     assert reader.itar_files_cache
     kept = sum(len(tar.members) for tar in reader.itar_files_cache.values())
     assert kept < 150  # headers of the samples read ahead for the packing buffer
