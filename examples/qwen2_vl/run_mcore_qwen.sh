@@ -41,6 +41,8 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
   MP_HF_PATH         config.json and tokenizer, when PRETRAIN_CHECKPOINT_PATH is none
   MP_EXTRA           further options of megatron-vl train, as one string
   NPROC_PER_NODE     processes of this node (default: its GPUs; without any, TP x PP x CP)
+  With dlc the nodes are read from the scheduler's variables, WORLD_SIZE, RANK, MASTER_ADDR and
+  MASTER_PORT in DLC; docs/clusters.md has the others.
 TABLE
   exit 2
 }
@@ -81,21 +83,15 @@ LR_WARMUP_ITERS=${22}
 OUTPUT_BASEPATH=${23}
 
 MP_AC_LAYERS=${MP_AC_LAYERS:-1}
-NODES=()
 
 case $ENV in
-  dsw) ;;
-  dlc)
-    for name in MASTER_ADDR MASTER_PORT WORLD_SIZE RANK; do
-      [ -n "${!name:-}" ] || refuse "ENV is dlc but $name is not set; submit through DLC, or use dsw."
-    done
-    NODES=(--nnodes "$WORLD_SIZE" --node-rank "$RANK" --master-addr "$MASTER_ADDR"
-      --master-port "$MASTER_PORT")
-    NPROC_PER_NODE=${NPROC_PER_NODE:-${KUBERNETES_CONTAINER_RESOURCE_GPU:-}}
+  dsw)
+    NODES=(--no-cluster-env)
+    if [ -n "${NPROC_PER_NODE:-}" ]; then NODES+=(--nproc-per-node "$NPROC_PER_NODE"); fi
     ;;
+  dlc) NODES=(--cluster-env) ;; # reads the scheduler's variables: docs/clusters.md
   *) refuse "ENV is '$ENV'; use dsw or dlc." ;;
 esac
-if [ -n "${NPROC_PER_NODE:-}" ]; then NODES+=(--nproc-per-node "$NPROC_PER_NODE"); fi
 
 OPTIONS=()
 switch() { # NAME VALUE FLAG: adds FLAG when VALUE is true
@@ -155,7 +151,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 COMMAND=(
-  "${PYTHON:-python}" -m megatron_vl train ${NODES[@]+"${NODES[@]}"}
+  "${PYTHON:-python}" -m megatron_vl train "${NODES[@]}"
   --model-size "$MODEL_SIZE"
   --tensor-model-parallel-size "$TP"
   --pipeline-model-parallel-size "$PP"

@@ -1,17 +1,86 @@
-"""Start this node's ranks with torchrun's launcher; give back the first failure's exit code."""
+"""`megatron-vl launch`: a command on every host; `launch` starts this node's ranks.
+
+Both give back the first failure's exit code.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import tempfile
 import uuid
 from pathlib import Path
 
+from megatron_vl.cli.cluster_env import read_hostfile
+from megatron_vl.cli.hosts import run_on_hosts
+from megatron_vl.cli.meeting import meet, no_meeting
 from megatron_vl.cli.worker import FAILURE_FILE, read_failure
 from megatron_vl.errors import InputError
+from megatron_vl.parallel.cluster import PORT
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "launch",
+        help="one command on every host",
+        description="Run one command on every host of a hostfile over ssh, in this directory, with "
+        "the variables of PAI-DLC set, so that each host knows its place. Lines are printed behind "
+        "their host's name. When a host fails, the others are ended.",
+        epilog="example: megatron-vl launch --hostfile HOSTS -- train --config run.yaml",
+    )
+    parser.add_argument("--hostfile", type=Path, required=True, metavar="FILE",
+                        help="`host` or `host slots=8` a line, node 0 first")
+    parser.add_argument("--ssh", default="ssh", metavar="COMMAND",
+                        help='with its options, as "ssh -p 22" (default: ssh)')
+    parser.add_argument("--master-port", type=int, default=PORT,
+                        help=f"a free port of the first host (default: {PORT})")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
+                        help="a variable for the command, without VALUE the one it has here; may "
+                        "be repeated")
+    parser.add_argument("words", nargs="+", metavar="WORD",
+                        help="behind --: a command of megatron-vl and its options, started with "
+                        "this Python, or any other program")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_vl.cli.main import COMMANDS
+
+    hosts = read_hostfile(args.hostfile)
+    try:
+        ssh = shlex.split(args.ssh)
+    except ValueError:
+        ssh = []
+    if not ssh:
+        raise InputError(f"--ssh is {args.ssh!r}; give a command as 'ssh -p 22'.")
+    if not 0 < args.master_port < 2**16:
+        raise InputError(f"master-port is {args.master_port}; give one from 1 to 65535.")
+    command = args.words
+    if command[0] in COMMANDS:
+        command = [sys.executable, "-m", "megatron_vl", *command]
+    return run_on_hosts(
+        hosts, command, ssh=ssh, port=args.master_port, directory=os.getcwd(),
+        variables=_variables(args.env),
+    )
+
+
+def _variables(given: list[str]) -> dict[str, str]:
+    variables = {}
+    for word in given:
+        name, has_value, value = word.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise InputError(f"--env {word} names no variable; write NAME or NAME=VALUE.")
+        if not has_value:
+            if name not in os.environ:
+                raise InputError(f"--env {name}: {name} is not set here; give {name}=VALUE.")
+            value = os.environ[name]
+        variables[name] = value
+    return variables
 
 
 def launch(
@@ -22,13 +91,15 @@ def launch(
     node_rank: int = 0,
     master_addr: str = "127.0.0.1",
     master_port: int = 29500,
+    rendezvous_timeout: float = 900.0,
 ) -> int:
     """Run `megatron-vl ARGV` as `nproc_per_node` ranks; returns the job's exit code.
 
     A signal ends the ranks, and gives 128 + its number as a shell would.
 
     Raises:
-        InputError: the nodes did not meet at `master_addr`:`master_port`.
+        InputError: the nodes did not meet at `master_addr`:`master_port` within
+            `rendezvous_timeout` seconds, or do not fit together.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -55,11 +126,18 @@ def launch(
             # One node picks a free port; several meet where they were told to.
             rdzv_backend="c10d" if one_node else "static",
             rdzv_endpoint="localhost:0" if one_node else f"{master_addr}:{master_port}",
-            rdzv_configs={} if one_node else {"rank": node_rank, "timeout": 900},
+            rdzv_configs={} if one_node else {
+                "rank": node_rank, "timeout": max(1, int(rendezvous_timeout)),
+            },
             max_restarts=0,
             monitor_interval=0.1,
         )
         try:
+            # Kept while the ranks run: node 0's is where they all meet.
+            store = None if one_node else meet(  # noqa: F841
+                nnodes=nnodes, node_rank=node_rank, nproc_per_node=nproc_per_node,
+                address=master_addr, port=master_port, timeout=rendezvous_timeout,
+            )
             elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
         except ChildFailedError as error:
             code, report = read_failure(failure) or (1, _no_report(argv[0], error))
@@ -71,7 +149,11 @@ def launch(
             print(f"megatron-vl {argv[0]}: ended by {name}", file=sys.stderr, flush=True)
             return 128 + error.sigval
         except (RendezvousError, DistError) as error:
-            raise InputError(_no_meeting(one_node, node_rank, master_addr, master_port)) from error
+            if one_node:
+                raise InputError(
+                    "this node's processes found no free port of localhost to meet at; free one."
+                ) from error
+            raise InputError(no_meeting(node_rank, master_addr, master_port)) from error
         finally:
             del os.environ[FAILURE_FILE]
     return 0
@@ -80,16 +162,6 @@ def launch(
 def _no_report(command: str, error) -> str:
     rank, first = error.get_first_failure()
     return f"megatron-vl {command}: rank {rank} {_ending(first.exitcode)}\n"
-
-
-def _no_meeting(one_node: bool, node_rank: int, address: str, port: int) -> str:
-    if one_node:
-        return "this node's processes found no free port of localhost to meet at; free one."
-    return (
-        f"node {node_rank} could not meet the others at {address}:{port}; give every node node 0's "
-        f"address as --master-addr, a port that is free there and open to the others as "
-        f"--master-port, and a --node-rank of its own."
-    )
 
 
 def _ending(exitcode: int) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import InputError
+from megatron_vl.parallel.cluster import MACHINE, ROWS, ClusterEnv, check_one_launcher, cluster_env
 from megatron_vl.training.config import add_arguments, load_config
 
-LAUNCH = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+LAUNCH = (*NODES, "cluster_env", "rendezvous_timeout")
 NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug", "run", "argv"}
 
 
@@ -31,10 +34,20 @@ def add_parser(commands) -> None:
         "--nproc-per-node", type=int,
         help="processes (default: this node's GPUs; without any, TP x PP x CP)",
     )
-    launch.add_argument("--nnodes", type=int, default=1, help="nodes (default: 1)")
-    launch.add_argument("--node-rank", type=int, default=0, help="this node's number (default: 0)")
-    launch.add_argument("--master-addr", default="127.0.0.1", help="node 0's address")
-    launch.add_argument("--master-port", type=int, default=29500, help="a free port of node 0")
+    launch.add_argument("--nnodes", type=int, help="nodes (default: the scheduler's, else 1)")
+    launch.add_argument("--node-rank", type=int, help="this node's number, from 0")
+    launch.add_argument("--master-addr", help="node 0's address")
+    launch.add_argument("--master-port", type=int, help="a free port of node 0 (default: 29500)")
+    launch.add_argument(
+        "--cluster-env", action=argparse.BooleanOptionalAction,
+        help="take what the flags above leave out from the scheduler's variables, and refuse a "
+        "machine that has none; --no-cluster-env never looks at them; default: look unless "
+        "--nnodes is given",
+    )
+    launch.add_argument(
+        "--rendezvous-timeout", type=float, default=900.0, metavar="SECONDS",
+        help="how long a node waits for the others at the start (default: 900)",
+    )
     add_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -53,23 +66,41 @@ def run(args: argparse.Namespace) -> int:
         run_worker(lambda: _train(config), command="train", debug=args.debug)
     from megatron_vl.training.plan import check_paths, find_checkpoint, plan_run
 
-    if args.nproc_per_node is None:
-        args.nproc_per_node = _processes(config)
-    if min(args.nproc_per_node, args.nnodes) < 1:
-        raise InputError(
-            f"nproc-per-node is {args.nproc_per_node} and nnodes {args.nnodes}; give at least 1."
-        )
-    if not 0 <= args.node_rank < args.nnodes:
-        raise InputError(
-            f"node-rank {args.node_rank} is not one of the {args.nnodes} node(s); number them from "
-            f"0 to {args.nnodes - 1}."
-        )
-    plan = plan_run(config, args.nproc_per_node * args.nnodes)
+    env = _nodes(args)
+    processes = _processes(config) if env.nproc_per_node is None else env.nproc_per_node
+    plan = plan_run(config, processes * env.nnodes)
     find_checkpoint(plan)
     check_paths(config)
     from megatron_vl.cli.launch import launch
 
-    return launch(args.argv, **{name: getattr(args, name) for name in LAUNCH})
+    if env.source != MACHINE:
+        print(f"node {env.node_rank} of {env.nnodes}, {processes} processes each, node 0 is "
+              f"{env.master_addr}:{env.master_port} ({env.source})", flush=True)
+    return launch(
+        args.argv, nproc_per_node=processes, nnodes=env.nnodes, node_rank=env.node_rank,
+        master_addr=env.master_addr, master_port=env.master_port,
+        rendezvous_timeout=args.rendezvous_timeout,
+    )
+
+
+def _nodes(args: argparse.Namespace) -> ClusterEnv:
+    """What the flags say; what they leave out, from the scheduler; else this machine alone."""
+    if not args.rendezvous_timeout > 0:
+        raise InputError(
+            f"rendezvous-timeout is {args.rendezvous_timeout}; give a number of seconds above 0."
+        )
+    look = args.nnodes is None if args.cluster_env is None else args.cluster_env
+    env = ClusterEnv()
+    if look:
+        env = cluster_env(os.environ)
+        check_one_launcher(os.environ, env)
+    if args.cluster_env and env.source == MACHINE:
+        raise InputError(
+            f"no scheduler's variables are set here ({'; '.join(' '.join(r.signs) for r in ROWS)});"
+            f" start it through one, or leave out --cluster-env (ENV dsw) for this machine alone."
+        )
+    given = {name: getattr(args, name) for name in NODES if getattr(args, name) is not None}
+    return replace(env, **given)
 
 
 def _processes(config) -> int:
@@ -79,9 +110,13 @@ def _processes(config) -> int:
 
 
 def _train(config) -> None:
+    from megatron_vl.platform import connect
     from megatron_vl.training.loop import train
     from megatron_vl.training.plan import check_paths, plan_run
+    from megatron_vl.training.preflight import preflight
 
+    connect(timeout_minutes=config.parallel.distributed_timeout_minutes)
+    preflight(config)
     if os.environ["RANK"] == "0":  # another launcher than ours has not looked
         check_paths(config)
     train(plan_run(config, int(os.environ["WORLD_SIZE"])))

@@ -91,7 +91,7 @@ class Mixture:
         Raises:
             InputError: a dataset that is not complete on disk, or a metadataset that is none.
         """
-        counts = {path: check_dataset(path, part) for path, part in self._leaves(split)}
+        counts = {path: check_dataset(path, part) for path, part in self.leaves(split)}
         if self.max_samples is None:
             return counts
         return {path: min(count, self.max_samples) for path, count in counts.items()}
@@ -99,7 +99,7 @@ class Mixture:
     def fingerprint(self) -> str:
         """Of the datasets' content and how they are mixed, wherever they lie."""
         digest = hashlib.sha256(repr((self.weights, self.max_samples)).encode())
-        for path, _ in self._leaves("train"):
+        for path, _ in self.leaves("train"):
             digest.update(fingerprint(path).encode())
         if self.metadataset is not None:
             digest.update(self.metadataset.read_bytes())
@@ -131,8 +131,12 @@ class Mixture:
             "splits": {split: {"blend" if self.weights else "blend_epochized": entries}},
         }
 
-    def _leaves(self, split: str) -> list[tuple[Path, str]]:
-        """Dataset directories and the part of each that `split` reads."""
+    def leaves(self, split: str) -> list[tuple[Path, str]]:
+        """Dataset directories and the part of each that `split` reads.
+
+        Raises:
+            InputError: a metadataset that is none.
+        """
         if self.metadataset is None:
             return [(path, split) for path in self.paths]
         from megatron.energon.metadataset.loader import traverse_metadataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -34,25 +35,13 @@ def initialize(
         torch.utils.deterministic.fill_uninitialized_memory = False
     platform = select_platform()
     platform.install()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world != layout.world_size:
         raise InputError(
             f"{world} processes were started but the layout {layout} needs {layout.world_size}; "
             f"start {layout.world_size} with torchrun, or change tp, pp, cp."
         )
-    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not torch.distributed.is_initialized():
-        init = {}
-        if "MASTER_ADDR" not in os.environ:
-            init = {"store": torch.distributed.HashStore()}
-        torch.distributed.init_process_group(
-            platform.collective_backend,
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-            **init,
-        )
+    connect(timeout_minutes=timeout_minutes)
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
@@ -68,6 +57,73 @@ def initialize(
         )
     seed_everything(seed)
     return platform
+
+
+def connect(*, timeout_minutes: float = 10.0) -> None:
+    """Join the run's other processes: torch.distributed over this platform's backend. Idempotent.
+
+    Raises:
+        InputError: some never came to MASTER_ADDR:MASTER_PORT in time; they are named.
+    """
+    if torch.distributed.is_initialized():
+        return
+    platform = select_platform()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
+    timeout = timedelta(minutes=timeout_minutes)
+    if "MASTER_ADDR" in os.environ:
+        store = _gather(rank, world, timeout)
+    else:
+        store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        platform.collective_backend,
+        rank=rank,
+        world_size=world,
+        store=torch.distributed.PrefixStore("default_pg", store),
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _gather(rank: int, world: int, timeout: timedelta) -> torch.distributed.Store:
+    """The store of the environment's address, once every rank has come to it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's store is there
+    within = f"within {timeout.total_seconds() / 60:g} min (distributed-timeout-minutes)"
+    try:
+        store = torch.distributed.TCPStore(
+            address, port, None, rank == 0 and not agent, timeout, wait_for_workers=False,
+            multi_tenant=True,
+        )
+        store.set(f"came/{rank}", socket.gethostname())
+        if store.add("came", 1) == world:
+            store.set("all came", "")
+        try:
+            store.wait(["all came"], timeout)
+        except torch.distributed.DistStoreError as error:
+            missing = [r for r in range(world) if not store.check([f"came/{r}"])]
+            raise InputError(
+                f"{ranks(missing)} of {world} never came to {address}:{port} {within}; see what "
+                f"they printed, and that they reach that address and port."
+            ) from error
+    except torch.distributed.DistNetworkError as error:
+        raise InputError(
+            f"rank {rank} on {socket.gethostname()} could not reach the others at {address}:{port} "
+            f"{within}; see whether rank 0 runs there and the port is open to this host."
+        ) from error
+    return store
+
+
+def ranks(numbers: list[int]) -> str:
+    """`rank 3`, `ranks 0-2, 7`: sorted numbers as a person writes them."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
 def leave_layout() -> None:

@@ -82,7 +82,7 @@ def tables(document: str) -> list[list[list[str]]]:
 def parser(command: str) -> ArgumentParser:
     root = ArgumentParser()
     commands = root.add_subparsers()
-    import_module(f"megatron_vl.cli.{command}").add_parser(commands)
+    import_module(f"megatron_vl.cli.{command.replace('-', '_')}").add_parser(commands)
     commands.choices[command].add_argument("--debug")
     return commands.choices[command]
 

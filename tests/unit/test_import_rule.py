@@ -36,7 +36,8 @@ LIGHT = (
     "models.qwen2_vl.weight_map", "weights", "weights.convert", "weights.torch_dist",
     "data.formats", "data.sources", "data.options", "data.prepare", "data.lint",
     "training.config", "training.plan", "training.report",
-    "cli.main", "cli.convert", "cli.prepare", "cli.lint", "cli.plot", "cli.train",
+    "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
+    "cli.train",
 )
 
 

@@ -1,0 +1,121 @@
+"""The nodes of a run meet at node 0's store, before any rank is started.
+
+torchrun's own rendezvous waits in silence, and says neither which node is missing nor that two have
+one number. Its store is this one: a second server of the same port and process is the first.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from datetime import timedelta
+
+from megatron_vl.errors import InputError
+
+_LOOK_SECONDS = 0.2  # between two looks at the store
+_ALL_CAME = "all came"
+
+
+def meet(
+    *, nnodes: int, node_rank: int, nproc_per_node: int, address: str, port: int, timeout: float
+):
+    """Wait until all nodes have come, `timeout` seconds at most; returns the store to keep.
+
+    Raises:
+        InputError: node 0 cannot be reached, a node did not come, two came with one number, or
+            nodes differ in how many nodes or processes there are.
+    """
+    from torch.distributed import DistError, TCPStore
+
+    deadline = time.monotonic() + timeout
+    if node_rank:
+        _wait_for_port(node_rank, address, port, deadline)
+    me = {"node": node_rank, "host": socket.gethostname(), "nnodes": nnodes,
+          "nproc_per_node": nproc_per_node}
+    try:
+        store = TCPStore(
+            address, port, None, node_rank == 0, timedelta(seconds=max(timeout, 1)),
+            wait_for_workers=False, multi_tenant=True,
+        )
+        number = store.add("meeting/came", 1)
+        store.set(f"meeting/{number}", json.dumps(me))
+        if quarrel := _quarrel(_came(store, number)):
+            store.set("meeting/verdict", quarrel)
+        elif number == nnodes:
+            store.set("meeting/verdict", _ALL_CAME)
+        while not store.check(["meeting/verdict"]):
+            if time.monotonic() > deadline:
+                came = _came(store, store.add("meeting/came", 0))
+                store.set("meeting/verdict", _missing(came, nnodes, address, port, timeout))
+            time.sleep(_LOOK_SECONDS)
+        verdict = store.get("meeting/verdict").decode()
+        store.add("meeting/heard", 1)
+        if verdict != _ALL_CAME:
+            # Node 0 leaves last: the others hear why from its store.
+            patience = time.monotonic() + 5
+            while node_rank == 0 and store.add("meeting/heard", 0) < store.add("meeting/came", 0):
+                if time.monotonic() > patience:
+                    break
+                time.sleep(_LOOK_SECONDS)
+            raise InputError(verdict)
+    except DistError as error:
+        raise InputError(no_meeting(node_rank, address, port)) from error
+    return store
+
+
+def no_meeting(node_rank: int, address: str, port: int, why: str = "") -> str:
+    return (
+        f"node {node_rank} could not meet the others at {address}:{port}{why}; give every node "
+        f"node 0's address as --master-addr, a port that is free there and open to the others as "
+        f"--master-port, and a --node-rank of its own."
+    )
+
+
+def _wait_for_port(node_rank: int, address: str, port: int, deadline: float) -> None:
+    """Until node 0 listens. Its name may not be known yet, as a pod's is not before it runs."""
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, min(left, 10))).close()
+            return
+        except OSError as error:
+            if left <= 0:
+                why = f" ({error.strerror or error})"
+                raise InputError(no_meeting(node_rank, address, port, why)) from error
+        time.sleep(_LOOK_SECONDS)
+
+
+def _came(store, number: int) -> list[dict]:
+    """What the first `number` nodes to come said."""
+    return [json.loads(store.get(f"meeting/{k}")) for k in range(1, number + 1)]
+
+
+def _quarrel(came: list[dict]) -> str:
+    """Why the last to come does not fit to one before; empty if it does."""
+    *others, last = came
+    for other in others:
+        for name in ("nnodes", "nproc_per_node"):
+            if other[name] != last[name]:
+                flag = name.replace("_", "-")
+                return (
+                    f"{flag} is {other[name]} on node {other['node']} ({other['host']}) but "
+                    f"{last[name]} on node {last['node']} ({last['host']}); give every node the "
+                    f"same --{flag}."
+                )
+        if other["node"] == last["node"]:
+            return (
+                f"two nodes have the number {last['node']}, one on {other['host']} and one on "
+                f"{last['host']}; give every node a --node-rank of its own."
+            )
+    return ""
+
+
+def _missing(came: list[dict], nnodes: int, address: str, port: int, timeout: float) -> str:
+    here = sorted((one["node"], one["host"]) for one in came)
+    missing = sorted(set(range(nnodes)) - {node for node, _ in here})
+    return (
+        f"node(s) {', '.join(map(str, missing))} of {nnodes} never came to {address}:{port} within "
+        f"{timeout:g} s, only {', '.join(f'{node} ({host})' for node, host in here)} did; see what "
+        f"the missing ones printed, and that they reach that address and port."
+    )
