@@ -123,6 +123,54 @@ def test_nodes_that_cannot_meet_are_told_where_and_what_to_mend(start):
     assert "Traceback" not in errors
 
 
+def a_free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+NODES = {  # what each launcher is given beside its address -> what each says
+    "the second never comes": (
+        ["nnodes=3, node_rank=0", "nnodes=3, node_rank=2"],
+        "node(s) 1 of 3 never came to 127.0.0.1:{port} within 8 s, only 0 ({host}), 2 ({host}) "
+        "did; see what the missing ones printed",
+    ),
+    "two with one number": (
+        ["nnodes=3, node_rank=0", "nnodes=3, node_rank=0"],
+        None,  # only one of them can listen
+    ),
+    "two others with one number": (
+        ["nnodes=3, node_rank=0", "nnodes=3, node_rank=1", "nnodes=3, node_rank=1"],
+        "two nodes have the number 1, one on {host} and one on {host}; give every node a "
+        "--node-rank of its own.",
+    ),
+    "other numbers of nodes": (
+        ["nnodes=3, node_rank=0", "nnodes=2, node_rank=1"], "nnodes is ",
+    ),
+    "nobody listens": (
+        ["nnodes=2, node_rank=1"],
+        "node 1 could not meet the others at 127.0.0.1:{port} (Connection refused); give every "
+        "node node 0's address as --master-addr",
+    ),
+}
+
+
+@pytest.mark.parametrize(("nodes", "sentence"), NODES.values(), ids=NODES)
+def test_nodes_that_do_not_come_together_say_which_and_where(nodes, sentence, start):
+    port = a_free_port()
+    jobs = [
+        start("", f"{node}, master_addr='127.0.0.1', master_port={port}, rendezvous_timeout=8")
+        for node in nodes
+    ]
+    said = [job.communicate(timeout=90)[1].splitlines()[-1] for job in jobs]
+    assert all(job.returncode == 1 for job in jobs)
+    if sentence is None:
+        assert any("could not meet the others" in line for line in said), said
+    else:
+        expected = "InputError: " + sentence.format(port=port, host=socket.gethostname())
+        assert all(line.startswith(expected) for line in said), said
+
+
 CLAIM = """
 import sys, time
 from pathlib import Path
