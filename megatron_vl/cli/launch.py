@@ -13,12 +13,11 @@ import shlex
 import signal
 import sys
 import tempfile
-import uuid
 from pathlib import Path
 
 from megatron_vl.cli.cluster_env import read_hostfile
 from megatron_vl.cli.hosts import run_on_hosts
-from megatron_vl.cli.meeting import meet, no_meeting
+from megatron_vl.cli.meeting import meet, meet_alone, no_meeting
 from megatron_vl.cli.worker import FAILURE_FILE, read_failure
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import PORT
@@ -114,29 +113,27 @@ def launch(
     )
     # Megatron-Core counts on it to overlap tensor-parallel messages with matrix products.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    one_node = nnodes == 1
+    if nnodes == 1 and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach the ranks
     with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
         failure = Path(scratch) / "failure"
         os.environ[FAILURE_FILE] = str(failure)
-        config = LaunchConfig(
-            min_nodes=nnodes,
-            max_nodes=nnodes,
-            nproc_per_node=nproc_per_node,
-            run_id=uuid.uuid4().hex if one_node else "megatron-vl",
-            # One node picks a free port; several meet where they were told to.
-            rdzv_backend="c10d" if one_node else "static",
-            rdzv_endpoint="localhost:0" if one_node else f"{master_addr}:{master_port}",
-            rdzv_configs={} if one_node else {
-                "rank": node_rank, "timeout": max(1, int(rendezvous_timeout)),
-            },
-            max_restarts=0,
-            monitor_interval=0.1,
-        )
         try:
             # Kept while the ranks run: node 0's is where they all meet.
-            store = None if one_node else meet(  # noqa: F841
+            store = meet_alone() if nnodes == 1 else meet(
                 nnodes=nnodes, node_rank=node_rank, nproc_per_node=nproc_per_node,
                 address=master_addr, port=master_port, timeout=rendezvous_timeout,
+            )
+            config = LaunchConfig(
+                min_nodes=nnodes,
+                max_nodes=nnodes,
+                nproc_per_node=nproc_per_node,
+                run_id="megatron-vl",
+                rdzv_backend="static",
+                rdzv_endpoint=f"{store.host}:{store.port}",
+                rdzv_configs={"rank": node_rank, "timeout": max(1, int(rendezvous_timeout))},
+                max_restarts=0,
+                monitor_interval=0.1,
             )
             elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
         except ChildFailedError as error:
@@ -149,10 +146,6 @@ def launch(
             print(f"megatron-vl {argv[0]}: ended by {name}", file=sys.stderr, flush=True)
             return 128 + error.sigval
         except (RendezvousError, DistError) as error:
-            if one_node:
-                raise InputError(
-                    "this node's processes found no free port of localhost to meet at; free one."
-                ) from error
             raise InputError(no_meeting(node_rank, master_addr, master_port)) from error
         finally:
             del os.environ[FAILURE_FILE]

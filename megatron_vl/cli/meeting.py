@@ -64,6 +64,20 @@ def meet(
     return store
 
 
+def meet_alone():
+    """The store of a run of one node: a free port that only this machine can reach."""
+    from torch.distributed import TCPStore
+
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    listening.listen()
+    return TCPStore(
+        "127.0.0.1", port, None, True, timedelta(minutes=1), wait_for_workers=False,
+        multi_tenant=True, master_listen_fd=listening.detach(), use_libuv=False,
+    )
+
+
 def no_meeting(node_rank: int, address: str, port: int, why: str = "") -> str:
     return (
         f"node {node_rank} could not meet the others at {address}:{port}{why}; give every node "

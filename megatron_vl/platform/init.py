@@ -90,11 +90,18 @@ def _gather(rank: int, world: int, timeout: timedelta) -> torch.distributed.Stor
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's store is there
     within = f"within {timeout.total_seconds() / 60:g} min (distributed-timeout-minutes)"
+    here = f"rank {rank} on {socket.gethostname()}"
     try:
         store = torch.distributed.TCPStore(
             address, port, None, rank == 0 and not agent, timeout, wait_for_workers=False,
             multi_tenant=True,
         )
+    except torch.distributed.DistNetworkError as error:
+        raise InputError(
+            f"{here} could not reach the others at {address}:{port} {within}; see whether rank 0 "
+            f"runs there and the port is open to this host."
+        ) from error
+    try:
         store.set(f"came/{rank}", socket.gethostname())
         if store.add("came", 1) == world:
             store.set("all came", "")
@@ -108,8 +115,8 @@ def _gather(rank: int, world: int, timeout: timedelta) -> torch.distributed.Stor
             ) from error
     except torch.distributed.DistNetworkError as error:
         raise InputError(
-            f"rank {rank} on {socket.gethostname()} could not reach the others at {address}:{port} "
-            f"{within}; see whether rank 0 runs there and the port is open to this host."
+            f"{here} waited for the others at {address}:{port} when rank 0's node left; see what "
+            f"it printed."
         ) from error
     return store
 
