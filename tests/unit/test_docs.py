@@ -12,6 +12,7 @@ import yaml
 from test_import_rule import ROOMS
 
 from megatron_vl.cli.main import COMMANDS
+from megatron_vl.parallel.cluster import ROWS as SCHEDULERS
 from megatron_vl.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,13 @@ def test_every_folder_is_in_the_table_of_both_readmes():
         assert named == folders, readme
 
 
+def test_the_table_of_schedulers_is_the_one_that_is_read():
+    table = next(t for t in tables("docs/clusters.md") if t[0][1] == "row")[1:]
+    rows = [(row[1], tuple(CODE.findall(row[2]))) for row in table]
+    assert rows == [(row.source, row.signs) for row in SCHEDULERS]
+    assert [row[0] for row in table] == [str(number + 1) for number in range(len(table))]
+
+
 def test_the_table_of_rooms_is_the_enforced_one():
     table = next(t for t in tables("docs/architecture.md") if t[0][0] == "room")
     rooms = {row[0].strip("`/"): tuple(CODE.findall(row[2])) for row in table[1:]}
@@ -157,6 +165,10 @@ def test_every_command_can_be_given_as_it_is_written(document):
         assert program in ("megatron-vl", "bash", "python", "pip"), words
         if program == "megatron-vl":
             assert given[0] in COMMANDS, words
+            if given[0] == "launch":  # behind -- another command of the program
+                own = given.index("--")
+                given, inner = given[:own], given[own + 1 :]
+                assert {w for w in inner if w.startswith("--")} <= options(inner[0]), words
             unknown = {w for w in given if w.startswith("--")} - options(given[0])
             assert not unknown, f"megatron-vl {given[0]} has no {unknown}"
         elif program == "pip":
