@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import InputError
-from megatron_vl.parallel.cluster import MACHINE, ROWS, ClusterEnv, check_one_launcher, cluster_env
+from megatron_vl.parallel.cluster import MACHINE, ClusterEnv, check_one_launcher, cluster_env
 from megatron_vl.training.config import add_arguments, load_config
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
@@ -96,8 +96,9 @@ def _nodes(args: argparse.Namespace) -> ClusterEnv:
         check_one_launcher(os.environ, env)
     if args.cluster_env and env.source == MACHINE:
         raise InputError(
-            f"no scheduler's variables are set here ({'; '.join(' '.join(r.signs) for r in ROWS)});"
-            f" start it through one, or leave out --cluster-env (ENV dsw) for this machine alone."
+            "cluster-env (ENV dlc) needs a scheduler's variables, in DLC WORLD_SIZE, RANK and "
+            "MASTER_ADDR, and none is set; submit through the scheduler, or use no-cluster-env "
+            "(ENV dsw) for this machine alone."
         )
     given = {name: getattr(args, name) for name in NODES if getattr(args, name) is not None}
     return replace(env, **given)

@@ -23,7 +23,7 @@ BAD_ARGUMENTS = {
     "unknown DO": (dict(DO="1"), "DO is '1'; use true or false."),
     "unknown FL": (dict(FL="on"), "FL is 'on'; use true or false."),
     "unknown SP": (dict(SP="maybe"), "SP is 'maybe'; use true or false."),
-    "dlc outside DLC": (dict(ENV="dlc"), "ENV is dlc but MASTER_ADDR is not set"),
+    "dlc outside DLC": (dict(ENV="dlc"), "(ENV dlc) needs a scheduler's variables, in DLC WORLD"),
     "TP that does not divide heads": (dict(TP=3), "TP 3 does not divide"),
     "PP that does not divide layers": (dict(PP=3), "do not divide over pp 3"),
     "a batch that does not divide": (
