@@ -262,6 +262,8 @@ class GroupStepAdam(torch.optim.Optimizer):
         if closure is not None:
             raise AssertionError("Megatron-Core's optimizers pass no closure")
         for group in self.param_groups:
+            if not group["params"]:
+                continue  # uncounted, as by FusedAdam
             params = [p for p in group["params"] if p.grad is not None]
             group["step"] = group.get("step", 0) + 1
             if not params:

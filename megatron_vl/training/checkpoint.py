@@ -117,12 +117,14 @@ def load_checkpoint(
             part = state[_model_key(number, model)]
             for name in [name for name in part if name.endswith("_extra_state")]:
                 part[name] = None
+    if with_optimizer:
+        # The groups are this run's own, whose rates may be others; see what is taken of the file's.
+        del _inner_state(state["optimizer"])["param_groups"]
     loaded = dist_checkpointing.load(state, str(info.path), ("torch_dist", 1))
     for number, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)
     if with_optimizer:
-        optimizer.load_state_dict(loaded["optimizer"])
-        _take_options(plan, optimizer)
+        _load_optimizer(optimizer, loaded["optimizer"])
     else:
         optimizer.reload_model_params()
     if finetune:
@@ -135,17 +137,49 @@ def load_checkpoint(
     )
 
 
-def _take_options(plan: Plan, optimizer) -> None:
-    """The run's own rates in every parameter group: loading brought those of the checkpoint.
+def _load_optimizer(optimizer, loaded: dict) -> None:
+    """Moments and number of updates of a checkpoint, in this run's own parameter groups.
 
-    Where they may differ was checked with the plan.
+    Where its options may differ from the checkpoint's was checked with the plan.
     """
-    options = plan.config.optimizer
+    inner = _inner_state(loaded)
+    # A rank that trains nothing found nothing.
+    inner.setdefault("state", {})
+    if loaded is not inner:
+        loaded.setdefault("fp32_from_fp16_params", [])
+    steps = [group["step"] for group in inner["param_groups"] if "step" in group]
+    inner["param_groups"] = _inner_state(optimizer.state_dict())["param_groups"]
+    for group in inner["param_groups"]:
+        group |= {"step": max(steps)} if steps else {}
+    optimizer.load_state_dict(loaded)
+
+
+def _inner_state(optimizer_state: dict) -> dict:
+    """The part of it that is torch's: all of it where Megatron-Core adds nothing."""
+    return optimizer_state.get("optimizer", optimizer_state)
+
+
+def _drop_empty(optimizer_state: dict) -> None:
+    """Leave out what holds no tensor on this rank: Megatron-Core takes it for no state of a rank,
+    and warns where the ranks differ in it."""
+    for part, name in ((_inner_state(optimizer_state), "state"),
+                       (optimizer_state, "fp32_from_fp16_params"),
+                       (optimizer_state, "param_state")):
+        held = part.get(name) or ()
+        if not any(held.values() if isinstance(held, dict) else held):
+            part.pop(name, None)
+
+
+def _count_updates(optimizer) -> None:
+    """The number of updates in every parameter group.
+
+    Groups without a parameter on this rank do not count theirs, and rank 0's are those saved.
+    """
+    done = max((group.get("step", 0) for group in optimizer.param_groups), default=0)
+    box = torch.tensor([int(done)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
     for group in optimizer.param_groups:
-        group.update(
-            max_lr=options.lr, min_lr=options.min_lr,
-            betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_eps,
-        )
+        group["step"] = int(box)
 
 
 def _loader_states(info: CheckpointInfo) -> list[Path]:
@@ -244,9 +278,12 @@ def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, load
     models = dict(state)
     options = plan.config.checkpoint
     if optimizer is not None and (loading or not options.no_save_optim):
+        if not loading:
+            _count_updates(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             models if len(model) > 1 else models["model"], is_loading=loading, metadata=metadata
         )
+        _drop_empty(state["optimizer"])
     state["opt_param_scheduler"] = scheduler.state_dict()
     if loading or not options.no_save_rng:
         state["rng_state"] = _random_state()

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.parts import PARTS
 from megatron_vl.parallel import Layout
 
 
@@ -114,6 +115,12 @@ class OptimizerOptions:
 
     lr: float = option(1e-5, "learning rate after warmup")
     min_lr: float = option(1e-6, "learning rate at the end")
+    vit_lr: float | None = option(
+        None, "lr of the vision tower, min-lr in proportion; default: lr", kind=float
+    )
+    merger_lr: float | None = option(
+        None, "lr of the merger, min-lr in proportion; default: lr", kind=float
+    )
     lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear",
                                                                          "constant"))
     lr_warmup_iters: int = option(0, "steps of linear warmup from 0")
@@ -137,7 +144,7 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
-        _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad")
+        _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad", "vit_lr", "merger_lr")
         _at_least(self, 1, "lr_decay_iters")
         _above_zero(self, "adam_eps", "initial_loss_scale")
         for name in ("adam_beta1", "adam_beta2"):
@@ -146,11 +153,22 @@ class OptimizerOptions:
                     f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 "
                     f"and less than 1."
                 )
+        for name in ("vit_lr", "merger_lr"):
+            if getattr(self, name) and not self.lr:
+                raise InputError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)} but lr is 0, whose "
+                    f"schedule it scales; give an lr, and freeze what shall not change."
+                )
+
+    def lr_ratio(self, part: str) -> float:
+        """The learning rate of a part, a key of PARTS, as a multiple of lr at every step."""
+        own = {"vit": self.vit_lr, "merger": self.merger_lr}.get(part)
+        return 1.0 if own is None or own == self.lr else own / self.lr
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRunOptions:
-    """Precision and memory."""
+    """Precision, memory, and what is trained."""
 
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer in fp32")
     fp16: bool = option(False, "parameters and activations in float16 with loss scaling")
@@ -168,6 +186,11 @@ class ModelRunOptions:
         False, "keep activations in host memory; needs TransformerEngine on a CUDA device"
     )
     cpu_offloading_num_layers: int = option(1, "layers of a stage whose activations are offloaded")
+    freeze_vit: bool = option(False, "leave the vision tower as it is, but for the merger")
+    freeze_merger: bool = option(False, "leave the merger, the MLP behind the tower, as it is")
+    freeze_llm: bool = option(
+        False, "leave the language model as it is, with its embedding and its head"
+    )
     init_method_std: float | None = option(
         None, "standard deviation of random weights; default: config.json's", kind=float
     )
@@ -183,12 +206,22 @@ class ModelRunOptions:
             raise InputError("fp8-format is for bf16 training; add bf16.")
         if self.cpu_offloading and self.recompute_granularity:
             raise InputError("cpu-offloading and recompute-granularity exclude one another.")
+        if len(self.frozen) == len(PARTS):
+            raise InputError(
+                "freeze-vit, freeze-merger and freeze-llm together leave nothing to train; leave "
+                "out one of them."
+            )
         _at_least(self, 1, "recompute_num_layers", "cpu_offloading_num_layers")
         _at_least(self, 0, "seed", "init_method_std")
 
     @property
     def dtype(self) -> str:
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Keys of PARTS that are not trained."""
+        return tuple(part for part in PARTS if getattr(self, f"freeze_{part}"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,6 +329,12 @@ class TrainConfig:
                 f"{self.decay_iters} steps of the learning-rate schedule; lower it or raise "
                 f"train-iters."
             )
+        for part in self.model.frozen:
+            if getattr(self.optimizer, f"{part}_lr", None) is not None:
+                raise InputError(
+                    f"{part}-lr is given but freeze-{part} keeps the {PARTS[part]} from being "
+                    f"trained; leave out one of them."
+                )
 
     @property
     def decay_iters(self) -> int:

@@ -18,6 +18,8 @@ from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_
 from megatron_vl.data.samples import Skipped
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.media_share import loads
+from megatron_vl.models.common.parts import PARTS, part_of
+from megatron_vl.models.registry import family
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vl.training.exchange import RowExchange
@@ -194,7 +196,7 @@ class Trainer:
         updated, grad_norm, _ = self.optimizer.step()
         self.platform.synchronize()
         loss, trained = mean_loss(losses, self.device)
-        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        lr = self.scheduler.get_lr({})  # not of a group, which may be a part's own
         if updated:
             self.scheduler.step(increment=1)
         counts, *_ = [stream.take_counts() for stream in self.streams]  # chunks see the same rows
@@ -352,7 +354,21 @@ def describe(plan: Plan, platform) -> str:
         f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
         f"{rows} rows of {plan.row_length} tokens a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
-        f"{config.batch.train_iters} steps; {config.model.dtype}"
+        f"{config.batch.train_iters} steps; {config.model.dtype}\n{describe_parts(plan)}"
         + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else
            "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
+    )
+
+
+def describe_parts(plan: Plan) -> str:
+    """Parameters of every part of the whole model, and what becomes of them."""
+    frozen, options = plan.config.model.frozen, plan.config.optimizer
+    counts = Counter()
+    for name, count in family(plan.spec.model_type).weight_map(plan.spec).counts().items():
+        counts[part_of(name)] += count
+    trained = sum(counts[part] for part in PARTS if part not in frozen)
+    return f"{trained:,} of {counts.total():,} parameters are trained: " + ", ".join(
+        f"{title} {counts[part]:,} "
+        + ("frozen" if part in frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
+        for part, title in PARTS.items()
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
@@ -206,16 +207,20 @@ def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:
 
 
 # Options of a run that its checkpoint goes on with.
-SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_decay_iters", "weight_decay",
-            "adam_beta1", "adam_beta2", "adam_eps")
+SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_iters",
+            "lr_decay_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
 
 
 def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
     """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule."""
     saved, here = dict(info.args), config.to_dict()
-    for options in (saved, here):  # left out, the schedule is as long as the run
-        if options.get("lr_decay_iters") is None and "train_iters" in options:
-            options["lr_decay_iters"] = options["train_iters"]
+    for options in (saved, here):  # what being left out means
+        for name, meant in (("lr_decay_iters", "train_iters"), ("vit_lr", "lr"),
+                            ("merger_lr", "lr")):
+            if options.get(name) is None and meant in options:
+                options[name] = options[meant]
+        for part in PARTS:
+            options.setdefault(f"freeze_{part}", False)
     if not config.optimizer.override_opt_param_scheduler:
         for name in SCHEDULE:
             if name in saved and saved[name] != here[name]:
@@ -226,9 +231,11 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
                 )
     if config.checkpoint.no_load_optim:
         return
-    # State is laid out by the kind of optimizer and, where it is not sharded, by precision.
+    # State is of what is trained, laid out by the kind of optimizer and, where it is not sharded,
+    # by precision.
     sharded = here["use_distributed_optimizer"]
-    for name in ("use_distributed_optimizer", *(() if sharded else ("bf16", "fp16"))):
+    for name in ("use_distributed_optimizer", *(f"freeze_{part}" for part in PARTS),
+                 *(() if sharded else ("bf16", "fp16"))):
         if name in saved and saved[name] != here[name]:
             raise InputError(
                 f"{info.path} holds the optimizer state of a run with {_flag(name)} "

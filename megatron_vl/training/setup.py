@@ -15,13 +15,15 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
+from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.common.vlm import sum_tied, sum_vision
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
-from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.config import OptimizerOptions, TrainConfig
 from megatron_vl.training.plan import Plan
 
 
@@ -38,6 +40,7 @@ def model_options(config: TrainConfig, *, initialize_weights: bool) -> ModelOpti
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
         initialize_weights=initialize_weights,
         deterministic=run.deterministic,
+        frozen=run.frozen,
     )
 
 
@@ -109,7 +112,8 @@ def build_optimizer(plan: Plan, model: list):
         initial_loss_scale=options.initial_loss_scale,
     )
     optimizer = get_megatron_optimizer(
-        config, model, config_overrides=get_standard_config_overrides(config)
+        config, model,
+        config_overrides=get_standard_config_overrides(config) | _part_overrides(options),
     )
     if run.fp16:
         _start_state(optimizer)
@@ -132,6 +136,23 @@ def build_optimizer(plan: Plan, model: list):
     for chunk in model:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler
+
+
+def _part_overrides(options: OptimizerOptions) -> dict[ParamKey, ParamGroupOverride]:
+    """What sets the parameter groups of parts with a learning rate of their own apart."""
+
+    def key(part: str) -> ParamKey:
+        def is_of_part(_, name: str) -> bool:  # named by the data-parallel wrapper
+            return part_of(name.removeprefix("module.")) == part
+
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=part, fn=is_of_part))
+
+    ratios = {part: options.lr_ratio(part) for part in PARTS}
+    return {
+        # The schedule reads the rates alone; by `lr_mult` a checkpoint's groups are told apart.
+        key(part): dict(max_lr=options.lr * ratio, min_lr=options.min_lr * ratio, lr_mult=ratio)
+        for part, ratio in ratios.items() if ratio != 1
+    }
 
 
 def _start_state(optimizer) -> None:

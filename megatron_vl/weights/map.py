@@ -111,6 +111,14 @@ class WeightMap:
                     shapes.update(weight.rule.at_layer(i).published())
         return shapes
 
+    def counts(self) -> dict[str, int]:
+        """Numbers that the model has of every kind of weight, under its Megatron-Core name."""
+        return {
+            weight.name: len(self._layers(weight.place))
+            * sum(map(volume, weight.rule.published().values()))
+            for weight in self.weights if weight.place is not Place.LAST_COPY
+        }
+
     def published_name(self, key: str) -> str:
         """The published name of a key as some file spells it."""
         for old, new in self.renamed:

@@ -32,6 +32,7 @@ class ModelOptions:
     cpu_offloading_num_layers: int = 1
     deterministic: bool = False  # only kernels that give the same bits at every run
     initialize_weights: bool = True  # False when a checkpoint fills them right after
+    frozen: tuple[str, ...] = ()  # keys of megatron_vl.models.common.parts.PARTS
 
 
 @dataclass

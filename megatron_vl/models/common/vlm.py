@@ -19,6 +19,7 @@ from megatron_vl.models.common.context_parallel import Alone, RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.layer_spec import block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
+from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.common.transformer_config import (
     ModelOptions,
     language_config,
@@ -109,7 +110,7 @@ class VisionLanguageModel(MegatronModule):
         spec: sizes, from the model's config.json.
         layout: ranks in every direction.
         split: layers of every stage and chunk.
-        options: precision, attention backend, recompute.
+        options: precision, attention backend, recompute, frozen parts.
         pre_process, post_process: whether this chunk is the first, the last.
         vp_stage: this chunk's number on its stage, None without virtual stages.
     """
@@ -172,6 +173,9 @@ class VisionLanguageModel(MegatronModule):
         self.share = RowShare()
         self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None
+        self.frozen = frozenset(options.frozen)
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(part_of(name) not in self.frozen)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied embedding of this chunk, None on a middle stage."""
@@ -285,13 +289,15 @@ class VisionLanguageModel(MegatronModule):
         """What this chunk's vision layers make of this rank's images; None if there are none.
 
         Ranks that share the rows have each their part of the microbatch's images. A rank without
-        any sees a blank one in training, whose gradient is zero, so that every vision weight is
-        touched: gradient reduction waits for all of them. Between chunks one always travels.
+        any sees a blank one in training, whose gradient is zero, so that every vision weight that
+        is trained is touched: gradient reduction waits for all of them. Between chunks one always
+        travels.
         """
         given = 0 if grid_thw is None else grid_thw.shape[0]
         if given and self.pre_process and pixel_patches is None:
             raise ValueError(f"{given} images or videos but no pixels")
-        if not given and not self.spans and not self.training:
+        waited_for = self.training and not self.frozen >= {"vit", "merger"}
+        if not given and not self.spans and not waited_for:
             return None
         mine = self._own_media(grid_thw) if given else []
         if not mine:
@@ -303,7 +309,12 @@ class VisionLanguageModel(MegatronModule):
         if not self.pre_process:
             width = self.spec.vision.hidden_size
             hidden_PD = self._received.flatten()[: patches * width].view(patches, width)
-            return self.vision_model(hidden_PD, grids)
+            if "vit" not in self.frozen:
+                return self.vision_model(hidden_PD, grids)
+            # No graph through layers that nothing is trained before.
+            return _EndOfGradient.apply(
+                self.vision_model(hidden_PD.detach(), grids), self._received
+            )
         if not mine:
             pixels = torch.zeros(patches, self.spec.vision.patch_dim, device=device)
         elif len(mine) == given:
@@ -355,6 +366,21 @@ class VisionLanguageModel(MegatronModule):
         return self.media_share.gather(vision_ME, mine, tokens)
 
 
+class _EndOfGradient(torch.autograd.Function):
+    """The first tensor as it is. The second gets a gradient of zero: Megatron-Core's schedules
+    send one back for whatever they received."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(received)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (received,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(received)
+
+
 def _nothing_of(blank_ME: torch.Tensor) -> torch.Tensor:
     """Zero, through which a blank image's weights get a gradient of zero; in 32 bits, for a 16-bit
     sum could overflow."""
@@ -387,6 +413,7 @@ def sum_tied(chunks: list[VisionLanguageModel], attribute: str) -> None:
     Of the copies that `VisionLanguageModel.tied_copy` names: those Megatron-Core does not find.
     """
     copies = [copy for chunk in chunks if (copy := chunk.tied_copy()) is not None]
+    copies = [copy for copy in copies if hasattr(copy, attribute)]  # frozen ones have no gradient
     if not copies:
         return
     first, *others = [getattr(copy, attribute) for copy in copies]

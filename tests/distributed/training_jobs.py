@@ -1,0 +1,93 @@
+"""Short trainings one after another on the same ranks, each with what its ranks held written down.
+
+    torchrun --nproc-per-node N training_jobs.py OUT     (or without torchrun, on one rank)
+
+reads OUT/jobs.json, {name: options of megatron-vl train}, with `save` OUT/name, and trains on the
+rows of a parity case, two of whose four microbatches have no image. Rank R leaves OUT/name.R.json.
+With an option `resume` [other, iteration] the job goes on where OUT/other was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+CASE = 3  # of parity.CASES
+
+
+def main(out: Path) -> None:
+    import torch
+
+    from megatron_vl.platform import leave_layout
+
+    jobs = json.loads((out / "jobs.json").read_text())
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name, options in jobs.items():
+        other, iteration = options.pop("resume", (None, 0))
+        if other is not None and rank == 0:
+            shutil.copytree(out / other, out / name)
+            (out / name / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        found = run(options, world)
+        (out / f"{name}.{rank}.json").write_text(json.dumps(found))
+        leave_layout()
+
+
+def run(options: dict, world: int) -> dict:
+    from megatron.core import parallel_state
+
+    from megatron_vl.platform import initialize
+    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.loop import Trainer, describe
+    from megatron_vl.training.parity import CASES, make_batches, make_samples
+    from megatron_vl.training.plan import plan_run
+    from megatron_vl.training.step import RowStream
+
+    plan = plan_run(TrainConfig.from_dict(options), world)
+    platform = initialize(plan.layout, embedding_stage=plan.split.last_vision_chunk[0])
+    trainer = Trainer(plan, platform)
+    trainer.restore()
+    graphs = []  # whether the vision layers' outputs had one
+    for chunk in trainer.model:
+        if chunk.module.vision_model is not None:
+            chunk.module.vision_model.decoder.register_forward_hook(
+                lambda _, __, output: graphs.append(output.requires_grad)
+            )
+    dp_rank = parallel_state.get_data_parallel_rank()
+    rates = []
+    for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
+        batches = make_batches(CASES[CASE], make_samples(plan.spec, CASES[CASE]))
+        batches = batches[dp_rank :: plan.layout.dp]
+        trainer.streams = [RowStream(iter(batches), trainer.device) for _ in trainer.model]
+        rates.append({g["max_lr"]: g["lr"] for g in trainer.optimizer.param_groups})
+        trainer.step(step)
+        if not step % plan.config.checkpoint.save_interval:
+            trainer.save(step)
+    held = what_is_held(trainer)
+    trainer.close()
+    return {"said": describe(plan, platform), "rates": rates, "vision graph": any(graphs), **held}
+
+
+def what_is_held(trainer) -> dict:
+    """Numbers of parameters on this rank: trained, in gradient buffers, with optimizer state."""
+    weights = [weight for chunk in trainer.model for weight in chunk.parameters()]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    state = trainer.optimizer.optimizer.state
+    return {
+        "trained": sum(weight.numel() for weight in weights if weight.requires_grad),
+        "buffers": sum(b.numel_unpadded for chunk in trainer.model for b in chunk.buffers),
+        "frozen with a gradient": sum(
+            hasattr(weight, "main_grad") or weight.grad is not None for weight in frozen
+        ),
+        "moments": sum(one["exp_avg"].numel() for one in state.values() if one),
+    }
+
+
+if __name__ == "__main__":
+    from megatron_vl.cli.worker import run_worker
+
+    run_worker(lambda: main(Path(sys.argv[1])), command="jobs", debug=True)
