@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     def _refuse(self, unknown: list[str]) -> NoReturn:
         word = next((word for word in unknown if word.startswith("-")), unknown[0])
         flag = word.partition("=")[0]
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        near = difflib.get_close_matches(flag.lower(), self._option_string_actions, n=1)
         hint = f" (did you mean {near[0]}?)" if near and flag.startswith("-") else ""
         self.error(f"unrecognized argument {word}{hint}")
 

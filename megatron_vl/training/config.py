@@ -361,7 +361,7 @@ class TrainConfig:
         chosen: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
         for key, value in values.items():
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(key.lower(), known, n=1)
                 mend = f"; did you mean {near[0]}?" if near else "; see megatron-vl train --help."
                 raise InputError(f"option {key!r} is unknown{mend}")
             group, f = known[key]

@@ -37,6 +37,7 @@ DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 VP2 = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
 UNEVEN = PP2 | {"decoder_first_pipeline_num_layers": 1}
+RECOMPUTE = {"recompute_granularity": "full"}
 RATES = {"vit_lr": VIT_LR, "merger_lr": MERGER_LR}
 
 WEIGHTS = {  # how they are converted
@@ -58,11 +59,11 @@ SHORT = {
     for number, frozen in enumerate(COMBINATIONS)
 } | {
     "tp2 sp": ({"llm"}, TP2 | {"sequence_parallel": True}, "any"),
-    "tp2": ({"vit"}, TP2 | DISTRIBUTED, "any"),
+    "tp2": ({"vit"}, TP2 | DISTRIBUTED | RECOMPUTE, "any"),
     "dp2": ({"vit", "llm"}, DISTRIBUTED, "any"),
     "dp2 plain": ({"vit", "merger"}, {"overlap_grad_reduce": True}, "any"),
     "cp2": ({"vit"}, {"context_parallel_size": 2, **DISTRIBUTED}, "any"),
-    "vp2": ({"llm"}, VP2 | DISTRIBUTED, "any"),
+    "vp2": ({"llm"}, VP2 | DISTRIBUTED | RECOMPUTE, "any"),
     "spread, nothing to train on stage 0": ({"vit"}, PP2 | DISTRIBUTED, "spread"),
     "spread, nothing to train before the embedding": ({"vit", "merger"}, PP2, "spread"),
     "spread, the tower alone": ({"merger", "llm"}, PP2 | DISTRIBUTED, "spread"),

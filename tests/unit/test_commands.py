@@ -20,6 +20,9 @@ BAD_ARGUMENTS = {
         ["train", "--lr", "fast"], "train", "argument --lr: invalid float value: 'fast'"),
     "a flag one letter off": (
         ["train", "--lrr", "1"], "train", "unrecognized argument --lrr (did you mean --lr?)"),
+    "Megatron-LM's flag": (
+        ["train", "--freeze-LM"], "train",
+        "unrecognized argument --freeze-LM (did you mean --freeze-llm?)"),
     "an abbreviated flag": (
         ["train", "--train-iter=3"], "train",
         "unrecognized argument --train-iter=3 (did you mean --train-iters?)"),

@@ -61,7 +61,7 @@ OUT_OF_RANGE = {
     "must be at least 0": [
         "lr-warmup-iters: -1", "weight-decay: -0.1", "clip-grad: -1", "clip-grad: .nan",
         "seed: -1", "num-workers: -1", "packing-buffer-size: -1", "shuffle-buffer-size: -1",
-        "eval-interval: -1", "eval-iters: -1", "adam-beta1: -0.1",
+        "eval-interval: -1", "eval-iters: -1", "adam-beta1: -0.1", "vit-lr: -1", "merger-lr: -1",
     ],
     "must be at least 1": [
         "lr-decay-iters: 0", "train-iters: 0", "save-interval: 0", "max-samples-per-sequence: 0",
@@ -104,6 +104,11 @@ BAD = {
     "not UTF-8": (b"save: \xff", "is not valid YAML"),
     "no end": ("distributed-timeout-minutes: .inf", "give a finite number"),
     "no end of steps": ("train-iters: .inf", "train-iters is inf; give a int"),
+    "nothing to train": (
+        "freeze-vit: true\nfreeze-merger: true\nfreeze-llm: true", "leave nothing to train"),
+    "a rate for a frozen part": (
+        "freeze-merger: true\nmerger-lr: 1e-4", "merger-lr is given but freeze-merger keeps"),
+    "a rate over a schedule of zeros": ("lr: 0\nmin-lr: 0\nvit-lr: 1e-4", "but lr is 0"),
     "a negative spread": ("init-method-std: -0.02", "must be at least 0"),
 }
 
