@@ -61,7 +61,8 @@ def run(options: dict, world: int) -> dict:
     rates = []
     for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
         batches = make_batches(CASES[CASE], make_samples(plan.spec, CASES[CASE]))
-        batches = batches[dp_rank :: plan.layout.dp]
+        # A data rank has images in one step and none in the next.
+        batches = (batches[step:] + batches[:step])[dp_rank :: plan.layout.dp]
         trainer.streams = [RowStream(iter(batches), trainer.device) for _ in trainer.model]
         rates.append({g["max_lr"]: g["lr"] for g in trainer.optimizer.param_groups})
         trainer.step(step)
