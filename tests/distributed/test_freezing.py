@@ -60,6 +60,7 @@ SHORT = {
 } | {
     "tp2 sp": ({"llm"}, TP2 | {"sequence_parallel": True}, "any"),
     "tp2": ({"vit"}, TP2 | DISTRIBUTED | RECOMPUTE, "any"),
+    "tp2 whole towers": ({"vit", "llm"}, TP2 | DISTRIBUTED | {"vit_data_parallel": True}, "any"),
     "dp2": ({"vit", "llm"}, DISTRIBUTED, "any"),
     "dp2 plain": ({"vit", "merger"}, {"overlap_grad_reduce": True}, "any"),
     "cp2": ({"vit"}, {"context_parallel_size": 2, **DISTRIBUTED}, "any"),
