@@ -18,6 +18,7 @@ import yaml
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
+from megatron_vl.ops.attention import BACKENDS
 from megatron_vl.parallel import Layout
 
 
@@ -176,7 +177,10 @@ class ModelRunOptions:
         None, "matrix products in fp8, with bf16; needs TransformerEngine on a CUDA device",
         choices=("e4m3", "hybrid"), kind=str,
     )
-    attention_backend: str = option("auto", "variable-length attention backend")
+    attention_backend: str = option(
+        "auto", "who computes variable-length attention; auto: the first of the others that runs",
+        choices=("auto", *BACKENDS),
+    )
     recompute_granularity: str | None = option(
         None, "recompute activations in backward", choices=("selective", "full"), kind=str
     )

@@ -20,6 +20,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.common.media_share import loads
 from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.registry import family
+from megatron_vl.ops.attention import choose_backend
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vl.training.exchange import RowExchange
@@ -354,7 +355,8 @@ def describe(plan: Plan, platform) -> str:
         f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
         f"{rows} rows of {plan.row_length} tokens a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
-        f"{config.batch.train_iters} steps; {config.model.dtype}\n{describe_parts(plan)}"
+        f"{config.batch.train_iters} steps; {config.model.dtype}\n"
+        f"{describe_parts(plan)}\n{describe_attention(plan)}"
         + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else
            "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
     )
@@ -372,3 +374,15 @@ def describe_parts(plan: Plan) -> str:
         + ("frozen" if part in frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
         for part, title in PARTS.items()
     )
+
+
+def describe_attention(plan: Plan) -> str:
+    """The attention backend of each tower on this rank, and why."""
+    run = plan.config.model
+    language, vision = (
+        choose_backend(run.attention_backend, dtype=run.dtype, head_dim=tower.head_dim)
+        for tower in (plan.spec.decoder, plan.spec.vision)
+    )
+    if str(language) == str(vision):
+        return f"attention: {language}"
+    return f"attention: {language}\nattention of the vision tower: {vision}"

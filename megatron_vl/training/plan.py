@@ -12,6 +12,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
+from megatron_vl.ops.attention import Case, check_backend
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, inspect_checkpoint
@@ -51,6 +52,7 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
     spec = load_spec(hf_dir)
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     _check_machine(config)
+    _check_attention(config, spec)
     if config.model.init_method_std is not None:
         spec = replace(spec, decoder=replace(spec.decoder, init_std=config.model.init_method_std))
     layout = config.parallel.layout(world_size)
@@ -187,6 +189,15 @@ def _check_machine(config: TrainConfig) -> None:
                 f"{option} needs TransformerEngine on a CUDA device and this machine has none; use "
                 f"{instead}."
             )
+
+
+def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
+    """What needs no look at a device; a rank sees the rest when it builds its layers."""
+    for tower in (spec.decoder, spec.vision):
+        case = Case.here(
+            dtype=config.model.dtype, head_dim=tower.head_dim, touch_device=False
+        )
+        check_backend(config.model.attention_backend, case)
 
 
 def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:

@@ -46,7 +46,12 @@ class VarlenCoreAttention(MegatronModule):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         # The vision tower's ranks have images of their own instead.
         self.share = RowShare() if config.context_parallel_size > 1 else None
-        self.backend = choose_backend(config.varlen_attention_backend)
+        self.attention = choose_backend(
+            config.varlen_attention_backend,
+            dtype=config.params_dtype,
+            head_dim=config.kv_channels,
+            deterministic=config.deterministic_mode,
+        ).attention
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError("attention dropout is not part of variable-length attention; set 0.")
@@ -71,7 +76,7 @@ class VarlenCoreAttention(MegatronModule):
         def rows_end_to_end(x):
             return x.transpose(0, 1).reshape(b * s, *x.shape[2:])
 
-        out = self.backend(
+        out = self.attention(
             rows_end_to_end(query), rows_end_to_end(key), rows_end_to_end(value), segments,
             causal=self.causal, scale=self.scale,
         )
