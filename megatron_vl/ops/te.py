@@ -48,13 +48,10 @@ class TEAttention:
         """See `megatron_vl.ops.attention.VarlenAttention`."""
         assert segments.num_tokens == q_TNH.shape[0], (segments.num_tokens, q_TNH.shape)
         self._switch_kernel()
-        out = self._module(*q_TNH.shape[1:], k_TGH.shape[1], scale)(
+        out = self._module(*q_TNH.shape[1:], k_TGH.shape[1], causal, scale)(
             q_TNH,
             k_TGH,
             v_TGH,
-            qkv_format="thd",
-            # Says that lengths differ, not that there is padding; "thd" takes no other mask.
-            attn_mask_type="padding_causal" if causal else "padding",
             cu_seqlens_q=segments.cu_seqlens,
             cu_seqlens_kv=segments.cu_seqlens,
             max_seqlen_q=segments.max_length,
@@ -68,13 +65,20 @@ class TEAttention:
             os.environ.update(zip(SWITCHES, KERNELS[self.kernel], strict=True))
             _attention_backends["backend_selection_requires_update"] = True
 
-    def _module(self, heads: int, head_dim: int, groups: int, scale: float) -> DotProductAttention:
-        key = (heads, head_dim, groups, scale)
+    def _module(
+        self, heads: int, head_dim: int, groups: int, causal: bool, scale: float
+    ) -> DotProductAttention:
+        key = (heads, head_dim, groups, causal, scale)
         if key not in self.modules:
             if self.deterministic:
                 os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # read while it is built
-            # The heads are this rank's own, so it is told of no tensor-parallel group.
             self.modules[key] = DotProductAttention(
-                heads, head_dim, num_gqa_groups=groups, qkv_format="thd", softmax_scale=scale
+                heads,  # of this rank, so it is told of no tensor-parallel group
+                head_dim,
+                num_gqa_groups=groups,
+                qkv_format="thd",
+                # Says that lengths differ, not that there is padding; "thd" takes no other mask.
+                attn_mask_type="padding_causal" if causal else "padding",
+                softmax_scale=scale,
             )
         return self.modules[key]

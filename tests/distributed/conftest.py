@@ -16,4 +16,5 @@ def plain_run(workshop) -> dict[int, dict]:
     """Ten steps on one rank."""
     done = workshop.train("plain")
     assert done.code == 0, done.text
+    assert done.out.count("attention") == 1 and "\nattention: sdpa (asked for)\n" in done.out
     return workshop.steps("plain")
