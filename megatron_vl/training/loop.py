@@ -380,7 +380,10 @@ def describe_attention(plan: Plan) -> str:
     """The attention backend of each tower on this rank, and why."""
     run = plan.config.model
     language, vision = (
-        choose_backend(run.attention_backend, dtype=run.dtype, head_dim=tower.head_dim)
+        choose_backend(
+            run.attention_backend, dtype=run.dtype, head_dim=tower.head_dim,
+            deterministic=run.deterministic,
+        )
         for tower in (plan.spec.decoder, plan.spec.vision)
     )
     if str(language) == str(vision):

@@ -195,7 +195,8 @@ def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
     """What needs no look at a device; a rank sees the rest when it builds its layers."""
     for tower in (spec.decoder, spec.vision):
         case = Case.here(
-            dtype=config.model.dtype, head_dim=tower.head_dim, touch_device=False
+            dtype=config.model.dtype, head_dim=tower.head_dim,
+            deterministic=config.model.deterministic, touch_device=False,
         )
         check_backend(config.model.attention_backend, case)
 
