@@ -65,12 +65,23 @@ def choose_backend(name: str = "auto") -> VarlenAttention:
             if backend.why_not() is None:
                 logger.info("attention backend: %s (first that runs here)", backend.name)
                 return backend.load()
+    check_backend(name)
+    logger.info("attention backend: %s (asked for)", name)
+    return BACKENDS[name].load()
+
+
+def check_backend(name: str) -> None:
+    """Whether `name` can be chosen here; loads nothing.
+
+    Raises:
+        InputError: an unknown name, or a backend that cannot run here.
+    """
+    if name == "auto":
+        return
     if name not in BACKENDS:
         raise InputError(
-            f"attention backend {name!r} is unknown; use auto or one of {', '.join(BACKENDS)}."
+            f"attention-backend {name!r} is unknown; use auto or one of {', '.join(BACKENDS)}."
         )
     reason = BACKENDS[name].why_not()
     if reason is not None:
-        raise InputError(f"attention backend {name} cannot run here: {reason}; use auto.")
-    logger.info("attention backend: %s (asked for)", name)
-    return BACKENDS[name].load()
+        raise InputError(f"attention-backend {name} cannot run here: {reason}; use auto.")

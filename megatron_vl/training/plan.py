@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
@@ -26,6 +27,8 @@ class Plan:
     split: StageSplit
     hf_dir: Path  # config.json and tokenizer
     num_microbatches: int
+    recompute: Recompute  # of the language model
+    vit_recompute: Recompute  # of the vision tower
 
     @property
     def row_length(self) -> int:
@@ -59,6 +62,7 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
     for part_of in (media_limits, trained_text, mixtures):
         part_of(config)
+    recompute, vit_recompute = _recompute(config, split)
     plan = Plan(
         config=config,
         spec=spec,
@@ -66,6 +70,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         split=split,
         hf_dir=Path(hf_dir),
         num_microbatches=config.batch.num_microbatches(layout.dp),
+        recompute=recompute,
+        vit_recompute=vit_recompute,
     )
     parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     if plan.row_length % parts:
@@ -109,6 +115,21 @@ def _source(config: TrainConfig) -> str | None:
     if save is not None and (Path(save) / LATEST).is_file():
         return save
     return config.checkpoint.load
+
+
+def _recompute(config: TrainConfig, split: StageSplit) -> tuple[Recompute, Recompute]:
+    run = config.model
+    if run.cpu_offloading and run.cpu_offloading_num_layers >= split.num_layers:
+        raise InputError(
+            f"cpu-offloading-num-layers (MP_AC_LAYERS) {run.cpu_offloading_num_layers} must be "
+            f"less than the model's {split.num_layers} language layers; lower it, or use "
+            f"recompute-granularity full (AC full)."
+        )
+    return recompute_of(
+        split, granularity=run.recompute_granularity, method=run.recompute_method,
+        num_layers=run.recompute_num_layers, vit_granularity=run.vit_recompute_granularity,
+        vit_num_layers=run.vit_recompute_num_layers,
+    )
 
 
 def mixtures(config: TrainConfig) -> tuple[Mixture, Mixture]:
@@ -164,6 +185,9 @@ def _check_machine(config: TrainConfig) -> None:
 
     import torch
 
+    from megatron_vl.ops.attention import check_backend
+
+    check_backend(config.model.attention_backend)
     if torch.cuda.is_available() and config.optimizer.optimizer_cpu_offload:
         raise InputError(
             "optimizer-cpu-offload (OPTIMIZER_OFFLOAD) does not work on GPUs yet; use "

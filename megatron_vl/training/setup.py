@@ -21,18 +21,16 @@ from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.common.vlm import sum_tied
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
-from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.plan import Plan
 
 
-def model_options(config: TrainConfig, *, initialize_weights: bool) -> ModelOptions:
-    run = config.model
+def model_options(plan: Plan, *, initialize_weights: bool) -> ModelOptions:
+    run = plan.config.model
     return ModelOptions(
         params_dtype=getattr(torch, run.dtype),
         attention_backend=run.attention_backend,
-        recompute=run.recompute_granularity or "none",
-        recompute_method=run.recompute_method,
-        recompute_num_layers=run.recompute_num_layers,
+        recompute=plan.recompute,
+        vit_recompute=plan.vit_recompute,
         fp8_format=run.fp8_format,
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
@@ -42,7 +40,7 @@ def model_options(config: TrainConfig, *, initialize_weights: bool) -> ModelOpti
 
 def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> list:
     """This rank's chunks on its device, each wrapped for data parallelism."""
-    options = model_options(plan.config, initialize_weights=initialize_weights)
+    options = model_options(plan, initialize_weights=initialize_weights)
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
     return wrap_for_data_parallel(
         chunks,
