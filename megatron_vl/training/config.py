@@ -162,9 +162,9 @@ class ModelRunOptions:
         None, "recompute activations in backward: attention, or whole layers",
         choices=("selective", "full"), kind=str,
     )
-    recompute_method: str = option("block", "with full: the first layers of a stage, or all of "
-                                   "them in groups", choices=("block", "uniform"))
-    recompute_num_layers: int = option(1, "with full: layers of a stage, or of a uniform group")
+    recompute_method: str = option("uniform", "with full: all layers in groups, or the first of a "
+                                   "stage", choices=("uniform", "block"))
+    recompute_num_layers: int = option(1, "with full: layers of a uniform group, or of a stage")
     vit_recompute_granularity: str = option(
         "same", "the same of the vision tower", choices=("same", "none", "selective", "full")
     )

@@ -39,7 +39,7 @@ class Setting:
     dtype: str = "float32"
     packed: bool = True
     recompute: str = "none"
-    recompute_method: str = "block"
+    recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     overlap_grad_reduce: bool = False
 
@@ -507,7 +507,7 @@ def compare(case: Case, ours: Outcome, theirs: Outcome) -> Difference:
     return Difference(
         case=case.name,
         logits=_largest([_apart(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True)]),
-        loss=_apart(torch.tensor(ours.loss), torch.tensor(theirs.loss)),
+        loss=_apart(*(torch.tensor(one.loss, dtype=torch.float64) for one in (ours, theirs))),
         gradients=dict(sorted(gradients.items(), key=lambda one: one[1], reverse=True)),
     )
 

@@ -188,18 +188,16 @@ def _check_machine(config: TrainConfig) -> None:
     from megatron_vl.ops.attention import check_backend
 
     check_backend(config.model.attention_backend)
-    if torch.cuda.is_available() and config.optimizer.optimizer_cpu_offload:
-        raise InputError(
-            "optimizer-cpu-offload (OPTIMIZER_OFFLOAD) does not work on GPUs yet; use "
-            "use-distributed-optimizer, which shares the optimizer's state over data ranks."
-        )
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
             "cpu-offloading (AC offload) needs a pipeline of one stage; use "
             "recompute-granularity full (AC full), or PP 1."
         )
-    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
-        return
+    transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    if torch.cuda.is_available():
+        _check_offload(config, transformer_engine)
+        if transformer_engine:
+            return
     for option, asked, instead in (
         ("fp8-format (PR fp8)", config.model.fp8_format, "bf16"),
         ("cpu-offloading (AC offload)", config.model.cpu_offloading,
@@ -210,6 +208,24 @@ def _check_machine(config: TrainConfig) -> None:
                 f"{option} needs TransformerEngine on a CUDA device and this machine has none; use "
                 f"{instead}."
             )
+
+
+def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
+    """Whether Megatron-Core's hybrid optimizer, which CUDA devices need for it, can be had."""
+    options = config.optimizer
+    if not options.optimizer_cpu_offload or options.optimizer_offload_fraction == 0:
+        return
+    option = "optimizer-cpu-offload (OPTIMIZER_OFFLOAD)"
+    if not (config.model.bf16 and options.use_distributed_optimizer):
+        raise InputError(
+            f"{option} on GPUs needs bf16 (PR bf16) and use-distributed-optimizer (DO true); give "
+            f"both, or leave it out."
+        )
+    if not transformer_engine:
+        raise InputError(
+            f"{option} on GPUs needs TransformerEngine, which is not installed; install it, or use "
+            f"use-distributed-optimizer (DO true) alone, which shares the state over data ranks."
+        )
 
 
 def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:

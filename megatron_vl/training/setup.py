@@ -21,6 +21,7 @@ from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.common.vlm import sum_tied
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
+from megatron_vl.training.config import OptimizerOptions
 from megatron_vl.training.plan import Plan
 
 
@@ -82,7 +83,7 @@ def _finalize_gradients(model: list, *args, **options) -> None:
     sum_tied([chunk.module for chunk in model], "main_grad")
 
 
-def build_optimizer(plan: Plan, model: list):
+def build_optimizer(plan: Plan, model: list, platform: Platform):
     """Megatron-Core's optimizer and schedule over `model`, and its loss scale in the schedules.
 
     Mixed precision copies the weights here; after loading others call `reload_model_params`.
@@ -102,6 +103,7 @@ def build_optimizer(plan: Plan, model: list):
         params_dtype=getattr(torch, run.dtype),
         use_distributed_optimizer=options.use_distributed_optimizer,
         initial_loss_scale=options.initial_loss_scale,
+        **_offload(options, platform),
     )
     optimizer = get_megatron_optimizer(
         config, model, config_overrides=get_standard_config_overrides(config)
@@ -127,6 +129,18 @@ def build_optimizer(plan: Plan, model: list):
     for chunk in model:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler
+
+
+def _offload(options: OptimizerOptions, platform: Platform) -> dict:
+    """Megatron-Core's hybrid optimizer, where there is another memory than the host's."""
+    if not options.optimizer_cpu_offload or platform.name == "cpu":
+        return {}
+    return dict(
+        optimizer_cpu_offload=options.optimizer_offload_fraction > 0,
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+        # It keeps the fp32 weights itself; only so its state can be saved and loaded.
+        use_precision_aware_optimizer=options.optimizer_offload_fraction > 0,
+    )
 
 
 def _start_state(optimizer) -> None:

@@ -39,18 +39,22 @@ LAYOUTS = {  # by the number of ranks: layout, and the layers of its chunks
         (Layout(cp=2), {}),
     ],
 }
-# What is asked for, and how many layers of a chunk with l language and v vision layers run again:
-# (language, vision); of "selective" it is their attention alone.
+# What is asked for, and how many layers (under selective their attention) run again of a chunk that
+# has `llm` language and `vit` vision layers.
 MODES = {
-    "none": (dict(granularity=None), lambda l, v: (0, 0)),
-    "selective": (dict(granularity="selective"), lambda l, v: (l, v)),
-    "block": (dict(granularity="full", num_layers=1), lambda l, v: (min(l, 1), min(v, 1))),
-    "uniform": (dict(granularity="full", method="uniform"), lambda l, v: (l, v)),
-    "vision alone": (dict(granularity=None, vit_granularity="full"), lambda l, v: (0, min(v, 1))),
+    "none": (dict(granularity=None), lambda llm, vit: (0, 0)),
+    "selective": (dict(granularity="selective"), lambda llm, vit: (llm, vit)),
+    "uniform": (dict(granularity="full"), lambda llm, vit: (llm, vit)),
+    "block": (
+        dict(granularity="full", method="block"), lambda llm, vit: (min(llm, 1), min(vit, 1))),
+    "vision alone": (
+        dict(granularity=None, method="block", vit_granularity="full"),
+        lambda llm, vit: (0, min(vit, 1))),
+    "attention of one, layers of the other": (
+        dict(granularity="selective", vit_granularity="full", vit_num_layers=1),
+        lambda llm, vit: (llm, vit)),
     "language alone": (
-        dict(granularity="full", method="uniform", vit_granularity="none"), lambda l, v: (l, 0)),
-    "language attention, whole vision layers": (
-        dict(granularity="selective", vit_granularity="full"), lambda l, v: (l, min(v, 1))),
+        dict(granularity="full", vit_granularity="none"), lambda llm, vit: (llm, 0)),
 }
 
 

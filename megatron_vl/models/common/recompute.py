@@ -17,17 +17,20 @@ class Recompute:
     """What one tower computes again: nothing, its attention (selective), or whole layers (full)."""
 
     granularity: Literal["none", "selective", "full"] = "none"
-    method: Literal["block", "uniform"] = "block"  # for full
-    # For full: the first layers of every chunk, one by one (block), or layers of a group of which
-    # the input alone is kept, every layer being in one (uniform).
+    # For full: every layer, in groups of `num_layers` whose input alone is kept (uniform), or the
+    # first `num_layers` of every chunk, one by one (block).
+    method: Literal["uniform", "block"] = "uniform"
     num_layers: int = 1
+
+
+NOTHING = Recompute()
 
 
 def recompute_of(
     split: StageSplit,
     *,
     granularity: str | None,
-    method: str = "block",
+    method: str = "uniform",
     num_layers: int = 1,
     vit_granularity: str = "same",
     vit_num_layers: int | None = None,

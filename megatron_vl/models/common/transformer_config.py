@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.common.recompute import Recompute
+from megatron_vl.models.common.recompute import NOTHING, Recompute
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 
@@ -24,8 +24,8 @@ class ModelOptions:
 
     params_dtype: torch.dtype = torch.float32
     attention_backend: str = "auto"  # a name of megatron_vl.ops.attention.BACKENDS, or auto
-    recompute: Recompute = Recompute()  # of the language model
-    vit_recompute: Recompute = Recompute()  # of the vision tower
+    recompute: Recompute = NOTHING  # of the language model
+    vit_recompute: Recompute = NOTHING  # of the vision tower
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
     cpu_offloading: bool = False  # keep the decoder's activations in host memory
     cpu_offloading_num_layers: int = 1
