@@ -34,6 +34,9 @@ BAD_ARGUMENTS = {
     "another MODEL_SIZE": (dict(MODEL_SIZE="7B"), "MODEL_SIZE is 7B, which has 28 layers"),
     "fp8 without a GPU": (dict(PR="fp8"), "fp8-format (PR fp8) needs TransformerEngine"),
     "AC offload without a GPU": (dict(AC="offload"), "cpu-offloading (AC offload) needs"),
+    "AC layers that do not divide": (
+        dict(AC="full", MP_AC_LAYERS=3), "recompute-num-layers 3 does not divide"),
+    "a share of more than all": (dict(OPTIMIZER_OFFLOAD="1.5"), "(OPTIMIZER_OFFLOAD) is 1.5"),
     "warmup longer than the run": (dict(LR_WARMUP_ITERS=10), "lr-warmup-iters 10 must be fewer"),
     "no checkpoint there": (
         dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere is not a directory"),
