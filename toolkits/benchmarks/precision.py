@@ -68,9 +68,11 @@ def draw(args, curves: dict[str, list[float]], smoothed: dict, apart: list[float
         2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained"
     )
     steps = range(1, args.steps + 1)
-    for color, (name, values) in zip(("tab:blue", "tab:orange"), curves.items(), strict=True):
-        above.plot(steps, values, color=color, alpha=0.25)
-        above.plot(steps[WINDOW - 1 :], smoothed[name], color=color, label=name)
+    # The second dashed: they lie on one another.
+    styles = (("tab:blue", "-"), ("tab:orange", "--"))
+    for (color, style), (name, values) in zip(styles, curves.items(), strict=True):
+        above.plot(steps, values, style, color=color, alpha=0.25)
+        above.plot(steps[WINDOW - 1 :], smoothed[name], style, color=color, label=name)
     above.set_ylabel("loss of a trained token")
     above.legend(title=f"mean of {WINDOW} steps")
     below.plot(steps[WINDOW - 1 :], [100 * one for one in apart], color="black")
