@@ -25,7 +25,8 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
   13 DO                        distributed optimizer, true or false
   14 FL                        fast attention kernels where there are any, true or false
   15 AC                        recompute: sel, full, offload or false
-  16 OPTIMIZER_OFFLOAD         false, static or auto
+  16 OPTIMIZER_OFFLOAD         optimizer state in host memory: false, static or auto (all of it),
+                               or a share from 0 to 1
   17 SAVE_INTERVAL             steps between checkpoints and validations
   18 DATASET_PATH              energon dataset to train on
   19 VALID_DATASET_PATH        energon dataset whose validation split is evaluated
@@ -36,7 +37,8 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
 
   MP_PP0_LAYERS      language layers on stage 0, the rest evenly
   MP_VP              model chunks a stage
-  MP_AC_LAYERS       with AC full or offload: layers of a stage (default 1)
+  MP_AC_LAYERS       with AC full: layers of a group whose input is kept (default 1: every layer's
+                     is); with AC offload: layers
   MP_PACKING_BUFFER  samples packed together into rows of SEQ_LEN (default 0: one sample a row)
   MP_HF_PATH         config.json and tokenizer, when PRETRAIN_CHECKPOINT_PATH is none
   MP_EXTRA           further options of megatron-vl train, as one string
@@ -128,9 +130,11 @@ case $AC in
 esac
 
 case $OPTIMIZER_OFFLOAD in
+  # Megatron-Core does not measure what would fit: auto is all of it, as static.
   static | auto) OPTIONS+=(--optimizer-cpu-offload) ;;
+  [0-9]*) OPTIONS+=(--optimizer-cpu-offload --optimizer-offload-fraction "$OPTIMIZER_OFFLOAD") ;;
   false) ;;
-  *) refuse "OPTIMIZER_OFFLOAD is '$OPTIMIZER_OFFLOAD'; use false, static or auto." ;;
+  *) refuse "OPTIMIZER_OFFLOAD is '$OPTIMIZER_OFFLOAD'; use false, static, auto or a share 0 to 1." ;;
 esac
 
 if [ "$PRETRAIN_CHECKPOINT_PATH" != none ]; then OPTIONS+=(--load "$PRETRAIN_CHECKPOINT_PATH"); fi

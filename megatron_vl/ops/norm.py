@@ -6,6 +6,19 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's, in fp32 whatever comes in, and out again in that dtype.
+
+    On a CPU torch adds up the gradient of a 16-bit weight in 16 bits: over 1,024 patches it is a
+    tenth off.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(
+            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        ).to(x.dtype)
+
+
 class TorchNorm:
     """RMSNorm or LayerNorm over the last dimension, as `config.normalization` says.
 
@@ -20,7 +33,7 @@ class TorchNorm:
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> torch.nn.Module:
-        kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+        kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": LayerNorm}
         if config.normalization not in kinds:
             raise ValueError(f"normalization {config.normalization!r}; use one of {list(kinds)}")
         norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)

@@ -20,6 +20,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import to_local_names
@@ -125,6 +126,7 @@ def load_checkpoint(
         chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)
     if with_optimizer:
         _load_optimizer(optimizer, loaded["optimizer"])
+        _count_on(optimizer)
     else:
         optimizer.reload_model_params()
     if finetune:
@@ -284,6 +286,7 @@ def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, load
             models if len(model) > 1 else models["model"], is_loading=loading, metadata=metadata
         )
         _drop_empty(state["optimizer"])
+        _drop_classes(optimizer, state["optimizer"])
     state["opt_param_scheduler"] = scheduler.state_dict()
     if loading or not options.no_save_rng:
         state["rng_state"] = _random_state()
@@ -301,6 +304,29 @@ def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, load
             },
         }
     return state
+
+
+def _hybrid(optimizer) -> list[HybridDeviceOptimizer]:
+    inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [one for one in inner if isinstance(one, HybridDeviceOptimizer)]
+
+
+def _drop_classes(optimizer, state: dict) -> None:
+    """Parameter groups without the optimizers' classes, which no checkpoint may hold to be read."""
+    if _hybrid(optimizer):
+        for group in state["optimizer"]["param_groups"]:
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]
+
+
+def _count_on(optimizer) -> None:
+    """Let a loaded hybrid optimizer's GPU part count its steps itself.
+
+    It has got the number; left in the groups of the whole, it would get it anew before each step.
+    """
+    for hybrid in _hybrid(optimizer):
+        for group in hybrid.param_groups:
+            group.pop("step", None)
 
 
 def _metadata() -> dict:

@@ -133,6 +133,9 @@ class OptimizerOptions:
     clip_grad: float = option(1.0, "largest global gradient norm; 0 never clips")
     use_distributed_optimizer: bool = option(False, "share optimizer state over data ranks")
     optimizer_cpu_offload: bool = option(False, "keep and update optimizer state in host memory")
+    optimizer_offload_fraction: float = option(
+        1.0, "with optimizer-cpu-offload: the share of the state that is kept there, 0 to 1"
+    )
     overlap_grad_reduce: bool = option(False, "reduce gradients while backward still runs")
     override_opt_param_scheduler: bool = option(
         False, "take lr, its schedule, betas, eps and weight decay from the options, not from the "
@@ -148,6 +151,11 @@ class OptimizerOptions:
         _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad", "vit_lr", "merger_lr")
         _at_least(self, 1, "lr_decay_iters")
         _above_zero(self, "adam_eps", "initial_loss_scale")
+        if not 0 <= self.optimizer_offload_fraction <= 1:
+            raise InputError(
+                f"optimizer-offload-fraction (OPTIMIZER_OFFLOAD) is "
+                f"{self.optimizer_offload_fraction}; it must be between 0 and 1."
+            )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(
@@ -182,14 +190,23 @@ class ModelRunOptions:
         choices=("auto", *BACKENDS),
     )
     recompute_granularity: str | None = option(
-        None, "recompute activations in backward", choices=("selective", "full"), kind=str
+        None, "recompute activations in backward: attention, or whole layers",
+        choices=("selective", "full"), kind=str,
     )
-    recompute_method: str = option("block", "with full", choices=("block", "uniform"))
-    recompute_num_layers: int = option(1, "with full: layers of a stage, or of a uniform group")
+    recompute_method: str = option("uniform", "with full: all layers in groups, or the first of a "
+                                   "stage", choices=("uniform", "block"))
+    recompute_num_layers: int = option(1, "with full: layers of a uniform group, or of a stage")
+    vit_recompute_granularity: str = option(
+        "same", "the same of the vision tower", choices=("same", "none", "selective", "full")
+    )
+    vit_recompute_num_layers: int | None = option(
+        None, "with full, of the vision tower; default: recompute-num-layers, or as many as it has",
+        kind=int,
+    )
     cpu_offloading: bool = option(
         False, "keep activations in host memory; needs TransformerEngine on a CUDA device"
     )
-    cpu_offloading_num_layers: int = option(1, "layers of a stage whose activations are offloaded")
+    cpu_offloading_num_layers: int = option(1, "layers whose activations are offloaded")
     freeze_vit: bool = option(False, "leave the vision tower as it is, but for the merger")
     freeze_merger: bool = option(False, "leave the merger, the MLP behind the tower, as it is")
     freeze_llm: bool = option(
@@ -208,14 +225,20 @@ class ModelRunOptions:
             raise InputError("bf16 and fp16 exclude one another; give one of them.")
         if self.fp8_format and not self.bf16:
             raise InputError("fp8-format is for bf16 training; add bf16.")
-        if self.cpu_offloading and self.recompute_granularity:
-            raise InputError("cpu-offloading and recompute-granularity exclude one another.")
         if len(self.frozen) == len(PARTS):
             raise InputError(
                 "freeze-vit, freeze-merger and freeze-llm together leave nothing to train; leave "
                 "out one of them."
             )
-        _at_least(self, 1, "recompute_num_layers", "cpu_offloading_num_layers")
+        if self.cpu_offloading and (
+            self.recompute_granularity or self.vit_recompute_granularity in ("selective", "full")
+        ):
+            raise InputError(
+                "cpu-offloading (AC offload) and recompute-granularity (AC sel, full) exclude one "
+                "another; use recompute-granularity full alone, which needs the least memory."
+            )
+        _at_least(self, 1, "recompute_num_layers", "vit_recompute_num_layers",
+                  "cpu_offloading_num_layers")
         _at_least(self, 0, "seed", "init_method_std")
 
     @property

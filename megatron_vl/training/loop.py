@@ -83,7 +83,7 @@ class Trainer:
         self.done = 0
         self.source, self.own = find_checkpoint(plan)
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
-        self.optimizer, self.scheduler = build_optimizer(plan, self.model)
+        self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
         self.forward_backward = get_forward_backward_func()
         self.exchange = RowExchange(plan.layout, self.config.parallel.distributed_timeout_minutes)
         self.loader = self.streams = None

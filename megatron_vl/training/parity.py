@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -24,10 +24,40 @@ from megatron_vl.data.rows import make_batch, make_row
 from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.mrope import rope_index
+from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 
 ROW_LENGTH = 128
+WORST = 5  # parameters that are named
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """How ours runs, beside the layout; transformers judges in fp32 whatever it is."""
+
+    dtype: str = "float32"
+    packed: bool = True
+    recompute: str = "none"
+    recompute_method: str = "uniform"
+    recompute_num_layers: int = 1
+    overlap_grad_reduce: bool = False
+
+    def recompute_of(self, split: StageSplit) -> tuple[Recompute, Recompute]:
+        """The language model's and the vision tower's. Raises InputError: see `recompute_of`."""
+        return recompute_of(
+            split, granularity=None if self.recompute == "none" else self.recompute,
+            method=self.recompute_method, num_layers=self.recompute_num_layers,
+        )
+
+    def __str__(self) -> str:
+        words = [{"float32": "fp32", "bfloat16": "bf16"}[self.dtype]]
+        words += [] if self.packed else ["one sample a row"]
+        if self.recompute == "full":
+            words += [f"full recompute ({self.recompute_method} {self.recompute_num_layers})"]
+        elif self.recompute != "none":
+            words += [f"{self.recompute} recompute"]
+        return ", ".join(words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +73,11 @@ class Case:
     def num_microbatches(self) -> int:
         """As many for every case, so that a layout fits all of them or none."""
         return len(self.images) // (self.samples_per_row * self.rows_per_microbatch)
+
+    def unpacked(self) -> Case:
+        """The same microbatches with a row for every sample."""
+        rows = self.samples_per_row * self.rows_per_microbatch
+        return replace(self, samples_per_row=1, rows_per_microbatch=rows)
 
 
 SMALL, WIDE, TALL, LARGE = (1, 4, 4), (1, 4, 8), (1, 10, 2), (1, 8, 8)
@@ -67,6 +102,11 @@ CASES = (
 
 MICROBATCHES = 4
 assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
+
+
+def cases(packed: bool) -> tuple[Case, ...]:
+    """The cases, with several samples a row where they have it, or with one."""
+    return CASES if packed else tuple(case.unpacked() for case in CASES)
 
 
 def check_microbatches(layout: Layout) -> None:
@@ -219,20 +259,20 @@ def make_batches(case: Case, samples: Sequence[EncodedSample]) -> list[RowBatch]
 # ---- the judge --------------------------------------------------------------------------------
 
 
-def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case) -> Outcome:
-    """Each sample alone through transformers' own model, in fp32."""
+def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case, dtype: str = "float32") -> Outcome:
+    """Each sample alone through transformers' own model."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        hf_dir, dtype=torch.float32, attn_implementation="eager"
+        hf_dir, dtype=getattr(torch, dtype), attn_implementation="eager"
     )
     samples = make_samples(spec, case)
     logits, total, trained = [], 0.0, sum(int((s.labels != IGNORE).sum()) for s in samples)
     for sample in samples:
         out = model(
-            input_ids=sample.tokens[None], use_cache=False, **_vision_arguments(spec, sample)
-        ).logits[0]
+            input_ids=sample.tokens[None], use_cache=False, **vision_arguments(spec, sample)
+        ).logits[0].float()
         logits.append(out.detach())
         loss = torch.nn.functional.cross_entropy(
             out, sample.labels, ignore_index=IGNORE, reduction="sum"
@@ -243,13 +283,13 @@ def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case) -> Outcome:
         logits=logits,
         loss=total / trained,
         gradients={
-            published_name(name): torch.zeros_like(p) if p.grad is None else p.grad
+            published_name(name): torch.zeros_like(p) if p.grad is None else p.grad.float()
             for name, p in model.named_parameters()
         },
     )
 
 
-def _vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
+def vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
     """A sample's media as transformers' model takes them: images and videos apart."""
     if sample.patches is None:
         return {}
@@ -287,7 +327,7 @@ def run_ranks(
     work_dir: Path,
     hf_dir: Path,
     layouts: Sequence[tuple[Layout, StageSplit]],
-    overlap_grad_reduce: bool = False,
+    setting: Setting,
 ) -> None:
     """One rank's part of every case in every layout; writes what the parent compares.
 
@@ -302,7 +342,7 @@ def run_ranks(
         started = time.monotonic()
         platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
         device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
-        _run_layout(work_dir / str(number), hf_dir, layout, split, device, overlap_grad_reduce)
+        _run_layout(work_dir / str(number), hf_dir, layout, split, device, setting)
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:
             print(f"  {number + 1}/{len(layouts)}  {layout}, {split}: "
@@ -311,61 +351,72 @@ def run_ranks(
 
 
 def _run_layout(
-    work_dir: Path, hf_dir: Path, layout: Layout, split: StageSplit, device,
-    overlap_grad_reduce: bool,
+    work_dir: Path, hf_dir: Path, layout: Layout, split: StageSplit, device, setting: Setting
 ) -> None:
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
     from megatron_vl.training.checkpoint import load_weights
     from megatron_vl.training.setup import wrap_for_data_parallel
-    from megatron_vl.training.step import RowStream, forward_step, mean_loss
+    from megatron_vl.training.step import forward_step, mean_loss
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     spec = load_spec(hf_dir)
-    chunks = family(spec.model_type).build_model(
-        spec, layout, split, ModelOptions(initialize_weights=False)
+    recompute, vit_recompute = setting.recompute_of(split)
+    options = ModelOptions(
+        params_dtype=getattr(torch, setting.dtype), recompute=recompute,
+        vit_recompute=vit_recompute, initialize_weights=False,
     )
-    model = wrap_for_data_parallel(chunks, device, overlap_grad_reduce=overlap_grad_reduce)
+    chunks = family(spec.model_type).build_model(spec, layout, split, options)
+    model = wrap_for_data_parallel(
+        chunks, device, overlap_grad_reduce=setting.overlap_grad_reduce
+    )
     source = inspect_checkpoint(work_dir / "weights")
     load_weights(source, model, spec, layout)
-    forward_backward = get_forward_backward_func()
     dp_rank = parallel_state.get_data_parallel_rank()
 
-    for index, case in enumerate(CASES):
+    for index, case in enumerate(cases(setting.packed)):
         batches = make_batches(case, make_samples(spec, case))[dp_rank :: layout.dp]
-
-        def run(step, forward_only, batches=batches, case=case, **more):
-            streams = [RowStream(iter(batches), device) for _ in model]
-            return forward_backward(
-                forward_step_func=step,
-                data_iterator=streams if len(streams) > 1 else streams[0],
-                model=model if len(model) > 1 else model[0],
-                num_microbatches=len(batches),
-                seq_length=model[0].module.pipeline_length(ROW_LENGTH),
-                micro_batch_size=case.rows_per_microbatch,
-                forward_only=forward_only,
-                **more,
-            )
-
         for chunk in model:
             chunk.train()
             chunk.zero_grad_buffer()
-        loss, _ = mean_loss(run(forward_step, False), device)
+        losses = run_case(model, case, batches, forward_step, device, forward_only=False)
+        loss, _ = mean_loss(losses, device)
         _save_gradients(work_dir / f"{index}.gradients", source, model, spec, layout)
         for chunk in model:
             chunk.eval()
         with torch.no_grad():
-            logits = run(_logits_step, True, collect_non_loss_data=True)
+            logits = run_case(
+                model, case, batches, _logits_step, device, forward_only=True,
+                collect_non_loss_data=True,
+            )
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and (
             parallel_state.get_tensor_model_parallel_rank() == 0
         ):
             file = f"{index}.logits.{dp_rank}.{parallel_state.get_context_parallel_rank()}.pt"
-            torch.save([one.cpu() for one in logits], work_dir / file)
+            torch.save([one.float().cpu() for one in logits], work_dir / file)
         if torch.distributed.get_rank() == 0:
             torch.save(torch.tensor(loss, dtype=torch.float64), work_dir / f"{index}.loss.pt")
+
+
+def run_case(model: list, case: Case, batches: list, step, device, *, forward_only: bool, **more):
+    """This rank's microbatches through Megatron-Core's schedule; gives back what it does."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_vl.training.step import RowStream
+
+    streams = [RowStream(iter(batches), device) for _ in model]
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=streams if len(streams) > 1 else streams[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(batches),
+        seq_length=model[0].module.pipeline_length(ROW_LENGTH),
+        micro_batch_size=case.rows_per_microbatch,
+        forward_only=forward_only,
+        **more,
+    )
 
 
 def _logits_step(stream, model):
@@ -430,58 +481,85 @@ def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int]
 # ---- comparison -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class Apart:
+    """The largest difference within a tensor, or within several: compared by the relative one."""
+
+    relative: float  # over the largest absolute value of transformers'
+    absolute: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How far ours is from transformers on one case."""
+    """How far one side is from transformers in fp32 on one case."""
 
     case: str
-    logits: float  # largest absolute difference over the largest absolute logit
-    loss: float  # relative
-    gradient: float  # largest over parameters: absolute difference over the largest absolute value
-    worst: str  # parameter with that gradient difference
-    parameters: int  # compared
+    logits: Apart
+    loss: Apart
+    gradients: dict[str, Apart]  # of every parameter, the furthest off first
+
+    @property
+    def gradient(self) -> Apart:
+        """The largest absolute and the largest relative one, of any parameters."""
+        return _largest(self.gradients.values())
+
+    @property
+    def worst(self) -> str:
+        return next(iter(self.gradients))
 
     @property
     def largest(self) -> float:
-        return max(self.logits, self.loss, self.gradient)
+        return max(one.relative for one in (self.logits, self.loss, self.gradient))
 
 
 def compare(case: Case, ours: Outcome, theirs: Outcome) -> Difference:
-    """Scale-free differences; anything that is not finite counts as infinitely far off."""
+    """Differences and what they are to the size of things; anything not finite is infinite."""
     assert set(ours.gradients) == set(theirs.gradients), (
         set(ours.gradients) ^ set(theirs.gradients)
-    )
-    logits = max(
-        _finite(float((a - b).abs().max() / b.abs().max()))
-        for a, b in zip(ours.logits, theirs.logits, strict=True)
     )
     # A key bias shifts every score of a query alike: its true gradient is zero and what is there is
     # rounding, so the scale of a tensor never counts as smaller than 1e-4 of the largest gradient.
     floor = 1e-4 * max(float(g.abs().max()) for g in theirs.gradients.values())
-    apart = {
-        name: _finite(
-            float((ours.gradients[name] - g).abs().max() / max(float(g.abs().max()), floor))
-        )
-        for name, g in theirs.gradients.items()
+    gradients = {
+        name: _apart(ours.gradients[name], g, floor) for name, g in theirs.gradients.items()
     }
-    worst = max(apart, key=apart.get)
     return Difference(
-        case=case.name, logits=logits,
-        loss=_finite(abs(ours.loss - theirs.loss) / abs(theirs.loss)),
-        gradient=apart[worst], worst=worst, parameters=len(apart),
+        case=case.name,
+        logits=_largest([_apart(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True)]),
+        loss=_apart(*(torch.tensor(one.loss, dtype=torch.float64) for one in (ours, theirs))),
+        gradients=dict(sorted(gradients.items(), key=lambda one: one[1], reverse=True)),
     )
 
 
-def _finite(difference: float) -> float:
-    """NaN compares as neither larger nor smaller, and would slip through every maximum."""
-    return difference if math.isfinite(difference) else math.inf
+def _largest(apart: Iterable[Apart]) -> Apart:
+    apart = list(apart)
+    return Apart(max(one.relative for one in apart), max(one.absolute for one in apart))
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> Apart:
+    """How far `a` is from `b`, in units of `b`'s largest value or of `floor` if that is larger.
+
+    NaN would compare as neither larger nor smaller and slip through every maximum: it is infinite.
+    """
+    absolute = float((a.double() - b.double()).abs().max())
+    relative = absolute / max(float(b.double().abs().max()), floor)
+    return Apart(*(x if math.isfinite(x) else math.inf for x in (relative, absolute)))
+
+
+def worst_parameters(differences: Sequence[Difference]) -> list[tuple[str, Apart, str]]:
+    """The parameters furthest off in any case: (name, how far, case), the furthest first."""
+    found: dict[str, tuple[str, Apart, str]] = {}
+    for one in differences:
+        for name, apart in one.gradients.items():
+            if name not in found or apart > found[name][1]:
+                found[name] = (name, apart, one.case)
+    return sorted(found.values(), key=lambda one: one[1], reverse=True)[:WORST]
 
 
 def read_ours(
-    work_dir: Path, index: int, spec: VLMSpec, samples, layout: Layout, gradients
+    work_dir: Path, index: int, case: Case, spec: VLMSpec, samples, layout: Layout, gradients
 ) -> Outcome:
     """What the ranks left for case `index`; rows are taken apart into samples again."""
-    case = CASES[index]
     per_batch = [None] * case.num_microbatches
     for rank in range(layout.dp):
         parts = [

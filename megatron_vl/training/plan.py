@@ -10,6 +10,7 @@ from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
+from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.ops.attention import Case, check_backend
@@ -28,6 +29,8 @@ class Plan:
     split: StageSplit
     hf_dir: Path  # config.json and tokenizer
     num_microbatches: int
+    recompute: Recompute  # of the language model
+    vit_recompute: Recompute  # of the vision tower
 
     @property
     def row_length(self) -> int:
@@ -62,6 +65,7 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
     for part_of in (media_limits, trained_text, mixtures):
         part_of(config)
+    recompute, vit_recompute = _recompute(config, split)
     plan = Plan(
         config=config,
         spec=spec,
@@ -69,6 +73,8 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         split=split,
         hf_dir=Path(hf_dir),
         num_microbatches=config.batch.num_microbatches(layout.dp),
+        recompute=recompute,
+        vit_recompute=vit_recompute,
     )
     parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
     if plan.row_length % parts:
@@ -112,6 +118,21 @@ def _source(config: TrainConfig) -> str | None:
     if save is not None and (Path(save) / LATEST).is_file():
         return save
     return config.checkpoint.load
+
+
+def _recompute(config: TrainConfig, split: StageSplit) -> tuple[Recompute, Recompute]:
+    run = config.model
+    if run.cpu_offloading and run.cpu_offloading_num_layers >= split.num_layers:
+        raise InputError(
+            f"cpu-offloading-num-layers (MP_AC_LAYERS) {run.cpu_offloading_num_layers} must be "
+            f"less than the model's {split.num_layers} language layers; lower it, or use "
+            f"recompute-granularity full (AC full)."
+        )
+    return recompute_of(
+        split, granularity=run.recompute_granularity, method=run.recompute_method,
+        num_layers=run.recompute_num_layers, vit_granularity=run.vit_recompute_granularity,
+        vit_num_layers=run.vit_recompute_num_layers,
+    )
 
 
 def mixtures(config: TrainConfig) -> tuple[Mixture, Mixture]:
@@ -167,18 +188,16 @@ def _check_machine(config: TrainConfig) -> None:
 
     import torch
 
-    if torch.cuda.is_available() and config.optimizer.optimizer_cpu_offload:
-        raise InputError(
-            "optimizer-cpu-offload (OPTIMIZER_OFFLOAD) does not work on GPUs yet; use "
-            "use-distributed-optimizer, which shares the optimizer's state over data ranks."
-        )
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
             "cpu-offloading (AC offload) needs a pipeline of one stage; use "
             "recompute-granularity full (AC full), or PP 1."
         )
-    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
-        return
+    transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    if torch.cuda.is_available():
+        _check_offload(config, transformer_engine)
+        if transformer_engine:
+            return
     for option, asked, instead in (
         ("fp8-format (PR fp8)", config.model.fp8_format, "bf16"),
         ("cpu-offloading (AC offload)", config.model.cpu_offloading,
@@ -199,6 +218,24 @@ def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
             deterministic=config.model.deterministic, touch_device=False,
         )
         check_backend(config.model.attention_backend, case)
+
+
+def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
+    """Whether Megatron-Core's hybrid optimizer, which CUDA devices need for it, can be had."""
+    options = config.optimizer
+    if not options.optimizer_cpu_offload or options.optimizer_offload_fraction == 0:
+        return
+    option = "optimizer-cpu-offload (OPTIMIZER_OFFLOAD)"
+    if not (config.model.bf16 and options.use_distributed_optimizer):
+        raise InputError(
+            f"{option} on GPUs needs bf16 (PR bf16) and use-distributed-optimizer (DO true); give "
+            f"both, or leave it out."
+        )
+    if not transformer_engine:
+        raise InputError(
+            f"{option} on GPUs needs TransformerEngine, which is not installed; install it, or use "
+            f"use-distributed-optimizer (DO true) alone, which shares the state over data ranks."
+        )
 
 
 def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:

@@ -23,18 +23,17 @@ from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.common.vlm import sum_tied, sum_vision
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
-from megatron_vl.training.config import OptimizerOptions, TrainConfig
+from megatron_vl.training.config import OptimizerOptions
 from megatron_vl.training.plan import Plan
 
 
-def model_options(config: TrainConfig, *, initialize_weights: bool) -> ModelOptions:
-    run = config.model
+def model_options(plan: Plan, *, initialize_weights: bool) -> ModelOptions:
+    run = plan.config.model
     return ModelOptions(
         params_dtype=getattr(torch, run.dtype),
         attention_backend=run.attention_backend,
-        recompute=run.recompute_granularity or "none",
-        recompute_method=run.recompute_method,
-        recompute_num_layers=run.recompute_num_layers,
+        recompute=plan.recompute,
+        vit_recompute=plan.vit_recompute,
         fp8_format=run.fp8_format,
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
@@ -46,7 +45,7 @@ def model_options(config: TrainConfig, *, initialize_weights: bool) -> ModelOpti
 
 def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> list:
     """This rank's chunks on its device, each wrapped for data parallelism."""
-    options = model_options(plan.config, initialize_weights=initialize_weights)
+    options = model_options(plan, initialize_weights=initialize_weights)
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
     return wrap_for_data_parallel(
         chunks,
@@ -90,7 +89,7 @@ def _finalize_gradients(model: list, *args, **options) -> None:
     sum_vision(chunks, "main_grad")
 
 
-def build_optimizer(plan: Plan, model: list):
+def build_optimizer(plan: Plan, model: list, platform: Platform):
     """Megatron-Core's optimizer and schedule over `model`, and its loss scale in the schedules.
 
     Mixed precision copies the weights here; after loading others call `reload_model_params`.
@@ -110,6 +109,7 @@ def build_optimizer(plan: Plan, model: list):
         params_dtype=getattr(torch, run.dtype),
         use_distributed_optimizer=options.use_distributed_optimizer,
         initial_loss_scale=options.initial_loss_scale,
+        **_offload(options, platform),
     )
     optimizer = get_megatron_optimizer(
         config, model,
@@ -153,6 +153,18 @@ def _part_overrides(options: OptimizerOptions) -> dict[ParamKey, ParamGroupOverr
         key(part): dict(max_lr=options.lr * ratio, min_lr=options.min_lr * ratio, lr_mult=ratio)
         for part, ratio in ratios.items() if ratio != 1
     }
+
+
+def _offload(options: OptimizerOptions, platform: Platform) -> dict:
+    """Megatron-Core's hybrid optimizer, where there is another memory than the host's."""
+    if not options.optimizer_cpu_offload or platform.name == "cpu":
+        return {}
+    return dict(
+        optimizer_cpu_offload=options.optimizer_offload_fraction > 0,
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+        # It keeps the fp32 weights itself; only so its state can be saved and loaded.
+        use_precision_aware_optimizer=options.optimizer_offload_fraction > 0,
+    )
 
 
 def _start_state(optimizer) -> None:

@@ -37,6 +37,9 @@ BAD_ARGUMENTS = {
     "a backend without its GPU": (
         dict(MP_EXTRA="--attention-backend flash2"),
         "attention-backend flash2 cannot run here: no CUDA device; use auto, or sdpa"),
+    "AC layers that do not divide": (
+        dict(AC="full", MP_AC_LAYERS=3), "recompute-num-layers 3 does not divide"),
+    "a share of more than all": (dict(OPTIMIZER_OFFLOAD="1.5"), "(OPTIMIZER_OFFLOAD) is 1.5"),
     "warmup longer than the run": (dict(LR_WARMUP_ITERS=10), "lr-warmup-iters 10 must be fewer"),
     "no checkpoint there": (
         dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere is not a directory"),

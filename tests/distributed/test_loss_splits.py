@@ -13,7 +13,7 @@ import transformers
 
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.models import load_spec
-from megatron_vl.training.parity import make_samples
+from megatron_vl.training.parity import make_samples, vision_arguments
 
 # One test process runs all of these: they share the converted weights.
 pytestmark = pytest.mark.xdist_group("training")
@@ -47,15 +47,13 @@ def transformers_loss(model_dir: Path, per_sample: bool):
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="eager"
     )
-    from megatron_vl.training.parity import _vision_arguments
-
     spec = load_spec(model_dir)
     samples = make_samples(spec, loss_splits.CASE)
     counts = [int((sample.labels != IGNORE).sum()) for sample in samples]
     total = 0.0
     for sample, count in zip(samples, counts, strict=True):
         logits = model(
-            input_ids=sample.tokens[None], use_cache=False, **_vision_arguments(spec, sample)
+            input_ids=sample.tokens[None], use_cache=False, **vision_arguments(spec, sample)
         ).logits[0]
         loss = torch.nn.functional.cross_entropy(
             logits, sample.labels, ignore_index=IGNORE, reduction="sum"

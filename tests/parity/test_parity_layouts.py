@@ -65,17 +65,32 @@ LAYOUTS = {
 }
 
 
-def rows_of(table: str) -> list[tuple[str, float, str]]:
-    """(name, largest figure, how many parameters) of each row."""
-    return [(name, max(figures), count) for name, *figures, count in figures_of(table)]
+CASES = ["one image", "images and videos", "text only", "a microbatch without images"]
+FIGURE = r"(\d\.\de[+-]\d+)"
 
 
-def figures_of(table: str) -> list[tuple]:
-    """(name, logits, loss, gradients, how many parameters) of each row."""
-    figure = r"(\d\.\de[+-]\d+)"
-    row = rf"^(.+?) +{figure} +{figure} +{figure}  .*\(of (\d+)\)$"
-    found = re.findall(row, table, re.M)
-    return [(name, *map(float, figures), count) for name, *figures, count in found]
+def rows_of(sweep: str) -> list[tuple[str, float, str]]:
+    """(name, largest figure, how many parameters) of each row of a sweep."""
+    found = re.findall(rf"^(.+?){rf' +{FIGURE}' * 3}  .*\(of (\d+)\)$", sweep, re.M)
+    return [(name, max(map(float, figures)), count) for name, *figures, count in found]
+
+
+def cases_of(table: str) -> dict[str, list[float]]:
+    """Absolute and relative figures of logits, loss and gradients, by the row's name."""
+    found = re.findall(rf"^ *(.+?){rf' +{FIGURE}' * 6}$", table, re.M)
+    return {name: list(map(float, figures)) for name, *figures in found}
+
+
+def parameters_of(table: str) -> int:
+    """How many parameters were compared; the five furthest off are named, the furthest first."""
+    title = r"^furthest of (\d+) parameters +absolute +relative  case$"
+    count = int(re.search(title, table, re.M)[1])
+    found = re.findall(rf"^([a-z][\w.]+) +{FIGURE} +{FIGURE}  ({'|'.join(CASES)})$", table, re.M)
+    relative = [float(one) for _, _, one, _ in found]
+    assert len(found) == 5 and relative == sorted(relative, reverse=True), table
+    # What is furthest off in the table of cases is the first of these.
+    assert relative[0] == max(figures[5] for figures in cases_of(table).values())
+    return count
 
 
 # The last batch has all its images on one data rank; overlapped, every weight must still report a
@@ -95,7 +110,7 @@ def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(t
     layout = ["--tp", 2, "--pp", 2, "--sequence-parallel"]
     done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, *layout)
     assert done.code == 0, done.text
-    assert [count for *_, count in rows_of(done.out)] == ["82"] * 4
+    assert parameters_of(done.out) == 82
 
 
 def test_a_vision_tower_over_every_chunk_equals_transformers(tmp_path):
@@ -106,19 +121,31 @@ def test_a_vision_tower_over_every_chunk_equals_transformers(tmp_path):
     ):
         done = megatron_vl("parity", deep, "--tolerance", TOLERANCE, *layout)
         assert done.code == 0, done.text
-        assert [count for *_, count in rows_of(done.out)] == ["105"] * 4
+        assert parameters_of(done.out) == 105
 
 
 def test_one_rank_equals_transformers_and_an_unmet_tolerance_names_the_cases(model_dir):
     done = megatron_vl("parity", model_dir, "--tolerance", "1e-12")
-    rows = rows_of(done.out)
-    assert [name for name, *_ in rows] == [
-        "one image", "images and videos", "text only", "a microbatch without images"]
-    assert all(figure <= float(TOLERANCE) and count == "81" for _, figure, count in rows)
+    cases = cases_of(done.out)
+    assert list(cases) == CASES and parameters_of(done.out) == 81
+    assert all(max(figures[1::2]) <= float(TOLERANCE) for figures in cases.values())
     # transformers takes every sample alone: two of them packed into a row lose nothing.
-    assert all(loss <= 1e-6 for _, _, loss, *_ in figures_of(done.out))
+    assert all(figures[3] <= 1e-6 for figures in cases.values())
     assert done.code == 1
     assert "images and videos" in done.err and "further than 1e-12" in done.err
+
+
+def test_bfloat16_is_no_further_off_than_twice_transformers_own(model_dir):
+    """Unpacked and recomputed as well, over tensor-parallel ranks that share norms."""
+    done = megatron_vl("parity", model_dir, "--dtype", "bfloat16", "--no-pack", "--recompute",
+                       "full", "--recompute-num-layers", 2, "--tp", 2, "--sequence-parallel")
+    assert done.code == 0, done.text
+    assert "bf16, one sample a row, full recompute (uniform 2); against transformers" in done.out
+    rows = re.findall(rf"^ *(.+?){rf' +{FIGURE}' * 6}$", done.out, re.M)
+    assert [name for name, *_ in rows] == [
+        one for case in CASES for one in (case, "transformers itself")]
+    # 16 bits they are on both sides: far from fp32's 1e-5.
+    assert all(float(figures[1]) > 1e-4 for _, *figures in rows)
 
 
 def test_what_cannot_be_compared_is_refused(model_dir):
@@ -128,5 +155,7 @@ def test_what_cannot_be_compared_is_refused(model_dir):
     assert done.code == 2 and "dp 3 does not divide the 4 microbatches" in done.err
     done = megatron_vl("parity", model_dir, "--tolerance", "nan")
     assert done.code == 2 and "--tolerance is nan" in done.err
+    done = megatron_vl("parity", model_dir, "--recompute", "full", "--recompute-num-layers", 3)
+    assert done.code == 2 and "recompute-num-layers 3 does not divide" in done.err
     done = megatron_vl("parity", model_dir, "--sweep", 7)
     assert done.code == 2 and "no layout of --sweep 7 ranks fits" in done.err

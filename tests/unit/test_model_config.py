@@ -8,6 +8,7 @@ import pytest
 
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
+from megatron_vl.models.common.recompute import recompute_of
 from megatron_vl.parallel import Layout
 from megatron_vl.platform import select_platform
 
@@ -53,14 +54,29 @@ def test_sizes_come_from_config_json_alone(model):
     assert not language.add_bias_linear and language.add_qkv_bias
 
 
-def test_recompute_is_checked_against_the_smallest_stage(model):
-    from megatron_vl.models.common.transformer_config import language_config
+def test_recompute_is_checked_against_every_stage_and_fitted_to_the_vision_tower(model):
+    split = model.split(pp=2, first_stage_layers=1)  # language 1-3, vision 2-0
+    with pytest.raises(InputError, match=r"^recompute-num-layers 3 is more than the 1 language"):
+        recompute_of(split, granularity="full", method="block", num_layers=3)
+    with pytest.raises(InputError, match=r"^recompute-num-layers 3 does not divide the language"):
+        recompute_of(split, granularity="full", num_layers=3)
+    with pytest.raises(InputError, match=r"^vit-recompute-num-layers 3 is more than the 2 vision"):
+        recompute_of(split, granularity="full", method="block", vit_num_layers=3)
+    for method, num_layers, fitted in (("block", 3, 2), ("uniform", 4, 2), ("block", 1, 1)):
+        whole = recompute_of(
+            model.split(), granularity="full", method=method, num_layers=num_layers)
+        assert [one.num_layers for one in whole] == [num_layers, fitted]
 
-    layout, split = Layout(pp=2), model.split(pp=2, first_stage_layers=1)
-    ok = language_config(model, layout, split, options(recompute="full"))
-    assert (ok.recompute_granularity, ok.recompute_num_layers) == ("full", 1)
-    with pytest.raises(InputError, match="more than the 1 language layers of the smallest stage"):
-        language_config(model, layout, split, options(recompute="full", recompute_num_layers=3))
+
+def test_each_tower_recomputes_what_is_asked_of_it(model):
+    from megatron_vl.models.common.transformer_config import language_config, vision_config
+
+    language, vision = recompute_of(model.split(), granularity="selective", vit_granularity="full")
+    chosen = options(recompute=language, vit_recompute=vision)
+    made = [build(model, Layout(), model.split(), chosen)
+            for build in (language_config, vision_config)]
+    assert [one.recompute_granularity for one in made] == ["selective", "full"]
+    assert made[1].recompute_method == "uniform" and made[1].recompute_num_layers == 1
 
 
 def test_an_unknown_vision_activation_is_named(model):

@@ -7,19 +7,22 @@ import math
 import pytest
 import torch
 
-from megatron_vl.training.parity import CASES, Outcome, compare
+from megatron_vl.cli.parity import FP32, _bounds, _too_far
+from megatron_vl.training.parity import CASES, Apart, Outcome, compare, worst_parameters
 
 
-def outcome() -> Outcome:
-    return Outcome(
+def outcome(**changes) -> Outcome:
+    usual = dict(
         logits=[torch.ones(2, 3), torch.ones(2, 3)], loss=1.0,
-        gradients={name: torch.ones(2) for name in "abc"},
+        gradients={name: torch.ones(2) for name in "abcdefg"},
     )
+    return Outcome(**{**usual, **changes})
 
 
 def test_equal_outcomes_differ_by_nothing():
     same = compare(CASES[0], outcome(), outcome())
-    assert (same.logits, same.loss, same.gradient, same.parameters) == (0.0, 0.0, 0.0, 3)
+    assert same.logits == same.loss == same.gradient == Apart(0.0, 0.0)
+    assert len(same.gradients) == 7 and not _too_far(same, _bounds(None, []))
 
 
 @pytest.mark.parametrize("where", ["logits", "loss", "gradient"])
@@ -30,8 +33,36 @@ def test_a_nan_anywhere_is_infinitely_far_off(where):
     elif where == "gradient":
         ours.gradients["b"][1] = math.nan
     else:
-        ours = Outcome(logits=ours.logits, loss=math.nan, gradients=ours.gradients)
+        ours = outcome(loss=math.nan)
     different = compare(CASES[0], ours, outcome())
-    assert getattr(different, where) == math.inf
+    assert getattr(different, where) == Apart(math.inf, math.inf)
+    assert _too_far(different, {"logits": 1e9, "loss": 1e9, "gradient": 1e9})
     if where == "gradient":
         assert different.worst == "b"
+
+
+def test_the_five_parameters_furthest_off_are_named_with_both_errors_and_their_case():
+    theirs = {name: torch.full((2,), 2.0) for name in "abcdefg"}
+    ours = {name: 2.0 + 0.01 * number * torch.tensor([0.0, 1.0])
+            for number, name in enumerate("abcdefg")}
+    differences = [
+        compare(CASES[0], outcome(gradients=ours), outcome(gradients=theirs)),
+        compare(CASES[1], outcome(gradients={**ours, "a": 2.5 * torch.ones(2)}),
+                outcome(gradients=theirs)),
+    ]
+    (name, apart, case), *others = worst_parameters(differences)
+    assert (name, apart.absolute, apart.relative, case) == ("a", 0.5, 0.25, CASES[1].name)
+    assert [name for name, *_ in others] == ["g", "f", "e", "d"]
+    assert others[0][1].absolute == pytest.approx(0.06)
+    assert others[0][1].relative == pytest.approx(0.03)
+
+
+def test_sixteen_bits_may_be_twice_as_far_off_as_transformers_own():
+    own = [compare(CASES[0], outcome(loss=1.5, logits=[torch.full((2, 3), 1.01)] * 2,
+                                     gradients={**outcome().gradients, "c": torch.full((2,), 1.1)}),
+                   outcome())]
+    bounds = _bounds(None, own)
+    assert bounds == pytest.approx({"logits": 0.02, "loss": 0.02, "gradient": 0.2}, rel=1e-5)
+    assert _too_far(own[0], bounds)  # by its loss
+    assert set(_bounds(1e-3, own).values()) == {1e-3}
+    assert set(_bounds(None, []).values()) == {FP32}

@@ -65,7 +65,8 @@ OUT_OF_RANGE = {
     ],
     "must be at least 1": [
         "lr-decay-iters: 0", "train-iters: 0", "save-interval: 0", "max-samples-per-sequence: 0",
-        "recompute-num-layers: 0", "cpu-offloading-num-layers: 0", "log-interval: 0",
+        "recompute-num-layers: 0", "vit-recompute-num-layers: 0", "cpu-offloading-num-layers: 0",
+        "log-interval: 0",
     ],
     "less than 1": ["adam-beta1: 1", "adam-beta2: 1.5", "adam-beta2: .nan"],
     "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0"],

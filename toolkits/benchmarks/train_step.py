@@ -75,7 +75,7 @@ def our_step(args, batches):
 
     model = build_model(plan, platform, initialize_weights=False)
     load_weights(inspect_checkpoint(args.weights), model)
-    optimizer, _ = build_optimizer(plan, model)
+    optimizer, _ = build_optimizer(plan, model, platform)
     run = get_forward_backward_func()
 
     def step() -> float:

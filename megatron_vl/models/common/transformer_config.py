@@ -7,13 +7,13 @@ would silently cut vision layers off.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.recompute import NOTHING, Recompute
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 
@@ -24,9 +24,8 @@ class ModelOptions:
 
     params_dtype: torch.dtype = torch.float32
     attention_backend: str = "auto"  # a name of megatron_vl.ops.attention.BACKENDS, or auto
-    recompute: Literal["none", "selective", "full"] = "none"
-    recompute_method: Literal["block", "uniform"] = "block"  # for full
-    recompute_num_layers: int = 1  # for full: layers of a stage (block) or of a group (uniform)
+    recompute: Recompute = NOTHING  # of the language model
+    vit_recompute: Recompute = NOTHING  # of the vision tower
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
     cpu_offloading: bool = False  # keep the decoder's activations in host memory
     cpu_offloading_num_layers: int = 1
@@ -78,7 +77,7 @@ def language_config(
         vision_spans_chunks=split.vision_spans_chunks,
         context_parallel_size=layout.cp,
         **_pipeline(layout, split, "llm"),
-        **_recompute(options, split),
+        **_recompute(options.recompute),
         **_shared(layout, options, sequence_parallel=layout.sequence_parallel and layout.tp > 1),
     )
 
@@ -101,7 +100,7 @@ def vision_config(
         layernorm_epsilon=vision.norm_eps,
         **_initialization(options, spec.decoder.init_std),
         **(_pipeline(layout, split, "vit") if split.vision_spans_chunks else {}),
-        **_recompute(options, None, num_layers=min(filter(None, split.flat("vit")), default=0)),
+        **_recompute(options.vit_recompute),
         # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
@@ -182,27 +181,15 @@ def _initialization(options: ModelOptions, std: float) -> dict:
     )
 
 
-def _recompute(options: ModelOptions, split: StageSplit | None, num_layers: int = 0) -> dict:
-    if options.recompute == "none":
+def _recompute(recompute: Recompute) -> dict:
+    if recompute.granularity == "none":
         return {}
-    if options.recompute == "selective":
+    if recompute.granularity == "selective":
         return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    if split is not None:
-        # The smallest stage bounds what every stage can do: an uneven split must not slip past.
-        smallest = min(count for count in split.flat("llm") if count)
-        if options.recompute_num_layers > smallest:
-            raise InputError(
-                f"recompute-num-layers {options.recompute_num_layers} is more than the "
-                f"{smallest} language layers of the smallest stage ({split}); give at most "
-                f"{smallest}."
-            )
-        layers = options.recompute_num_layers
-    else:
-        layers = min(options.recompute_num_layers, num_layers)
     return dict(
         recompute_granularity="full",
-        recompute_method=options.recompute_method,
-        recompute_num_layers=layers,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
     )
 
 

@@ -1,0 +1,122 @@
+"""A rank that computes the same gradients under every way to recompute, in several layouts.
+
+    python -m torch.distributed.run .. recompute_ranks.py HF_DIR
+
+Ends with an AssertionError where one differs from what is kept by a bit, or where other layers ran
+again than were asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from megatron_vl.platform import initialize, leave_layout, select_platform
+
+select_platform().install()
+
+import torch  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
+
+from megatron_vl.models.common.core_attention import VarlenCoreAttention  # noqa: E402
+from megatron_vl.models.common.recompute import recompute_of  # noqa: E402
+from megatron_vl.models.common.transformer_config import ModelOptions  # noqa: E402
+from megatron_vl.models.registry import family, load_spec  # noqa: E402
+from megatron_vl.parallel import Layout  # noqa: E402
+from megatron_vl.platform.init import seed_everything  # noqa: E402
+from megatron_vl.training.parity import CASES, make_batches, make_samples, run_case  # noqa: E402
+from megatron_vl.training.setup import wrap_for_data_parallel  # noqa: E402
+from megatron_vl.training.step import forward_step  # noqa: E402
+
+LAYOUTS = {  # by the number of ranks: layout, and the layers of its chunks
+    1: [(Layout(), {})],
+    2: [
+        (Layout(tp=2, sequence_parallel=True), {}),
+        (Layout(pp=2), dict(llm=[1, 3])),
+        (Layout(pp=2, vp=2), dict(llm=[[0, 2], [1, 1]], vit=[[1, 1], [0, 0]])),
+        (Layout(cp=2), {}),
+    ],
+}
+# What is asked for, and how many layers (under selective their attention) run again of a chunk that
+# has `llm` language and `vit` vision layers.
+MODES = {
+    "none": (dict(granularity=None), lambda llm, vit: (0, 0)),
+    "selective": (dict(granularity="selective"), lambda llm, vit: (llm, vit)),
+    "uniform": (dict(granularity="full"), lambda llm, vit: (llm, vit)),
+    "block": (
+        dict(granularity="full", method="block"), lambda llm, vit: (min(llm, 1), min(vit, 1))),
+    "vision alone": (
+        dict(granularity=None, method="block", vit_granularity="full"),
+        lambda llm, vit: (0, min(vit, 1))),
+    "attention of one, layers of the other": (
+        dict(granularity="selective", vit_granularity="full", vit_num_layers=1),
+        lambda llm, vit: (llm, vit)),
+    "language alone": (
+        dict(granularity="full", vit_granularity="none"), lambda llm, vit: (llm, 0)),
+}
+
+
+def gradients(spec, layout, split, recompute, again) -> dict[str, torch.Tensor]:
+    """Of every parameter of this rank, after a case with images of several sizes and videos."""
+    seed_everything(1234)
+    language, vision = recompute
+    chunks = family(spec.model_type).build_model(
+        spec, layout, split, ModelOptions(recompute=language, vit_recompute=vision)
+    )
+    device = torch.device(torch.cuda.current_device())
+    model = wrap_for_data_parallel(chunks, device, overlap_grad_reduce=False)
+    ran = count_forwards(chunks, language, vision)
+    case = CASES[1]
+    batches = make_batches(case, make_samples(spec, case))
+    for chunk in model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    run_case(model, case, batches, forward_step, device, forward_only=False)
+    expected = Counter()
+    for chunk in chunks:
+        towers = {"language_model": chunk.language_model, "vision_model": chunk.vision_model}
+        layers = {name: len(tower.decoder.layers) if tower else 0 for name, tower in towers.items()}
+        more = again(*layers.values())
+        for (name, count), extra in zip(layers.items(), more, strict=True):
+            expected[name] += len(batches) * (count + extra)
+    assert ran == +expected, f"{layout}, {split}: ran {dict(ran)}, expected {dict(expected)}"
+    return {
+        f"{number}.{name}": parameter.main_grad.clone()
+        for number, chunk in enumerate(chunks) for name, parameter in chunk.named_parameters()
+    }
+
+
+def count_forwards(chunks, language, vision) -> Counter:
+    """How often layers, or under selective their attention, run in each tower from now on."""
+    ran = Counter()
+    for chunk in chunks:
+        for tower, recompute in (("language_model", language), ("vision_model", vision)):
+            kind = VarlenCoreAttention if recompute.granularity == "selective" else TransformerLayer
+            for module in (getattr(chunk, tower) or torch.nn.Module()).modules():
+                if isinstance(module, kind):
+                    module.register_forward_hook(lambda *_, tower=tower: ran.update([tower]))
+    return ran
+
+
+def main() -> None:
+    spec = load_spec(Path(sys.argv[1]))
+    for layout, layers in LAYOUTS[int(os.environ.get("WORLD_SIZE", 1))]:
+        split = spec.split(pp=layout.pp, vp=layout.vp, **layers)
+        initialize(layout, embedding_stage=split.last_vision_chunk[0])
+        kept = None
+        for mode, (options, again) in MODES.items():
+            found = gradients(spec, layout, split, recompute_of(split, **options), again)
+            kept = kept or found
+            assert any(gradient.abs().max() > 0 for gradient in kept.values())
+            differ = [name for name in kept if not torch.equal(found[name], kept[name])]
+            assert not differ, f"{layout}, {split}, {mode}: {len(differ)} differ: {differ[:5]}"
+        if torch.distributed.get_rank() == 0:
+            print(f"{layout}, {split}: {len(MODES)} ways, {len(kept)} gradients equal", flush=True)
+        torch.distributed.barrier()
+        leave_layout()
+
+
+if __name__ == "__main__":
+    main()

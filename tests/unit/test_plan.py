@@ -1,0 +1,84 @@
+"""What cannot run is refused from the options and config.json alone, with what to use instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_vl.errors import InputError
+from megatron_vl.models import load_spec
+from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.plan import _check_offload, _recompute, plan_run
+
+FULL = dict(recompute_granularity="full")
+REFUSED = {
+    "groups that do not divide": (
+        dict(**FULL, recompute_num_layers=3),
+        "recompute-num-layers 3 does not divide the language layers of every stage (llm 4, vision "
+        "2), as recompute-method uniform needs; give a divisor, or recompute-method block."),
+    "more layers than the smallest stage has": (
+        dict(**FULL, recompute_num_layers=2, recompute_method="block",
+             pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=1),
+        "more than the 1 language layers of the smallest stage (llm 1-3, vision 2-0); give at most "
+        "1, or recompute-method uniform"),
+    "more vision layers than there are": (
+        dict(vit_recompute_granularity="full", vit_recompute_num_layers=3,
+             recompute_method="block"),
+        "vit-recompute-num-layers 3 is more than the 2 vision layers"),
+    "offload over stages": (
+        dict(cpu_offloading=True, pipeline_model_parallel_size=2),
+        "needs a pipeline of one stage; use recompute-granularity full"),
+    "offload and recompute": (
+        dict(cpu_offloading=True, **FULL), "use recompute-granularity full alone"),
+    "offload and recompute of the vision tower": (
+        dict(cpu_offloading=True, vit_recompute_granularity="full"), "exclude one another"),
+    "a backend nobody knows": (
+        dict(attention_backend="flashy"), "attention-backend 'flashy' is unknown; use auto or"),
+    "a share above the whole": (
+        dict(optimizer_offload_fraction=1.5), "(OPTIMIZER_OFFLOAD) is 1.5; it must be between 0"),
+}
+WITHOUT_GPU = {
+    "offload": (dict(cpu_offloading=True), "TransformerEngine on a CUDA device and this machine"),
+    "fp8": (dict(bf16=True, fp8_format="hybrid"), "this machine has none; use bf16."),
+}
+
+
+def config(model_dir, **options) -> TrainConfig:
+    return TrainConfig.from_dict(
+        dict(hf_config=str(model_dir), train_data_path=str(model_dir), **options))
+
+
+@pytest.mark.parametrize(("options", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_run_is_refused_with_what_to_use_instead(options, sentence, model_dir):
+    with pytest.raises(InputError) as refused:
+        plan_run(config(model_dir, **options), options.get("pipeline_model_parallel_size", 1))
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize(("options", "sentence"), WITHOUT_GPU.values(), ids=WITHOUT_GPU)
+def test_what_needs_a_gpu_is_refused_without_one(options, sentence, model_dir):
+    with pytest.raises(InputError) as refused:
+        plan_run(config(model_dir, **options), 1)
+    assert sentence in str(refused.value)
+
+
+def test_offloading_every_layer_is_refused(model_dir):
+    options = config(model_dir, cpu_offloading=True, cpu_offloading_num_layers=4)
+    with pytest.raises(InputError, match="must be less than the model's 4 language layers"):
+        _recompute(options, load_spec(model_dir).split())
+
+
+def test_offloading_the_optimizer_of_a_gpu_says_what_it_needs(model_dir):
+    usable = dict(optimizer_cpu_offload=True, bf16=True, use_distributed_optimizer=True)
+    _check_offload(config(model_dir, **usable), transformer_engine=True)
+    for change in ({"bf16": False}, {"use_distributed_optimizer": False}):
+        with pytest.raises(InputError, match="needs bf16 .* and use-distributed-optimizer"):
+            _check_offload(config(model_dir, **{**usable, **change}), transformer_engine=True)
+    with pytest.raises(InputError, match="needs TransformerEngine, which is not installed"):
+        _check_offload(config(model_dir, **usable), transformer_engine=False)
+
+
+def test_both_towers_recompute_what_the_plan_says(model_dir):
+    plan = plan_run(config(model_dir, **FULL, vit_recompute_granularity="selective"), 1)
+    assert (plan.recompute.granularity, plan.vit_recompute.granularity) == ("full", "selective")
