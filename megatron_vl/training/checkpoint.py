@@ -280,7 +280,7 @@ def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, load
     models = dict(state)
     options = plan.config.checkpoint
     if optimizer is not None and (loading or not options.no_save_optim):
-        if not loading:
+        if not loading and not _hybrid(optimizer):  # which counts for itself
             _count_updates(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             models if len(model) > 1 else models["model"], is_loading=loading, metadata=metadata

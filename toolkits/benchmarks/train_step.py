@@ -74,7 +74,7 @@ def our_step(args, batches):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     model = build_model(plan, platform, initialize_weights=False)
-    load_weights(inspect_checkpoint(args.weights), model)
+    load_weights(inspect_checkpoint(args.weights), model, plan.spec, plan.layout)
     optimizer, _ = build_optimizer(plan, model, platform)
     run = get_forward_backward_func()
 
