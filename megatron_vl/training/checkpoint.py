@@ -172,15 +172,16 @@ def _drop_empty(optimizer_state: dict) -> None:
             part.pop(name, None)
 
 
-def _count_updates(optimizer) -> None:
-    """The number of updates in every parameter group.
+def _count_updates(optimizer_state: dict) -> None:
+    """The number of updates in every parameter group that is to be saved.
 
     Groups without a parameter on this rank do not count theirs, and rank 0's are those saved.
     """
-    done = max((group.get("step", 0) for group in optimizer.param_groups), default=0)
+    groups = _inner_state(optimizer_state)["param_groups"]
+    done = max((group.get("step", 0) for group in groups), default=0)
     box = torch.tensor([int(done)], device=torch.cuda.current_device())
     torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
-    for group in optimizer.param_groups:
+    for group in groups:
         group["step"] = int(box)
 
 
@@ -280,12 +281,12 @@ def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, load
     models = dict(state)
     options = plan.config.checkpoint
     if optimizer is not None and (loading or not options.no_save_optim):
-        if not loading and not _hybrid(optimizer):  # which counts for itself
-            _count_updates(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             models if len(model) > 1 else models["model"], is_loading=loading, metadata=metadata
         )
         _drop_empty(state["optimizer"])
+        if not loading:
+            _count_updates(state["optimizer"])
         _drop_classes(optimizer, state["optimizer"])
     state["opt_param_scheduler"] = scheduler.state_dict()
     if loading or not options.no_save_rng:
