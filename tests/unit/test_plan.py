@@ -33,7 +33,7 @@ REFUSED = {
     "offload and recompute of the vision tower": (
         dict(cpu_offloading=True, vit_recompute_granularity="full"), "exclude one another"),
     "a backend nobody knows": (
-        dict(attention_backend="flashy"), "attention-backend is 'flashy'; use one of auto, te-fused"),
+        dict(attention_backend="flashy"), "attention-backend is 'flashy'; use one of auto"),
     "a share above the whole": (
         dict(optimizer_offload_fraction=1.5), "(OPTIMIZER_OFFLOAD) is 1.5; it must be between 0"),
 }
