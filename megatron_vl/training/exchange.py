@@ -8,6 +8,7 @@ rows. Sending never waits, so the pipeline's stages stay as far apart as its sch
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -41,6 +42,7 @@ class RowExchange:
                 self.group = group
                 self.peers = [(rank, layout.coordinates(rank).pp == 0)
                               for rank in ranks if rank != self.reader]
+        self.wait_seconds = 0.0  # that this rank has waited for its loader
         self._sending: list = []  # (work, tensor): a tensor must live until it has gone
 
     def rows(self, batches: Iterator[RowBatch] | None) -> Iterator[RowBatch]:
@@ -48,7 +50,12 @@ class RowExchange:
         if not self.is_reader:
             while True:
                 yield self._receive()
-        for batch in batches:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
             self._send(batch)
             yield batch
 

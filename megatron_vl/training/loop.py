@@ -188,7 +188,7 @@ class Trainer:
 
     def step(self, iteration: int) -> None:
         """Forward and backward over all microbatches, then one update."""
-        started = time.perf_counter()
+        started, self.exchange.wait_seconds = time.perf_counter(), 0.0
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -229,9 +229,7 @@ class Trainer:
             dtype=torch.float64, device=self.device,
         )
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        # Ranks that are sent rows also wait for the stage before them; the reader alone for data.
-        waited = counts.wait_seconds if self.exchange.is_reader else 0.0
-        wait = torch.tensor([waited], dtype=torch.float64, device=self.device)
+        wait = torch.tensor([self.exchange.wait_seconds], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
         if self.exchange.is_reader:
             self._tell(counts.skipped)

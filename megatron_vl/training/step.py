@@ -6,7 +6,6 @@ Letters: b rows, s row length, n trained positions.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,6 @@ from megatron_vl.ops.segments import Segments
 class StepCounts:
     """What went through one optimizer step on this rank."""
 
-    wait_seconds: float = 0.0  # spent waiting for the data loader
     rows: int = 0
     tokens: int = 0  # of samples, without padding
     samples: int = 0
@@ -32,8 +30,7 @@ class StepCounts:
     grids: list[list[list[int]]] = field(default_factory=list)  # of each microbatch's media
     skipped: list[Skipped] = field(default_factory=list)
 
-    def add(self, batch: RowBatch, waited: float) -> None:
-        self.wait_seconds += waited
+    def add(self, batch: RowBatch) -> None:
         self.rows += batch.tokens.shape[0]
         self.tokens += batch.num_tokens
         self.samples += batch.num_samples
@@ -52,9 +49,8 @@ class RowStream:
         self.counts = StepCounts()
 
     def __next__(self) -> RowBatch:
-        started = time.perf_counter()
         batch = next(self.batches)
-        self.counts.add(batch, time.perf_counter() - started)
+        self.counts.add(batch)
         return batch.to(self.device, non_blocking=True)
 
     def __iter__(self):

@@ -52,3 +52,12 @@ def test_the_printed_form_leaves_out_what_is_one():
         "TP2xPP4xVP3xCP2xDP8+SP"
     )
     assert str(Layout()) == "TP1xPP1xDP1"
+
+
+def test_images_are_divided_over_the_ranks_that_hold_a_whole_tower():
+    assert (Layout(tp=4, cp=2).vit_tp, Layout(tp=4, cp=2).media_ranks) == (4, 2)
+    divided = Layout(tp=4, cp=2, vit_data_parallel=True)
+    assert (divided.vit_tp, divided.media_ranks) == (1, 8)
+    assert str(divided) == "TP4xPP1xCP2xDP1+VDP"
+    # Without tensor parallelism there is nothing to choose.
+    assert Layout(cp=2, vit_data_parallel=True) == Layout(cp=2)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -201,14 +202,20 @@ def test_a_missing_directory_file_or_broken_json_is_refused_by_path(tmp_path):
         load_spec(tmp_path)
 
 
-@pytest.mark.parametrize("tp, names", [(3, "language|attention heads"), (8, "attention heads"),
-                                       (5, "attention heads")])
+@pytest.mark.parametrize(("tp", "names"), [(3, "8960 ffn width"), (5, "12 attention heads"),
+                                           (8, "12 attention heads")])
 def test_tensor_parallelism_that_does_not_fit_the_model_is_refused(tp, names, tmp_path):
     spec = load_spec(write(tmp_path, published("2B")))
-    if tp == 3:
-        names = "vision attention heads"  # 12 heads divide by 3, the tower's 16 do not
-    with pytest.raises(InputError, match=f"TP {tp} does not divide .* {names}"):
+    with pytest.raises(InputError, match=f"TP {tp} does not divide the model's {names}"):
         spec.check_layout(Layout(tp=tp), spec.split())
+
+
+def test_a_vision_tower_that_is_not_cut_need_not_be_divisible(tmp_path):
+    spec = load_spec(write(tmp_path, published("2B")))
+    spec = replace(spec, vision=replace(spec.vision, num_heads=10))
+    with pytest.raises(InputError, match="TP 4 does not divide the model's 10 vision attention"):
+        spec.check_layout(Layout(tp=4), spec.split())
+    spec.check_layout(Layout(tp=4, vit_data_parallel=True), spec.split())
 
 
 def test_more_tp_ranks_than_key_value_heads_are_allowed_where_megatron_core_gathers(tmp_path):
