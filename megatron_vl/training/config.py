@@ -1,7 +1,8 @@
 """Everything a training run can be told, as frozen data; flags keep Megatron-LM's names.
 
-Every field is one flag (`--train-iters`) and one YAML key (`train-iters` or `train_iters`); its
-help text is the field's documentation. Command line beats YAML beats default.
+Every field is one flag (`--train-iters`), one YAML key (`train-iters` or `train_iters`) and one
+environment variable (`MEGATRON_VL_TRAIN_ITERS`); its help text is the field's documentation.
+Command line beats environment beats YAML beats default.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -445,11 +447,17 @@ def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
     )
 
 
-def load_config(flags: dict[str, Any], yaml_file: str | None) -> TrainConfig:
-    """Defaults, then `yaml_file`, then `flags`.
+PREFIX = "MEGATRON_VL_"  # of environment variables that are options
+NO_OPTIONS = ("MEGATRON_VL_FAILURE_FILE",)  # what the launcher tells its ranks
+
+
+def load_config(
+    flags: dict[str, Any], yaml_file: str | None, environ: Mapping[str, str] | None = None
+) -> TrainConfig:
+    """Defaults, then `yaml_file`, then the environment (default: the process's), then `flags`.
 
     Raises:
-        InputError: an unreadable file, an unknown key, an unusable value.
+        InputError: an unreadable file, an unknown key or variable, an unusable value.
     """
     values: dict[str, Any] = {}
     if yaml_file is not None:
@@ -463,8 +471,34 @@ def load_config(flags: dict[str, Any], yaml_file: str | None) -> TrainConfig:
         if not isinstance(read, dict):
             raise InputError(f"--config {path} must hold `option: value` lines.")
         values.update({str(key).replace("-", "_"): value for key, value in read.items()})
+    values.update(_from_environment(os.environ if environ is None else environ))
     values.update(flags)
     return TrainConfig.from_dict(values)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Options that variables give, their values as YAML has them; an empty one counts as not set.
+
+    Raises:
+        InputError: a variable that is no option's, or no YAML.
+    """
+    known = {f.name: f for group in GROUPS.values() for f in fields(group)}
+    values = {}
+    for name, text in environ.items():
+        if not name.startswith(PREFIX) or name in NO_OPTIONS or not text:
+            continue
+        key = name.removeprefix(PREFIX).lower()
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            mend = f"; did you mean {PREFIX}{near[0].upper()}?" if near else "; unset it."
+            raise InputError(f"the environment variable {name} is no option's{mend}")
+        try:
+            values[key] = text if _kind(known[key]) is str else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"the environment variable {name} is {text!r}, which is no YAML value; quote it."
+            ) from error
+    return values
 
 
 def _kind(f) -> type:

@@ -32,6 +32,7 @@ from megatron_vl.training.plan import (
     mixtures,
     trained_text,
 )
+from megatron_vl.training.record import write_options
 from megatron_vl.training.setup import build_model, build_optimizer
 from megatron_vl.training.step import (
     RowStream,
@@ -57,6 +58,8 @@ def train(plan: Plan) -> None:
     trainer = Trainer(plan, platform)
     trainer.say(describe(plan, platform))
     trainer.restore()
+    if trainer.rank == 0:
+        write_options(plan, platform.name)
     for iteration in range(trainer.done + 1, config.batch.train_iters + 1):
         trainer.step(iteration)
         last = iteration == config.batch.train_iters

@@ -33,6 +33,29 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
     assert config.parallel.sequence_parallel and config.optimizer.clip_grad == 1.0
 
 
+def test_variables_beat_the_file_and_flags_beat_variables(tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    file.write_text("train-iters: 7\nlr: 0.001\nbf16: true\n")
+    for name, value in (("LR", "3e-4"), ("TRAIN_ITERS", "8"), ("BF16", "false"),
+                        ("TRAIN_DATA_PATH", "0.3,a: b,0.7,c"), ("SAVE", "")):
+        monkeypatch.setenv(f"MEGATRON_VL_{name}", value)
+    config = from_flags("--train-iters", "9", yaml_file=str(file))
+    assert config.optimizer.lr == 3e-4 and config.batch.train_iters == 9 and not config.model.bf16
+    assert config.data.train_data_path == "0.3,a: b,0.7,c" and config.checkpoint.save is None
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), [
+    ("TRAIN_ITER", "8", "MEGATRON_VL_TRAIN_ITER is no option's; did you mean "
+     "MEGATRON_VL_TRAIN_ITERS"),
+    ("ZZZ", "8", "MEGATRON_VL_ZZZ is no option's; unset it"),
+    ("LR", "[", "MEGATRON_VL_LR is '\\['"), ("LR", "fast", "option lr is 'fast'; give a float"),
+])
+def test_a_variable_that_is_no_option_is_refused(name, value, sentence, monkeypatch):
+    monkeypatch.setenv(f"MEGATRON_VL_{name}", value)
+    with pytest.raises(InputError, match=sentence):
+        from_flags()
+
+
 def test_a_flag_switches_off_what_the_file_switches_on(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("bf16: true\noverlap-grad-reduce: true\nno-load-rng: true\n")

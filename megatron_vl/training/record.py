@@ -1,0 +1,39 @@
+"""What a run was told and what it ran on, beside its checkpoints."""
+
+from __future__ import annotations
+
+import os
+import platform as python_platform
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+import megatron_vl
+from megatron_vl.training.plan import Plan
+from megatron_vl.training.preflight import PACKAGES
+
+OPTIONS = "train_options.yaml"
+
+
+def write_options(plan: Plan, platform_name: str) -> None:
+    """SAVE/train_options.yaml: every resolved option, for `--config`, and the versions as comments.
+
+    One rank calls it; without a SAVE nothing is written. A resumed run replaces it, each checkpoint
+    keeps its own.
+    """
+    if plan.config.checkpoint.save is None:
+        return
+    versions = {"python": python_platform.python_version(), "megatron_vl": megatron_vl.__version__}
+    for package in PACKAGES:
+        versions[package] = metadata.version(package)
+    words = ", ".join(f"{name} {version}" for name, version in versions.items())
+    path = Path(plan.config.checkpoint.save) / OPTIONS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending = path.with_name(f".{OPTIONS}.partial")
+    pending.write_text(
+        f"# {words}\n# {plan.layout} on {platform_name}: {plan.split}\n"
+        + yaml.safe_dump(plan.config.to_dict(), sort_keys=False),
+        encoding="utf-8",
+    )
+    os.replace(pending, path)
