@@ -34,6 +34,7 @@ LAYOUTS = {  # by the number of ranks: layout, and the layers of its chunks
     1: [(Layout(), {})],
     2: [
         (Layout(tp=2, sequence_parallel=True), {}),
+        (Layout(tp=2, vit_data_parallel=True), {}),
         (Layout(pp=2), dict(llm=[1, 3])),
         (Layout(pp=2, vp=2), dict(llm=[[0, 2], [1, 1]], vit=[[1, 1], [0, 0]])),
         (Layout(cp=2), {}),

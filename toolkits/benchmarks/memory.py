@@ -12,8 +12,8 @@ On CUDA both figures are torch's own counts of allocated bytes. On a CPU they ar
 state; `peak` is how far a later step goes above that, activations and what is computed with them.
 For the measured step the allocator maps every block above 64 KiB by itself and gives it back at
 once, so that RSS follows the tensors; smaller blocks, and what libraries keep, stay in it. The
-times are those of steps before, with the allocator as it is. A line differs by a few MiB from run
-to run.
+times are medians of steps before, with the allocator as it is: on a CPU of the processor's time,
+which says little of other work on the machine. A line differs by a few MiB from run to run.
 """
 
 from __future__ import annotations
@@ -178,11 +178,12 @@ def measure(args) -> None:
         platform.synchronize()
         return mean_loss(losses, device)[0]
 
+    clock = time.perf_counter if meter.cuda else time.process_time
     loss, seconds = step(), []
     for _ in range(args.steps):
-        started = time.perf_counter()
+        started = clock()
         step()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     meter.settle()
     step()
     meter.settle()
