@@ -9,8 +9,8 @@ from megatron.core.transformer import TransformerConfig
 class LayerNorm(torch.nn.LayerNorm):
     """torch's, in fp32 whatever comes in, and out again in that dtype.
 
-    On a CPU torch adds up the gradient of a 16-bit weight in 16 bits: over 1,024 patches it is a
-    tenth off.
+    On a CPU torch adds up the gradient of a 16-bit weight in 16 bits: over 1,024 patches it is up
+    to a tenth off.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
