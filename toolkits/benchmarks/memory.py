@@ -13,7 +13,7 @@ state; `peak` is how far a later step goes above that, activations and what is c
 For the measured step the allocator maps every block above 64 KiB by itself and gives it back at
 once, so that RSS follows the tensors; smaller blocks, and what libraries keep, stay in it. The
 times are medians of steps before, with the allocator as it is: on a CPU of the processor's time,
-which says little of other work on the machine. A line differs by up to a twentieth from run to run.
+which says little of other work on the machine. A line differs by up to a tenth from run to run.
 """
 
 from __future__ import annotations
