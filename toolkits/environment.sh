@@ -8,10 +8,10 @@ give_up() {
 }
 
 # make_environment DIR WHAT: pip-installs WHAT, as in ".[test]", into DIR; does nothing when DIR
-# already holds this setup.py's packages.
+# already holds this setup.py's packages, and this checkout.
 make_environment() {
   local dir=$1 what=$2 python=${PYTHON:-python3} stamp
-  stamp="$dir/.installed-$(printf '%s' "$what$(cat setup.py)" | sha256sum | cut -c1-16)"
+  stamp="$dir/.installed-$(printf '%s' "$what$PWD$(cat setup.py)" | sha256sum | cut -c1-16)"
   if [ -e "$stamp" ]; then
     say "using the environment $dir"
     return

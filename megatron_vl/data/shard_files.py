@@ -92,14 +92,16 @@ class TarReaders:
     def __init__(self, dataset: SavableDataset):
         self.readers = list(_tar_readers(dataset))
         for reader in self.readers:
-            reader.tar_filepaths = [
-                Path(str(path)) if path.is_local() else path for path in reader.tar_filepaths
-            ]
+            reader.tar_filepaths = [_plain(path) for path in reader.tar_filepaths]
 
     def forget(self) -> None:
         for reader in self.readers:
             for tar in reader.itar_files_cache.values():
                 tar.members.clear()
+
+
+def _plain(path: EPath | Path) -> EPath | Path:
+    return Path(str(path)) if isinstance(path, EPath) and path.is_local() else path
 
 
 def _tar_readers(dataset) -> Iterator[ITarReader]:
