@@ -102,23 +102,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
     """The layouts to compare, all of the same number of ranks."""
-    from megatron_vl.training import parity
+    from megatron_vl.training import parity_layouts
 
     layout = Layout(
         tp=args.tp, pp=args.pp, vp=args.vp, cp=args.cp, dp=args.dp,
-        sequence_parallel=args.sequence_parallel and args.tp > 1,
+        sequence_parallel=args.sequence_parallel,
         vit_data_parallel=args.vit_data_parallel,
     )
     if args.sweep is not None:
-        if layout != Layout() or any(
-            one is not None for one in (args.first_stage_layers, args.pp_layers, args.vit_pp_layers)
-        ):
+        given = (args.first_stage_layers, args.pp_layers, args.vit_pp_layers)
+        if (layout != Layout() or args.sequence_parallel or args.vit_data_parallel
+                or any(one is not None for one in given)):
             raise InputError(
                 "--sweep goes through every layout; leave out --tp, --pp, --vp, --cp, --dp, "
                 "--sequence-parallel, --vit-data-parallel, --first-stage-layers, --pp-layers and "
                 "--vit-pp-layers, or --sweep."
             )
-        layouts = list(parity.sweep(spec, args.sweep))
+        layouts = list(parity_layouts.sweep(spec, args.sweep))
         if not layouts:
             raise InputError(f"no layout of --sweep {args.sweep} ranks fits this model.")
         return layouts
@@ -128,13 +128,13 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
         vit=layer_list(args.vit_pp_layers, "--vit-pp-layers"),
     )
     spec.check_layout(layout, split)
-    parity.check_microbatches(layout)
+    parity_layouts.check_microbatches(layout)
     return [(layout, split)]
 
 
 def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     from megatron_vl.cli.launch import launch
-    from megatron_vl.training import parity
+    from megatron_vl.training import parity, parity_compare
 
     ranks = layouts[0][0].world_size
     print(f"converting {args.hf_dir} for {len(layouts)} layout(s) of {ranks} rank(s)", flush=True)
@@ -154,7 +154,7 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
         theirs = parity.run_transformers(args.hf_dir, spec, case)
         if setting.dtype != "float32":
             theirs_rounded = parity.run_transformers(args.hf_dir, spec, case, setting.dtype)
-            own.append(parity.compare(case, theirs_rounded, theirs))
+            own.append(parity_compare.compare(case.name, theirs_rounded, theirs))
         samples = parity.make_samples(spec, case)
         for number, (layout, _) in enumerate(layouts):
             folder = work_dir / str(number)
@@ -165,7 +165,7 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
             ours = parity.read_ours(
                 folder, index, case, spec, samples, layout, _read_tensors(gradients)
             )
-            differences[number].append(parity.compare(case, ours, theirs))
+            differences[number].append(parity_compare.compare(case.name, ours, theirs))
     report = _report if args.sweep is None else _report_sweep
     return report(layouts, setting, differences, own, _bounds(args.tolerance, own))
 
@@ -207,7 +207,7 @@ def _read_tensors(hf_dir: Path) -> dict:
 
 def _report(layouts, setting, differences, own, bounds: dict[str, float]) -> int:
     """A row a case of the only layout, and the parameters that are furthest off in any of them."""
-    from megatron_vl.training.parity import worst_parameters
+    from megatron_vl.training.parity_compare import worst_parameters
 
     ((layout, split),), (cases,) = layouts, differences
     print(f"\n{layout}, {split}\n{setting}; against transformers in fp32\n"

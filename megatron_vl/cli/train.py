@@ -13,7 +13,7 @@ from dataclasses import replace
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import MACHINE, ClusterEnv, check_one_launcher, cluster_env
-from megatron_vl.training.config import add_arguments, load_config
+from megatron_vl.training.config_sources import add_arguments, load_config
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 LAUNCH = (*NODES, "cluster_env", "rendezvous_timeout")
@@ -111,11 +111,13 @@ def _processes(config) -> int:
 
 
 def _train(config) -> None:
-    from megatron_vl.platform import connect
+    from megatron_vl.platform import be_deterministic, connect
     from megatron_vl.training.loop import train
     from megatron_vl.training.plan import check_paths, plan_run
     from megatron_vl.training.preflight import preflight
 
+    if config.model.deterministic:
+        be_deterministic()
     connect(timeout_minutes=config.parallel.distributed_timeout_minutes)
     preflight(config)
     if os.environ["RANK"] == "0":  # another launcher than ours has not looked

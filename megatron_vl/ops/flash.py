@@ -19,7 +19,6 @@ def attention(
     deterministic: bool = False,
 ) -> torch.Tensor:
     """See `megatron_vl.ops.attention.VarlenAttention`."""
-    assert segments.num_tokens == q_TNH.shape[0], (segments.num_tokens, q_TNH.shape)
     return flash_attn_varlen_func(
         q_TNH,
         k_TGH,

@@ -22,8 +22,7 @@ def attention(
     scale: float,
 ) -> torch.Tensor:
     """See `megatron_vl.ops.attention.VarlenAttention`."""
-    tokens, heads, _ = q_TNH.shape
-    assert segments.num_tokens == tokens, (segments.num_tokens, tokens)
+    heads = q_TNH.shape[1]
     repeat = heads // k_TGH.shape[1]
     buckets = segments.padded_buckets if causal else segments.equal_buckets
     outputs = []

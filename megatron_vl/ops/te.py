@@ -46,7 +46,6 @@ class TEAttention:
         scale: float,
     ) -> torch.Tensor:
         """See `megatron_vl.ops.attention.VarlenAttention`."""
-        assert segments.num_tokens == q_TNH.shape[0], (segments.num_tokens, q_TNH.shape)
         self._switch_kernel()
         out = self._module(*q_TNH.shape[1:], k_TGH.shape[1], causal, scale)(
             q_TNH,

@@ -18,7 +18,6 @@ def attention(
     scale: float,
 ) -> torch.Tensor:
     """See `megatron_vl.ops.attention.VarlenAttention`."""
-    assert segments.num_tokens == q_TNH.shape[0], (segments.num_tokens, q_TNH.shape)
     return varlen_attn(
         q_TNH,
         k_TGH,

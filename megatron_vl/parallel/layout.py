@@ -44,9 +44,10 @@ class Layout:
                 raise InputError(f"{name} is {size!r}; give a whole number of at least 1.")
         if self.vp > 1 and self.pp == 1:
             raise InputError(f"vp {self.vp} needs a pipeline; give pp of at least 2, or vp 1.")
-        if self.vit_data_parallel and self.tp == 1:
+        if self.tp == 1:
             # One layout, one name: without tensor parallelism there is nothing to choose.
-            object.__setattr__(self, "vit_data_parallel", False)
+            for name in ("sequence_parallel", "vit_data_parallel"):
+                object.__setattr__(self, name, False)
 
     @property
     def model_size(self) -> int:

@@ -1,6 +1,8 @@
 """What makes Megatron-Core run on this machine; the only room that knows which machine it is."""
 
 from megatron_vl.platform.base import Platform, select_platform
-from megatron_vl.platform.init import connect, initialize, leave_layout
+from megatron_vl.platform.init import be_deterministic, connect, initialize, leave_layout
 
-__all__ = ["Platform", "connect", "initialize", "leave_layout", "select_platform"]
+__all__ = [
+    "Platform", "be_deterministic", "connect", "initialize", "leave_layout", "select_platform",
+]

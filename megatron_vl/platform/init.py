@@ -14,25 +14,17 @@ from megatron_vl.platform.base import Platform, select_platform
 
 
 def initialize(
-    layout: Layout, *, embedding_stage: int = 0, seed: int = 1234, timeout_minutes: float = 10.0,
-    deterministic: bool = False,
+    layout: Layout, *, embedding_stage: int = 0, seed: int = 1234, timeout_minutes: float = 10.0
 ) -> Platform:
     """Start this process's share of `layout`, with the word embedding on stage `embedding_stage`.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them the process is the
-    only one. `deterministic` makes torch refuse kernels that may add in another order at every run.
-    Seeds torch, and Megatron-Core's random tracker, which starts tensor-parallel ranks
+    only one. Seeds torch, and Megatron-Core's random tracker, which starts tensor-parallel ranks
     apart and data-parallel ranks alike.
 
     Raises:
         InputError: the world has another size than the layout.
     """
-    if deterministic:
-        # Before CUDA starts: cuBLAS and NCCL read them once.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "Ring")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
     platform = select_platform()
     platform.install()
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -57,6 +49,17 @@ def initialize(
         )
     seed_everything(seed)
     return platform
+
+
+def be_deterministic() -> None:
+    """Make torch refuse kernels that may add in another order at every run.
+
+    To be called before `connect`: cuBLAS and NCCL read their variables once, when they start.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def connect(*, timeout_minutes: float = 10.0) -> None:

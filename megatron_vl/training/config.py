@@ -1,22 +1,16 @@
 """Everything a training run can be told, as frozen data; flags keep Megatron-LM's names.
 
 Every field is one flag (`--train-iters`), one YAML key (`train-iters` or `train_iters`) and one
-environment variable (`MEGATRON_VL_TRAIN_ITERS`); its help text is the field's documentation.
-Command line beats environment beats YAML beats default.
+environment variable (`MEGATRON_VL_TRAIN_ITERS`), which `config_sources` reads; its help text is
+the field's documentation.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
-
-import yaml
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
@@ -70,7 +64,7 @@ class ParallelOptions:
             pp=self.pipeline_model_parallel_size,
             vp=self.num_virtual_stages_per_pipeline_rank,
             cp=self.context_parallel_size,
-            sequence_parallel=self.sequence_parallel and self.tensor_model_parallel_size > 1,
+            sequence_parallel=self.sequence_parallel,
             vit_data_parallel=self.vit_data_parallel,
         )
 
@@ -409,104 +403,13 @@ GROUPS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per option, in groups; flags that were not given stay absent from the namespace."""
-    for group in GROUPS.values():
-        section = parser.add_argument_group(group.__doc__.strip().splitlines()[0])
-        for f in fields(group):
-            _add_argument(section, f)
-
-
-def add_some_arguments(parser: argparse.ArgumentParser, group: type, names: Sequence[str]) -> None:
-    """The flags of some options of a group, for commands that look at what training would do.
-
-    Flags that were not given stay absent from the namespace.
-    """
-    for f in fields(group):
-        if f.name in names:
-            _add_argument(parser, f)
-
-
-def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
-    flag = "--" + f.name.replace("_", "-")
-    help_text = f.metadata["help"].replace("%", "%%")
-    if _kind(f) is bool:
-        # --no-bf16 beats a file's `bf16: true`; --no-load-optim has no such counterpart.
-        negative = f.name.startswith("no_")
-        section.add_argument(
-            flag, default=argparse.SUPPRESS, help=help_text,
-            action="store_true" if negative else argparse.BooleanOptionalAction,
-        )
-        return
-    assert f.default is not MISSING
-    shown = "" if f.default is None else f" (default: {f.default})"
-    section.add_argument(
-        flag, type=_kind(f), choices=f.metadata["choices"], default=argparse.SUPPRESS,
-        metavar=None if f.metadata["choices"] else _kind(f).__name__.upper(),
-        help=help_text + shown,
-    )
-
-
-PREFIX = "MEGATRON_VL_"  # of environment variables that are options
-NO_OPTIONS = ("MEGATRON_VL_FAILURE_FILE",)  # what the launcher tells its ranks
-
-
-def load_config(
-    flags: dict[str, Any], yaml_file: str | None, environ: Mapping[str, str] | None = None
-) -> TrainConfig:
-    """Defaults, then `yaml_file`, then the environment (default: the process's), then `flags`.
-
-    Raises:
-        InputError: an unreadable file, an unknown key or variable, an unusable value.
-    """
-    values: dict[str, Any] = {}
-    if yaml_file is not None:
-        path = Path(yaml_file)
-        if not path.is_file():
-            raise InputError(f"--config {path} does not exist; give a YAML file of options.")
-        try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"--config {path} is not valid YAML: {error}") from error
-        if not isinstance(read, dict):
-            raise InputError(f"--config {path} must hold `option: value` lines.")
-        values.update({str(key).replace("-", "_"): value for key, value in read.items()})
-    values.update(_from_environment(os.environ if environ is None else environ))
-    values.update(flags)
-    return TrainConfig.from_dict(values)
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Options that variables give, their values as YAML has them; an empty one counts as not set.
-
-    Raises:
-        InputError: a variable that is no option's, or no YAML.
-    """
-    known = {f.name: f for group in GROUPS.values() for f in fields(group)}
-    values = {}
-    for name, text in environ.items():
-        if not name.startswith(PREFIX) or name in NO_OPTIONS or not text:
-            continue
-        key = name.removeprefix(PREFIX).lower()
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            mend = f"; did you mean {PREFIX}{near[0].upper()}?" if near else "; unset it."
-            raise InputError(f"the environment variable {name} is no option's{mend}")
-        try:
-            values[key] = text if _kind(known[key]) is str else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(
-                f"the environment variable {name} is {text!r}, which is no YAML value; quote it."
-            ) from error
-    return values
-
-
-def _kind(f) -> type:
+def kind_of(f: Field) -> type:
+    """The type of an option's value, where it is not None."""
     return f.metadata["kind"] or type(f.default)
 
 
 def _typed(f, value):
-    kind, name = _kind(f), f.name.replace("_", "-")
+    kind, name = kind_of(f), f.name.replace("_", "-")
     if value is None and f.default is None:
         return None
     if kind is bool and not isinstance(value, bool):

@@ -11,7 +11,6 @@ from itertools import chain, islice, tee
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.conversation import REASONS
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
@@ -41,6 +40,7 @@ from megatron_vl.training.step import (
     forward_step,
     mean_loss,
     naming_rows,
+    run_schedule,
 )
 
 TOLD = 10  # samples left out for one reason that a rank names; all are counted
@@ -53,7 +53,6 @@ def train(plan: Plan) -> None:
     platform = initialize(
         plan.layout, embedding_stage=plan.split.last_vision_chunk[0], seed=config.model.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
-        deterministic=config.model.deterministic,
     )
     trainer = Trainer(plan, platform)
     trainer.say(describe(plan, platform))
@@ -87,7 +86,6 @@ class Trainer:
         self.source, self.own = find_checkpoint(plan)
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
-        self.forward_backward = get_forward_backward_func()
         self.exchange = RowExchange(plan.layout, self.config.parallel.distributed_timeout_minutes)
         self.loader = self.streams = None
         self.left_out = 0  # samples that could not be used, over all ranks, each counted once
@@ -175,16 +173,13 @@ class Trainer:
 
     def _run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
         with naming_rows(streams):
-            outputs = self.forward_backward(
-                forward_step_func=partial(
+            outputs = run_schedule(
+                self.model, streams, num_microbatches=num_microbatches,
+                row_length=self.plan.row_length, forward_only=forward_only,
+                micro_batch_size=self.config.batch.micro_batch_size,
+                step=partial(
                     forward_step, per_sample=self.config.batch.calculate_per_sample_loss
                 ),
-                data_iterator=streams if len(streams) > 1 else streams[0],
-                model=self.model if len(self.model) > 1 else self.model[0],
-                num_microbatches=num_microbatches,
-                seq_length=self.model[0].module.pipeline_length(self.plan.row_length),
-                micro_batch_size=self.config.batch.micro_batch_size,
-                forward_only=forward_only,
             )
         self.exchange.settle()
         return outputs
@@ -356,7 +351,8 @@ def describe(plan: Plan, platform) -> str:
         f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
         f"{rows} rows of {plan.row_length} tokens a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
-        f"{config.batch.train_iters} steps; {config.model.dtype}\n"
+        f"{config.batch.train_iters} steps; {config.model.dtype}"
+        f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"
         f"{describe_parts(plan)}\n{describe_attention(plan)}"
         + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else
            "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")

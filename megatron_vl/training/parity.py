@@ -13,23 +13,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import torch
 
 from megatron_vl.data.rows import make_batch, make_row
 from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
-from megatron_vl.errors import InputError
 from megatron_vl.models.common.mrope import rope_index
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.training.parity_compare import Outcome
 
 ROW_LENGTH = 128
-WORST = 5  # parameters that are named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,90 +105,6 @@ assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
 def cases(packed: bool) -> tuple[Case, ...]:
     """The cases, with several samples a row where they have it, or with one."""
     return CASES if packed else tuple(case.unpacked() for case in CASES)
-
-
-def check_microbatches(layout: Layout) -> None:
-    """Whether the microbatches of every case can be dealt out to `layout`.
-
-    Raises:
-        InputError: more data ranks than microbatches, or too few a rank for virtual stages.
-    """
-    if MICROBATCHES % layout.dp:
-        raise InputError(
-            f"dp {layout.dp} does not divide the {MICROBATCHES} microbatches of every case; use a "
-            f"dp that does."
-        )
-    if layout.vp > 1 and MICROBATCHES // layout.dp % layout.pp:
-        raise InputError(
-            f"virtual stages need a multiple of pp {layout.pp} microbatches a data rank, and dp "
-            f"{layout.dp} leaves {MICROBATCHES // layout.dp} of {MICROBATCHES}; use a smaller dp."
-        )
-
-
-def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
-    """Every layout of `ranks` ranks that fits the model.
-
-    Pipelines with an even and, where there is one, an uneven first stage, and, under sequence
-    parallelism or without tensor parallelism, with the vision tower over several chunks; all with
-    and without two virtual stages, and with every context parallelism. With sequence parallelism
-    the last of these splits again with images divided over tensor-parallel ranks.
-    """
-    sizes = [size for size in range(1, ranks + 1) if not ranks % size]
-    for cp, tp, pp, vp, sequence_parallel in product(sizes, sizes, sizes, (1, 2), (False, True)):
-        if ranks % (tp * pp * cp) or (vp > 1 and pp == 1) or (sequence_parallel and tp == 1):
-            continue
-        layout = Layout(
-            tp=tp, pp=pp, vp=vp, cp=cp, dp=ranks // (tp * pp * cp),
-            sequence_parallel=sequence_parallel,
-        )
-        firsts = range(1, spec.decoder.num_layers) if pp > 1 else ()
-        found = [split for first in (None, *firsts)
-                 if (split := _fitting(spec, layout, first_stage_layers=first))]
-        splits = list(dict.fromkeys(found))[:2]
-        if pp > 1 and (tp == 1 or sequence_parallel):
-            spread = _fitting(spec, layout, **_spread(spec, pp * vp))
-            splits += [spread] if spread and not _has_an_empty_chunk(spread) else []
-        yield from ((layout, split) for split in splits)
-        if sequence_parallel and splits:
-            yield replace(layout, vit_data_parallel=True), splits[-1]
-
-
-def _fitting(spec: VLMSpec, layout: Layout, **split) -> StageSplit | None:
-    """The split, if the model and the cases fit it."""
-    try:
-        made = spec.split(pp=layout.pp, vp=layout.vp, **split)
-        spec.check_layout(layout, made)
-        check_microbatches(layout)
-    except InputError:
-        return None
-    return made
-
-
-def _has_an_empty_chunk(split: StageSplit) -> bool:
-    return not all(map(sum, zip(split.flat("vit"), split.flat("llm"), strict=True)))
-
-
-def _spread(spec: VLMSpec, chunks: int) -> dict[str, list[int]]:
-    """Vision layers on as many chunks as there are, language layers from the last of them on."""
-    vision = min(spec.vision.depth, chunks)
-    language = chunks - (vision - 1)
-
-    def even(layers: int, parts: int) -> list[int]:
-        return [layers // parts + (part < layers % parts) for part in range(parts)]
-
-    return {
-        "vit": [*even(spec.vision.depth, vision), *[0] * (chunks - vision)],
-        "llm": [*[0] * (vision - 1), *even(spec.decoder.num_layers, language)],
-    }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What one side computed for one case."""
-
-    logits: list[torch.Tensor]  # per sample [L, V]
-    loss: float
-    gradients: dict[str, torch.Tensor]  # under Hugging Face names
 
 
 # ---- samples ----------------------------------------------------------------------------------
@@ -359,7 +273,7 @@ def _run_layout(
     from megatron_vl.models.registry import family, load_spec
     from megatron_vl.training.checkpoint import load_weights
     from megatron_vl.training.setup import wrap_for_data_parallel
-    from megatron_vl.training.step import forward_step, mean_loss
+    from megatron_vl.training.step import mean_loss, run_batches
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     spec = load_spec(hf_dir)
@@ -381,14 +295,13 @@ def _run_layout(
         for chunk in model:
             chunk.train()
             chunk.zero_grad_buffer()
-        losses = run_case(model, case, batches, forward_step, device, forward_only=False)
-        loss, _ = mean_loss(losses, device)
+        loss, _ = mean_loss(run_batches(model, batches, device), device)
         _save_gradients(work_dir / f"{index}.gradients", source, model, spec, layout)
         for chunk in model:
             chunk.eval()
         with torch.no_grad():
-            logits = run_case(
-                model, case, batches, _logits_step, device, forward_only=True,
+            logits = run_batches(
+                model, batches, device, forward_only=True, step=_logits_step,
                 collect_non_loss_data=True,
             )
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and (
@@ -398,25 +311,6 @@ def _run_layout(
             torch.save([one.float().cpu() for one in logits], work_dir / file)
         if torch.distributed.get_rank() == 0:
             torch.save(torch.tensor(loss, dtype=torch.float64), work_dir / f"{index}.loss.pt")
-
-
-def run_case(model: list, case: Case, batches: list, step, device, *, forward_only: bool, **more):
-    """This rank's microbatches through Megatron-Core's schedule; gives back what it does."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from megatron_vl.training.step import RowStream
-
-    streams = [RowStream(iter(batches), device) for _ in model]
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=streams if len(streams) > 1 else streams[0],
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=len(batches),
-        seq_length=model[0].module.pipeline_length(ROW_LENGTH),
-        micro_batch_size=case.rows_per_microbatch,
-        forward_only=forward_only,
-        **more,
-    )
 
 
 def _logits_step(stream, model):
@@ -476,84 +370,6 @@ def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int]
     want = vision_inventory(weights, split, size, rank, stage, chunk)
     made = recut({one.id: gradients[one.name] for one in have}, have, want)
     return {one.name: made[one.id] for one in want}
-
-
-# ---- comparison -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Apart:
-    """The largest difference within a tensor, or within several: compared by the relative one."""
-
-    relative: float  # over the largest absolute value of transformers'
-    absolute: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """How far one side is from transformers in fp32 on one case."""
-
-    case: str
-    logits: Apart
-    loss: Apart
-    gradients: dict[str, Apart]  # of every parameter, the furthest off first
-
-    @property
-    def gradient(self) -> Apart:
-        """The largest absolute and the largest relative one, of any parameters."""
-        return _largest(self.gradients.values())
-
-    @property
-    def worst(self) -> str:
-        return next(iter(self.gradients))
-
-    @property
-    def largest(self) -> float:
-        return max(one.relative for one in (self.logits, self.loss, self.gradient))
-
-
-def compare(case: Case, ours: Outcome, theirs: Outcome) -> Difference:
-    """Differences and what they are to the size of things; anything not finite is infinite."""
-    assert set(ours.gradients) == set(theirs.gradients), (
-        set(ours.gradients) ^ set(theirs.gradients)
-    )
-    # A key bias shifts every score of a query alike: its true gradient is zero and what is there is
-    # rounding, so the scale of a tensor never counts as smaller than 1e-4 of the largest gradient.
-    floor = 1e-4 * max(float(g.abs().max()) for g in theirs.gradients.values())
-    gradients = {
-        name: _apart(ours.gradients[name], g, floor) for name, g in theirs.gradients.items()
-    }
-    return Difference(
-        case=case.name,
-        logits=_largest([_apart(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True)]),
-        loss=_apart(*(torch.tensor(one.loss, dtype=torch.float64) for one in (ours, theirs))),
-        gradients=dict(sorted(gradients.items(), key=lambda one: one[1], reverse=True)),
-    )
-
-
-def _largest(apart: Iterable[Apart]) -> Apart:
-    apart = list(apart)
-    return Apart(max(one.relative for one in apart), max(one.absolute for one in apart))
-
-
-def _apart(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> Apart:
-    """How far `a` is from `b`, in units of `b`'s largest value or of `floor` if that is larger.
-
-    NaN would compare as neither larger nor smaller and slip through every maximum: it is infinite.
-    """
-    absolute = float((a.double() - b.double()).abs().max())
-    relative = absolute / max(float(b.double().abs().max()), floor)
-    return Apart(*(x if math.isfinite(x) else math.inf for x in (relative, absolute)))
-
-
-def worst_parameters(differences: Sequence[Difference]) -> list[tuple[str, Apart, str]]:
-    """The parameters furthest off in any case: (name, how far, case), the furthest first."""
-    found: dict[str, tuple[str, Apart, str]] = {}
-    for one in differences:
-        for name, apart in one.gradients.items():
-            if name not in found or apart > found[name][1]:
-                found[name] = (name, apart, one.case)
-    return sorted(found.values(), key=lambda one: one[1], reverse=True)[:WORST]
 
 
 def read_ours(

@@ -72,8 +72,7 @@ def facts(config: TrainConfig) -> dict[str, object]:
     """What must be alike on every rank: versions, options, and the files as this rank sees them."""
     options = {f"option {name.replace('_', '-')}": v for name, v in config.to_dict().items()}
     return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **versions(),
         "megatron_vl": f"{megatron_vl.__version__} with sources {_sources()}",
         **options,
         **{str(path): _content(path) for path in _files(config)},
@@ -116,6 +115,14 @@ def _named(numbers: list[int], hosts: list[str]) -> str:
     names = list(dict.fromkeys(hosts[rank] for rank in numbers))
     more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
     return f"{ranks(numbers)} ({', '.join(names[:TOLD])}{more})"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+    }
 
 
 def _version(package: str) -> str:

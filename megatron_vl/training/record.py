@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform as python_platform
-from importlib import metadata
 from pathlib import Path
 
 import yaml
 
 import megatron_vl
 from megatron_vl.training.plan import Plan
-from megatron_vl.training.preflight import PACKAGES
+from megatron_vl.training.preflight import versions
 
 OPTIONS = "train_options.yaml"
 
@@ -24,10 +22,8 @@ def write_options(plan: Plan, platform_name: str) -> None:
     """
     if plan.config.checkpoint.save is None:
         return
-    versions = {"python": python_platform.python_version(), "megatron_vl": megatron_vl.__version__}
-    for package in PACKAGES:
-        versions[package] = metadata.version(package)
-    words = ", ".join(f"{name} {version}" for name, version in versions.items())
+    known = versions() | {"megatron_vl": megatron_vl.__version__}
+    words = ", ".join(f"{name} {version}" for name, version in known.items())
     path = Path(plan.config.checkpoint.save) / OPTIONS
     path.parent.mkdir(parents=True, exist_ok=True)
     pending = path.with_name(f".{OPTIONS}.partial")

@@ -6,12 +6,13 @@ Letters: b rows, s row length, n trained positions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.samples import IGNORE, RowBatch, Skipped
 from megatron_vl.errors import InputError
@@ -81,6 +82,44 @@ def naming_rows(streams: list[RowStream]) -> Iterator[None]:
             f"the samples {names}; lower image-max-pixels, max-patches-per-row or "
             f"micro-batch-size, or use recompute-granularity full."
         ) from error
+
+
+def run_schedule(
+    model: list, streams: list[RowStream], *, num_microbatches: int, row_length: int,
+    micro_batch_size: int, forward_only: bool, step: Callable | None = None, **more,
+) -> list:
+    """`num_microbatches` of every chunk's stream through Megatron-Core's schedule for this layout.
+
+    Args:
+        model: this rank's chunks, wrapped for data parallelism.
+        step: what is done with a microbatch; default: `forward_step`.
+        more: the schedule's own further arguments.
+
+    Returns:
+        what the step's loss function gives for the log, a microbatch each; on last stages alone.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=step or forward_step,
+        data_iterator=streams if len(streams) > 1 else streams[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=num_microbatches,
+        seq_length=model[0].module.pipeline_length(row_length),
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+        **more,
+    )
+
+
+def run_batches(
+    model: list, batches: list[RowBatch], device: torch.device | str, *,
+    forward_only: bool = False, **more,
+) -> list:
+    """The same of a list of microbatches, all of one shape."""
+    micro_batch_size, row_length = batches[0].tokens.shape
+    return run_schedule(
+        model, [RowStream(iter(batches), device) for _ in model], num_microbatches=len(batches),
+        row_length=row_length, micro_batch_size=micro_batch_size, forward_only=forward_only, **more,
+    )
 
 
 def blank_like(batch: RowBatch) -> RowBatch:

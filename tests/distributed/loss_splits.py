@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.rows import make_batch, make_row
 from megatron_vl.models.common.transformer_config import ModelOptions
@@ -21,7 +20,7 @@ from megatron_vl.platform import initialize, leave_layout
 from megatron_vl.training.checkpoint import load_weights
 from megatron_vl.training.parity import CASES, Case, make_samples
 from megatron_vl.training.setup import wrap_for_data_parallel
-from megatron_vl.training.step import RowStream, forward_step, mean_loss
+from megatron_vl.training.step import forward_step, mean_loss, run_batches
 from megatron_vl.weights.mcore_io import inspect_checkpoint
 
 CASE = Case(name="splits", images=CASES[1].images * 2)
@@ -56,11 +55,8 @@ def main(hf_dir: Path, weights: Path, out: Path) -> None:
             for chunk in model:
                 chunk.train()
                 chunk.zero_grad_buffer()
-            losses = get_forward_backward_func()(
-                forward_step_func=partial(forward_step, per_sample=per_sample),
-                data_iterator=RowStream(iter(batches), "cpu"), model=model[0],
-                num_microbatches=len(batches), seq_length=ROW_LENGTH, micro_batch_size=rows,
-                forward_only=False,
+            losses = run_batches(
+                model, batches, "cpu", step=partial(forward_step, per_sample=per_sample)
             )
             loss, trained = mean_loss(losses, torch.device("cpu"))
             if torch.distributed.get_rank() == 0:

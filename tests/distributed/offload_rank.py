@@ -21,10 +21,10 @@ from megatron.core.optimizer import cpu_offloading, optimizer_config  # noqa: E4
 
 from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_vl.training.config import TrainConfig  # noqa: E402
-from megatron_vl.training.parity import CASES, make_batches, make_samples, run_case  # noqa: E402
+from megatron_vl.training.parity import CASES, make_batches, make_samples  # noqa: E402
 from megatron_vl.training.plan import plan_run  # noqa: E402
 from megatron_vl.training.setup import build_model, build_optimizer  # noqa: E402
-from megatron_vl.training.step import forward_step  # noqa: E402
+from megatron_vl.training.step import run_batches  # noqa: E402
 from megatron_vl.weights.mcore_io import inspect_checkpoint  # noqa: E402
 
 STEPS = 4
@@ -76,7 +76,7 @@ def train(plan, platform, batches, load: bool = False, save: bool = False):
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        run_case(model, CASES[0], batches, forward_step, platform.device(0), forward_only=False)
+        run_batches(model, batches, platform.device(0))
         norms.append(float(optimizer.step()[1]))
         scheduler.step(increment=1)
         if save and step == 2:

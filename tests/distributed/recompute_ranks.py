@@ -26,9 +26,9 @@ from megatron_vl.models.common.transformer_config import ModelOptions  # noqa: E
 from megatron_vl.models.registry import family, load_spec  # noqa: E402
 from megatron_vl.parallel import Layout  # noqa: E402
 from megatron_vl.platform.init import seed_everything  # noqa: E402
-from megatron_vl.training.parity import CASES, make_batches, make_samples, run_case  # noqa: E402
+from megatron_vl.training.parity import CASES, make_batches, make_samples  # noqa: E402
 from megatron_vl.training.setup import wrap_for_data_parallel  # noqa: E402
-from megatron_vl.training.step import forward_step  # noqa: E402
+from megatron_vl.training.step import run_batches  # noqa: E402
 
 LAYOUTS = {  # by the number of ranks: layout, and the layers of its chunks
     1: [(Layout(), {})],
@@ -74,7 +74,7 @@ def gradients(spec, layout, split, recompute, again) -> dict[str, torch.Tensor]:
     for chunk in model:
         chunk.train()
         chunk.zero_grad_buffer()
-    run_case(model, case, batches, forward_step, device, forward_only=False)
+    run_batches(model, batches, device)
     expected = Counter()
     for chunk in chunks:
         towers = {"language_model": chunk.language_model, "vision_model": chunk.vision_model}

@@ -26,6 +26,7 @@ def test_two_runs_and_a_resumed_one_give_the_same_bits(workshop):
     for name in ("once", "twice"):
         done = workshop.train(name, **changes)
         assert done.code == 0, done.text
+        assert "float32, deterministic" in done.out
     once = bits(workshop.steps("once"))
     assert once == bits(workshop.steps("twice"))
     go_back(workshop.checkpoint("twice"), 2)

@@ -60,4 +60,4 @@ def test_images_are_divided_over_the_ranks_that_hold_a_whole_tower():
     assert (divided.vit_tp, divided.media_ranks) == (1, 8)
     assert str(divided) == "TP4xPP1xCP2xDP1+VDP"
     # Without tensor parallelism there is nothing to choose.
-    assert Layout(cp=2, vit_data_parallel=True) == Layout(cp=2)
+    assert Layout(cp=2, vit_data_parallel=True, sequence_parallel=True) == Layout(cp=2)

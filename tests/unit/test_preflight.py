@@ -4,7 +4,7 @@ import os
 import shutil
 
 from megatron_vl.platform.init import ranks
-from megatron_vl.training.config import load_config
+from megatron_vl.training.config_sources import load_config
 from megatron_vl.training.preflight import (
     CLOCK_SECONDS,
     WHOLE_BYTES,

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from megatron_vl.errors import InputError
-from megatron_vl.training.config import TrainConfig, add_arguments, load_config
+from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.config_sources import add_arguments, load_config
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
 from megatron_vl.training.report import plot_run, read_metrics
 

@@ -140,12 +140,10 @@ def measure(args) -> None:
 
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from megatron_vl.training.config import TrainConfig
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
-    from megatron_vl.training.step import RowStream, forward_step, mean_loss
+    from megatron_vl.training.step import mean_loss, run_batches
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     config = TrainConfig.from_dict({
@@ -168,11 +166,7 @@ def measure(args) -> None:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=RowStream(iter([batch]), device),
-            model=model[0], num_microbatches=1, seq_length=args.seq_length,
-            micro_batch_size=args.rows, forward_only=False,
-        )
+        losses = run_batches(model, [batch], device)
         optimizer.step()
         scheduler.step(increment=1)
         platform.synchronize()

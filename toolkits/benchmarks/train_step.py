@@ -60,7 +60,7 @@ def our_step(args, batches):
     from megatron_vl.training.config import TrainConfig
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
-    from megatron_vl.training.step import RowStream, forward_step, mean_loss
+    from megatron_vl.training.step import mean_loss, run_batches
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     config = TrainConfig.from_dict({
@@ -71,22 +71,15 @@ def our_step(args, batches):
     })
     plan = plan_run(config, 1)
     platform = initialize(plan.layout)
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     model = build_model(plan, platform, initialize_weights=False)
     load_weights(inspect_checkpoint(args.weights), model, plan.spec, plan.layout)
     optimizer, _ = build_optimizer(plan, model, platform)
-    run = get_forward_backward_func()
 
     def step() -> float:
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = run(
-            forward_step_func=forward_step, data_iterator=RowStream(iter(batches), "cpu"),
-            model=model[0], num_microbatches=len(batches), seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size, forward_only=False,
-        )
+        losses = run_batches(model, batches, "cpu")
         optimizer.step()
         return mean_loss(losses, torch.device("cpu"))[0]
 

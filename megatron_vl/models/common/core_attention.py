@@ -72,6 +72,7 @@ class VarlenCoreAttention(MegatronModule):
             query, key, value = map(self.share.tokens_to_heads, (query, key, value))
         s, b, heads, head_dim = query.shape
         segments = packed_seq_params.segments
+        assert segments.num_tokens == b * s, (segments.num_tokens, query.shape)
 
         def rows_end_to_end(x):
             return x.transpose(0, 1).reshape(b * s, *x.shape[2:])

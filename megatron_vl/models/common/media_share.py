@@ -123,9 +123,11 @@ def make_whole(tower: torch.nn.Module) -> None:
 def sum_whole(tower: torch.nn.Module, attribute: str) -> None:
     """Adds up an attribute (`main_grad`) over tensor-parallel ranks: each saw other images."""
     group = parallel_state.get_tensor_model_parallel_group()
-    for parameter in tower.parameters():
-        if (part := getattr(parameter, attribute, None)) is not None:
-            distributed.all_reduce(part, group=group)
+    parts = [getattr(parameter, attribute, None) for parameter in tower.parameters()]
+    under_way = [distributed.all_reduce(part, group=group, async_op=True)
+                 for part in parts if part is not None]  # a frozen weight has none
+    for one in under_way:
+        one.wait()
 
 
 def mark_copies(sharded_state_dict: dict) -> dict:

@@ -78,7 +78,7 @@ def language_config(
         context_parallel_size=layout.cp,
         **_pipeline(layout, split, "llm"),
         **_recompute(options.recompute),
-        **_shared(layout, options, sequence_parallel=layout.sequence_parallel and layout.tp > 1),
+        **_shared(layout, options, sequence_parallel=layout.sequence_parallel),
     )
 
 

@@ -239,20 +239,21 @@ class VisionLanguageModel(MegatronModule):
         """
         decoder_input = None
         if self.vision_model is not None:
-            vision = self._see(pixel_patches, grid_thw, input_ids.device)
+            mine = self._own_media(grid_thw)
+            vision = self._see(pixel_patches, grid_thw, mine, input_ids.device)
             if not self.ends_vision:
                 return self._send(vision, input_ids.shape)
-            decoder_input = self._embed(input_ids, vision, grid_thw)
+            decoder_input = self._embed(input_ids, vision, grid_thw, mine)
         else:
             self.language_model.set_input_tensor(self._received_text(input_ids.shape[1]))
-        mine = self.share.columns(input_ids.shape[1])
+        columns = self.share.columns(input_ids.shape[1])
         output = self.language_model(
-            input_ids=input_ids[:, mine],
-            position_ids=position_ids[..., mine],
+            input_ids=input_ids[:, columns],
+            position_ids=position_ids[..., columns],
             attention_mask=None,
             decoder_input=decoder_input,
-            labels=None if labels is None else labels[:, mine],
-            loss_mask=None if loss_mask is None else loss_mask[:, mine],
+            labels=None if labels is None else labels[:, columns],
+            loss_mask=None if loss_mask is None else loss_mask[:, columns],
             packed_seq_params=SegmentParams(segments=segments, cp_group=Alone()),
         )
         return output if self.post_process else self._send(output, input_ids.shape)
@@ -285,7 +286,9 @@ class VisionLanguageModel(MegatronModule):
 
     # ---- images -------------------------------------------------------------------------------
 
-    def _see(self, pixel_patches, grid_thw, device: torch.device) -> torch.Tensor | None:
+    def _see(
+        self, pixel_patches, grid_thw, mine: list[int], device: torch.device
+    ) -> torch.Tensor | None:
         """What this chunk's vision layers make of this rank's images; None if there are none.
 
         Ranks that share the rows have each their part of the microbatch's images. A rank without
@@ -299,7 +302,6 @@ class VisionLanguageModel(MegatronModule):
         waited_for = self.training and not self.frozen >= {"vit", "merger"}
         if not given and not self.spans and not waited_for:
             return None
-        mine = self._own_media(grid_thw) if given else []
         if not mine:
             merge = self.spec.vision.spatial_merge_size
             grids = torch.tensor([[1, merge, merge]])
@@ -324,25 +326,30 @@ class VisionLanguageModel(MegatronModule):
             pixels = torch.cat([media[index] for index in mine])
         return self.vision_model(pixels, grids)
 
-    def _own_media(self, grid_thw: torch.Tensor) -> list[int]:
+    def _own_media(self, grid_thw: torch.Tensor | None) -> list[int]:
+        """Of the microbatch's images and videos those that this rank encodes."""
+        if grid_thw is None:
+            return []
         return self.media_share.mine(list(map(self.spec.vision.forward_flops, grid_thw.tolist())))
 
-    def _embed(self, input_ids, vision_ME, grid_thw) -> torch.Tensor:
+    def _embed(self, input_ids, vision_ME, grid_thw, mine: list[int]) -> torch.Tensor:
         """The decoder's input [t, b, E]: this rank's tokens, with the media's embeddings."""
-        mine = self.share.columns(input_ids.shape[1])
-        hidden_tbE = self.language_model.embedding(input_ids=input_ids[:, mine], position_ids=None)
+        columns = self.share.columns(input_ids.shape[1])
+        hidden_tbE = self.language_model.embedding(
+            input_ids=input_ids[:, columns], position_ids=None
+        )
         is_vision = (input_ids == self.spec.tokens.image) | (input_ids == self.spec.tokens.video)
         count = int(is_vision.sum())
         if grid_thw is not None and grid_thw.shape[0]:
-            vision_ME = self._gathered(vision_ME, grid_thw)
+            vision_ME = self._gathered(vision_ME, grid_thw, mine)
             if vision_ME.shape[0] != count:
                 raise ValueError(
                     f"{count} image tokens but {vision_ME.shape[0]} image embeddings; grids "
                     f"{grid_thw.tolist()}"
                 )
             # Row after row, as images are counted: the place of each token among them.
-            order = (is_vision.flatten().cumsum(0) - 1).view_as(is_vision)[:, mine].flatten()
-            places = is_vision[:, mine].flatten().nonzero().flatten()
+            order = (is_vision.flatten().cumsum(0) - 1).view_as(is_vision)[:, columns].flatten()
+            places = is_vision[:, columns].flatten().nonzero().flatten()
             t, b, width = hidden_tbE.shape
             rows_btE = hidden_tbE.transpose(0, 1).reshape(b * t, width)
             rows_btE = rows_btE.index_copy(
@@ -357,9 +364,8 @@ class VisionLanguageModel(MegatronModule):
             hidden_tbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_tbE)
         return hidden_tbE
 
-    def _gathered(self, vision_ME: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    def _gathered(self, vision_ME, grid_thw: torch.Tensor, mine: list[int]) -> torch.Tensor:
         """The embeddings of all the microbatch's media, from the ranks that encoded them."""
-        mine = self._own_media(grid_thw)
         tokens = (grid_thw.prod(-1) // self.spec.vision.spatial_merge_size**2).tolist()
         if not mine:
             vision_ME = vision_ME[:0] + _nothing_of(vision_ME).to(vision_ME.dtype)

@@ -1,0 +1,109 @@
+"""Where a TrainConfig's options come from: command line beats environment beats YAML beats default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vl.errors import InputError
+from megatron_vl.training.config import GROUPS, TrainConfig, kind_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per option, in groups; flags that were not given stay absent from the namespace."""
+    for group in GROUPS.values():
+        section = parser.add_argument_group(group.__doc__.strip().splitlines()[0])
+        for f in fields(group):
+            _add_argument(section, f)
+
+
+def add_some_arguments(parser: argparse.ArgumentParser, group: type, names: Sequence[str]) -> None:
+    """The flags of some options of a group, for commands that look at what training would do.
+
+    Flags that were not given stay absent from the namespace.
+    """
+    for f in fields(group):
+        if f.name in names:
+            _add_argument(parser, f)
+
+
+def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
+    flag = "--" + f.name.replace("_", "-")
+    help_text = f.metadata["help"].replace("%", "%%")
+    if kind_of(f) is bool:
+        # --no-bf16 beats a file's `bf16: true`; --no-load-optim has no such counterpart.
+        negative = f.name.startswith("no_")
+        section.add_argument(
+            flag, default=argparse.SUPPRESS, help=help_text,
+            action="store_true" if negative else argparse.BooleanOptionalAction,
+        )
+        return
+    assert f.default is not MISSING
+    shown = "" if f.default is None else f" (default: {f.default})"
+    section.add_argument(
+        flag, type=kind_of(f), choices=f.metadata["choices"], default=argparse.SUPPRESS,
+        metavar=None if f.metadata["choices"] else kind_of(f).__name__.upper(),
+        help=help_text + shown,
+    )
+
+
+PREFIX = "MEGATRON_VL_"  # of environment variables that are options
+NO_OPTIONS = ("MEGATRON_VL_FAILURE_FILE",)  # what the launcher tells its ranks
+
+
+def load_config(
+    flags: dict[str, Any], yaml_file: str | None, environ: Mapping[str, str] | None = None
+) -> TrainConfig:
+    """Defaults, then `yaml_file`, then the environment (default: the process's), then `flags`.
+
+    Raises:
+        InputError: an unreadable file, an unknown key or variable, an unusable value.
+    """
+    values: dict[str, Any] = {}
+    if yaml_file is not None:
+        path = Path(yaml_file)
+        if not path.is_file():
+            raise InputError(f"--config {path} does not exist; give a YAML file of options.")
+        try:
+            read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"--config {path} is not valid YAML: {error}") from error
+        if not isinstance(read, dict):
+            raise InputError(f"--config {path} must hold `option: value` lines.")
+        values.update({str(key).replace("-", "_"): value for key, value in read.items()})
+    values.update(_from_environment(os.environ if environ is None else environ))
+    values.update(flags)
+    return TrainConfig.from_dict(values)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Options that variables give, their values as YAML has them; an empty one counts as not set.
+
+    Raises:
+        InputError: a variable that is no option's, or no YAML.
+    """
+    known = {f.name: f for group in GROUPS.values() for f in fields(group)}
+    values = {}
+    for name, text in environ.items():
+        if not name.startswith(PREFIX) or name in NO_OPTIONS or not text:
+            continue
+        key = name.removeprefix(PREFIX).lower()
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            mend = f"; did you mean {PREFIX}{near[0].upper()}?" if near else "; unset it."
+            raise InputError(f"the environment variable {name} is no option's{mend}")
+        try:
+            values[key] = text if kind_of(known[key]) is str else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"the environment variable {name} is {text!r}, which is no YAML value; quote it."
+            ) from error
+    return values
