@@ -4,16 +4,16 @@ SAVE/
     config.json, tokenizer files         the model's own, so that SAVE converts to HF by itself
     latest_checkpointed_iteration.txt    the iteration to resume from
     iter_0000100/                        a torch_dist checkpoint; reshards when TP, PP or DP change
-        loader_dp00000.pt                where each data-parallel rank stood in its data
+        loader_dp00000.json              where each data-parallel rank stood in its data
+        SHA256SUMS                       of all its files
 
-A checkpoint is written under a hidden name and renamed when every rank has finished.
+`saver` writes it, under a hidden name until every rank has finished.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,19 +22,22 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron_vl.data.loader_state import from_json, to_json
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.platform import select_platform
+from megatron_vl.training.checkpoint_files import faults, read_checksums
 from megatron_vl.training.plan import Plan
+from megatron_vl.training.saver import Saved, Saver
 from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, load_rank
 from megatron_vl.weights.recut import recut
 
-LOADER = "loader_dp{}.pt"
+LOADER = "loader_dp{}.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,45 +46,65 @@ class Resumed:
 
     iteration: int  # steps already done
     loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
+    guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
 
 
 # ---- save -------------------------------------------------------------------------------------
 
 
-def save_checkpoint(plan: Plan, iteration: int, model, optimizer, scheduler, loader_state) -> Path:
-    """Write SAVE/iter_XXXXXXX; returns its path. All ranks call it together.
+def save_checkpoint(
+    saver: Saver, plan: Plan, iteration: int, model, optimizer, scheduler, *, loader_state,
+    guard: dict,
+) -> list[Saved]:
+    """Save, or begin to, SAVE/iter_XXXXXXX; returns the saves that ended. All ranks call it.
 
-    `loader_state` is what the loader's `save_state_rank` returned on the rank of a replica that
-    reads, None on the others.
+    Args:
+        loader_state: what the loader's `save_state_rank` returned on the rank of a replica that
+            reads, None on the others.
+        guard: the state of the run's `StepGuard`.
     """
-    root = Path(plan.config.checkpoint.save)
-    final = root / f"iter_{iteration:07d}"
-    partial = root / f".iter_{iteration:07d}.partial"
-    first = torch.distributed.get_rank() == 0
-    if first:
-        for leftover in (partial, final):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if plan.hf_dir.resolve() != root.resolve():  # a resumed run may have no other source
-            copy_side_files(plan.hf_dir, root)
-    torch.distributed.barrier()
-    state = _state_dict(plan, iteration, model, optimizer, scheduler, loading=False)
-    dist_checkpointing.save(
-        state, str(partial), ("torch_dist", 1), content_metadata=_storable(_metadata())
+
+    def begin(_folder: Path) -> None:
+        if plan.hf_dir.resolve() != saver.root.resolve():  # a resumed run may have no other source
+            copy_side_files(plan.hf_dir, saver.root)
+
+    def extra(folder: Path) -> list[str]:
+        if loader_state is None:
+            return []
+        with (folder / _loader_file()).open("w", encoding="utf-8") as file:
+            file.write(to_json(loader_state))
+            file.flush()
+            os.fsync(file.fileno())
+        return [_loader_file()]
+
+    return saver.save(
+        iteration,
+        lambda: _state_dict(
+            plan, iteration, model, optimizer, scheduler, loading=False, guard=guard
+        ),
+        content=_storable(_metadata()), begin=begin, extra=extra,
     )
-    if loader_state is not None:
-        torch.save(loader_state, partial / _loader_file())
-    torch.distributed.barrier()
-    if first:
-        partial.rename(final)
-        pending = root / f".{LATEST}.partial"
-        pending.write_text(f"{iteration}\n", encoding="utf-8")
-        os.replace(pending, root / LATEST)
-    torch.distributed.barrier()
-    return final
 
 
 # ---- load -------------------------------------------------------------------------------------
+
+
+def check_files(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files by their checksums; empty if nothing is.
+
+    All ranks call it together; each reads a part of the files.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found: list[str] = []
+    try:
+        sums = read_checksums(checkpoint)
+        if sums is not None:
+            found = faults(checkpoint, sums, sorted(sums)[rank::world])
+    except (OSError, ValueError) as error:
+        found = [str(error)]
+    everyone: list = [None] * world
+    torch.distributed.all_gather_object(everyone, found)
+    return ", ".join(dict.fromkeys(fault for one in everyone for fault in one))
 
 
 def load_checkpoint(
@@ -135,7 +158,8 @@ def load_checkpoint(
     if with_rng:
         _set_random_state(loaded["rng_state"], info)
     return Resumed(
-        iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else ()
+        iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else (),
+        guard=loaded.get("megatron_vl", {}).get("guard", {}),
     )
 
 
@@ -200,6 +224,22 @@ def _loader_states(info: CheckpointInfo) -> list[Path]:
             f"new SAVE with --load {info.root}, where the data starts anew."
         )
     return found
+
+
+def read_loader_state(path: Path) -> dict:
+    """For `RowLoader.restore_state`.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}, where a rank stood in its data, cannot be read ({error}); restore it, or go "
+            f"on from an earlier iteration by writing its number into "
+            f"{path.parent.parent / LATEST}."
+        ) from error
 
 
 def load_weights(info: CheckpointInfo, model, spec: VLMSpec, layout: Layout) -> None:
@@ -272,7 +312,10 @@ def vision_inventory(
 # ---- the parts --------------------------------------------------------------------------------
 
 
-def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, loading: bool) -> dict:
+def _state_dict(
+    plan: Plan, iteration: int, model, optimizer, scheduler, *, loading: bool,
+    guard: dict | None = None,
+) -> dict:
     metadata = _metadata()
     state = {
         _model_key(number, model): chunk.module.sharded_state_dict(metadata=metadata)
@@ -302,6 +345,7 @@ def _state_dict(plan: Plan, iteration: int, model, optimizer, scheduler, *, load
                 "split": plan.split.to_dict(),
                 "dtype": plan.config.model.dtype,
                 "optimizer": not options.no_save_optim,
+                "guard": guard,
             },
         }
     return state

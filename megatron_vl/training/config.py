@@ -316,9 +316,50 @@ class CheckpointOptions:
     no_load_rng: bool = option(False, "do not load random-number state")
     no_save_optim: bool = option(False, "do not save optimizer state; the run cannot resume")
     no_save_rng: bool = option(False, "do not save random-number state")
+    async_save: bool = option(
+        False, "write checkpoints behind training, by processes that need up to a copy of the "
+        "state in host memory"
+    )
+    save_total_limit: int | None = option(
+        None, "checkpoints of SAVE to keep, the newest; default: all", kind=int
+    )
+    verify_checksums: bool = option(
+        True, "read a checkpoint once before resuming from it, and take the one before if it is "
+        "damaged"
+    )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "save_interval")
+        _at_least(self, 1, "save_interval", "save_total_limit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultOptions:
+    """What happens when something fails."""
+
+    max_restarts: int = option(
+        3, "times that the processes are started again after one of them failed; a run without "
+        "SAVE never is"
+    )
+    hang_timeout: float | None = option(
+        None, "seconds without progress until every rank writes its stacks and the job ends; "
+        "default: nine tenths of distributed-timeout-minutes; 0: never", kind=float,
+    )
+    max_skipped_steps: int = option(
+        20, "steps with a loss or gradient that is not finite, or a spike, that are skipped before "
+        "the run stops; 0: none"
+    )
+    skip_grad_spikes: float = option(
+        0.0, "skip a step whose gradient norm is more than this many times the median of the last "
+        "64 updates'; 0: never"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "max_restarts", "hang_timeout", "max_skipped_steps")
+        if self.skip_grad_spikes and not self.skip_grad_spikes > 1:
+            raise InputError(
+                f"skip-grad-spikes is {self.skip_grad_spikes}; give a factor above 1, as 10, or 0 "
+                f"for never."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,6 +384,7 @@ class TrainConfig:
     model: ModelRunOptions
     data: DataOptions
     checkpoint: CheckpointOptions
+    fault: FaultOptions
     log: LogOptions
 
     def __post_init__(self) -> None:
@@ -399,6 +441,7 @@ GROUPS = {
     "model": ModelRunOptions,
     "data": DataOptions,
     "checkpoint": CheckpointOptions,
+    "fault": FaultOptions,
     "log": LogOptions,
 }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice, tee
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -21,8 +21,14 @@ from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.platform import initialize
-from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_vl.training.checkpoint import (
+    check_files,
+    load_checkpoint,
+    read_loader_state,
+    save_checkpoint,
+)
 from megatron_vl.training.exchange import RowExchange
+from megatron_vl.training.guard import StepGuard, update
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
 from megatron_vl.training.plan import (
     Plan,
@@ -32,6 +38,7 @@ from megatron_vl.training.plan import (
     trained_text,
 )
 from megatron_vl.training.record import write_options
+from megatron_vl.training.saver import Saved, Saver
 from megatron_vl.training.setup import build_model, build_optimizer
 from megatron_vl.training.step import (
     RowStream,
@@ -42,6 +49,7 @@ from megatron_vl.training.step import (
     naming_rows,
     run_schedule,
 )
+from megatron_vl.weights.mcore_io import CheckpointInfo
 
 TOLD = 10  # samples left out for one reason that a rank names; all are counted
 NAMED = 64  # samples that a message names at most: a packed row's
@@ -61,6 +69,7 @@ def train(plan: Plan) -> None:
         write_options(plan, platform.name)
     for iteration in range(trainer.done + 1, config.batch.train_iters + 1):
         trainer.step(iteration)
+        trainer.poll_saves()
         last = iteration == config.batch.train_iters
         # Saved first: a validation that fails costs no training.
         if config.checkpoint.save and (_due(iteration, config.checkpoint.save_interval) or last):
@@ -83,13 +92,17 @@ class Trainer:
         self.device = torch.device(torch.cuda.current_device())
         self.started = time.perf_counter()
         self.done = 0
-        self.source, self.own = find_checkpoint(plan)
+        self.source, self.own = self._find_checkpoint()
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
+        fault = self.config.fault
+        self.guard = StepGuard(max_skipped=fault.max_skipped_steps, spike=fault.skip_grad_spikes)
+        self.saver = self._saver()
         self.exchange = RowExchange(plan.layout, self.config.parallel.distributed_timeout_minutes)
         self.loader = self.streams = None
         self.left_out = 0  # samples that could not be used, over all ranks, each counted once
         self.told: Counter[str] = Counter()  # of them named by this rank, by reason
+        self.failed_save: Saved | None = None  # the last one, if it did
         self.log = None
         if self.rank == 0:
             log = self.config.log
@@ -104,6 +117,27 @@ class Trainer:
 
     # ---- start ------------------------------------------------------------------------------
 
+    def _find_checkpoint(self) -> tuple[CheckpointInfo | None, bool]:
+        """What to start from, with a look at every byte of this run's own checkpoints."""
+        damaged: dict[Path, str] = {}
+        while True:
+            source, own = find_checkpoint(self.plan, damaged)
+            fault = ""
+            if own and self.config.checkpoint.verify_checksums:
+                fault = check_files(source.path)
+            if not fault:
+                break
+            damaged[source.path] = fault
+        for path, fault in damaged.items():
+            self.say(f"DAMAGED: {path}: {fault}; going on from {source.path.name} instead")
+        return source, own
+
+    def _saver(self) -> Saver | None:
+        options = self.config.checkpoint
+        if options.save is None:
+            return None
+        return Saver(Path(options.save), behind=options.async_save, limit=options.save_total_limit)
+
     def restore(self) -> None:
         """Load what there is to load, and open the data where it was left."""
         loader_states: tuple = ()
@@ -112,6 +146,7 @@ class Trainer:
                 self.plan, self.source, self.own, self.model, self.optimizer, self.scheduler
             )
             self.done, loader_states = resumed.iteration, resumed.loader_states
+            self.guard.restore(resumed.guard)
             verb = "resumed from" if self.own else "loaded"
             self.say(f"{verb} {self.source.path}: {self.done} steps done")
         else:
@@ -130,9 +165,7 @@ class Trainer:
                 **self._reader(),
             )
             if loader_states:
-                self.loader.restore_state(
-                    [torch.load(path, weights_only=False) for path in loader_states]
-                )
+                self.loader.restore_state(list(map(read_loader_state, loader_states)))
             batches = iter(self.loader)
         self.streams = self._streams(batches)
 
@@ -192,9 +225,9 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(self.streams, self.plan.num_microbatches, forward_only=False)
-        updated, grad_norm, _ = self.optimizer.step()
-        self.platform.synchronize()
         loss, trained = mean_loss(losses, self.device)
+        updated, grad_norm, fault = update(self.optimizer, loss, self.guard)
+        self.platform.synchronize()
         lr = self.scheduler.get_lr({})  # not of a group, which may be a part's own
         if updated:
             self.scheduler.step(increment=1)
@@ -207,14 +240,8 @@ class Trainer:
                 skipped=not updated, **totals,
             ))
         self._check_left_out()
-        finite = math.isfinite(loss) and math.isfinite(float(grad_norm or 0.0))
-        if updated and not finite:
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            blame = self._blame(losses, counts)
-            raise InputError(
-                f"the {what} of iteration {iteration} is not finite; {blame}; lower lr, or look at "
-                f"them."
-            )
+        if fault:
+            self.say(self.guard.skip(iteration, fault, self._blame(losses, counts)))
 
     def _totals(self, counts: StepCounts) -> dict:
         """Counts over data-parallel ranks; the wait is the longest of any reader."""
@@ -325,14 +352,36 @@ class Trainer:
     # ---- end --------------------------------------------------------------------------------
 
     def save(self, iteration: int) -> None:
-        started = time.perf_counter()
         state = self.loader.save_state_rank() if self.loader is not None else None
-        path = save_checkpoint(
-            self.plan, iteration, self.model, self.optimizer, self.scheduler, state
-        )
-        self.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+        self._tell_saved(save_checkpoint(
+            self.saver, self.plan, iteration, self.model, self.optimizer, self.scheduler,
+            loader_state=state, guard=self.guard.state(),
+        ))
+
+    def poll_saves(self) -> None:
+        if self.saver is not None:
+            self._tell_saved(self.saver.poll())
+
+    def _tell_saved(self, ended: list[Saved]) -> None:
+        for one in ended:
+            if one.error:
+                self.failed_save = one
+                self.say(
+                    f"NOT SAVED: iteration {one.iteration}: {one.error}; the checkpoints before it "
+                    f"stay, training goes on"
+                )
+                continue
+            self.failed_save = None
+            self.say(f"saved {one.path} in {one.seconds:.1f} s")
+            if one.deleted:
+                self.say(f"deleted iterations {', '.join(map(str, one.deleted))}, as "
+                         f"save-total-limit {self.saver.limit} says")
+            if one.warning:
+                self.say(f"WARNING: {one.warning}")
 
     def close(self) -> None:
+        if self.saver is not None:
+            self._tell_saved(self.saver.poll(wait=True))
         peak = torch.tensor([float(self.platform.peak_memory_bytes())], device=self.device)
         torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
         self.say(f"done in {duration(time.perf_counter() - self.started)}; "
@@ -341,6 +390,12 @@ class Trainer:
             self.loader.close()
         if self.log is not None:
             self.log.close()
+        if self.failed_save is not None:
+            raise InputError(
+                f"the last checkpoint, of iteration {self.failed_save.iteration}, could not be "
+                f"saved ({self.failed_save.error}); mend that and start again, which goes on from "
+                f"the one before."
+            )
 
 
 def describe(plan: Plan, platform) -> str:

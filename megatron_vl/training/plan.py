@@ -15,8 +15,9 @@ from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.ops.attention import Case, check_backend
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
-from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, inspect_checkpoint
+from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +99,9 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
     """
     first = config.parallel.decoder_first_pipeline_num_layers
     if first is None:
-        source = _source(config)
-        info = inspect_checkpoint(source) if source is not None else None
+        info = _own(config, {})
+        if info is None and config.checkpoint.load is not None:
+            info = inspect_checkpoint(config.checkpoint.load)
         if info is not None and info.split is not None and not _fits_all(info):
             here = (layout.pp, layout.vp)
             if (info.split.pp, info.split.vp) == here:
@@ -110,14 +112,6 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
 def _fits_all(info: CheckpointInfo) -> bool:
     """Whether it was written for no layout in particular."""
     return info.format == "torch_dist" and info.release
-
-
-def _source(config: TrainConfig) -> str | None:
-    """SAVE if it holds a run, else LOAD, else nothing."""
-    save = config.checkpoint.save
-    if save is not None and (Path(save) / LATEST).is_file():
-        return save
-    return config.checkpoint.load
 
 
 def _recompute(config: TrainConfig, split: StageSplit) -> tuple[Recompute, Recompute]:
@@ -238,21 +232,52 @@ def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
         )
 
 
-def find_checkpoint(plan: Plan) -> tuple[CheckpointInfo | None, bool]:
+def find_checkpoint(
+    plan: Plan, damaged: dict[Path, str] | None = None
+) -> tuple[CheckpointInfo | None, bool]:
     """What to start from, and whether it is this run's own: SAVE if it holds one, else LOAD.
+
+    Args:
+        damaged: checkpoints of SAVE that cannot be used, and why; gets those found so here.
 
     Raises:
         InputError: LOAD holds no checkpoint, or one that cannot be used in this layout or with
-            these options.
+            these options; or all of SAVE's are damaged.
     """
-    source = _source(plan.config)
-    if source is None:
-        return None, False
-    info, own = inspect_checkpoint(source), source == plan.config.checkpoint.save
+    info = _own(plan.config, {} if damaged is None else damaged)
+    own = info is not None
+    if not own:
+        if plan.config.checkpoint.load is None:
+            return None, False
+        info = inspect_checkpoint(plan.config.checkpoint.load)
     resumes = info.format == "torch_dist" and not info.release
     if resumes and (own or not plan.config.checkpoint.finetune):
         _check_options(plan.config, info)
     return _checked(plan, info), own
+
+
+def _own(config: TrainConfig, damaged: dict[Path, str]) -> CheckpointInfo | None:
+    """The checkpoint of SAVE to go on from; None if it holds none.
+
+    Raises:
+        InputError: none of them can be used.
+    """
+    if config.checkpoint.save is None:
+        return None
+    for path in candidates(Path(config.checkpoint.save)):
+        if path in damaged:
+            continue
+        try:
+            return inspect_checkpoint(path)
+        except InputError as error:
+            damaged[path] = str(error).rstrip(".")
+    if damaged:
+        raise InputError(
+            f"no checkpoint of {config.checkpoint.save} can be used: "
+            + "; ".join(f"{path.name}: {fault}" for path, fault in damaged.items())
+            + "; restore one of them, or give another SAVE."
+        )
+    return None
 
 
 # Options of a run that its checkpoint goes on with.

@@ -23,6 +23,7 @@ from megatron_vl.training.checkpoint import load_checkpoint, save_checkpoint  # 
 from megatron_vl.training.config import TrainConfig  # noqa: E402
 from megatron_vl.training.parity import CASES, make_batches, make_samples  # noqa: E402
 from megatron_vl.training.plan import plan_run  # noqa: E402
+from megatron_vl.training.saver import Saver  # noqa: E402
 from megatron_vl.training.setup import build_model, build_optimizer  # noqa: E402
 from megatron_vl.training.step import run_batches  # noqa: E402
 from megatron_vl.weights.mcore_io import inspect_checkpoint  # noqa: E402
@@ -80,7 +81,11 @@ def train(plan, platform, batches, load: bool = False, save: bool = False):
         norms.append(float(optimizer.step()[1]))
         scheduler.step(increment=1)
         if save and step == 2:
-            save_checkpoint(plan, step, model, optimizer, scheduler, None)
+            saver = Saver(Path(plan.config.checkpoint.save))
+            (saved,) = save_checkpoint(
+                saver, plan, step, model, optimizer, scheduler, loader_state=None, guard={}
+            )
+            assert not saved.error, saved
     return [parameter.detach().clone() for parameter in model[0].parameters()], norms, optimizer
 
 

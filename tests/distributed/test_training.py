@@ -144,7 +144,7 @@ def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop, pl
     done = workshop.train("dp2", **changes)
     assert done.code == 0, done.text
     undisturbed = losses(workshop.steps("dp2"))
-    assert len(list((workshop.checkpoint("dp2") / "iter_0000004").glob("loader_dp*.pt"))) == 2
+    assert len(list((workshop.checkpoint("dp2") / "iter_0000004").glob("loader_dp*.json"))) == 2
     (workshop.checkpoint("dp2") / "latest_checkpointed_iteration.txt").write_text("2\n")
     done = workshop.train("dp2", **changes)
     assert done.code == 0, done.text

@@ -1,0 +1,159 @@
+"""A run's checkpoints as files: which there are, whether they are whole, which are let go.
+
+SAVE/
+    latest_checkpointed_iteration.txt    the iteration to go on from; may be edited by hand
+    iter_0000100/                        named so when all of it is there
+        SHA256SUMS                       of its files; `sha256sum -c SHA256SUMS` checks them too
+    .iter_0000110.partial/               being written, or left by a run that was ended meanwhile
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_vl.errors import InputError
+from megatron_vl.weights.mcore_io import LATEST, RELEASE
+
+SUMS = "SHA256SUMS"
+_BLOCK = 2**22  # bytes read at once
+_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def folder(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def partial_folder(root: Path, iteration: int) -> Path:
+    return root / f".iter_{iteration:07d}.partial"
+
+
+def iterations(root: Path) -> list[int]:
+    """Of the complete checkpoints, in order."""
+    found = (re.fullmatch(r"iter_(\d{7,})", one.name) for one in root.glob("iter_*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def candidates(root: Path) -> list[Path]:
+    """What may be gone on from: the checkpoint that the file says, then the earlier ones.
+
+    Without that file, as when the very first checkpoint's run was ended before writing it, all from
+    the newest on. Empty if `root` holds none.
+
+    Raises:
+        InputError: the file says none that is there.
+    """
+    there, latest = iterations(root), root / LATEST
+    if not latest.is_file():
+        return [folder(root, one) for one in reversed(there)]
+    text = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if text == RELEASE:
+        return [root / RELEASE]
+    if not text.isdigit() or int(text) not in there:
+        has = ", ".join(map(str, there)) or "no iteration at all"
+        raise InputError(
+            f"{latest} says {text!r} but {root} has {has}; write one of these into the file."
+        )
+    return [folder(root, one) for one in reversed(there) if one <= int(text)]
+
+
+def publish(root: Path, iteration: int) -> Path:
+    """Give a partial checkpoint its name and say that it is the latest; returns its path."""
+    partial, final = partial_folder(root, iteration), folder(root, iteration)
+    _sync(partial)
+    if final.exists():  # of a run that went further, and was set back by hand
+        _delete(final)
+    partial.rename(final)
+    pending = root / f".{LATEST}.partial"
+    with pending.open("w", encoding="utf-8") as file:
+        file.write(f"{iteration}\n")
+        _flush(file)
+    os.replace(pending, root / LATEST)
+    _sync(root)
+    return final
+
+
+def delete_old(root: Path, iteration: int, limit: int) -> list[int]:
+    """Delete all but the `limit` newest checkpoints up to `iteration`; returns those deleted."""
+    old = [one for one in iterations(root) if one <= iteration][:-limit]
+    for one in old:
+        _delete(folder(root, one))
+    return old
+
+
+def _delete(checkpoint: Path) -> None:
+    """Renamed first: what is half deleted must not look complete."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(directory: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# ---- checksums --------------------------------------------------------------------------------
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write_checksums(checkpoint: Path, sums: Mapping[str, str], name: str = SUMS) -> None:
+    """{file: checksum} in the form of `sha256sum`."""
+    with (checkpoint / name).open("w", encoding="utf-8") as file:
+        file.writelines(f"{value}  {of}\n" for of, value in sorted(sums.items()))
+        _flush(file)
+
+
+def read_checksums(checkpoint: Path, name: str = SUMS) -> dict[str, str] | None:
+    """{file: checksum}; None where there are none, as in checkpoints of other tools.
+
+    Raises:
+        ValueError: the file is damaged itself.
+    """
+    path = checkpoint / name
+    if not path.is_file():
+        return None
+    sums = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = _SUM.fullmatch(line)
+        if match is None or Path(match[2]).name != match[2]:
+            raise ValueError(f"{name} is damaged")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def faults(checkpoint: Path, sums: Mapping[str, str], files: Sequence[str]) -> list[str]:
+    """What is wrong with some of a checkpoint's files, a phrase each."""
+    found = []
+    for name in files:
+        try:
+            right = checksum(checkpoint / name) == sums[name]
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+        else:
+            found += [] if right else [f"{name} is not what was written"]
+    return found
