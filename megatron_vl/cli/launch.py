@@ -6,6 +6,7 @@ Both give back the first failure's exit code.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -13,14 +14,17 @@ import shlex
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_vl.cli.cluster_env import read_hostfile
 from megatron_vl.cli.hosts import run_on_hosts
 from megatron_vl.cli.meeting import meet, meet_alone, no_meeting
-from megatron_vl.cli.worker import FAILURE_FILE, read_failure
+from megatron_vl.cli.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import PORT
+from megatron_vl.training.stop import SIGNALS
 
 
 def add_parser(commands) -> None:
@@ -91,21 +95,24 @@ def launch(
     master_addr: str = "127.0.0.1",
     master_port: int = 29500,
     rendezvous_timeout: float = 900.0,
+    max_restarts: int = 0,
+    saves: bool = False,
 ) -> int:
     """Run `megatron-vl ARGV` as `nproc_per_node` ranks; returns the job's exit code.
 
-    A signal ends the ranks, and gives 128 + its number as a shell would.
+    A signal ends the ranks, and gives 128 + its number as a shell would; where the command saves,
+    SIGTERM and SIGUSR1 first let it do so.
+
+    Args:
+        max_restarts: times that all ranks are started again after one of them died, or failed
+            for another reason than its input. On several nodes every node does so by itself, for
+            a rank that is gone takes those of the other nodes with it.
+        saves: the command knows `STOP`.
 
     Raises:
         InputError: the nodes did not meet at `master_addr`:`master_port` within
             `rendezvous_timeout` seconds, or do not fit together.
     """
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     # The rank that failed has said why; the launcher's own report would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(
@@ -115,41 +122,116 @@ def launch(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if nnodes == 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach the ranks
-    with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
-        failure = Path(scratch) / "failure"
-        os.environ[FAILURE_FILE] = str(failure)
-        try:
-            # Kept while the ranks run: node 0's is where they all meet.
-            store = meet_alone() if nnodes == 1 else meet(
-                nnodes=nnodes, node_rank=node_rank, nproc_per_node=nproc_per_node,
-                address=master_addr, port=master_port, timeout=rendezvous_timeout,
+    attempt = 0
+    while True:
+        with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
+            end = _attempt(
+                argv, Path(scratch), attempt, saves=saves, nproc_per_node=nproc_per_node,
+                nnodes=nnodes, node_rank=node_rank, master_addr=master_addr,
+                master_port=master_port, rendezvous_timeout=rendezvous_timeout,
             )
-            config = LaunchConfig(
-                min_nodes=nnodes,
-                max_nodes=nnodes,
-                nproc_per_node=nproc_per_node,
-                run_id="megatron-vl",
-                rdzv_backend="static",
-                rdzv_endpoint=f"{store.host}:{store.port}",
-                rdzv_configs={"rank": node_rank, "timeout": max(1, int(rendezvous_timeout))},
-                max_restarts=0,
-                monitor_interval=0.1,
-            )
+        if end.report:
+            print(end.report, end="", file=sys.stderr, flush=True)
+        if not end.again or attempt == max_restarts:
+            return end.code
+        attempt += 1
+        print(f"megatron-vl {argv[0]}: starting all processes again, restart {attempt} of "
+              f"{max_restarts} (max-restarts)", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _End:
+    """How an attempt ended."""
+
+    code: int
+    report: str = ""
+    again: bool = False  # another attempt may do better
+
+
+def _attempt(
+    argv: list[str], scratch: Path, attempt: int, *, saves: bool, nproc_per_node: int, nnodes: int,
+    node_rank: int, master_addr: str, master_port: int, rendezvous_timeout: float,
+) -> _End:
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    failure = scratch / "failure"
+    os.environ[FAILURE_FILE] = str(failure)
+    try:
+        # Kept while the ranks run: node 0's is where they all meet.
+        store = meet_alone() if nnodes == 1 else meet(
+            nnodes=nnodes, node_rank=node_rank, nproc_per_node=nproc_per_node,
+            address=master_addr, port=master_port, timeout=rendezvous_timeout, attempt=attempt,
+        )
+        config = LaunchConfig(
+            min_nodes=nnodes,
+            max_nodes=nnodes,
+            nproc_per_node=nproc_per_node,
+            run_id=f"megatron-vl-{attempt}",  # what an earlier attempt left in the store is its own
+            rdzv_backend="static",
+            rdzv_endpoint=f"{store.host}:{store.port}",
+            rdzv_configs={"rank": node_rank, "timeout": max(1, int(rendezvous_timeout))},
+            max_restarts=0,
+            monitor_interval=0.1,
+            **(_signals(LaunchConfig) if saves else {}),
+        )
+        with _stopping(failure.with_name(STOP), argv[0]) if saves else contextlib.nullcontext():
             elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
-        except ChildFailedError as error:
-            code, report = read_failure(failure) or (1, _no_report(argv[0], error))
-            print(report, end="", file=sys.stderr, flush=True)
-            return code
-        except SignalException as error:
-            # Whatever the ranks reported, they were told to stop.
-            name = signal.Signals(error.sigval).name
-            print(f"megatron-vl {argv[0]}: ended by {name}", file=sys.stderr, flush=True)
-            return 128 + error.sigval
-        except (RendezvousError, DistError) as error:
-            raise InputError(no_meeting(node_rank, master_addr, master_port)) from error
-        finally:
-            del os.environ[FAILURE_FILE]
-    return 0
+    except ChildFailedError as error:
+        code, report = read_failure(failure) or (1, _no_report(argv[0], error))
+        # What fails before its first step for a reason of its own will fail so again.
+        died = any(one.exitcode < 0 for one in error.failures.values())
+        again = code != 2 and (died or failure.with_name(STEPPED).exists())
+        return _End(code=code, report=report, again=again and not failure.with_name(STOP).exists())
+    except SignalException as error:
+        # Whatever the ranks reported, they were told to stop.
+        name = signal.Signals(error.sigval).name
+        return _End(code=128 + error.sigval, report=f"megatron-vl {argv[0]}: ended by {name}\n")
+    except (RendezvousError, DistError) as error:
+        raise InputError(no_meeting(node_rank, master_addr, master_port)) from error
+    finally:
+        del os.environ[FAILURE_FILE]
+    return _End(code=0)
+
+
+@contextlib.contextmanager
+def _stopping(file: Path, command: str) -> Iterator[None]:
+    """Pass SIGTERM and SIGUSR1 on to the ranks as a file, which lets them save; a second one ends
+    them as it does other commands."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def ask(number: int, _frame) -> None:
+        name = signal.Signals(number).name
+        if file.exists():
+            raise SignalException(f"a second {name}", sigval=signal.Signals(number))
+        pending = file.with_suffix(".partial")
+        pending.write_text(name, encoding="utf-8")
+        pending.rename(file)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"megatron-vl {command}: {name}: saving after this step, then stopping; a "
+                    f"second signal ends the run at once\n".encode())
+
+    before = {one: signal.signal(one, ask) for one in SIGNALS}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _signals(config_class: type) -> dict[str, str]:
+    """What torch's launcher is to take for itself, to end the ranks: all that it took but ours.
+
+    Releases of torch that cannot be told so take SIGTERM, and only SIGUSR1 lets a run save.
+    """
+    for one in fields(config_class):
+        if one.name == "signals_to_handle":
+            ours = {number.name for number in SIGNALS}
+            return {one.name: ",".join(n for n in one.default.split(",") if n not in ours)}
+    return {}
 
 
 def _no_report(command: str, error) -> str:

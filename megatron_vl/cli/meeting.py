@@ -18,15 +18,18 @@ _ALL_CAME = "all came"
 
 
 def meet(
-    *, nnodes: int, node_rank: int, nproc_per_node: int, address: str, port: int, timeout: float
+    *, nnodes: int, node_rank: int, nproc_per_node: int, address: str, port: int, timeout: float,
+    attempt: int = 0,
 ):
     """Wait until all nodes have come, `timeout` seconds at most; returns the store to keep.
+
+    Nodes meet again for every attempt, which is a number of its own.
 
     Raises:
         InputError: node 0 cannot be reached, a node did not come, two came with one number, or
             nodes differ in how many nodes or processes there are.
     """
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError, PrefixStore, TCPStore
 
     deadline = time.monotonic() + timeout
     if node_rank:
@@ -38,23 +41,24 @@ def meet(
             address, port, None, node_rank == 0, timedelta(seconds=max(timeout, 1)),
             wait_for_workers=False, multi_tenant=True,
         )
-        number = store.add("meeting/came", 1)
-        store.set(f"meeting/{number}", json.dumps(me))
-        if quarrel := _quarrel(_came(store, number)):
-            store.set("meeting/verdict", quarrel)
+        board = PrefixStore(f"meeting {attempt}", store)
+        number = board.add("came", 1)
+        board.set(f"{number}", json.dumps(me))
+        if quarrel := _quarrel(_came(board, number)):
+            board.set("verdict", quarrel)
         elif number == nnodes:
-            store.set("meeting/verdict", _ALL_CAME)
-        while not store.check(["meeting/verdict"]):
+            board.set("verdict", _ALL_CAME)
+        while not board.check(["verdict"]):
             if time.monotonic() > deadline:
-                came = _came(store, store.add("meeting/came", 0))
-                store.set("meeting/verdict", _missing(came, nnodes, address, port, timeout))
+                came = _came(board, board.add("came", 0))
+                board.set("verdict", _missing(came, nnodes, address, port, timeout))
             time.sleep(_LOOK_SECONDS)
-        verdict = store.get("meeting/verdict").decode()
-        store.add("meeting/heard", 1)
+        verdict = board.get("verdict").decode()
+        board.add("heard", 1)
         if verdict != _ALL_CAME:
             # Node 0 leaves last: the others hear why from its store.
             patience = time.monotonic() + 5
-            while node_rank == 0 and store.add("meeting/heard", 0) < store.add("meeting/came", 0):
+            while node_rank == 0 and board.add("heard", 0) < board.add("came", 0):
                 if time.monotonic() > patience:
                     break
                 time.sleep(_LOOK_SECONDS)
@@ -100,9 +104,9 @@ def _wait_for_port(node_rank: int, address: str, port: int, deadline: float) -> 
         time.sleep(_LOOK_SECONDS)
 
 
-def _came(store, number: int) -> list[dict]:
+def _came(board, number: int) -> list[dict]:
     """What the first `number` nodes to come said."""
-    return [json.loads(store.get(f"meeting/{k}")) for k in range(1, number + 1)]
+    return [json.loads(board.get(str(k))) for k in range(1, number + 1)]
 
 
 def _quarrel(came: list[dict]) -> str:

@@ -61,9 +61,13 @@ def run(args: argparse.Namespace) -> int:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
     if started_by_torchrun():
-        from megatron_vl.cli.worker import run_worker
+        from megatron_vl.cli.worker import STOP, beside_failure, run_worker
+        from megatron_vl.training.stop import StopRequest
 
-        run_worker(lambda: _train(config), command="train", debug=args.debug)
+        stop = StopRequest(beside_failure(STOP))
+        if config.checkpoint.save is not None:  # without it there is nothing to do but to end
+            stop.listen()
+        run_worker(lambda: _train(config, stop), command="train", debug=args.debug)
     from megatron_vl.training.plan import check_paths, find_checkpoint, plan_run
 
     env = _nodes(args)
@@ -80,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         args.argv, nproc_per_node=processes, nnodes=env.nnodes, node_rank=env.node_rank,
         master_addr=env.master_addr, master_port=env.master_port,
         rendezvous_timeout=args.rendezvous_timeout,
+        max_restarts=0 if config.checkpoint.save is None else config.fault.max_restarts,
+        saves=config.checkpoint.save is not None,
     )
 
 
@@ -110,7 +116,8 @@ def _processes(config) -> int:
     return torch.cuda.device_count() or config.parallel.layout_size
 
 
-def _train(config) -> None:
+def _train(config, stop) -> None:
+    from megatron_vl.cli.worker import STEPPED, beside_failure, fail
     from megatron_vl.platform import be_deterministic, connect
     from megatron_vl.training.loop import train
     from megatron_vl.training.plan import check_paths, plan_run
@@ -122,4 +129,13 @@ def _train(config) -> None:
     preflight(config)
     if os.environ["RANK"] == "0":  # another launcher than ours has not looked
         check_paths(config)
-    train(plan_run(config, int(os.environ["WORLD_SIZE"])))
+    stepped = beside_failure(STEPPED)
+
+    def give_up(message: str) -> None:
+        code = fail(1, message)
+        os._exit(code)
+
+    train(
+        plan_run(config, int(os.environ["WORLD_SIZE"])), stop=stop, give_up=give_up,
+        first_step=(lambda: None) if stepped is None else stepped.touch,
+    )

@@ -23,6 +23,14 @@ from typing import NoReturn
 from megatron_vl.errors import InputError
 
 FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"
+# Files beside it: the launcher was asked to stop; the run has got past its first step.
+STOP, STEPPED = "stop", "stepped"
+
+
+def beside_failure(name: str) -> Path | None:
+    """A file that our launcher and its ranks both know; None if another launcher started us."""
+    failure = os.environ.get(FAILURE_FILE)
+    return None if failure is None else Path(failure).with_name(name)
 
 
 def started_by_torchrun() -> bool:

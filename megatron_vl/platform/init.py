@@ -104,6 +104,10 @@ def _gather(rank: int, world: int, timeout: timedelta) -> torch.distributed.Stor
             f"{here} could not reach the others at {address}:{port} {within}; see whether rank 0 "
             f"runs there and the port is open to this host."
         ) from error
+    # A launcher's store outlives ranks that it starts again.
+    attempt = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore("ranks/" + "/".join(attempt), store)
     try:
         store.set(f"came/{rank}", socket.gethostname())
         if store.add("came", 1) == world:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from megatron_vl.errors import InputError
@@ -406,6 +407,21 @@ class TrainConfig:
         """Steps of the learning-rate schedule."""
         chosen = self.optimizer.lr_decay_iters
         return self.batch.train_iters if chosen is None else chosen
+
+    @property
+    def hang_seconds(self) -> float:
+        """Seconds without progress until the run is given up; 0: never."""
+        # Before the collectives' own timeout, which says nothing of where the ranks stand.
+        chosen, minutes = self.fault.hang_timeout, self.parallel.distributed_timeout_minutes
+        return 0.9 * 60 * minutes if chosen is None else chosen
+
+    @property
+    def stacks_dir(self) -> Path:
+        """Where the ranks of a run that hangs write where they are."""
+        if self.checkpoint.save is not None:
+            return Path(self.checkpoint.save) / "stacks"
+        metrics = self.log.metrics_file
+        return (Path(metrics).parent if metrics is not None else Path()) / "stacks"
 
     def to_dict(self) -> dict[str, Any]:
         """Every option under its flag's name with underscores."""

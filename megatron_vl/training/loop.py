@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice, tee
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_vl.training.checkpoint import (
 )
 from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.guard import StepGuard, update
+from megatron_vl.training.hang import HangWatch
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
 from megatron_vl.training.plan import (
     Plan,
@@ -49,33 +50,50 @@ from megatron_vl.training.step import (
     naming_rows,
     run_schedule,
 )
+from megatron_vl.training.stop import StopRequest
 from megatron_vl.weights.mcore_io import CheckpointInfo
 
 TOLD = 10  # samples left out for one reason that a rank names; all are counted
 NAMED = 64  # samples that a message names at most: a packed row's
 
 
-def train(plan: Plan) -> None:
-    """Run `plan` on this rank, from its checkpoint to its last step."""
+def train(
+    plan: Plan, *, stop: StopRequest, give_up: Callable[[str], None],
+    first_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Run `plan` on this rank, from its checkpoint to its last step or until it is asked to stop.
+
+    Args:
+        give_up: ends this process with a message, when the run no longer gets on.
+        first_step: called after this start's first step.
+    """
     config = plan.config
     platform = initialize(
         plan.layout, embedding_stage=plan.split.last_vision_chunk[0], seed=config.model.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
-    trainer = Trainer(plan, platform)
+    watch = HangWatch(config.hang_seconds, config.stacks_dir, give_up)
+    trainer = Trainer(plan, platform, stop, watch)
     trainer.say(describe(plan, platform))
     trainer.restore()
     if trainer.rank == 0:
         write_options(plan, platform.name)
-    for iteration in range(trainer.done + 1, config.batch.train_iters + 1):
-        trainer.step(iteration)
+    begun = trainer.done
+    saves = config.checkpoint.save is not None
+    while trainer.done < config.batch.train_iters and not trainer.stopping:
+        trainer.step(trainer.done + 1)
         trainer.poll_saves()
-        last = iteration == config.batch.train_iters
+        if trainer.done == begun + 1:
+            first_step()
+        last = trainer.done == config.batch.train_iters or trainer.stopping
         # Saved first: a validation that fails costs no training.
-        if config.checkpoint.save and (_due(iteration, config.checkpoint.save_interval) or last):
-            trainer.save(iteration)
-        if _due(iteration, config.data.eval_interval) or (last and config.data.eval_interval):
-            trainer.evaluate(iteration)
+        if saves and (last or _due(trainer.done, config.checkpoint.save_interval)):
+            trainer.save()
+        evals = config.data.eval_interval
+        if not trainer.stopping and (_due(trainer.done, evals) or (last and evals)):
+            trainer.evaluate(trainer.done)
+    if saves and trainer.saved < trainer.done:  # asked to stop while it validated
+        trainer.save()
     trainer.close()
 
 
@@ -86,12 +104,14 @@ def _due(iteration: int, interval: int) -> bool:
 class Trainer:
     """The pieces of one run on one rank."""
 
-    def __init__(self, plan: Plan, platform):
+    def __init__(self, plan: Plan, platform, stop: StopRequest, watch: HangWatch):
         self.plan, self.config, self.platform = plan, plan.config, platform
+        self.stop, self.watch = stop, watch
+        self.stopping = False  # some rank was asked to stop, and all know
         self.rank = torch.distributed.get_rank()
         self.device = torch.device(torch.cuda.current_device())
         self.started = time.perf_counter()
-        self.done = 0
+        self.done = self.saved = 0  # steps, and steps of the last checkpoint
         self.source, self.own = self._find_checkpoint()
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
@@ -146,6 +166,7 @@ class Trainer:
                 self.plan, self.source, self.own, self.model, self.optimizer, self.scheduler
             )
             self.done, loader_states = resumed.iteration, resumed.loader_states
+            self.saved = self.done
             self.guard.restore(resumed.guard)
             verb = "resumed from" if self.own else "loaded"
             self.say(f"{verb} {self.source.path}: {self.done} steps done")
@@ -156,6 +177,7 @@ class Trainer:
                 f"nothing to do: {self.done} steps are done, train-iters is "
                 f"{self.config.batch.train_iters}"
             )
+        self.stopping = bool(self._largest(bool(self.stop.reason))[0])
         self.optimizer.zero_grad()
         batches = None
         if self.exchange.is_reader:
@@ -219,6 +241,7 @@ class Trainer:
 
     def step(self, iteration: int) -> None:
         """Forward and backward over all microbatches, then one update."""
+        self.watch.beat(f"training iteration {iteration}")
         started, self.exchange.wait_seconds = time.perf_counter(), 0.0
         for chunk in self.model:
             chunk.train()
@@ -240,6 +263,7 @@ class Trainer:
                 skipped=not updated, **totals,
             ))
         self._check_left_out()
+        self.done = iteration
         if fault:
             self.say(self.guard.skip(iteration, fault, self._blame(losses, counts)))
 
@@ -254,18 +278,24 @@ class Trainer:
             dtype=torch.float64, device=self.device,
         )
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        wait = torch.tensor([self.exchange.wait_seconds], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(wait, op=torch.distributed.ReduceOp.MAX)
+        wait = self._largest(self.exchange.wait_seconds, bool(self.stop.reason))
+        self.stopping = bool(wait[1])
         if self.exchange.is_reader:
             self._tell(counts.skipped)
         rows, tokens, samples, images, new, mean, busiest, *left_out = map(int, sums.tolist())
         self.left_out += new
         return dict(
             rows=rows, tokens=tokens, samples=samples, images=images,
-            data_wait_seconds=wait.item(),
+            data_wait_seconds=wait[0],
             vision_balance=mean / busiest if busiest and self.plan.layout.media_ranks > 1 else None,
             skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},
         )
+
+    def _largest(self, *numbers: float) -> list[float]:
+        """Of all ranks."""
+        box = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+        return box.tolist()
 
     def _vision_work(self, counts: StepCounts) -> tuple[float, float]:
         """FLOPs of the vision tower: of its mean rank, and of the busiest of each microbatch."""
@@ -320,6 +350,10 @@ class Trainer:
             batches = iter(loader)
         losses, skipped = [], Counter()
         while True:
+            self.watch.beat(f"validating after iteration {iteration}")
+            self.stopping = bool(self._largest(bool(self.stop.reason))[0])
+            if self.stopping:
+                break
             # The loader knows where the split ends; the replica's other ranks are told.
             group = list(islice(batches, self.plan.num_microbatches))
             if group and self.plan.layout.vp > 1:
@@ -337,6 +371,9 @@ class Trainer:
                 self._tell(left_out)
         if reads:
             loader.close()
+        if self.stopping:
+            self.say(f"validation after iteration {iteration} was given up")
+            return
         loss, trained = mean_loss(losses, self.device)
         if trained == 0:
             raise InputError(
@@ -351,12 +388,15 @@ class Trainer:
 
     # ---- end --------------------------------------------------------------------------------
 
-    def save(self, iteration: int) -> None:
+    def save(self) -> None:
+        """Save what is done, or begin to."""
+        self.watch.beat(f"saving iteration {self.done}")
         state = self.loader.save_state_rank() if self.loader is not None else None
         self._tell_saved(save_checkpoint(
-            self.saver, self.plan, iteration, self.model, self.optimizer, self.scheduler,
+            self.saver, self.plan, self.done, self.model, self.optimizer, self.scheduler,
             loader_state=state, guard=self.guard.state(),
         ))
+        self.saved = self.done
 
     def poll_saves(self) -> None:
         if self.saver is not None:
@@ -382,10 +422,13 @@ class Trainer:
     def close(self) -> None:
         if self.saver is not None:
             self._tell_saved(self.saver.poll(wait=True))
-        peak = torch.tensor([float(self.platform.peak_memory_bytes())], device=self.device)
-        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-        self.say(f"done in {duration(time.perf_counter() - self.started)}; "
-                 f"peak memory of a rank {peak.item() / 2**30:.2f} GiB")
+        self.watch.close()
+        (peak,) = self._largest(self.platform.peak_memory_bytes())
+        done = "done"
+        if self.stopping:
+            done = f"asked to stop; {self.done} steps are done, the same command goes on; ran"
+        self.say(f"{done} in {duration(time.perf_counter() - self.started)}; "
+                 f"peak memory of a rank {peak / 2**30:.2f} GiB")
         if self.loader is not None:
             self.loader.close()
         if self.log is not None:

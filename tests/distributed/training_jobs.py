@@ -42,14 +42,16 @@ def run(options: dict, world: int) -> dict:
 
     from megatron_vl.platform import initialize
     from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.hang import HangWatch
     from megatron_vl.training.loop import Trainer, describe
     from megatron_vl.training.parity import CASES, make_batches, make_samples
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.step import RowStream
+    from megatron_vl.training.stop import StopRequest
 
     plan = plan_run(TrainConfig.from_dict(options), world)
     platform = initialize(plan.layout, embedding_stage=plan.split.last_vision_chunk[0])
-    trainer = Trainer(plan, platform)
+    trainer = Trainer(plan, platform, StopRequest(), HangWatch(0, Path(), print))
     trainer.restore()
     graphs = []  # whether the vision layers' outputs had one
     for chunk in trainer.model:
@@ -67,7 +69,7 @@ def run(options: dict, world: int) -> dict:
         rates.append({g["max_lr"]: g["lr"] for g in trainer.optimizer.param_groups})
         trainer.step(step)
         if not step % plan.config.checkpoint.save_interval:
-            trainer.save(step)
+            trainer.save()
     held = what_is_held(trainer)
     trainer.close()
     return {"said": describe(plan, platform), "rates": rates, "vision graph": any(graphs), **held}

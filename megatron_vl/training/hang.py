@@ -1,0 +1,112 @@
+"""Notices a run that no longer gets on, writes where every rank stands, and ends it."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+_LOOK_SECONDS = 0.2
+_LEAST_MARGIN, _MOST_MARGIN = 3.0, 60.0  # seconds for the others' stacks before the job ends
+
+
+class HangWatch:
+    """Watches that `beat` is called at least every `seconds`; all ranks create it together.
+
+    The stacks are written by a thread of the interpreter's own, which needs no lock of Python's:
+    also where a rank is stuck in a call that never lets go of it. A rank that was stopped from
+    outside is woken for it by the others of its machine. SIGUSR2 writes a rank's stacks at any
+    time.
+
+    Args:
+        seconds: without progress; 0 never watches.
+        folder: gets `rank00000.txt` of every rank.
+        give_up: ends this process with a message.
+    """
+
+    def __init__(self, seconds: float, folder: Path, give_up: Callable[[str], None]):
+        self.seconds, self.folder, self._give_up = seconds, folder, give_up
+        self.file = None
+        self._last, self._longest, self._doing = time.monotonic(), 0.0, "starting"
+        self._closed = threading.Event()
+        if not seconds:
+            return
+        rank = torch.distributed.get_rank()
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("rank*.txt"):
+                old.unlink()
+        here = (socket.gethostname(), os.getpid())
+        everyone: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, here)
+        self._neighbours = [pid for host, pid in everyone if host == here[0] and pid != here[1]]
+        self.path = folder / f"rank{rank:05d}.txt"
+        self.file = self.path.open("w", encoding="utf-8")
+        faulthandler.register(signal.SIGUSR2, file=self.file, all_threads=True)
+        threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
+
+    def beat(self, doing: str) -> None:
+        """This rank gets on; `doing` is what it does next."""
+        if self.file is None:
+            return
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._last)
+        self._last, self._doing = now, doing
+        faulthandler.dump_traceback_later(self.seconds, file=self.file)
+
+    def close(self) -> None:
+        if self.file is None:
+            return
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        self.file.close()
+        self.file = None
+        if self.path.stat().st_size == 0:
+            self.path.unlink()
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0 and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            quiet = time.monotonic() - self._last
+            if quiet > self.seconds:
+                break
+        else:
+            return
+        for one in psutil.Process().children(recursive=True):
+            _wake(one)
+        for pid in self._neighbours:
+            if psutil.pid_exists(pid):
+                neighbour = psutil.Process(pid)
+                for one in (neighbour, *neighbour.children(recursive=True)):
+                    _wake(one)
+        # The others came a little further; theirs are on the way.
+        time.sleep(min(_MOST_MARGIN, max(_LEAST_MARGIN, 2 * self._longest)))
+        if self._closed.is_set():
+            return
+        if time.monotonic() - self._last <= self.seconds:  # it got on after all
+            threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
+            return
+        self._give_up(
+            f"no progress for {time.monotonic() - self._last:.0f} s (hang-timeout {self.seconds:g} "
+            f"s) while {self._doing}; where every rank stood is in {self.folder}."
+        )
+
+
+def _wake(process: psutil.Process) -> None:
+    """Let a rank or a process it forked go on, if it was stopped, and write its stacks."""
+    try:
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGUSR2)
+    except psutil.NoSuchProcess:
+        pass
