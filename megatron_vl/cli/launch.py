@@ -122,14 +122,22 @@ def launch(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if nnodes == 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach the ranks
-    attempt = 0
+    attempt, store = 0, None
     while True:
+        # Kept while the ranks run: node 0's is where they all meet.
+        store = meet_alone() if nnodes == 1 else meet(
+            nnodes=nnodes, node_rank=node_rank, nproc_per_node=nproc_per_node,
+            address=master_addr, port=master_port, timeout=rendezvous_timeout, attempt=attempt,
+            store=store,
+        )
         with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
             end = _attempt(
                 argv, Path(scratch), attempt, saves=saves, nproc_per_node=nproc_per_node,
-                nnodes=nnodes, node_rank=node_rank, master_addr=master_addr,
-                master_port=master_port, rendezvous_timeout=rendezvous_timeout,
+                nnodes=nnodes, node_rank=node_rank, meeting=(store.host, store.port),
+                patience=max(1, int(rendezvous_timeout)),
             )
+        if end is None:
+            raise InputError(no_meeting(node_rank, master_addr, master_port))
         if end.report:
             print(end.report, end="", file=sys.stderr, flush=True)
         if not end.again or attempt == max_restarts:
@@ -150,8 +158,9 @@ class _End:
 
 def _attempt(
     argv: list[str], scratch: Path, attempt: int, *, saves: bool, nproc_per_node: int, nnodes: int,
-    node_rank: int, master_addr: str, master_port: int, rendezvous_timeout: float,
-) -> _End:
+    node_rank: int, meeting: tuple[str, int], patience: int,
+) -> _End | None:
+    """Start the ranks and wait for their end; None: the nodes lost one another."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -161,19 +170,14 @@ def _attempt(
     failure = scratch / "failure"
     os.environ[FAILURE_FILE] = str(failure)
     try:
-        # Kept while the ranks run: node 0's is where they all meet.
-        store = meet_alone() if nnodes == 1 else meet(
-            nnodes=nnodes, node_rank=node_rank, nproc_per_node=nproc_per_node,
-            address=master_addr, port=master_port, timeout=rendezvous_timeout, attempt=attempt,
-        )
         config = LaunchConfig(
             min_nodes=nnodes,
             max_nodes=nnodes,
             nproc_per_node=nproc_per_node,
             run_id=f"megatron-vl-{attempt}",  # what an earlier attempt left in the store is its own
             rdzv_backend="static",
-            rdzv_endpoint=f"{store.host}:{store.port}",
-            rdzv_configs={"rank": node_rank, "timeout": max(1, int(rendezvous_timeout))},
+            rdzv_endpoint="{}:{}".format(*meeting),
+            rdzv_configs={"rank": node_rank, "timeout": patience},
             max_restarts=0,
             monitor_interval=0.1,
             **(_signals(LaunchConfig) if saves else {}),
@@ -183,15 +187,17 @@ def _attempt(
     except ChildFailedError as error:
         code, report = read_failure(failure) or (1, _no_report(argv[0], error))
         # What fails before its first step for a reason of its own will fail so again.
-        died = any(one.exitcode < 0 for one in error.failures.values())
+        # By SIGTERM the others of one that failed end.
+        ends = {one.exitcode for one in error.failures.values()}
+        died = min(ends - {-signal.SIGTERM}, default=0) < 0
         again = code != 2 and (died or failure.with_name(STEPPED).exists())
         return _End(code=code, report=report, again=again and not failure.with_name(STOP).exists())
     except SignalException as error:
         # Whatever the ranks reported, they were told to stop.
         name = signal.Signals(error.sigval).name
         return _End(code=128 + error.sigval, report=f"megatron-vl {argv[0]}: ended by {name}\n")
-    except (RendezvousError, DistError) as error:
-        raise InputError(no_meeting(node_rank, master_addr, master_port)) from error
+    except (RendezvousError, DistError):
+        return None
     finally:
         del os.environ[FAILURE_FILE]
     return _End(code=0)

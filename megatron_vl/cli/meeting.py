@@ -19,11 +19,12 @@ _ALL_CAME = "all came"
 
 def meet(
     *, nnodes: int, node_rank: int, nproc_per_node: int, address: str, port: int, timeout: float,
-    attempt: int = 0,
+    attempt: int = 0, store=None,
 ):
     """Wait until all nodes have come, `timeout` seconds at most; returns the store to keep.
 
-    Nodes meet again for every attempt, which is a number of its own.
+    They meet again for every attempt, at the same `store`: the first of them to be there again
+    must not find one that is about to close.
 
     Raises:
         InputError: node 0 cannot be reached, a node did not come, two came with one number, or
@@ -32,12 +33,12 @@ def meet(
     from torch.distributed import DistError, PrefixStore, TCPStore
 
     deadline = time.monotonic() + timeout
-    if node_rank:
+    if node_rank and store is None:
         _wait_for_port(node_rank, address, port, deadline)
     me = {"node": node_rank, "host": socket.gethostname(), "nnodes": nnodes,
           "nproc_per_node": nproc_per_node}
     try:
-        store = TCPStore(
+        store = store or TCPStore(
             address, port, None, node_rank == 0, timedelta(seconds=max(timeout, 1)),
             wait_for_workers=False, multi_tenant=True,
         )

@@ -207,7 +207,8 @@ def test_a_killed_rank_takes_the_job_down_with_a_message(victim, workshop, tmp_p
             PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2), SAVE_INTERVAL=100000,
         )),
     ]
-    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+           "MP_EXTRA": "--max-restarts 0"}
     job = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

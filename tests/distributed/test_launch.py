@@ -109,6 +109,102 @@ def test_a_signal_to_the_launcher_ends_its_ranks_in_one_line(name, start):
     assert not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
 
 
+# Of a rank: which attempt this is, and the run has got past its first step.
+ATTEMPT = "attempt = int(os.environ['TORCHELASTIC_RUN_ID'].rpartition('-')[2])\n"
+STEPPED = "from megatron_vl.cli.worker import STEPPED, beside_failure\n" \
+          "beside_failure(STEPPED).touch()\n"
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+RESTARTS = {  # what the ranks do -> exit code, restarts, what is said last
+    "killed once": (f"if rank and attempt == 0: {DIE}\ntime.sleep(0 if attempt else 60)", 0, 1,
+                    "restart 1 of 2 (max-restarts)"),
+    "killed again and again": (f"if rank: {DIE}\ntime.sleep(60)", 1, 2, "was ended by SIGKILL"),
+    "something broke in training": (
+        STEPPED + "if rank and attempt == 0: sys.exit(fail(1, 'KeyError: 3'))\n"
+        "time.sleep(0 if attempt else 60)", 0, 1, "restart 1 of 2 (max-restarts)",
+    ),
+    "something broke before the first step": (
+        "time.sleep(0 if rank else 60)\nsys.exit(fail(1, 'KeyError: 3'))", 1, 0, "KeyError: 3",
+    ),
+    "bad input in training": (
+        STEPPED + "time.sleep(0 if rank else 60)\n"
+        "sys.exit(fail(2, 'megatron-vl train: no data; give some.'))",
+        2, 0, "no data; give some.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "code", "restarts", "last"), RESTARTS.values(), ids=RESTARTS)
+def test_ranks_are_started_again_where_that_may_help(body, code, restarts, last, start):
+    job = start(ATTEMPT + body, "max_restarts=2")
+    _, errors = job.communicate(timeout=90)
+    assert job.returncode == code, errors
+    assert errors.count("starting all processes again") == restarts
+    assert errors.splitlines()[-1].rstrip().endswith(last) or last in errors.splitlines()[-1]
+
+
+def test_all_nodes_start_their_ranks_again_together(start):
+    """A rank of node 1 dies; node 0's fails for it, as one that waits for the other would."""
+    port = a_free_port()
+    body = ATTEMPT + (
+        f"if rank == 3 and attempt == 0: {DIE}\n"
+        f"{STEPPED}"
+        "if attempt == 0 and rank < 2:\n    time.sleep(3)\n    sys.exit(fail(1, 'closed'))\n"
+        "time.sleep(0 if attempt else 60)\nprint('rank', rank, 'attempt', attempt)"
+    )
+    jobs = [
+        start(body, f"nnodes=2, node_rank={node}, master_addr='127.0.0.1', master_port={port}, "
+                    f"rendezvous_timeout=60, max_restarts=1")
+        for node in (0, 1)
+    ]
+    said = [job.communicate(timeout=90) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert "".join(out for out, _ in said).count("attempt 1") == 4
+
+
+WAIT_FOR_STOP = """
+from megatron_vl.training.stop import StopRequest
+from megatron_vl.cli.worker import STOP, beside_failure
+stop = StopRequest(beside_failure(STOP))
+stop.listen()
+print(os.getpid(), flush=True)
+while not stop.reason: time.sleep(0.05)
+time.sleep({longer})
+print(rank, stop.reason, flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("whom", ["launcher", "rank", "all"])
+def test_a_signal_lets_a_run_save(name, whom, start):
+    job = start(WAIT_FOR_STOP.format(longer=0), "saves=True, max_restarts=3")
+    ranks = [int(job.stdout.readline()) for _ in range(2)]
+    if whom == "rank" and name == "SIGTERM":
+        # Ours sends it to end a rank, after another one failed.
+        os.kill(ranks[1], signal.SIGTERM)
+        assert job.stdout.readline() == ""  # dead, and so is the attempt
+        job.kill()
+        return
+    told = {"launcher": [job.pid], "rank": ranks, "all": [job.pid, *ranks]}[whom]
+    for one in told:
+        os.kill(one, signal.Signals[name])
+    out, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    assert sorted(out.split()) == sorted(["0", "1", name, name])
+
+
+def test_a_second_signal_ends_a_run_that_is_still_saving(start):
+    job = start(WAIT_FOR_STOP.format(longer=60), "saves=True")
+    ranks = [int(job.stdout.readline()) for _ in range(2)]
+    job.send_signal(signal.SIGTERM)
+    assert "a second signal ends the run at once" in job.stderr.readline()
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM
+    assert "megatron-vl train: ended by SIGTERM" in errors
+    assert not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+
+
 def test_nodes_that_cannot_meet_are_told_where_and_what_to_mend(start):
     with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", 0))
