@@ -75,6 +75,10 @@ class Saver:
         self.first = torch.distributed.get_rank() == 0
         self.queue = AsyncCallsQueue()
         self.pending: _Pending | None = None
+        if self.first:  # what a run left that was ended while it saved
+            for pattern in (".iter_*.partial", ".iter_*.deleted"):
+                for leftover in root.glob(pattern):
+                    _clear(leftover)
 
     def save(
         self, iteration: int, state: Callable[[], dict], *, content: dict,
