@@ -43,6 +43,8 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     from megatron_vl.platform import select_platform
 
     code = 0
+    # Whatever a shell has set: no checkpoint's pickle is run.
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         _quiet_libraries()
         _take_children_along()

@@ -36,6 +36,7 @@ from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, load_rank
 from megatron_vl.weights.recut import recut
+from megatron_vl.weights.torch_dist import check_data_only
 
 LOADER = "loader_dp{}.json"
 
@@ -119,6 +120,8 @@ def load_checkpoint(
         load_weights(info, model, plan.spec, plan.layout)
         optimizer.reload_model_params()
         return Resumed(iteration=0)
+    check_data_only(info.path, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    torch.distributed.barrier()  # no rank reads what another has refused
     # A converted one holds nothing else.
     finetune = (options.finetune and not own) or info.release
     with_optimizer = not (finetune or options.no_load_optim)

@@ -207,7 +207,7 @@ def _format(path: Path) -> str | None:
 def _locate(directory: Path) -> tuple[Path, Path]:
     latest = directory / LATEST
     if not latest.is_file():
-        if _format(directory) is None:
+        if _format(directory) is None and not re.fullmatch(r"iter_\d+", directory.name):
             raise InputError(
                 f"{directory} has no {LATEST}; give a Megatron-Core checkpoint's directory."
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import io
 import itertools
 import json
 import pickle
@@ -21,7 +22,7 @@ from typing import Any
 from megatron_vl.errors import InputError
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt, reserve
-from megatron_vl.weights.inert_pickle import Unpickler
+from megatron_vl.weights.inert_pickle import DataOnly, Unpickler
 from megatron_vl.weights.map import Chunk, Stored, WeightMap
 from megatron_vl.weights.rules import Piece
 from megatron_vl.weights.torch_file import (
@@ -231,6 +232,70 @@ class _Chunks:
         if not isinstance(at, TensorAt) or (at.shape, at.dtype) != (sizes, dtype):
             raise InputError(f"{file}: {name} is not what .metadata says; copy it again.")
         return place.file, at
+
+
+# ---- before others read it ----------------------------------------------------------------------
+
+_TABLE_NAMES = frozenset({
+    ("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in (
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64",
+        "int32", "int16", "int8", "uint8", "bool",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata",
+        "ChunkStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    )),
+    *(("torch.distributed.checkpoint.planner", name) for name in (
+        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
+    )),
+})
+
+
+def check_data_only(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Whether a checkpoint can be read by torch and Megatron-Core without running code of its own.
+
+    Both run the pickle of `.metadata` and of every object that is no tensor, whatever they name.
+
+    Args:
+        part: of `parts`, which of the objects are looked at; `.metadata` always is.
+
+    Raises:
+        InputError: a pickle names what no checkpoint needs, or a file is outside the checkpoint.
+    """
+    import torch
+
+    def refuse(file: Path, error: Exception) -> InputError:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        return InputError(
+            f"{file} holds more than data ({reason}); do not use this checkpoint, or ask who made "
+            f"it."
+        )
+
+    if not (path / ".metadata").is_file():
+        return  # of the torch format, which is read as data anyway
+    try:
+        with (path / ".metadata").open("rb") as file:
+            table = DataOnly(file, _TABLE_NAMES).load()
+        places = {index.fqn: (str(place.relative_path), int(place.offset), int(place.length))
+                  for index, place in table.storage_data.items()
+                  if not hasattr(table.state_dict_metadata[index.fqn], "chunks")}
+        files = {str(place.relative_path) for place in table.storage_data.values()}
+    except BROKEN as error:
+        raise refuse(path / ".metadata", error) from error
+    for name in files:
+        if Path(name).name != name:
+            raise refuse(path / ".metadata", ValueError(f"it reads {name}, outside of it"))
+    for name in sorted(places)[part::parts]:
+        file, offset, length = places[name]
+        try:
+            with (path / file).open("rb") as opened:
+                opened.seek(offset)
+                torch.load(io.BytesIO(opened.read(length)), map_location="cpu", weights_only=True)
+        except BROKEN as error:
+            raise refuse(path / file, ValueError(f"{name}: {error}")) from error
 
 
 # ---- writing ------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Real runs that are killed, stopped, damaged, and short of disk: what is lost, and what is said."""
+"""Real runs that are killed, stopped, damaged, short of disk: what is lost, and what is said."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -97,10 +98,8 @@ def ranks(job: psutil.Popen) -> list[psutil.Process]:
 
 def kill(*processes: psutil.Process) -> None:
     for one in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-        except psutil.NoSuchProcess:
-            pass
 
 
 MOMENTS = {  # (behind training, kills by what they hit)

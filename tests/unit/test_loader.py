@@ -1,7 +1,6 @@
 """The loaders on real shards: rows, ranks, resume, and everything that can be wrong on disk."""
 
 import json
-import pickle
 import shutil
 import tarfile
 from collections import Counter
@@ -13,6 +12,7 @@ import yaml
 
 from megatron_vl.data import pixels
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.loader_state import from_json, to_json
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import IGNORE
@@ -171,10 +171,10 @@ def test_a_resumed_loader_goes_on_exactly(loaders, workers, stop):
     batches = iter(loader)
     for _ in range(stop):
         next(batches)
-    state = pickle.dumps(loader.save_state_rank())
+    state = to_json(loader.save_state_rank())
     want = _take(batches, 6)
     resumed = loaders(num_workers=workers)
-    resumed.restore_state([pickle.loads(state)])
+    resumed.restore_state([from_json(state)])
     for one, two in zip(want, _take(resumed, 6), strict=True):
         _same(one, two)
 
