@@ -24,19 +24,25 @@ class StepCounts:
     """What went through one optimizer step on this rank."""
 
     rows: int = 0
+    positions: int = 0  # of rows, with padding
     tokens: int = 0  # of samples, without padding
+    trained: int = 0  # positions
     samples: int = 0
     images: int = 0
     sample_keys: list[list[str]] = field(default_factory=list)  # of each microbatch
+    lengths: list[int] = field(default_factory=list)  # tokens of each sample
     grids: list[list[list[int]]] = field(default_factory=list)  # of each microbatch's media
     skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, batch: RowBatch) -> None:
         self.rows += batch.tokens.shape[0]
+        self.positions += batch.tokens.numel()
         self.tokens += batch.num_tokens
+        self.trained += int((batch.loss_mask > 0).sum())
         self.samples += batch.num_samples
         self.images += batch.num_images
         self.sample_keys.append(batch.sample_keys)
+        self.lengths += batch.sample_lengths
         self.grids.append(batch.grid_thw.tolist())
         self.skipped += batch.skipped
 
@@ -134,7 +140,7 @@ def blank_like(batch: RowBatch) -> RowBatch:
         pixel_patches=None,
         grid_thw=batch.grid_thw[:0],
         sample_keys=[],
-        num_tokens=0,
+        sample_lengths=[],
     )
 
 
