@@ -144,10 +144,13 @@ def blank_like(batch: RowBatch) -> RowBatch:
     )
 
 
-def forward_step(stream: RowStream, model, *, per_sample: bool = False):
+def forward_step(
+    stream: RowStream, model, *, per_sample: bool = False, timed=contextlib.nullcontext
+):
     """Megatron-Core's forward step: the chunk's output, and the function that sums its loss.
 
-    `per_sample` gives every sample the same weight, instead of every trained token.
+    `per_sample` gives every sample the same weight, instead of every trained token; `timed` is
+    entered around the chunk's own work.
     """
     batch = next(stream)
     loss_mask, samples = batch.loss_mask, None
@@ -155,15 +158,16 @@ def forward_step(stream: RowStream, model, *, per_sample: bool = False):
         loss_mask, samples = equal_samples(batch.loss_mask, batch.cu_seqlens)
         if parallel_state.get_context_parallel_rank() > 0:
             samples.zero_()  # counted on the first of the ranks that share the row
-    output = model(
-        batch.tokens,
-        batch.position_ids,
-        Segments.from_cu_seqlens(batch.cu_seqlens),
-        pixel_patches=batch.pixel_patches,
-        grid_thw=batch.grid_thw,
-        labels=batch.labels,
-        loss_mask=loss_mask,
-    )
+    with timed():
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            Segments.from_cu_seqlens(batch.cu_seqlens),
+            pixel_patches=batch.pixel_patches,
+            grid_thw=batch.grid_thw,
+            labels=batch.labels,
+            loss_mask=loss_mask,
+        )
     return output, partial(sum_loss, samples=samples)
 
 
