@@ -49,9 +49,14 @@ def read_history(source: str | Path) -> History:
 
 
 def names_of(sources: Iterable[str | Path]) -> list[str]:
-    """What tells runs apart: the directory's name, with as much before it as that takes."""
+    """What tells runs apart: the directory's name, with as much before it as that takes.
+
+    A directory `log` says nothing and is left out.
+    """
     paths = [Path(source).absolute() for source in sources]
-    parts = [(path.parent if path.suffix == ".jsonl" else path).parts for path in paths]
+    folders = [path.parent if path.suffix == ".jsonl" else path for path in paths]
+    parts = [(one.parent if one.name in ("log", "logs") and one.parent.name else one).parts
+             for one in folders]
     longest = max(map(len, parts), default=0)
     for length in range(1, longest + 1):
         names = ["/".join(part[-length:]) for part in parts]

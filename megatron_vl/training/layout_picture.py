@@ -10,24 +10,22 @@ from megatron_vl.platform.init import ranks
 
 _REPLICAS = 4  # data-parallel replicas that are drawn; all are counted
 _GROUPS = 6  # groups of one kind that are listed
-_SIDE, _GAP, _WORDS = 34, 26, 300  # pixels: of a rank's square, between boxes, for the layers
+_SIDE, _GAP, _LETTER = 34, 26, 6.3  # pixels: of a rank's square, between boxes, of small text
 _VISION, _LANGUAGE, _LINE = "#cfe3f5", "#d3eed2", "#666"
 
 
 def stage_layers(split: StageSplit, stage: int) -> list[str]:
     """What every chunk of a stage holds, in words; layers count from 0."""
     rows = []
-    flat = range(split.pp * split.vp)
     for chunk in range(split.vp):
         at, held = chunk * split.pp + stage, []
         vision = split.layers("vit", stage, chunk)
-        if at == 0:
-            held += ["patch embedding", "text embedding"]
+        held += ["patches"] if at == 0 else []
         held += [_range("vision", vision)] if len(vision) else []
-        held += ["merger"] if (stage, chunk) == split.last_vision_chunk else []
+        held += ["merger", "embedding"] if (stage, chunk) == split.last_vision_chunk else []
         language = split.layers("llm", stage, chunk)
         held += [_range("LLM", language)] if len(language) else []
-        held += ["head"] if at == flat[-1] else []
+        held += ["head"] if at == split.pp * split.vp - 1 else []
         rows.append(", ".join(held) or "nothing")
     return rows
 
@@ -48,7 +46,7 @@ def groups(layout: Layout, kind: str) -> list[list[int]]:
 
 
 def talks(
-    layout: Layout, *, distributed_optimizer: bool = False, tied: bool = False
+    layout: Layout, split: StageSplit, *, distributed_optimizer: bool = False, tied: bool = False
 ) -> list[tuple[str, str, str]]:
     """(kind, what is sent, which ranks among each other) of every kind there is more than one of.
     """
@@ -65,8 +63,9 @@ def talks(
                 if distributed_optimizer else "summed after backward")
         rows.append(("data", f"gradients, {what}"))
     told = [(kind, what, _listed(groups(layout, kind))) for kind, what in rows]
-    if layout.pp > 1 and tied:
-        ends = [[one[0], one[-1]] for one in groups(layout, "pipeline")]
+    first = split.last_vision_chunk[0]  # where the embedding is
+    if first != layout.pp - 1 and tied:
+        ends = [[one[first], one[-1]] for one in groups(layout, "pipeline")]
         told.append(("embedding", "gradients of the weight that is embedding and head",
                      _listed(ends)))
     if layout.model_size > 1:
@@ -91,7 +90,10 @@ def draw_layout(layout: Layout, split: StageSplit) -> str:
     replicas = min(layout.dp, _REPLICAS)
     box_w, box_h = layout.tp * _SIDE + 12, layout.cp * _SIDE + 12
     height = max(box_h, 18 * layout.vp + 26)
-    top, left = 34, _WORDS + 10
+    words = 40 + _LETTER * max(
+        len(text) for pp in range(layout.pp) for text in _stage_texts(split, pp)
+    )
+    top, left = 34, words + 20
     width = left + replicas * (box_w + _GAP) + (120 if layout.dp > replicas else 20)
     total = top + layout.pp * (height + _GAP) + 4
     parts = [
@@ -108,7 +110,7 @@ def draw_layout(layout: Layout, split: StageSplit) -> str:
         parts.append(_text(left + replicas * (box_w + _GAP), 20, f"… {layout.dp} in all"))
     for pp in range(layout.pp):
         y = top + pp * (height + _GAP)
-        parts += _stage(layout, split, pp, y, height)
+        parts += _stage(split, pp, y, words, height)
         for dp in range(replicas):
             x = left + dp * (box_w + _GAP)
             parts += _ranks(layout, pp, dp, x, y + (height - box_h) / 2, box_w, box_h)
@@ -122,15 +124,19 @@ def draw_layout(layout: Layout, split: StageSplit) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
-def _stage(layout: Layout, split: StageSplit, pp: int, y: float, height: float) -> list[str]:
+def _stage_texts(split: StageSplit, pp: int) -> list[str]:
+    return [f"chunk {chunk}: {held}" if split.vp > 1 else held
+            for chunk, held in enumerate(stage_layers(split, pp))]
+
+
+def _stage(split: StageSplit, pp: int, y: float, width: float, height: float) -> list[str]:
     has_vision = any(len(split.layers("vit", pp, chunk)) for chunk in range(split.vp))
     color = _VISION if has_vision else _LANGUAGE
-    name = f"stage {pp}" if layout.pp > 1 else "one stage"
-    parts = [f'<rect x="2" y="{y}" width="{_WORDS - 10}" height="{height}" rx="4" '
+    name = f"stage {pp}" if split.pp > 1 else "one stage"
+    parts = [f'<rect x="2" y="{y}" width="{width}" height="{height}" rx="4" '
              f'fill="{color}"/>', _text(12, y + 18, name, bold=True)]
-    for chunk, held in enumerate(stage_layers(split, pp)):
-        prefix = f"chunk {chunk}: " if split.vp > 1 else ""
-        parts.append(_text(12, y + 36 + 17 * chunk, prefix + held, size=11.5))
+    parts += [_text(12, y + 36 + 17 * line, text, size=11.5)
+              for line, text in enumerate(_stage_texts(split, pp))]
     return parts
 
 

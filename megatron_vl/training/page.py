@@ -93,7 +93,8 @@ def _summary(run: History) -> list[str]:
     last = run.steps[-1]
     seconds = total(run.steps, "step_seconds")
     rows = [
-        ("steps", f"{last['iteration']:,}, {_hours(seconds)} of them alone"),
+        ("steps", f"{last['iteration']:,} in {_hours(seconds)}, without validation and "
+         f"checkpoints"),
         ("loss", f"{run.steps[0]['loss']:.4f} at first, {last['loss']:.4f} at last"),
     ]
     if run.validations:
@@ -135,7 +136,7 @@ def _picture(run: History) -> str:
 def _layout(start: dict) -> list[str]:
     layout, split = Layout(**start["layout"]), StageSplit.from_dict(start["split"])
     told = talks(
-        layout, distributed_optimizer=start["options"]["use_distributed_optimizer"],
+        layout, split, distributed_optimizer=start["options"]["use_distributed_optimizer"],
         tied=start["tied"],
     )
     return [

@@ -41,7 +41,7 @@ def plot_runs(
         _draw(axes, run, color, "" if alone else name)
     loss, norm, rate, speed, wait = axes
     loss.set_ylabel("loss per trained token")
-    loss.legend(loc="upper right", fontsize=9)
+    loss.legend(fontsize=9)
     norm.set_ylabel("gradient norm")
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -84,8 +84,12 @@ def _draw(axes, run: History, color: str, name: str) -> None:
     wait.plot(*zip(*waits, strict=True) if waits else ((), ()), color=color, linewidth=1)
 
 
-def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average with bias correction, as TensorBoard draws it."""
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average with bias correction, as TensorBoard draws it.
+
+    Over a twentieth of the run, at most 20 steps: of a short one it would show the start alone.
+    """
+    weight = 1 - 1 / min(20, max(1, len(values) / 20))
     out, average = [], 0.0
     for count, value in enumerate(values, 1):
         average = weight * average + (1 - weight) * value
