@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_vl.errors import InputError
 
-METRICS = "metrics.jsonl"
+METRICS, PAGE = "metrics.jsonl", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,13 +48,19 @@ def read_history(source: str | Path) -> History:
                    ranks=ranks[-1] if ranks else None)
 
 
+def page_of(metrics: Path) -> Path:
+    """Where the page about a run goes unless told: beside its metrics file, named after it."""
+    return metrics.with_name(PAGE) if metrics.name == METRICS else metrics.with_suffix(".html")
+
+
 def names_of(sources: Iterable[str | Path]) -> list[str]:
     """What tells runs apart: the directory's name, with as much before it as that takes.
 
-    A directory `log` says nothing and is left out.
+    A directory `log` says nothing and is left out; a metrics file of another name has its own.
     """
     paths = [Path(source).absolute() for source in sources]
-    folders = [path.parent if path.suffix == ".jsonl" else path for path in paths]
+    folders = [path.parent if path.name == METRICS else path.with_suffix("")
+               if path.suffix == ".jsonl" else path for path in paths]
     parts = [(one.parent if one.name in ("log", "logs") and one.parent.name else one).parts
              for one in folders]
     longest = max(map(len, parts), default=0)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import GROUPS
-from megatron_vl.training.history import History, names_of, read_history, total
+from megatron_vl.training.history import History, names_of, page_of, read_history, total
 from megatron_vl.training.layout_picture import draw_layout, talks
 from megatron_vl.training.report import plot_runs
 
@@ -61,9 +61,9 @@ def write_page(metrics: str | Path, page: str | Path | None = None) -> Path:
         InputError: see `read_history` and `plot_runs`.
     """
     run = read_history(metrics)
-    path = run.file.with_name("report.html") if page is None else Path(page)
+    path = page_of(run.file) if page is None else Path(page)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = page_of(run)
+    text = page_text(run)
     handle, pending = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with open(handle, "w", encoding="utf-8") as file:
         file.write(text)
@@ -72,7 +72,7 @@ def write_page(metrics: str | Path, page: str | Path | None = None) -> Path:
     return path
 
 
-def page_of(run: History) -> str:
+def page_text(run: History) -> str:
     title = names_of([run.file])[0]
     parts = [_HEAD.format(title=_text(title)), f"<h1>{_text(title)}</h1>\n", *_summary(run)]
     if run.steps:

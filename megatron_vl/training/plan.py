@@ -16,11 +16,9 @@ from megatron_vl.models.spec import VLMSpec
 from megatron_vl.ops.attention import Case, check_backend
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.history import METRICS
+from megatron_vl.training.history import METRICS, page_of
 from megatron_vl.training.trackers import check_trackers
 from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, inspect_checkpoint
-
-REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +55,7 @@ class Plan:
         if not self.config.log.report or self.metrics_file is None:
             return None
         given = self.config.log.report_file
-        return self.metrics_file.with_name(REPORT) if given is None else Path(given)
+        return page_of(self.metrics_file) if given is None else Path(given)
 
     @property
     def profile_dir(self) -> Path | None:
