@@ -333,7 +333,8 @@ class LogOptions:
     )
     report: bool = option(True, "write a page about the run at its end")
     report_file: str | None = option(
-        None, "that page; default: beside metrics-file, as report.html or, of X.jsonl, X.html", kind=str
+        None, "that page; default: report.html beside metrics-file, or X.html beside X.jsonl",
+        kind=str
     )
     log_tps: bool = option(False, "print the run's average throughput at its end")
     device_peak_tflops: float | None = option(
