@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_vl.errors import InputError
 
 METRICS, PAGE = "metrics.jsonl", "report.html"
+_LONGEST = 2**24  # bytes of a line: of tens of thousands of ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,18 @@ def read_history(source: str | Path) -> History:
     )
     return History(file=path, steps=steps, validations=validations, starts=starts,
                    ranks=ranks[-1] if ranks else None)
+
+
+def cut_unfinished(metrics: Path) -> None:
+    """Take off a last line that a killed run did not finish, before another goes on behind it."""
+    if not metrics.is_file():
+        return
+    with metrics.open("rb+") as file:
+        start = max(0, file.seek(0, 2) - _LONGEST)
+        file.seek(start)
+        whole, newline, rest = file.read().rpartition(b"\n")
+        if rest.startswith(b'{"kind"'):  # and nothing else: the file might be another's
+            file.truncate(start + len(whole) + len(newline))
 
 
 def page_of(metrics: Path) -> Path:

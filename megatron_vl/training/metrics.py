@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_vl.training.flops import utilization
+from megatron_vl.training.history import cut_unfinished
 from megatron_vl.training.stragglers import Straggler
 
 
@@ -81,6 +82,7 @@ class MetricLog:
         self.file = None
         if jsonl is not None:
             Path(jsonl).parent.mkdir(parents=True, exist_ok=True)
+            cut_unfinished(Path(jsonl))
             self.file = open(jsonl, "a", encoding="utf-8", buffering=1)
         self.board = None
         if tensorboard_dir is not None:

@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vl.data.conversation import REASONS
+from megatron_vl.errors import InputError
 from megatron_vl.models.common.media_share import loads
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.training.flops import step_flops
@@ -99,7 +100,7 @@ class Show:
         last = iteration == self.plan.config.batch.train_iters
         trace = self.profiler.after(iteration, last=last)
         if trace is not None:
-            print(f"rank {self.rank} wrote {trace}", flush=True)
+            self.console.say(f"rank {self.rank} wrote {trace}")
         if self.log is not None:
             metrics = StepMetrics(
                 iteration=iteration, step_seconds=seconds, data_wait_seconds=max(waits),
@@ -163,6 +164,6 @@ class Show:
         if self.plan.report_file is not None:
             try:
                 self.say(f"report: {write_page(self.plan.metrics_file, self.plan.report_file)}")
-            except OSError as error:  # what was trained is saved, and a page can be made again
-                self.say(f"warning: {self.plan.report_file} was not written ({error.strerror}); "
-                         f"run megatron-vl report {self.plan.metrics_file}")
+            except (OSError, InputError) as error:
+                # What was trained is saved, and a page can be made again.
+                self.say(f"warning: {self.plan.report_file} was not written: {error}")

@@ -142,6 +142,19 @@ def test_a_resumed_run_counts_its_later_lines(tmp_path):
         read_history(file)
 
 
+def test_a_line_that_a_killed_run_left_unfinished_is_taken_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for end, steps in (('{"kind": "train", "iter', [1, 2]), ("", [1, 2])):
+        file.write_text('{"kind": "train", "iteration": 1}\n' + end)
+        one = log(jsonl=file, say=lambda _: None)
+        one.step(replace(STEP, iteration=2))
+        one.close()
+        assert [step["iteration"] for step in read_history(file).steps] == steps
+    file.write_text("somebody's own, without a newline")
+    log(jsonl=file).close()
+    assert file.read_text().startswith("somebody's own")
+
+
 # ---- totals -----------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
+import yaml
 
 from megatron_vl.errors import InputError
 from megatron_vl.training.config import TrainConfig
@@ -64,6 +65,18 @@ def test_a_flag_switches_off_what_the_file_switches_on(tmp_path):
         from_flags("--no-no-load-rng")
 
 
+@pytest.mark.parametrize("text", ["profile-ranks: 3", "profile-ranks: [0, 2]", "{}"])
+def test_one_or_several_values_are_given_alike_everywhere(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    known = {"profile-ranks: 3": (3,), "profile-ranks: [0, 2]": (0, 2), "{}": (0,)}[text]
+    config = from_flags(yaml_file=str(tmp_path / "run.yaml"))
+    assert config.log.profile_ranks == known
+    words = ["--profile-ranks", *map(str, known)]
+    assert from_flags(*words).log.profile_ranks == known
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert from_flags(yaml_file=str(tmp_path / "again.yaml")) == config
+
+
 def test_the_schedule_lasts_as_long_as_the_run_unless_told():
     assert from_flags("--train-iters", "7").decay_iters == 7
     assert from_flags("--train-iters", "7", "--lr-decay-iters", "5").decay_iters == 5
@@ -87,10 +100,11 @@ OUT_OF_RANGE = {
     "must be at least 1": [
         "lr-decay-iters: 0", "train-iters: 0", "save-interval: 0", "max-samples-per-sequence: 0",
         "recompute-num-layers: 0", "vit-recompute-num-layers: 0", "cpu-offloading-num-layers: 0",
-        "log-interval: 0",
+        "log-interval: 0", "profile-step-start: 0",
     ],
     "less than 1": ["adam-beta1: 1", "adam-beta2: 1.5", "adam-beta2: .nan"],
-    "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0"],
+    "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0",
+                        "device-peak-tflops: 0"],
 }
 
 
@@ -131,6 +145,12 @@ BAD = {
     "a rate for a frozen part": (
         "freeze-merger: true\nmerger-lr: 1e-4", "merger-lr is given but freeze-merger keeps"),
     "a rate over a schedule of zeros": ("lr: 0\nmin-lr: 0\nvit-lr: 1e-4", "but lr is 0"),
+    "a trace that ends before it starts": (
+        "profile-step-start: 5\nprofile-step-end: 5", "must be above profile-step-start 5"),
+    "a name for no tracker": (
+        "wandb-exp-name: a", "wandb-exp-name is given without wandb-project"),
+    "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one int"),
+    "a word among ranks": ("profile-ranks: [0, all]", "profile-ranks is 'all'; give a int"),
     "a negative spread": ("init-method-std: -0.02", "must be at least 0"),
 }
 
