@@ -107,7 +107,7 @@ $WORK/
   data/          easy-VQA as JSON and images; wds-pretrain/ and wds-finetune/ are energon datasets
   mcore/         its weights for TP 1, PP 2: release/mp_rank_00_000 and mp_rank_00_001
   pretrain/      checkpoint/, tensorboard/ and log/ of the first run
-  finetune/      the same of the second
+  finetune/      the same of the second; report.html in its log/ is a page about it
   trained-hf/    the trained model; transformers loads it as it is
   loss.png       the finetuning's loss, validation, gradient norm and throughput
   answers.jsonl  every question, the expected answer, the given one;  accuracy.txt: the table above

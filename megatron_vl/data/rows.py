@@ -80,7 +80,7 @@ def make_batch(rows: Sequence[Row], *, row_length: int, pad_token: int) -> RowBa
         pixel_patches=_joined(patches),
         grid_thw=torch.cat([torch.empty(0, 3, dtype=torch.int64), *(s.grids for s in samples)]),
         sample_keys=[sample.name for sample in samples],
-        num_tokens=sum(row.num_tokens for row in rows),
+        sample_lengths=[sample.num_tokens for sample in samples],
     )
 
 

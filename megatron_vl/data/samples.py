@@ -95,9 +95,14 @@ class RowBatch:
     pixel_patches: torch.Tensor | None  # float32 [P, D] of all images, in order of their tokens
     grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
     sample_keys: list[str]  # `shard.tar/key` of every sample, in order
-    num_tokens: int  # of the samples: all B*S but the rows' padding tails
+    sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
     skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
     __restore_key__: tuple = ()  # set by energon
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the samples: all B*S but the rows' padding tails."""
+        return sum(self.sample_lengths)
 
     @property
     def num_samples(self) -> int:

@@ -6,6 +6,8 @@ converter, the data pipeline and the trainer all read the same `VLMSpec`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.errors import InputError
@@ -51,6 +53,27 @@ class DecoderSpec:
                 f"config.json's mrope_section {list(self.mrope_section)} sums to "
                 f"{sum(self.mrope_section)}; it must be half of the head width {self.head_dim}."
             )
+
+    def forward_flops(self, lengths: Sequence[int], trained: int) -> int:
+        """FLOPs of a forward pass over samples of `lengths` tokens, `trained` of which are trained.
+
+        Two for each multiply-add of the matrix products: in every layer q and the projection
+        (2 D H), k and v (2 D G), the three of the MLP (3 D F), attention, and at trained tokens,
+        where alone they are computed, the logits (D V); as Megatron-LM counts (arXiv 2104.04473,
+        appendix), with D, F and V the widths of the residual stream, the MLP and the vocabulary,
+        and H and G those of the query and key/value heads together.
+        """
+        heads, groups = (n * self.head_dim for n in (self.num_attention_heads,
+                                                     self.num_query_groups))
+        layer = self.hidden_size * (2 * heads + 2 * groups + 3 * self.ffn_hidden_size)
+        matrices = sum(lengths) * self.num_layers * layer
+        logits = trained * self.hidden_size * self.vocab_size
+        return 2 * (matrices + logits) + self.attention_flops(lengths)
+
+    def attention_flops(self, lengths: Sequence[int]) -> int:
+        """Of them, scores and sums: of a token with itself and those before it in its sample."""
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return 2 * pairs * 2 * self.num_layers * self.num_attention_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,12 +127,21 @@ class VisionSpec:
         and sums (2 L D), and the merger; as Megatron-LM counts (arXiv 2104.04473, appendix), with D
         the width and F the MLP's.
         """
-        t, h, w = grid
-        width, patches = self.hidden_size, t * h * w
-        layer = 4 * width**2 + 2 * width * self.ffn_hidden_size + 2 * h * w * width
+        width, patches = self.hidden_size, math.prod(grid)
+        layer = 4 * width**2 + 2 * width * self.ffn_hidden_size
+        matrices = 2 * patches * (self.patch_dim * width + self.depth * layer)
+        return matrices + self.attention_flops(grid) + self.merger_flops(grid)
+
+    def attention_flops(self, grid: tuple[int, int, int]) -> int:
+        """Of them, scores and sums."""
+        _, h, w = grid
+        return 2 * math.prod(grid) * self.depth * 2 * h * w * self.hidden_size
+
+    def merger_flops(self, grid: tuple[int, int, int]) -> int:
+        """Of them, the merger's."""
         merged = self.merged_size
         merger = (merged**2 + merged * self.out_hidden_size) // self.spatial_merge_size**2
-        return 2 * patches * (self.patch_dim * width + self.depth * layer + merger)
+        return 2 * math.prod(grid) * merger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

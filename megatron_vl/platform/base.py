@@ -31,6 +31,15 @@ class Platform(Protocol):
     def peak_memory_bytes(self) -> int:
         """Largest memory this process held so far: device memory, or resident memory on CPU."""
 
+    def device_name(self) -> str:
+        """What its maker calls the device."""
+
+    def mark(self) -> object:
+        """Now, in the order of what is queued on the device."""
+
+    def seconds_between(self, start: object, end: object) -> float:
+        """Of the device between two marks, once both have been passed: see `synchronize`."""
+
 
 def select_platform() -> Platform:
     """The platform of this machine.

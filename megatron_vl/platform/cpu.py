@@ -19,9 +19,11 @@ import contextlib
 import functools
 import os
 import pickle
+import platform
 import queue
 import resource
 import sys
+import time
 import warnings
 
 import torch
@@ -61,6 +63,15 @@ class CpuPlatform:
     def peak_memory_bytes(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+    def device_name(self) -> str:
+        return platform.processor() or platform.machine() or "CPU"
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds_between(self, start: float, end: float) -> float:
+        return end - start
 
 
 # ---- 1. device calls --------------------------------------------------------------------------

@@ -30,3 +30,14 @@ class CudaPlatform:
 
     def peak_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return start.elapsed_time(end) / 1000

@@ -20,7 +20,8 @@ from megatron_vl.parallel import Layout
 
 
 def option(default: Any, help: str, *, choices: tuple | None = None, kind: type | None = None):
-    """A field with its help text, the values it may take and, for lists and paths, its type."""
+    """A field with its help text, the values it may take and, where the default does not tell it,
+    its type. A default that is a tuple stands for one or several values of `kind`."""
     return field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
 
 
@@ -369,10 +370,49 @@ class LogOptions:
 
     log_interval: int = option(1, "steps between log lines")
     tensorboard_dir: str | None = option(None, "TensorBoard directory", kind=str)
-    metrics_file: str | None = option(None, "JSONL with the numbers of every log line", kind=str)
+    metrics_file: str | None = option(
+        None, "JSONL with the numbers of every step; default: metrics.jsonl in save", kind=str
+    )
+    report: bool = option(True, "write a page about the run at its end")
+    report_file: str | None = option(
+        None, "that page; default: report.html beside metrics-file, or X.html beside X.jsonl",
+        kind=str
+    )
+    log_tps: bool = option(False, "print the run's average throughput at its end")
+    device_peak_tflops: float | None = option(
+        None, "what one device can do at most in bf16, in 10^12 FLOPs a second, for MFU; default: "
+        "by the device's name", kind=float
+    )
+    wandb_project: str | None = option(None, "log to this project of Weights & Biases", kind=str)
+    wandb_exp_name: str | None = option(None, "the run's name there", kind=str)
+    swanlab_project: str | None = option(None, "log to this project of SwanLab", kind=str)
+    swanlab_exp_name: str | None = option(None, "the run's name there", kind=str)
+    mlflow_experiment: str | None = option(None, "log to this experiment of MLflow", kind=str)
+    mlflow_run_name: str | None = option(None, "the run's name there", kind=str)
+    profile: bool = option(False, "trace some steps with torch's profiler")
+    profile_step_start: int = option(10, "the first iteration that is traced")
+    profile_step_end: int = option(12, "the first iteration after it that is not")
+    profile_ranks: tuple[int, ...] = option((0,), "ranks that are traced", kind=int)
+    profile_dir: str | None = option(
+        None, "directory of the traces; default: tensorboard-dir, or profile beside metrics-file",
+        kind=str
+    )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "log_interval")
+        _at_least(self, 1, "log_interval", "profile_step_start")
+        _above_zero(self, *(["device_peak_tflops"] if self.device_peak_tflops is not None else []))
+        if self.profile_step_end <= self.profile_step_start:
+            raise InputError(
+                f"profile-step-end {self.profile_step_end} must be above profile-step-start "
+                f"{self.profile_step_start}: it is the first iteration that is not traced."
+            )
+        for tracker in ("wandb_project", "swanlab_project", "mlflow_experiment"):
+            name = tracker.split("_")[0] + ("_run_name" if "mlflow" in tracker else "_exp_name")
+            if getattr(self, name) is not None and getattr(self, tracker) is None:
+                raise InputError(
+                    f"{name.replace('_', '-')} is given without {tracker.replace('_', '-')}; give "
+                    f"both, or neither."
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -471,6 +511,15 @@ def _typed(f, value):
     kind, name = kind_of(f), f.name.replace("_", "-")
     if value is None and f.default is None:
         return None
+    if isinstance(f.default, tuple):  # one or several, in YAML `0` or `[0, 1]`
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if not several:
+            raise InputError(f"option {name} is empty; give at least one {kind.__name__}.")
+        return tuple(_value(f, one, kind, name) for one in several)
+    return _value(f, value, kind, name)
+
+
+def _value(f, value, kind: type, name: str):
     if kind is bool and not isinstance(value, bool):
         raise InputError(f"option {name} is {value!r}; give true or false.")
     if isinstance(value, bool) and kind is not bool:

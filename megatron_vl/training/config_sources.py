@@ -47,9 +47,12 @@ def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
         )
         return
     assert f.default is not MISSING
-    shown = "" if f.default is None else f" (default: {f.default})"
+    several = isinstance(f.default, tuple)
+    default = " ".join(map(str, f.default)) if several else f.default
+    shown = "" if default is None else f" (default: {default})"
     section.add_argument(
-        flag, type=kind_of(f), choices=f.metadata["choices"], default=argparse.SUPPRESS,
+        flag, type=kind_of(f), nargs="+" if several else None,
+        choices=f.metadata["choices"], default=argparse.SUPPRESS,
         metavar=None if f.metadata["choices"] else kind_of(f).__name__.upper(),
         help=help_text + shown,
     )

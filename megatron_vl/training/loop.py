@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_vl.data.conversation import REASONS
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.samples import Skipped
 from megatron_vl.errors import InputError
-from megatron_vl.models.common.media_share import loads
 from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import choose_backend
@@ -30,7 +28,7 @@ from megatron_vl.training.checkpoint import (
 from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.guard import StepGuard, update
 from megatron_vl.training.hang import HangWatch
-from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
+from megatron_vl.training.metrics import duration
 from megatron_vl.training.plan import (
     Plan,
     find_checkpoint,
@@ -41,6 +39,7 @@ from megatron_vl.training.plan import (
 from megatron_vl.training.record import write_options
 from megatron_vl.training.saver import Saved, Saver
 from megatron_vl.training.setup import build_model, build_optimizer
+from megatron_vl.training.show import Show
 from megatron_vl.training.step import (
     RowStream,
     StepCounts,
@@ -74,7 +73,7 @@ def train(
     )
     watch = HangWatch(config.hang_seconds, config.stacks_dir, give_up)
     trainer = Trainer(plan, platform, stop, watch)
-    trainer.say(describe(plan, platform))
+    trainer.say(trainer.described)
     trainer.restore()
     if trainer.rank == 0:
         write_options(plan, platform.name)
@@ -112,6 +111,7 @@ class Trainer:
         self.device = torch.device(torch.cuda.current_device())
         self.started = time.perf_counter()
         self.done = self.saved = 0  # steps, and steps of the last checkpoint
+        self.show = Show(plan, platform, self.device)
         self.source, self.own = self._find_checkpoint()
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
@@ -123,17 +123,10 @@ class Trainer:
         self.left_out = 0  # samples that could not be used, over all ranks, each counted once
         self.told: Counter[str] = Counter()  # of them named by this rank, by reason
         self.failed_save: Saved | None = None  # the last one, if it did
-        self.log = None
-        if self.rank == 0:
-            log = self.config.log
-            self.log = MetricLog(
-                self.config.batch.train_iters, jsonl=log.metrics_file,
-                tensorboard_dir=log.tensorboard_dir, log_interval=log.log_interval,
-            )
+        self.described = describe(plan, platform)
 
     def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
+        self.show.say(text)
 
     # ---- start ------------------------------------------------------------------------------
 
@@ -177,7 +170,7 @@ class Trainer:
                 f"nothing to do: {self.done} steps are done, train-iters is "
                 f"{self.config.batch.train_iters}"
             )
-        self.stopping = bool(self._largest(bool(self.stop.reason))[0])
+        self.stopping = self._asked_to_stop()
         self.optimizer.zero_grad()
         batches = None
         if self.exchange.is_reader:
@@ -190,6 +183,7 @@ class Trainer:
                 self.loader.restore_state(list(map(read_loader_state, loader_states)))
             batches = iter(self.loader)
         self.streams = self._streams(batches)
+        self.show.start(self.done, self.described)
 
     def _streams(self, batches: Iterator | None) -> list[RowStream]:
         """One stream a model chunk; chunks of one rank see the same rows."""
@@ -233,7 +227,8 @@ class Trainer:
                 row_length=self.plan.row_length, forward_only=forward_only,
                 micro_batch_size=self.config.batch.micro_batch_size,
                 step=partial(
-                    forward_step, per_sample=self.config.batch.calculate_per_sample_loss
+                    forward_step, per_sample=self.config.batch.calculate_per_sample_loss,
+                    **({} if forward_only else {"timed": self.show.clock.running}),
                 ),
             )
         self.exchange.settle()
@@ -242,6 +237,7 @@ class Trainer:
     def step(self, iteration: int) -> None:
         """Forward and backward over all microbatches, then one update."""
         self.watch.beat(f"training iteration {iteration}")
+        self.show.before(iteration)
         started, self.exchange.wait_seconds = time.perf_counter(), 0.0
         for chunk in self.model:
             chunk.train()
@@ -255,41 +251,17 @@ class Trainer:
         if updated:
             self.scheduler.step(increment=1)
         counts, *_ = [stream.take_counts() for stream in self.streams]  # chunks see the same rows
-        totals = self._totals(counts)
-        if self.log is not None:
-            self.log.step(StepMetrics(
-                iteration=iteration, loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0),
-                step_seconds=time.perf_counter() - started, trained_tokens=trained,
-                skipped=not updated, **totals,
-            ))
-        self._check_left_out()
-        self.done = iteration
-        if fault:
-            self.say(self.guard.skip(iteration, fault, self._blame(losses, counts)))
-
-    def _totals(self, counts: StepCounts) -> dict:
-        """Counts over data-parallel ranks; the wait is the longest of any reader."""
-        reasons = Counter(skipped.reason for skipped in counts.skipped)
-        new = sum(skipped.first for skipped in counts.skipped)
-        sums = torch.tensor(
-            [counts.rows, counts.tokens, counts.samples, counts.images, new,
-             *self._vision_work(counts),
-             *(reasons[reason] for reason in REASONS)],
-            dtype=torch.float64, device=self.device,
+        self.left_out += self.show.step(
+            iteration, counts, started=started, data_wait_seconds=self.exchange.wait_seconds,
+            loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0), trained_tokens=trained,
+            skipped=not updated,
         )
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        wait = self._largest(self.exchange.wait_seconds, bool(self.stop.reason))
-        self.stopping = bool(wait[1])
         if self.exchange.is_reader:
             self._tell(counts.skipped)
-        rows, tokens, samples, images, new, mean, busiest, *left_out = map(int, sums.tolist())
-        self.left_out += new
-        return dict(
-            rows=rows, tokens=tokens, samples=samples, images=images,
-            data_wait_seconds=wait[0],
-            vision_balance=mean / busiest if busiest and self.plan.layout.media_ranks > 1 else None,
-            skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},
-        )
+        self._check_left_out()
+        self.done, self.stopping = iteration, self._asked_to_stop()
+        if fault:
+            self.say(self.guard.skip(iteration, fault, self._blame(losses, counts)))
 
     def _largest(self, *numbers: float) -> list[float]:
         """Of all ranks."""
@@ -297,12 +269,9 @@ class Trainer:
         torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
         return box.tolist()
 
-    def _vision_work(self, counts: StepCounts) -> tuple[float, float]:
-        """FLOPs of the vision tower: of its mean rank, and of the busiest of each microbatch."""
-        flops = [[self.plan.spec.vision.forward_flops(grid) for grid in grids]
-                 for grids in counts.grids]
-        ranks = self.plan.layout.media_ranks
-        return sum(map(sum, flops)) / ranks, sum(max(loads(one, ranks)) for one in flops)
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was; all ranks ask together."""
+        return bool(self._largest(bool(self.stop.reason))[0])
 
     def _tell(self, skipped: list[Skipped]) -> None:
         """Name the first samples left out; every reader does for its own."""
@@ -351,7 +320,7 @@ class Trainer:
         losses, skipped = [], Counter()
         while True:
             self.watch.beat(f"validating after iteration {iteration}")
-            self.stopping = bool(self._largest(bool(self.stop.reason))[0])
+            self.stopping = self._asked_to_stop()
             if self.stopping:
                 break
             # The loader knows where the split ends; the replica's other ranks are told.
@@ -380,9 +349,9 @@ class Trainer:
                 "the validation split has no trained token; give another valid-data-path, or "
                 "eval-interval 0."
             )
-        if self.log is not None:
+        if self.show.log is not None:
             # Rank 0 reads the integers of the whole split, but only its own rows' pixels.
-            self.log.evaluation(
+            self.show.log.evaluation(
                 iteration, loss, trained, time.perf_counter() - started, dict(skipped)
             )
 
@@ -431,8 +400,7 @@ class Trainer:
                  f"peak memory of a rank {peak / 2**30:.2f} GiB")
         if self.loader is not None:
             self.loader.close()
-        if self.log is not None:
-            self.log.close()
+        self.show.close()
         if self.failed_save is not None:
             raise InputError(
                 f"the last checkpoint, of iteration {self.failed_save.iteration}, could not be "

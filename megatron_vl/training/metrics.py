@@ -1,12 +1,17 @@
-"""The numbers of a run: one line an iteration, TensorBoard, and a JSONL of the same."""
+"""The numbers of a run: one line an iteration, TensorBoard, trackers, and a JSONL of the same."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from megatron_vl.training.flops import utilization
+from megatron_vl.training.history import cut_unfinished
+from megatron_vl.training.stragglers import Straggler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,17 +25,34 @@ class StepMetrics:
     step_seconds: float
     data_wait_seconds: float  # for the loader, longest of any reading rank
     rows: int
+    positions: int  # of rows: what the language model went through, with padding
     tokens: int  # of samples, without padding
     trained_tokens: int
     samples: int
-    images: int
+    images: int  # and videos
+    vision_flops: float  # needed forward and backward: see `step_flops`
+    llm_flops: float
+    memory_bytes: float  # peak so far of the rank that held most
     vision_balance: float | None = None  # of the vision tower's ranks: mean FLOPs / the busiest's
+    slowest: Straggler | None = None
     skipped: bool  # the optimizer found inf or nan gradients and kept the weights
     skipped_samples: dict[str, int] = field(default_factory=dict)  # left out by the data, by reason
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.step_seconds
+    def mean_sequence_length(self) -> float:
+        """Tokens of a sample."""
+        return self.tokens / self.samples if self.samples else 0.0
+
+    def rates(self) -> dict[str, float]:
+        """What the counts come to in a second."""
+        return {
+            f"{name}_per_second": value / self.step_seconds
+            for name, value in (
+                ("llm_tokens", self.positions), ("tokens", self.tokens),
+                ("samples", self.samples), ("images", self.images),
+                ("vision_flops", self.vision_flops), ("llm_flops", self.llm_flops),
+            )
+        }
 
 
 class MetricLog:
@@ -40,19 +62,27 @@ class MetricLog:
         train_iters: the run's last step.
         jsonl: file to append to, None for no file.
         tensorboard_dir: directory, None for none.
-        log_interval: steps between printed lines.
+        log_interval: steps between printed lines, and between what trackers get.
+        say: prints a line.
+        trackers: get the same numbers.
+        ranks: devices of the run.
+        peak_flops: of one of them in a second, for MFU; None where it is not known.
     """
 
     def __init__(
-        self, train_iters: int, *, jsonl: str | None, tensorboard_dir: str | None,
-        log_interval: int = 1,
+        self, train_iters: int, *, jsonl: str | Path | None, tensorboard_dir: str | None,
+        log_interval: int = 1, say: Callable[[str], None] = print, trackers=None, ranks: int = 1,
+        peak_flops: float | None = None,
     ):
         self.train_iters = train_iters
         self.log_interval = log_interval
+        self.say, self.trackers = say, trackers
+        self.ranks, self.peak_flops = ranks, peak_flops
         self.recent: list[float] = []  # seconds of the latest steps, for the ETA
         self.file = None
         if jsonl is not None:
             Path(jsonl).parent.mkdir(parents=True, exist_ok=True)
+            cut_unfinished(Path(jsonl))
             self.file = open(jsonl, "a", encoding="utf-8", buffering=1)
         self.board = None
         if tensorboard_dir is not None:
@@ -60,29 +90,50 @@ class MetricLog:
 
             self.board = SummaryWriter(tensorboard_dir)
 
+    # ---- what is told -------------------------------------------------------------------------
+
+    def start(self, facts: dict) -> None:
+        """What runs where with which options, for the file alone."""
+        self._write("run", facts)
+
     def step(self, step: StepMetrics) -> None:
         self.recent = [*self.recent, step.step_seconds][-50:]
-        if step.iteration % self.log_interval == 0 or step.iteration == self.train_iters:
-            print(self.line(step), flush=True)
-        self._record("train", step.iteration, {
-            **asdict(step), "tokens_per_second": step.tokens_per_second
-        })
+        shown = step.iteration % self.log_interval == 0 or step.iteration == self.train_iters
+        if shown:
+            self.say(self.line(step))
+        values = asdict(step) | step.rates() | {"mean_sequence_length": step.mean_sequence_length}
+        vision, language = self._mfu(step)
+        values |= {} if vision is None else {"vision_mfu": vision, "llm_mfu": language}
+        self._record("train", step.iteration, values, track=shown)
 
     def line(self, step: StepMetrics) -> str:
+        """One line for people, in which programs find what they know from others.
+
+        `'loss': 1.2345` and its neighbours stand as transformers' Trainer prints them, iteration
+        and elapsed time as Megatron-LM does, tokens per sample as MindSpeed-MM.
+        """
         left = sum(self.recent) / len(self.recent) * (self.train_iters - step.iteration)
-        width = len(str(self.train_iters))
+        width, rates = len(str(self.train_iters)), step.rates()
+        vision, language = self._mfu(step)
         parts = [
             f"iteration {step.iteration:>{width}}/{self.train_iters}",
-            f"loss {step.loss:.4f}",
-            f"lr {step.lr:.3e}",
-            f"grad norm {step.grad_norm:.3f}",
-            f"{step.tokens_per_second:,.0f} tokens/s",
-            f"{step.samples / step.step_seconds:,.1f} samples/s",
-            f"data wait {100 * step.data_wait_seconds / step.step_seconds:.1f}%",
+            f"{{'loss': {step.loss:.4f}, 'grad_norm': {step.grad_norm:.3f}, "
+            f"'learning_rate': {step.lr:.3e}}}",
+            f"{rates['llm_tokens_per_second']:,.0f} tokens/s, "
+            f"{rates['tokens_per_second']:,.0f} without padding",
+            f"{rates['images_per_second']:,.1f} images/s",
+            f"tokens per sample: {step.mean_sequence_length:.1f}",
+            *([] if vision is None else
+              [f"MFU {vision + language:.1%} = vision {vision:.1%} + LLM {language:.1%}"]),
+            f"data wait {step.data_wait_seconds / step.step_seconds:.1%}",
             *([] if step.vision_balance is None else
-              [f"vision balance {100 * step.vision_balance:.0f}%"]),
+              [f"vision balance {step.vision_balance:.0%}"]),
+            f"memory {step.memory_bytes / 2**30:.2f} GiB",
+            f"elapsed time per iteration (ms): {1000 * step.step_seconds:.1f}",
             f"ETA {duration(left)}",
         ]
+        if step.slowest:
+            parts.append(str(step.slowest))
         if step.skipped_samples:
             parts.append(left_out(step.skipped_samples))
         return " | ".join(parts + (["SKIPPED: gradient is not finite"] if step.skipped else []))
@@ -92,30 +143,47 @@ class MetricLog:
         skipped_samples: dict[str, int] | None = None,
     ) -> None:
         perplexity = math.exp(min(loss, 50.0)) if trained_tokens else float("nan")
-        print(
-            f"validation at iteration {iteration} | loss {loss:.4f} | "
+        self.say(
+            f"validation at iteration {iteration} | {{'eval_loss': {loss:.4f}}} | "
             f"perplexity {perplexity:.3f} | {trained_tokens:,} trained tokens | {seconds:.1f} s"
-            + (f" | {left_out(skipped_samples)}" if skipped_samples else ""),
-            flush=True,
+            + (f" | {left_out(skipped_samples)}" if skipped_samples else "")
         )
         self._record("validation", iteration, {
             "iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens,
             "skipped_samples": skipped_samples or {},
         })
 
-    def _record(self, kind: str, iteration: int, values: dict) -> None:
+    def ranks_seen(self, iteration: int, ranks: dict[str, list]) -> None:
+        """Every rank's own numbers, for the file alone: they are many."""
+        self._write("ranks", {"iteration": iteration, **ranks})
+
+    # ---- where it goes ------------------------------------------------------------------------
+
+    def _mfu(self, step: StepMetrics) -> tuple[float | None, float | None]:
+        """The part of the devices' peak that the vision part and the language model used."""
+        of = dict(seconds=step.step_seconds, ranks=self.ranks, peak=self.peak_flops)
+        return utilization(step.vision_flops, **of), utilization(step.llm_flops, **of)
+
+    def _record(self, kind: str, iteration: int, values: dict, *, track: bool = True) -> None:
+        self._write(kind, values)
+        numbers = {
+            f"{kind}/{name}": value for name, value in values.items()
+            if name != "iteration" and isinstance(value, (int, float))
+        }
+        if self.board is not None:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, iteration)
+        if self.trackers is not None and track:
+            self.trackers.log({name: float(v) for name, v in numbers.items()}, iteration)
+
+    def _write(self, kind: str, values: dict) -> None:
         if self.file is not None:
             self.file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                if name != "iteration" and isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{kind}/{name}", value, iteration)
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for one in (self.file, self.board, self.trackers):
+            if one is not None:
+                one.close()
 
 
 def left_out(skipped_samples: dict[str, int]) -> str:

@@ -17,6 +17,8 @@ from megatron_vl.ops.attention import Case, check_backend
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.history import METRICS, page_of
+from megatron_vl.training.trackers import check_trackers
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
 
 
@@ -39,6 +41,31 @@ class Plan:
         batch = self.config.batch
         packs = self.config.data.packing_buffer_size > 0
         return batch.seq_length if packs else batch.max_padding_length or batch.seq_length
+
+    @property
+    def metrics_file(self) -> Path | None:
+        """Where the run's numbers go."""
+        log, save = self.config.log, self.config.checkpoint.save
+        if log.metrics_file is not None:
+            return Path(log.metrics_file)
+        return None if save is None else Path(save) / METRICS
+
+    @property
+    def report_file(self) -> Path | None:
+        """Where the page about the run goes; None for none."""
+        if not self.config.log.report or self.metrics_file is None:
+            return None
+        given = self.config.log.report_file
+        return page_of(self.metrics_file) if given is None else Path(given)
+
+    @property
+    def profile_dir(self) -> Path | None:
+        """Where traces go; None where nothing says it."""
+        log = self.config.log
+        given = log.profile_dir or log.tensorboard_dir
+        if given is not None:
+            return Path(given)
+        return None if self.metrics_file is None else self.metrics_file.with_name("profile")
 
 
 def plan_run(config: TrainConfig, world_size: int) -> Plan:
@@ -84,12 +111,37 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
             f"over {parts} parts, as context parallelism and sequence-parallel need; use a "
             f"multiple of {parts}."
         )
+    _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
         raise InputError(
             f"{plan.num_microbatches} microbatches a step are not a multiple of PP {layout.pp}, as "
             f"virtual stages need; change global-batch-size or micro-batch-size."
         )
     return plan
+
+
+def _check_log(plan: Plan) -> None:
+    """What is to be shown of the run, and cannot be."""
+    log, world = plan.config.log, plan.layout.world_size
+    if log.report_file is not None and plan.report_file is None:
+        raise InputError(
+            "report-file needs the run's numbers and its page; give metrics-file or save, and "
+            "leave out no-report."
+        )
+    if not log.profile:
+        return
+    if plan.profile_dir is None:
+        raise InputError("profile has no directory for its traces; give profile-dir.")
+    if log.profile_step_start > plan.config.batch.train_iters:
+        raise InputError(
+            f"profile-step-start {log.profile_step_start} is after the last of "
+            f"{plan.config.batch.train_iters} steps; lower it, or raise train-iters."
+        )
+    for rank in log.profile_ranks:
+        if not 0 <= rank < world:
+            raise InputError(
+                f"profile-ranks has {rank} but this run has ranks 0 to {world - 1}; leave it out."
+            )
 
 
 def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
@@ -147,7 +199,7 @@ def trained_text(config: TrainConfig) -> TrainedText:
 
 
 def check_paths(config: TrainConfig) -> None:
-    """The datasets' splits, and whether what the run writes can be written.
+    """The datasets' splits, and whether what the run writes can be written and tracked.
 
     Looks at every shard: one process does it for all.
 
@@ -158,17 +210,20 @@ def check_paths(config: TrainConfig) -> None:
     train.check("train")
     if config.data.eval_interval > 0:
         valid.check("val")
+    check_trackers(config.log)
     for option, given in (
         ("save", config.checkpoint.save),
         ("tensorboard-dir", config.log.tensorboard_dir),
         ("metrics-file", config.log.metrics_file),
+        ("report-file", config.log.report_file),
+        ("profile-dir", config.log.profile_dir),
     ):
         if given is None:
             continue
         folder = Path(given).absolute()
-        if option == "metrics-file":
+        if option.endswith("-file"):
             if folder.is_dir():
-                raise InputError(f"metrics-file {given} is a directory; give a file.")
+                raise InputError(f"{option} {given} is a directory; give a file.")
             folder = folder.parent
         there = next(p for p in (folder, *folder.parents) if p.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):

@@ -14,6 +14,20 @@ from megatron_vl.training.preflight import versions
 OPTIONS = "train_options.yaml"
 
 
+def facts_of(plan: Plan, **more) -> dict:
+    """What a metrics file begins a run with: enough for a page about it, wherever it is read."""
+    names = ("tp", "pp", "vp", "cp", "dp", "sequence_parallel", "vit_data_parallel")
+    return {
+        "options": plan.config.to_dict(),
+        "versions": versions() | {"megatron_vl": megatron_vl.__version__},
+        "model_type": plan.spec.model_type,
+        "tied": plan.spec.decoder.tie_word_embeddings,
+        "layout": {name: getattr(plan.layout, name) for name in names},
+        "split": plan.split.to_dict(),
+        **more,
+    }
+
+
 def write_options(plan: Plan, platform_name: str) -> None:
     """SAVE/train_options.yaml: every resolved option, for `--config`, and the versions as comments.
 

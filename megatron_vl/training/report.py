@@ -1,78 +1,95 @@
-"""A run's numbers as a picture."""
+"""Runs' numbers as a picture."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.training.history import History
+
+# Told apart by people who see few colours too (Okabe and Ito); the first is for one run alone.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+SHARE = "% of a step"
 
 
-def read_metrics(jsonl: str | Path) -> tuple[list[dict], list[dict]]:
-    """(training steps, validations) of a metrics file, each step once: a resumed run repeats steps,
-    the later line counts.
+def plot_runs(
+    runs: Sequence[History], names: Sequence[str], png: str | Path, title: str = ""
+) -> Path:
+    """Loss with validation, gradient norm, learning rate, throughput and data wait, over the steps.
+
+    Several runs lie over each other, a color each.
 
     Raises:
-        InputError: no such file, or a line that is no JSON object.
+        InputError: a run without a step, or more runs than there are colors.
     """
-    path = Path(jsonl)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give a run's metrics.jsonl or its directory.")
-    kinds: dict[str, dict[int, dict]] = {"train": {}, "validation": {}}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            kinds[record["kind"]][record["iteration"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(f"{path}:{number} is not a line of run metrics.") from None
-    return tuple([steps[i] for i in sorted(steps)] for steps in kinds.values())
-
-
-def plot_run(jsonl: str | Path, png: str | Path, title: str = "") -> Path:
-    """Loss with validation, gradient norm with learning rate, and throughput, over the steps."""
+    if len(runs) > len(COLORS):
+        raise InputError(f"{len(runs)} runs are too many for one picture; give {len(COLORS)}.")
+    for run in runs:
+        if not run.steps:
+            raise InputError(f"{run.file} holds no training step yet; train first.")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps, validations = read_metrics(jsonl)
-    if not steps:
-        raise InputError(f"{jsonl} holds no training step yet; train first.")
-    at = [step["iteration"] for step in steps]
-    figure, (loss, norm, speed) = pyplot.subplots(
-        3, 1, figsize=(9, 9), sharex=True, height_ratios=(3, 2, 2), layout="constrained"
+    figure, axes = pyplot.subplots(
+        5, 1, figsize=(9, 12), sharex=True, height_ratios=(4, 2, 2, 2, 1.6), layout="constrained"
     )
-    values = [step["loss"] for step in steps]
-    loss.plot(at, values, color="#9ecae1", linewidth=0.8, label="each step")
-    loss.plot(at, smoothed(values), color="#08519c", linewidth=1.8, label="smoothed")
-    if validations:
-        loss.plot(
-            [v["iteration"] for v in validations], [v["validation_loss"] for v in validations],
-            "o-", color="#d94801", markersize=4, label="validation",
-        )
+    alone = len(runs) == 1
+    for run, name, color in zip(runs, names, COLORS, strict=False):
+        _draw(axes, run, color, "" if alone else name)
+    loss, norm, rate, speed, wait = axes
     loss.set_ylabel("loss per trained token")
-    loss.set_ylim(bottom=0)
-    loss.legend(loc="upper right")
-    norm.plot(at, [step["grad_norm"] for step in steps], color="#31a354", linewidth=0.8)
-    norm.set_ylabel("gradient norm", color="#31a354")
-    rate = norm.twinx()
-    rate.plot(at, [step["lr"] for step in steps], color="#756bb1", linewidth=1.2)
-    rate.set_ylabel("learning rate", color="#756bb1")
-    speed.plot(at, [s["tokens_per_second"] for s in steps], color="#636363", linewidth=0.8)
-    speed.set_ylabel("tokens/s without padding")
-    speed.set_ylim(bottom=0)
-    speed.set_xlabel("iteration")
-    for axis in (loss, norm, speed):
+    loss.legend(fontsize=9)
+    norm.set_ylabel("gradient norm")
+    rate.set_ylabel("learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    speed.set_ylabel("tokens/s\nwithout padding")
+    wait.set_ylabel(f"data wait,\n{SHARE}")
+    wait.set_xlabel("iteration")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    figure.suptitle(title or Path(jsonl).parent.name)
+        axis.margins(x=0.01)
+    figure.align_ylabels(axes)
+    figure.suptitle(title or ", ".join(names))
     Path(png).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=110)
     pyplot.close(figure)
     return Path(png)
 
 
-def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average with bias correction, as TensorBoard draws it."""
+def _draw(axes, run: History, color: str, name: str) -> None:
+    """One run in every panel; where it has no name the legend says what is drawn instead."""
+    loss, norm, rate, speed, wait = axes
+    at = [step["iteration"] for step in run.steps]
+    values = [step["loss"] for step in run.steps]
+    loss.plot(at, values, color=color, alpha=0.35, linewidth=0.8,
+              label=None if name else "each step")
+    loss.plot(at, smoothed(values), color=color, linewidth=1.8, label=name or "smoothed")
+    if run.validations:
+        loss.plot(
+            [one["iteration"] for one in run.validations],
+            [one["validation_loss"] for one in run.validations], "o--", color=color, markersize=5,
+            linewidth=1, markerfacecolor="white",
+            label=f"{name}, validation" if name else "validation",
+        )
+    for axis, key in ((norm, "grad_norm"), (rate, "lr"), (speed, "tokens_per_second")):
+        axis.plot(at, [step[key] for step in run.steps], color=color, linewidth=1)
+    waits = [  # files of older runs have no such number
+        (step["iteration"], 100 * step["data_wait_seconds"] / step["step_seconds"])
+        for step in run.steps if "data_wait_seconds" in step
+    ]
+    wait.plot(*zip(*waits, strict=True) if waits else ((), ()), color=color, linewidth=1)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average with bias correction, as TensorBoard draws it.
+
+    Over a twentieth of the run, at most 20 steps: of a short one it would show the start alone.
+    """
+    weight = 1 - 1 / min(20, max(1, len(values) / 20))
     out, average = [], 0.0
     for count, value in enumerate(values, 1):
         average = weight * average + (1 - weight) * value

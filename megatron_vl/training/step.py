@@ -24,19 +24,25 @@ class StepCounts:
     """What went through one optimizer step on this rank."""
 
     rows: int = 0
+    positions: int = 0  # of rows, with padding
     tokens: int = 0  # of samples, without padding
+    trained: int = 0  # positions
     samples: int = 0
     images: int = 0
     sample_keys: list[list[str]] = field(default_factory=list)  # of each microbatch
+    lengths: list[int] = field(default_factory=list)  # tokens of each sample
     grids: list[list[list[int]]] = field(default_factory=list)  # of each microbatch's media
     skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, batch: RowBatch) -> None:
         self.rows += batch.tokens.shape[0]
+        self.positions += batch.tokens.numel()
         self.tokens += batch.num_tokens
+        self.trained += int((batch.loss_mask > 0).sum())
         self.samples += batch.num_samples
         self.images += batch.num_images
         self.sample_keys.append(batch.sample_keys)
+        self.lengths += batch.sample_lengths
         self.grids.append(batch.grid_thw.tolist())
         self.skipped += batch.skipped
 
@@ -134,14 +140,17 @@ def blank_like(batch: RowBatch) -> RowBatch:
         pixel_patches=None,
         grid_thw=batch.grid_thw[:0],
         sample_keys=[],
-        num_tokens=0,
+        sample_lengths=[],
     )
 
 
-def forward_step(stream: RowStream, model, *, per_sample: bool = False):
+def forward_step(
+    stream: RowStream, model, *, per_sample: bool = False, timed=contextlib.nullcontext
+):
     """Megatron-Core's forward step: the chunk's output, and the function that sums its loss.
 
-    `per_sample` gives every sample the same weight, instead of every trained token.
+    `per_sample` gives every sample the same weight, instead of every trained token; `timed` is
+    entered around the chunk's own work.
     """
     batch = next(stream)
     loss_mask, samples = batch.loss_mask, None
@@ -149,15 +158,16 @@ def forward_step(stream: RowStream, model, *, per_sample: bool = False):
         loss_mask, samples = equal_samples(batch.loss_mask, batch.cu_seqlens)
         if parallel_state.get_context_parallel_rank() > 0:
             samples.zero_()  # counted on the first of the ranks that share the row
-    output = model(
-        batch.tokens,
-        batch.position_ids,
-        Segments.from_cu_seqlens(batch.cu_seqlens),
-        pixel_patches=batch.pixel_patches,
-        grid_thw=batch.grid_thw,
-        labels=batch.labels,
-        loss_mask=loss_mask,
-    )
+    with timed():
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            Segments.from_cu_seqlens(batch.cu_seqlens),
+            pixel_patches=batch.pixel_patches,
+            grid_thw=batch.grid_thw,
+            labels=batch.labels,
+            loss_mask=loss_mask,
+        )
     return output, partial(sum_loss, samples=samples)
 
 

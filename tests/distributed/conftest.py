@@ -13,8 +13,9 @@ def workshop(tmp_path_factory, model_dir, wds_dir) -> Workshop:
 
 @pytest.fixture(scope="session")
 def plain_run(workshop) -> dict[int, dict]:
-    """Ten steps on one rank."""
-    done = workshop.train("plain")
+    """Ten steps on one rank, with all there is to show."""
+    done = workshop.train("plain", extra="--report --log-tps --device-peak-tflops 0.1 --profile "
+                                         "--profile-step-start 3 --profile-step-end 5")
     assert done.code == 0, done.text
     said = [line for line in done.out.splitlines() if line.startswith("attention")]
     assert said == ["attention: sdpa (asked for)"]

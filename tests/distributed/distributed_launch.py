@@ -49,7 +49,9 @@ class Workshop:
     def train(self, name: str, *, first: int | None = None, extra: str = "", **changes) -> Done:
         """Run the launcher into the folder `name`."""
         tp, pp = changes.get("TP", 1), changes.get("PP", 1)
-        environment = {"MP_PACKING_BUFFER": 32, "MP_EXTRA": f"--eval-iters 1 {extra}".strip()}
+        environment = {
+            "MP_PACKING_BUFFER": 32, "MP_EXTRA": f"--eval-iters 1 --no-report {extra}".strip(),
+        }  # fmt: skip
         if first is not None:
             environment["MP_PP0_LAYERS"] = first
         defaults = {

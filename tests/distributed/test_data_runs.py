@@ -39,7 +39,7 @@ class Runs:
             "--tensor-model-parallel-size": tp, "--pipeline-model-parallel-size": pp,
         }  # fmt: skip
         options |= {f"--{flag.replace('_', '-')}": value for flag, value in changes.items()}
-        return ["train", *(word for pair in options.items() for word in pair)]
+        return ["train", "--no-report", *(word for pair in options.items() for word in pair)]
 
     def train(self, name, *, environment=None, code=0, **changes):
         done = megatron_vl(*self.words(name, **changes), **(environment or {}))

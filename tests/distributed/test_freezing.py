@@ -98,7 +98,7 @@ class Jobs:
             **RUN, **options, **{f"freeze_{part}": True for part in frozen},
             "load": str(self.out / f"{weights} weights"), "save": str(self.out / name),
             "train_data_path": str(self.out / "data"),
-            "metrics_file": str(self.out / f"{name}.jsonl"),
+            "metrics_file": str(self.out / f"{name}.jsonl"), "report": False,
         }  # fmt: skip
         return known | ({"resume": [resume, 2]} if resume else {})
 
@@ -114,7 +114,8 @@ class Jobs:
 
     def steps(self, name) -> dict[int, dict]:
         lines = (self.out / f"{name}.jsonl").read_text().splitlines()
-        return {step["iteration"]: step for step in map(json.loads, lines)}
+        records = map(json.loads, lines)
+        return {one["iteration"]: one for one in records if one["kind"] == "train"}
 
     def held(self, name, rank) -> dict:
         return json.loads((self.out / f"{name}.{rank}.json").read_text())

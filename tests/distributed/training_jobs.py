@@ -4,7 +4,8 @@
 
 reads OUT/jobs.json, {name: options of megatron-vl train}, with `save` OUT/name, and trains on the
 rows of a parity case, two of whose four microbatches have no image. Rank R leaves OUT/name.R.json.
-With an option `resume` [other, iteration] the job goes on where OUT/other was.
+With an option `resume` [other, iteration] the job goes on where OUT/other was, with an option
+`slow` [rank, seconds] that rank sleeps in each of its forward passes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 CASE = 3  # of parity.CASES
@@ -27,17 +29,18 @@ def main(out: Path) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for name, options in jobs.items():
         other, iteration = options.pop("resume", (None, 0))
+        slow = options.pop("slow", (None, 0))
         if other is not None and rank == 0:
             shutil.copytree(out / other, out / name)
             (out / name / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        found = run(options, world)
+        found = run(options, world, slow[1] if slow[0] == rank else 0)
         (out / f"{name}.{rank}.json").write_text(json.dumps(found))
         leave_layout()
 
 
-def run(options: dict, world: int) -> dict:
+def run(options: dict, world: int, sleep: float = 0) -> dict:
     from megatron.core import parallel_state
 
     from megatron_vl.platform import initialize
@@ -55,6 +58,8 @@ def run(options: dict, world: int) -> dict:
     trainer.restore()
     graphs = []  # whether the vision layers' outputs had one
     for chunk in trainer.model:
+        if sleep:
+            chunk.module.register_forward_pre_hook(lambda *_: time.sleep(sleep))
         if chunk.module.vision_model is not None:
             chunk.module.vision_model.decoder.register_forward_hook(
                 lambda _, __, output: graphs.append(output.requires_grad)

@@ -27,7 +27,7 @@ BAD_ARGUMENTS = {
         ["train", "--train-iter=3"], "train",
         "unrecognized argument --train-iter=3 (did you mean --train-iters?)"),
     "a flag like no other": (["plot", "x", "--zzz"], "plot", "unrecognized argument --zzz"),
-    "a word too many": (["plot", "x", "y"], "plot", "unrecognized argument y"),
+    "a word too many": (["report", "x", "y"], "report", "unrecognized argument y"),
     "a missing word": (["plot"], "plot", "the following arguments are required: "),
     "an unknown command": (["trian"], "", "argument COMMAND: invalid choice: 'trian'"),
     "no command": ([], "", "the following arguments are required: COMMAND"),

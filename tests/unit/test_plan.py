@@ -36,6 +36,17 @@ REFUSED = {
         dict(attention_backend="flashy"), "attention-backend is 'flashy'; use one of auto"),
     "a share above the whole": (
         dict(optimizer_offload_fraction=1.5), "(OPTIMIZER_OFFLOAD) is 1.5; it must be between 0"),
+    "traces without a place": (
+        dict(profile=True), "profile has no directory for its traces; give profile-dir"),
+    "traces after the end": (
+        dict(profile=True, profile_dir="x", train_iters=9),
+        "profile-step-start 10 is after the last of 9 steps; lower it, or raise train-iters"),
+    "traces of a rank there is not": (
+        dict(profile=True, profile_dir="x", profile_ranks=[0, 1]),
+        "profile-ranks has 1 but this run has ranks 0 to 0; leave it out"),
+    "a page of no numbers": (
+        dict(report_file="x.html"), "report-file needs the run's numbers and its page; give "
+        "metrics-file or save"),
 }
 WITHOUT_GPU = {
     "offload": (dict(cpu_offloading=True), "TransformerEngine on a CUDA device and this machine"),
@@ -53,6 +64,19 @@ def test_what_cannot_run_is_refused_with_what_to_use_instead(options, sentence, 
     with pytest.raises(InputError) as refused:
         plan_run(config(model_dir, **options), options.get("pipeline_model_parallel_size", 1))
     assert sentence in str(refused.value)
+
+
+def test_what_is_shown_goes_beside_the_metrics_unless_told(model_dir):
+    def places(**options):
+        plan = plan_run(config(model_dir, **options), 1)
+        return [one and str(one) for one in (plan.metrics_file, plan.report_file, plan.profile_dir)]
+
+    assert places() == [None] * 3
+    assert places(save="s") == ["s/metrics.jsonl", "s/report.html", "s/profile"]
+    assert places(save="s", metrics_file="log/a.jsonl", tensorboard_dir="board") == [
+        "log/a.jsonl", "log/a.html", "board"]
+    assert places(save="s", report=False, profile_dir="p") == ["s/metrics.jsonl", None, "p"]
+    assert places(save="s", report_file="r.html") == ["s/metrics.jsonl", "r.html", "s/profile"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 import pytest
+import yaml
 
 from megatron_vl.errors import InputError
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.config_sources import add_arguments, load_config
-from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
-from megatron_vl.training.report import plot_run, read_metrics
 
 
 def from_flags(*words: str, yaml_file=None) -> TrainConfig:
@@ -67,6 +65,18 @@ def test_a_flag_switches_off_what_the_file_switches_on(tmp_path):
         from_flags("--no-no-load-rng")
 
 
+@pytest.mark.parametrize("text", ["profile-ranks: 3", "profile-ranks: [0, 2]", "{}"])
+def test_one_or_several_values_are_given_alike_everywhere(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    known = {"profile-ranks: 3": (3,), "profile-ranks: [0, 2]": (0, 2), "{}": (0,)}[text]
+    config = from_flags(yaml_file=str(tmp_path / "run.yaml"))
+    assert config.log.profile_ranks == known
+    words = ["--profile-ranks", *map(str, known)]
+    assert from_flags(*words).log.profile_ranks == known
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert from_flags(yaml_file=str(tmp_path / "again.yaml")) == config
+
+
 def test_the_schedule_lasts_as_long_as_the_run_unless_told():
     assert from_flags("--train-iters", "7").decay_iters == 7
     assert from_flags("--train-iters", "7", "--lr-decay-iters", "5").decay_iters == 5
@@ -90,10 +100,11 @@ OUT_OF_RANGE = {
     "must be at least 1": [
         "lr-decay-iters: 0", "train-iters: 0", "save-interval: 0", "max-samples-per-sequence: 0",
         "recompute-num-layers: 0", "vit-recompute-num-layers: 0", "cpu-offloading-num-layers: 0",
-        "log-interval: 0",
+        "log-interval: 0", "profile-step-start: 0",
     ],
     "less than 1": ["adam-beta1: 1", "adam-beta2: 1.5", "adam-beta2: .nan"],
-    "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0"],
+    "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0",
+                        "device-peak-tflops: 0"],
 }
 
 
@@ -134,6 +145,12 @@ BAD = {
     "a rate for a frozen part": (
         "freeze-merger: true\nmerger-lr: 1e-4", "merger-lr is given but freeze-merger keeps"),
     "a rate over a schedule of zeros": ("lr: 0\nmin-lr: 0\nvit-lr: 1e-4", "but lr is 0"),
+    "a trace that ends before it starts": (
+        "profile-step-start: 5\nprofile-step-end: 5", "must be above profile-step-start 5"),
+    "a name for no tracker": (
+        "wandb-exp-name: a", "wandb-exp-name is given without wandb-project"),
+    "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one int"),
+    "a word among ranks": ("profile-ranks: [0, all]", "profile-ranks is 'all'; give a int"),
     "a negative spread": ("init-method-std: -0.02", "must be at least 0"),
 }
 
@@ -150,43 +167,3 @@ def test_the_microbatches_fill_the_global_batch():
     assert batch.num_microbatches(dp=3) == 2
     with pytest.raises(InputError, match="use a multiple of 8"):
         batch.num_microbatches(dp=4)
-
-
-def step(iteration: int, loss: float) -> StepMetrics:
-    return StepMetrics(
-        iteration=iteration, loss=loss, lr=1e-3, grad_norm=1.0, step_seconds=0.5,
-        data_wait_seconds=0.05, rows=4, tokens=1000, trained_tokens=100, samples=20, images=20,
-        skipped=False,
-    )
-
-
-def test_a_line_shows_what_the_file_keeps(tmp_path, capsys):
-    log = MetricLog(2, jsonl=str(tmp_path / "log" / "metrics.jsonl"),
-                    tensorboard_dir=str(tmp_path / "board"))
-    log.step(step(1, 3.0))
-    log.step(step(2, 2.0))
-    log.evaluation(2, 2.5, 50, 1.0)
-    log.close()
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == ("iteration 1/2 | loss 3.0000 | lr 1.000e-03 | grad norm 1.000 | "
-                     "2,000 tokens/s | 40.0 samples/s | data wait 10.0% | ETA 0:01")
-    steps, validations = read_metrics(tmp_path / "log" / "metrics.jsonl")
-    assert [s["loss"] for s in steps] == [3.0, 2.0] and validations[0]["validation_loss"] == 2.5
-    assert list((tmp_path / "board").glob("events*"))
-    picture = plot_run(tmp_path / "log" / "metrics.jsonl", tmp_path / "loss.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_resumed_run_counts_its_later_lines(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    rows = [{"kind": "train", "iteration": i, "loss": loss}
-            for i, loss in ((1, 3.0), (2, 2.0), (2, 1.9), (3, 1.5))]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert [s["loss"] for s in read_metrics(file)[0]] == [3.0, 1.9, 1.5]
-    file.write_text("not json")
-    with pytest.raises(InputError, match=r"metrics.jsonl:1 is not a line of run metrics"):
-        read_metrics(file)
-
-
-def test_durations_read_like_clocks():
-    assert [duration(s) for s in (5, 95, 7265)] == ["0:05", "1:35", "2:01:05"]

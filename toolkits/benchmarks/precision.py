@@ -50,7 +50,8 @@ def losses(args, name: str) -> list[float]:
         "--use-distributed-optimizer", "--eval-interval", 0, "--nproc-per-node", 1,
         "--metrics-file", metrics, *RUNS[name],
     )
-    return [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    records = map(json.loads, metrics.read_text().splitlines())
+    return [one["loss"] for one in records if one["kind"] == "train"]
 
 
 def smooth(values: list[float]) -> list[float]:

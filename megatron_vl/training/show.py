@@ -1,0 +1,169 @@
+"""What is shown of a run: every rank counts and measures, rank 0 tells.
+
+The loop says what happened; here it is summed over ranks and goes to the log line, the files, the
+trackers, the profiler's traces and, at the end, the page about the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_vl.data.conversation import REASONS
+from megatron_vl.errors import InputError
+from megatron_vl.models.common.media_share import loads
+from megatron_vl.platform.peaks import peak_tflops
+from megatron_vl.training.flops import step_flops
+from megatron_vl.training.metrics import MetricLog, StepMetrics
+from megatron_vl.training.page import write_page
+from megatron_vl.training.plan import Plan
+from megatron_vl.training.profile import StepProfiler
+from megatron_vl.training.progress import Console
+from megatron_vl.training.record import facts_of
+from megatron_vl.training.step import StepCounts
+from megatron_vl.training.stragglers import ForwardClock, Stragglers, gather, host_names
+from megatron_vl.training.throughput import Throughput
+from megatron_vl.training.trackers import Trackers
+
+RANKS_EVERY = 100  # steps between the lines of the metrics file about single ranks
+
+
+class Show:
+    """All ranks make one together; what only rank 0 does is left out on the others."""
+
+    def __init__(self, plan: Plan, platform, device: torch.device):
+        self.plan, self.platform, self.device = plan, platform, device
+        self.rank = torch.distributed.get_rank()
+        self.console = Console()
+        self.clock = ForwardClock(platform)
+        self.stragglers = Stragglers(plan.layout, host_names())
+        self.profiler = StepProfiler(plan.config.log, plan.profile_dir, self.rank)
+        self.log: MetricLog | None = None
+        self.throughput: Throughput | None = None
+        self.iteration = self.first = 0
+        self.memory: list[float] = []  # peak bytes of each rank
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            self.console.say(text)
+
+    def start(self, done: int, described: str) -> None:
+        """The run goes on from `done` steps, as `described`."""
+        if self.rank != 0:
+            return
+        plan, options = self.plan, self.plan.config.log
+        steps = plan.config.batch.train_iters
+        name = self.platform.device_name()
+        tflops = options.device_peak_tflops or peak_tflops(name)
+        trackers = Trackers(options, plan.config.to_dict(), self.say)
+        self.log = MetricLog(
+            steps, jsonl=plan.metrics_file, tensorboard_dir=options.tensorboard_dir,
+            log_interval=options.log_interval, say=self.say, trackers=trackers,
+            ranks=plan.layout.world_size, peak_flops=None if tflops is None else tflops * 1e12,
+        )
+        self.log.start(facts_of(
+            plan, device=name, platform=self.platform.name, peak_tflops=tflops,
+            hosts=self.stragglers.hosts, described=described, done=done,
+        ))
+        self.throughput = Throughput(max(0, steps - done), plan.layout.world_size)
+        self.console.start(done, steps)
+
+    # ---- a step -------------------------------------------------------------------------------
+
+    def before(self, iteration: int) -> None:
+        self.first = self.first or iteration
+        self.profiler.before(iteration)
+
+    def step(
+        self, iteration: int, counts: StepCounts, *, started: float, data_wait_seconds: float,
+        **numbers,
+    ) -> int:
+        """Tell a step; returns how many samples it left out for the first time, over all ranks.
+
+        Args:
+            started: when, on `time.perf_counter`.
+            data_wait_seconds: of this rank.
+            numbers: what `StepMetrics` needs and is the same on every rank.
+        """
+        totals, new = self._totals(counts)
+        waits, forwards, memory = zip(*gather(
+            [data_wait_seconds, self.clock.take_seconds(), self.platform.peak_memory_bytes()],
+            self.device,
+        ), strict=True)
+        self.iteration, self.memory = iteration, list(memory)
+        seconds = time.perf_counter() - started
+        if iteration > self.first:  # the first also warms up
+            self.stragglers.add(list(forwards), seconds)
+        last = iteration == self.plan.config.batch.train_iters
+        trace = self.profiler.after(iteration, last=last)
+        if trace is not None:
+            self.console.say(f"rank {self.rank} wrote {trace}")
+        if self.log is not None:
+            metrics = StepMetrics(
+                iteration=iteration, step_seconds=seconds, data_wait_seconds=max(waits),
+                memory_bytes=max(memory), slowest=self.stragglers.slowest(), **totals, **numbers,
+            )
+            self.log.step(metrics)
+            self.throughput.add(metrics)
+            self.console.step(metrics.loss)
+            if iteration % RANKS_EVERY == 0:
+                self._tell_ranks()
+        return new
+
+    def _totals(self, counts: StepCounts) -> tuple[dict, int]:
+        """Counts over data-parallel ranks, and how many samples were left out for the first time.
+        """
+        spec, layout = self.plan.spec, self.plan.layout
+        reasons = Counter(skipped.reason for skipped in counts.skipped)
+        new = sum(skipped.first for skipped in counts.skipped)
+        per_microbatch = [[spec.vision.forward_flops(grid) for grid in grids]
+                          for grids in counts.grids]
+        vision, language = step_flops(
+            spec, grids=[grid for grids in counts.grids for grid in grids],
+            lengths=counts.lengths, trained=counts.trained, frozen=self.plan.config.model.frozen,
+        )
+        sums = torch.tensor(
+            [counts.rows, counts.positions, counts.tokens, counts.samples, counts.images, new,
+             vision, language,
+             sum(map(sum, per_microbatch)) / layout.media_ranks,
+             sum(max(loads(one, layout.media_ranks)) for one in per_microbatch),
+             *(reasons[reason] for reason in REASONS)],
+            dtype=torch.float64, device=self.device,
+        )
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        rows, positions, tokens, samples, images, new, *rest = map(int, sums.tolist())
+        vision, language, mean, busiest, *left_out = rest
+        return dict(
+            rows=rows, positions=positions, tokens=tokens, samples=samples, images=images,
+            vision_flops=vision, llm_flops=language,
+            vision_balance=mean / busiest if busiest and layout.media_ranks > 1 else None,
+            skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},
+        ), new
+
+    # ---- the end ------------------------------------------------------------------------------
+
+    def _tell_ranks(self) -> None:
+        if self.stragglers.latest:
+            self.log.ranks_seen(self.iteration, {
+                "forward_seconds": self.stragglers.typical(), "memory_bytes": self.memory,
+                "hosts": self.stragglers.hosts,
+            })
+
+    def close(self) -> None:
+        """Finish every file; the page is made of them."""
+        self.console.close()
+        if self.log is None:
+            return
+        self._tell_ranks()
+        if self.plan.config.log.log_tps:
+            self.say("\n".join(self.throughput.lines()))
+        self.log.close()
+        if self.plan.report_file is not None:
+            try:
+                self.say(f"report: {write_page(self.plan.metrics_file, self.plan.report_file)}")
+            except (OSError, InputError) as error:
+                # What was trained is saved, and a page can be made again.
+                self.say(f"warning: {self.plan.report_file} was not written: {error}")

@@ -1,0 +1,107 @@
+"""What a step had to compute, and how much of what the devices can do that is."""
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vl.models import load_spec
+from megatron_vl.platform.peaks import peak_tflops
+from megatron_vl.training.flops import step_flops, utilization
+
+LENGTHS, GRIDS = [20, 7, 13], [(1, 4, 4), (2, 8, 6)]
+
+
+@pytest.fixture(scope="module")
+def whole(model_dir):
+    """The tiny model with every tensor in fp32, and its spec."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model, load_spec(model_dir)
+
+
+def counted(work) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("length", [1, 16, 50])
+def test_flops_are_those_that_torch_counts_in_transformers_language_model(length, whole):
+    model, spec = whole
+    with torch.no_grad():
+        found = counted(lambda: model(input_ids=torch.full((1, length), 5)))
+    # What is masked away is computed there and not needed: of L^2 pairs L (L - 1) / 2.
+    width = spec.decoder.num_layers * spec.decoder.num_attention_heads * spec.decoder.head_dim
+    masked = 2 * 2 * width * length * (length - 1) // 2
+    # The rotary angles are a matrix product too: not a thousandth of it all.
+    assert spec.decoder.forward_flops([length], length) + masked == pytest.approx(found, rel=2e-3)
+
+
+def test_samples_of_a_row_do_not_see_each_other_and_only_trained_tokens_have_logits(spec):
+    decoder = spec.decoder
+    apart = sum(decoder.forward_flops([length], 0) for length in LENGTHS)
+    assert decoder.forward_flops(LENGTHS, 0) == apart < decoder.forward_flops([sum(LENGTHS)], 0)
+    logits = decoder.forward_flops(LENGTHS, 3) - apart
+    assert logits == 2 * 3 * decoder.hidden_size * decoder.vocab_size
+
+
+FROZEN = [(), ("vit",), ("llm",), ("vit", "merger"), ("merger", "llm"), ("vit", "llm")]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
+def test_forward_and_backward_are_those_that_torch_counts(frozen, whole):
+    model, spec = whole
+    for name, weight in model.named_parameters():
+        part = "merger" if ".merger.mlp" in name else "vit" if ".visual" in name else "llm"
+        weight.requires_grad_(part not in frozen)
+    length, grid = 70, (1, 16, 16)
+    merged = 64
+    ids = torch.full((1, length), 5)
+    ids[0, 2 : 2 + merged] = spec.tokens.image
+
+    def work():
+        logits = model(
+            input_ids=ids, pixel_values=torch.rand(256, spec.vision.patch_dim),
+            image_grid_thw=torch.tensor([grid]), mm_token_type_ids=(ids == spec.tokens.image).int(),
+        ).logits
+        logits.sum().backward()
+
+    found = counted(work)
+    vision, language = step_flops(
+        spec, grids=[grid], lengths=[length], trained=length, frozen=frozen
+    )
+    decoder = spec.decoder
+    width = decoder.num_layers * decoder.num_attention_heads * decoder.head_dim
+    masked = 3 * 2 * 2 * width * length * (length - 1) // 2
+    # The input of the first that is trained needs no gradient, which only so few layers show.
+    first = 0
+    if "vit" not in frozen:
+        first = 2 * 256 * spec.vision.patch_dim * spec.vision.hidden_size
+    elif "merger" not in frozen:
+        first = 2 * merged * spec.vision.merged_size**2
+    assert vision + language + masked - first == pytest.approx(found, rel=0.003)
+
+
+def test_nothing_frozen_is_three_times_the_forward_pass(spec):
+    vision, language = step_flops(spec, grids=GRIDS, lengths=LENGTHS, trained=9)
+    assert vision == 3 * sum(map(spec.vision.forward_flops, GRIDS))
+    assert language == 3 * spec.decoder.forward_flops(LENGTHS, 9)
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA A800 80GB PCIe", 312.0),
+    ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H20", 148.0),
+    ("NVIDIA H200", 989.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", 181.0),
+    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 D", 147.0),
+    ("Ascend910B3", 354.0), ("NVIDIA RTX A4000", None), ("Tesla V100-SXM2-16GB", None),
+    ("x86_64", None),
+])
+def test_a_device_s_peak_is_known_by_its_name_or_not_at_all(name, peak):
+    assert peak_tflops(name) == peak
+
+
+def test_utilization_is_a_part_of_all_devices_peak():
+    assert utilization(4e12, seconds=2.0, ranks=4, peak=1e12) == 0.5
+    assert utilization(4e12, seconds=2.0, ranks=4, peak=None) is None

@@ -1,0 +1,336 @@
+"""What is shown of a run: the line, the files, the totals, the bar, the slowest rank, trackers."""
+
+import ast
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+
+from megatron_vl.errors import InputError
+from megatron_vl.parallel import Layout
+from megatron_vl.training import trackers
+from megatron_vl.training.config import LogOptions
+from megatron_vl.training.history import read_history
+from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
+from megatron_vl.training.stragglers import Straggler, Stragglers
+from megatron_vl.training.throughput import Throughput
+from megatron_vl.training.trackers import Trackers, check_trackers
+
+STEP = StepMetrics(
+    iteration=1, loss=3.0, lr=1e-3, grad_norm=1.0, step_seconds=0.5, data_wait_seconds=0.05, rows=4,
+    positions=1200, tokens=1000, trained_tokens=100, samples=20, images=30, vision_flops=1e12,
+    llm_flops=3e12, memory_bytes=2**30, skipped=False,
+)
+
+
+def log(**changes) -> MetricLog:
+    return MetricLog(2, **{"jsonl": None, "tensorboard_dir": None, **changes})
+
+
+def line(log: MetricLog, step: StepMetrics = STEP) -> str:
+    log.recent = [step.step_seconds]
+    return log.line(step)
+
+
+# ---- the line ---------------------------------------------------------------------------------
+
+
+def test_the_line_says_everything_once():
+    assert line(log()) == (
+        "iteration 1/2 | {'loss': 3.0000, 'grad_norm': 1.000, 'learning_rate': 1.000e-03} | "
+        "2,400 tokens/s, 2,000 without padding | 60.0 images/s | tokens per sample: 50.0 | "
+        "data wait 10.0% | memory 1.00 GiB | elapsed time per iteration (ms): 500.0 | ETA 0:01"
+    )
+    assert "\n" not in line(log())
+
+
+# As scripts that read the logs of transformers' Trainer, Megatron-LM and MindSpeed-MM have them.
+PARSERS = {
+    r"'loss': ([\d.]+)": "3.0000",
+    r"'loss': (-?\d+\.\d+)": "3.0000",
+    r"'grad_norm': ([\d.]+)": "1.000",
+    r"'learning_rate': ([\d.e-]+)": "1.000e-03",
+    r"iteration\s+(\d+)/": "1",
+    r"elapsed time per iteration \(ms\): ([\d.]+)": "500.0",
+    r"tokens per sample:([^|]+)": " 50.0 ",
+}
+
+
+@pytest.mark.parametrize("pattern", PARSERS)
+def test_known_parsers_find_their_number(pattern):
+    assert re.search(pattern, line(log())).group(1) == PARSERS[pattern]
+
+
+def test_the_numbers_in_braces_are_a_python_dictionary():
+    found = ast.literal_eval(re.search(r"\{.*?\}", line(log())).group())
+    assert found == {"loss": 3.0, "grad_norm": 1.0, "learning_rate": 1e-3}
+
+
+def test_utilization_is_shown_where_the_peak_is_known():
+    assert "MFU" not in line(log())
+    shown = line(log(ranks=4, peak_flops=10e12))
+    assert "MFU 20.0% = vision 5.0% + LLM 15.0%" in shown
+
+
+def test_what_went_wrong_is_at_the_line_s_end():
+    slow = Straggler(ranks=(2, 3), hosts=("node1",), ratio=1.52)
+    shown = line(log(), replace(STEP, slowest=slow, skipped=True, skipped_samples={"too long": 2}))
+    assert shown.endswith(
+        "ETA 0:01 | slowest ranks 2-3 (node1): 1.5x the others' forward | "
+        "2 samples left out (2 too long) | SKIPPED: gradient is not finite"
+    )
+
+
+def test_durations_read_like_clocks():
+    assert [duration(s) for s in (5, 95, 7265)] == ["0:05", "1:35", "2:01:05"]
+
+
+# ---- the files --------------------------------------------------------------------------------
+
+
+class Kept:
+    """A tracker that keeps what it got."""
+
+    def __init__(self):
+        self.got = []
+
+    def log(self, values, iteration):
+        self.got.append((iteration, values))
+
+    def close(self):
+        self.got.append("closed")
+
+
+def test_every_step_goes_to_the_files_and_every_line_to_trackers(tmp_path):
+    said, kept = [], Kept()
+    one = MetricLog(3, jsonl=tmp_path / "log" / "metrics.jsonl", log_interval=2, say=said.append,
+                    tensorboard_dir=str(tmp_path / "board"), trackers=kept, peak_flops=10e12)
+    for i in (1, 2, 3):
+        one.step(replace(STEP, iteration=i, loss=1 / i))
+    one.evaluation(3, 2.5, 50, 1.0)
+    one.close()
+    assert [text[:14] for text in said] == ["iteration 2/3 ", "iteration 3/3 ", "validation at "]
+    assert "| {'eval_loss': 2.5000} |" in said[-1]
+    run = read_history(tmp_path / "log")
+    assert [step["loss"] for step in run.steps] == [1.0, 0.5, 1 / 3]  # not rounded
+    first = run.steps[0]
+    assert (first["llm_tokens_per_second"], first["tokens_per_second"]) == (2400, 2000)
+    assert (first["vision_mfu"], first["llm_mfu"], first["llm_flops_per_second"]) == (.2, .6, 6e12)
+    assert run.validations[0]["validation_loss"] == 2.5
+    assert list((tmp_path / "board").glob("events*"))
+    assert [got[0] for got in kept.got[:-1]] == [2, 3, 3] and kept.got[-1] == "closed"
+    assert kept.got[0][1]["train/loss"] == 0.5
+
+
+def test_a_resumed_run_counts_its_later_lines(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "train", "iteration": i, "loss": loss}
+            for i, loss in ((1, 3.0), (2, 2.0), (2, 1.9), (3, 1.5))]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert [s["loss"] for s in read_history(file).steps] == [3.0, 1.9, 1.5]
+    file.write_text("not json")
+    with pytest.raises(InputError, match=r"metrics.jsonl:1 is not a line of run metrics"):
+        read_history(file)
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_taken_off(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for end, steps in (('{"kind": "train", "iter', [1, 2]), ("", [1, 2])):
+        file.write_text('{"kind": "train", "iteration": 1}\n' + end)
+        one = log(jsonl=file, say=lambda _: None)
+        one.step(replace(STEP, iteration=2))
+        one.close()
+        assert [step["iteration"] for step in read_history(file).steps] == steps
+    file.write_text("somebody's own, without a newline")
+    log(jsonl=file).close()
+    assert file.read_text().startswith("somebody's own")
+
+
+# ---- totals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "left_out"), [(1, 0), (6, 3), (40, 10)])
+def test_averages_leave_the_first_steps_out_and_say_so(steps, left_out):
+    totals = Throughput(steps, ranks=4)
+    for i in range(1, steps + 1):
+        totals.add(replace(STEP, iteration=i, step_seconds=100.0 if i <= left_out else 0.5))
+    lines = totals.lines()
+    assert f"iterations {left_out + 1} to {steps}" in lines[0]
+    assert (f"the first {left_out} left out" in lines[0]) == (left_out > 0)
+    assert lines[1:6] == [
+        "Elapsed Time Per iteration: 500.0 ms", "Average Samples per Second: 40.000",
+        "Consumed Tokens per Second: 2000.000",
+        "Tokens per Second per Device (TGS): 500.000 on 4 devices",
+        "Consumed Tokens per Second with padding: 2400.000",
+    ]
+    counted = steps - left_out
+    assert lines[-1] == (f"Total: {1000 * counted:,} tokens, {20 * counted:,} samples, "
+                         f"{30 * counted:,} images or videos in {counted / 2:.1f} s")
+
+
+# ---- the slowest rank -------------------------------------------------------------------------
+
+# TP2, PP2, DP2: ranks 0-1 and 2-3 are replicas of stage 0, 4-5 and 6-7 of stage 1.
+STRAGGLERS = {
+    "alike": ([1.0] * 8, None),
+    "another stage has more to do": ([1, 1, 1, 1, 3, 3, 3, 3], None),
+    "one replica": ([1, 1, 1, 2, 3, 3, 3, 3], (2, 3)),
+    "the worse of two": ([1, 1, 2, 2, 9, 9, 3, 3], (4, 5)),
+    "below the threshold": ([1, 1, 1.2, 1.2, 3, 3, 3, 3], None),
+}
+
+
+@pytest.mark.parametrize(("seconds", "named"), STRAGGLERS.values(), ids=STRAGGLERS)
+def test_the_slowest_of_those_with_the_same_layers_is_named(seconds, named):
+    looked = Stragglers(Layout(tp=2, pp=2, dp=2), [f"node{rank // 4}" for rank in range(8)])
+    looked.add(seconds, 12.0)
+    assert looked.slowest() is None  # a step alone says nothing
+    for _ in range(3):
+        looked.add(seconds, 12.0)
+    found = looked.slowest()
+    assert (found and found.ranks) == named
+    if named:
+        assert found.hosts == (f"node{named[0] // 4}",)
+
+
+def test_one_slow_step_or_a_delay_nobody_feels_names_no_one():
+    looked = Stragglers(Layout(dp=2), ["a", "b"])
+    for seconds in ([1, 1], [1, 9], [1, 1], [1, 1]):
+        looked.add(seconds, 4.0)
+    assert looked.slowest() is None
+    unfelt = Stragglers(Layout(dp=2), ["a", "b"])
+    for _ in range(4):
+        unfelt.add([1.0, 1.5], 100.0)
+    assert unfelt.slowest() is None
+
+
+def test_without_another_replica_nobody_is_named():
+    looked = Stragglers(Layout(pp=2), ["a", "b"])
+    for _ in range(4):
+        looked.add([1.0, 9.0], 10.0)
+    assert looked.slowest() is None and looked.typical() == [1.0, 9.0]
+
+
+# ---- the bar ----------------------------------------------------------------------------------
+
+BAR = """
+from megatron_vl.training.progress import Console
+console = Console()
+console.start(2, 4)
+for i in (3, 4):
+    console.say(f"line {i}")
+    console.step(1 / i)
+console.close()
+console.say("done")
+"""
+
+
+def on_a_terminal(code: str) -> str:
+    """What a program writes to its terminal."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=side, stderr=side)
+    os.close(side)
+    said = b""
+    while True:
+        try:
+            more = os.read(main, 1 << 16)
+        except OSError:  # what a terminal answers when its last writer has gone
+            break
+        if not more:
+            break
+        said += more
+    os.close(main)
+    assert process.wait() == 0, said.decode()
+    return said.decode()
+
+
+def test_a_bar_stays_below_the_lines_on_a_terminal_and_is_nowhere_else():
+    said = on_a_terminal(BAR)
+    assert "training:  50%" in said and "4/4" in said and "loss 0.2500" in said
+    # Each line begins where the bar was wiped away, and ends before it is drawn again.
+    assert re.search(r"\r *\rline 3\r\n", said) and re.search(r"\r *\rline 4\r\n", said)
+    piped = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, check=True)
+    assert (piped.stdout, piped.stderr) == ("line 3\nline 4\ndone\n", "")
+
+
+# ---- trackers ---------------------------------------------------------------------------------
+
+ASKED = {
+    "wandb": {"wandb_project": "tests", "wandb_exp_name": "one"},
+    "swanlab": {"swanlab_project": "tests", "swanlab_exp_name": "one"},
+    "mlflow": {"mlflow_experiment": "tests", "mlflow_run_name": "one"},
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(name, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    check_trackers(LogOptions())
+    with pytest.raises(InputError, match=f"{name}, which is not installed; run pip install {name}"):
+        check_trackers(LogOptions(**ASKED[name]))
+
+
+def test_a_tracker_that_fails_says_so_once_and_stops_nothing(monkeypatch):
+    class Broken(Kept):
+        def __init__(self, log, options):
+            super().__init__()
+
+        def log(self, values, iteration):
+            raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setitem(trackers.KINDS, "wandb", Broken)
+    said = []
+    running = Trackers(LogOptions(**ASKED["wandb"]), {}, said.append)
+    for i in (1, 2):
+        running.log({"train/loss": 1.0}, i)
+    running.close()
+    assert said == ["warning: wandb failed and gets no more numbers: ConnectionError: no route to "
+                    "host"]
+
+
+TRACKED = """
+import sys
+from megatron_vl.training.config import LogOptions
+from megatron_vl.training.trackers import Trackers
+running = Trackers(LogOptions(**{asked!r}), {{"lr": 1e-3, "profile_ranks": (0,), "save": None}})
+assert running.running
+for i in (1, 2, 3):
+    running.log({{"train/loss": 3.0 / i}}, i)
+assert running.running
+running.close()
+"""
+PLACES = {  # what keeps each on this machine, and what it then leaves there
+    "wandb": ({"WANDB_MODE": "offline", "WANDB_DIR": "{}"}, "wandb/offline-run-*/*.wandb"),
+    "swanlab": ({"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": "{}"}, "run-*/*.swanlab"),
+    "mlflow": ({"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": "file:{}"},
+               "*/*/metrics/train/loss"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_real_tracker_keeps_the_numbers(name, tmp_path):
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    environment, left = PLACES[name]
+    environment = {key: value.format(tmp_path) for key, value in environment.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKED.format(asked=ASKED[name])], cwd=tmp_path, text=True,
+        env={**os.environ, **environment}, capture_output=True, timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob(left)
+    assert file.stat().st_size > 0
+    if name == "mlflow":
+        assert [row.split()[1:] for row in file.read_text().splitlines()] == [
+            ["3.0", "1"], ["1.5", "2"], ["1.0", "3"]
+        ]
