@@ -251,11 +251,11 @@ def test_a_rank_that_hangs_is_noticed_and_every_rank_says_where_it_is(workshop, 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own that is full after 80 MiB."""
+    """A file system of its own that is full after 24 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True
     )
     if made.returncode:
         pytest.skip(f"only root may mount a small disk: {made.stderr.strip()}")
@@ -281,7 +281,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert not list(run.save.glob(".iter*")), "what was half written takes no room"
     # With room for it the same command goes on from what is there.
     newest = run.iterations[-1]
-    subprocess.run(["mount", "-o", "remount,size=500m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     done = run.finish()
     assert done.code == 0 and f"{newest} steps done" in done.out, done.text
     assert run.iterations[-1] == 20
