@@ -52,7 +52,7 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
     return "\n\n".join(parts)
 
 
-# ---- what this machine has ------------------------------------------------------------------------
+# ---- what this machine has -----------------------------------------------------------------------
 
 
 def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainConfig:
@@ -93,20 +93,20 @@ def _note(notes: list[str], check: Callable[[], None]) -> None:
         notes.append(f"on this machine it would be refused: {error}")
 
 
-# ---- tables ---------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     config, layout = plan.config, plan.layout
-    trained = ", ".join(config.model.frozen)
+    frozen = ", ".join(config.model.frozen)
     kinds = [config.model.dtype]
     kinds += ["distributed optimizer"] if config.optimizer.use_distributed_optimizer else []
     kinds += [f"optimizer {config.optimizer.optimizer_offload_fraction:.0%} in host memory"
               ] if config.optimizer.optimizer_cpu_offload else []
-    kinds += [f"frozen: {trained}"] if trained else []
+    kinds += [f"frozen: {frozen}"] if frozen else []
     return (
         f"dry run of {plan.spec.model_type}, {layout}: {plan.split}\n"
-        f"{layout.world_size} processes = {nnodes} nodes x {nproc_per_node}\n"
+        f"{layout.world_size} processes = {nnodes} node{'s' * (nnodes > 1)} x {nproc_per_node}\n"
         f"{config.batch.global_batch_size} rows of {plan.row_length} tokens a step = "
         f"{plan.num_microbatches} microbatches x {config.batch.micro_batch_size} rows x "
         f"{layout.dp} data ranks; {config.batch.train_iters} steps\n"
