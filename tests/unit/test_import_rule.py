@@ -13,8 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_vl"
 
-ROOMS = {  # room -> rooms or modules it may import; itself, `errors` and `outputs` always
+ALWAYS = ("errors", "inputs", "outputs")
+ROOMS = {  # room -> rooms or modules it may import; itself and the modules of ALWAYS always
     "errors": (),
+    "inputs": (),
     "outputs": (),
     "parallel": (),
     "platform": ("parallel",),
@@ -83,7 +85,7 @@ def allowed(room: str, module: str) -> bool:
     inner = module.split(".")[1:]
     return any(
         inner[: len(may.split("."))] == may.split(".")
-        for may in (room, "errors", "outputs", *ROOMS[room])
+        for may in (room, *ALWAYS, *ROOMS[room])
     )
 
 
