@@ -104,7 +104,15 @@ class ChatTokenizer:
                 f"tokenizer_config.json."
             )
         chat = cls(tokenizer, tokens=tokens, trained=trained)
-        ids = tokenizer(chat._render(_PROBE), add_special_tokens=False)["input_ids"]
+        try:
+            probe = chat._render(_PROBE)
+        except Exception as error:  # jinja2's, its sandbox's too, and what a template raises
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(
+                f"the chat template in {hf_dir} cannot be used ({words[0].rstrip('.')}); copy "
+                f"chat_template.jinja again from the model's repository."
+            ) from error
+        ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
         if ids.count(tokens.image) != 1:
             raise InputError(
                 f"the chat template in {hf_dir} does not write config.json's image_token_id "

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
-from itertools import islice
+from math import prod
 from pathlib import Path
 
 import braceexpand
@@ -18,6 +19,7 @@ _PREPARE = "prepare the dataset again with `megatron-vl prepare`"
 _ENERGON = "megatron.energon"  # the one module that a dataset's YAML may name
 _META_FILES = ("dataset_config", "split_config")  # of a metadataset: other YAMLs of .nv-meta
 _MAX_SHARDS = 1_000_000  # that one pattern may stand for
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 
 def check_dataset(path: Path, split: str) -> int:
@@ -117,10 +119,19 @@ def _split_parts(path: Path) -> dict[str, list[str]]:
 
 
 def _expand(entry: str) -> list[str]:
-    found = list(islice(braceexpand.braceexpand(entry), _MAX_SHARDS + 1))
-    if len(found) > _MAX_SHARDS:
+    # Not found out by expanding it: a range is made whole, and the lists multiply.
+    number = prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(entry))
+    commas: list[int] = []  # in each list that is open
+    for letter in entry:
+        if letter == "{":
+            commas.append(0)
+        elif letter == "," and commas:
+            commas[-1] += 1
+        elif letter == "}" and commas:
+            number *= commas.pop() + 1
+    if number > _MAX_SHARDS:
         raise ValueError(f"{entry} is more than {_MAX_SHARDS:,} shards")
-    return found
+    return list(braceexpand.braceexpand(entry))
 
 
 def check_names_no_code(value: object, file: Path) -> None:
