@@ -1,5 +1,7 @@
 """The one error a person's input raises: a sentence that says what is wrong, where, the mend."""
 
+_KEPT = "\n\t\u200c\u200d"  # the last two join and part letters in several scripts
+
 
 class InputError(ValueError):
     """Unusable arguments or input.
@@ -21,6 +23,6 @@ class CheckFailed(Exception):
 def printable(text: str) -> str:
     """A text without what steers a terminal: such characters are shown as \\x1b is."""
     return "".join(
-        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode("ascii")
+        one if one.isprintable() or one in _KEPT else one.encode("unicode_escape").decode("ascii")
         for one in text
     )

@@ -37,7 +37,7 @@ LIGHT = (
     "parallel", "models", "models.spec", "models.registry", "models.qwen2_vl.config",
     "models.qwen2_vl.weight_map", "weights", "weights.convert", "weights.torch_dist",
     "data.formats", "data.sources", "data.options", "data.prepare", "data.lint",
-    "training.config", "training.plan", "training.report",
+    "training.config", "training.plan", "training.memory", "training.dry_run", "training.report",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.train",
 )
