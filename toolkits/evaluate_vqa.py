@@ -79,8 +79,12 @@ class Answerer:
 
         transformers.utils.logging.disable_progress_bar()
         self.torch = torch
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir, padding_side="left")
-        images = transformers.AutoImageProcessor.from_pretrained(hf_dir, backend="pil")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            hf_dir, padding_side="left", trust_remote_code=False
+        )
+        images = transformers.AutoImageProcessor.from_pretrained(
+            hf_dir, backend="pil", trust_remote_code=False
+        )
         self.processor = ImageAndTextProcessor(images, self.tokenizer)
         self.model = transformers.AutoModelForImageTextToText.from_pretrained(
             hf_dir, dtype=torch.float32

@@ -20,6 +20,7 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] [MP_OVERWRITE=true] bash ${CONVERTOR:-$0} \\
   MP_PP0_LAYERS   language layers on stage 0, the rest evenly (to Megatron-Core only)
   MP_VP           model chunks a stage (to Megatron-Core only)
   MP_OVERWRITE    true replaces a checkpoint in TARGET
+  MP_DRY_RUN      true: print what would be copied where, write nothing
 TABLE
   exit 2
 }
@@ -44,6 +45,7 @@ HF_CKPT_PATH=${8:-}
 MP_PP0_LAYERS=${MP_PP0_LAYERS:-}
 MP_VP=${MP_VP:-}
 MP_OVERWRITE=${MP_OVERWRITE:-false}
+MP_DRY_RUN=${MP_DRY_RUN:-false}
 
 whole_number() {
   [[ $2 =~ ^[0-9]+$ ]] || refuse "$1 is '$2'; give a whole number."
@@ -67,6 +69,12 @@ case $MP_OVERWRITE in
   true) OPTIONS+=(--overwrite) ;;
   false) ;;
   *) refuse "MP_OVERWRITE is '$MP_OVERWRITE'; use true or false." ;;
+esac
+
+case $MP_DRY_RUN in
+  true) OPTIONS+=(--dry-run) ;;
+  false) ;;
+  *) refuse "MP_DRY_RUN is '$MP_DRY_RUN'; use true or false." ;;
 esac
 
 case $MG2HF in

@@ -42,6 +42,7 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
   MP_PACKING_BUFFER  samples packed together into rows of SEQ_LEN (default 0: one sample a row)
   MP_HF_PATH         config.json and tokenizer, when PRETRAIN_CHECKPOINT_PATH is none
   MP_EXTRA           further options of megatron-vl train, as one string
+  MP_DRY_RUN         true: check it, print the layout and what every rank holds, start nothing
   NPROC_PER_NODE     processes of this node (default: its GPUs; without any, TP x PP x CP)
   With dlc the nodes are read from the scheduler's variables, WORLD_SIZE, RANK, MASTER_ADDR and
   MASTER_PORT in DLC; docs/clusters.md has the others.
@@ -85,6 +86,7 @@ LR_WARMUP_ITERS=${22}
 OUTPUT_BASEPATH=${23}
 
 MP_AC_LAYERS=${MP_AC_LAYERS:-1}
+MP_DRY_RUN=${MP_DRY_RUN:-false}
 
 case $ENV in
   dsw)
@@ -114,6 +116,7 @@ esac
 
 switch SP "$SP" --sequence-parallel
 switch DO "$DO" --use-distributed-optimizer
+switch MP_DRY_RUN "$MP_DRY_RUN" --dry-run
 
 case $FL in
   true) OPTIONS+=(--attention-backend auto) ;;

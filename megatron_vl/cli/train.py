@@ -17,7 +17,7 @@ from megatron_vl.training.config_sources import add_arguments, load_config
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 LAUNCH = (*NODES, "cluster_env", "rendezvous_timeout")
-NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "debug", "run", "argv"}
+NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "dry_run", "debug", "run", "argv"}
 
 
 def add_parser(commands) -> None:
@@ -28,6 +28,11 @@ def add_parser(commands) -> None:
     parser.add_argument("--config", metavar="YAML", help="file with the same options as keys")
     parser.add_argument(
         "--show-config", action="store_true", help="print the resolved options and stop"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="check the run as a start does, print its layout and what every rank holds, and "
+        "stop; needs config.json alone",
     )
     launch = parser.add_argument_group("Processes of this node, when torchrun did not start them.")
     launch.add_argument(
@@ -59,6 +64,13 @@ def run(args: argparse.Namespace) -> int:
         import yaml
 
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return 0
+    if args.dry_run:
+        from megatron_vl.training.dry_run import dry_run
+
+        env = _nodes(args)
+        processes = _processes(config) if env.nproc_per_node is None else env.nproc_per_node
+        print(dry_run(config, nnodes=env.nnodes, nproc_per_node=processes))
         return 0
     if started_by_torchrun():
         from megatron_vl.cli.worker import STOP, beside_failure, run_worker

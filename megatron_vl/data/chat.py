@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_vl.data.conversation import MEDIA_KINDS, Part, Turn
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value
 from megatron_vl.models.spec import TokenIds
 
 _PROBE = [
@@ -75,7 +75,9 @@ class ChatTokenizer:
                     f"{hf_dir / name} is missing; copy it from the model's Hugging Face repository."
                 )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), use_fast=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(hf_dir), use_fast=True, trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:  # transformers and tokenizers raise many kinds for a bad file
             raise InputError(
                 f"the tokenizer in {hf_dir} cannot be read ({str(error).strip().splitlines()[0]}); "
@@ -84,7 +86,7 @@ class ChatTokenizer:
         legacy = hf_dir / "chat_template.json"  # where processors kept it before the .jinja file
         if not tokenizer.chat_template and legacy.is_file():
             try:
-                template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+                template = json_value(legacy.read_text(encoding="utf-8"))["chat_template"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{legacy} cannot be read or has no chat_template; copy it again from the "
@@ -102,7 +104,15 @@ class ChatTokenizer:
                 f"tokenizer_config.json."
             )
         chat = cls(tokenizer, tokens=tokens, trained=trained)
-        ids = tokenizer(chat._render(_PROBE), add_special_tokens=False)["input_ids"]
+        try:
+            probe = chat._render(_PROBE)
+        except Exception as error:  # jinja2's, its sandbox's too, and what a template raises
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(
+                f"the chat template in {hf_dir} cannot be used ({words[0].rstrip('.')}); copy "
+                f"chat_template.jinja again from the model's repository."
+            ) from error
+        ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
         if ids.count(tokens.image) != 1:
             raise InputError(
                 f"the chat template in {hf_dir} does not write config.json's image_token_id "

@@ -4,17 +4,22 @@ of a worker process an hour later."""
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import re
 import struct
-from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import braceexpand
-import yaml
 
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value, yaml_value
 
 _PREPARE = "prepare the dataset again with `megatron-vl prepare`"
+_ENERGON = "megatron.energon"  # the one module that a dataset's YAML may name
+_META_FILES = ("dataset_config", "split_config")  # of a metadataset: other YAMLs of .nv-meta
+_MAX_SHARDS = 1_000_000  # that one pattern may stand for
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 
 def check_dataset(path: Path, split: str) -> int:
@@ -39,8 +44,11 @@ def check_dataset(path: Path, split: str) -> int:
             f"give the directory it writes."
         )
     info_path = _info_path(path)
-    info = _read(info_path, json.loads if info_path.suffix == ".json" else yaml.safe_load)
-    _read(meta / "dataset.yaml", yaml.safe_load)
+    info = read_meta(info_path)
+    read_meta(meta / "dataset.yaml")
+    for suffix in ("yaml", "yml", "json"):
+        for config in sorted(meta.glob(f"*.{suffix}")):
+            check_names_no_code(read_meta(config), config)
     shards = split_shards(path, split)
     counts = info.get("shard_counts") if isinstance(info, dict) else None
     if not isinstance(counts, dict):
@@ -91,25 +99,81 @@ def _info_path(path: Path) -> Path:
 
 
 def _split_parts(path: Path) -> dict[str, list[str]]:
-    config = _read(Path(path) / ".nv-meta" / "split.yaml", yaml.safe_load)
+    file = Path(path) / ".nv-meta" / "split.yaml"
+    config = read_meta(file)
     config = config if isinstance(config, dict) else {}
-    excluded = {name for entry in config.get("exclude") or () for name in _expand(entry)}
-    return {
-        split: [name for entry in entries or () for name in _expand(entry) if name not in excluded]
-        for split, entries in (config.get("split_parts") or {}).items()
-    }
-
-
-def _expand(entry: str) -> Iterator[str]:
-    return braceexpand.braceexpand(entry)
-
-
-def _read(path: Path, parse) -> object:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        excluded = {name for entry in config.get("exclude") or () for name in _expand(entry)}
+        parts = {
+            split: [name for entry in entries or () for name in _expand(entry)
+                    if name not in excluded]
+            for split, entries in (config.get("split_parts") or {}).items()
+        }
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged; {_PREPARE}.") from error
+    for name in (name for names in parts.values() for name in names):
+        # energon opens what is named here and indexes nothing else.
+        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+            raise InputError(f"{file} names the shard {name}, outside {path}; {_PREPARE}.")
+    return parts
+
+
+def _expand(entry: str) -> list[str]:
+    # Not found out by expanding it: a range is made whole, and the lists multiply.
+    number = prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(entry))
+    commas: list[int] = []  # in each list that is open
+    for letter in entry:
+        if letter == "{":
+            commas.append(0)
+        elif letter == "," and commas:
+            commas[-1] += 1
+        elif letter == "}" and commas:
+            number *= commas.pop() + 1
+    if number > _MAX_SHARDS:
+        raise ValueError(f"{entry} is more than {_MAX_SHARDS:,} shards")
+    return list(braceexpand.braceexpand(entry))
+
+
+def check_names_no_code(value: object, file: Path) -> None:
+    """Whether a YAML of energon's names nothing but energon's own classes.
+
+    energon imports and calls whatever `__module__` and `__class__` or `__function__` name, and runs
+    a Python file beside the YAML that `sample_loader` or `part_filter` name: whoever wrote a
+    dataset would run as its reader.
+
+    Raises:
+        InputError: it does.
+    """
+    if isinstance(value, list):
+        for one in value:
+            check_names_no_code(one, file)
+    if not isinstance(value, dict):
+        return
+    for key, one in value.items():
+        own = one == _ENERGON if key == "__module__" else (
+            not isinstance(one, str) if key == "part_filter" else
+            key not in ("__function__", "sample_loader")
+        )
+        if not own:
+            raise InputError(
+                f"{file} asks for Python code to be run ({key}: {str(one)[:80]}), which data may "
+                f"not; use energon's own classes with a field_map, or {_PREPARE}."
+            )
+        if key in _META_FILES and os.path.basename(str(one)) != one:
+            raise InputError(
+                f"{file} names {str(one)[:80]} as {key}, no file of .nv-meta; put it there."
+            )
+        check_names_no_code(one, file)
+
+
+def read_meta(path: Path) -> object:
+    """The content of a YAML or JSON of energon's. Raises InputError: it is missing or damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json_value(text, twins=False) if path.suffix == ".json" else yaml_value(text)
     except OSError as error:
         raise InputError(f"{path} is missing or unreadable; {_PREPARE}.") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is damaged; {_PREPARE}.") from error
 
 

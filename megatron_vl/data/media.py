@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,10 @@ from megatron_vl.errors import InputError
 
 MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart_resize's limit
 FRAMES_AT_ONCE = 16  # of a video, decoded and held at their full size
+MAX_FRAME_PIXELS = 40_000_000  # of a video; 8K has 33 million
+# What PIL decodes by itself; for others it starts programs, as Ghostscript for PostScript.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA",
+           "TIFF", "WEBP")
 _SLACK = 1.05  # by which a whole video may be shorter than its header says
 _CUT = "the file is cut off"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -80,11 +85,18 @@ def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data))
+            return Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise BadMedia(str(error)) from error
     except Exception as error:  # a damaged header: UnidentifiedImageError, OSError, SyntaxError
         raise BadMedia("it is not in a format PIL can read") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this PIL was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -234,7 +246,13 @@ def _video(data: bytes):
         with av_open(io.BytesIO(data)) as container:
             if not container.streams.video:
                 raise BadMedia("it has no video frames")
-            yield container.streams.video[0]
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_FRAME_PIXELS:
+                raise BadMedia(
+                    f"its frames of {stream.width} x {stream.height} pixels are over "
+                    f"{MAX_FRAME_PIXELS:,}"
+                )
+            yield stream
     except BadMedia:
         raise
     except Exception as error:  # PyAV has its own kinds, some of them OSError or ValueError

@@ -7,11 +7,13 @@ Megatron-LM writes it); or a YAML file with energon's metadataset, for all that 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vl.data.dataset_dir import check_dataset, fingerprint
+from megatron_vl.data.dataset_dir import check_dataset, check_names_no_code, fingerprint
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import yaml_value
 
 _YAML = (".yaml", ".yml")
 
@@ -143,6 +145,7 @@ class Mixture:
 
         if not self.metadataset.is_file():
             raise InputError(f"the metadataset {self.metadataset} does not exist; check the path.")
+        _check_metadataset(self.metadataset, set())
         try:
             leaves = traverse_metadataset(self.metadataset, split_part=split)
         except Exception as error:  # YAML's, energon's typed parser's, asserts, missing keys
@@ -152,6 +155,30 @@ class Mixture:
                 f"({words[0]}); see energon's MetadatasetV2."
             ) from error
         return [(Path(str(leaf.path)), leaf.split_part or split) for leaf in leaves]
+
+
+def _check_metadataset(path: Path, known: set[Path]) -> None:
+    """Raises InputError: it, or another that it names, asks for code to be run."""
+    if path in known or not path.is_file():
+        return
+    known.add(path)
+    try:
+        value = yaml_value(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"the metadataset {path} cannot be read ({error}); correct it.") from error
+    check_names_no_code(value, path)
+    for name in _texts(value):
+        if name.endswith(_YAML):
+            _check_metadataset(path.parent / name, known)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a YAML's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _number(word: str) -> float | None:

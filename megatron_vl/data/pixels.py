@@ -6,7 +6,6 @@ patch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_vl.data.conversation import VIDEO, StoredMedia
 from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value
 from megatron_vl.models.spec import VisionSpec
 
 Grid = tuple[int, int, int]
@@ -82,7 +82,9 @@ class MediaProcessor:
                 )
             path = joint
         try:
-            processor = AutoImageProcessor.from_pretrained(str(hf_dir), backend="pil")
+            processor = AutoImageProcessor.from_pretrained(
+                str(hf_dir), backend="pil", trust_remote_code=False, local_files_only=True
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read ({_first_line(error)}); copy it again from the model's "
@@ -241,7 +243,7 @@ def _video_size(hf_dir: Path) -> tuple[int, int] | None:
         if not path.is_file():
             continue
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json_value(path.read_text(encoding="utf-8"))
             config = config if part is None else config.get(part)
             if config is None:
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ from megatron_vl.data.media import (
     video_frames,
     video_info,
 )
+from megatron_vl.inputs import json_value
 
 FRAMES_FPS = 2.0  # of a folder of frames that does not say; what known preparation scripts assume
 FRAME_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
@@ -131,7 +131,7 @@ class Library:
         told = folder.with_name(folder.name + ".json") if folder is not None else None
         if fps is None and told is not None and told.is_file():
             try:
-                fps = float(json.loads(told.read_text(encoding="utf-8"))["fps"])
+                fps = float(json_value(told.read_text(encoding="utf-8"))["fps"])
                 if not 0 < fps < float("inf"):
                     raise ValueError(fps)
             except (ValueError, KeyError, TypeError) as error:

@@ -56,10 +56,12 @@ class ShardFiles:
         if not shard.is_local():
             return index[f"{key}.{extension}"][0]
         try:
-            data = os.pread(
-                self._descriptor(str(shard)), place.raw_byte_size, place.raw_byte_offset
-            )
-        except OSError as error:
+            file = self._descriptor(str(shard))
+            # pread makes room before it reads: an index may ask for any.
+            left = os.fstat(file).st_size - place.raw_byte_offset
+            size = max(0, min(place.raw_byte_size, left))
+            data = os.pread(file, size, place.raw_byte_offset)
+        except (OSError, OverflowError, TypeError) as error:
             raise BadMedia(f"its file {key}.{extension} cannot be read ({error})") from error
         if len(data) != place.raw_byte_size:
             raise BadMedia(f"the shard {shard} ends within its file {key}.{extension}")

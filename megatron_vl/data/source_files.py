@@ -22,6 +22,8 @@ LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 TARS = (".tar", ".tar.gz", ".tgz")
 _ROWS = 32  # of a table read at once: they may hold their images' bytes
+_MAX_HEADER = 1 << 20  # bytes of a tar member's name and attributes
+_AT_ONCE = 1 << 30  # bytes of a table that are unpacked at once, if one row is not more
 
 
 class SourceFile:
@@ -91,7 +93,10 @@ class JsonLines(SourceFile):
         """(number from 1, text) of each line that is not blank."""
         try:
             with self.path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
+                lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
+                for number, line in enumerate(lines, start=1):
+                    if len(line) > MAX_BYTES:
+                        raise OSError(f"line {number} has over {MAX_BYTES} bytes")
                     if number == 1:
                         line = line.removeprefix(b"\xef\xbb\xbf")
                     if line.strip():
@@ -106,7 +111,13 @@ class ParquetTable(SourceFile):
     def entries(self) -> Iterator[tuple[str, dict | BadEntry]]:
         number = 0
         with self._open() as table:
-            batches = table.iter_batches(batch_size=_ROWS)
+            # A few packed bytes may be the same gigabyte in every row: no value is longer than its
+            # column is unpacked.
+            groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+            most = max((group.column(number).total_uncompressed_size for group in groups
+                        for number in range(group.num_columns)), default=0)
+            rows = max(1, min(_ROWS, _AT_ONCE // max(1, most)))
+            batches = table.iter_batches(batch_size=rows)
             while True:
                 try:
                     batch = next(batches, None)
@@ -137,12 +148,21 @@ class ParquetTable(SourceFile):
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. tarfile takes a broken one for the end, which would lose all after it."""
+    """A member's header. tarfile takes a broken one for the end, which would lose all after it.
+
+    And it reads a long name or an extended header whole, of whatever size it says it is.
+    """
+
+    _READ_WHOLE = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+                   tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
+            if header.type in cls._READ_WHOLE and header.size > _MAX_HEADER:
+                raise tarfile.ReadError(f"a header of {header.size} bytes")
+            return header
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:

@@ -48,7 +48,8 @@ from megatron_vl.data.samples import (
     sample_name,
 )
 from megatron_vl.data.shard_files import ShardFiles, TarReaders
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, printable
+from megatron_vl.inputs import json_value
 from megatron_vl.models.common.mrope import rope_index
 
 
@@ -64,7 +65,7 @@ class TextDecoder(FileStoreDecoder):
     def decode(self, fname: str, data: bytes) -> Any:
         kind = fname.rsplit(".", 1)[-1]
         if kind == "json":
-            return json.loads(data)
+            return json_value(data)
         return data.decode("utf-8") if kind in ("txt", "text") else data
 
     def config(self) -> dict:
@@ -243,7 +244,9 @@ class SampleEncoder(TaskEncoder):
                 f"sample {name} cannot be used: {message}{many}; mend or remove it and prepare the "
                 f"dataset again, or raise max-skipped-samples."
             )
-        self.skipped.append(Skipped(reason=reason, sample=name, message=message, first=first))
+        self.skipped.append(Skipped(
+            reason=reason, sample=printable(name), message=printable(message), first=first
+        ))
 
 
 class RowEncoder(SampleEncoder):

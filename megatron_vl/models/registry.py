@@ -6,13 +6,13 @@ asked for, so converting needs no Megatron-Core.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value
 from megatron_vl.models.spec import VLMSpec
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
@@ -97,8 +97,8 @@ def read_config_json(directory: str | Path) -> dict:
             f"{directory} has no config.json; give a directory that holds the model's own one."
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json_value(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not a JSON object; copy it again.")

@@ -11,9 +11,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import yaml_value
 from megatron_vl.training.config import GROUPS, TrainConfig, kind_of
 
 
@@ -76,8 +75,8 @@ def load_config(
         if not path.is_file():
             raise InputError(f"--config {path} does not exist; give a YAML file of options.")
         try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            read = yaml_value(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise InputError(f"--config {path} is not valid YAML: {error}") from error
         if not isinstance(read, dict):
             raise InputError(f"--config {path} must hold `option: value` lines.")
@@ -104,8 +103,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             mend = f"; did you mean {PREFIX}{near[0].upper()}?" if near else "; unset it."
             raise InputError(f"the environment variable {name} is no option's{mend}")
         try:
-            values[key] = text if kind_of(known[key]) is str else yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            values[key] = text if kind_of(known[key]) is str else yaml_value(text)
+        except ValueError as error:
             raise InputError(
                 f"the environment variable {name} is {text!r}, which is no YAML value; quote it."
             ) from error

@@ -10,6 +10,7 @@ Letters: L tokens of a sample, V vocabulary.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import time
@@ -179,7 +180,8 @@ def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case, dtype: str = "floa
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        hf_dir, dtype=getattr(torch, dtype), attn_implementation="eager"
+        hf_dir, dtype=getattr(torch, dtype), attn_implementation="eager", trust_remote_code=False,
+        local_files_only=True,
     )
     samples = make_samples(spec, case)
     logits, total, trained = [], 0.0, sum(int((s.labels != IGNORE).sum()) for s in samples)
@@ -341,7 +343,8 @@ def _save_gradients(directory: Path, source, model, spec: VLMSpec, layout: Layou
         pp = parallel_state.get_pipeline_model_parallel_rank()
         name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp > 1 else "")
         file = Path("release") / name / "model_optim_rng.pt"
-        content = torch.load(source.root / file, weights_only=False)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of its `args`
+            content = torch.load(source.root / file, weights_only=True)
         for number, chunk in enumerate(model):
             part = content[f"model{number}" if len(model) > 1 else "model"]
             gradients = {

@@ -68,8 +68,11 @@ class Plan:
         return None if self.metrics_file is None else self.metrics_file.with_name("profile")
 
 
-def plan_run(config: TrainConfig, world_size: int) -> Plan:
+def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan:
     """Check a configuration against the model and the number of processes; touches no GPU.
+
+    Args:
+        here: whether this machine is to run it; if not, what it has is not asked.
 
     Raises:
         InputError: anything that cannot work, by name.
@@ -82,8 +85,13 @@ def plan_run(config: TrainConfig, world_size: int) -> Plan:
         )
     spec = load_spec(hf_dir)
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
-    _check_machine(config)
-    _check_attention(config, spec)
+    if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
+        raise InputError(
+            "cpu-offloading (AC offload) needs a pipeline of one stage; use "
+            "recompute-granularity full (AC full), or PP 1."
+        )
+    if here:
+        check_machine(config, spec)
     if config.model.init_method_std is not None:
         spec = replace(spec, decoder=replace(spec.decoder, init_std=config.model.init_method_std))
     layout = config.parallel.layout(world_size)
@@ -206,10 +214,19 @@ def check_paths(config: TrainConfig) -> None:
     Raises:
         InputError: a dataset without the split that is read from it, or an output that cannot be.
     """
+    for mixture, split in datasets(config):
+        mixture.check(split)
+    check_outputs(config)
+
+
+def datasets(config: TrainConfig) -> list[tuple[Mixture, str]]:
+    """What the run reads, and which split of it. Raises InputError: see `Mixture.parse`."""
     train, valid = mixtures(config)
-    train.check("train")
-    if config.data.eval_interval > 0:
-        valid.check("val")
+    return [(train, "train")] + ([(valid, "val")] if config.data.eval_interval > 0 else [])
+
+
+def check_outputs(config: TrainConfig) -> None:
+    """Raises InputError: an output that cannot be written, or a tracker that is not installed."""
     check_trackers(config.log)
     for option, given in (
         ("save", config.checkpoint.save),
@@ -231,17 +248,18 @@ def check_paths(config: TrainConfig) -> None:
             raise InputError(f"{option} {given} cannot be made: {there} {what}; give another.")
 
 
-def _check_machine(config: TrainConfig) -> None:
-    """What was asked for and this machine, or this program on it, cannot do."""
+def check_machine(config: TrainConfig, spec: VLMSpec) -> None:
+    """Raises InputError: something asked for that this machine, or this program on it, cannot do.
+    """
+    _check_devices(config)
+    _check_attention(config, spec)
+
+
+def _check_devices(config: TrainConfig) -> None:
     import importlib.util
 
     import torch
 
-    if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
-        raise InputError(
-            "cpu-offloading (AC offload) needs a pipeline of one stage; use "
-            "recompute-granularity full (AC full), or PP 1."
-        )
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None
     if torch.cuda.is_available():
         _check_offload(config, transformer_engine)

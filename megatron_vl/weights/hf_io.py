@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value
 from megatron_vl.weights.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from megatron_vl.weights.files import TensorAt, reserve
 from megatron_vl.weights.inert_pickle import Record
@@ -44,10 +45,15 @@ def weight_files(directory: Path) -> list[Path]:
         index = directory / name
         if index.is_file():
             try:
-                mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                mapped = json_value(index.read_text(encoding="utf-8"))["weight_map"]
                 names = sorted(set(mapped.values()))
+                outside = [name for name in names if Path(name).name != name or "\0" in name]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{index} is not a weight index; copy it again.") from error
+            if outside:
+                raise InputError(
+                    f"{index} names {listed(outside)}, no file(s) of {directory}; copy it again."
+                )
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
                 raise InputError(
@@ -106,8 +112,8 @@ def open_safetensors(path: Path) -> dict[str, TensorAt]:
         if size < 8 or not 0 < length <= min(MAX_HEADER, size - 8):
             raise InputError(_broken(path, "its header does not fit the file"))
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_no_twins)
-        except (ValueError, UnicodeDecodeError) as error:
+            header = json_value(file.read(length), twins=False)
+        except ValueError as error:
             raise InputError(_broken(path, f"its header is unreadable ({error})")) from error
     if not isinstance(header, dict):
         raise InputError(_broken(path, "its header is not a table"))
@@ -119,6 +125,10 @@ def open_safetensors(path: Path) -> dict[str, TensorAt]:
              tuple(entry["shape"]))
             for name, entry in header.items()
         )
+        numbers = [number for start, stop, *_, shape in entries for number in (start, stop, *shape)]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise TypeError("it is no number of bytes")
+        hash(tuple(dtype for *_, dtype, _ in entries))
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(_broken(path, "its header lacks a tensor's place")) from error
     for start, stop, name, dtype, shape in entries:
@@ -137,14 +147,6 @@ def open_safetensors(path: Path) -> dict[str, TensorAt]:
             _broken(path, f"it is {size:,} bytes long but its header asks for {base + end:,}")
         )
     return tensors
-
-
-def _no_twins(pairs: list[tuple[str, object]]) -> dict:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = {name for name in names if names.count(name) > 1}
-        raise ValueError(f"{listed(sorted(twice))} appears twice")
-    return dict(pairs)
 
 
 def _open_bin(path: Path) -> dict[str, TensorAt]:

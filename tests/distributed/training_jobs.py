@@ -92,6 +92,34 @@ def what_is_held(trainer) -> dict:
             hasattr(weight, "main_grad") or weight.grad is not None for weight in frozen
         ),
         "moments": sum(one["exp_avg"].numel() for one in state.values() if one),
+        "bytes": held_bytes(trainer),
+    }
+
+
+def held_bytes(trainer) -> dict[str, int]:
+    """Bytes of the storages that stay between steps, each counted once."""
+    import torch
+
+    weights = [weight for chunk in trainer.model for weight in chunk.parameters()]
+    buffers = [buffer for chunk in trainer.model for buffer in chunk.buffers]
+    optimizers = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    states = [one for each in optimizers for one in each.optimizer.state.values()]
+    # Adam counts its steps in a scalar a weight.
+    moments = [tensor for one in states for tensor in one.values()
+               if isinstance(tensor, torch.Tensor) and tensor.dim()]
+    updated = [weight for each in optimizers for group in each.optimizer.param_groups
+               for weight in group["params"]]
+
+    def count(tensors, known=()) -> int:
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+        return sum(storage.nbytes() for at, storage in storages.items() if at not in known)
+
+    # In fp32 what the optimizer updates are the weights themselves.
+    places = {weight.untyped_storage().data_ptr() for weight in weights}
+    return {
+        "weights": count(weights),
+        "gradients": count(buffer.grad_data for buffer in buffers),
+        "optimizer": count([*moments, *updated], places),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_import_rule import ROOMS
+from test_import_rule import ALWAYS, ROOMS
 
 from megatron_vl.cli.main import COMMANDS
 from megatron_vl.parallel.cluster import ROWS as SCHEDULERS
@@ -151,7 +151,7 @@ def test_the_table_of_schedulers_is_the_one_that_is_read():
 def test_the_table_of_rooms_is_the_enforced_one():
     table = next(t for t in tables("docs/architecture.md") if t[0][0] == "room")
     rooms = {row[0].strip("`/"): tuple(CODE.findall(row[2])) for row in table[1:]}
-    modules = ("errors", "outputs", "__main__")
+    modules = (*ALWAYS, "__main__")
     assert rooms == {room: may for room, may in ROOMS.items() if room not in modules}
 
 

@@ -163,7 +163,7 @@ def naive_to_hf(source: Path, target: Path, args) -> None:
     spec = load_spec(hf)
     weights = family(spec.model_type).weight_map(spec)
     ranks = {
-        str(path.relative_to(source / "release")): torch.load(path, weights_only=False)["model"]
+        str(path.relative_to(source / "release")): torch.load(path, weights_only=True)["model"]
         for path in (source / "release").glob("mp_rank_*/model_optim_rng.pt")
     }
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16)

@@ -1,0 +1,86 @@
+"""JSON and YAML that others wrote: read, or refused by a ValueError, in memory that fits the text.
+
+Python's own readers let some texts through to other errors: brackets nested a hundred thousand deep
+to a RecursionError; numbers of a million digits; in YAML an alias of an alias of an alias, a few
+lines that are written out as gigabytes by whoever prints or compares them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import yaml
+
+MAX_NODES = 1_000_000  # values of a YAML text, an alias counted as all that it repeats
+
+
+def json_value(text: str | bytes, *, twins: bool = True) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        twins: whether a key may stand twice in one table, of which the last counts.
+
+    Raises:
+        json.JSONDecodeError: it is none, or cannot be held.
+        UnicodeDecodeError: bytes that are no text.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=None if twins else _table)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except RecursionError as error:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from error
+    except ValueError as error:  # an integer too long to read
+        raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+def yaml_value(text: str) -> Any:
+    """The plain value of a YAML text: no tag makes anything but text, numbers, lists and tables.
+
+    Raises:
+        ValueError: it is none, a key stands twice, or aliases repeat more of it than anyone writes.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MAX_NODES:
+            raise ValueError(f"its aliases stand for more than {MAX_NODES:,} values")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = Counter(key for key, _ in pairs)
+    if len(keys) < len(pairs):
+        twice = next(key for key, times in keys.items() if times > 1)
+        raise ValueError(f"{twice} appears twice")
+    return dict(pairs)
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in a node, each as often as it would be written out."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # should it hold itself
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            # Readers differ in which of two counts: what is checked must be what is used.
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for key, times in Counter(keys).items() if times > 1), None)
+            if twice is not None:
+                raise ValueError(f"its key {twice!r} stands twice in one table")
+            children = [one for pair in node.value for one in pair]
+        known[id(node)] = 1 + sum(_size(one, known) for one in children)
+    return known[id(node)]

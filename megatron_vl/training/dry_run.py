@@ -1,0 +1,200 @@
+"""What a run would be, as text: its layout, what is on which stage, and what every rank holds.
+
+Nothing is allocated and no process is started, so it may run where the run will not: a laptop tells
+of a cluster. What only this machine lacks, datasets and checkpoints that are not there yet among
+it, is a note; what no machine could run is refused as at a start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from megatron_vl.errors import InputError
+from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
+from megatron_vl.training.plan import (
+    Plan,
+    check_machine,
+    check_outputs,
+    datasets,
+    find_checkpoint,
+    plan_run,
+)
+
+GIB = 2**30
+
+
+def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
+    """All that can be said of a run without starting it.
+
+    Raises:
+        InputError: what would be refused at a start on any machine.
+    """
+    notes: list[str] = []
+    plan = plan_run(_without_missing_checkpoint(config, notes), nnodes * nproc_per_node, here=False)
+    source, _ = find_checkpoint(plan)
+    if source is not None:
+        notes.append(f"weights come from {source.path}, which fits this layout.")
+    _look_around(plan, notes)
+    stages = [rank_memory(plan, stage) for stage in range(plan.layout.pp)]
+    parts = [
+        _head(plan, nnodes, nproc_per_node),
+        "\n".join(_table(_layer_rows(plan, stages))),
+        "\n".join(_table(_memory_rows(plan, stages))),
+        _sums(plan, stages),
+        *_shape_tables(stages),
+    ]
+    if notes:
+        parts.append("\n".join(f"note: {note}" for note in notes))
+    return "\n\n".join(parts)
+
+
+# ---- what this machine has -----------------------------------------------------------------------
+
+
+def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainConfig:
+    """The configuration without a `load` that is yet to be made."""
+    checkpoint = config.checkpoint
+    if checkpoint.load is None or Path(checkpoint.load).exists():
+        return config
+    if checkpoint.hf_config is None:
+        raise InputError(
+            f"load {checkpoint.load} is not there yet, so the model is unknown; give --hf-config "
+            f"(MP_HF_PATH) a directory with its config.json."
+        )
+    notes.append(f"load {checkpoint.load} is not there yet; convert the weights for this layout.")
+    return replace(config, checkpoint=replace(checkpoint, load=None))
+
+
+def _look_around(plan: Plan, notes: list[str]) -> None:
+    """Notes on this machine; a dataset that is here is checked as at a start."""
+    config = plan.config
+    for mixture, split in datasets(config):
+        missing = [path for path in mixture.paths if not path.exists()]
+        notes += [f"the dataset {path} is not there yet." for path in missing]
+        if not missing:
+            mixture.check(split)
+    _note(notes, lambda: check_outputs(config))
+    run = config.model
+    asks = (run.fp8_format, run.cpu_offloading, config.optimizer.optimizer_cpu_offload,
+            run.attention_backend not in ("auto", "sdpa"))
+    if any(asks):  # else every machine will do, and torch need not be imported
+        _note(notes, lambda: check_machine(config, plan.spec))
+    notes[:] = dict.fromkeys(notes)
+
+
+def _note(notes: list[str], check: Callable[[], None]) -> None:
+    try:
+        check()
+    except InputError as error:
+        notes.append(f"on this machine it would be refused: {error}")
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
+    config, layout = plan.config, plan.layout
+    frozen = ", ".join(config.model.frozen)
+    kinds = [config.model.dtype]
+    kinds += ["distributed optimizer"] if config.optimizer.use_distributed_optimizer else []
+    kinds += [f"optimizer {config.optimizer.optimizer_offload_fraction:.0%} in host memory"
+              ] if config.optimizer.optimizer_cpu_offload else []
+    kinds += [f"frozen: {frozen}"] if frozen else []
+    return (
+        f"dry run of {plan.spec.model_type}, {layout}: {plan.split}\n"
+        f"{layout.world_size} processes = {nnodes} node{'s' * (nnodes > 1)} x {nproc_per_node}\n"
+        f"{config.batch.global_batch_size} rows of {plan.row_length} tokens a step = "
+        f"{plan.num_microbatches} microbatches x {config.batch.micro_batch_size} rows x "
+        f"{layout.dp} data ranks; {config.batch.train_iters} steps\n"
+        f"{'; '.join(kinds)}"
+    )
+
+
+def _layer_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:
+    vp = plan.layout.vp
+    per_stage = plan.layout.world_size // plan.layout.pp
+    yield "stage", *(("chunk",) if vp > 1 else ()), "ranks", "vision layers", "language layers", \
+        "and"
+    for stage in stages:
+        first = stage.stage * per_stage
+        for chunk in stage.chunks:
+            yield (
+                str(stage.stage), *((str(chunk.chunk),) if vp > 1 else ()),
+                _span(range(first, first + per_stage)), _span(chunk.vision_layers),
+                _span(chunk.language_layers), ", ".join(_ends(chunk)) or "-",
+            )
+
+
+def _ends(chunk: ChunkMemory) -> list[str]:
+    """What is on a chunk beside layers."""
+    names = {one.name for one in chunk.held}
+    return [what for what, name in (
+        ("patch embedding", "vision_model.patch_embed.proj.weight"),
+        ("merger", "vision_model.projection.encoder.linear_fc1.weight"),
+        ("embedding", "language_model.embedding.word_embeddings.weight"),
+        ("last norm", "language_model.decoder.final_layernorm.weight"),
+        ("head", "language_model.output_layer.weight"),
+    ) if name in names]
+
+
+def _memory_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:
+    """Of each stage's ranks, in bytes."""
+    host = plan.config.optimizer.optimizer_cpu_offload
+    yield ("bytes of a rank", "parameters", "weights", "gradients", "optimizer", "together", "GiB",
+           *(("in host memory",) if host else ()))
+    for stage in stages:
+        numbers = (stage.weights, stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes,
+                   stage.device_bytes)
+        yield (f"stage {stage.stage}", *(f"{number:,}" for number in numbers),
+               f"{stage.device_bytes / GIB:.2f}", *((f"{stage.host_bytes:,}",) if host else ()))
+
+
+def _sums(plan: Plan, stages: Sequence[RankMemory]) -> str:
+    found, layout = copies(plan), plan.layout
+    more = [(found.replicated, "replicated over TP"), (found.padding, "vocabulary padding"),
+            (found.tied, "tied embedding again")]
+    held = sum(stage.weights for stage in stages) * layout.tp
+    assert held == found.total, "a weight is counted twice, or not at all"
+    return (
+        f"the model has {found.model:,} parameters; TP {layout.tp} x PP {layout.pp} ranks hold "
+        f"{held:,}" + "".join(f" + {number:,} {what}" for number, what in more if number).replace(
+            " + ", " = " + f"{found.model:,} + ", 1)
+        + "\nactivations, and what libraries take for themselves, come on top"
+    )
+
+
+def _shape_tables(stages: Sequence[RankMemory]) -> Iterable[str]:
+    """Matrices of each chunk; chunks that hold the same are shown once."""
+    chunks = [chunk for stage in stages for chunk in stage.chunks]
+
+    def matrices(chunk: ChunkMemory):
+        return [one for one in chunk.held if len(one.shape) > 1]
+
+    for same, group in groupby(chunks, matrices):
+        where = [f"{one.stage}" + (f".{one.chunk}" if len(stages[0].chunks) > 1 else "")
+                 for one in group]
+        title = f"shapes on stage {where[0]}" + (f" to {where[-1]}" if len(where) > 1 else "")
+        rows = [(title, "shape", "layers", "")]
+        rows += [(one.name, str(list(one.shape)), str(one.count) if "{i}" in one.name else "-",
+                  "" if one.trained else "frozen") for one in same]
+        yield "\n".join(_table(rows))
+
+
+def _span(numbers: range) -> str:
+    if not numbers:
+        return "-"
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _table(rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    """Rows as lines: the first column to the left, the others to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        first, *others = (cell.ljust(width) if number == 0 else cell.rjust(width)
+                          for number, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join((first, *others)).rstrip()

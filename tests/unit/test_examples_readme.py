@@ -1,0 +1,245 @@
+"""Every command of examples/qwen2_vl/README.md is one that the program takes, at true sizes.
+
+Launcher and convertor run as their shell scripts, dry, on the published config.json files. The
+checkpoints to train from and to convert back are files of the true size whose numbers are holes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Done, run
+from test_docs import ARGUMENTS, CODE, LINK, TRAINER, blocks, headings, parser, paths, prose
+from true_sizes import PARAMETERS, write
+
+from megatron_vl.models import family, load_spec
+from megatron_vl.parallel import Layout
+from megatron_vl.weights import convert, torch_dist, torch_file
+from megatron_vl.weights.mcore_io import lay_out_mcore, lay_out_sharded
+
+FOLDER = "examples/qwen2_vl/"
+README, CHINESE = FOLDER + "README.md", FOLDER + "README_zh.md"
+CONVERTOR = "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh"
+PREPARE = "toolkits/pretrain_data_preprocessing/"
+OTHERS = {"pip", "modelscope", "hf", "unzip"}  # programs that are not ours
+
+
+def lines(readme: str) -> list[str]:
+    return [line for block in blocks(readme, "bash")
+            for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def given(line: str) -> tuple[dict[str, str], list[str]]:
+    """(variables, words) of a command line."""
+    words, variables = shlex.split(line), {}
+    while match := re.fullmatch(r"([A-Z][A-Z0-9_]*)=(.*)", words[0]):
+        variables[match[1]] = match[2]
+        del words[0]
+    return variables, words
+
+
+def calls(*scripts: str) -> list:
+    """The README's calls of bash scripts, named by what tells them apart."""
+    found = []
+    for line in lines(README):
+        variables, words = given(line)
+        if words[0] == "bash" and words[1] in scripts:
+            size = next(word for word in words[2:] if word in PARAMETERS)
+            found.append(pytest.param(variables, words, size, id=f"{len(found)} {size}"))
+    return found
+
+
+def test_both_languages_have_the_same_commands_and_headings():
+    assert lines(README) == lines(CHINESE)
+    assert [level for level, _ in headings(README)] == [level for level, _ in headings(CHINESE)]
+    codes = [{code for code in CODE.findall(prose(one)) if "/" in code or code.isupper()}
+             for one in (README, CHINESE)]
+    assert codes[0] == codes[1]
+
+
+@pytest.mark.parametrize("readme", [README, CHINESE])
+def test_every_path_and_link_leads_somewhere(readme):
+    names = {"/", *(word for line in lines(readme) if given(line)[1][0] in OTHERS
+                    for word in given(line)[1])}  # what other programs are given
+    named = [path for path in paths(readme) if not {path[:1], path} & names]
+    assert named and not [path for path in named if not (ROOT / path).exists()]
+    links = LINK.findall(prose(readme))
+    assert links and all((ROOT / FOLDER / link).exists() for link in links), links
+
+
+def test_the_way_is_shown_in_order_and_nothing_else_is_called():
+    order = []
+    for line in lines(README):
+        _, words = given(line)
+        order.append(words[1] if words[0] in ("bash", "python", "megatron-vl") else words[0])
+        assert words[0] in OTHERS | {"bash", "python", "megatron-vl"}, line
+        if words[0] == "bash":
+            assert len(words) - 2 in ARGUMENTS[words[1]], line
+    first = [order.index(step) for step in (
+        "pip", "modelscope", PREPARE + "convert_llava_pretrain_to_wds.py", CONVERTOR, TRAINER,
+    )]
+    assert first == sorted(first)
+    backs = [words for _, words in map(given, lines(README)) if "true" in words[6:8]
+             and words[1] == CONVERTOR]
+    assert len(backs) == 2 and order[-2:] == [CONVERTOR, "verify"]
+
+
+@pytest.mark.parametrize("line", [
+    line for line in lines(README) if given(line)[1][0] in ("python", "megatron-vl")
+])
+def test_other_commands_are_taken_by_their_parsers(line, monkeypatch):
+    """A script in Python says which command of the program it would become."""
+    _, words = given(line)
+    if words[0] == "python":
+        became = []
+        monkeypatch.setattr(os, "execve", lambda program, argv, environment: became.append(argv))
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        words = became[0][2:]
+        assert words[0] == "megatron_vl"
+    args = parser(words[1]).parse_args(words[2:])
+    if words[1] == "prepare":
+        assert args.json or args.source.suffix == ".json"
+
+
+# ---- convert ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    """What /mnt stands for, before anything was converted: config.json files alone."""
+    root = tmp_path_factory.mktemp("mnt")
+    for size in PARAMETERS:
+        write(root / f"qwen2-vl-ckpts/Qwen2-VL-{size}-Instruct", size)
+    return root
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    """The same with the README's converted 7B and its trained run, whose numbers are holes."""
+    root = tmp_path_factory.mktemp("filled")
+    for size in PARAMETERS:
+        write(root / f"qwen2-vl-ckpts/Qwen2-VL-{size}-Instruct", size)
+    whole = write(root / "qwen2-vl-ckpts/Qwen2-VL-7B-Instruct", "7B")
+    spec = load_spec(whole)
+    weights = family(spec.model_type).weight_map(spec)
+    source = convert.open_source(whole, weights, planned_dtype="bfloat16")
+    layout, split = Layout(tp=2, pp=2), spec.split(pp=2, first_stage_layers=12)
+
+    def args(dtype: str) -> dict:
+        return spec.megatron_args(layout, split, dtype)
+
+    # Not convert.run_conversion: it would take the place on the disk.
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torch_file, torch_dist):
+            patch.setattr(module, "reserve", lambda file, size: file.truncate(size))
+        one = convert.plan_conversion(
+            source, weights, convert.McoreTarget(layout=layout, split=split, args=args))
+        there = write(root / "qwen2-vl-ckpts/Qwen2-VL-7B-Instruct-tp2-pp2", "7B")
+        lay_out_mcore(there, one.files, one.dtypes, args("bfloat16"))
+        one = convert.plan_conversion(
+            source, weights, convert.ShardedTarget(max_shard_bytes=5 * 10**9, args=args))
+        (there,) = [Path(words[3].replace("/mnt/", f"{root}/")) for _, words in
+                    map(given, lines(README)) if "/checkpoint/" in words[min(3, len(words) - 1)]]
+        write(there, "7B")
+        lay_out_sharded(there, one.files, one.dtypes, one.chunks, args("bfloat16"))
+    held = sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
+    assert held < 10**8, "the numbers are holes"
+    return root
+
+
+def dry(variables: dict, words: list[str], root: Path, **more: object) -> Done:
+    """A command with MP_DRY_RUN, in the storage `root`; it may not change that."""
+    before = sorted(root.rglob("*"))
+    words, variables = (
+        [word.replace("/mnt/", f"{root}/") for word in words],
+        {name: value.replace("/mnt/", f"{root}/") for name, value in variables.items()},
+    )
+    done = run(words, **{**more, **variables, "MP_DRY_RUN": "true"})
+    assert sorted(root.rglob("*")) == before
+    return done
+
+
+@pytest.mark.parametrize(("variables", "words", "size"), calls(CONVERTOR))
+def test_a_conversion_plans_every_byte_at_its_true_size(variables, words, size, storage, filled):
+    back = words[7] == "true"
+    done = dry(variables, words, filled if back else storage)
+    assert done.code == 0, done.err
+    total = int(re.fullmatch(r"total: .* ([\d,]+) bytes", done.out.splitlines()[-1])[1]
+                .replace(",", ""))
+    tp, pp = int(words[5]), int(words[6])
+    if back:
+        assert total == 2 * PARAMETERS[size]
+        return
+    options = ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
+    if "MP_PP0_LAYERS" in variables:
+        options += ["--decoder-first-pipeline-num-layers", variables["MP_PP0_LAYERS"]]
+    said = run([sys.executable, "-m", "megatron_vl", "train", "--dry-run", "--hf-config",
+                words[3].replace("/mnt/", f"{storage}/"), "--train-data-path", "none",
+                "--nproc-per-node", tp * pp, *options])
+    assert total == 2 * held_by_the_model(said.out), "what training says is what is written"
+
+
+# ---- train ------------------------------------------------------------------------------------
+
+
+def held_by_the_model(said: str) -> int:
+    """Numbers that TP x PP ranks hold together, which the tables of a dry run must agree on."""
+    sentence = re.search(r"the model has ([\d,]+) parameters; TP (\d+) x PP (\d+) ranks hold "
+                         r"([\d,]+)(?: = (.*))?$", said, re.M)
+    model, tp, pp, held = (int(group.replace(",", "")) for group in sentence.groups()[:4])
+    if sentence[5]:
+        parts = [int(part.split()[0].replace(",", "")) for part in sentence[5].split(" + ")]
+        assert (parts[0], sum(parts)) == (model, held)
+    else:
+        assert model == held
+    rows = re.findall(r"^stage \d+ +([\d,]+) ", said, re.M)
+    assert len(rows) == pp
+    assert sum(int(row.replace(",", "")) for row in rows) * tp == held
+    return held
+
+
+@pytest.mark.parametrize(("variables", "words", "size"), calls(TRAINER))
+@pytest.mark.parametrize("there", [False, True], ids=["before", "after"])
+def test_a_training_is_laid_out_at_its_true_size(variables, words, size, there, storage, filled):
+    """Before its weights are converted, and with them."""
+    if there and size != "7B":
+        pytest.skip("weights of 7B alone were converted")
+    root = filled if there else storage
+    cluster = {"WORLD_SIZE": 8, "RANK": 3, "MASTER_ADDR": "node-0"} if words[2] == "dlc" else {}
+    config = {} if there else {"MP_HF_PATH": f"{root}/qwen2-vl-ckpts/Qwen2-VL-{size}-Instruct"}
+    done = dry(variables, words, root, NPROC_PER_NODE=8, **cluster, **config)
+    assert done.code == 0, done.err
+    assert f"the model has {PARAMETERS[size]:,} parameters" in done.out
+    held_by_the_model(done.out)
+    tp, pp = map(int, words[11:13])
+    nodes = int(cluster.get("WORLD_SIZE", 1))
+    assert f"TP{tp}xPP{pp}xDP{8 * nodes // (tp * pp)}" in done.out
+    assert f"= {nodes} node{'s' * (nodes > 1)} x 8" in done.out
+    # Every layer is on one stage, as many on the first as was asked for.
+    stages = re.findall(r"^\d+ +\d+-\d+ +(\S+) +(\S+) ", done.out, re.M)
+    layers = [number for _, span in stages for number in
+              range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)]
+    assert layers == list(range(80 if size == "72B" else 28)) and len(stages) == pp
+    if "MP_PP0_LAYERS" in variables:
+        assert stages[0][1] == f"0-{int(variables['MP_PP0_LAYERS']) - 1}"
+    fits = "weights come from" in done.out
+    assert fits is there and ("is not there yet; convert" in done.out) is not there
+
+
+def test_the_run_that_is_converted_back_is_the_one_that_was_trained():
+    (back,) = [words[3] for _, words in map(given, lines(README)) if words[1:2] == [CONVERTOR]
+               and "/checkpoint/" in words[3]]
+    saves = []
+    for variables, words in map(given, lines(README)):
+        if words[1:2] == [TRAINER] and "MP_DRY_RUN" not in variables:
+            done = run(words, PYTHON="echo")
+            options = done.out.splitlines()[-1].split()
+            saves.append(options[options.index("--save") + 1])
+    assert back in saves

@@ -1,0 +1,582 @@
+"""Files made to do harm: none runs code, leaves its directory, or takes the machine's memory.
+
+Each ends in one sentence and code 2, or as one refused entry among good ones. That pickles of
+checkpoints and of ChatML shards are read as data is tested beside their readers, and so is what
+lint's page makes of text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import megatron_vl
+from tiny_hf import make
+
+from megatron_vl.cli.main import run
+from megatron_vl.data import media, source_files
+from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.dataset_dir import check_dataset
+from megatron_vl.data.loader import DataConfig, build_train_loader
+from megatron_vl.data.media import BadMedia, decode_rgb, video_info
+from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value, yaml_value
+
+DEEP = "[" * 200_000
+
+
+@pytest.fixture
+def canary(tmp_path) -> Path:
+    """What a payload would make."""
+    return tmp_path / "canary"
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_small():
+    """No test may take long, nor this process more than a gigabyte."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.perf_counter() - started < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "in KiB"
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def refusal(capsys, *words: object) -> str:
+    """The one sentence of a command that is refused."""
+    assert run([str(word) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+    return err
+
+
+def test_the_payload_is_real(canary):
+    pickle.loads(pickle.dumps(Payload(canary)))
+    assert canary.exists()
+
+
+# ---- JSON and YAML ----------------------------------------------------------------------------
+
+
+BOMB = "a0: &a0 [lol, lol]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
+)
+LAUGHS = {  # all but the last two would be gigabytes, or no end
+    "aliases of aliases": BOMB,
+    "merges of merges": "a0: &a0 {b: c}\n" + "".join(
+        f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 30)),
+    "itself": "train-iters: &a [*a]",
+    "nested": "train-iters: " + DEEP,
+    "a number of a million digits": "train-iters: " + "9" * 1_000_000,
+    "Python": "train-iters: !!python/object/apply:os.system ['touch {canary}']",
+    "a key twice": "train-iters: 1\ntrain-iters: 2",
+}
+
+
+@pytest.mark.parametrize("text", LAUGHS.values(), ids=LAUGHS)
+def test_a_configuration_file_is_read_in_little_memory_or_refused(text, tmp_path, canary, capsys):
+    (tmp_path / "run.yaml").write_text(text.replace("{canary}", str(canary)))
+    said = refusal_of_many_lines(capsys, "train", "--config", tmp_path / "run.yaml")
+    assert "run.yaml is not valid YAML" in said and not canary.exists()
+
+
+def refusal_of_many_lines(capsys, *words: object) -> str:
+    """As `refusal`; a YAML error points at its place over several lines."""
+    assert run([str(word) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and len(err) < 2000
+    return err
+
+
+def test_anchors_that_people_write_are_read():
+    assert yaml_value("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}}") == {
+        "a": [1, 2], "b": [1, 2], "c": {"d": 1}}
+    assert yaml_value("") is None
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 200_000, "9" * 100_000])
+def test_json_that_cannot_be_held_is_an_error_of_json(text):
+    with pytest.raises(json.JSONDecodeError):
+        json_value(text)
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"hidden_size": ' + "9" * 100_000 + "}"])
+def test_a_config_json_that_cannot_be_held_is_refused(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    assert "is not valid JSON" in refusal(capsys, "convert", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_name_steers_the_terminal(tmp_path, capsys):
+    """A key that would rename the window, clear the screen and turn the line around."""
+    key = "\x1b]0;owned\x07\x1b[2Jtrain\u202eiters"
+    (tmp_path / "run.yaml").write_text(json.dumps({key: 1}))
+    said = refusal(capsys, "train", "--config", tmp_path / "run.yaml")
+    assert "\\x1b]0;owned\\x07\\x1b[2J" in said or "\\x1b" in said
+    assert not set("\x1b\x07\u202e") & set(said)
+    assert str(InputError("a\x1b[31m\u202eb\n\tä 中")) == "a\\x1b[31m\\u202eb\n\tä 中"
+
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("tiny") / "hf")
+
+
+@pytest.fixture
+def hf(tiny, tmp_path) -> Path:
+    shutil.copytree(tiny, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "{root}/secret.safetensors", "a\0b",
+                                  "sub/../../secret.safetensors", "..", ""])
+def test_a_weight_index_names_files_beside_it_alone(name, hf, tmp_path, capsys):
+    name = name.replace("{root}", str(tmp_path))
+    (hf / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    (hf / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"model.norm.weight": name}}))
+    said = refusal(capsys, "convert", hf, tmp_path / "out")
+    assert "no file(s) of" in said or "lacks" in said
+    assert not (tmp_path / "out").exists()
+
+
+def header(**changes) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+                      ).encode()
+
+
+HEADERS = {
+    "larger than the file": struct.pack("<Q", 2**63 - 1),
+    "larger than any": struct.pack("<Q", 2**64 - 1),
+    "nested": DEEP.encode(),
+    "a million twins": b"{" + b",".join([b'"a":0'] * 1_000_000) + b"}",
+    "two of each": b"{" + b",".join(b'"%d":0' % (n // 2) for n in range(400_000)) + b"}",
+    "places as text": header(data_offsets=["0", "8"]),
+    "places as lists": header(data_offsets=[[], []]),
+    "places before the file": header(data_offsets=[-8, 0]),
+    "a dtype that is none": header(dtype=["F32"]),
+    "a shape below zero": header(shape=[-2]),
+    "a shape beyond count": header(shape=[2**62, 2**62]),
+    "a shape as text": header(shape=["2"]),
+    "no table": b"[]",
+    "a table of numbers": b'{"a": 3}',
+}
+
+
+@pytest.mark.parametrize("text", HEADERS.values(), ids=HEADERS)
+def test_a_safetensors_header_is_believed_in_nothing(text, hf, tmp_path, capsys):
+    data = text if len(text) == 8 else struct.pack("<Q", len(text)) + text
+    (hf / "model.safetensors").write_bytes(data + b"\0" * 8)
+    said = refusal(capsys, "convert", hf, tmp_path / "out")
+    assert "model.safetensors" in said and len(said) < 1000
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_file_that_is_a_pickle_runs_nothing(hf, tmp_path, canary, capsys):
+    (hf / "model.safetensors").unlink()
+    (hf / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Payload(canary)}))
+    refusal(capsys, "convert", hf, tmp_path / "out")
+    assert not canary.exists() and not (tmp_path / "out").exists()
+
+
+# ---- a model's directory ----------------------------------------------------------------------
+
+
+EVIL = "import pathlib\npathlib.Path({canary!r}).touch()\nclass Evil: pass\nEvilFast = Evil\n"
+
+
+def test_code_beside_a_tokenizer_and_an_image_processor_is_not_run(hf_dir, spec, tmp_path, canary):
+    hf = shutil.copytree(hf_dir, tmp_path / "hf")
+    (hf / "evil.py").write_text(EVIL.format(canary=str(canary)))
+    for name, maps in {
+        "config.json": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.EvilFast"]},
+        "tokenizer_config.json": {"AutoTokenizer": ["evil.Evil", "evil.EvilFast"]},
+        "preprocessor_config.json": {"AutoImageProcessor": "evil.Evil",
+                                     "AutoProcessor": "evil.Evil"},
+    }.items():
+        config = json.loads((hf / name).read_text())
+        (hf / name).write_text(json.dumps(config | {"auto_map": maps}))
+    ChatTokenizer.from_hf_dir(hf, tokens=spec.tokens)
+    MediaProcessor.from_hf_dir(hf, vision=spec.vision)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__init__.__globals__ }}",
+    "{% for message in messages %}{{ message.pop('role') }}{% endfor %}",
+])
+def test_a_chat_template_has_no_way_out_of_its_text(template, hf_dir, spec, tmp_path):
+    hf = shutil.copytree(hf_dir, tmp_path / "hf")
+    (hf / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="chat template"):
+        ChatTokenizer.from_hf_dir(hf, tokens=spec.tokens)
+
+
+# ---- prepared datasets ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wds(wds_dir, tmp_path) -> Path:
+    return shutil.copytree(wds_dir, tmp_path / "wds")
+
+
+CODE = "import pathlib\npathlib.Path({canary!r}).touch()\n" + "".join(
+    f"def {name}(*_): pass\n" for name in ("sample_loader", "part_filter"))
+CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+VQA = {"__module__": "megatron.energon", "__class__": "VQASample"}
+NAMES_CODE = {
+    "a file of the dataset": {"sample_type": VQA, "sample_loader": "code.py:sample_loader",
+                              "part_filter": "code.py:part_filter"},
+    "a filter of the dataset": CRUDE | {"part_filter": "code.py:part_filter"},
+    "a class of another module": {"__module__": "code", "__class__": "Path"},
+    "a function": {"__module__": "os", "__function__": "getcwd"},
+    "a type": {"sample_type": {"__module__": "subprocess", "__class__": "Popen"},
+               "field_map": {"args": "json"}},
+    "a module within energon's": {"__module__": "megatron.energon.module_loader",
+                                  "__class__": "ModuleLoader"},
+    "deep within": CRUDE | {"subflavors": [{"a": {"__function__": "getcwd"}}]},
+}
+
+
+@pytest.mark.parametrize("config", NAMES_CODE.values(), ids=NAMES_CODE)
+def test_a_dataset_that_names_code_is_refused(config, wds, canary, capsys, hf_dir):
+    (wds / ".nv-meta" / "code.py").write_text(CODE.format(canary=str(canary)))
+    (wds / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(config))
+    said = refusal(capsys, "lint", wds, "--model", hf_dir, "--seq-length", 256)
+    assert "asks for Python code to be run" in said and "dataset.yaml" in said
+    with pytest.raises(InputError, match="Python code"):
+        check_dataset(wds, "train")
+    assert not canary.exists()
+
+
+def test_that_energon_would_run_it_is_why(wds, canary):
+    """Else the test above would guard nothing."""
+    from megatron.energon import WorkerConfig
+    from megatron.energon.dataset_config import get_dataset_from_config
+
+    (wds / ".nv-meta" / "code.py").write_text(CODE.format(canary=str(canary)))
+    (wds / ".nv-meta" / "dataset.yaml").write_text(
+        yaml.safe_dump(NAMES_CODE["a filter of the dataset"]))
+    get_dataset_from_config(wds, split_part="train", worker_config=WorkerConfig(
+        rank=0, world_size=1, num_workers=0))
+    assert canary.exists()
+
+
+def test_a_second_key_and_another_file_hide_no_code(wds):
+    meta = wds / ".nv-meta"
+    good = (meta / "dataset.yaml").read_text()
+    (meta / "dataset.yaml").write_text("__module__: os\n" + good)
+    with pytest.raises(InputError, match="dataset.yaml is damaged"):
+        check_dataset(wds, "train")
+    (meta / "dataset.yaml").write_text(good)
+    check_dataset(wds, "train")
+    for name in ("other.yaml", "other.json"):
+        (meta / name).write_text(json.dumps({"__module__": "os", "__function__": "getcwd"}))
+        with pytest.raises(InputError, match="other.* asks for Python code"):
+            check_dataset(wds, "train")
+        (meta / name).unlink()
+
+
+@pytest.mark.parametrize("change", [
+    {"joiner": {"__module__": "evil", "__class__": "Evil"}},
+    {"dataset_config": "../../evil.yaml"},
+])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_metadataset_that_names_code_is_refused(change, nested, wds, tmp_path):
+    mix = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": {
+        "train": {"blend": [{"weight": 1, "path": str(wds), **change}]}}}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mix))
+    path = tmp_path / "mix.yaml"
+    if nested:
+        mix["splits"]["train"]["blend"] = [{"weight": 1, "path": "./mix.yaml"}]
+        path = tmp_path / "outer.yaml"
+        path.write_text(yaml.safe_dump(mix))
+    with pytest.raises(InputError, match=r"mix.yaml (asks for Python|names \.\./\.\./evil)"):
+        Mixture.parse(str(path)).check("train")
+
+
+@pytest.mark.parametrize("shard", ["../outside.tar", "{root}/outside.tar", "a/../../outside.tar"])
+def test_a_shard_outside_its_dataset_is_refused(shard, wds, tmp_path):
+    shard = shard.replace("{root}", str(tmp_path))
+    meta = wds / ".nv-meta"
+    first = check_first(meta)
+    shutil.copy(wds / first, tmp_path / "outside.tar")
+    shutil.copy(wds / f"{first}.idx", tmp_path / "outside.tar.idx")
+    (meta / "split.yaml").write_text(yaml.safe_dump({"split_parts": {"train": [shard]}}))
+    info = json.loads((meta / ".info.json").read_text())
+    (meta / ".info.json").write_text(json.dumps({**info, "shard_counts": {shard: 3}}))
+    with pytest.raises(InputError, match=r"names the shard .*outside\.tar, outside"):
+        check_dataset(wds, "train")
+
+
+def check_first(meta: Path) -> str:
+    return next(iter(json.loads((meta / ".info.json").read_text())["shard_counts"]))
+
+
+@pytest.mark.parametrize("entries", [["shard-{000000..999999999}.tar"], ["{a,b}" * 40], [["a"]], 3])
+def test_a_list_of_shards_without_end_is_refused(entries, wds):
+    parts = {"split_parts": {"train": entries}}
+    (wds / ".nv-meta" / "split.yaml").write_text(yaml.safe_dump(parts))
+    with pytest.raises(InputError, match="split.yaml is damaged"):
+        check_dataset(wds, "train")
+
+
+def repacked(wds: Path, change) -> None:
+    """Every shard again, with `change(name, data)` -> members; and energon's index of them."""
+    from megatron_vl.data.shards import run_energon_prepare
+
+    shards = sorted(wds.glob("*.tar"))
+    for path in shards:
+        with tarfile.open(path) as old:
+            members = [(one.name, old.extractfile(one).read()) for one in old]
+        with tarfile.open(path, "w") as new:
+            for name, data in (one for member in members for one in change(*member)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                new.addfile(info, io.BytesIO(data))
+    shutil.rmtree(wds / ".nv-meta")
+    run_energon_prepare(wds, {"train": range(len(shards))}, num_workers=1, shown_as=None)
+
+
+def first_batch(wds: Path, hf_dir: Path, spec, **options):
+    config = DataConfig(train=Mixture.parse(str(wds)), seq_length=512, num_workers=0,
+                        packing_buffer_size=None, shuffle_buffer_size=0, **options)
+    return next(iter(build_train_loader(config, hf_dir=hf_dir, spec=spec)))
+
+
+@pytest.mark.parametrize("filtered", [True, False], ids=["as prepared", "every member read"])
+def test_pickles_among_a_shards_members_stay_bytes(filtered, wds, hf_dir, spec, canary):
+    """energon's own decoder would unpickle or load a member by its extension."""
+    payload = pickle.dumps(Payload(canary))
+
+    def change(name, data):
+        yield name, data
+        if name.endswith(".json"):
+            for extension in ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "0.pyd"):
+                yield name.replace("json", extension), payload
+
+    repacked(wds, change)
+    if not filtered:
+        (wds / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(CRUDE))
+    assert first_batch(wds, hf_dir, spec).num_samples == 1
+    assert not canary.exists()
+
+
+def test_a_pickle_in_the_place_of_an_image_stays_bytes(vqa_dir, hf_dir, spec, tmp_path, canary):
+    wds = shutil.copytree(vqa_dir, tmp_path / "vqa")
+    payload = pickle.dumps(Payload(canary))
+    meta = (wds / ".nv-meta" / "dataset.yaml").read_text()
+    repacked(wds, lambda name, data: [(name.replace(".png", ".pth"),
+                                       payload if name.endswith(".png") else data)])
+    (wds / ".nv-meta" / "dataset.yaml").write_text(meta.replace("png", "pth"))
+    with pytest.raises(InputError, match="not in a format PIL can read"):
+        first_batch(wds, hf_dir, spec)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"turns": ' + "9" * 100_000 + "}"])
+def test_a_prepared_sample_that_cannot_be_held_is_named(text, wds, hf_dir, spec):
+    # Indexed while it is well: energon's own indexing reads it too.
+    repacked(wds, lambda name, data: [(name, data + b" " * 2**18 * name.endswith("json"))])
+    for path in wds.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            places = [(one.offset_data, one.size) for one in tar if one.name.endswith("json")]
+        with path.open("r+b") as file:
+            for offset, size in places:
+                file.seek(offset)
+                file.write(text.encode().ljust(size))
+    with pytest.raises(InputError, match=r"sample shard-\d+\.tar/.* cannot be read"):
+        first_batch(wds, hf_dir, spec)
+
+
+@pytest.mark.parametrize("size", [2**62, 2**40])
+def test_an_index_that_asks_for_all_memory_gets_what_is_there(size, wds, hf_dir, spec):
+    import sqlite3
+
+    with sqlite3.connect(wds / ".nv-meta" / "index.sqlite") as index:
+        tables = [name for name, in index.execute(
+            "select name from sqlite_master where type = 'table' and name like '%parts%'")]
+        for table in tables:
+            index.execute(f"update {table} set content_byte_size = {size} "
+                          "where part_name not like '%json'")
+    assert tables
+    with pytest.raises(InputError, match="the shard .* ends within its file"):
+        first_batch(wds, hf_dir, spec)
+
+
+# ---- raw data ---------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of so many black pixels; its rows are packed a thousand to one."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(
+            ">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + width // 8)) for _ in range(min(height, 1000)))
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head),
+                     *(chunk(*one) for one in chunks), chunk(b"IDAT", rows + packer.flush()),
+                     chunk(b"IEND", b"")])
+
+
+POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 32 32
+%%EndComments
+(canary) (w) file closefile
+showpage
+"""
+IMAGES = {
+    "ten thousand million pixels": (png(100_000, 100_000), "exceeds limit"),
+    "a comment that unpacks to a gigabyte": (
+        png(64, 64, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28), 9))), "PIL can read"),
+    "a program in PostScript": (POSTSCRIPT, "PIL can read"),
+}
+
+
+def test_images_that_would_do_harm_are_refused_entries(tmp_path, canary):
+    """Beside a good one, which is kept; Ghostscript is a program that tells that it was started."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "gs").write_text(f"#!/bin/sh\ntouch {canary}\n")
+    (tools / "gs").chmod(0o755)
+    source = tmp_path / "in"
+    source.mkdir()
+    entries = []
+    for number, (data, _) in enumerate([*IMAGES.values(), (png(64, 64), "")]):
+        (source / f"{number}.png").write_bytes(data)
+        entries.append({"image": f"{number}.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "black"}]})
+    (source / "train.json").write_text(json.dumps(entries))
+    done = megatron_vl("prepare", source, tmp_path / "out", "--split", "1,0,0", "--quiet",
+                       PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    assert done.code == 0, done.text
+    assert "kept 1 samples" in done.out and not canary.exists()
+    refused = [json.loads(line) for line in
+               (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
+    assert len(refused) == len(IMAGES)
+    for one, (_, why) in zip(refused, IMAGES.values(), strict=True):
+        assert why in json.dumps(one), one
+
+
+def test_every_image_format_that_is_read_is_read_by_pil_itself():
+    from PIL import Image
+
+    Image.init()
+    assert {"EPS", "WMF", "FPX"} & set(Image.OPEN) - set(media._formats())
+    with pytest.raises(BadMedia):
+        decode_rgb(POSTSCRIPT)
+
+
+def test_a_video_of_huge_frames_is_refused_before_one_is_decoded():
+    import av
+
+    wide = io.BytesIO()
+    with av.open(wide, "w", format="mov") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 8000, 6000, "gray"
+        for packet in (*stream.encode(av.VideoFrame(8000, 6000, "gray")), *stream.encode()):
+            container.mux(packet)
+    with pytest.raises(BadMedia, match="its frames of 8000 x 6000 pixels are over 40,000,000"):
+        video_info(wide.getvalue())
+
+
+def tar_of(*members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(data), kind
+            tar.addfile(info, io.BytesIO(data))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME,
+                                  tarfile.GNUTYPE_LONGLINK])
+def test_a_tar_header_that_unpacks_to_gigabytes_is_refused(kind, tmp_path, capsys):
+    info = tarfile.TarInfo("x")
+    info.size, info.type = 2**32, kind
+    path = tmp_path / "a.tgz"
+    path.write_bytes(gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(2**26)))
+    said = refusal(capsys, "prepare", path, tmp_path / "out", "--format", "chatml",
+                   "--quiet")
+    assert "a header of 4294967296 bytes" in said and not (tmp_path / "out").exists()
+
+
+def test_a_member_that_unpacks_to_gigabytes_is_a_refused_entry(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_files, "MAX_BYTES", 2**20)
+    path = tmp_path / "a.tgz"
+    path.write_bytes(gzip.compress(tar_of(("0.json", bytes(2**24)), ("1.json", b"[]"))))
+    (_, bad), (_, good) = source_files.open_file(path).entries()
+    assert "0.json has 16777216 bytes" in str(bad) and good["json"] == b"[]"
+
+
+def test_tar_members_are_written_nowhere(tmp_path, canary, capsys):
+    """Names that climb, and links; a shard is read as a stream."""
+    (tmp_path / "in").mkdir()
+    data = tar_of(("../canary.json", b"[]"), (str(canary) + ".json", b"[]"))
+    link = tarfile.TarInfo("link.json")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    made = io.BytesIO(data)
+    with tarfile.open(fileobj=made, mode="a") as tar:
+        tar.addfile(link)
+    (tmp_path / "in" / "a.tar").write_bytes(made.getvalue())
+    before = sorted(tmp_path.rglob("*"))
+    refusal(capsys, "prepare", tmp_path / "in", tmp_path / "out", "--format", "chatml", "--quiet")
+    assert sorted(tmp_path.rglob("*")) == before
+    entries = list(source_files.open_file(tmp_path / "in" / "a.tar").entries())
+    assert len(entries) == 2, "a link is no entry"
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_files, "MAX_BYTES", 2**20)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b"[" * 2**21 + b"\n")
+    with pytest.raises(InputError, match="line 2 has over 1048576 bytes"):
+        list(source_files.open_file(path).entries())
+
+
+def test_a_table_whose_rows_repeat_much_is_unpacked_row_by_row(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(source_files, "_AT_ONCE", 3 * 2**20)
+    asked = []
+    read = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, **options: (
+        asked.append(options["batch_size"]), read(self, **options))[1])
+    for length in (2**20, 8):
+        path = tmp_path / f"{length}.parquet"
+        parquet.write_table(pyarrow.table({"text": ["a" * length] * 64}), path,
+                            compression="zstd", use_dictionary=True)
+        assert path.stat().st_size < 2**14
+        assert sum(1 for _ in source_files.open_file(path).entries()) == 64
+    assert asked[0] < 4 and asked[1] == 32
