@@ -20,9 +20,10 @@ ARGUMENTS = {  # (keyword, its value) of any call
 }
 VARIABLES = re.compile("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD|HF_TRUST_REMOTE_CODE")
 ALLOWED = {
-    # Where a loader stands in its data is energon's own state, which a pickle alone holds; of a
-    # run's own checkpoint. docs/training.md says whom to trust.
-    "megatron_vl/training/loop.py": {"weights_only=False"},
+    # Taken out of a rank's environment, whatever a shell has set.
+    "megatron_vl/cli/worker.py": {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"},
+    # From a process this one has forked, through memory that only they share.
+    "megatron_vl/platform/cpu.py": {"pickle.loads()"},
     # Rows that ranks of one job send each other, as torch's own collectives of objects are: see
     # docs/security.md on who may reach their ports.
     "megatron_vl/training/exchange.py": {"pickle.loads()"},
