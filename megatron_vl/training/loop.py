@@ -254,7 +254,7 @@ class Trainer:
         self.left_out += self.show.step(
             iteration, counts, started=started, data_wait_seconds=self.exchange.wait_seconds,
             loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0), trained_tokens=trained,
-            skipped=not updated,
+            skipped=not updated, fault=fault,
         )
         if self.exchange.is_reader:
             self._tell(counts.skipped)

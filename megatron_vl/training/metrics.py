@@ -35,7 +35,8 @@ class StepMetrics:
     memory_bytes: float  # peak so far of the rank that held most
     vision_balance: float | None = None  # of the vision tower's ranks: mean FLOPs / the busiest's
     slowest: Straggler | None = None
-    skipped: bool  # the optimizer found inf or nan gradients and kept the weights
+    skipped: bool  # the weights were kept
+    fault: str = ""  # why; empty for a gradient too large for fp16's loss scale
     skipped_samples: dict[str, int] = field(default_factory=dict)  # left out by the data, by reason
 
     @property
@@ -136,7 +137,9 @@ class MetricLog:
             parts.append(str(step.slowest))
         if step.skipped_samples:
             parts.append(left_out(step.skipped_samples))
-        return " | ".join(parts + (["SKIPPED: gradient is not finite"] if step.skipped else []))
+        if step.skipped:
+            parts.append(f"SKIPPED: {step.fault or 'the gradient is too large for the loss scale'}")
+        return " | ".join(parts)
 
     def evaluation(
         self, iteration: int, loss: float, trained_tokens: int, seconds: float,

@@ -114,7 +114,7 @@ def _summary(run: History) -> list[str]:
         rows.append(("memory", f"{memory / 2**30:.2f} GiB at most on one rank"))
     skipped = sum(bool(step.get("skipped")) for step in run.steps)
     if skipped:
-        rows.append(("updates skipped", f"{skipped:,}, for gradients that were not finite"))
+        rows.append(("updates skipped", f"{skipped:,}; the log says why, and names their samples"))
     if run.starts:
         times = [f"{datetime.fromtimestamp(one['time']):%Y-%m-%d %H:%M:%S}, after iteration "
                  f"{one['done']:,}" for one in run.starts]

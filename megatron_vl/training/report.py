@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,11 +88,13 @@ def _draw(axes, run: History, color: str, name: str) -> None:
 def smoothed(values: list[float]) -> list[float]:
     """Exponential moving average with bias correction, as TensorBoard draws it.
 
-    Over a twentieth of the run, at most 20 steps: of a short one it would show the start alone.
+    Over a twentieth of the run, at most 20 steps: of a short one it would show the start alone. A
+    value that is not finite, as of a step that was skipped, leaves the average where it was.
     """
     weight = 1 - 1 / min(20, max(1, len(values) / 20))
-    out, average = [], 0.0
-    for count, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        out.append(average / (1 - weight**count))
+    out, average, count = [], 0.0, 0
+    for value in values:
+        if math.isfinite(value):
+            average, count = weight * average + (1 - weight) * value, count + 1
+        out.append(average / (1 - weight**count) if count else math.nan)
     return out

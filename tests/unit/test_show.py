@@ -3,6 +3,7 @@
 import ast
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -21,6 +22,7 @@ from megatron_vl.training import trackers
 from megatron_vl.training.config import LogOptions
 from megatron_vl.training.history import read_history
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
+from megatron_vl.training.report import smoothed
 from megatron_vl.training.stragglers import Straggler, Stragglers
 from megatron_vl.training.throughput import Throughput
 from megatron_vl.training.trackers import Trackers, check_trackers
@@ -86,8 +88,18 @@ def test_what_went_wrong_is_at_the_line_s_end():
     shown = line(log(), replace(STEP, slowest=slow, skipped=True, skipped_samples={"too long": 2}))
     assert shown.endswith(
         "ETA 0:01 | slowest ranks 2-3 (node1): 1.5x the others' forward | "
-        "2 samples left out (2 too long) | SKIPPED: gradient is not finite"
+        "2 samples left out (2 too long) | SKIPPED: the gradient is too large for the loss scale"
     )
+
+
+def test_a_step_says_why_it_was_skipped():
+    shown = line(log(), replace(STEP, skipped=True, fault="the loss is not finite"))
+    assert shown.endswith("SKIPPED: the loss is not finite")
+
+
+def test_a_skipped_step_does_not_end_the_smoothed_curve():
+    curve = smoothed([math.nan, 1.0, 2.0, math.inf, 3.0])
+    assert math.isnan(curve[0]) and curve[1:] == [1.0, 2.0, 2.0, 3.0]
 
 
 def test_durations_read_like_clocks():
