@@ -28,7 +28,7 @@ def test_every_step_knows_its_flops_its_memory_and_what_the_devices_could_do(pla
         assert step["vision_mfu"] + step["llm_mfu"] == pytest.approx(used)
 
 
-def test_a_trace_holds_the_forward_and_backward_passes_of_its_steps_alone(workshop):
+def test_a_trace_holds_the_forward_and_backward_passes_of_its_steps(workshop, plain_run):
     (board,) = (workshop.root / "plain" / "tensorboard").iterdir()
     (trace,) = board.glob("*.pt.trace.json.gz")
     assert trace.name == "rank0.steps3-4.pt.trace.json.gz"
