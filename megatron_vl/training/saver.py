@@ -203,9 +203,12 @@ class Saver:
     def _failed(self, error: Exception) -> Saved:
         pending, self.pending = self.pending, None
         folder = partial_folder(self.root, pending.iteration)
-        if self.first:
-            _clear(folder)
         words = [_words(error)]  # rank 0 knows of which rank's failure
+        if self.first:
+            # torch's writer says of a full disk only that it is not where it should be in a file.
+            free = shutil.disk_usage(self.root).free / 2**20
+            words = [f"{words[0]} ({free:,.0f} MiB were free there)"]
+            _clear(folder)
         torch.distributed.broadcast_object_list(words, src=0)
         return Saved(
             iteration=pending.iteration, path=folder, error=words[0],
@@ -235,6 +238,8 @@ def _write_and_hash(write: Callable, folder: Path, rank: int, written: tuple[str
     _, buckets, _ = args
     try:
         _hash(folder, rank, [*written, *(name for _, name, _ in buckets)])
+    except FileNotFoundError:
+        pass  # the writing has failed, and Megatron-Core tells rank 0
     except OSError as error:
         # Nobody listens here. Rank 0 will miss this rank's checksums and let the checkpoint fail.
         print(f"rank {rank} could not hash its part of {folder}: {error}", flush=True)
