@@ -46,12 +46,12 @@ class Run:
             else:
                 self.words += [f"--{name}", value]
 
-    def start(self) -> psutil.Popen:
+    def start(self, launcher=("-m", "megatron_vl")) -> psutil.Popen:
         """All it says goes to `self.log`: a pipe that nobody reads would stop it."""
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.log.open("a") as log:
             return psutil.Popen(
-                [sys.executable, "-m", "megatron_vl", *map(str, self.words)], env=env, stdout=log,
+                [sys.executable, *map(str, [*launcher, *self.words])], env=env, stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
@@ -146,6 +146,18 @@ def test_a_run_killed_at_random_moments_loses_little_and_ends_as_undisturbed(
     # Written behind training a checkpoint is there only some steps later.
     assert max(again) <= (2 if behind else 1) * INTERVAL, again
     assert not list(run.save.glob(".iter_*")), "what a killed save left was written anew"
+
+
+def test_ranks_that_torchrun_itself_starts_again_go_on(undisturbed, workshop, tmp_path):
+    run = Run(tmp_path, workshop)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                "--max-restarts", 1, "--monitor-interval", 0.1, "-m", "megatron_vl"]
+    job = run.start(launcher)
+    run.wait_for(job, lambda: 5 in run.iterations)
+    kill(ranks(job)[1])
+    assert job.wait(timeout=120) == 0, run.said
+    assert "5 steps done" in run.said or "10 steps done" in run.said
+    assert run.losses == {i: loss for i, loss in undisturbed.losses.items() if i <= 20}
 
 
 def test_checkpoints_written_behind_training_hold_the_same(undisturbed, workshop, tmp_path):
