@@ -186,10 +186,10 @@ def _attempt(
             elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
     except ChildFailedError as error:
         code, report = read_failure(failure) or (1, _no_report(argv[0], error))
+        # By SIGTERM torch's launcher ends the others of one that failed.
+        ends = {one.exitcode for one in error.failures.values()} - {-signal.SIGTERM}
+        died = min(ends, default=0) < 0
         # What fails before its first step for a reason of its own will fail so again.
-        # By SIGTERM the others of one that failed end.
-        ends = {one.exitcode for one in error.failures.values()}
-        died = min(ends - {-signal.SIGTERM}, default=0) < 0
         again = code != 2 and (died or failure.with_name(STEPPED).exists())
         return _End(code=code, report=report, again=again and not failure.with_name(STOP).exists())
     except SignalException as error:
