@@ -206,8 +206,8 @@ class Saver:
         words = [_words(error)]  # rank 0 knows of which rank's failure
         if self.first:
             # torch's writer says of a full disk only that it is not where it should be in a file.
-            free = shutil.disk_usage(self.root).free / 2**20
-            words = [f"{words[0]} ({free:,.0f} MiB were free there)"]
+            if shutil.disk_usage(self.root).free < 2 * _ROOM_BYTES:
+                words = [f"the disk is full ({words[0]})"]
             _clear(folder)
         torch.distributed.broadcast_object_list(words, src=0)
         return Saved(
