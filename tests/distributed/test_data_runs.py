@@ -167,8 +167,7 @@ def test_samples_that_cannot_be_used_are_left_out_counted_and_named(runs, tmp_pa
     assert "max-skipped-samples" in done.err
 
 
-def test_a_loss_that_is_not_finite_names_the_samples_of_its_row(runs, tmp_path):
-    """Weights of one word become infinite: the rows that say it are named, and no others."""
+def test_a_loss_that_is_not_finite_is_skipped_and_names_the_samples_of_its_row(runs, tmp_path):
     import torch
 
     weights = shutil.copytree(runs.workshop.weights(1, 2), tmp_path / "weights")
@@ -177,5 +176,16 @@ def test_a_loss_that_is_not_finite_names_the_samples_of_its_row(runs, tmp_path):
     norm = content["model"]["language_model.decoder.final_layernorm.weight"]
     norm[0] = float("nan")
     torch.save(content, file)
-    done = runs.train("nan", code=2, pp=2, weights=weights, save=tmp_path / "out")
-    assert "the loss of iteration 1 is not finite; the samples of its row are shard-" in done.err
+    done = runs.train(
+        "nan", code=2, pp=2, weights=weights, save=tmp_path / "out", max_skipped_steps=2
+    )
+    named = "the loss is not finite; the samples of its row are shard-"
+    skipped = [line for line in done.out.splitlines() if line.startswith("skipped iteration")]
+    assert [named in line for line in skipped] == [True, True]
+    assert skipped[1].endswith("(2 of at most 2 skipped steps)")
+    assert f"iteration 3: {named}" in done.err and "more than max-skipped-steps 2" in done.err
+    assert "Traceback" not in done.err
+    # A step that is skipped uses up neither the rate's schedule nor the weights.
+    steps = runs.steps("nan")
+    assert [steps[i]["skipped"] for i in (1, 2, 3)] == [True] * 3
+    assert len({step["lr"] for step in steps.values()}) == 1
