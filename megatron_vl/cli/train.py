@@ -142,12 +142,13 @@ def _train(config, stop) -> None:
     if os.environ["RANK"] == "0":  # another launcher than ours has not looked
         check_paths(config)
     stepped = beside_failure(STEPPED)
+    first_step = (lambda: None) if stepped is None else stepped.touch
 
     def give_up(message: str) -> None:
-        code = fail(1, message)
-        os._exit(code)
+        first_step()  # or as good as: who hangs may be started again whenever it was
+        os._exit(fail(1, message))
 
     train(
         plan_run(config, int(os.environ["WORLD_SIZE"])), stop=stop, give_up=give_up,
-        first_step=(lambda: None) if stepped is None else stepped.touch,
+        first_step=first_step,
     )

@@ -30,7 +30,7 @@ import psutil
 
 SAVE_INTERVAL = 20  # steps
 MOST_STEPS = 10**6  # the time ends a run, not its steps
-HANG_TIMEOUT = 15  # seconds
+HANG_TIMEOUT = 30  # seconds
 GONE = (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError, FileNotFoundError)
 
 
@@ -199,8 +199,11 @@ def soak(job: Soak) -> dict:
                 for one in job.ranks()
             })
     alive = job.job.poll() is None
-    job.job.send_signal(signal.SIGTERM)
+    with contextlib.suppress(*GONE):
+        job.job.send_signal(signal.SIGTERM)
     code = job.job.wait(timeout=120)
+    if not alive:
+        print(f"it ended by itself with {code}; see {job.log}", flush=True)
     return {"survived": alive and code == 0, "seconds": time.monotonic() - begun,
             "watched": watched}
 
