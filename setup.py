@@ -24,6 +24,7 @@ setup(
         "transformers>=5,<6",
         "pillow>=10",
         "numpy",
+        "psutil>=5.9",
         "pyyaml>=6",
         "tqdm>=4.60",
         "matplotlib>=3.8",
