@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from multiprocessing.connection import wait
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -21,6 +22,7 @@ class ReadAhead:
     def __init__(self, iterator: _BaseDataLoaderIter):
         """`iterator`: one with worker processes, and no thread of torch's."""
         self._from_workers = iterator._worker_result_queue
+        self._workers = iterator._workers
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._take, name="read ahead", daemon=True)
@@ -40,6 +42,7 @@ class ReadAhead:
         """
         item = self._ready.get(timeout=timeout)
         if isinstance(item, Exception):
+            self._let_the_dead_be_known()
             raise item
         return item
 
@@ -52,6 +55,16 @@ class ReadAhead:
         self._thread.join(_POLL_SECONDS)  # it cannot end where a killed worker left half a batch
         self._from_workers.cancel_join_thread()  # or Python waits at its end for what was put
         self._from_workers.close()
+
+    def _let_the_dead_be_known(self) -> None:
+        """Wait for a worker that is ending: its pipes close a moment before it can be seen dead.
+
+        torch then names the worker that was killed, and not the pipe that broke.
+        """
+        ending = wait([worker.sentinel for worker in self._workers], _POLL_SECONDS)
+        for worker in self._workers:
+            if worker.sentinel in ending:
+                worker.join()
 
     def _take(self) -> None:
         while not self._done.is_set():
