@@ -54,6 +54,15 @@ class Record:
             self.state = state
 
 
+class _DictRecord(Record):
+    """One that somebody else is going to fill: a state of two parts may change its class there."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2:
+            raise pickle.UnpicklingError("it sets more than an object's state")
+        super().__setstate__(state)
+
+
 class Unpickler(pickle.Unpickler):
     """A pickle's content with a `Record` in place of every unknown object.
 
@@ -67,6 +76,8 @@ class Unpickler(pickle.Unpickler):
             exceptions a broken pickle raises nobody lists.
     """
 
+    _record: type[Record] = Record
+
     def __init__(
         self, file, known: Mapping[tuple[str, str], Callable] | None = None,
         storage: Callable[[Any], Any] | None = None,
@@ -78,7 +89,7 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         found = self._known.get((module, name))
-        return found or type(name, (Record,), {"__module__": module})
+        return found or type(name, (self._record,), {"__module__": module})
 
     def persistent_load(self, pid: Any) -> Any:
         if self._storage is None:
@@ -102,6 +113,8 @@ class DataOnly(Unpickler):
     Raises:
         pickle.UnpicklingError: it names something else.
     """
+
+    _record = _DictRecord
 
     def __init__(self, file, allowed: Collection[tuple[str, str]]) -> None:
         super().__init__(file)

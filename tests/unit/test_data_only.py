@@ -8,10 +8,16 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_vl.errors import InputError
 from megatron_vl.weights.torch_dist import check_data_only
@@ -90,6 +96,62 @@ def test_an_object_that_names_a_program_is_refused_and_not_run(checkpoint, tmp_p
         except InputError:
             refused += 1
     assert refused == 1 and not canary.exists()
+
+
+def two_places(table) -> None:
+    """torch finds the one without an offset."""
+    for index, place in list(table.storage_data.items()):
+        if index.fqn.startswith("rng_state"):
+            table.storage_data[MetadataIndex(index.fqn, offset=[7])] = replace(
+                place, relative_path="good.distcp", length=1 << 20
+            )
+
+
+def looks_like_a_tensor(table) -> None:
+    """torch goes by the class."""
+    for name, record in table.state_dict_metadata.items():
+        if name.startswith("rng_state"):
+            record.chunks = []
+
+
+def compressed(table) -> None:
+    """What torch reads then is not what lies there."""
+    for index, place in table.storage_data.items():
+        if index.fqn.startswith("rng_state"):
+            place.relative_path, place.transform_descriptors = "good.distcp", ("stream.zstd",)
+
+
+class OfAnotherClass:
+    """Pickled, a tensor's record until its state is set from slots, which can set its class."""
+
+    def __reduce__(self):
+        return TensorStorageMetadata, (None, None, []), (None, {"__class__": BytesStorageMetadata})
+
+
+def changes_its_class(table) -> None:
+    for name in table.state_dict_metadata:
+        if name.startswith("rng_state"):
+            table.state_dict_metadata[name] = OfAnotherClass()
+
+
+@pytest.mark.parametrize("hide", [two_places, looks_like_a_tensor, compressed, changes_its_class])
+def test_an_object_that_the_table_hides_is_refused_and_not_run(hide, checkpoint, tmp_path):
+    canary = tmp_path / "canary"
+    swap_object(checkpoint, Bomb(canary))
+    good = io.BytesIO()
+    torch.save([1], good)
+    (checkpoint / "good.distcp").write_bytes(good.getvalue())
+    rewrite_table(checkpoint, hide)
+    with pytest.raises(InputError, match="holds more than data"):
+        check_data_only(checkpoint)
+    assert not canary.exists()
+
+
+def test_a_second_table_is_refused(checkpoint):
+    """torch reads it where the first one fails."""
+    shutil.copy(checkpoint / ".metadata", checkpoint / "__0.metadata")
+    with pytest.raises(InputError, match="__0.metadata holds more than data"):
+        check_data_only(checkpoint)
 
 
 def test_a_table_that_reads_files_elsewhere_is_refused(checkpoint):
