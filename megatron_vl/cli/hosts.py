@@ -17,14 +17,17 @@ from collections.abc import Mapping, Sequence
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.hosts import Host
 
-END_SECONDS = 60.0  # what a command may take to end when it is told to
+END_SECONDS = 60  # what a command may take to end when it is told to
+_SAVE_SECONDS, _CLOSE_SECONDS = 45, 5  # of them: to save, then to end without
 
-# Watches standard input beside the command: its end ends the command.
+# Watches standard input beside the command: its end ends the command, which may save on the first
+# signal and ends at once on the second.
 _SCRIPT = """cd {directory} || exit 2
 exec 3<&0
 env {variables} {command} </dev/null 3<&- &
 job=$!
-(cat <&3; kill "$job") >/dev/null 2>&1 &
+(cat <&3; kill "$job"; sleep {save}; kill "$job"; sleep {close}; kill -9 "$job") \
+  >/dev/null 2>&1 &
 watch=$!
 exec 3<&-
 wait "$job"
@@ -39,7 +42,7 @@ def host_script(command: Sequence[str], *, directory: str, variables: Mapping[st
     script = _SCRIPT.format(
         directory=shlex.quote(directory),
         variables=" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
-        command=shlex.join(command),
+        command=shlex.join(command), save=_SAVE_SECONDS, close=_CLOSE_SECONDS,
     )
     return f"exec sh -c {shlex.quote(script)}"
 
@@ -71,7 +74,7 @@ def run_on_hosts(
         for node, host in enumerate(hosts):
             script = host_script(
                 command, directory=directory,
-                variables={**variables, **node_variables(hosts, node, port)},
+                variables={**node_variables(hosts, node, port), **variables},
             )
             try:
                 job = subprocess.Popen(

@@ -12,15 +12,16 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_vl.cli.cluster_env import read_hostfile
 from megatron_vl.cli.hosts import run_on_hosts
-from megatron_vl.cli.meeting import meet, meet_alone, no_meeting
+from megatron_vl.cli.meeting import agree, meet, meet_alone, no_meeting
 from megatron_vl.cli.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import PORT
@@ -63,13 +64,26 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--ssh is {args.ssh!r}; give a command as 'ssh -p 22'.")
     if not 0 < args.master_port < 2**16:
         raise InputError(f"master-port is {args.master_port}; give one from 1 to 65535.")
+    variables = _variables(args.env)
+    if "NPROC_PER_NODE" in variables and any(host.slots is not None for host in hosts):
+        raise InputError(
+            f"--env NPROC_PER_NODE: {args.hostfile} says the processes of a host as slots; leave "
+            f"out one of the two."
+        )
     command = args.words
     if command[0] in COMMANDS:
         command = [sys.executable, "-m", "megatron_vl", *command]
     return run_on_hosts(
         hosts, command, ssh=ssh, port=args.master_port, directory=os.getcwd(),
-        variables=_variables(args.env),
+        variables=variables,
     )
+
+
+# Variables that hosts know their place by -> what says it.
+_OURS = {
+    "MASTER_PORT": "from --master-port", "WORLD_SIZE": "to the number of hosts in the hostfile",
+    "RANK": "to a host's place in the hostfile",
+}
 
 
 def _variables(given: list[str]) -> dict[str, str]:
@@ -82,6 +96,8 @@ def _variables(given: list[str]) -> dict[str, str]:
             if name not in os.environ:
                 raise InputError(f"--env {name}: {name} is not set here; give {name}=VALUE.")
             value = os.environ[name]
+        if name in _OURS:
+            raise InputError(f"--env {name}: launch sets it itself, {_OURS[name]}.")
         variables[name] = value
     return variables
 
@@ -105,8 +121,8 @@ def launch(
 
     Args:
         max_restarts: times that all ranks are started again after one of them died, or failed
-            for another reason than its input. On several nodes every node does so by itself, for
-            a rank that is gone takes those of the other nodes with it.
+            for another reason than its input. On several nodes all do so, or none: a rank that is
+            gone takes those of the other nodes with it.
         saves: the command knows `STOP`.
 
     Raises:
@@ -140,7 +156,10 @@ def launch(
             raise InputError(no_meeting(node_rank, master_addr, master_port))
         if end.report:
             print(end.report, end="", file=sys.stderr, flush=True)
-        if not end.again or attempt == max_restarts:
+        if nnodes > 1 and max_restarts:
+            end = _together(end, argv[0], store, attempt, nnodes=nnodes, node_rank=node_rank,
+                            timeout=rendezvous_timeout)
+        if end.final or not end.hopeful or attempt == max_restarts:
             return end.code
         attempt += 1
         print(f"megatron-vl {argv[0]}: starting all processes again, restart {attempt} of "
@@ -153,7 +172,32 @@ class _End:
 
     code: int
     report: str = ""
-    again: bool = False  # another attempt may do better
+    hopeful: bool = False  # another attempt may do better
+    final: bool = True  # whatever other nodes hope for
+
+
+def _together(
+    mine: _End, command: str, store, attempt: int, *, nnodes: int, node_rank: int, timeout: float
+) -> _End:
+    """How an attempt ended for all nodes: they start again together, or not at all."""
+    said = agree(
+        store, attempt, nnodes=nnodes, node_rank=node_rank, timeout=timeout,
+        end={"final": mine.final, "hopeful": mine.hopeful, "code": mine.code,
+             "host": socket.gethostname()},
+    )
+    if mine.final:
+        return mine
+    for node, other in sorted(said.items()):
+        if other["final"]:
+            print(f"megatron-vl {command}: node {node} ({other['host']}) ended with code "
+                  f"{other['code']}; it says why", file=sys.stderr, flush=True)
+            return replace(mine, final=True, code=other["code"] or mine.code)
+    if silent := set(range(nnodes)) - set(said):
+        print(f"megatron-vl {command}: node(s) {', '.join(map(str, sorted(silent)))} did not say "
+              f"within {timeout:g} s how they ended; start all of them again, which resumes",
+              file=sys.stderr, flush=True)
+        return replace(mine, final=True)
+    return replace(mine, hopeful=any(other["hopeful"] for other in said.values()))
 
 
 def _attempt(
@@ -190,8 +234,10 @@ def _attempt(
         ends = {one.exitcode for one in error.failures.values()} - {-signal.SIGTERM}
         died = min(ends, default=0) < 0
         # What fails before its first step for a reason of its own will fail so again.
-        again = code != 2 and (died or failure.with_name(STEPPED).exists())
-        return _End(code=code, report=report, again=again and not failure.with_name(STOP).exists())
+        return _End(
+            code=code, report=report, hopeful=died or failure.with_name(STEPPED).exists(),
+            final=code == 2 or failure.with_name(STOP).exists(),
+        )
     except SignalException as error:
         # Whatever the ranks reported, they were told to stop.
         name = signal.Signals(error.sigval).name

@@ -69,6 +69,47 @@ def meet(
     return store
 
 
+def agree(store, attempt: int, *, nnodes: int, node_rank: int, end: dict, timeout: float
+          ) -> dict[int, dict]:
+    """Wait until every node has said how an attempt ended for it, or one that there is no other.
+
+    Args:
+        store: what `meet` returned.
+        end: what this node says: `final` (bool) and whatever else the others should know.
+        timeout: seconds to wait for nodes whose ranks have not ended yet.
+
+    Returns:
+        node -> what it said; without those that are silent. Node 0's store may be gone with it:
+        then this node's alone.
+    """
+    from torch.distributed import DistError, PrefixStore
+
+    said = {node_rank: end}
+    deadline = time.monotonic() + timeout
+    try:
+        board = PrefixStore(f"end {attempt}", store)
+        board.set(str(node_rank), json.dumps(end))
+        while True:
+            for node in set(range(nnodes)) - set(said):
+                if board.check([str(node)]):
+                    said[node] = json.loads(board.get(str(node)))
+            if len(said) == nnodes or any(one["final"] for one in said.values()):
+                break
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_SECONDS)
+        board.add("heard", 1)
+        # Node 0 leaves last, if it leaves: the others hear of it from its store.
+        patience = time.monotonic() + (5 if end["code"] else 0)
+        while node_rank == 0 and board.add("heard", 0) < nnodes:
+            if time.monotonic() > patience:
+                break
+            time.sleep(_LOOK_SECONDS)
+    except DistError:
+        pass
+    return said
+
+
 def meet_alone():
     """The store of a run of one node: a free port that only this machine can reach."""
     from torch.distributed import TCPStore

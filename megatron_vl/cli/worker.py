@@ -47,7 +47,7 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         _quiet_libraries()
-        _take_children_along()
+        _die_together()
         # Before Megatron-Core is imported by anything else: see the CPU platform.
         select_platform().install()
         work()
@@ -64,17 +64,24 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     os._exit(code)
 
 
-def _take_children_along() -> None:
-    """Let the processes this rank forks, its data workers, die when it does, even by SIGKILL.
+def _die_together() -> None:
+    """Let the processes this rank forks, its data workers, die when it does, even by SIGKILL; and
+    the rank when our launcher does.
 
     A worker whose rank is gone would wait for ever to hand over its last rows, and keep the job's
-    output open.
+    output open. A rank whose launcher is gone would train on beside those of the next start.
     """
     if sys.platform != "linux":
         return
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-    os.register_at_fork(after_in_child=lambda: prctl(parent_death_signal, int(signal.SIGKILL)))
+
+    def follow() -> None:
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        prctl(parent_death_signal, int(signal.SIGKILL))
+
+    os.register_at_fork(after_in_child=follow)
+    if FAILURE_FILE in os.environ:
+        follow()
 
 
 def _quiet_libraries() -> None:

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import pickle
 import platform
-import queue
 import resource
 import sys
 import time
 import warnings
 
 import torch
+
+from megatron_vl.platform.write_results import install_write_results
 
 _FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "rand_like",
@@ -51,7 +50,7 @@ class CpuPlatform:
         _install_factories()
         _install_type_names()
         _install_adam()
-        _install_checkpoint_queue()
+        install_write_results()
         _installed = True
 
     def device(self, local_rank: int) -> torch.device:
@@ -313,42 +312,3 @@ def _install_adam() -> None:
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
-
-
-# ---- checkpoint writing -----------------------------------------------------------------------
-
-
-def _install_checkpoint_queue() -> None:
-    """Pass write results on without a process of their own.
-
-    Megatron-Core starts a manager process for them, which a CUDA context needs; it imports torch
-    anew, outlives a rank that was killed, and keeps the job's output open.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = _WriteResults()
-
-
-class _WriteResults:
-    """A queue of one item, of this process and those it forks: the file they inherit."""
-
-    def __init__(self) -> None:
-        self._file = os.memfd_create("write results")
-
-    def put(self, item: object) -> None:
-        content = memoryview(pickle.dumps(item))
-        os.ftruncate(self._file, 0)
-        done = 0
-        while done < len(content):
-            done += os.pwrite(self._file, content[done:], done)
-
-    def get_nowait(self) -> object:
-        """Raises queue.Empty: nothing was put."""
-        size = os.fstat(self._file).st_size
-        if size == 0:
-            raise queue.Empty
-        content = b""
-        while len(content) < size:
-            content += os.pread(self._file, size - len(content), len(content))
-        os.ftruncate(self._file, 0)
-        return pickle.loads(content)  # from our own process, never from a file

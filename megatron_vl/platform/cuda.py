@@ -1,10 +1,11 @@
-"""CUDA and ROCm devices over NCCL/RCCL: Megatron-Core's home ground, nothing to install."""
+"""CUDA and ROCm devices over NCCL/RCCL: Megatron-Core's home ground."""
 
 from __future__ import annotations
 
 import torch
 
 from megatron_vl.errors import InputError
+from megatron_vl.platform.write_results import install_write_results
 
 
 class CudaPlatform:
@@ -12,7 +13,8 @@ class CudaPlatform:
     collective_backend = "nccl"
 
     def install(self) -> None:
-        """Megatron-Core needs no help on a CUDA device."""
+        """Megatron-Core needs no help to compute on a CUDA device."""
+        install_write_results()
 
     def device(self, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()

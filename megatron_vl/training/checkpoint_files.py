@@ -62,35 +62,51 @@ def candidates(root: Path) -> list[Path]:
 
 
 def publish(root: Path, iteration: int) -> Path:
-    """Give a partial checkpoint its name and say that it is the latest; returns its path."""
+    """Give a partial checkpoint its name and say that it is the latest; returns its path.
+
+    Whenever the process or the machine ends meanwhile, LATEST says a complete one.
+    """
     partial, final = partial_folder(root, iteration), folder(root, iteration)
     _sync(partial)
-    if final.exists():  # of a run that went further, and was set back by hand
-        _delete(final)
+    replaced = None
+    if final.exists():  # damaged, or of a run that went further and was set back by hand
+        _point(root, max((one for one in iterations(root) if one < iteration), default=None))
+        replaced = _hide(final)
     partial.rename(final)
-    pending = root / f".{LATEST}.partial"
-    with pending.open("w", encoding="utf-8") as file:
-        file.write(f"{iteration}\n")
-        _flush(file)
-    os.replace(pending, root / LATEST)
     _sync(root)
+    _point(root, iteration)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)  # the next start removes what is left
     return final
+
+
+def _point(root: Path, iteration: int | None) -> None:
+    """Say which checkpoint to go on from; None: whichever is there."""
+    if iteration is None:
+        (root / LATEST).unlink(missing_ok=True)
+    else:
+        pending = root / f".{LATEST}.partial"
+        with pending.open("w", encoding="utf-8") as file:
+            file.write(f"{iteration}\n")
+            _flush(file)
+        os.replace(pending, root / LATEST)
+    _sync(root)
 
 
 def delete_old(root: Path, iteration: int, limit: int) -> list[int]:
     """Delete all but the `limit` newest checkpoints up to `iteration`; returns those deleted."""
     old = [one for one in iterations(root) if one <= iteration][:-limit]
     for one in old:
-        _delete(folder(root, one))
+        shutil.rmtree(_hide(folder(root, one)))
     return old
 
 
-def _delete(checkpoint: Path) -> None:
-    """Renamed first: what is half deleted must not look complete."""
+def _hide(checkpoint: Path) -> Path:
+    """Rename what is to be deleted, for it must not look complete; returns the new name."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _sync(directory: Path) -> None:

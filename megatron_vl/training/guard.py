@@ -45,6 +45,11 @@ class StepGuard:
             return f"the gradient norm {norm:.3g} is {norm / usual:.1f} times the usual {usual:.3g}"
         return ""
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the next step that is skipped is one too many."""
+        return self.skipped >= self.max_skipped
+
     def accept(self, norm: float) -> None:
         self.norms.append(norm)
 
@@ -82,7 +87,8 @@ def update(optimizer, loss: float, guard: StepGuard) -> tuple[bool, float | None
         scale was too large for it), and what was wrong with the step.
     """
     if optimizer.prepare_grads():  # fp16 alone: an overflow, and the scale is lowered
-        return False, None, ""
+        # The loss itself is not scaled: no lower scale makes it finite.
+        return False, None, "" if math.isfinite(loss) else "the loss is not finite"
     norm = float(optimizer.get_grad_norm())
     if fault := guard.fault(loss, norm):
         return False, norm, fault

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,8 @@ class HangWatch:
 
     Args:
         seconds: without progress; 0 never watches.
-        folder: gets `rank00000.txt` of every rank.
+        folder: gets `rank00000.txt` of every rank; what lies there of an earlier start that hung
+            is moved to a folder of its own in it.
         give_up: ends this process with a message.
     """
 
@@ -41,25 +43,25 @@ class HangWatch:
             return
         rank = torch.distributed.get_rank()
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob("rank*.txt"):
-                old.unlink()
+            _set_aside(folder)
         here = (socket.gethostname(), os.getpid())
         everyone: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, here)
         self._neighbours = [pid for host, pid in everyone if host == here[0] and pid != here[1]]
+        folder.mkdir(parents=True, exist_ok=True)  # nodes may not share it
         self.path = folder / f"rank{rank:05d}.txt"
         self.file = self.path.open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR2, file=self.file, all_threads=True)
+        self.beat("starting")
         threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
 
-    def beat(self, doing: str) -> None:
-        """This rank gets on; `doing` is what it does next."""
+    def beat(self, doing: str | None = None) -> None:
+        """This rank gets on; `doing` is what it does next, if that is something else."""
         if self.file is None:
             return
         now = time.monotonic()
         self._longest = max(self._longest, now - self._last)
-        self._last, self._doing = now, doing
+        self._last, self._doing = now, doing or self._doing
         faulthandler.dump_traceback_later(self.seconds, file=self.file)
 
     def close(self) -> None:
@@ -99,14 +101,40 @@ class HangWatch:
             return
         self._give_up(
             f"no progress for {time.monotonic() - self._last:.0f} s (hang-timeout {self.seconds:g} "
-            f"s) while {self._doing}; where every rank stood is in {self.folder}."
+            f"s) while {self._doing}; where every rank stood is in {self.folder}. Raise "
+            f"hang-timeout if it was only slow."
         )
+
+
+def _set_aside(folder: Path) -> None:
+    """The stacks of a start before this one are what tells why it hung."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("rank*.txt"):
+        written = old.stat()
+        if written.st_size:
+            when = datetime.fromtimestamp(written.st_mtime)
+            kept = folder / f"{when:%Y-%m-%d-%H%M}"
+            kept.mkdir(exist_ok=True)
+            old.rename(kept / old.name)
+        else:
+            old.unlink()
 
 
 def _wake(process: psutil.Process) -> None:
     """Let a rank or a process it forked go on, if it was stopped, and write its stacks."""
     try:
         process.send_signal(signal.SIGCONT)
-        process.send_signal(signal.SIGUSR2)
+        if _takes(process.pid, signal.SIGUSR2):
+            process.send_signal(signal.SIGUSR2)
     except psutil.NoSuchProcess:
         pass
+
+
+def _takes(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal; one without, as a compiler, would be ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:  # it has ended, or this is no Linux
+        return False
+    mask = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)

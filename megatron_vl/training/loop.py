@@ -74,6 +74,7 @@ def train(
     watch = HangWatch(config.hang_seconds, config.stacks_dir, give_up)
     trainer = Trainer(plan, platform, stop, watch)
     trainer.say(trainer.described)
+    watch.beat("loading")
     trainer.restore()
     if trainer.rank == 0:
         write_options(plan, platform.name)
@@ -90,6 +91,8 @@ def train(
             trainer.save()
         evals = config.data.eval_interval
         if not trainer.stopping and (_due(trainer.done, evals) or (last and evals)):
+            if last:
+                trainer.poll_saves(wait=True)
             trainer.evaluate(trainer.done)
     if saves and trainer.saved < trainer.done:  # asked to stop while it validated
         trainer.save()
@@ -113,6 +116,7 @@ class Trainer:
         self.done = self.saved = 0  # steps, and steps of the last checkpoint
         self.show = Show(plan, platform, self.device)
         self.source, self.own = self._find_checkpoint()
+        watch.beat("building the model")
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
         fault = self.config.fault
@@ -137,6 +141,7 @@ class Trainer:
             source, own = find_checkpoint(self.plan, damaged)
             fault = ""
             if own and self.config.checkpoint.verify_checksums:
+                self.watch.beat(f"checking {source.path}")
                 fault = check_files(source.path)
             if not fault:
                 break
@@ -170,6 +175,7 @@ class Trainer:
                 f"nothing to do: {self.done} steps are done, train-iters is "
                 f"{self.config.batch.train_iters}"
             )
+        self.watch.beat("opening the data")
         self.stopping = self._asked_to_stop()
         self.optimizer.zero_grad()
         batches = None
@@ -221,15 +227,20 @@ class Trainer:
     # ---- one step ---------------------------------------------------------------------------
 
     def _run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
+        work = partial(
+            forward_step, per_sample=self.config.batch.calculate_per_sample_loss,
+            **({} if forward_only else {"timed": self.show.clock.running}),
+        )
+
+        def step(*arguments):
+            self.watch.beat()
+            return work(*arguments)
+
         with naming_rows(streams):
             outputs = run_schedule(
                 self.model, streams, num_microbatches=num_microbatches,
                 row_length=self.plan.row_length, forward_only=forward_only,
-                micro_batch_size=self.config.batch.micro_batch_size,
-                step=partial(
-                    forward_step, per_sample=self.config.batch.calculate_per_sample_loss,
-                    **({} if forward_only else {"timed": self.show.clock.running}),
-                ),
+                micro_batch_size=self.config.batch.micro_batch_size, step=step,
             )
         self.exchange.settle()
         return outputs
@@ -261,6 +272,8 @@ class Trainer:
         self._check_left_out()
         self.done, self.stopping = iteration, self._asked_to_stop()
         if fault:
+            if self.guard.exhausted:
+                self.poll_saves(wait=True)
             self.say(self.guard.skip(iteration, fault, self._blame(losses, counts)))
 
     def _largest(self, *numbers: float) -> list[float]:
@@ -283,6 +296,7 @@ class Trainer:
     def _check_left_out(self) -> None:
         most = self.config.data.max_skipped_samples
         if self.left_out > most:
+            self.poll_saves(wait=True)
             raise InputError(
                 f"{self.left_out} samples could not be used, more than max-skipped-samples {most}; "
                 f"look at them with megatron-vl lint, or raise it."
@@ -345,6 +359,7 @@ class Trainer:
             return
         loss, trained = mean_loss(losses, self.device)
         if trained == 0:
+            self.poll_saves(wait=True)
             raise InputError(
                 "the validation split has no trained token; give another valid-data-path, or "
                 "eval-interval 0."
@@ -367,9 +382,10 @@ class Trainer:
         ))
         self.saved = self.done
 
-    def poll_saves(self) -> None:
+    def poll_saves(self, *, wait: bool = False) -> None:
+        """Tell the saves that have ended; `wait` for what is behind training, as before an end."""
         if self.saver is not None:
-            self._tell_saved(self.saver.poll())
+            self._tell_saved(self.saver.poll(wait=wait))
 
     def _tell_saved(self, ended: list[Saved]) -> None:
         for one in ended:
@@ -389,8 +405,7 @@ class Trainer:
                 self.say(f"WARNING: {one.warning}")
 
     def close(self) -> None:
-        if self.saver is not None:
-            self._tell_saved(self.saver.poll(wait=True))
+        self.poll_saves(wait=True)
         self.watch.close()
         (peak,) = self._largest(self.platform.peak_memory_bytes())
         done = "done"

@@ -18,12 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_vl.errors import InputError
 from megatron_vl.training.checkpoint_files import (
     checksum,
     delete_old,
@@ -32,6 +34,7 @@ from megatron_vl.training.checkpoint_files import (
     read_checksums,
     write_checksums,
 )
+from megatron_vl.training.save_lock import hold
 from megatron_vl.weights.files import reserve
 
 _PART = ".sha256.{}"  # what a rank wrote, until rank 0 has made one list of them
@@ -68,6 +71,9 @@ class Saver:
         root: SAVE.
         behind: write behind training.
         limit: complete checkpoints to keep; None keeps all.
+
+    Raises:
+        InputError: another run writes there.
     """
 
     def __init__(self, root: Path, *, behind: bool = False, limit: int | None = None):
@@ -75,10 +81,23 @@ class Saver:
         self.first = torch.distributed.get_rank() == 0
         self.queue = AsyncCallsQueue()
         self.pending: _Pending | None = None
+        self.lock = self._lock()
         if self.first:  # what a run left that was ended while it saved
             for pattern in (".iter_*.partial", ".iter_*.deleted"):
                 for leftover in root.glob(pattern):
                     _clear(leftover)
+
+    def _lock(self) -> IO[str] | None:
+        lock, error = None, [""]
+        if self.first:
+            try:
+                lock = hold(self.root)
+            except (InputError, OSError) as failed:
+                error = [str(failed)]
+        torch.distributed.broadcast_object_list(error, src=0)
+        if error[0]:
+            raise InputError(error[0])
+        return lock
 
     def save(
         self, iteration: int, state: Callable[[], dict], *, content: dict,

@@ -26,11 +26,13 @@ class StopRequest:
     def __init__(self, file: Path | None = None):
         self._file = file
         self._reason = ""
+        self._since = 0.0  # when it was heard of, by time.monotonic
 
     @property
     def reason(self) -> str:
         """The signal's name; empty as long as nobody asked."""
         if not self._reason and self._file is not None and self._file.is_file():
+            self._since = time.monotonic()
             self._reason = self._file.read_text(encoding="utf-8") or "the launcher"
         return self._reason
 
@@ -45,11 +47,16 @@ class StopRequest:
         threading.Thread(target=self._take, name="signals", daemon=True).start()
 
     def _take(self) -> None:
+        signalled = False
         while True:
             taken = signal.Signals(signal.sigwait(SIGNALS))
-            if taken == signal.SIGTERM and (self._reason or not self._asked_as_well()):
+            # One request to all processes comes twice: from the launcher, and by this signal.
+            late = bool(self._reason) and time.monotonic() > self._since + _PATIENCE
+            if taken == signal.SIGTERM and (signalled or late or not self._asked_as_well()):
                 os._exit(128 + taken)
-            self._reason = self._reason or taken.name
+            signalled = True
+            if not self._reason:
+                self._since, self._reason = time.monotonic(), taken.name
 
     def _asked_as_well(self) -> bool:
         """Whether the launcher was asked too, or there is none of ours."""

@@ -7,7 +7,9 @@ tensors; header and file length are checked against each other before anything i
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -224,9 +226,18 @@ def lay_out_hf(
 
 
 def copy_side_files(source: Path, target: Path, patterns: Sequence[str] = SIDE_FILES) -> list[str]:
-    """Copies configs, tokenizer and templates; answers their names."""
+    """Copies configs, tokenizer and templates; answers their names.
+
+    One that is there and the same stays; another is replaced at once, never half written.
+    """
     names = sorted({path.name for pattern in patterns for path in source.glob(pattern)
                     if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt")})
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        if (target / name).is_file() and filecmp.cmp(source / name, target / name, shallow=False):
+            continue
+        pending = target / f".{name}.partial"
+        shutil.copyfile(source / name, pending)
+        with pending.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(pending, target / name)
     return names

@@ -104,7 +104,7 @@ def kill(*processes: psutil.Process) -> None:
 
 MOMENTS = {  # (behind training, kills by what they hit)
     "at once": (False, ["a rank", "every rank", "the launcher too", "a save"] * 3 + ["a save"] * 2),
-    "behind training": (True, ["a save", "a rank", "a save", "the launcher too"] + ["a save"] * 2),
+    "behind training": (True, ["a save", "a rank", "a save", "the launcher"] + ["a save"] * 2),
 }
 
 
@@ -126,8 +126,9 @@ def test_a_run_killed_at_random_moments_loses_little_and_ends_as_undisturbed(
         if job.poll() is not None:
             break  # done before we could
         hit = ranks(job)
-        kill(*(chance.sample(hit, 1) if hit and what in ("a rank", "a save") else hit))
-        if what == "the launcher too":
+        if what != "the launcher":
+            kill(*(chance.sample(hit, 1) if hit and what in ("a rank", "a save") else hit))
+        if what in ("the launcher", "the launcher too"):
             kill(job)
             job.wait()
             job = run.start()

@@ -162,6 +162,34 @@ def test_all_nodes_start_their_ranks_again_together(start):
     assert "".join(out for out, _ in said).count("attempt 1") == 4
 
 
+ONE_ENDS = {  # node 1 in its first attempt -> how often the job is started again
+    "bad input": ("sys.exit(fail(2, 'the learning rate is bad'))", 0),
+    "killed before its first step": (DIE, 1),
+}
+
+
+@pytest.mark.parametrize(("end", "again"), ONE_ENDS.values(), ids=ONE_ENDS)
+def test_nodes_start_again_together_or_not_at_all(end, again, start):
+    """Node 0's ranks fail for node 1's: after a step, or before it."""
+    port = a_free_port()
+    body = ATTEMPT + ("" if again else STEPPED) + (
+        f"if attempt == 0 and rank == 3: {end}\n"
+        "if attempt == 0:\n    time.sleep(2)\n    sys.exit(fail(1, 'closed'))\n"
+        "print('rank', rank, 'attempt', attempt)"
+    )
+    jobs = [
+        start(body, f"nnodes=2, node_rank={node}, master_addr='127.0.0.1', master_port={port}, "
+                    f"rendezvous_timeout=60, max_restarts=1")
+        for node in (0, 1)
+    ]
+    began = time.monotonic()
+    said = [job.communicate(timeout=90) for job in jobs]
+    assert time.monotonic() - began < 55, "nobody waited for a node that does not come"
+    assert [job.returncode for job in jobs] == ([0, 0] if again else [2, 2]), said
+    assert "".join(out for out, _ in said).count("attempt 1") == 4 * again
+    assert ("ended with code 2; it says why" in said[0][1]) == (not again)
+
+
 WAIT_FOR_STOP = """
 from megatron_vl.training.stop import StopRequest
 from megatron_vl.cli.worker import STOP, beside_failure

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import subprocess
 
 import pytest
@@ -68,6 +71,43 @@ def test_publishing_replaces_what_has_the_name_and_says_it_is_the_latest(run):
     assert sorted(one.name for one in run.iterdir()) == [
         ".iter_0000040.partial", "iter_0000010", "iter_0000020", "iter_0000030", "iter_best", LATEST
     ]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_wherever_publishing_is_cut_short_a_run_goes_on_from_a_whole_checkpoint(
+    moment, run, monkeypatch
+):
+    """Iteration 30 is damaged and written anew; every call that changes a disk is the last once."""
+    (run / LATEST).write_text("30\n")
+    partial_folder(run, 30).mkdir()
+    (partial_folder(run, 30) / "new").touch()
+    (run / "iter_0000030" / "damaged").touch()
+    calls = 0
+
+    def last_at(call):
+        def made(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                raise Killed
+            return call(*arguments, **options)
+        return made
+
+    for module, name in ((os, "replace"), (os, "fsync"), (os, "rename"), (os, "unlink"),
+                         (shutil, "rmtree"), (type(run), "rename"), (type(run), "unlink")):
+        monkeypatch.setattr(module, name, last_at(getattr(module, name)))
+    with contextlib.suppress(Killed):
+        publish(run, 30)
+    monkeypatch.undo()
+    first = candidates(run)[0]
+    assert first.is_dir()
+    assert (first / "new").exists() or int(first.name[5:]) < 30 or (first / "damaged").exists()
+    if calls <= moment:
+        assert (first / "new").exists() and moment > 5
 
 
 def test_only_the_oldest_up_to_the_newest_are_deleted(run):
