@@ -16,6 +16,9 @@ import pytest
 from commands import ROOT, Done
 from distributed_launch import LAUNCHER, words
 
+import megatron_vl.cli.hosts
+from megatron_vl.cli.hosts import host_script
+
 pytestmark = pytest.mark.xdist_group("clusters")
 
 HOST = socket.gethostname()
@@ -194,6 +197,7 @@ def test_a_hostfiles_two_hosts_of_two_processes_train(hosts, workshop, tmp_path)
 # One host waits, the other fails; the waiting one notes how it ended.
 FAIL = """
 echo "word: $1" >&2
+echo "at $MASTER_ADDR"
 if [ "$RANK" = 1 ]; then while [ ! -e ready ]; do sleep 0.1; done; exit 7; fi
 trap 'echo told > ended; exit 0' TERM
 touch ready
@@ -204,8 +208,11 @@ AWKWARD = """two words 'and' "more" $(touch bad) `touch bad` ; touch bad"""
 
 def test_a_host_that_fails_ends_the_others_and_gives_its_code(hosts, tmp_path):
     started = time.monotonic()
-    (done,) = finish([hosts("sh", "-c", FAIL, "sh", AWKWARD)], timeout=60)
+    (done,) = finish([hosts(
+        "sh", "-c", FAIL, "sh", AWKWARD, options=("--env", "MASTER_ADDR=10.0.0.9"),
+    )], timeout=60)
     assert done.code == 7, done.text
+    assert "at 10.0.0.9" in done.out
     assert time.monotonic() - started < 30
     assert f"[127.0.0.1] word: {AWKWARD}" in done.err.splitlines()
     assert "megatron-vl launch: localhost ended with code 7; the others were ended." in done.err
@@ -224,8 +231,23 @@ def test_the_hosts_commands_end_when_the_launcher_is_killed(hosts, tmp_path):
     assert (tmp_path / "ended").read_text() == "told\n"
 
 
+def test_a_hosts_command_that_does_not_end_when_told_to_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron_vl.cli.hosts, "_SAVE_SECONDS", 1)
+    monkeypatch.setattr(megatron_vl.cli.hosts, "_CLOSE_SECONDS", 1)
+    deaf = "trap 'echo told >> told' TERM; touch ready; while :; do sleep 0.1; done"
+    script = host_script(["sh", "-c", deaf], directory=str(tmp_path), variables={"A": "b"})
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as job:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.1)
+        job.stdin.close()
+        assert job.wait(timeout=20) == 128 + signal.SIGKILL
+    assert (tmp_path / "told").read_text() == "told\n" * 2
+
+
 @pytest.mark.parametrize(("options", "sentence"), [
     (("--env", "A B=1"), "--env A B=1 names no variable"),
+    (("--env", "RANK=1"), "launch sets it itself, to a host's place in the hostfile"),
+    (("--env", "NPROC_PER_NODE=1"), "hosts says the processes of a host as slots"),
     (("--env", "NOT_SET_HERE"), "NOT_SET_HERE is not set here"),
     (("--ssh", "'"), "--ssh is"),
     (("--ssh", "no-such-ssh"), "no-such-ssh cannot be started (No such file or directory)"),

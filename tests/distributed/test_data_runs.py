@@ -189,3 +189,24 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_the_samples_of_its_row(r
     steps = runs.steps("nan")
     assert [steps[i]["skipped"] for i in (1, 2, 3)] == [True] * 3
     assert len({step["lr"] for step in steps.values()}) == 1
+    # Under fp16 an overflow skips a step as well; this is none, and no lower scale mends it.
+    done = runs.train(
+        "nan fp16", code=2, pp=2, weights=weights, max_skipped_steps=0,
+        environment={"MEGATRON_VL_FP16": "true"},
+    )
+    assert f"iteration 1: {named}" in done.err, done.text
+
+
+def test_a_validation_that_fails_costs_nothing_that_is_written_behind_training(runs, tmp_path):
+    entry = {"conversations": [{"from": "human", "value": "say"},
+                               {"from": "gpt", "value": "word " * 600}]}
+    (tmp_path / "long.json").write_text(json.dumps([entry] * 4))
+    made = megatron_vl("prepare", tmp_path / "long.json", tmp_path / "long", "--format", "sharegpt",
+                       "--split", "1,1,0", "--quiet")
+    assert made.code == 0, made.text
+    done = runs.train(
+        "untrained", code=2, valid_data_path=tmp_path / "long", max_skipped_samples=100,
+        eval_interval=4, environment={"MEGATRON_VL_ASYNC_SAVE": "true"},
+    )
+    assert "the validation split has no trained token" in done.err, done.text
+    assert (runs.root / "untrained" / "iter_0000004" / "SHA256SUMS").is_file()

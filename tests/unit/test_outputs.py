@@ -12,6 +12,7 @@ import pytest
 
 from megatron_vl.errors import InputError
 from megatron_vl.outputs import check_target, replacing
+from megatron_vl.weights.hf_io import copy_side_files
 
 
 def check(target: Path, overwrite: bool = True) -> None:
@@ -62,3 +63,21 @@ def test_an_empty_directory_may_be_written_and_another_one_only_if_it_is_ours(tm
     said = "holds no marked directory" if overwrite else "exists and is not empty"
     with pytest.raises(InputError, match=said):
         check(tmp_path / "out", overwrite)
+
+
+def test_a_models_files_are_replaced_only_where_they_differ_and_at_once(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text(folder.name)
+    before = (target / "config.json").stat()
+    names = copy_side_files(source, target)
+    assert names == ["config.json", "tokenizer.json"]
+    assert (target / "tokenizer.json").read_text() == "source"
+    assert (target / "config.json").stat() == before
+    (source / "tokenizer.json").write_text("newer")
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        copy_side_files(source, target)
+    assert (target / "tokenizer.json").read_text() == "source", "whole until it is replaced"
