@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -220,6 +221,29 @@ def test_a_run_without_any_whole_checkpoint_says_what_is_wrong_with_each(
     sentence = done.err.splitlines()[-1]
     assert sentence.count("iter_0000040") and sentence.count("iter_0000005")
     assert "restore one of them, or give another SAVE" in sentence
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+def test_a_checkpoint_that_holds_a_program_is_refused_and_not_run(undisturbed, workshop, tmp_path):
+    shutil.copytree(undisturbed.save, tmp_path / "save")
+    run, canary = Run(tmp_path, workshop), tmp_path / "canary"
+    latest = run.save / "iter_0000040"
+    table = pickle.loads((latest / ".metadata").read_bytes())
+    table.planner_data = Payload(canary)
+    (latest / ".metadata").write_bytes(pickle.dumps(table))
+    (latest / "SHA256SUMS").unlink()  # who can write the one can write the other
+    done = run.finish()
+    assert done.code == 2 and ".metadata holds more than data" in done.err, done.text
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
