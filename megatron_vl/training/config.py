@@ -502,6 +502,9 @@ GROUPS = {
 }
 
 
+DATASETS = ("train-data-path", "valid-data-path")  # of which one text may name several
+
+
 def kind_of(f: Field) -> type:
     """The type of an option's value, where it is not None."""
     return f.metadata["kind"] or type(f.default)
@@ -524,6 +527,11 @@ def _value(f, value, kind: type, name: str):
         raise InputError(f"option {name} is {value!r}; give true or false.")
     if isinstance(value, bool) and kind is not bool:
         raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.")
+    if kind is str and (value is None or isinstance(value, (list, tuple, dict))):
+        several = ", several datasets as A,B" if name in DATASETS else ""
+        raise InputError(f"option {name} is {value!r}; give one text{several}.")
+    if kind is str and not str(value).strip():
+        raise InputError(f"option {name} is empty; give a text, or leave it out.")
     try:
         typed = kind(value)
     except (TypeError, ValueError, OverflowError):

@@ -80,6 +80,13 @@ def load_config(
             raise InputError(f"--config {path} is not valid YAML: {error}") from error
         if not isinstance(read, dict):
             raise InputError(f"--config {path} must hold `option: value` lines.")
+        spelled: dict[str, str] = {}
+        for key in map(str, read):
+            twin = spelled.setdefault(key.replace("-", "_"), key)
+            if twin != key:
+                raise InputError(
+                    f"--config {path} has both {twin} and {key}, which are one option; keep one."
+                )
         values.update({str(key).replace("-", "_"): value for key, value in read.items()})
     values.update(_from_environment(os.environ if environ is None else environ))
     values.update(flags)

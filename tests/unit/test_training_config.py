@@ -138,6 +138,14 @@ BAD = {
     "no mapping": ("- lr", "must hold `option: value` lines"),
     "no YAML": ("lr: [1", "is not valid YAML"),
     "not UTF-8": (b"save: \xff", "is not valid YAML"),
+    "an empty path": ("save: ''", "option save is empty; give a text, or leave it out"),
+    "a blank path": ("load: ' '", "option load is empty"),
+    "two spellings of a key": (
+        "train-iters: 3\nlr: 1\ntrain_iters: 4", "both train-iters and train_iters"),
+    "a list of datasets": (
+        "train-data-path: [a, b]", "is \\['a', 'b'\\]; give one text, several datasets as A,B"),
+    "a table for a path": ("save: {a: b}", "option save is .*; give one text\\.$"),
+    "nothing for a name": ("model-size: null", "option model-size is None; give one text"),
     "no end": ("distributed-timeout-minutes: .inf", "give a finite number"),
     "no end of steps": ("train-iters: .inf", "train-iters is inf; give a int"),
     "nothing to train": (
@@ -160,6 +168,11 @@ def test_a_bad_file_is_refused_by_one_sentence(text, sentence, tmp_path):
     (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=sentence):
         from_flags(yaml_file=str(tmp_path / "run.yaml"))
+
+
+def test_an_empty_flag_is_refused():
+    with pytest.raises(InputError, match="option save is empty"):
+        from_flags("--save", "")
 
 
 def test_the_microbatches_fill_the_global_batch():
