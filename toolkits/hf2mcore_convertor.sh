@@ -42,6 +42,10 @@ MG2HF=$6
 PR=$7
 HF_CKPT_PATH=${8:-}
 
+for NAME in SOURCE TARGET; do
+  [ -n "${!NAME}" ] || refuse "$NAME is empty; give a directory."
+done
+
 MP_PP0_LAYERS=${MP_PP0_LAYERS:-}
 MP_VP=${MP_VP:-}
 MP_OVERWRITE=${MP_OVERWRITE:-false}
@@ -92,7 +96,7 @@ case $MG2HF in
   *) refuse "mg2hf is '$MG2HF'; use true or false." ;;
 esac
 
-if [ "$MP_OVERWRITE" = false ] && [ -d "$TARGET" ] && [ -n "$(ls -A "$TARGET")" ]; then
+if [ "$MP_OVERWRITE$MP_DRY_RUN" = falsefalse ] && [ -d "$TARGET" ] && [ -n "$(ls -A "$TARGET")" ]; then
   refuse "TARGET $TARGET exists and is not empty; remove it, or set MP_OVERWRITE=true to replace it."
 fi
 

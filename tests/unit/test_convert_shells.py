@@ -63,6 +63,28 @@ def test_unknown_words_are_refused_before_anything_runs(arguments, variables, sa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_may_name_a_target_that_is_there(hf, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old").write_text("x")
+    for script in (FAMILY, QWEN2_VL):
+        done = shell(script, "auto", hf, tmp_path / "m", 1, 1, "false", "bf16", MP_DRY_RUN="true")
+        assert done.returncode == 0 and "embedding" in done.stdout, done.stderr
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("script", "number", "name"), [
+    (TRAINER, 18, "DATASET_PATH"), (TRAINER, 19, "VALID_DATASET_PATH"),
+    (TRAINER, 20, "PRETRAIN_CHECKPOINT_PATH"), (TRAINER, 23, "OUTPUT_BASEPATH"),
+    (FAMILY, 2, "SOURCE"), (FAMILY, 3, "TARGET"),
+])
+def test_an_empty_path_is_refused_by_its_name(script, number, name):
+    words = ["x"] * (23 if script is TRAINER else 7)
+    words[number - 1] = ""
+    done = shell(script, *words, PYTHON="echo")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script.name}: {name} is empty; give a ")
+
+
 def test_a_size_that_is_not_config_jsons_is_refused(hf, tmp_path):
     done = shell(QWEN2_VL, "2B", hf, tmp_path / "m", 2, 2, "false", "bf16")
     assert done.returncode == 2 and "MODEL_SIZE is 2B" in done.stderr
