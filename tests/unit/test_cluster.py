@@ -100,6 +100,8 @@ FOUND = {
         MPI | {"OMPI_COMM_WORLD_RANK": "6", "OMPI_COMM_WORLD_SIZE": "8",
                "OMPI_COMM_WORLD_LOCAL_RANK": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"},
         (2, 1, 4, "10.2.0.1", 29500, "Open MPI")),
+    "MPI with WORLD_SIZE": (MPI | {"WORLD_SIZE": "2", "RANK": "1"},
+                            (2, 1, None, "10.2.0.1", 29500, "PAI-DLC")),
     "MPI in a Slurm job": (MPI | SLURM, (2, 1, None, "10.2.0.1", 29500, "Open MPI")),
 }
 
