@@ -21,6 +21,7 @@ from megatron_vl.training.plan import (
     check_outputs,
     datasets,
     find_checkpoint,
+    needs_load,
     plan_run,
 )
 
@@ -56,17 +57,20 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
 
 
 def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainConfig:
-    """The configuration without a `load` that is yet to be made."""
+    """The configuration without a `load` that is yet to be made, or is no longer needed."""
     checkpoint = config.checkpoint
     if checkpoint.load is None or Path(checkpoint.load).exists():
         return config
+    without = replace(config, checkpoint=replace(checkpoint, load=None))
+    if not needs_load(config):
+        return without
     if checkpoint.hf_config is None:
         raise InputError(
             f"load {checkpoint.load} is not there yet, so the model is unknown; give --hf-config "
             f"(MP_HF_PATH) a directory with its config.json."
         )
     notes.append(f"load {checkpoint.load} is not there yet; convert the weights for this layout.")
-    return replace(config, checkpoint=replace(checkpoint, load=None))
+    return without
 
 
 def _look_around(plan: Plan, notes: list[str]) -> None:

@@ -77,7 +77,12 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     Raises:
         InputError: anything that cannot work, by name.
     """
-    hf_dir = config.checkpoint.hf_config or config.checkpoint.load or config.checkpoint.save
+    if needs_load(config) and not Path(config.checkpoint.load).exists():
+        raise InputError(
+            f"load (PRETRAIN_CHECKPOINT_PATH) {config.checkpoint.load} does not exist; give --load "
+            f"a converted checkpoint's directory."
+        )
+    hf_dir = hf_directory(config)
     if hf_dir is None:
         raise InputError(
             "the model is unknown: give --load a converted checkpoint, or --hf-config a directory "
@@ -107,7 +112,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         spec=spec,
         layout=layout,
         split=split,
-        hf_dir=Path(hf_dir),
+        hf_dir=hf_dir,
         num_microbatches=config.batch.num_microbatches(layout.dp),
         recompute=recompute,
         vit_recompute=vit_recompute,
@@ -126,6 +131,30 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             f"virtual stages need; change global-batch-size or micro-batch-size."
         )
     return plan
+
+
+def needs_load(config: TrainConfig) -> bool:
+    """Whether `load` is given and SAVE holds no checkpoint to go on from instead.
+
+    Raises:
+        InputError: none of SAVE's checkpoints can be used.
+    """
+    return config.checkpoint.load is not None and _own(config, {}) is None
+
+
+def hf_directory(config: TrainConfig) -> Path | None:
+    """The directory of config.json and the tokenizer; None where nothing says it.
+
+    That of a run that goes on from SAVE is SAVE, which has its own copy, unless hf-config is given.
+
+    Raises:
+        InputError: none of SAVE's checkpoints can be used.
+    """
+    options = config.checkpoint
+    goes_on = (options.save is not None and (Path(options.save) / "config.json").is_file()
+               and _own(config, {}) is not None)
+    found = options.hf_config or (options.save if goes_on else options.load or options.save)
+    return None if found is None else Path(found)
 
 
 def _check_log(plan: Plan) -> None:

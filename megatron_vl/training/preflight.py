@@ -144,9 +144,8 @@ def _sources() -> str:
 def _files(config: TrainConfig) -> Iterable[Path]:
     """The model's config and tokenizer, how far the checkpoints are, every dataset's own index."""
     checkpoint = config.checkpoint
-    model = checkpoint.hf_config or checkpoint.load or checkpoint.save
-    if model is not None:
-        for pattern in SIDE_FILES:
+    for model in (checkpoint.hf_config or checkpoint.load, checkpoint.save):  # see hf_directory
+        for pattern in SIDE_FILES if model is not None else ():
             if not pattern.startswith(("README", "LICENSE")):
                 yield from _matches(Path(model), pattern)
     for directory in (checkpoint.load, checkpoint.save):  # where a run goes on from
