@@ -1,4 +1,4 @@
-"""A directory that a command writes: what it may replace, and how it takes its place at once."""
+"""What a command writes: what it may replace, and how it takes its place at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_vl.errors import InputError
@@ -89,6 +90,54 @@ def replacing(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def with_suffix(path: str | Path, suffixes: Sequence[str], option: str) -> Path:
+    """`path` as a file of a kind; without a suffix it gets the first of `suffixes`.
+
+    Raises:
+        InputError: it has another one, or is a directory.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a directory; give a file.")
+    if not path.suffix:
+        return path.with_name(path.name + suffixes[0])
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"{option} {path} ends in {path.suffix}; give a {' or '.join(suffixes)}.")
+    return path
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, with its suffix, that replaces it when the block ends.
+
+    Until then `path` is untouched; on an error nothing is left behind.
+
+    Raises:
+        InputError: `path` is a directory, or something cannot be read or written.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give a file.")
+    pending = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
+        os.close(handle)
+        pending = Path(name)
+        yield pending
+        pending.chmod(0o644)
+        os.replace(pending, path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error}); free space, check the permissions, or give "
+            f"another file."
+        ) from error
+    finally:
+        if pending is not None:
+            pending.unlink(missing_ok=True)
 
 
 def _mend(target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_vl.outputs import with_suffix
 from megatron_vl.training.history import names_of, read_history
 from megatron_vl.training.report import plot_runs
 
@@ -23,6 +24,8 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     runs = [read_history(source) for source in args.sources]
     beside = runs[0].file.parent if len(runs) == 1 else Path()
-    output = Path(args.output) if args.output else beside / "loss.png"
+    output = beside / "loss.png"
+    if args.output is not None:
+        output = with_suffix(args.output, (".png",), "--output")
     print(plot_runs(runs, names_of(one.file for one in runs), output, args.title))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_vl.outputs import with_suffix
 from megatron_vl.training.page import write_page
 
 
@@ -15,5 +16,8 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(write_page(args.source, args.output))
+    output = None
+    if args.output is not None:
+        output = with_suffix(args.output, (".html", ".htm"), "--output")
+    print(write_page(args.source, output))
     return 0

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value
 
 METRICS, PAGE = "metrics.jsonl", "report.html"
+MAY_BE_NULL = ("loss", "grad_norm", "validation_loss")  # where they are not finite
+_BEGIN = b'{"kind"'  # of every line, and so of the file
 _LONGEST = 2**24  # bytes of a line: of tens of thousands of ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """A run with all its resumptions, each step once: of a repeated one the later line counts."""
+    """A run with all its resumptions, each step once.
+
+    Of a repeated one the later line counts; what came after the step that a run went back to is
+    left out. Numbers that were not finite are NaN.
+    """
 
     file: Path
     steps: list[dict]
     validations: list[dict]
     starts: list[dict]  # what ran where with which options, at every start; absent in old files
-    ranks: dict | None  # the last word on each rank's times and memory
+    ranks: dict | None  # the last word on each rank's times and memory, with `layout` as it was
 
 
 def read_history(source: str | Path) -> History:
@@ -34,30 +41,69 @@ def read_history(source: str | Path) -> History:
     path = path / METRICS if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a run's metrics.jsonl or its directory.")
-    kinds: dict[str, dict[int, dict]] = {"train": {}, "validation": {}, "run": {}, "ranks": {}}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            found = kinds[record["kind"]]
-            found[number if record["kind"] == "run" else record["iteration"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(f"{path}:{number} is not a line of run metrics.") from None
-    steps, validations, starts, ranks = (
-        [records[at] for at in sorted(records)] for records in kinds.values()
-    )
+    kinds: dict[str, dict[int, dict]] = {"train": {}, "validation": {}, "ranks": {}}
+    starts: list[dict] = []
+    try:
+        with path.open("rb") as file:
+            ours = _is_metrics(file.read(len(_BEGIN)))
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                try:
+                    _add(line, kinds, starts)
+                except (ValueError, KeyError, TypeError):
+                    if ours and not line.endswith(b"\n"):
+                        break  # the last, of a run that is writing it or was killed
+                    raise InputError(
+                        f"{path}:{number} is not a line of run metrics; remove the line, or give a "
+                        f"run's metrics.jsonl."
+                    ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give another.") from error
+    steps, validations, ranks = ([one[at] for at in sorted(one)] for one in kinds.values())
     return History(file=path, steps=steps, validations=validations, starts=starts,
                    ranks=ranks[-1] if ranks else None)
 
 
+def _add(line: bytes, kinds: dict[str, dict[int, dict]], starts: list[dict]) -> None:
+    """Take in a line. Raises ValueError, KeyError or TypeError: it is none of a run's."""
+    record = json_value(line)
+    if record["kind"] == "run":
+        starts.append(record)
+        if "done" in record:  # what the run had done beyond it, it did not go on from
+            for name, found in kinds.items():
+                kinds[name] = {at: one for at, one in found.items() if at <= record["done"]}
+        return
+    found = kinds[record["kind"]]
+    for name in MAY_BE_NULL:
+        if name in record and record[name] is None:
+            record[name] = math.nan
+    if record["kind"] == "ranks":
+        record["layout"] = starts[-1].get("layout") if starts else None
+    found[int(record["iteration"])] = record
+
+
+def _is_metrics(begin: bytes) -> bool:
+    """Whether a file that begins so is a metrics file, or was to be one."""
+    return begin.startswith(_BEGIN) or _BEGIN.startswith(begin)
+
+
 def cut_unfinished(metrics: Path) -> None:
-    """Take off a last line that a killed run did not finish, before another goes on behind it."""
+    """Take off a last line that a killed run did not finish, before another goes on behind it.
+
+    One that only lacks its end of line gets it. Another's file is left as it is.
+    """
     if not metrics.is_file():
         return
     with metrics.open("rb+") as file:
+        if not _is_metrics(file.read(len(_BEGIN))):
+            return
         start = max(0, file.seek(0, 2) - _LONGEST)
         file.seek(start)
         whole, newline, rest = file.read().rpartition(b"\n")
-        if rest.startswith(b'{"kind"'):  # and nothing else: the file might be another's
+        try:
+            json_value(rest)
+            file.write(b"\n")
+        except ValueError:
             file.truncate(start + len(whole) + len(newline))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -10,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_vl.training.flops import utilization
-from megatron_vl.training.history import cut_unfinished
+from megatron_vl.training.metrics_file import MetricsFile
 from megatron_vl.training.stragglers import Straggler
+from megatron_vl.training.trackers import attempt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +59,11 @@ class StepMetrics:
 class MetricLog:
     """Writes every step where the user asked for it; only rank 0 makes one.
 
+    Nothing that cannot be written ends the run: it is said, and training goes on.
+
     Args:
         train_iters: the run's last step.
+        done: steps that were done before this start.
         jsonl: file to append to, None for no file.
         tensorboard_dir: directory, None for none.
         log_interval: steps between printed lines, and between what trackers get.
@@ -71,25 +74,19 @@ class MetricLog:
     """
 
     def __init__(
-        self, train_iters: int, *, jsonl: str | Path | None, tensorboard_dir: str | None,
-        log_interval: int = 1, say: Callable[[str], None] = print, trackers=None, ranks: int = 1,
-        peak_flops: float | None = None,
+        self, train_iters: int, *, done: int = 0, jsonl: str | Path | None,
+        tensorboard_dir: str | None, log_interval: int = 1, say: Callable[[str], None] = print,
+        trackers=None, ranks: int = 1, peak_flops: float | None = None,
     ):
         self.train_iters = train_iters
         self.log_interval = log_interval
         self.say, self.trackers = say, trackers
         self.ranks, self.peak_flops = ranks, peak_flops
-        self.recent: list[float] = []  # seconds of the latest steps, for the ETA
-        self.file = None
-        if jsonl is not None:
-            Path(jsonl).parent.mkdir(parents=True, exist_ok=True)
-            cut_unfinished(Path(jsonl))
-            self.file = open(jsonl, "a", encoding="utf-8", buffering=1)
+        self.first: tuple[int, float] | None = None  # iteration of the first step, and its end
+        self.file = None if jsonl is None else MetricsFile(Path(jsonl), say)
         self.board = None
         if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(tensorboard_dir)
+            self._board(lambda: self._open_board(tensorboard_dir, done))
 
     # ---- what is told -------------------------------------------------------------------------
 
@@ -98,7 +95,7 @@ class MetricLog:
         self._write("run", facts)
 
     def step(self, step: StepMetrics) -> None:
-        self.recent = [*self.recent, step.step_seconds][-50:]
+        self.first = self.first or (step.iteration, time.perf_counter())
         shown = step.iteration % self.log_interval == 0 or step.iteration == self.train_iters
         if shown:
             self.say(self.line(step))
@@ -113,7 +110,6 @@ class MetricLog:
         `'loss': 1.2345` and its neighbours stand as transformers' Trainer prints them, iteration
         and elapsed time as Megatron-LM does, tokens per sample as MindSpeed-MM.
         """
-        left = sum(self.recent) / len(self.recent) * (self.train_iters - step.iteration)
         width, rates = len(str(self.train_iters)), step.rates()
         vision, language = self._mfu(step)
         parts = [
@@ -131,7 +127,7 @@ class MetricLog:
               [f"vision balance {step.vision_balance:.0%}"]),
             f"memory {step.memory_bytes / 2**30:.2f} GiB",
             f"elapsed time per iteration (ms): {1000 * step.step_seconds:.1f}",
-            f"ETA {duration(left)}",
+            f"ETA {duration(self._seconds_left(step))}",
         ]
         if step.slowest:
             parts.append(str(step.slowest))
@@ -160,6 +156,14 @@ class MetricLog:
         """Every rank's own numbers, for the file alone: they are many."""
         self._write("ranks", {"iteration": iteration, **ranks})
 
+    def _seconds_left(self, step: StepMetrics) -> float:
+        """At the pace of this start so far, with all that happens between its steps."""
+        first, ended = self.first or (step.iteration, 0.0)
+        seconds = step.step_seconds
+        if step.iteration > first:
+            seconds = (time.perf_counter() - ended) / (step.iteration - first)
+        return seconds * (self.train_iters - step.iteration)
+
     # ---- where it goes ------------------------------------------------------------------------
 
     def _mfu(self, step: StepMetrics) -> tuple[float | None, float | None]:
@@ -174,19 +178,35 @@ class MetricLog:
             if name != "iteration" and isinstance(value, (int, float))
         }
         if self.board is not None:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, iteration)
+            self._board(lambda: self._draw(numbers, iteration))
         if self.trackers is not None and track:
             self.trackers.log({name: float(v) for name, v in numbers.items()}, iteration)
 
     def _write(self, kind: str, values: dict) -> None:
         if self.file is not None:
-            self.file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
+            self.file.write(kind, values)
+
+    def _open_board(self, directory: str, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What the steps to come have shown there before is hidden.
+        self.board = SummaryWriter(directory, purge_step=done + 1)
+
+    def _draw(self, numbers: dict, iteration: int) -> None:
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, iteration)
+
+    def _board(self, call: Callable[[], None]) -> None:
+        if not attempt("TensorBoard", call, self.say):
+            self.board = None
 
     def close(self) -> None:
-        for one in (self.file, self.board, self.trackers):
-            if one is not None:
-                one.close()
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self._board(self.board.close)
+        if self.trackers is not None:
+            self.trackers.close()
 
 
 def left_out(skipped_samples: dict[str, int]) -> str:

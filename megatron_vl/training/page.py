@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
-import os
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +15,7 @@ from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 
+from megatron_vl.outputs import replacing_file
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import GROUPS
 from megatron_vl.training.history import History, names_of, page_of, read_history, total
@@ -58,17 +59,12 @@ def write_page(metrics: str | Path, page: str | Path | None = None) -> Path:
     """Write the page about the run of a metrics file, by default beside it; returns where.
 
     Raises:
-        InputError: see `read_history` and `plot_runs`.
+        InputError: see `read_history`, `plot_runs` and `replacing_file`.
     """
     run = read_history(metrics)
     path = page_of(run.file) if page is None else Path(page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = page_text(run)
-    handle, pending = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(pending, 0o644)
-    os.replace(pending, path)
+    with replacing_file(path) as pending:
+        pending.write_text(page_text(run), encoding="utf-8")
     return path
 
 
@@ -98,7 +94,8 @@ def _summary(run: History) -> list[str]:
         ("loss", f"{run.steps[0]['loss']:.4f} at first, {last['loss']:.4f} at last"),
     ]
     if run.validations:
-        best = min(run.validations, key=lambda one: one["validation_loss"])
+        finite = [one for one in run.validations if math.isfinite(one["validation_loss"])]
+        best = min(finite or run.validations, key=lambda one: one["validation_loss"])
         rows.append(("validation", f"{run.validations[-1]['validation_loss']:.4f} at last, "
                      f"{best['validation_loss']:.4f} at best, iteration {best['iteration']:,}"))
     rows.append(("throughput", f"{total(run.steps, 'tokens') / seconds:,.0f} tokens/s without "
@@ -172,7 +169,7 @@ def _ranks(run: History) -> list[str]:
         return []
     times, memory, hosts = (run.ranks[name] for name in
                             ("forward_seconds", "memory_bytes", "hosts"))
-    layout = Layout(**run.starts[-1]["layout"]) if run.starts else None
+    layout = Layout(**run.ranks["layout"]) if run.ranks["layout"] else None
     order = sorted(range(len(times)), key=lambda rank: -times[rank])
     rows = [
         (str(rank), str(layout.coordinates(rank).pp) if layout else "", hosts[rank],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -28,15 +29,20 @@ class StepProfiler:
             self._running, self._first = torch.profiler.profile(), iteration
             self._running.start()
 
-    def after(self, iteration: int, *, last: bool) -> Path | None:
-        """The file that was written, if the range ends with this step or the run does."""
+    def after(self, iteration: int, *, last: bool) -> str | None:
+        """Write the trace if the range ends with this step or the run does; returns what to say."""
         if self._running is None or not (last or iteration + 1 == self.log.profile_step_end):
             return None
-        self._running.stop()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        running, self._running = self._running, None
+        running.stop()
         path = self.directory / (
             f"rank{self.rank}.steps{self._first}-{iteration}.pt.trace.json.gz"
         )
-        self._running.export_chrome_trace(str(path))
-        self._running = None
-        return path
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            running.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:  # as on a full disk; the second is torch's own
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            return f"warning: rank {self.rank} could not write {path}: {error}"
+        return f"rank {self.rank} wrote {path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -32,18 +33,23 @@ def write_options(plan: Plan, platform_name: str) -> None:
     """SAVE/train_options.yaml: every resolved option, for `--config`, and the versions as comments.
 
     One rank calls it; without a SAVE nothing is written. A resumed run replaces it, each checkpoint
-    keeps its own.
+    keeps its own. That it cannot be written, as on a full disk, is said and ends nothing.
     """
     if plan.config.checkpoint.save is None:
         return
     known = versions() | {"megatron_vl": megatron_vl.__version__}
     words = ", ".join(f"{name} {version}" for name, version in known.items())
     path = Path(plan.config.checkpoint.save) / OPTIONS
-    path.parent.mkdir(parents=True, exist_ok=True)
     pending = path.with_name(f".{OPTIONS}.partial")
-    pending.write_text(
-        f"# {words}\n# {plan.layout} on {platform_name}: {plan.split}\n"
-        + yaml.safe_dump(plan.config.to_dict(), sort_keys=False),
-        encoding="utf-8",
-    )
-    os.replace(pending, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pending.write_text(
+            f"# {words}\n# {plan.layout} on {platform_name}: {plan.split}\n"
+            + yaml.safe_dump(plan.config.to_dict(), sort_keys=False),
+            encoding="utf-8",
+        )
+        os.replace(pending, path)
+    except OSError as error:
+        print(f"warning: {path} was not written: {error}", flush=True)
+        with contextlib.suppress(OSError):
+            pending.unlink(missing_ok=True)

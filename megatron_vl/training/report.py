@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.outputs import replacing_file
 from megatron_vl.training.history import History
 
 # Told apart by people who see few colours too (Okabe and Ito); the first is for one run alone.
@@ -22,7 +23,8 @@ def plot_runs(
     Several runs lie over each other, a color each.
 
     Raises:
-        InputError: a run without a step, or more runs than there are colors.
+        InputError: a run without a step, more runs than there are colors, or see
+            `replacing_file`.
     """
     if len(runs) > len(COLORS):
         raise InputError(f"{len(runs)} runs are too many for one picture; give {len(COLORS)}.")
@@ -55,9 +57,11 @@ def plot_runs(
         axis.margins(x=0.01)
     figure.align_ylabels(axes)
     figure.suptitle(title or ", ".join(names))
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=110)
-    pyplot.close(figure)
+    try:
+        with replacing_file(Path(png)) as pending:
+            figure.savefig(pending, dpi=110)
+    finally:
+        pyplot.close(figure)
     return Path(png)
 
 

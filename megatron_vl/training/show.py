@@ -60,7 +60,7 @@ class Show:
         tflops = options.device_peak_tflops or peak_tflops(name)
         trackers = Trackers(options, plan.config.to_dict(), self.say)
         self.log = MetricLog(
-            steps, jsonl=plan.metrics_file, tensorboard_dir=options.tensorboard_dir,
+            steps, done=done, jsonl=plan.metrics_file, tensorboard_dir=options.tensorboard_dir,
             log_interval=options.log_interval, say=self.say, trackers=trackers,
             ranks=plan.layout.world_size, peak_flops=None if tflops is None else tflops * 1e12,
         )
@@ -98,9 +98,9 @@ class Show:
         if iteration > self.first:  # the first also warms up
             self.stragglers.add(list(forwards), seconds)
         last = iteration == self.plan.config.batch.train_iters
-        trace = self.profiler.after(iteration, last=last)
-        if trace is not None:
-            self.console.say(f"rank {self.rank} wrote {trace}")
+        traced = self.profiler.after(iteration, last=last)
+        if traced is not None:
+            self.console.say(traced)
         if self.log is not None:
             metrics = StepMetrics(
                 iteration=iteration, step_seconds=seconds, data_wait_seconds=max(waits),

@@ -122,10 +122,16 @@ class Trackers:
         self.running.clear()
 
     def _try(self, name: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # whatever a network and another's library may raise
+        if not attempt(name, call, self.say):
             self.running.pop(name, None)
-            first = (str(error).splitlines() or [""])[0]
-            self.say(f"warning: {name} failed and gets no more numbers: "
-                     f"{type(error).__name__}: {first}")
+
+
+def attempt(name: str, call: Callable[[], None], say: Callable[[str], None]) -> bool:
+    """Whether a call that hands numbers on worked; if not, `say` gets the sentence about it."""
+    try:
+        call()
+    except Exception as error:  # whatever a disk, a network and another's library may raise
+        first = (str(error).splitlines() or [""])[0]
+        say(f"warning: {name} failed and gets no more numbers: {type(error).__name__}: {first}")
+        return False
+    return True

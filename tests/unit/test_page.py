@@ -55,6 +55,89 @@ def test_several_runs_lie_over_each_other_with_their_names(tmp_path, capsys, mon
         plot_runs(runs[:1] * (len(COLORS) + 1), "abcdefgh", tmp_path / "many.png")
 
 
+@pytest.mark.parametrize(("command", "output", "says"), [
+    ("plot", "x.foo", "--output x.foo ends in .foo; give a .png"),
+    ("plot", "metrics.jsonl", "ends in .jsonl; give a .png"),
+    ("plot", "there", "--output there is a directory; give a file"),
+    ("plot", "there.png", "--output there.png is a directory"),
+    ("plot", "file/deep/x.png", "file/deep/x.png cannot be written ("),
+    ("report", "x.png", "--output x.png ends in .png; give a .html or .htm"),
+    ("report", "there", "--output there is a directory; give a file"),
+    ("report", "file/deep/x.html", "file/deep/x.html cannot be written ("),
+])
+def test_an_output_that_cannot_be_is_refused_by_one_sentence(
+    command, output, says, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run")
+    for folder in ("there", "there.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert run([command, "run", "--output", output]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and len(err.splitlines()) == 1 and not out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("command", "suffix"), [("plot", ".png"), ("report", ".html")])
+def test_an_output_without_a_suffix_gets_one_and_is_named_as_it_is(
+    command, suffix, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run")
+    assert run([command, "run", "--output", "out/new"]) == 0
+    assert capsys.readouterr().out.split() == [f"out/new{suffix}"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"new{suffix}"]
+
+
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_a_run_that_is_no_text_is_refused_and_leaves_nothing(command, tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff" * 9)
+    assert run([command, str(tmp_path / "x.png"), "--output", str(tmp_path / "new")]) == 2
+    said = capsys.readouterr().err
+    assert "x.png:1 is not a line of run metrics" in said and len(said.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_picture_or_page_that_fails_leaves_the_old_one(tmp_path):
+    folder = write_run(tmp_path / "log")
+    for write in (lambda: plot_runs([read_history(folder)], ["log"], folder / "loss.png"),
+                  lambda: write_page(folder)):
+        write()
+        old = {path: path.read_bytes() for path in folder.iterdir() if path.suffix != ".jsonl"}
+        metrics = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(metrics.replace('"lr"', '"other"'))
+        with pytest.raises(KeyError):
+            write()
+        (folder / "metrics.jsonl").write_text(metrics)
+        assert {path: path.read_bytes() for path in folder.iterdir()
+                if path.suffix != ".jsonl"} == old
+
+
+def test_numbers_that_were_not_finite_are_drawn_around(tmp_path):
+    folder = write_run(tmp_path / "log")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"loss": None, "grad_norm": None}
+    lines.insert(4, {"kind": "validation", "iteration": 3, "validation_loss": None})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    page = write_page(folder).read_text()
+    assert "nan at first, 0.7500 at last" in page
+    assert "0.5000 at last, 0.5000 at best, iteration 4" in page
+
+
+def test_ranks_are_shown_with_the_layout_they_had(tmp_path):
+    """The run goes on with other ranks, and has not told of them yet."""
+    folder = write_run(tmp_path / "log")
+    start = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    start |= {"done": 4, "layout": {"tp": 1, "pp": 1, "dp": 1}, "hosts": ["node0"],
+              "split": {"llm": [[4]], "vit": [[2]]}}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    text = re.sub(r"<[^>]+>", "|", write_page(folder).read_text())
+    assert "|3||1||node0||400.0|" in text and "|0||0||node0||100.0|" in text
+
+
 @pytest.mark.parametrize(("sources", "names"), [
     (["runs/first/log"], ["first"]),
     (["runs/a/log/metrics.jsonl", "runs/b/log/metrics.jsonl"], ["a", "b"]),

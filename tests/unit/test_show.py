@@ -11,17 +11,22 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout
 from megatron_vl.training import trackers
-from megatron_vl.training.config import LogOptions
+from megatron_vl.training.config import LogOptions, TrainConfig
 from megatron_vl.training.history import read_history
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
+from megatron_vl.training.plan import plan_run
+from megatron_vl.training.profile import StepProfiler
+from megatron_vl.training.record import OPTIONS, write_options
 from megatron_vl.training.report import smoothed
 from megatron_vl.training.stragglers import Straggler, Stragglers
 from megatron_vl.training.throughput import Throughput
@@ -39,7 +44,6 @@ def log(**changes) -> MetricLog:
 
 
 def line(log: MetricLog, step: StepMetrics = STEP) -> str:
-    log.recent = [step.step_seconds]
     return log.line(step)
 
 
@@ -95,6 +99,15 @@ def test_what_went_wrong_is_at_the_line_s_end():
 def test_a_step_says_why_it_was_skipped():
     shown = line(log(), replace(STEP, skipped=True, fault="the loss is not finite"))
     assert shown.endswith("SKIPPED: the loss is not finite")
+
+
+def test_what_is_left_is_told_by_the_time_between_steps_not_by_that_in_them():
+    said = []
+    one = MetricLog(1002, jsonl=None, tensorboard_dir=None, say=said.append)
+    one.step(replace(STEP, step_seconds=0.001))
+    time.sleep(0.2)  # as a validation and a checkpoint
+    one.step(replace(STEP, iteration=2, step_seconds=0.001))
+    assert said[0].endswith("ETA 0:01") and re.search(r"ETA 3:[2-5]\d$", said[1]), said
 
 
 def test_a_skipped_step_does_not_end_the_smoothed_curve():
@@ -162,9 +175,185 @@ def test_a_line_that_a_killed_run_left_unfinished_is_taken_off(tmp_path):
         one.step(replace(STEP, iteration=2))
         one.close()
         assert [step["iteration"] for step in read_history(file).steps] == steps
-    file.write_text("somebody's own, without a newline")
-    log(jsonl=file).close()
-    assert file.read_text().startswith("somebody's own")
+    for begin in ('{"ki', '{"kind": "train", "iteration": 1}\n{"ki'):
+        file.write_text(begin)
+        log(jsonl=file).close()
+        assert file.read_text() == begin.removesuffix('{"ki')
+    for own in ("somebody's own, without a newline", 'a list\n{"k'):
+        file.write_text(own)
+        log(jsonl=file).close()
+        assert file.read_text() == own
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"kind": "train", "iteration": 1}')  # as an editor may leave it
+    one = log(jsonl=file, say=lambda _: None)
+    one.step(replace(STEP, iteration=2))
+    one.close()
+    assert [step["iteration"] for step in read_history(file).steps] == [1, 2]
+
+
+def test_a_line_that_a_live_run_has_not_finished_is_not_read(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    whole = '{"kind": "train", "iteration": 1}\n{"kind": "train", "iteration": 2}\n'
+    for cut in range(len(whole)):
+        file.write_text(whole[:cut])
+        assert len(read_history(file).steps) == (cut > 32) + (cut > 66)
+    file.write_text(whole[:40] + "\n" + whole)
+    with pytest.raises(InputError, match=r"metrics.jsonl:2 is not a line .*; remove the line"):
+        read_history(file)
+
+
+@pytest.mark.parametrize(("done", "begin"), [(0, (1, 2)), (4, (5,)), (6, ())])
+def test_what_a_run_did_not_go_on_from_is_left_out(done, begin, tmp_path):
+    """The first start made six steps; the second goes on after `done`."""
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "run", "done": 0}]
+    rows += [{"kind": kind, "iteration": i, "start": 1} for i in range(1, 7)
+             for kind in ("train", "validation", "ranks")]
+    rows += [{"kind": "run", "done": done}]
+    rows += [{"kind": "train", "iteration": i, "start": 2} for i in begin]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_history(file)
+    known = list(range(1, done + 1)) + list(begin)
+    assert [one["iteration"] for one in run.steps] == known
+    assert [one["iteration"] for one in run.validations] == list(range(1, done + 1))
+    assert (run.ranks and run.ranks["iteration"]) == (done or None)
+    assert len(run.starts) == 2
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_in_the_history(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    one = log(jsonl=file, say=lambda _: None)
+    one.start({"done": 0, "hosts": [math.inf]})
+    one.step(replace(STEP, loss=math.nan, grad_norm=math.inf))
+    one.evaluation(1, math.nan, 50, 1.0)
+    one.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    records = [json.loads(text, parse_constant=refuse) for text in file.read_text().splitlines()]
+    assert records[0]["hosts"] == [None] and records[1]["loss"] is None
+    run = read_history(file)
+    assert all(math.isnan(run.steps[0][name]) for name in ("loss", "grad_norm"))
+    assert math.isnan(run.validations[0]["validation_loss"])
+
+
+def test_tensorboard_shows_a_step_that_was_made_twice_once(tmp_path):
+    for done, steps, loss in ((0, (1, 2, 3, 4), 1.0), (2, (3,), 2.0)):
+        one = MetricLog(9, done=done, jsonl=None, tensorboard_dir=str(tmp_path),
+                        say=lambda _: None)
+        for i in steps:
+            one.step(replace(STEP, iteration=i, loss=loss))
+        one.close()
+        time.sleep(1.1)  # the files are told apart, and read in order, by their second
+    board = EventAccumulator(str(tmp_path)).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert shown == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+# ---- a full disk ------------------------------------------------------------------------------
+
+FULL = "cannot be written (No space left on device); its lines are kept in memory until it can"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that is full after 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"only root may mount a small disk: {made.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(disk):
+    """A file that leaves nothing of it free."""
+    filler = disk / "filler"
+    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+def test_a_file_that_takes_nothing_costs_its_lines_and_not_the_run():
+    said = []
+    one = log(jsonl="/dev/full", say=said.append)
+    one.step(STEP)
+    one.step(replace(STEP, iteration=2))
+    one.close()
+    assert [text for text in said if not text.startswith("iteration")] == [
+        f"warning: /dev/full {FULL}",
+        "warning: /dev/full: 2 lines could not be written and are lost",
+    ]
+
+
+def test_lines_wait_for_room_and_a_half_written_one_is_finished(small_disk):
+    file, said = small_disk / "log" / "metrics.jsonl", []
+    filler = fill(small_disk)
+    one = log(jsonl=file, say=said.append)
+    one.step(STEP)
+    filler.unlink()
+    one.step(replace(STEP, iteration=2))
+    filler = fill(small_disk)
+    for i in range(3, 21):
+        one.step(replace(STEP, iteration=i))
+    assert file.read_bytes()[-1:] != b"\n", "the page that was begun holds half a line"
+    half = len(read_history(file).steps)
+    assert 2 <= half < 20
+    filler.unlink()
+    one.step(replace(STEP, iteration=21))
+    assert [json.loads(text)["iteration"] for text in file.read_text().splitlines()] == [
+        *range(1, 22)]
+    fill(small_disk)
+    for i in range(22, 42):
+        one.step(replace(STEP, iteration=i))
+    one.close()
+    lost = 41 - len(read_history(file).steps)
+    assert [text for text in said if text.startswith("warning")] == [
+        *[f"warning: {file} {FULL}"] * 3,
+        f"warning: {file}: {lost} lines could not be written and are lost",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_a_board_that_cannot_be_written_says_so_once(when, small_disk):
+    said = []
+    if when == "at the start":
+        fill(small_disk)
+    one = log(tensorboard_dir=str(small_disk / "board"), say=said.append)
+    if when == "later":
+        fill(small_disk)
+    for i in range(1, 40):
+        one.step(replace(STEP, iteration=i))
+    one.close()
+    (warning,) = [text for text in said if text.startswith("warning")]
+    assert warning.startswith("warning: TensorBoard failed and gets no more numbers: OSError: ")
+
+
+def test_a_trace_and_the_options_that_cannot_be_written_are_named(small_disk, model_dir, capsys):
+    plan = plan_run(TrainConfig.from_dict({
+        "hf_config": str(model_dir), "train_data_path": "x", "save": str(small_disk / "save"),
+        "profile": True, "profile_step_start": 1, "profile_step_end": 2,
+    }), 1)
+    write_options(plan, "cpu")
+    before = sorted(small_disk.rglob("*")), (small_disk / "save" / OPTIONS).read_text()
+    filler = fill(small_disk)
+    write_options(plan, "gloo")
+    assert capsys.readouterr().out.startswith(f"warning: {small_disk}/save/{OPTIONS} was not wri")
+    profiler = StepProfiler(plan.config.log, small_disk, 0)
+    profiler.before(1)
+    said = profiler.after(1, last=False)
+    assert said.startswith(f"warning: rank 0 could not write {small_disk}/rank0.steps1-1.pt")
+    filler.unlink()
+    assert before == (sorted(small_disk.rglob("*")), (small_disk / "save" / OPTIONS).read_text())
 
 
 # ---- totals -----------------------------------------------------------------------------------
