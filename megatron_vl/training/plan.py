@@ -77,12 +77,14 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     Raises:
         InputError: anything that cannot work, by name.
     """
-    if needs_load(config) and not Path(config.checkpoint.load).exists():
+    hf_dir, load = hf_directory(config), config.checkpoint.load
+    if load is not None and not Path(load).exists() and (
+        needs_load(config) or hf_dir == Path(load)
+    ):
         raise InputError(
-            f"load (PRETRAIN_CHECKPOINT_PATH) {config.checkpoint.load} does not exist; give --load "
-            f"a converted checkpoint's directory."
+            f"load (PRETRAIN_CHECKPOINT_PATH) {load} does not exist; give --load a converted "
+            f"checkpoint's directory."
         )
-    hf_dir = hf_directory(config)
     if hf_dir is None:
         raise InputError(
             "the model is unknown: give --load a converted checkpoint, or --hf-config a directory "

@@ -121,6 +121,12 @@ def test_every_path_that_is_named_exists(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_placeholder_was_forgotten(document):
+    """A line of capitals alone, where a table or figures were to come."""
+    assert not re.findall(r"^ *[A-Z][A-Z0-9_ ]+ *$", prose(document), re.M)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_link_leads_somewhere(document):
     for target in LINK.findall(prose(document)):
         if target.startswith("http"):

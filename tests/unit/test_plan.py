@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
 from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.plan import _check_offload, _recompute, plan_run
+from megatron_vl.training.plan import _check_offload, _recompute, find_checkpoint, plan_run
 
 FULL = dict(recompute_granularity="full")
 REFUSED = {
@@ -101,6 +104,57 @@ def test_offloading_the_optimizer_of_a_gpu_says_what_it_needs(model_dir):
             _check_offload(config(model_dir, **{**usable, **change}), transformer_engine=True)
     with pytest.raises(InputError, match="needs TransformerEngine, which is not installed"):
         _check_offload(config(model_dir, **usable), transformer_engine=False)
+
+
+@pytest.fixture(scope="module")
+def own(model_dir, tmp_path_factory):
+    """A SAVE that a run goes on from."""
+    save = tmp_path_factory.mktemp("run") / "save"
+    assert run(["convert", str(model_dir), str(save)]) == 0
+    return save
+
+
+def told(own, here: bool, capsys, **options) -> tuple[int, str]:
+    """What `train --dry-run`, or the checks of a start, answer."""
+    values = {"save": own, "train_data_path": "x", "nproc_per_node": 1, **options}
+    words = [str(one) for name, value in values.items()
+             for one in (f"--{name.replace('_', '-')}", value)]
+    code = run(["train", *(() if here else ["--dry-run"]), *words])
+    out, err = capsys.readouterr()
+    return code, err if code else out
+
+
+def test_a_run_that_goes_on_from_save_takes_its_model_from_there(own, model_dir, tmp_path, capsys):
+    for load in (tmp_path / "gone", model_dir):
+        values = {"save": str(own), "load": str(load), "train_data_path": "x"}
+        plan = plan_run(TrainConfig.from_dict(values), 1)
+        source, is_own = find_checkpoint(plan)
+        assert plan.hf_dir == own and is_own and source.path == own / "release"
+        given = TrainConfig.from_dict(values | {"hf_config": str(model_dir)})
+        assert plan_run(given, 1).hf_dir == model_dir
+    code, text = told(own, False, capsys, load=tmp_path / "gone")
+    assert code == 0 and f"weights come from {own / 'release'}" in text, text
+    assert "note: load" not in text
+
+
+def test_a_save_without_a_config_json_takes_it_from_load(own, model_dir, tmp_path):
+    save = tmp_path / "save"
+    shutil.copytree(own, save)
+    (save / "config.json").unlink()
+    values = {"save": str(save), "load": str(model_dir), "train_data_path": "x"}
+    assert plan_run(TrainConfig.from_dict(values), 1).hf_dir == model_dir
+    with pytest.raises(InputError, match="^load .* gone does not exist; give --load"):
+        plan_run(TrainConfig.from_dict(values | {"load": "gone"}), 1)
+
+
+@pytest.mark.parametrize("hf_config", [False, True])
+def test_a_load_that_is_needed_and_not_there_is_named(hf_config, model_dir, tmp_path, capsys):
+    more = {"hf_config": model_dir} if hf_config else {}
+    load = tmp_path / "none"
+    code, text = told(tmp_path / "new", True, capsys, load=load, **more)
+    assert code == 2 and f"load (PRETRAIN_CHECKPOINT_PATH) {load} does not exist; give" in text
+    code, text = told(tmp_path / "new", False, capsys, load=load, **more)
+    assert code == (0 if hf_config else 2) and f"load {load} is not there yet" in text
 
 
 def test_both_towers_recompute_what_the_plan_says(model_dir):
