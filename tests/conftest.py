@@ -97,3 +97,17 @@ def model_dir(tmp_path_factory) -> Path:
     _toolkit("make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks",
              1500, "--dtype", "float32")
     return out
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that is full after 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"only root may mount a small disk: {made.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)

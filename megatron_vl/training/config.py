@@ -308,7 +308,8 @@ class CheckpointOptions:
     model_size: str = option("auto", "2B, 7B, 72B: refuse another model's config.json; auto: take "
                              "what it says")
     hf_config: str | None = option(
-        None, "directory with config.json and the tokenizer; default: that of load", kind=str
+        None, "directory with config.json and the tokenizer; default: save where it holds a "
+        "checkpoint, else load", kind=str
     )
     save: str | None = option(None, "directory of the run's checkpoints; resumes what it holds",
                               kind=str)

@@ -166,4 +166,4 @@ class Show:
                 self.say(f"report: {write_page(self.plan.metrics_file, self.plan.report_file)}")
             except (OSError, InputError) as error:
                 # What was trained is saved, and a page can be made again.
-                self.say(f"warning: {self.plan.report_file} was not written: {error}")
+                self.say(f"warning: there is no report: {error}")

@@ -5,6 +5,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from test_show import fill
 
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
@@ -100,19 +101,17 @@ def test_a_run_that_is_no_text_is_refused_and_leaves_nothing(command, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
-def test_a_picture_or_page_that_fails_leaves_the_old_one(tmp_path):
-    folder = write_run(tmp_path / "log")
-    for write in (lambda: plot_runs([read_history(folder)], ["log"], folder / "loss.png"),
-                  lambda: write_page(folder)):
-        write()
-        old = {path: path.read_bytes() for path in folder.iterdir() if path.suffix != ".jsonl"}
-        metrics = (folder / "metrics.jsonl").read_text()
-        (folder / "metrics.jsonl").write_text(metrics.replace('"lr"', '"other"'))
-        with pytest.raises(KeyError):
+def test_a_full_disk_leaves_the_picture_and_the_page_that_were_there(small_disk, tmp_path):
+    run = read_history(write_run(tmp_path / "log"))
+    for name in ("x.png", "x.html"):
+        (small_disk / name).write_text("old")
+    fill(small_disk)
+    for write in (lambda: plot_runs([run], ["log"], small_disk / "x.png"),
+                  lambda: write_page(run.file, small_disk / "x.html")):
+        with pytest.raises(InputError, match=r"x\.\w+ cannot be written \(.*No space left"):
             write()
-        (folder / "metrics.jsonl").write_text(metrics)
-        assert {path: path.read_bytes() for path in folder.iterdir()
-                if path.suffix != ".jsonl"} == old
+    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "x.html", "x.png"]
+    assert {(small_disk / name).read_text() for name in ("x.png", "x.html")} == {"old"}
 
 
 def test_numbers_that_were_not_finite_are_drawn_around(tmp_path):

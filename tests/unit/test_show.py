@@ -259,20 +259,6 @@ def test_tensorboard_shows_a_step_that_was_made_twice_once(tmp_path):
 FULL = "cannot be written (No space left on device); its lines are kept in memory until it can"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own that is full after 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"only root may mount a small disk: {made.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 def fill(disk):
     """A file that leaves nothing of it free."""
     filler = disk / "filler"
