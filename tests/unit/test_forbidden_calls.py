@@ -23,7 +23,7 @@ ALLOWED = {
     # Taken out of a rank's environment, whatever a shell has set.
     "megatron_vl/cli/worker.py": {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"},
     # From a process this one has forked, through memory that only they share.
-    "megatron_vl/platform/cpu.py": {"pickle.loads()"},
+    "megatron_vl/platform/write_results.py": {"pickle.loads()"},
     # Rows that ranks of one job send each other, as torch's own collectives of objects are: see
     # docs/security.md on who may reach their ports.
     "megatron_vl/training/exchange.py": {"pickle.loads()"},
