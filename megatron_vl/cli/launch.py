@@ -22,6 +22,7 @@ from pathlib import Path
 from megatron_vl.cli.cluster_env import read_hostfile
 from megatron_vl.cli.hosts import run_on_hosts
 from megatron_vl.cli.meeting import agree, meet, meet_alone, no_meeting
+from megatron_vl.cli.streams import outlast_full_disks
 from megatron_vl.cli.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import PORT
@@ -129,6 +130,7 @@ def launch(
         InputError: the nodes did not meet at `master_addr`:`master_port` within
             `rendezvous_timeout` seconds, or do not fit together.
     """
+    outlast_full_disks()
     # The rank that failed has said why; the launcher's own report would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(

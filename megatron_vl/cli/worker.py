@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_vl.cli.streams import outlast_full_disks
 from megatron_vl.errors import InputError
 
 FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"
@@ -46,6 +47,7 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     # Whatever a shell has set: no checkpoint's pickle is run.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
+        outlast_full_disks()
         _quiet_libraries()
         _die_together()
         # Before Megatron-Core is imported by anything else: see the CPU platform.
