@@ -208,6 +208,12 @@ def soak(job: Soak) -> dict:
             "watched": watched}
 
 
+def losses(metrics: Path) -> dict[int, float]:
+    """Of every step, as it was done last."""
+    records = map(json.loads, metrics.read_text().splitlines())
+    return {one["iteration"]: one["loss"] for one in records if one["kind"] == "train"}
+
+
 def report(job: Soak, seen: dict) -> bool:
     """Print the table; whether all is as it should be."""
     steps, said = job.steps(), job.log.read_text()
@@ -216,10 +222,7 @@ def report(job: Soak, seen: dict) -> bool:
         if now <= before:
             again.append(furthest - now + 1)
         furthest = max(furthest, now)
-    last = {}
-    for line in job.metrics.read_text().splitlines():
-        one = json.loads(line)
-        last[one["iteration"]] = one["loss"]
+    last = losses(job.metrics)
     calm = job.args.out / "calm"
     print(f"the same {furthest} steps without faults", flush=True)
     done = subprocess.run(
@@ -228,8 +231,7 @@ def report(job: Soak, seen: dict) -> bool:
     )
     if done.returncode:
         sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
-    undisturbed = {one["iteration"]: one["loss"] for one in map(
-        json.loads, (calm / "metrics.jsonl").read_text().splitlines()) if one["kind"] == "train"}
+    undisturbed = losses(calm / "metrics.jsonl")
     same = last == {i: undisturbed.get(i) for i in last}
     rows = [
         ("seconds", f"{seen['seconds']:.0f}"), ("steps", f"{furthest:,}"),
