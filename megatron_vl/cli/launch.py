@@ -26,7 +26,7 @@ from megatron_vl.cli.streams import outlast_full_disks
 from megatron_vl.cli.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import PORT
-from megatron_vl.training.stop import SIGNALS
+from megatron_vl.training.stop import AGAIN, SIGNALS
 
 
 def add_parser(commands) -> None:
@@ -260,6 +260,7 @@ def _stopping(file: Path, command: str) -> Iterator[None]:
     def ask(number: int, _frame) -> None:
         name = signal.Signals(number).name
         if file.exists():
+            file.with_name(AGAIN).touch()
             raise SignalException(f"a second {name}", sigval=signal.Signals(number))
         pending = file.with_suffix(".partial")
         pending.write_text(name, encoding="utf-8")

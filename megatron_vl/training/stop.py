@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers that will end a job soon
+AGAIN = "stop-now"
 _PATIENCE = 1.0  # seconds in which the launcher says that it was asked as well
 
 
@@ -20,7 +21,8 @@ class StopRequest:
     has failed: then there is nothing to save any more, and a rank leaves at once.
 
     Args:
-        file: what the launcher makes when it is asked; None if another one started this rank.
+        file: what the launcher makes when it is asked, and `AGAIN` beside it when it is asked once
+            more; None if another one started this rank.
     """
 
     def __init__(self, file: Path | None = None):
@@ -52,11 +54,15 @@ class StopRequest:
             taken = signal.Signals(signal.sigwait(SIGNALS))
             # One request to all processes comes twice: from the launcher, and by this signal.
             late = bool(self._reason) and time.monotonic() > self._since + _PATIENCE
-            if taken == signal.SIGTERM and (signalled or late or not self._asked_as_well()):
+            again = signalled or late or self._asked_again()
+            if taken == signal.SIGTERM and (again or not self._asked_as_well()):
                 os._exit(128 + taken)
             signalled = True
             if not self._reason:
                 self._since, self._reason = time.monotonic(), taken.name
+
+    def _asked_again(self) -> bool:
+        return self._file is not None and self._file.with_name(AGAIN).exists()
 
     def _asked_as_well(self) -> bool:
         """Whether the launcher was asked too, or there is none of ours."""
