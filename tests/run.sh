@@ -15,7 +15,7 @@ say "checking style: ruff check ."
 "$VENV/bin/ruff" check . || give_up "the style check failed; $VENV/bin/ruff check --fix . mends most."
 
 # Two processes: most of a test's time is starting Python and torch.
-say "running the tests (about 25 minutes on two cores); pytest arguments: ${*:-none}"
+say "running the tests (about 35 minutes on two cores); pytest arguments: ${*:-none}"
 # One thread a process: several ranks share two cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"
