@@ -304,16 +304,24 @@ def small_disk(tmp_path):
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     behind, small_disk, undisturbed, workshop, tmp_path
 ):
+    """Full in the middle of the large files, or to the last byte before anything is written."""
     run = Run(
         tmp_path, workshop, save=small_disk / "save", save_interval=4, async_save=behind
     )
-    done = run.finish()
-    lost = [line for line in done.out.splitlines() if line.startswith("NOT SAVED")]
-    assert lost and all("the disk is full" in line for line in lost), done.text
-    assert all("; the checkpoints before it stay, training goes on" in line for line in lost)
-    assert run.losses == {i: loss for i, loss in undisturbed.losses.items() if i <= 20}
+    job = run.start()
+    if not behind:
+        run.wait_for(job, lambda: run.iterations)
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
     # The last of them is the run's result: that it is missing is a failure.
-    assert done.code == 2 and "the last checkpoint, of iteration 20, could not be saved" in done.err
+    assert job.wait(timeout=300) == 2, run.said
+    assert "the last checkpoint, of iteration 20, could not be saved" in run.said
+    lost = [line for line in run.said.splitlines() if line.startswith("NOT SAVED")]
+    assert lost and all("the disk is full" in line for line in lost), run.said
+    assert all("; the checkpoints before it stay, training goes on" in line for line in lost)
+    assert "starting all processes again" not in run.said
+    assert run.losses == {i: loss for i, loss in undisturbed.losses.items() if i <= 20}
     assert run.iterations and run.iterations[-1] < 20
     assert not list(run.save.glob(".iter*")), "what was half written takes no room"
     # With room for it the same command goes on from what is there.
