@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import psutil
 
@@ -246,10 +247,14 @@ def report(job: Soak, seen: dict) -> bool:
         ("survived", "yes" if seen["survived"] else "NO"),
     ]
     watched = seen["watched"]
-    for rank in sorted(watched[0]) if watched else ():
-        (m0, f0), (m1, f1) = watched[0][rank], watched[-1][rank]
-        rows.append((f"rank {rank}, over {5 * len(watched)} calm steps",
-                     f"memory {m0:.0f} -> {m1:.0f} MiB, open files {f0} -> {f1}"))
+    half = len(watched) // 2
+    for rank in sorted(watched[0]) if half else ():
+        memory, files = zip(*(one[rank] for one in watched if rank in one), strict=True)
+        rows.append((
+            f"rank {rank}, over {5 * len(watched)} calm steps",
+            f"memory {memory[0]:.0f} MiB at first, then {median(memory[1:half]):.0f}, in the "
+            f"second half {median(memory[half:]):.0f}; open files {files[0]} -> {files[-1]}",
+        ))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     (job.args.out / "soak.json").write_text(json.dumps(
