@@ -1,5 +1,8 @@
 """The one error a person's input raises: a sentence that says what is wrong, where, the mend."""
 
+import unicodedata
+
+_STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _KEPT = "\n\t\u200c\u200d"  # the last two join and part letters in several scripts
 
 
@@ -21,8 +24,10 @@ class CheckFailed(Exception):
 
 
 def printable(text: str) -> str:
-    """A text without what steers a terminal: such characters are shown as \\x1b is."""
+    """A text without what steers a terminal or turns the direction of a line: it is shown instead,
+    as \\x1b is."""
     return "".join(
-        one if one.isprintable() or one in _KEPT else one.encode("unicode_escape").decode("ascii")
+        one if one in _KEPT or unicodedata.category(one) not in _STEERS else
+        one.encode("unicode_escape").decode("ascii")
         for one in text
     )

@@ -100,12 +100,14 @@ def model_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own that is full after 64 KiB."""
+def small_disk(request, tmp_path):
+    """A file system of its own that is full after 64 KiB, or the size that a test asks for."""
+    size = getattr(request, "param", "64k")
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk],
+        capture_output=True, text=True,
     )
     if made.returncode:
         pytest.skip(f"only root may mount a small disk: {made.stderr.strip()}")

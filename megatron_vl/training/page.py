@@ -5,17 +5,15 @@ All of it comes from the metrics file, and from what lies in the run's checkpoin
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 
 from megatron_vl.outputs import replacing_file
+from megatron_vl.pages import escape, page, picture, table
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import GROUPS
 from megatron_vl.training.history import History, names_of, page_of, read_history, total
@@ -24,45 +22,21 @@ from megatron_vl.training.report import plot_runs
 
 _RANKS = 64  # ranks whose times are listed, the slowest first
 
-# Paths and names are another's text: should any of it ever pass for markup, nothing is run.
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", "PingFang SC",
-  "Microsoft YaHei", sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
-  color: #222; background: #fff; }}
-h1 {{ font-size: 1.5em; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.15em; margin: 2em 0 .4em; }}
-table {{ border-collapse: collapse; font-size: .9em; }}
-th, td {{ padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd;
-  vertical-align: top; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }}
-th {{ font-weight: 600; background: #f4f6f8; }}
-tr.marked td {{ background: #e6f0fa; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8; padding: .7em 1em;
-  font-size: .85em; }}
-img {{ width: 100%; border: 1px solid #ddd; }}
-.wide {{ overflow-x: auto; }}
-.small {{ color: #555; font-size: .9em; }}
-</style>
-</head>
-<body>
+_STYLE = """pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8;
+  padding: .7em 1em; font-size: .85em; }
+img { width: 100%; border: 1px solid #ddd; }
+.small { color: #555; font-size: .9em; }
 """
 
 
-def write_page(metrics: str | Path, page: str | Path | None = None) -> Path:
+def write_page(metrics: str | Path, output: str | Path | None = None) -> Path:
     """Write the page about the run of a metrics file, by default beside it; returns where.
 
     Raises:
         InputError: see `read_history`, `plot_runs` and `replacing_file`.
     """
     run = read_history(metrics)
-    path = page_of(run.file) if page is None else Path(page)
+    path = page_of(run.file) if output is None else Path(output)
     with replacing_file(path) as pending:
         pending.write_text(page_text(run), encoding="utf-8")
     return path
@@ -70,9 +44,9 @@ def write_page(metrics: str | Path, page: str | Path | None = None) -> Path:
 
 def page_text(run: History) -> str:
     title = names_of([run.file])[0]
-    parts = [_HEAD.format(title=_text(title)), f"<h1>{_text(title)}</h1>\n", *_summary(run)]
+    parts = _summary(run)
     if run.steps:
-        parts += ["<h2>plots</h2>\n", _picture(run)]
+        parts += ["<h2>plots</h2>\n", _plots(run)]
     start = run.starts[-1] if run.starts else None
     if start is not None:
         parts += _layout(start)
@@ -80,7 +54,7 @@ def page_text(run: History) -> str:
     parts += _ranks(run)
     if start is not None:
         parts += _checkpoints(start) + _configuration(start)
-    return "".join([*parts, "</body>\n</html>\n"])
+    return page(title, parts, style=_STYLE)
 
 
 def _summary(run: History) -> list[str]:
@@ -119,15 +93,13 @@ def _summary(run: History) -> list[str]:
         start = run.starts[-1]
         rows.append(("device", f"{len(start['hosts'])} x {start['device']} ({start['platform']}) "
                      f"on {', '.join(dict.fromkeys(start['hosts']))}"))
-    return [_table(None, rows)]
+    return [table(rows)]
 
 
-def _picture(run: History) -> str:
+def _plots(run: History) -> str:
     with tempfile.TemporaryDirectory() as folder:
         png = plot_runs([run], names_of([run.file]), Path(folder) / "plots.png").read_bytes()
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="loss, gradient norm, learning rate, throughput" ' \
-           f'src="data:image/png;base64,{data}">\n'
+    return picture(png, "loss, gradient norm, learning rate, throughput")
 
 
 def _layout(start: dict) -> list[str]:
@@ -137,11 +109,11 @@ def _layout(start: dict) -> list[str]:
         tied=start["tied"],
     )
     return [
-        f"<h2>layout: {_text(str(layout))}</h2>\n",
+        f"<h2>layout: {escape(str(layout))}</h2>\n",
         '<p class=small>Numbers are ranks. In a box tensor-parallel ranks stand side by side, '
         "context-parallel ones below each other.</p>\n",
         f"<div class=wide>{draw_layout(layout, split)}</div>\n",
-        _table(("who talks to whom", "what", "ranks"), told) if told else
+        table(told, header=("who talks to whom", "what", "ranks")) if told else
         "<p>One rank: nobody talks.</p>\n",
     ]
 
@@ -161,7 +133,7 @@ def _data(run: History) -> list[str]:
     if not left_out:
         rows.append(("left out", "none"))
     return ["<h2>data that was trained on</h2>\n",
-            _table(None, [(name.replace("_", " "), value) for name, value in rows])]
+            table([(name.replace("_", " "), value) for name, value in rows])]
 
 
 def _ranks(run: History) -> list[str]:
@@ -180,12 +152,13 @@ def _ranks(run: History) -> list[str]:
     found = run.steps[-1].get("slowest") if run.steps else None
     said = ""
     if found:
-        said = (f"<p>Slowest at the end: ranks {_text(', '.join(map(str, found['ranks'])))} on "
-                f"{_text(', '.join(found['hosts']))}, {found['ratio']:.1f} times the others of "
+        said = (f"<p>Slowest at the end: ranks {escape(', '.join(map(str, found['ranks'])))} on "
+                f"{escape(', '.join(found['hosts']))}, {found['ratio']:.1f} times the others of "
                 f"their stage.</p>\n")
     return [
         f"<h2>ranks{more}</h2>\n", said,
-        _table(("rank", "stage", "host", "forward of a step, ms", "peak memory, GiB"), rows),
+        table(rows, header=("rank", "stage", "host", "forward of a step, ms", "peak memory, GiB"),
+              numeric=(True, True, False, True, True)),
     ]
 
 
@@ -197,8 +170,10 @@ def _checkpoints(start: dict) -> list[str]:
     for path in sorted(Path(save).glob("iter_*")):
         sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
         rows.append((path.name, f"{len(sizes):,} files", _bytes(sum(sizes))))
-    return [f"<h2>checkpoints in {_text(str(save))}</h2>\n",
-            _table(("checkpoint", "", "size"), rows) if rows else "<p>None is there now.</p>\n"]
+    return [
+        f"<h2>checkpoints in {escape(save)}</h2>\n",
+        table(rows, header=("checkpoint", "", "size")) if rows else "<p>None is there now.</p>\n",
+    ]
 
 
 def _configuration(start: dict) -> list[str]:
@@ -212,24 +187,11 @@ def _configuration(start: dict) -> list[str]:
         rows.append((name.replace("_", "-"), "" if value is None else str(value)))
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
     return [
-        "<h2>what ran</h2>\n", f"<pre>{_text(start['described'])}</pre>\n",
-        f"<p class=small>{_text(versions)}</p>\n",
+        "<h2>what ran</h2>\n", f"<pre>{escape(start['described'])}</pre>\n",
+        f"<p class=small>{escape(versions)}</p>\n",
         "<h2>configuration</h2>\n<p class=small>Marked: not the default.</p>\n",
-        _table(("option", "value"), rows, marked),
+        table(rows, header=("option", "value"), marked=marked),
     ]
-
-
-def _table(
-    header: Sequence[str] | None, rows: Iterable[Sequence[str]], marked: Iterable[int] = ()
-) -> str:
-    def row(cells: Sequence[str], tag: str, css: str = "") -> str:
-        inner = "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells)
-        return f"<tr{css}>{inner}</tr>\n"
-
-    marked = set(marked)
-    body = "".join(row(cells, "td", " class=marked" if number in marked else "")
-                   for number, cells in enumerate(rows))
-    return f"<div class=wide><table>\n{row(header, 'th') if header else ''}{body}</table></div>\n"
 
 
 def _bytes(size: int) -> str:
@@ -238,7 +200,3 @@ def _bytes(size: int) -> str:
 
 def _hours(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.0f} s"
-
-
-def _text(text: str) -> str:
-    return html.escape(str(text), quote=True)

@@ -286,20 +286,7 @@ def test_a_rank_that_hangs_is_noticed_and_every_rank_says_where_it_is(workshop, 
         assert "most recent call first" in stacks and "training/loop.py" in stacks, stacks
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own that is full after 24 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"only root may mount a small disk: {made.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["24m"], indirect=True)
 @pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind training"])
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     behind, small_disk, undisturbed, workshop, tmp_path

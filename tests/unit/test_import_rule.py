@@ -13,11 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_vl"
 
-ALWAYS = ("errors", "inputs", "outputs")
+ALWAYS = ("errors", "inputs", "outputs", "pages")
 ROOMS = {  # room -> rooms or modules it may import; itself and the modules of ALWAYS always
     "errors": (),
     "inputs": (),
     "outputs": (),
+    "pages": (),
     "parallel": (),
     "platform": ("parallel",),
     "ops": ("parallel", "platform"),

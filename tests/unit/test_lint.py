@@ -16,11 +16,11 @@ from megatron_vl.data.lint.look import STOPS, Look, Looker, build_encoder
 from megatron_vl.data.lint.mask import pieces
 from megatron_vl.data.lint.page import choose as choose_shown
 from megatron_vl.data.lint.reading import Leaf, choose, open_leaves
-from megatron_vl.data.lint.tables import plain
 from megatron_vl.data.loader import DataConfig, build_train_loader
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.task_encoder import SampleEncoder
+from megatron_vl.errors import printable
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\" '> </div> & &lt; \u202eevil \x1b[2J"
@@ -277,14 +277,14 @@ def test_hostile_text_is_shown_and_never_obeyed(lint, odd_dir):
     seen = _Page(page)
     assert not seen.tags & {"script", "iframe", "object", "link", "a"} and not seen.handlers
     assert all(source.startswith("data:image/png;base64,") for source in seen.sources)
-    assert HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\u001b") in seen.text
+    assert HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b") in seen.text
     assert "\u202e" not in page and "\x1b" not in page
     assert CHINESE.replace("\n", "↵\n") in seen.text
 
 
 def test_what_steers_a_terminal_is_written_out():
-    assert plain("a\x1b[2J\u202e\ud800\x00 é 中\n🔴") == (
-        "a\\u001b[2J\\u202e\\ud800\\u0000 é 中\n🔴"
+    assert printable("a\x1b[2J\u202e\ud800\x00 é 中\n🔴") == (
+        "a\\x1b[2J\\u202e\\ud800\\x00 é 中\n🔴"
     )
 
 

@@ -6,9 +6,10 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from megatron_vl.errors import printable
+
 _NUMBER = re.compile(r"[\d,.]+%?|-|")
 _NAMED = 3  # samples named of each reason in a table
-_KEPT = "\n\t\u200c\u200d"  # the last two join and part letters in several scripts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +144,7 @@ def _refused(refused: dict[str, dict]) -> Table:
 
 def as_text(table: Table) -> str:
     """For a terminal: the first column to the left, numbers to the right."""
-    cells = [[" ".join(plain(cell).split()) for cell in row] for row in
+    cells = [[" ".join(printable(cell).split()) for cell in row] for row in
              (table.header, *table.rows)]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     lines = [f"{table.title}:"]
@@ -161,15 +162,6 @@ def as_text(table: Table) -> str:
 def _width(text: str) -> int:
     """Columns of a terminal that `text` takes: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def plain(text: str) -> str:
-    """Without what steers a terminal or turns the direction of a line: it is shown instead."""
-    return "".join(
-        c if c in _KEPT or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else
-        f"\\u{ord(c):04x}"
-        for c in text
-    )
 
 
 def count(value: int) -> str:
