@@ -22,6 +22,7 @@ setup(
         "braceexpand>=0.1.7",
         "safetensors>=0.5",
         "transformers>=5,<6",
+        "jinja2>=3.1.6,<4",
         "pillow>=10",
         "numpy",
         "psutil>=5.9",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from megatron_vl.data.conversation import MEDIA_KINDS, Part, Turn
+from megatron_vl.data.conversation import MEDIA_KINDS, Turn
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
+from megatron_vl.data.template import ChatTemplate, Span
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value
 from megatron_vl.models.spec import TokenIds
@@ -21,9 +22,8 @@ _PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
 ]
-# A text no template leaves alone that trims, or looks for reasoning or tools in what was said.
-_PROBE_TEXT = "\n <think>{number}</think>\n<tool_response> {number} \n"
-_MAX_FORMS = 256  # shapes of conversations remembered
+_SHORT = 128  # characters of a text that others may repeat: a common question, or yes and no
+_MAX_REMEMBERED = 4096  # such texts, and what a template writes around them
 
 
 class BadConversation(ValueError):
@@ -40,9 +40,10 @@ class BadConversation(ValueError):
 class ChatTokenizer:
     """A Hugging Face tokenizer and its chat template.
 
-    The text is tokenised whole, as transformers' processor does, and each turn is found in it by
-    rendering the conversation up to that turn: no marker is searched in what a person wrote, and
-    no system prompt is assumed.
+    Tokens are those of the whole text, as transformers' processor makes them; where they do not
+    depend on one another it is tokenised in stretches (`ChatTemplate`). Each turn is found in it by
+    rendering a conversation of its shape up to that turn: no marker is searched in what a person
+    wrote, and no system prompt is assumed.
     """
 
     def __init__(self, tokenizer, *, tokens: TokenIds, trained: TrainedText | None = None):
@@ -52,7 +53,8 @@ class ChatTokenizer:
         self.trained = trained or TrainedText()
         self._placeholders = {kind: getattr(tokens, kind) for kind in MEDIA_KINDS}
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
-        self._forms: dict[tuple, _Form | None] = {}
+        self.template = ChatTemplate(tokenizer, last_answer_only=self.trained.mask_history)
+        self._remembered = lru_cache(_MAX_REMEMBERED)(self._tokens)
 
     @classmethod
     def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds,
@@ -105,7 +107,7 @@ class ChatTokenizer:
             )
         chat = cls(tokenizer, tokens=tokens, trained=trained)
         try:
-            probe = chat._render(_PROBE)
+            probe = chat.template.render(_PROBE)
         except Exception as error:  # jinja2's, its sandbox's too, and what a template raises
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
@@ -141,24 +143,36 @@ class ChatTokenizer:
         for turn in turns:
             if turn.role == "assistant" and not any(p.text and p.text.strip() for p in turn.parts):
                 raise BadConversation("empty answer", "its answer is empty")
-        text, spans = self._write(turns)
-        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        tokens = encoded.ids
-        if not spans:
+        if not any(turn.role == "assistant" for turn in turns):
             raise BadConversation("no answer", "it has no answer to train on")
-        if self.trained.train_on_prompt:
-            labels = list(tokens)
-        else:
-            begins, ends = zip(*encoded.offsets, strict=True)
-            labels = [IGNORE] * len(tokens)
-            for begin, end in spans[-1:] if self.trained.mask_history else spans:
-                # A token across the edge of an answer is part of the prompt and not trained.
-                first, last = bisect_left(begins, begin), bisect_right(ends, end)
-                labels[first:last] = tokens[first:last]
+        tokens, labels = [], []
+        for stretch in self.template.write(turns):
+            short = stretch.fixed or len(stretch.text) <= _SHORT
+            ids, targets = (self._remembered if short else self._tokens)(
+                stretch.text, stretch.answers
+            )
+            tokens += ids
+            labels += targets
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)
         labels = [*labels[1:], IGNORE]
-        return torch.tensor(tokens), torch.tensor(labels)
+        # By way of numpy: torch looks at every number of a list, several times.
+        return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, labels))
+
+    def _tokens(self, text: str, answers: tuple[Span, ...]) -> tuple[list[int], list[int]]:
+        """Tokens of a stretch, and what is trained of them."""
+        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        tokens = encoded.ids
+        if self.trained.train_on_prompt:
+            return tokens, tokens
+        labels = [IGNORE] * len(tokens)
+        if answers:
+            begins, ends = zip(*encoded.offsets, strict=True) if tokens else ((), ())
+            for begin, end in answers:
+                # A token across the edge of an answer is part of the prompt and not trained.
+                first, last = bisect_left(begins, begin), bisect_right(ends, end)
+                labels[first:last] = tokens[first:last]
+        return tokens, labels
 
     def _fill_places(self, kinds: list[str], counts: Sequence[int], tokens: list[int],
                      labels: list[int]) -> None:
@@ -182,90 +196,3 @@ class ChatTokenizer:
             tokens[at : at + 1] = [placeholder] * count
             labels[at : at + 1] = [IGNORE] * count
             at += count
-
-    def _write(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation's text, and the characters in it that are trained."""
-        shape = tuple((t.role, *(part.media for part in t.parts)) for t in turns)
-        if shape not in self._forms:
-            if len(self._forms) >= _MAX_FORMS:
-                self._forms.clear()
-            self._forms[shape] = self._form(turns)
-        form = self._forms[shape]
-        if form is None:
-            return self._render_with_spans([turn.message() for turn in turns])
-        texts = (part.text for turn in turns for part in turn.parts if part.text is not None)
-        pieces = [next(texts) if piece is None else piece for piece in form.pieces]
-        ends = [0, *accumulate(map(len, pieces))]
-        return "".join(pieces), [(ends[first], ends[last]) for first, last in form.spans]
-
-    def _form(self, turns: Sequence[Turn]) -> _Form | None:
-        """What the template writes around the texts of such turns; None if it changes texts."""
-        probes, probed = [], []
-        for turn in turns:
-            parts = []
-            for part in turn.parts:
-                if part.text is not None:
-                    probes.append(_PROBE_TEXT.format(number=len(probes)))
-                    part = Part(text=probes[-1])
-                parts.append(part)
-            probed.append(Turn(role=turn.role, parts=tuple(parts)).message())
-        text, spans = self._render_with_spans(probed)
-        pieces: list[str | None] = []
-        cuts = sorted({edge for span in spans for edge in span})
-        edges = {}  # character -> piece that begins there
-        at = 0
-        for begin, end, probe in self._find(text, probes):
-            if begin < 0:
-                return None
-            for cut in [c for c in cuts if at <= c <= begin]:
-                pieces.append(text[at:cut])
-                edges[cut], at = len(pieces), cut
-            pieces.append(text[at:begin])
-            if probe:
-                pieces.append(None)
-            at = end
-        if not edges.keys() >= set(cuts):
-            return None
-        return _Form(pieces=pieces, spans=[(edges[begin], edges[end]) for begin, end in spans])
-
-    @staticmethod
-    def _find(text: str, probes: list[str]):
-        """Begin and end of each probe in `text`, in order, and last of the text's own end."""
-        at = 0
-        for probe in probes:
-            begin = text.find(probe, at)
-            at = begin + len(probe)
-            yield begin, at, True
-            if begin < 0:
-                return
-        yield len(text), len(text), False
-
-    def _render_with_spans(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        text = self._render(messages)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:number], add_generation_prompt=True)
-            last = number + 1 == len(messages)
-            turn = text if last else self._render(messages[: number + 1])
-            if not (turn.startswith(prompt) and text.startswith(turn)):
-                raise InputError(
-                    "the model's chat template does not write a conversation turn after turn, so "
-                    "the answers cannot be found in it; use a template whose text only grows."
-                )
-            spans.append((len(prompt), len(turn.rstrip())))
-        return text, spans
-
-    def _render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Form:
-    """A template's text for turns of one shape; rendering costs more than all the rest of it."""
-
-    pieces: list[str | None]  # the template's own text, and None where a part's text goes
-    spans: list[tuple[int, int]]  # trained stretches: the piece each begins with and ends before

@@ -277,7 +277,7 @@ def build_train_loader(
             max_samples_per_sequence=config.max_samples_per_sequence,
             task_encoder=encoder,
         )
-    encoder.tar_readers = TarReaders(dataset)
+    encoder.tar_readers = TarReaders(dataset, encoder.files)
     loader = SavableDataLoader(dataset, **_housekeeping(config))
     return RowLoader(loader, _made_for(config, dp_rank, dp_size))
 
@@ -318,7 +318,7 @@ def build_valid_loader(
             batch_size=None,
             task_encoder=encoder,
         )
-    encoder.tar_readers = TarReaders(samples)
+    encoder.tar_readers = TarReaders(samples, encoder.files)
     rows = _OwnRows(
         samples, encoder=encoder, config=config, dp_rank=dp_rank, dp_size=dp_size,
         max_batches=max_batches,

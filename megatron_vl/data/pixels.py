@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ import torch
 from megatron_vl.data.conversation import VIDEO, StoredMedia
 from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
 from megatron_vl.data.options import MediaLimits
+from megatron_vl.data.samples import Grid
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value
 from megatron_vl.models.spec import VisionSpec
 
-Grid = tuple[int, int, int]
 IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"
 JOINT_SETTINGS = "processor_config.json"
 # Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
@@ -148,20 +149,9 @@ class MediaProcessor:
 
     def _resized(self, height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
         """Pixels after resizing: multiples of patch x merge, the area within the budget."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
         if self.resample is None:
             return height, width
-        try:
-            return smart_resize(
-                height,
-                width,
-                factor=self.patch_size * self.merge_size,
-                min_pixels=size[0],
-                max_pixels=size[1],
-            )
-        except (ValueError, ZeroDivisionError) as error:
-            raise BadMedia(f"it is {width} x {height} pixels, too long and thin") from error
+        return _smart_resize(height, width, self.patch_size * self.merge_size, *size)
 
     # ---- pixels -------------------------------------------------------------------------------
 
@@ -222,6 +212,20 @@ class MediaProcessor:
         # An image's one frame fills the time of its patches.
         values[...] = self._table.take(index)  # [P, c, depth, p * p]
         return out
+
+
+@lru_cache(4096)
+def _smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    try:
+        return smart_resize(
+            height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise BadMedia(f"it is {width} x {height} pixels, too long and thin") from error
 
 
 def _chosen(kind: str, limits: MediaLimits, default: tuple[int, int]) -> tuple[int, int]:

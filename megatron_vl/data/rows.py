@@ -13,6 +13,7 @@ from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 
 from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
+from megatron_vl.models.common.mrope import Rope
 
 
 @edataclass
@@ -43,12 +44,15 @@ def empty_row() -> Row:
     return Row(__key__="", __restore_key__=(), samples=[])
 
 
-def make_batch(rows: Sequence[Row], *, row_length: int, pad_token: int) -> RowBatch:
+def make_batch(
+    rows: Sequence[Row], *, row_length: int, pad_token: int, rope: Rope
+) -> RowBatch:
     """Lay rows out as the tensors of a `RowBatch`.
 
     Args:
         row_length: S; no row's samples hold more tokens.
         pad_token: the token that fills a row's tail.
+        rope: the positions of a sample, of its tokens and grids.
     """
     shape = (len(rows), row_length)
     tokens = np.full(shape, pad_token, dtype=np.int64)
@@ -62,7 +66,7 @@ def make_batch(rows: Sequence[Row], *, row_length: int, pad_token: int) -> RowBa
             assert end <= row_length, f"{sample.name} ends at {end} of a row of {row_length}"
             tokens[number, at:end] = sample.tokens.numpy()
             labels[number, at:end] = sample.labels.numpy()
-            position_ids[:, number, at:end] = sample.position_ids.numpy()
+            position_ids[:, number, at:end] = rope(sample.tokens, sample.grids)
             bounds.append(number * row_length + end)
             at = end
         if at < row_length:
@@ -70,6 +74,7 @@ def make_batch(rows: Sequence[Row], *, row_length: int, pad_token: int) -> RowBa
             position_ids[:, number, at:] = np.arange(row_length - at)
             bounds.append((number + 1) * row_length)
     samples = [sample for row in rows for sample in row.samples]
+    grids = [grid for sample in samples for grid in sample.grids]
     patches = [row.patches for row in rows if row.patches is not None]
     return RowBatch(
         tokens=torch.from_numpy(tokens),
@@ -78,7 +83,7 @@ def make_batch(rows: Sequence[Row], *, row_length: int, pad_token: int) -> RowBa
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         pixel_patches=_joined(patches),
-        grid_thw=torch.cat([torch.empty(0, 3, dtype=torch.int64), *(s.grids for s in samples)]),
+        grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         sample_keys=[sample.name for sample in samples],
         sample_lengths=[sample.num_tokens for sample in samples],
     )

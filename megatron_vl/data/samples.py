@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from megatron.energon.edataclass import edataclass
 from megatron_vl.data.conversation import StoredMedia, Turn
 
 _BY_VALUE = 1 << 20  # bytes
+Grid = tuple[int, int, int]  # frames, rows and columns of patches
 IGNORE = -100  # the label of a position that is not trained; never a token id, so never the pad id
 
 
@@ -37,8 +39,7 @@ class EncodedSample(Sample):
 
     tokens: torch.Tensor  # int64 [L]
     labels: torch.Tensor  # int64 [L], already shifted: the target of each position, or IGNORE
-    position_ids: torch.Tensor  # int64 [3, L]
-    grids: torch.Tensor  # int64 [images and videos, 3]: frames, rows, columns of patches
+    grids: tuple[Grid, ...]  # of every image and video
     media: tuple[StoredMedia, ...]
     read: Callable[[str], bytes]
     patches: torch.Tensor | None = None  # float32 [P, D] once decoded, of all media in order
@@ -49,7 +50,7 @@ class EncodedSample(Sample):
 
     @property
     def num_patches(self) -> int:
-        return int(self.grids.prod(-1).sum())
+        return sum(map(prod, self.grids))
 
     @property
     def name(self) -> str:

@@ -34,7 +34,7 @@ from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import PackingDataset
 
 from megatron_vl.data.chat import BadConversation, ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, VIDEO, StoredMedia, from_json
+from megatron_vl.data.conversation import IMAGE, StoredMedia, from_json
 from megatron_vl.data.formats.llava import question_and_answer
 from megatron_vl.data.media import BadMedia, image_size
 from megatron_vl.data.packing import pack
@@ -47,10 +47,10 @@ from megatron_vl.data.samples import (
     Skipped,
     sample_name,
 )
-from megatron_vl.data.shard_files import ShardFiles, TarReaders
+from megatron_vl.data.shard_files import PLACES, ShardFiles, TarReaders
 from megatron_vl.errors import InputError, printable
 from megatron_vl.inputs import json_value
-from megatron_vl.models.common.mrope import rope_index
+from megatron_vl.models.common.mrope import rope_of
 
 
 class TextDecoder(FileStoreDecoder):
@@ -112,12 +112,12 @@ class SampleEncoder(TaskEncoder):
         dataset = sample["__sources__"][0].dataset_path
         return ConversationSample(
             **basic_sample_keys(sample), turns=turns, media=media,
-            read=self.files.reader(dataset, sample["__key__"]),
+            read=self.files.reader(dataset, sample["__key__"], sample.get(PLACES)),
         )
 
     @stateless
     def preencode_sample(self, sample: ConversationSample | VQASample) -> EncodedSample:
-        """Tokens, labels, positions and grids; no pixel is decoded.
+        """Tokens, labels and grids; no pixel is decoded.
 
         Raises:
             SkipSample: the sample cannot be used; it is counted.
@@ -130,41 +130,27 @@ class SampleEncoder(TaskEncoder):
             tokens, labels = self.chat.encode(
                 sample.turns, [self.media.num_tokens(grid) for grid in grids]
             )
-            self._check_size(tokens.numel(), grids)
+            self._check_size(tokens.numel(), sum(map(math.prod, grids)))
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
         except BadConversation as error:
             self._skip(sample, error.reason, str(error))
-        kinds = {
-            kind: [grid for grid, media in zip(grids, sample.media, strict=True)
-                   if media.kind == kind]
-            for kind in (IMAGE, VIDEO)
-        }
         return EncodedSample.derive_from(
             sample,
             tokens=tokens,
             labels=labels,
-            position_ids=rope_index(
-                tokens,
-                image_token=self.chat.tokens.image,
-                video_token=self.chat.tokens.video,
-                merge_size=self.media.merge_size,
-                image_grids=kinds[IMAGE],
-                video_grids=kinds[VIDEO],
-            ),
-            grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+            grids=tuple(grids),
             media=sample.media,
             read=sample.read,
         )
 
-    def _check_size(self, length: int, grids: list[tuple[int, int, int]]) -> None:
+    def _check_size(self, length: int, patches: int) -> None:
         rules = self.rules
         if length > rules.length:
             raise BadConversation(
                 "too long",
                 f"it has {length} tokens but a row holds {rules.length}; {rules.length_mend}",
             )
-        patches = sum(t * h * w for t, h, w in grids)
         if rules.max_patches is not None and patches > rules.max_patches:
             raise BadConversation(
                 "too many patches",
@@ -198,14 +184,17 @@ class SampleEncoder(TaskEncoder):
             BadMedia: an image or video that cannot be read or decoded.
         """
         at = 0
-        for media, grid in zip(sample.media, sample.grids.tolist(), strict=True):
+        for media, grid in zip(sample.media, sample.grids, strict=True):
             end = at + math.prod(grid)
             self.media.patches(media, sample.read, out=patches_PD[at:end])
             at = end
         sample.read = None
 
     def make_batch(self, rows: list[Row]) -> RowBatch:
-        batch = make_batch(rows, row_length=self.rules.length, pad_token=self.chat.pad_token)
+        batch = make_batch(
+            rows, row_length=self.rules.length, pad_token=self.chat.pad_token,
+            rope=rope_of(self.chat.tokens, self.media.merge_size),
+        )
         batch.skipped, self.skipped = tuple(self.skipped), []
         if self.tar_readers is not None:
             self.tar_readers.forget()

@@ -22,7 +22,7 @@ import torch
 
 from megatron_vl.data.rows import make_batch, make_row
 from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
-from megatron_vl.models.common.mrope import rope_index
+from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
@@ -138,13 +138,7 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
         patches = sum(map(math.prod, grids))
         samples.append(EncodedSample(
             __key__=str(number), __restore_key__=(), tokens=tokens, labels=labels,
-            position_ids=rope_index(
-                tokens, image_token=spec.tokens.image, video_token=spec.tokens.video,
-                merge_size=merge, image_grids=[g for g in grids if not _is_video(g)],
-                video_grids=[g for g in grids if _is_video(g)],
-            ),
-            grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
-            media=(), read=None,
+            grids=tuple(grids), media=(), read=None,
             patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
             if grids else None,
         ))
@@ -159,15 +153,18 @@ def _placeholder(spec: VLMSpec, grid: Sequence[int]) -> int:
     return spec.tokens.video if _is_video(grid) else spec.tokens.image
 
 
-def make_batches(case: Case, samples: Sequence[EncodedSample]) -> list[RowBatch]:
+def make_batches(
+    spec: VLMSpec, case: Case, samples: Sequence[EncodedSample]
+) -> list[RowBatch]:
     """The samples of `case` as microbatches of packed rows."""
     per_batch = case.samples_per_row * case.rows_per_microbatch
+    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
     batches = []
     for start in range(0, len(samples), per_batch):
         group = samples[start : start + per_batch]
         rows = [make_row(group[i : i + case.samples_per_row])
                 for i in range(0, per_batch, case.samples_per_row)]
-        batches.append(make_batch(rows, row_length=ROW_LENGTH, pad_token=0))
+        batches.append(make_batch(rows, row_length=ROW_LENGTH, pad_token=0, rope=rope))
     return batches
 
 
@@ -214,7 +211,7 @@ def vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
     }  # fmt: skip
     images, videos = kinds.values()
     for grid, patches in zip(
-        sample.grids, sample.patches.split(sample.grids.prod(-1).tolist()), strict=True
+        sample.grids, sample.patches.split([*map(math.prod, sample.grids)]), strict=True
     ):
         (videos if _is_video(grid) else images).append((patches, grid))
     arguments = {
@@ -226,7 +223,7 @@ def vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
     for (pixels, grids), found in kinds.items():
         if found:
             arguments[pixels] = torch.cat([patches for patches, _ in found])
-            arguments[grids] = torch.stack([grid for _, grid in found])
+            arguments[grids] = torch.tensor([grid for _, grid in found])
     return arguments
 
 
@@ -293,7 +290,7 @@ def _run_layout(
     dp_rank = parallel_state.get_data_parallel_rank()
 
     for index, case in enumerate(cases(setting.packed)):
-        batches = make_batches(case, make_samples(spec, case))[dp_rank :: layout.dp]
+        batches = make_batches(spec, case, make_samples(spec, case))[dp_rank :: layout.dp]
         for chunk in model:
             chunk.train()
             chunk.zero_grad_buffer()

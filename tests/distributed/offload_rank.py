@@ -114,7 +114,7 @@ def main() -> None:
         )), 1)
         initialize(plan.layout)
         torch.manual_seed(1)
-        batches = make_batches(CASES[0], make_samples(plan.spec, CASES[0]))
+        batches = make_batches(plan.spec, CASES[0], make_samples(plan.spec, CASES[0]))
         weights, norms, optimizer = train(plan, platform, batches, save=True)
         results[share] = weights, norms
         again, last_norms, _ = train(plan, platform, batches, load=True)

@@ -70,7 +70,7 @@ def gradients(spec, layout, split, recompute, again) -> dict[str, torch.Tensor]:
     model = wrap_for_data_parallel(chunks, device, overlap_grad_reduce=False)
     ran = count_forwards(chunks, language, vision)
     case = CASES[1]
-    batches = make_batches(case, make_samples(spec, case))
+    batches = make_batches(spec, case, make_samples(spec, case))
     for chunk in model:
         chunk.train()
         chunk.zero_grad_buffer()

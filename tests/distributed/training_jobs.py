@@ -67,7 +67,7 @@ def run(options: dict, world: int, sleep: float = 0) -> dict:
     dp_rank = parallel_state.get_data_parallel_rank()
     rates = []
     for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
-        batches = make_batches(CASES[CASE], make_samples(plan.spec, CASES[CASE]))
+        batches = make_batches(plan.spec, CASES[CASE], make_samples(plan.spec, CASES[CASE]))
         # A data rank has images in one step and none in the next.
         batches = (batches[step:] + batches[:step])[dp_rank :: plan.layout.dp]
         trainer.streams = [RowStream(iter(batches), trainer.device) for _ in trainer.model]

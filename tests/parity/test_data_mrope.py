@@ -48,11 +48,10 @@ def test_positions_equal_transformers(reference, spec, name, starts_with_text):
     )
     have = rope_index(
         tokens,
+        [grid for _, grid in CASES[name]],
         image_token=ids.image,
         video_token=ids.video,
         merge_size=spec.vision.spatial_merge_size,
-        image_grids=grids["image"],
-        video_grids=grids["video"],
     )
     assert have.dtype == want.dtype
     assert torch.equal(have, want[:, 0])

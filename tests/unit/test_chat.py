@@ -142,13 +142,6 @@ def test_a_damaged_template_beside_the_tokenizer_is_named(hf_dir, spec, tmp_path
         ChatTokenizer.from_hf_dir(copy, tokens=spec.tokens)
 
 
-def test_a_remembered_form_writes_what_the_template_writes(chat):
-    for texts in (("?", "a"), ("another\n\n", " b"), ("中文", "{{ x }}")):
-        turns = (_say("user", texts[0]), _say("assistant", texts[1]))
-        text, spans = chat._write(turns)
-        assert (text, spans) == chat._render_with_spans([turn.message() for turn in turns])
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_missing_tokenizer_file_is_named(hf_dir, spec, tmp_path, name):
     copy = _copy(hf_dir, tmp_path / "hf")

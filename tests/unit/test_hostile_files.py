@@ -415,21 +415,6 @@ def test_a_prepared_sample_that_cannot_be_held_is_named(text, wds, hf_dir, spec)
         first_batch(wds, hf_dir, spec)
 
 
-@pytest.mark.parametrize("size", [2**62, 2**40])
-def test_an_index_that_asks_for_all_memory_gets_what_is_there(size, wds, hf_dir, spec):
-    import sqlite3
-
-    with sqlite3.connect(wds / ".nv-meta" / "index.sqlite") as index:
-        tables = [name for name, in index.execute(
-            "select name from sqlite_master where type = 'table' and name like '%parts%'")]
-        for table in tables:
-            index.execute(f"update {table} set content_byte_size = {size} "
-                          "where part_name not like '%json'")
-    assert tables
-    with pytest.raises(InputError, match="the shard .* ends within its file"):
-        first_batch(wds, hf_dir, spec)
-
-
 # ---- raw data ---------------------------------------------------------------------------------
 
 

@@ -249,7 +249,7 @@ def _pieces(found, look):
     media = found.encoder.media
     return pieces(
         encoded.tokens, encoded.labels, chat=found.encoder.chat,
-        media_tokens=[media.num_tokens(tuple(grid)) for grid in encoded.grids.tolist()],
+        media_tokens=[media.num_tokens(grid) for grid in encoded.grids],
     )
 
 

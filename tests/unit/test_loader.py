@@ -16,7 +16,6 @@ from megatron_vl.data.loader_state import from_json, to_json
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import IGNORE
-from megatron_vl.data.shard_files import TarReaders
 from megatron_vl.data.task_encoder import stop_on_error
 from megatron_vl.errors import InputError
 
@@ -112,16 +111,6 @@ def test_only_picked_samples_are_decoded(loaders, monkeypatch):
     monkeypatch.setattr(pixels, "decode_rgb", lambda data: decoded.append(1) or real(data))
     batches = _take(loaders(packing_buffer_size=200), 3)
     assert len(decoded) == sum(batch.num_images for batch in batches)
-
-
-def test_a_reader_remembers_no_tar_header_it_has_passed(loaders):
-    loader = loaders()
-    batches = _take(loader, 40)
-    assert sum(batch.num_samples for batch in batches) > 300
-    (reader,) = TarReaders(loader._loader.dataset).readers
-    assert reader.itar_files_cache
-    kept = sum(len(tar.members) for tar in reader.itar_files_cache.values())
-    assert kept < 150  # headers of the samples read ahead for the packing buffer
 
 
 @pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 0), (2, 2), (3, 1)])

@@ -6,9 +6,9 @@ from megatron_vl.models.common.mrope import rope_index
 IMAGE, VIDEO = 90, 91
 
 
-def _rope(tokens, **grids):
+def _rope(tokens, *grids):
     return rope_index(
-        torch.tensor(tokens), image_token=IMAGE, video_token=VIDEO, merge_size=2, **grids
+        torch.tensor(tokens), grids, image_token=IMAGE, video_token=VIDEO, merge_size=2
     )
 
 
@@ -21,7 +21,7 @@ def test_no_tokens_have_no_positions():
 
 
 def test_an_image_counts_rows_and_columns_and_text_goes_on_after_its_longer_side():
-    positions = _rope([1, *[IMAGE] * 6, 2], image_grids=[(1, 4, 6)])
+    positions = _rope([1, *[IMAGE] * 6, 2], (1, 4, 6))
     assert positions.tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 4],
         [0, 1, 1, 1, 2, 2, 2, 4],
@@ -32,13 +32,14 @@ def test_an_image_counts_rows_and_columns_and_text_goes_on_after_its_longer_side
 @pytest.mark.parametrize(
     ("tokens", "grids", "what"),
     [
-        ([1, IMAGE, IMAGE], {"image_grids": [(1, 4, 4)]}, "needs 4 placeholders from token 1"),
-        ([1, IMAGE, 2], {}, "no grid for the placeholders from token 1"),
-        ([1, 2], {"image_grids": [(1, 2, 2)]}, "more image grids"),
-        ([1, 2], {"video_grids": [(1, 2, 2)]}, "more video grids"),
-        ([IMAGE, 1, IMAGE], {"image_grids": [(1, 2, 4)]}, "needs 2 placeholders from token 0"),
+        ([1, IMAGE, IMAGE], [(1, 4, 4)], "needs 4 placeholders from token 1"),
+        ([1, IMAGE, 2], [], "no grid for the placeholders from token 1"),
+        ([1, 2], [(1, 2, 2)], "more grids than placeholders"),
+        ([VIDEO, 2], [(1, 2, 2), (1, 2, 2)], "more grids than placeholders"),
+        ([IMAGE, 1, IMAGE], [(1, 2, 4)], "needs 2 placeholders from token 0"),
+        ([1, IMAGE, VIDEO], [(1, 2, 4)], "needs 2 placeholders from token 1"),
     ],
 )
 def test_placeholders_that_do_not_match_the_grids_are_refused(tokens, grids, what):
     with pytest.raises(ValueError, match=what):
-        _rope(tokens, **grids)
+        _rope(tokens, *grids)

@@ -13,18 +13,22 @@ def _sample(key, length, images=0):
         __restore_key__=(),
         tokens=tokens,
         labels=torch.cat([tokens[1:], torch.tensor([IGNORE])]),
-        position_ids=tokens.expand(3, -1) - 1,
-        grids=torch.tensor([[1, 2, 2]] * images, dtype=torch.int64).reshape(-1, 3),
+        grids=((1, 2, 2),) * images,
         media=(),
         read=None,
         patches=torch.full((4 * images, 6), float(length)) if images else None,
     )
 
 
+def _rope(tokens, grids):
+    """Of a text, whatever it holds."""
+    return torch.arange(len(tokens)).expand(3, -1)
+
+
 def _batch():
     rows = [make_row([_sample("a", 3), _sample("b", 4, images=2)]), make_row([_sample("c", 8)]),
             empty_row(), make_row([_sample("d", 1, images=1)])]
-    return make_batch(rows, row_length=8, pad_token=99)
+    return make_batch(rows, row_length=8, pad_token=99, rope=_rope)
 
 
 def test_every_sample_is_a_segment_and_so_is_a_tail():
@@ -62,7 +66,7 @@ def test_images_stand_in_the_order_of_their_tokens():
 
 
 def test_a_batch_without_images_has_no_patches_and_no_grids():
-    batch = make_batch([make_row([_sample("a", 3)])], row_length=3, pad_token=0)
+    batch = make_batch([make_row([_sample("a", 3)])], row_length=3, pad_token=0, rope=_rope)
     assert batch.pixel_patches is None
     assert batch.grid_thw.shape == (0, 3)
     assert batch.cu_seqlens.tolist() == [0, 3]

@@ -13,12 +13,12 @@ def _batch(*names):
     samples = [
         EncodedSample(
             __key__=name, __restore_key__=(), tokens=torch.arange(3),
-            labels=torch.tensor([1, 2, IGNORE]), position_ids=torch.zeros(3, 3, dtype=torch.long),
-            grids=torch.empty(0, 3, dtype=torch.int64), media=(), read=None,
+            labels=torch.tensor([1, 2, IGNORE]), grids=(), media=(), read=None,
         )
         for name in names
     ]  # fmt: skip
-    return make_batch([make_row(samples)], row_length=8, pad_token=0)
+    return make_batch([make_row(samples)], row_length=8, pad_token=0,
+                      rope=lambda tokens, grids: torch.zeros(3, len(tokens), dtype=torch.long))
 
 
 def test_memory_that_does_not_suffice_names_the_samples_of_the_row_in_work():

@@ -120,6 +120,7 @@ class Meter:
 
 def make_batch(spec, seq_length: int, rows: int):
     from megatron_vl.data.rows import make_batch, make_row
+    from megatron_vl.models.common.mrope import rope_of
     from megatron_vl.training.parity import Case, make_samples
 
     tokens = GRID[1] * GRID[2] // spec.vision.spatial_merge_size**2
@@ -128,7 +129,8 @@ def make_batch(spec, seq_length: int, rows: int):
     row = [sample for sample, end in zip(samples, ends, strict=True) if end <= seq_length]
     if not row:
         raise ValueError(f"--seq-length {seq_length} holds no image of {tokens} tokens; raise it.")
-    return make_batch([make_row(row)] * rows, row_length=seq_length, pad_token=0)
+    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
+    return make_batch([make_row(row)] * rows, row_length=seq_length, pad_token=0, rope=rope)
 
 
 def measure(args) -> None:

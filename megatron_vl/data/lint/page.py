@@ -99,8 +99,7 @@ def choose(looks: Sequence[Look], *, seed: int) -> list[tuple[Look, str]]:
 def _sample(look: Look, why: str, looker: Looker) -> str:
     encoded = looker.encode(look)
     media = looker.encoder.media
-    grids = [tuple(grid) for grid in encoded.grids.tolist()]
-    places = [media.num_tokens(grid) for grid in grids]
+    places = [media.num_tokens(grid) for grid in encoded.grids]
     parts = []
     for piece in pieces(encoded.tokens, encoded.labels, chat=looker.encoder.chat,
                         media_tokens=places):
@@ -108,7 +107,8 @@ def _sample(look: Look, why: str, looker: Looker) -> str:
             parts.append(_stretch(piece))
         else:
             number = piece.media
-            parts.append(_chip(encoded.media[number], grids[number], places[number], encoded.read))
+            grid = encoded.grids[number]
+            parts.append(_chip(encoded.media[number], grid, places[number], encoded.read))
     refused = f"; refused: {look.reason}" if look.reason else ""
     about = (
         f"{look.name}: {count(look.tokens)} tokens, {count(look.trained)} of them trained, "

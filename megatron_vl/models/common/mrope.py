@@ -7,30 +7,34 @@ position after its longest spatial side. The rule is Qwen2-VL's (arXiv:2409.1219
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 
+from megatron_vl.models.spec import TokenIds
+
 Grid = Sequence[int]  # (frames, rows, columns) in patches before merging, as image processors say
+Rope = Callable[[torch.Tensor, Sequence[Grid]], torch.Tensor]
+_SMALL = 4096  # tokens of an image whose positions are remembered
 
 
 def rope_index(
     tokens: torch.Tensor,
+    grids: Sequence[Grid] = (),
     *,
     image_token: int,
     video_token: int,
     merge_size: int,
-    image_grids: Sequence[Grid] = (),
-    video_grids: Sequence[Grid] = (),
 ) -> torch.Tensor:
     """Position ids of one sample, equal to transformers' `Qwen2VLModel.get_rope_index`.
 
     Args:
         tokens: int64 [S], each image or video already as many placeholders as it has merged
             patches.
+        grids: one an image or video, in the order of their placeholders.
         merge_size: patches a side that become one token.
-        image_grids: one grid an image, in the order of their placeholders; videos alike.
 
     Returns:
         int64 [3, S]: time, height and width, from 0.
@@ -41,37 +45,45 @@ def rope_index(
     ids = tokens.numpy()
     length = ids.size
     positions = np.empty((3, length), dtype=np.int64)
-    grids = {image_token: iter(image_grids), video_token: iter(video_grids)}
-    media = np.flatnonzero((ids == image_token) | (ids == video_token))
+    (media,) = ((ids == image_token) | (ids == video_token)).nonzero()
     seen = 0  # placeholders
     done = 0  # tokens
     here = 0  # the next text token's position
-    while seen < media.size:
+    for grid in grids:
+        if seen == media.size:
+            raise ValueError("there are more grids than placeholders")
         start = int(media[seen])
-        token = int(ids[start])
-        grid = next(grids[token], None)
-        if grid is None:
-            raise ValueError(f"there is no grid for the placeholders from token {start} on")
         frames, rows, columns = int(grid[0]), int(grid[1]) // merge_size, int(grid[2]) // merge_size
         count = frames * rows * columns
         end = start + count
-        if count == 0 or end > length or (ids[start:end] != token).any():
+        if count == 0 or end > length or (ids[start:end] != ids[start]).any():
             raise ValueError(
                 f"the grid {frames, int(grid[1]), int(grid[2])} needs {count} placeholders from "
                 f"token {start} on"
             )
         positions[:, done:start] = np.arange(here, here + start - done)
         here += start - done
-        block = positions[:, start:end].reshape(3, frames, rows, columns)
-        block[0] = np.arange(here, here + frames)[:, None, None]
-        block[1] = np.arange(here, here + rows)[:, None]
-        block[2] = np.arange(here, here + columns)
-        positions[:, start:end] = block.reshape(3, count)
+        counted = _remembered if count <= _SMALL else _counted
+        np.add(counted(frames, rows, columns), here, out=positions[:, start:end])
         here += max(rows, columns)
         done = end
         seen += count
+    if seen < media.size:
+        raise ValueError(f"there is no grid for the placeholders from token {media[seen]} on")
     positions[:, done:] = np.arange(here, here + length - done)
-    for kind, left in (("image", grids[image_token]), ("video", grids[video_token])):
-        if next(left, None) is not None:
-            raise ValueError(f"there are more {kind} grids than {kind} placeholders")
     return torch.from_numpy(positions)
+
+
+def _counted(frames: int, rows: int, columns: int) -> np.ndarray:
+    """Time, height and width of merged patches from 0, int64 [3, frames * rows * columns]."""
+    return np.indices((frames, rows, columns)).reshape(3, -1)
+
+
+_remembered = lru_cache(128)(_counted)
+
+
+def rope_of(tokens: TokenIds, merge_size: int) -> Rope:
+    """`rope_index` of one model: of a sample's tokens and grids."""
+    return partial(
+        rope_index, image_token=tokens.image, video_token=tokens.video, merge_size=merge_size
+    )
