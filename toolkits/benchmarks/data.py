@@ -1,10 +1,12 @@
 """The data loader against its floor: decoding and transformers' image processor alone, same images.
 
-    python data.py HF_DIR DATASET [--samples 2000] [--rounds 3] [--memory-samples 20000]
+    python data.py HF_DIR DATASET [--samples 1000] [--rounds 9] [--memory-samples 20000]
+                   [--new-texts]
 
 HF_DIR is a model's directory, DATASET what `megatron-vl prepare` wrote. One process with one thread
 takes turns: the floor decodes the samples' images with PIL and hands them to transformers' PIL
 image processor; the loader reads, tokenises, packs, decodes and lays out rows of the same samples.
+Short texts that come again are remembered; `--new-texts` tokenises each anew, as if none ever did.
 Given are samples a second of both, their ratio, how full the packed rows are, and the resident
 memory of a data worker while it reads `--memory-samples`.
 """
@@ -12,6 +14,7 @@ memory of a data worker while it reads `--memory-samples`.
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import itertools
 import os
@@ -25,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from PIL import Image
 
+from megatron_vl.data import chat
 from megatron_vl.data.loader import DataConfig, build_train_loader
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.models import load_spec
@@ -34,10 +38,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("hf_dir", metavar="HF_DIR", type=Path)
     parser.add_argument("dataset", metavar="DATASET", type=Path)
-    parser.add_argument("--samples", type=int, default=2000, help="of a round (default: 2000)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--samples", type=int, default=1000, help="of a round (default: 1000)")
+    parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--seq-length", type=int, default=2048, help="(default: 2048)")
     parser.add_argument("--memory-samples", type=int, default=20_000, help="0 leaves it out")
+    parser.add_argument("--new-texts", action="store_true", help="remember no text")
     return parser.parse_args()
 
 
@@ -47,6 +52,8 @@ def main() -> int:
     from transformers import AutoImageProcessor
 
     torch.set_num_threads(1)
+    if args.new_texts:
+        chat._SHORT = -1
     spec = load_spec(args.hf_dir)
     config = DataConfig(
         train=Mixture.parse(str(args.dataset)), seq_length=args.seq_length, num_workers=0,
@@ -57,6 +64,8 @@ def main() -> int:
     loader = build_train_loader(config, hf_dir=args.hf_dir, spec=spec)
     batches = iter(loader)
     next(batches)  # the first fills the packing buffer
+    gc.collect()
+    gc.freeze()  # as a worker of the loader is, for both
     floor, ours, fill = [], [], []
     for number in range(args.rounds):
         floor.append(time_floor(processor, images))
