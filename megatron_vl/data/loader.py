@@ -22,7 +22,11 @@ from megatron.energon import (
     get_val_dataset,
 )
 from megatron.energon.errors import SampleException
-from megatron.energon.savable_loader import BasicDataLoader, SavableDataLoaderState
+from megatron.energon.savable_loader import (
+    BasicDataLoader,
+    SavableDataLoaderState,
+    SavableDatasetCheckpoint,
+)
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
@@ -120,6 +124,8 @@ class RowLoader:
         self._loader = loader
         self._made_for = made_for
         self._started = False
+        self._restored: SavableDataLoaderState | None = None
+        self._taken = 0  # batches, since then or since the beginning
         self._ahead: ReadAhead | None = None
 
     def __iter__(self) -> Iterator[RowBatch]:
@@ -134,6 +140,7 @@ class RowLoader:
                 raise
             if batch is None:
                 return
+            self._taken += 1
             yield batch
 
     @contextlib.contextmanager
@@ -173,7 +180,28 @@ class RowLoader:
 
         It stands before the first batch not yet taken from the iterator.
         """
-        return {"state": self._loader.save_state_rank(), "made_for": self._made_for}
+        state = self._loader.save_state_rank()
+        if state is not None and self._loader.num_workers:
+            state.worker_states = [
+                self._began(worker) if self._is_unused(worker) else found
+                for worker, found in enumerate(state.worker_states)
+            ]
+        return {"state": state, "made_for": self._made_for}
+
+    def _is_unused(self, worker: int) -> bool:
+        """Whether no batch of this reading process has been taken since the loader began."""
+        first = 0 if self._restored is None else self._restored.next_worker_id
+        return (worker - first) % self._loader.num_workers >= self._taken
+
+    def _began(self, worker: int) -> SavableDatasetCheckpoint:
+        """Where a reading process began.
+
+        Asked itself, one that has not handed over a batch forgets how many it had to skip, and one
+        that is still starting skips a batch too many (energon 7.4).
+        """
+        if self._restored is None:
+            return SavableDatasetCheckpoint(state=None, offset=0)
+        return self._restored.worker_states[worker]
 
     def restore_state(self, saved: Sequence[dict]) -> None:
         """Go on from what the loaders of all data-parallel ranks saved, in the order of the ranks.
@@ -208,6 +236,7 @@ class RowLoader:
         try:
             state = self._deal([one["state"] for one in saved]) if dealt else saved[rank]["state"]
             self._loader.restore_state_rank(state)
+            self._restored = state
         except (AssertionError, ValueError) as error:
             raise InputError(
                 f"the checkpoint's data state does not fit this energon ({error}); {_BEGIN_ANEW}."

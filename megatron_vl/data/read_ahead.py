@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from multiprocessing.connection import wait
 
@@ -51,6 +52,8 @@ class ReadAhead:
         if self._done.is_set():
             return
         self._done.set()
+        if sys.is_finalizing():
+            return  # the thread is gone, and one that a put would start can never begin
         self._from_workers.put((None, None))  # wakes the thread
         self._thread.join(_POLL_SECONDS)  # it cannot end where a killed worker left half a batch
         self._from_workers.cancel_join_thread()  # or Python waits at its end for what was put

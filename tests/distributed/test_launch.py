@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from commands import ROOT
 
@@ -24,6 +25,7 @@ import os, signal, sys, time
 from megatron_vl.cli.worker import fail
 from megatron_vl.errors import InputError
 rank = int(os.environ["RANK"])
+def say(*words): os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one go
 {body}
 """
 
@@ -59,6 +61,9 @@ def start(tmp_path):
     for job in jobs:
         job.kill()
         job.wait()
+    for process in psutil.process_iter(["cmdline"]):  # ranks of a test that failed
+        if str(tmp_path / "rank") in (process.info["cmdline"] or []):
+            process.kill()
 
 
 ENDINGS = {
@@ -97,7 +102,7 @@ def test_a_job_ends_with_one_message_and_its_code(body, code, message, start):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_launcher_ends_its_ranks_in_one_line(name, start):
-    job = start("print(os.getpid(), flush=True)\ntime.sleep(60)")
+    job = start("say(os.getpid())\ntime.sleep(60)")
     ranks = [int(job.stdout.readline()) for _ in range(2)]
     job.send_signal(signal.Signals[name])
     # A rank that is told to stop by SIGINT reports a KeyboardInterrupt to nobody's interest.
@@ -150,7 +155,7 @@ def test_all_nodes_start_their_ranks_again_together(start):
         f"if rank == 3 and attempt == 0: {DIE}\n"
         f"{STEPPED}"
         "if attempt == 0 and rank < 2:\n    time.sleep(3)\n    sys.exit(fail(1, 'closed'))\n"
-        "time.sleep(0 if attempt else 60)\nprint('rank', rank, 'attempt', attempt)"
+        "time.sleep(0 if attempt else 60)\nsay('rank', rank, 'attempt', attempt)"
     )
     jobs = [
         start(body, f"nnodes=2, node_rank={node}, master_addr='127.0.0.1', master_port={port}, "
@@ -175,7 +180,7 @@ def test_nodes_start_again_together_or_not_at_all(end, again, start):
     body = ATTEMPT + ("" if again else STEPPED) + (
         f"if attempt == 0 and rank == 3: {end}\n"
         "if attempt == 0:\n    time.sleep(2)\n    sys.exit(fail(1, 'closed'))\n"
-        "print('rank', rank, 'attempt', attempt)"
+        "say('rank', rank, 'attempt', attempt)"
     )
     jobs = [
         start(body, f"nnodes=2, node_rank={node}, master_addr='127.0.0.1', master_port={port}, "
@@ -195,10 +200,10 @@ from megatron_vl.training.stop import StopRequest
 from megatron_vl.cli.worker import STOP, beside_failure
 stop = StopRequest(beside_failure(STOP))
 stop.listen()
-print(os.getpid(), flush=True)
+say(os.getpid())
 while not stop.reason: time.sleep(0.05)
 time.sleep({longer})
-print(rank, stop.reason, flush=True)
+say(rank, stop.reason)
 """
 
 

@@ -2,13 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
 from itertools import islice, pairwise
+from textwrap import dedent
+from threading import Thread
 
 import pytest
 import torch
 import yaml
+from torch.utils.data import get_worker_info
 
 from megatron_vl.data import pixels
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
@@ -154,18 +160,61 @@ def test_another_seed_gives_another_order(loaders):
 # ---- resume -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("workers", "stop"), [(0, 3), (2, 1), (2, 7)])
-def test_a_resumed_loader_goes_on_exactly(loaders, workers, stop):
-    loader = loaders(num_workers=workers)
-    batches = iter(loader)
-    for _ in range(stop):
-        next(batches)
-    state = to_json(loader.save_state_rank())
-    want = _take(batches, 6)
-    resumed = loaders(num_workers=workers)
+@pytest.mark.parametrize(("workers", "stops"), [
+    (0, (3,)), (2, (1,)), (2, (7,)), (2, (0, 1)), (2, (7, 1, 0, 1)), (3, (8, 2, 1)),
+])
+def test_a_resumed_loader_goes_on_exactly(loaders, workers, stops):
+    """Also where it is saved before each reading process has handed over a batch."""
+    undisturbed = loaders(num_workers=workers)
+    want = _take(undisturbed, sum(stops) + 4)
+    undisturbed.close()
+    states = []
+    for stop in (*stops, 4):
+        loader = loaders(num_workers=workers)
+        if states:
+            loader.restore_state([from_json(states[-1])])
+        for one in _take(loader, stop):
+            _same(one, want.pop(0))
+        states.append(to_json(loader.save_state_rank()))
+        loader.close()
+    assert not want
+
+
+def test_a_reading_process_that_is_slow_to_start_skips_nothing(loaders, monkeypatch):
+    """The question where it stands reaches it before it has begun."""
+    want = _take(loaders(num_workers=2), 5)
+    start = Thread.start
+
+    def start_slowly(thread):
+        start(thread)
+        if thread.name == "command_thread" and get_worker_info().id == 1:
+            time.sleep(3)
+
+    monkeypatch.setattr(Thread, "start", start_slowly)
+    slow = loaders(num_workers=2)
+    _take(slow, 1)
+    state = to_json(slow.save_state_rank())
+    resumed = loaders(num_workers=2)
     resumed.restore_state([from_json(state)])
-    for one, two in zip(want, _take(resumed, 6), strict=True):
+    for one, two in zip(want[1:], _take(resumed, 4), strict=True):
         _same(one, two)
+
+
+def test_a_program_that_keeps_its_loader_can_end(hf_dir, wds_dir):
+    program = """
+        import sys
+        from pathlib import Path
+        from megatron_vl.data.loader import DataConfig, build_train_loader
+        from megatron_vl.data.mixture import Mixture
+        from megatron_vl.models import load_spec
+        hf = Path(sys.argv[1])
+        config = DataConfig(train=Mixture.parse(sys.argv[2]), seq_length=256, num_workers=1)
+        loader = build_train_loader(config, hf_dir=hf, spec=load_spec(hf))
+        print(next(iter(loader)).tokens.shape)
+    """
+    ended = subprocess.run([sys.executable, "-c", dedent(program), hf_dir, wds_dir],
+                           capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "torch.Size([1, 256])\n"), ended.stderr
 
 
 OTHER = {
