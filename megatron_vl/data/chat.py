@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vl.data.conversation import MEDIA_KINDS, Turn
+from megatron_vl.data.conversation import MEDIA_KINDS, BadConversation, Turn
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
@@ -24,17 +24,6 @@ _PROBE = [
 ]
 _SHORT = 128  # characters of a text that others may repeat: a common question, or yes and no
 _MAX_REMEMBERED = 4096  # such texts, and what a template writes around them
-
-
-class BadConversation(ValueError):
-    """A conversation that cannot be trained on; the message says why, the caller which sample.
-
-    `reason` is one of `BadEntry`'s.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 class ChatTokenizer:
@@ -138,7 +127,8 @@ class ChatTokenizer:
             IGNORE.
 
         Raises:
-            BadConversation: no turn to train, an empty answer, placeholders unlike the media.
+            BadConversation: no turn to train, an empty answer, placeholders unlike the media, or
+                the template refuses it.
         """
         for turn in turns:
             if turn.role == "assistant" and not any(p.text and p.text.strip() for p in turn.parts):

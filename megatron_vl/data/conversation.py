@@ -12,6 +12,7 @@ ROLES = ("system", "user", "assistant")
 REASONS = (  # why an entry or a sample is left out
     "wrong shape", "bad text", "reserved mark", "unknown role", "mark count", "empty answer",
     "no answer", "bad box", "missing media", "unusable media", "too long", "too many patches",
+    "chat template",
 )  # fmt: skip
 # A tokenizer takes these for images and videos wherever they stand.
 _RESERVED = re.compile(r"<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
@@ -27,6 +28,17 @@ class BadEntry(ValueError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         assert reason in REASONS, reason
+        self.reason = reason
+
+
+class BadConversation(ValueError):
+    """A conversation that cannot be trained on; the message says why, the caller which sample.
+
+    `reason` is one of REASONS.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
         self.reason = reason
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_vl.data.chat import BadConversation, ChatTokenizer
-from megatron_vl.data.conversation import BadEntry, StoredMedia, Turn
+from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.conversation import BadConversation, BadEntry, StoredMedia, Turn
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.models.spec import VLMSpec

@@ -11,6 +11,7 @@ import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch.distributed
@@ -292,8 +293,9 @@ def build_train_loader(
                 f"the training split of {path} has {samples} samples for {readers} reading "
                 f"processes (data-parallel size x workers); ask for fewer workers."
             )
-    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec))
-    workers = _workers(config, dp_rank, dp_size, config.num_workers, data_parallel_group)
+    datasets = config.train.names("train")
+    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec), datasets=datasets)
+    workers = _workers(config, dp_rank, dp_size, config.num_workers, datasets, data_parallel_group)
     with field_map_errors(config.train):
         dataset = get_train_dataset(
             config.train.as_energon("train"),
@@ -336,9 +338,10 @@ def build_valid_loader(
     if config.valid is None:
         raise InputError("there is no validation dataset; give its directory.")
     config.valid.check("val")
-    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec))
+    datasets = config.valid.names("val")
+    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec), datasets=datasets)
     # One process reads in order; the split into ranks comes after packing.
-    workers = _workers(config, 0, 1, min(1, config.num_workers), None)
+    workers = _workers(config, 0, 1, min(1, config.num_workers), datasets)
     with field_map_errors(config.valid):
         samples = get_val_dataset(
             config.valid.as_energon("val"),
@@ -429,14 +432,17 @@ def _made_for(config: DataConfig, dp_rank: int, dp_size: int) -> dict:
     }
 
 
-def _workers(config: DataConfig, rank: int, size: int, num_workers: int, group) -> WorkerConfig:
+def _workers(
+    config: DataConfig, rank: int, size: int, num_workers: int, datasets: dict[str, str],
+    group: torch.distributed.ProcessGroup | None = None,
+) -> WorkerConfig:
     return WorkerConfig(
         rank=rank,
         world_size=size,
         num_workers=num_workers,
         data_parallel_group=group,
         seed_offset=config.seed,
-        global_error_handler=stop_on_error,
+        global_error_handler=partial(stop_on_error, datasets=datasets),
     )
 
 

@@ -7,6 +7,7 @@ Megatron-LM writes it); or a YAML file with energon's metadataset, for all that 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,19 @@ class Mixture:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.paths))
+
+    def names(self, split: str) -> dict[str, str]:
+        """What tells the datasets of `split` apart, by absolute path; empty if there is one.
+
+        The last parts of their paths, as few as will do.
+        """
+        paths = dict.fromkeys(Path(os.path.abspath(path)) for path, _ in self.leaves(split))
+        names: dict[str, str] = {}
+        count = 0
+        while len(paths) > 1 and len(set(names.values())) < len(paths):
+            count += 1
+            names = {str(path): str(Path(*path.parts[-count:])) for path in paths}
+        return names
 
     @property
     def metadataset(self) -> Path | None:

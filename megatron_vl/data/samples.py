@@ -5,7 +5,7 @@ S tokens a row, B rows a micro-batch, L tokens a sample, P patches, D numbers a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -37,6 +37,7 @@ class EncodedSample(Sample):
     The dunder fields of `Sample` name and restore it.
     """
 
+    name: str  # `shard.tar/key`, after the dataset's name where several are read
     tokens: torch.Tensor  # int64 [L]
     labels: torch.Tensor  # int64 [L], already shifted: the target of each position, or IGNORE
     grids: tuple[Grid, ...]  # of every image and video
@@ -52,19 +53,26 @@ class EncodedSample(Sample):
     def num_patches(self) -> int:
         return sum(map(prod, self.grids))
 
-    @property
-    def name(self) -> str:
-        return sample_name(self)
 
+def sample_name(
+    sample: Sample | dict, datasets: Mapping[str, str], sources: list | None = None
+) -> str:
+    """`shard.tar/key`: where a person finds this sample, be it crude or not.
 
-def sample_name(sample: Sample | dict) -> str:
-    """`shard.tar/key`: where a person finds this sample, be it crude or not."""
+    Args:
+        datasets: names that tell datasets apart, by path (`Mixture.names`); they come first.
+        sources: where energon has the sample from, if it does not say so itself.
+    """
     if isinstance(sample, dict):
-        sources, key = sample["__sources__"], sample["__key__"]
+        key, sources = sample.get("__key__"), sources or sample.get("__sources__")
     else:
-        sources, key = sample.__sources__, sample.__key__
-    shard = f"{sources[0].shard_name}/" if sources else ""
-    return f"{shard}{key}"
+        key = getattr(sample, "__key__", None)
+        sources = sources or getattr(sample, "__sources__", None)
+    if not sources:
+        return str(key)
+    path = str(sources[0].dataset_path)
+    dataset = f"{datasets.get(path, path)}/" if datasets else ""
+    return f"{dataset}{sources[0].shard_name}/{key}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +103,7 @@ class RowBatch:
     cu_seqlens: torch.Tensor  # int32 [segments + 1]: bounds over the B*S tokens, row after row
     pixel_patches: torch.Tensor | None  # float32 [P, D] of all images, in order of their tokens
     grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
-    sample_keys: list[str]  # `shard.tar/key` of every sample, in order
+    sample_keys: list[str]  # names of the samples, in order
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
     skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
     __restore_key__: tuple = ()  # set by energon

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.energon import (
     Cooker,
+    Sample,
     SavableDataset,
     SkipSample,
     TaskEncoder,
@@ -33,8 +35,8 @@ from megatron.energon.cache import FileStoreDecoder
 from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import PackingDataset
 
-from megatron_vl.data.chat import BadConversation, ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, StoredMedia, from_json
+from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.conversation import IMAGE, VIDEO, BadConversation, StoredMedia, from_json
 from megatron_vl.data.formats.llava import question_and_answer
 from megatron_vl.data.media import BadMedia, image_size
 from megatron_vl.data.packing import pack
@@ -43,6 +45,7 @@ from megatron_vl.data.rows import Row, make_batch, make_row
 from megatron_vl.data.samples import (
     ConversationSample,
     EncodedSample,
+    Grid,
     RowBatch,
     Skipped,
     sample_name,
@@ -51,6 +54,9 @@ from megatron_vl.data.shard_files import PLACES, ShardFiles, TarReaders
 from megatron_vl.errors import InputError, printable
 from megatron_vl.inputs import json_value
 from megatron_vl.models.common.mrope import rope_of
+
+_ENCODE, _DECODE = "encode", "decode"
+_MANY_TIMES, _MANY = 10, 100  # all samples so often, and so many
 
 
 class TextDecoder(FileStoreDecoder):
@@ -88,15 +94,19 @@ class SampleEncoder(TaskEncoder):
 
     decoder = TextDecoder()
 
-    def __init__(self, *, chat: ChatTokenizer, media: MediaProcessor, rules: RowRules):
+    def __init__(self, *, chat: ChatTokenizer, media: MediaProcessor, rules: RowRules,
+                 datasets: Mapping[str, str] | None = None):
+        """`datasets`: names that tell datasets apart, by path: see `Mixture.names`."""
         self.chat = chat
         self.media = media
         self.rules = rules
+        self.datasets = datasets or {}
         self.files = ShardFiles()
         self.cookers = [Cooker(self.cook)]
         self.skipped: list[Skipped] = []  # since the last batch
         self.tar_readers: TarReaders | None = None  # of the dataset that this encoder reads
         self.known_bad: set[str] = set()  # samples left out so far: an epoch brings them again
+        self._in_vain: Counter[str] = Counter()  # left out since one was encoded, one decoded
 
     @stateless
     def cook(self, sample: dict) -> ConversationSample:
@@ -125,18 +135,20 @@ class SampleEncoder(TaskEncoder):
         """
         try:
             if isinstance(sample, VQASample):
-                sample = conversation_of(sample)
+                sample = conversation_of(sample, self.name_of(sample))
             grids = [self.media.grid(media) for media in sample.media]
             tokens, labels = self.chat.encode(
                 sample.turns, [self.media.num_tokens(grid) for grid in grids]
             )
-            self._check_size(tokens.numel(), sum(map(math.prod, grids)))
+            self._check_size(tokens.numel(), grids, {media.kind for media in sample.media})
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
         except BadConversation as error:
             self._skip(sample, error.reason, str(error))
+        self._in_vain[_ENCODE] = 0
         return EncodedSample.derive_from(
             sample,
+            name=self.name_of(sample),
             tokens=tokens,
             labels=labels,
             grids=tuple(grids),
@@ -144,18 +156,20 @@ class SampleEncoder(TaskEncoder):
             read=sample.read,
         )
 
-    def _check_size(self, length: int, patches: int) -> None:
-        rules = self.rules
+    def _check_size(self, length: int, grids: Sequence[Grid], kinds: set[str]) -> None:
+        rules, patches = self.rules, sum(map(math.prod, grids))
         if length > rules.length:
             raise BadConversation(
                 "too long",
                 f"it has {length} tokens but a row holds {rules.length}; {rules.length_mend}",
             )
         if rules.max_patches is not None and patches > rules.max_patches:
+            mends = {IMAGE: "image-max-pixels", VIDEO: "video-max-pixels or video-maxlen"}
+            mend = " or ".join(mends[kind] for kind in sorted(kinds))
             raise BadConversation(
                 "too many patches",
                 f"its images and videos have {patches} patches but a row holds "
-                f"{rules.max_patches}; raise max-patches-per-row or lower image-max-pixels",
+                f"{rules.max_patches}; raise max-patches-per-row or lower {mend}",
             )
 
     def make_row(self, samples: list[EncodedSample]) -> Row | None:
@@ -169,8 +183,10 @@ class SampleEncoder(TaskEncoder):
             try:
                 self.decode_media(sample, patches_PD[at:end])
             except BadMedia as error:
-                self._count(sample, "unusable media", f"its image or video is unusable: {error}")
+                self._count(sample, "unusable media", f"its image or video is unusable: {error}",
+                            step=_DECODE)
                 continue
+            self._in_vain[_DECODE] = 0
             decoded.append(sample)
             at = end
         if not decoded:
@@ -210,17 +226,20 @@ class SampleEncoder(TaskEncoder):
         )
         return [[samples[index] for index in members] for members in bins]
 
+    def name_of(self, sample: Sample | dict) -> str:
+        return sample_name(sample, self.datasets)
+
     def _skip(self, sample: Any, reason: str, message: str) -> None:
         self._count(sample, reason, message)
         raise SkipSample
 
-    def _count(self, sample: Any, reason: str, message: str) -> None:
+    def _count(self, sample: Any, reason: str, message: str, *, step: str = _ENCODE) -> None:
         """Note a sample that is left out.
 
         Raises:
-            InputError: it is one too many.
+            InputError: it is one too many, or no other comes any more.
         """
-        name = sample_name(sample)
+        name = self.name_of(sample)
         first = name not in self.known_bad
         self.known_bad.add(name)
         if len(self.known_bad) > self.rules.max_skipped:
@@ -232,6 +251,14 @@ class SampleEncoder(TaskEncoder):
             raise InputError(
                 f"sample {name} cannot be used: {message}{many}; mend or remove it and prepare the "
                 f"dataset again, or raise max-skipped-samples."
+            )
+        self._in_vain[step] += 1
+        # An epoch that has no other sample is followed by the next, for ever.
+        if self._in_vain[step] > _MANY_TIMES * len(self.known_bad) + _MANY:
+            raise InputError(
+                f"none of the last {self._in_vain[step]} samples can be used, which are "
+                f"{len(self.known_bad)} again and again, as {name}: {message}; mend them and "
+                f"prepare the dataset again."
             )
         self.skipped.append(Skipped(
             reason=reason, sample=printable(name), message=printable(message), first=first
@@ -305,8 +332,11 @@ class _RowPacking(PackingDataset):
         return super()._fill_reading_buffer(source_iter)  # without a progress bar in every worker
 
 
-def conversation_of(sample: VQASample) -> ConversationSample:
+def conversation_of(sample: VQASample, name: str) -> ConversationSample:
     """One question about one image, of a dataset with energon's own sample type.
+
+    Args:
+        name: of the sample, for the message.
 
     Raises:
         InputError: the dataset's fields are of another kind.
@@ -316,7 +346,7 @@ def conversation_of(sample: VQASample) -> ConversationSample:
     answer = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
     if not (isinstance(image, bytes) and isinstance(question, str) and isinstance(answer, str)):
         raise InputError(
-            f"sample {sample_name(sample)} is not an image's bytes, a question and an answer; "
+            f"sample {name} is not an image's bytes, a question and an answer; "
             f"check the field_map in the dataset's .nv-meta/dataset.yaml."
         )
     height, width = image_size(image)
@@ -328,19 +358,23 @@ def conversation_of(sample: VQASample) -> ConversationSample:
     )
 
 
-def stop_on_error(error: Exception, sample: Any, sources: list | None) -> None:
+def stop_on_error(
+    error: Exception, sample: Any, sources: list | None, *,
+    datasets: Mapping[str, str] | None = None,
+) -> None:
     """energon's error handler: what is no sample's own fault stops the run and is named.
 
     energon's default prints the error and goes on, up to 100 times in a row.
+
+    Args:
+        datasets: see `sample_name`.
     """
     if isinstance(error, InputError):
         raise error
     # A raw sample is energon's internal tuple of parts; an encoded one is a dataclass.
     data = getattr(sample, "data", None)
     raw = data[0] if data else sample
-    key = raw.get("__key__") if isinstance(raw, dict) else getattr(raw, "__key__", None)
-    sources = sources or (raw.get("__sources__") if isinstance(raw, dict) else None)
-    name = f"{sources[0].shard_name}/{key}" if sources else str(key)
+    name = sample_name(raw, datasets or {}, sources)
     if isinstance(error, (SampleException, LookupError)):
         raise InputError(
             f"sample {name} lacks a part that the field_map of the dataset's "

@@ -16,12 +16,20 @@ from functools import cached_property
 from itertools import chain, groupby, pairwise
 from unicodedata import category
 
-from megatron_vl.data.conversation import Turn
+import jinja2
+
+from megatron_vl.data.conversation import BadConversation, Turn
 from megatron_vl.data.template_rule import only_writes_texts
 from megatron_vl.errors import InputError
 
 _MAX_FORMS = 1024  # shapes of conversations remembered
 _PROBE = "\n <probe>{number}</probe>\n "
+_ASKED = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+# What rendering raises: Jinja, its sandbox, and what a template does with what it finds.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
+    RecursionError,
+)  # fmt: skip
 # What stands at the ends of a text, as tokenizers tell apart.
 _ENDS = ("ab", " ab ", "1", "'s", "\u0301", "#", "<|")
 
@@ -60,8 +68,20 @@ class ChatTemplate:
         begins where the template asks for an answer, and ends with its end token.
 
         Raises:
+            BadConversation: the template refuses it, or the answer it begins with is not found.
             InputError: what the template writes does not grow with the conversation.
         """
+        try:
+            return self._write(turns)
+        except BadConversation:
+            raise
+        except _TEMPLATE_ERRORS as error:
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            raise BadConversation(
+                "chat template", f"the model's chat template refuses it ({words[0].rstrip('.')})"
+            ) from error
+
+    def _write(self, turns: Sequence[Turn]) -> list[Stretch]:
         shape = tuple((t.role, *(part.media for part in t.parts)) for t in turns)
         if shape in self._forms:
             self._forms.move_to_end(shape)
@@ -84,7 +104,7 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self.render(messages[:number], add_generation_prompt=True)
+            prompt = self._prompt(messages[: number + 1])
             last = number + 1 == len(messages)
             turn = text if last else self.render(messages[: number + 1])
             if not (turn.startswith(prompt) and text.startswith(turn)):
@@ -94,6 +114,20 @@ class ChatTemplate:
                 )
             spans.append((len(prompt), len(turn.rstrip())))
         return text, spans[-1:] if self.last_answer_only else spans
+
+    def _prompt(self, messages: list[dict]) -> str:
+        """The text before the answer that comes last."""
+        if len(messages) > 1:
+            return self.render(messages[:-1], add_generation_prompt=True)
+        # transformers renders no empty conversation; a template may write a system turn of its own.
+        request = self.render(_ASKED, add_generation_prompt=True).removeprefix(self.render(_ASKED))
+        before, found, _ = self.render(messages).partition(request)
+        if not request or not found:
+            raise BadConversation(
+                "chat template", "it begins with an answer, and where that begins cannot be found "
+                "in what the model's chat template writes; begin with a question"
+            )
+        return before + found
 
     # ---- forms --------------------------------------------------------------------------------
 

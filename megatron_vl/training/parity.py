@@ -137,7 +137,8 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
         labels[-2] = IGNORE  # a hole, as a turn's newline leaves one
         patches = sum(map(math.prod, grids))
         samples.append(EncodedSample(
-            __key__=str(number), __restore_key__=(), tokens=tokens, labels=labels,
+            __key__=str(number), __restore_key__=(), name=str(number), tokens=tokens,
+            labels=labels,
             grids=tuple(grids), media=(), read=None,
             patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
             if grids else None,

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_vl.data.chat import BadConversation, ChatTokenizer
-from megatron_vl.data.conversation import REASONS, Part, Turn
+from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.conversation import REASONS, BadConversation, Part, Turn
 from megatron_vl.data.formats.llava import question_and_answer, split_marks
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE

@@ -53,7 +53,7 @@ def looker(hf_dir, spec):
     def build(data, split="train", decode=False, **options):
         config = DataConfig(**{"train": Mixture.parse(str(data)), "seq_length": 2048} | options)
         leaves = open_leaves(config.train, split)
-        found = Looker(leaves, build_encoder(config, hf_dir, spec), decode=decode)
+        found = Looker(leaves, build_encoder(config, hf_dir, spec, split="train"), decode=decode)
         found.config = config
         found.looks = [found.look(*place) for place in choose(leaves, 0, seed=0)]
         return found

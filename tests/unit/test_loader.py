@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 from megatron_vl.data import pixels
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.loader_state import from_json, to_json
+from megatron_vl.data.media import BadMedia
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import IGNORE
@@ -198,6 +199,20 @@ def test_a_reading_process_that_is_slow_to_start_skips_nothing(loaders, monkeypa
     resumed.restore_state([from_json(state)])
     for one, two in zip(want[1:], _take(resumed, 4), strict=True):
         _same(one, two)
+
+
+def test_a_dataset_with_nothing_to_use_does_not_go_round_for_ever(loaders):
+    with pytest.raises(InputError, match="again and again, as shard-.* tokens but a row holds 5"):
+        next(iter(loaders(seq_length=5, max_skipped_samples=10**6)))
+
+
+def test_images_that_can_never_be_decoded_do_not_go_round_for_ever(loaders, wds_dir, monkeypatch):
+    def fail(data):
+        raise BadMedia("its pixels cannot be decoded")
+
+    monkeypatch.setattr(pixels, "decode_rgb", fail)
+    with pytest.raises(InputError, match="again and again, as shard-.* cannot be decoded"):
+        next(iter(loaders(max_skipped_samples=10**6)))
 
 
 def test_a_program_that_keeps_its_loader_can_end(hf_dir, wds_dir):

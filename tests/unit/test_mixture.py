@@ -1,6 +1,7 @@
 """Several datasets read as one: by comma, by weight, by energon's metadataset."""
 
 import json
+import shutil
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -29,13 +30,18 @@ def read(hf_dir, spec):
     return read
 
 
-def samples(wds, split):
-    """Keys of the samples of a split, with their shards."""
+def samples(wds, split, dataset=""):
+    """Keys of the samples of a split, with their shards, and with what tells datasets apart."""
     found = []
     for shard in split_shards(wds, split):
         with tarfile.open(wds / shard) as tar:
-            found += [f"{shard}/{n[:-5]}" for n in tar.getnames() if n.endswith(".json")]
+            found += [f"{dataset}{shard}/{n[:-5]}" for n in tar.getnames() if n.endswith(".json")]
     return found
+
+
+def of_two(wds, split):
+    """Both datasets of these tests are called `wds`, in folders of other names."""
+    return samples(wds, split, f"{wds.parent.name}/wds/")
 
 
 @pytest.mark.parametrize(
@@ -79,22 +85,22 @@ def test_a_directory_with_a_comma_in_its_name_is_one_dataset(tmp_path):
 
 def test_an_epoch_of_a_list_has_every_sample_of_every_dataset_once(read, wds_dir, mixed_dir):
     mixture = Mixture.parse(f"{wds_dir},{mixed_dir}")
-    both = samples(wds_dir, "train") + samples(mixed_dir, "train")
+    both = of_two(wds_dir, "train") + of_two(mixed_dir, "train")
     assert Counter(read(mixture, len(both))) == Counter(both)
-    valid = samples(wds_dir, "val") + samples(mixed_dir, "val")
+    valid = of_two(wds_dir, "val") + of_two(mixed_dir, "val")
     assert Counter(read(mixture)) == Counter(valid)
 
 
 def test_weights_set_the_share_of_each_dataset(read, wds_dir, mixed_dir):
     seen = read(Mixture.parse(f"1,{wds_dir},3,{mixed_dir}"), 400)
-    share = sum(key in set(samples(mixed_dir, "train")) for key in seen) / len(seen)
+    share = sum(key in set(of_two(mixed_dir, "train")) for key in seen) / len(seen)
     assert 0.68 < share < 0.82  # three standard deviations of 400 draws
 
 
 def test_max_samples_reads_the_first_of_each_dataset(read, wds_dir, mixed_dir):
     mixture = Mixture.parse(f"{wds_dir},{mixed_dir}", max_samples=20)
     assert mixture.check("train") == {wds_dir: 20, mixed_dir: 20}
-    first = samples(wds_dir, "train")[:20] + samples(mixed_dir, "train")[:20]
+    first = of_two(wds_dir, "train")[:20] + of_two(mixed_dir, "train")[:20]
     assert Counter(read(mixture, 80)) == Counter(first * 2)
     whole = Mixture.parse(str(wds_dir), max_samples=10**9)
     assert whole.check("train") == {wds_dir: len(samples(wds_dir, "train"))}
@@ -113,7 +119,7 @@ def test_a_metadataset_is_read_as_energon_does(read, wds_dir, mixed_dir, tmp_pat
         },
     }))  # fmt: skip
     mixture = Mixture.parse(str(path))
-    want = samples(wds_dir, "train") + 2 * samples(mixed_dir, "train")
+    want = of_two(wds_dir, "train") + 2 * of_two(mixed_dir, "train")
     assert Counter(read(mixture, len(want))) == Counter(want)
     assert Counter(read(mixture)) == Counter(samples(wds_dir, "val"))
     path.write_text(json.dumps({"splits": {"train": 5}}))
@@ -124,9 +130,34 @@ def test_a_metadataset_is_read_as_energon_does(read, wds_dir, mixed_dir, tmp_pat
         mixture.check("train")
 
 
-def test_what_is_mixed_and_how_is_known_again_wherever_it_lies(wds_dir, mixed_dir, tmp_path):
-    import shutil
+def test_samples_of_one_name_in_two_datasets_are_two(hf_dir, spec, wds_dir, tmp_path):
+    copies = [shutil.copytree(wds_dir, tmp_path / name) for name in ("one", "two")]
+    config = DataConfig(train=Mixture(paths=tuple(copies)), seq_length=46, num_workers=0,
+                        max_skipped_samples=1000)
+    loader = build_train_loader(config, hf_dir=hf_dir, spec=spec)
+    skipped = [one for batch in islice(loader, 1000) for one in batch.skipped]
+    first = Counter(one.sample for one in skipped if one.first)
+    assert set(first.values()) == {1} and len(skipped) > len(first), "more than an epoch"
+    of_one = {name.removeprefix("one/") for name in first if name.startswith("one/")}
+    of_two = {name.removeprefix("two/") for name in first if name.startswith("two/")}
+    assert of_one == of_two < set(samples(wds_dir, "train")) and len(first) == 2 * len(of_one) > 0
 
+
+@pytest.mark.parametrize(("paths", "names"), [
+    (["a"], []),
+    (["a", "b"], ["a", "b"]),
+    (["a/wds", "b/wds"], ["a/wds", "b/wds"]),
+    (["a/x/wds", "b/x/wds", "b/y/wds"], ["a/x/wds", "b/x/wds", "b/y/wds"]),
+    (["x/a", "../b/"], ["a", "b"]),
+])
+def test_datasets_are_told_apart_by_the_ends_of_their_paths(paths, names):
+    mixture = Mixture(paths=tuple(map(Path, paths)))
+    found = mixture.names("train")
+    assert list(found.values()) == names
+    assert all(path.endswith(name) and path[0] == "/" for path, name in found.items())
+
+
+def test_what_is_mixed_and_how_is_known_again_wherever_it_lies(wds_dir, mixed_dir, tmp_path):
     moved = shutil.copytree(wds_dir, tmp_path / "moved")
     one, two = Mixture.parse(f"{wds_dir},{mixed_dir}"), Mixture.parse(f"{moved},{mixed_dir}")
     assert one.fingerprint() == two.fingerprint()

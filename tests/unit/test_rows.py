@@ -11,6 +11,7 @@ def _sample(key, length, images=0):
     return EncodedSample(
         __key__=key,
         __restore_key__=(),
+        name=key,
         tokens=tokens,
         labels=torch.cat([tokens[1:], torch.tensor([IGNORE])]),
         grids=((1, 2, 2),) * images,

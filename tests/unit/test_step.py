@@ -12,7 +12,7 @@ from megatron_vl.training.step import RowStream, naming_rows
 def _batch(*names):
     samples = [
         EncodedSample(
-            __key__=name, __restore_key__=(), tokens=torch.arange(3),
+            __key__=name, __restore_key__=(), name=name, tokens=torch.arange(3),
             labels=torch.tensor([1, 2, IGNORE]), grids=(), media=(), read=None,
         )
         for name in names

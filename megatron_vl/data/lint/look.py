@@ -9,13 +9,13 @@ from pathlib import Path
 
 from megatron.energon import SkipSample, VQASample
 
-from megatron_vl.data.chat import BadConversation, ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, VIDEO, StoredMedia
+from megatron_vl.data.chat import ChatTokenizer
+from megatron_vl.data.conversation import IMAGE, VIDEO, BadConversation, StoredMedia
 from megatron_vl.data.lint.reading import Leaf
 from megatron_vl.data.loader import DataConfig
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.pixels import MediaProcessor
-from megatron_vl.data.samples import IGNORE, ConversationSample, EncodedSample, sample_name
+from megatron_vl.data.samples import IGNORE, ConversationSample, EncodedSample, Grid
 from megatron_vl.data.task_encoder import RowRules, SampleEncoder, conversation_of, stop_on_error
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
@@ -64,7 +64,7 @@ class Looker:
             raw = self.leaves[leaf].read(place)
             if raw is None:
                 return None
-            name = self._name(leaf, raw)
+            name = self.encoder.name_of(raw)
             sample = self.encoder.conversation(self.leaves[leaf].load(raw))
             encoded = self._encode(sample) if self.encoder.chat else None
             if self.decode:
@@ -99,11 +99,7 @@ class Looker:
         except SkipSample:
             raise
         except Exception as error:  # as energon hands it on in training
-            stop_on_error(error, sample, None)
-
-    def _name(self, leaf: int, raw: dict) -> str:
-        many = len(self.leaves) > 1
-        return (f"{self.leaves[leaf].path.name}/" if many else "") + sample_name(raw)
+            stop_on_error(error, sample, None, datasets=self.encoder.datasets)
 
 
 class _Encoder(SampleEncoder):
@@ -116,18 +112,20 @@ class _Encoder(SampleEncoder):
         if isinstance(raw, dict):
             return self.cook(raw)
         try:
-            return conversation_of(raw) if isinstance(raw, VQASample) else raw
+            return conversation_of(raw, self.name_of(raw)) if isinstance(raw, VQASample) else raw
         except BadMedia as error:
             self._skip(raw, "unusable media", f"its image or video is unusable: {error}")
 
-    def _check_size(self, length: int, grids: list[tuple[int, int, int]]) -> None:
+    def _check_size(self, length: int, grids: list[Grid], kinds: set[str]) -> None:
         try:
-            super()._check_size(length, grids)
+            super()._check_size(length, grids, kinds)
         except BadConversation as error:
             self.over = error
 
 
-def build_encoder(config: DataConfig, hf_dir: Path | None, spec: VLMSpec | None) -> _Encoder:
+def build_encoder(
+    config: DataConfig, hf_dir: Path | None, spec: VLMSpec | None, *, split: str
+) -> _Encoder:
     """Training's encoder of `config`; one that only reads conversations without a model.
 
     Raises:
@@ -137,10 +135,12 @@ def build_encoder(config: DataConfig, hf_dir: Path | None, spec: VLMSpec | None)
         length=config.seq_length, packs=True, length_mend=config.length_mend,
         max_patches=config.max_patches_per_row, max_skipped=sys.maxsize,
     )  # fmt: skip
+    datasets = config.train.names(split)
     if hf_dir is None:
-        return _Encoder(chat=None, media=None, rules=rules)
+        return _Encoder(chat=None, media=None, rules=rules, datasets=datasets)
     return _Encoder(
         chat=ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
         media=MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
         rules=rules,
+        datasets=datasets,
     )

@@ -84,8 +84,8 @@ def lint(config: LintConfig) -> str:
     target = config.target
     _check_output(target, [*(leaf.path for leaf in leaves), *config.data.paths,
                            *([config.hf_dir] if config.hf_dir else []), Path.cwd()])
-    looker = Looker(leaves, build_encoder(config.rows, config.hf_dir, config.spec),
-                    decode=config.decode)
+    encoder = build_encoder(config.rows, config.hf_dir, config.spec, split=config.split)
+    looker = Looker(leaves, encoder, decode=config.decode)
     with replacing(target) as folder:
         looks = _look(looker, list(choose(leaves, config.samples, seed=config.seed)),
                       config.progress)
