@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import select
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -56,7 +59,24 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit the process with its code."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.exit(run(argv))
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`; then it goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def run(argv: list[str]) -> int:

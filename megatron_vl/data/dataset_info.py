@@ -73,8 +73,21 @@ def read_dataset_info(directory: Path, name: str) -> DatasetInfo:
     if not (directory / file_name).exists():
         raise InputError(f"{directory / file_name}, the file_name of {where}, does not exist.")
     return DatasetInfo(
-        format=_FORMATS[formatting], fields=Fields(**columns, **tags), path=directory / file_name
+        format=_FORMATS[formatting], path=directory / file_name,
+        fields=Fields(**_unread(columns), **columns, **tags),
     )
+
+
+def _unread(columns: dict[str, str]) -> dict[str, str]:
+    """Columns that LLaMA-Factory does not read, whatever they hold.
+
+    It reads a system prompt and a history only where they are named; and where any column is, only
+    those that are. Without the turns, question or answer there would be nothing to read.
+    """
+    optional = {"system", "history", *(("query", "images", "videos") if columns else ())}
+    if "query" in columns:
+        optional.add("prompt")
+    return dict.fromkeys(optional - columns.keys(), "")
 
 
 def dataset_names(directory: Path) -> list[str]:

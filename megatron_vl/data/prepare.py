@@ -1,8 +1,8 @@
 """Raw data to WebDataset shards that energon reads: no questions asked, nothing dropped untold.
 
-Entries are read and checked, every image and video is decoded once, shards are written with the
-media's own bytes and their sizes, energon's own `prepare` indexes them, and the finished directory
-is renamed into place. What was refused, and why, is in its `refused.jsonl`.
+Entries are read and checked, every image is decoded once and of every video its ends, shards are
+written with the media's own bytes and their sizes, energon's own `prepare` indexes them, and the
+finished directory is renamed into place. What was refused, and why, is in its `refused.jsonl`.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class _Preparation:
             )
 
     def measure(self) -> dict[RawMedia, MediaInfo]:
-        """Decode every image and video once; entries with one that cannot be are refused."""
+        """Measure every image and video; entries with one that cannot be decoded are refused."""
         media = sorted({m for entry in self.entries for m in entry.media}, key=lambda m: m.files)
         results = dict(show_progress(
             measure_all(media, num_workers=self.config.num_workers), len(media), "checking media",

@@ -1,10 +1,11 @@
-"""The images and videos that raw entries name: found within their root, decoded once, measured."""
+"""The images and videos that raw entries name: found within their root, decoded, measured."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from megatron_vl.data.media import (
     video_frames,
     video_info,
 )
+from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value
 
 FRAMES_FPS = 2.0  # of a folder of frames that does not say; what known preparation scripts assume
 FRAME_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+_LONGEST_EXTENSION = 16  # characters with the dot: a tar's names have 100, the key most of them
 _CHUNK = 64  # media a process measures in one go
 
 
@@ -102,6 +105,12 @@ class Library:
             if path.is_file():
                 if not path.suffix[1:].isalnum():
                     raise BadEntry("missing media", f"its {kind} {path} has no file extension")
+                if len(path.suffix) > _LONGEST_EXTENSION:
+                    raise BadEntry(
+                        "missing media",
+                        f"the extension of its {kind} {path} is longer than {_LONGEST_EXTENSION} "
+                        f"characters; rename the file",
+                    )
                 return path
         raise BadEntry("missing media", f"its {kind} {self.roots[0] / name} does not exist")
 
@@ -181,13 +190,26 @@ def _images_in(folder: Path) -> tuple[Path, ...]:
 def measure_all(
     media: Iterable[RawMedia], *, num_workers: int
 ) -> Iterator[tuple[RawMedia, MediaInfo | str]]:
-    """Decode each of them once: its sizes, or what is wrong with it.
+    """Decode each image once, and of each video its ends: its sizes, or what is wrong with it.
 
     energon's own prepare would drop a whole shard for one that cannot be decoded.
+
+    Raises:
+        InputError: a process that decodes was ended from outside.
     """
     media = list(media)
-    with ProcessPoolExecutor(min(num_workers, max(1, len(media) // _CHUNK))) as pool:
-        yield from zip(media, pool.map(measure, media, chunksize=_CHUNK), strict=True)
+    done = 0
+    try:
+        with ProcessPoolExecutor(min(num_workers, max(1, len(media) // _CHUNK))) as pool:
+            for found in zip(media, pool.map(measure, media, chunksize=_CHUNK), strict=True):
+                yield found
+                done += 1
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"a process that decodes images and videos was killed, by someone or for want of "
+            f"memory, at {media[done].files[0]} or after it; free memory or give fewer "
+            f"--num-workers."
+        ) from error
 
 
 def measure(media: RawMedia) -> MediaInfo | str:

@@ -43,6 +43,7 @@ def only_writes_texts(source: str) -> bool:
 
 
 _CHANGING = {"strftime_now", "loop", "cycler", "joiner", "lipsum", "caller"}  # calls
+_HOLD_ANYTHING = {"self", "loop", "varargs", "kwargs"}  # names
 _SAFE_TESTS = {"string", "defined", "undefined", "none"}
 _SAFE_HOLDER_TESTS = _SAFE_TESTS | {"mapping", "sequence", "iterable"}
 _SAFE_HOLDER_FILTERS = {"first", "last", "list", "reverse"}
@@ -148,7 +149,7 @@ class _Rule:
         return Kind.KNOWN
 
     def _kind_name(self, node: nodes.Name) -> Kind:
-        if node.name in self.macros or node.name == "self":
+        if node.name in self.macros or node.name in _HOLD_ANYTHING:
             raise _Doubt  # under another name a macro's calls would not be seen
         return self.names.get(node.name, Kind.KNOWN)
 

@@ -1,6 +1,10 @@
 """The command line as a whole: every command starts, and `plot` draws a run."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +17,16 @@ def test_every_command_tells_its_options(command, capsys):
         run([command, "--help"])
     assert ended.value.code == 0
     assert "--debug" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    """As of `megatron-vl ... | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-m", "megatron_vl", "cluster-env"], stdout=write,
+                           stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 BAD_ARGUMENTS = {

@@ -50,6 +50,18 @@ def test_marks_are_the_places_of_the_media(format, entry, said, shown):
     assert media(made) == shown
 
 
+@pytest.mark.parametrize("format", ["llava", "sharegpt", "chatml", "messages", "qwen_vl"])
+def test_a_system_prompt_may_be_a_column(format):
+    entry = {"conversations": chat("a", "b"), "system": "S", "rule": "R"}
+    if format == "messages":
+        entry["conversations"] = openai("a", "b")
+    said = ["user: a", "assistant: b"]
+    assert lines(read(format, entry)) == ["system: S", *said]
+    assert lines(read(format, entry, system="rule")) == ["system: R", *said]
+    assert lines(read(format, entry, system="")) == said
+    assert reason(format, entry | {"system": 5}).startswith("wrong shape: its `system` is")
+
+
 def test_a_dataset_names_its_columns_and_tags():
     turns = chat("<image>?", "x", keys=("who", "text"), roles=("Q", "A"))
     entry = {"talk": [{"who": "S", "text": "s"}, *turns], "pictures": "0.jpg", "images": ["no.jpg"]}
@@ -219,13 +231,14 @@ def test_boxes_are_written_as_qwen2_vl_has_them(answer, said):
     ("<box>(1,2),(3,4)</ref>", "bad box"),
     ("a</ref>", "bad box: turn 1 has a </ref> without its other half"),
     ("<ref>a<ref>b</ref>", "bad box"),
+    ("<image>?", "mark count: it has 0 image marks for 1 images"),
     ("<img>0.jpg", "wrong shape: turn 1 has no path between <img> and </img>"),
     ("<img>a\nb</img>", "wrong shape"),
     ("<img></img>", "missing media"),
     ("<img>https://a.b/0.jpg</img>", "missing media"),
 ])  # fmt: skip
 def test_a_bad_box_or_path_is_refused(text, what):
-    assert reason("qwen_vl", qwen(text)).startswith(what)
+    assert reason("qwen_vl", qwen(text) | {"images": ["0.jpg"]}).startswith(what)
 
 
 # ---- Alpaca -----------------------------------------------------------------------------------

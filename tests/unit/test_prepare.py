@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import yaml
 from PIL import Image
 
 from megatron_vl.cli.main import run
+from megatron_vl.data import raw_media
 from megatron_vl.data.prepare import PrepareConfig, Summary, prepare
 from megatron_vl.data.raw_media import RawMedia
 from megatron_vl.data.shards import Entry, count_shared_media, plan_shards
@@ -256,6 +259,26 @@ def test_a_full_disk_leaves_the_old_dataset(tmp_path, monkeypatch):
 def test_nothing_usable_names_the_first_reason(tmp_path):
     source = _source(tmp_path / "in", [_entry("absent.png")])
     _refuses({"source": source, "output": tmp_path / "out"}, "none of the 1 entries .*absent.png")
+
+
+def test_a_name_that_no_shard_can_hold_is_refused(tmp_path):
+    long = "0." + "d41d8cd98f00b204e9800998ecf8427e"
+    source = _source(tmp_path / "in", [*[_entry()] * 10, _entry(long, id="a" * 64)])
+    (source / long).write_bytes((source / "0.png").read_bytes())
+    done = prepare(PrepareConfig(source=source, output=tmp_path / "out", progress=False))
+    (refused,) = done.refused
+    assert refused.reason == "missing media" and "rename the file" in refused.message
+
+
+def _killed(media):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw_media, "measure", _killed)
+    source = _source(tmp_path / "in", [_entry()] * 10)
+    _refuses({"source": source, "output": tmp_path / "out"}, "was killed, .*0.png or after it")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_strict_refuses_the_whole_for_one_entry(tmp_path):

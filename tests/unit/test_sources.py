@@ -287,17 +287,25 @@ def info(path, **datasets):
     return path
 
 
+# What LLaMA-Factory reads only where it is named, and what it reads unless others are named.
+NEVER_ASKED = {"system": "", "history": ""}
+NOT_NAMED = {**NEVER_ASKED, "query": "", "images": "", "videos": ""}
+
+
 @pytest.mark.parametrize(("given", "format", "fields"), [
-    ({}, "alpaca", {}),
-    ({"formatting": "sharegpt", "ranking": False, "split": "train", "note": ""}, "sharegpt", {}),
+    ({}, "alpaca", NEVER_ASKED),
+    ({"formatting": "sharegpt", "ranking": False, "split": "train", "note": ""}, "sharegpt",
+     NEVER_ASKED),
     ({"columns": {"prompt": "q", "response": "a", "system": None}}, "alpaca",
-     {"prompt": "q", "response": "a"}),
+     {"prompt": "q", "response": "a", **NOT_NAMED}),
+    ({"columns": {"query": "q", "system": "s"}}, "alpaca",
+     {**NOT_NAMED, "prompt": "", "query": "q", "system": "s"}),
     ({"formatting": "sharegpt", "columns": {"messages": "talk", "images": "pics"},
       "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
                "assistant_tag": "assistant"}}, "sharegpt",
-     {"messages": "talk", "images": "pics", "role_tag": "role", "content_tag": "content",
-      "user_tag": "user", "assistant_tag": "assistant"}),
-    ({"formatting": "openai", "hf_hub_url": "a/b"}, "messages", {}),
+     {**NOT_NAMED, "messages": "talk", "images": "pics", "role_tag": "role",
+      "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}),
+    ({"formatting": "openai", "hf_hub_url": "a/b"}, "messages", NEVER_ASKED),
 ])  # fmt: skip
 def test_a_dataset_says_its_format_and_columns(tmp_path, given, format, fields):
     info(tmp_path, mine={"file_name": "a.json", **given})

@@ -25,7 +25,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
     mark = MARK if any(media.values()) else None
     asked = [
         _text(entry, name)
-        for name in (fields.prompt or "instruction", fields.query or "input")
+        for name in (_name(fields.prompt, "instruction"), _name(fields.query, "input"))
         if entry.get(name)
     ]
     if not asked:
@@ -38,6 +38,10 @@ def read(entry: dict, fields: Fields) -> Conversation:
     )
     turns = with_system(turns, entry, fields)
     return conversation(turns, place_media(turns, media))
+
+
+def _name(named: str | None, default: str) -> str:
+    return default if named is None else named
 
 
 def _text(entry: dict, name: str) -> str:

@@ -12,7 +12,8 @@ An entry of the JSON is as in ShareGPT's format; a video `a/b.mp4` of its `video
 frames in the folder `a/b`, `a/b.json` beside it being `{"fps": frames a second}` (2 without it).
 The path stays as the entry has it; who opens the files finds the folder.
 
-Turns have `from` and `value`, or `role` and `content`. `<image>` and `<video>` are the places of
+Turns have `from` and `value`, or `role` and `content`; `system` beside them is the system prompt
+where no turn is. `<image>` and `<video>` are the places of
 the media. Line breaks and blanks at the ends of what a user says, and around the marks in it, go,
 as they do where these shards are read for Qwen2-VL.
 """
@@ -40,7 +41,7 @@ from megatron_vl.data.formats.media_columns import (
     positive,
 )
 from megatron_vl.data.formats.pickled import read_pickled_list
-from megatron_vl.data.formats.turns import MARK, listed_turns, read_turns
+from megatron_vl.data.formats.turns import MARK, listed_turns, read_turns, with_system
 
 PARTS = ("jpgs", "videos", "json")  # of a sample of a shard
 _SECONDS_A_FRAME = 0.5  # where the sample does not say
@@ -53,24 +54,28 @@ def read(entry: dict, fields: Fields) -> Conversation:
         BadEntry: it is not of this format, or cannot be trained on.
     """
     if isinstance(entry.get("json"), bytes):
-        said, waiting = _sample(entry, fields)
+        entry, said, waiting = _sample(entry, fields)
     else:
         said = listed_turns(entry, fields, "conversations", "messages")
         waiting = listed_media(entry, fields)
     turns = tuple(map(_without_margins, read_turns(said, fields, MARK)))
+    turns = with_system(turns, entry, fields)
     return conversation(turns, place_media(turns, waiting))
 
 
-def _sample(entry: dict, fields: Fields) -> tuple[list, dict[str, list[MediaSource]]]:
-    """The turns as written, and the media, of a sample of a shard."""
+def _sample(
+    entry: dict, fields: Fields
+) -> tuple[dict, list, dict[str, list[MediaSource]]]:
+    """What stands beside the turns, the turns as written, and the media of a shard's sample."""
     try:
         said = json.loads(entry["json"])
     except UnicodeDecodeError as error:
         raise BadEntry("bad text", f"its `json` is no text ({error})") from error
     except (ValueError, RecursionError) as error:
         raise BadEntry("wrong shape", f"its `json` is not valid JSON ({error})") from error
-    seconds = None
+    seconds, beside = None, {}
     if isinstance(said, dict):
+        beside = said
         seconds = said.get("second_per_grid_ts")
         said = listed_turns(said, fields, "conversations", "messages")
     if not isinstance(said, list):
@@ -81,7 +86,7 @@ def _sample(entry: dict, fields: Fields) -> tuple[list, dict[str, list[MediaSour
         seconds = [_SECONDS_A_FRAME] * len(videos)
     if not isinstance(seconds, list) or len(seconds) != len(videos):
         raise BadEntry("wrong shape", "its second_per_grid_ts is not one number a video")
-    return said, {IMAGE: images, VIDEO: list(map(_timed, videos, seconds))}
+    return beside, said, {IMAGE: images, VIDEO: list(map(_timed, videos, seconds))}
 
 
 def _timed(video: MediaSource, seconds) -> MediaSource:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Fields:
     """Columns of an entry, and tags of its turns; None where the format's own default applies.
 
+    A column that is not to be read is "".
+
     They are the `columns` and `tags` of dataset_info.json, with LLaMA-Factory's defaults beside.
     Formats understand more than these without being told: a module's docstring says what.
     """

@@ -2,7 +2,7 @@
 
 LLaVA-Pretrain and LLaVA-Instruct: an entry without `image` is text. `image` is one path or a list;
 `images`, `video` and `videos` are understood alike. Turns are from human (or user), gpt (or
-assistant) and system.
+assistant) and system; without a system turn, a `system` column is the system prompt.
 
 `<image>` in a value marks the image's place, `<video>` a video's. The one line break between a mark
 and the text beside it belongs to the mark: `"<image>\\nWhat is this?"` is the image, then `What is
@@ -16,7 +16,13 @@ import re
 from megatron_vl.data.conversation import IMAGE, Conversation, Part, Turn
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import conversation, listed_media, place_media
-from megatron_vl.data.formats.turns import MARK, listed_turns, read_turns, split_at_marks
+from megatron_vl.data.formats.turns import (
+    MARK,
+    listed_turns,
+    read_turns,
+    split_at_marks,
+    with_system,
+)
 
 _MARK_AND_BREAK = re.compile(rf"\n?{MARK.pattern}\n?")
 
@@ -28,7 +34,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
         BadEntry: it is not of this format, or cannot be trained on.
     """
     said = listed_turns(entry, fields, "conversations", "messages")
-    turns = read_turns(said, fields, _MARK_AND_BREAK)
+    turns = with_system(read_turns(said, fields, _MARK_AND_BREAK), entry, fields)
     return conversation(turns, place_media(turns, listed_media(entry, fields)))
 
 

@@ -13,6 +13,8 @@ It becomes what Qwen2-VL is trained on (arXiv 2409.12191, section 2.2.1):
 - `<box>(x1,y1),(x2,y2)</box>` is `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`: the upper left corner
   and the lower right one in thousandths of the image's width and height, 0 to 999, in both.
 - `<quad>`, four corners, is `<|quad_start|>...<|quad_end|>` in the same way.
+
+A `system` column is the system prompt where no turn is.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from dataclasses import replace
 
 from megatron_vl.data.conversation import IMAGE, BadEntry, Conversation, MediaSource, Part, Turn
 from megatron_vl.data.formats.fields import Fields
-from megatron_vl.data.formats.media_columns import conversation, media_source
-from megatron_vl.data.formats.turns import describe, listed_turns, read_turns
+from megatron_vl.data.formats.media_columns import (
+    conversation,
+    listed_media,
+    media_source,
+    place_media,
+)
+from megatron_vl.data.formats.turns import describe, listed_turns, read_turns, with_system
 
 _SCALE = 1000  # coordinates are below it
 _IMAGE = re.compile(r"(Picture [0-9]+: ?)?<img>([^<>\n]*)</img>\n?")
@@ -53,7 +60,9 @@ def read(entry: dict, fields: Fields) -> Conversation:
         for part in turn.parts:
             _split(part.text, number, images > 1, parts, media)
         made.append(replace(turn, parts=tuple(parts)))
-    return conversation(made, media)
+    if not media:  # listed elsewhere: the text has no places for them, which is refused
+        media = place_media((), listed_media(entry, fields))
+    return conversation(with_system(tuple(made), entry, fields), media)
 
 
 def _split(
