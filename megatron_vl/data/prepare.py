@@ -276,9 +276,9 @@ class _Preparation:
             )
         if refused and self.config.strict:
             raise InputError(
-                f"{len(refused)} of {total} entries of {where} cannot be used, the first (entry "
-                f"{refused[0].entry}) because {refused[0].message}; mend them or prepare without "
-                f"--strict."
+                f"{len(refused)} of {total} entries of {where} cannot be used, the first "
+                f"({refused[0].where} of {refused[0].file}) because {refused[0].message}; mend "
+                f"them or prepare without --strict."
             )
         return self.entries, refused
 

@@ -71,6 +71,9 @@ def odd_dir(tmp_path_factory):
         {"conversations": said("<image>什么颜色？", CHINESE), "images": ["a.png"]},
         {"conversations": said("1?", "one", "2?", "two", "3?", "three")},
         {"conversations": said("long?", "word " * 200)},
+        {"conversations": said("empty?", " ")},
+        {"conversations": said("<image>where?", "there"), "images": ["b.png"]},
+        {"conversations": said("and?", "")},
     ]
     (root / "in" / "data.json").write_text(json.dumps(entries))
     assert run(["prepare", str(root / "in"), str(root / "wds"), "--format", "sharegpt", "--quiet",
@@ -135,6 +138,15 @@ def _samples(wds, count):
             found += [json.load(tar.extractfile(name)) for name in tar.getnames()
                       if name.endswith(".json")]
     return found[:count]
+
+
+def test_what_prepare_refused_is_told_too(lint, odd_dir, capsys):
+    code, numbers, page = lint(odd_dir, model=False)
+    assert code == 0 and not numbers["refused"]
+    (dataset,) = numbers["datasets"]
+    assert dataset["refused_by_prepare"] == {"empty answer": 2, "missing media": 1}
+    title = "refused when prepared, listed in refused.jsonl"
+    assert title in capsys.readouterr().out and title in page
 
 
 def test_a_report_is_replaced_and_nothing_else_is(lint, odd_dir, tmp_path, capsys):

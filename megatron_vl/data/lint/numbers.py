@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +15,10 @@ from megatron_vl.data.lint.forecast import Forecaster, least_length, lengths_aro
 from megatron_vl.data.lint.look import Look
 from megatron_vl.data.lint.reading import Leaf
 from megatron_vl.data.loader import DataConfig
+from megatron_vl.data.prepare import REFUSED
 from megatron_vl.data.shards import show_progress
+from megatron_vl.errors import InputError
+from megatron_vl.inputs import json_value
 
 _LISTED = 1000  # refused samples that are named, of each reason
 
@@ -75,7 +80,25 @@ def _of_dataset(leaf: Leaf, looks: Sequence[Look]) -> dict:
         "share": leaf.share,
         "looked_at": len(looks),
         "usable": sum(look.reason is None for look in looks),
+        "refused_by_prepare": _refused_by_prepare(leaf.path / REFUSED),
     }
+
+
+def _refused_by_prepare(path: Path) -> dict[str, int]:
+    """Entries that never became samples, by reason; of another tool's dataset nobody knows."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}); see that it may be read.") from error
+    reasons: Counter[str] = Counter()
+    for line in lines:
+        try:
+            reasons[str(json_value(line)["reason"])] += 1
+        except (ValueError, TypeError, KeyError):
+            reasons["(a damaged line)"] += 1
+    return dict(reasons.most_common())
 
 
 def _refused(looks: Sequence[Look]) -> dict[str, dict]:

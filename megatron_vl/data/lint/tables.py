@@ -76,6 +76,7 @@ def tables(numbers: dict) -> list[Table]:
         found.append(_rows(numbers, limit))
     if numbers["refused"]:
         found.append(_refused(numbers["refused"]))
+    found.append(_refused_by_prepare(numbers["datasets"]))
     return [table for table in found if table.rows]
 
 
@@ -135,6 +136,16 @@ def _refused(refused: dict[str, dict]) -> Table:
                 of["samples"][0]["message"],
             )
             for reason, of in refused.items()
+        ),
+    )
+
+
+def _refused_by_prepare(datasets: list[dict]) -> Table:
+    return Table(
+        title="refused when prepared, listed in refused.jsonl", header=("", "reason", "entries"),
+        rows=tuple(
+            (one["path"], reason, count(entries))
+            for one in datasets for reason, entries in one["refused_by_prepare"].items()
         ),
     )
 
