@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -60,25 +62,31 @@ def check_target(
 def replacing(target: Path) -> Iterator[Path]:
     """A new directory beside `target` that takes its place when the block ends without an error.
 
-    Until then `target` is untouched; on an error nothing is left behind. Of a run that is killed
-    `check_target` clears away what is left; a target it had moved aside comes back.
+    Until then `target` is untouched; on an error, or when it is told to end by SIGTERM, nothing is
+    left behind. Of a run that is killed `check_target` clears away what is left; a target it had
+    moved aside comes back.
 
     Raises:
         InputError: something cannot be read or written, in the block too.
     """
     target = target.resolve()
     partial, replaced = (_beside(target, kind, os.getpid()) for kind in ("partial", "replaced"))
+    with _clearing_away_on_sigterm():
+        yield from _replacing(target, partial, replaced)
+
+
+def _replacing(target: Path, partial: Path, replaced: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        if target.exists():
-            target.rename(replaced)
         try:
+            if target.exists():
+                target.rename(replaced)
             partial.rename(target)
-        except OSError:
+        except BaseException:  # a signal comes at any line
             if replaced.exists():
-                replaced.rename(target)
+                replaced.rename(partial if target.exists() else target)
             raise
         if replaced.exists():
             # So that a `.replaced-` directory is always whole, however far its removal came.
@@ -90,6 +98,29 @@ def replacing(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _clearing_away_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does, where nobody else listens to it."""
+    if (threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL):
+        yield
+        return
+
+    process = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() != process:  # one that was forked since
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def with_suffix(path: str | Path, suffixes: Sequence[str], option: str) -> Path:

@@ -126,8 +126,8 @@ class Summary:
         ]
         if self.shared_media:
             lines.append(
-                f"images that more than one split shows: {self.shared_media} (prepare with "
-                f"--shuffle or another --split to keep them apart)"
+                f"images that more than one split shows: {self.shared_media} (another "
+                f"--split, or --shuffle where it was off, may keep them apart)"
             )
         if self.refused:
             lines.append(f"refused {len(self.refused)}, listed in {self.output / REFUSED}:")
@@ -146,7 +146,13 @@ def prepare(config: PrepareConfig) -> Summary:
         InputError: no readable source, an output that exists, or nothing usable.
     """
     needed = [config.source, config.source / (config.json_name or ""), Path.cwd()]
-    needed += [config.media_root] if config.media_root else []
+    if config.media_root is not None:
+        if not config.media_root.is_dir():
+            raise InputError(
+                f"--media-root {config.media_root} is no directory; give the one that paths of "
+                f"images and videos start from."
+            )
+        needed.append(config.media_root)
     check_target(
         config.output, overwrite=config.overwrite, needed=needed, what="prepared dataset",
         is_ours=lambda there: (there / ".nv-meta").is_dir(),

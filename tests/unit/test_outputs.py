@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +53,31 @@ def _fail_to_take(path, target, rename):
     if ".partial-" in path.name:
         raise OSError("killed here")
     return rename(path, target)
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_between_two_directories_leaves_one_of_them(tmp_path, monkeypatch, moved, when):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    rename, calls = Path.rename, []
+
+    def interrupted(path, to):
+        calls.append(path)
+        if len(calls) == moved and when == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        rename(path, to)
+        if len(calls) == moved and when == "after":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)), replacing(target) as partial:
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    new = (moved, when) == (2, "after")
+    assert [path.name for path in target.iterdir()] == ["new" if new else "old"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

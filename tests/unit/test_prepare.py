@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,29 @@ def _refuses(config, what):
 
 def test_a_missing_source_is_named(tmp_path):
     _refuses({"source": tmp_path / "no", "output": tmp_path / "out"}, "no does not exist; give")
+
+
+def test_a_media_root_that_is_not_there_is_named(tmp_path):
+    source = _source(tmp_path / "in", [_entry()] * 10)
+    _refuses({"source": source, "output": tmp_path / "out", "media_root": tmp_path / "no"},
+             "--media-root .*/no is no directory; give")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_told_to_end_it_leaves_nothing_half_written(tmp_path, again):
+    source, out = _source(tmp_path / "in", [_entry()] * 2000), tmp_path / "out"
+    command = [sys.executable, "-m", "megatron_vl", "prepare", source, out, "--quiet"]
+    if again:
+        subprocess.run(command, check=True)
+        command.append("--overwrite")
+    before = sorted(out.rglob("*"))
+    job = subprocess.Popen(command)
+    while job.poll() is None and not list(tmp_path.glob(".out.partial-*/*.tar")):
+        time.sleep(0.01)
+    job.terminate()
+    assert job.wait(60) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"][: 1 + again]
+    assert sorted(out.rglob("*")) == before
 
 
 def test_several_json_files_ask_for_a_name(tmp_path):

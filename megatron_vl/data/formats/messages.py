@@ -11,10 +11,11 @@
 | `{"type": "image", "image": ...}`, `"video"` alike | a path, such a URL, or a list of frames |
 | `{"type": "image"}`, `"video"` alike | the next of the entry's `images` or `videos` |
 
-Where `type` is left out, the key tells it. `fps` beside a list of frames is their rate. Content
-that is text has no marks in it, unless the entry has `images` or `videos`: then `<image>` and
-`<video>` are their places. Roles are system (or developer), user and assistant; turns of tools are
-refused, and so are `http://` URLs: download first.
+Where `type` is left out, the key tells it. `fps` beside a list of frames is their rate; other keys
+beside a medium, such as `max_pixels`, are not read: a run's options hold for all its images.
+Content that is text has no marks in it, unless the entry has `images` or `videos`: then `<image>`
+and `<video>` are their places. Roles are system (or developer), user and assistant; turns of tools
+are refused, and so are `http://` URLs: download first.
 """
 
 from __future__ import annotations
