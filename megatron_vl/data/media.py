@@ -23,8 +23,9 @@ MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart
 FRAMES_AT_ONCE = 16  # of a video, decoded and held at their full size
 MAX_FRAME_PIXELS = 40_000_000  # of a video; 8K has 33 million
 # What PIL decodes by itself; for others it starts programs, as Ghostscript for PostScript.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA",
-           "TIFF", "WEBP")
+# It tries them in turn: the most frequent first, the one without a mark at its beginning last.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "AVIF", "ICO", "JPEG2000", "MPO", "PPM",
+           "TIFF", "TGA")
 _SLACK = 1.05  # by which a whole video may be shorter than its header says
 _CUT = "the file is cut off"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height

@@ -39,6 +39,7 @@ from megatron_vl.data.media import BadMedia
 from megatron_vl.errors import InputError, printable
 
 PLACES = "__places__"  # of a sample read by `LocalShards`: its shard, and where its files are in it
+_NOTHING = bytes(167)
 _BLOCK = 512  # bytes of a tar header, and of what files are rounded up to
 _AT_ONCE = 4096  # bytes of a sample read in one go: its headers and JSON, mostly
 
@@ -106,9 +107,10 @@ class ShardFiles:
     def pread(self, path: str, size: int, offset: int) -> bytes:
         """At most `size` bytes of a file from `offset` on. Raises OSError, OverflowError."""
         file = self._descriptor(path)
-        # Room is made before it is read, and an index or a header may ask for any.
-        left = os.fstat(file).st_size - offset
-        return os.pread(file, max(0, min(size, left)), offset)
+        if size > _AT_ONCE:
+            # Room is made before it is read, and an index or a header may ask for any.
+            size = min(size, os.fstat(file).st_size - offset)
+        return os.pread(file, max(0, size), offset)
 
     def _index(self, dataset: EPath) -> SqliteITarEntryReader:
         self._check_process()
@@ -285,8 +287,9 @@ def _plain_file(block: bytes) -> tuple[str, int]:
 
     Raises _NotPlain: no file's, a name longer than the first field, or a header that is damaged.
     """
-    if (block[156:157], block[257:262], block[345:346], len(block)) != (
-        b"0", b"ustar", b"\0", _BLOCK
+    # No link, and neither a second half of the name nor anything after it: zeros.
+    if (block[156:157], block[157:257], block[257:262], block[345:]) != (
+        b"0", _NOTHING[:100], b"ustar", _NOTHING
     ):
         raise _NotPlain
     name, size, checksum = (
@@ -296,7 +299,8 @@ def _plain_file(block: bytes) -> tuple[str, int]:
         name, size, checksum = name.decode("utf-8"), int(size, 8), int(checksum, 8)
     except ValueError as error:
         raise _NotPlain from error
-    if size < 0 or checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+    told = block[:148] + block[156:157] + block[257:345]
+    if size < 0 or checksum != sum(told) + 8 * ord(" "):
         raise _NotPlain
     return name, size
 
