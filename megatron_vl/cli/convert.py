@@ -187,7 +187,7 @@ def _bytes(text: str) -> int:
 
 
 def _report(args: argparse.Namespace, conversion, written, seconds: float) -> None:
-    from megatron_vl.weights.workers import peak_memory
+    from megatron_vl.workers import peak_memory
 
     peak = peak_memory(args.workers)
     rate = written.nbytes / seconds / 10**9

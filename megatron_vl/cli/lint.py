@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_vl.data.options import MediaLimits, TrainedText
-from megatron_vl.training.config import DataOptions
 from megatron_vl.training.config_sources import add_some_arguments
+from megatron_vl.training.options import DataOptions
 
 AS_IN_TRAINING = (
     "max_samples", "max_patches_per_row",

@@ -65,7 +65,7 @@ def verify(a: Path, b: Path, hf_config: Path | None, *, cast: bool, workers: int
 
 
 def _print(a: Path, b: Path, found, nbytes: int, seconds: float, workers: int) -> None:
-    from megatron_vl.weights.workers import peak_memory
+    from megatron_vl.workers import peak_memory
 
     differing = [one for one in found.tensors if not one.equal]
     rows = [

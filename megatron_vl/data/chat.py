@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vl.data.conversation import MEDIA_KINDS, BadConversation, Turn
+from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
@@ -22,7 +22,7 @@ _PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
 ]
-_SHORT = 128  # characters of a text that others may repeat: a common question, or yes and no
+SHORT = 128  # characters of a text that others may repeat: a common question; -1 remembers none
 _MAX_REMEMBERED = 4096  # such texts, and what a template writes around them
 
 
@@ -127,17 +127,17 @@ class ChatTokenizer:
             IGNORE.
 
         Raises:
-            BadConversation: no turn to train, an empty answer, placeholders unlike the media, or
+            BadEntry: no turn to train, an empty answer, placeholders unlike the media, or
                 the template refuses it.
         """
         for turn in turns:
             if turn.role == "assistant" and not any(p.text and p.text.strip() for p in turn.parts):
-                raise BadConversation("empty answer", "its answer is empty")
+                raise BadEntry("empty answer", "its answer is empty")
         if not any(turn.role == "assistant" for turn in turns):
-            raise BadConversation("no answer", "it has no answer to train on")
+            raise BadEntry("no answer", "it has no answer to train on")
         tokens, labels = [], []
         for stretch in self.template.write(turns):
-            short = stretch.fixed or len(stretch.text) <= _SHORT
+            short = stretch.fixed or len(stretch.text) <= SHORT
             ids, targets = (self._remembered if short else self._tokens)(
                 stretch.text, stretch.answers
             )
@@ -170,13 +170,13 @@ class ChatTokenizer:
         for kind, placeholder in self._placeholders.items():
             # What a person wrote may hold the tokenizer's own mark.
             if tokens.count(placeholder) != kinds.count(kind):
-                raise BadConversation(
+                raise BadEntry(
                     "mark count",
                     f"its text has {tokens.count(placeholder)} {kind} marks for "
                     f"{kinds.count(kind)} {kind}s",
                 )
         if len(kinds) != len(counts):
-            raise BadConversation(
+            raise BadEntry(
                 "mark count", f"it has {len(kinds)} marks for {len(counts)} images and videos"
             )
         at = 0

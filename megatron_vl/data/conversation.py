@@ -19,26 +19,16 @@ _RESERVED = re.compile(r"<\|(?:vision_start|vision_end|vision_pad|image_pad|vide
 
 
 class BadEntry(ValueError):
-    """An entry that cannot be used: its `reason` is one of a few words, its message the details.
+    """An entry or sample that cannot be used: its `reason` is one of a few words, its message says
+    what is wrong.
 
-    The caller says which entry it is. Reasons are counted, so they name a kind of fault and no
+    The caller says which one it is. Reasons are counted, so they name a kind of fault and no
     value: see REASONS.
     """
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         assert reason in REASONS, reason
-        self.reason = reason
-
-
-class BadConversation(ValueError):
-    """A conversation that cannot be trained on; the message says why, the caller which sample.
-
-    `reason` is one of REASONS.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
         self.reason = reason
 
 

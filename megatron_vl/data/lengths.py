@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.conversation import BadConversation, BadEntry, StoredMedia, Turn
+from megatron_vl.data.conversation import BadEntry, StoredMedia, Turn
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.models.spec import VLMSpec
@@ -34,8 +34,6 @@ class LengthCounter:
         try:
             grids = [self.media.grid(one) for one in media]
             tokens, _ = self.chat.encode(turns, [self.media.num_tokens(grid) for grid in grids])
-        except BadConversation as error:
-            raise BadEntry(error.reason, str(error)) from error
         except BadMedia as error:
             raise BadEntry("unusable media", str(error)) from error
         return tokens.numel()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -21,8 +20,8 @@ from megatron_vl.data.media import (
     video_frames,
     video_info,
 )
-from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value
+from megatron_vl.workers import in_parallel
 
 FRAMES_FPS = 2.0  # of a folder of frames that does not say; what known preparation scripts assume
 FRAME_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
@@ -195,21 +194,15 @@ def measure_all(
     energon's own prepare would drop a whole shard for one that cannot be decoded.
 
     Raises:
-        InputError: a process that decodes was ended from outside.
+        InputError: a process that decodes was killed.
     """
     media = list(media)
-    done = 0
-    try:
-        with ProcessPoolExecutor(min(num_workers, max(1, len(media) // _CHUNK))) as pool:
-            for found in zip(media, pool.map(measure, media, chunksize=_CHUNK), strict=True):
-                yield found
-                done += 1
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"a process that decodes images and videos was killed, by someone or for want of "
-            f"memory, at {media[done].files[0]} or after it; free memory or give fewer "
-            f"--num-workers."
-        ) from error
+    chunks = [media[at : at + _CHUNK] for at in range(0, len(media), _CHUNK)]
+    found = in_parallel(
+        lambda chunk: [measure(one) for one in chunk], chunks, num_workers,
+        option="--num-workers", name=lambda chunk: str(chunk[0].files[0]),
+    )
+    yield from zip(media, chain.from_iterable(found), strict=True)
 
 
 def measure(media: RawMedia) -> MediaInfo | str:

@@ -36,7 +36,7 @@ from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import PackingDataset
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadConversation, StoredMedia, from_json
+from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia, from_json
 from megatron_vl.data.formats.llava import question_and_answer
 from megatron_vl.data.media import BadMedia, image_size
 from megatron_vl.data.packing import pack
@@ -143,7 +143,7 @@ class SampleEncoder(TaskEncoder):
             self._check_size(tokens.numel(), grids, {media.kind for media in sample.media})
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
-        except BadConversation as error:
+        except BadEntry as error:
             self._skip(sample, error.reason, str(error))
         self._in_vain[_ENCODE] = 0
         return EncodedSample.derive_from(
@@ -159,14 +159,14 @@ class SampleEncoder(TaskEncoder):
     def _check_size(self, length: int, grids: Sequence[Grid], kinds: set[str]) -> None:
         rules, patches = self.rules, sum(map(math.prod, grids))
         if length > rules.length:
-            raise BadConversation(
+            raise BadEntry(
                 "too long",
                 f"it has {length} tokens but a row holds {rules.length}; {rules.length_mend}",
             )
         if rules.max_patches is not None and patches > rules.max_patches:
             mends = {IMAGE: "image-max-pixels", VIDEO: "video-max-pixels or video-maxlen"}
             mend = " or ".join(mends[kind] for kind in sorted(kinds))
-            raise BadConversation(
+            raise BadEntry(
                 "too many patches",
                 f"its images and videos have {patches} patches but a row holds "
                 f"{rules.max_patches}; raise max-patches-per-row or lower {mend}",

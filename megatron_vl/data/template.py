@@ -18,7 +18,7 @@ from unicodedata import category
 
 import jinja2
 
-from megatron_vl.data.conversation import BadConversation, Turn
+from megatron_vl.data.conversation import BadEntry, Turn
 from megatron_vl.data.template_rule import only_writes_texts
 from megatron_vl.errors import InputError
 
@@ -68,16 +68,16 @@ class ChatTemplate:
         begins where the template asks for an answer, and ends with its end token.
 
         Raises:
-            BadConversation: the template refuses it, or the answer it begins with is not found.
+            BadEntry: the template refuses it, or the answer it begins with is not found.
             InputError: what the template writes does not grow with the conversation.
         """
         try:
             return self._write(turns)
-        except BadConversation:
+        except BadEntry:
             raise
         except _TEMPLATE_ERRORS as error:
             words = str(error).strip().splitlines() or [type(error).__name__]
-            raise BadConversation(
+            raise BadEntry(
                 "chat template", f"the model's chat template refuses it ({words[0].rstrip('.')})"
             ) from error
 
@@ -123,7 +123,7 @@ class ChatTemplate:
         request = self.render(_ASKED, add_generation_prompt=True).removeprefix(self.render(_ASKED))
         before, found, _ = self.render(messages).partition(request)
         if not request or not found:
-            raise BadConversation(
+            raise BadEntry(
                 "chat template", "it begins with an answer, and where that begins cannot be found "
                 "in what the model's chat template writes; begin with a question"
             )

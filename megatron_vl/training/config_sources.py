@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import yaml_value
-from megatron_vl.training.config import GROUPS, TrainConfig, kind_of
+from megatron_vl.training.config import TrainConfig, kind_of
+from megatron_vl.training.options import GROUPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from megatron_vl.outputs import replacing_file
 from megatron_vl.pages import escape, page, picture, table
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.training.config import GROUPS
 from megatron_vl.training.history import History, names_of, page_of, read_history, total
 from megatron_vl.training.layout_picture import draw_layout, talks
+from megatron_vl.training.options import GROUPS
 from megatron_vl.training.report import plot_runs
 
 _RANKS = 64  # ranks whose times are listed, the slowest first

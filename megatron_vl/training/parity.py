@@ -138,8 +138,7 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
         patches = sum(map(math.prod, grids))
         samples.append(EncodedSample(
             __key__=str(number), __restore_key__=(), name=str(number), tokens=tokens,
-            labels=labels,
-            grids=tuple(grids), media=(), read=None,
+            labels=labels, grids=tuple(grids), media=(), read=None,
             patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
             if grids else None,
         ))

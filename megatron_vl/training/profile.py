@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vl.training.config import LogOptions
+from megatron_vl.training.options import LogOptions
 
 
 class StepProfiler:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_vl.errors import InputError
-from megatron_vl.training.config import LogOptions
+from megatron_vl.training.options import LogOptions
 
 # Tracker -> (the option that asks for it, what pip installs).
 TRACKERS = {

@@ -22,7 +22,7 @@ from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import volume
 from megatron_vl.weights.plan import Op, Plan, TensorPlan, Twin
 from megatron_vl.weights.rules import box
-from megatron_vl.weights.workers import in_parallel
+from megatron_vl.workers import in_parallel
 
 # Bytes a worker looks at and writes at a time: small enough to be in the processor's cache still
 # when they are written.

@@ -23,7 +23,7 @@ from megatron_vl.weights.reshard import (
     target_dtypes,
     twin_differs,
 )
-from megatron_vl.weights.workers import in_parallel
+from megatron_vl.workers import in_parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

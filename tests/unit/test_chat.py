@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.conversation import REASONS, BadConversation, Part, Turn
+from megatron_vl.data.conversation import REASONS, BadEntry, Part, Turn
 from megatron_vl.data.formats.llava import question_and_answer, split_marks
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
@@ -98,7 +98,7 @@ def test_a_system_prompt_of_any_length_leaves_the_mask_right(chat, system):
     ],
 )
 def test_a_conversation_that_cannot_be_trained_on_says_why(chat, turns, counts, reason, what):
-    with pytest.raises(BadConversation, match=what) as raised:
+    with pytest.raises(BadEntry, match=what) as raised:
         chat.encode(turns, counts)
     assert raised.value.reason == reason in REASONS
 

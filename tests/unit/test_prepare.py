@@ -300,8 +300,10 @@ def _killed(media):
 
 def test_a_killed_process_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(raw_media, "measure", _killed)
-    source = _source(tmp_path / "in", [_entry()] * 10)
-    _refuses({"source": source, "output": tmp_path / "out"}, "was killed, .*0.png or after it")
+    monkeypatch.setattr(raw_media, "_CHUNK", 1)
+    source = _source(tmp_path / "in", [_entry(), _entry("1.png")], ["0.png", "1.png"])
+    _refuses({"source": source, "output": tmp_path / "out"},
+             "was killed at .*0.png or after it, .* fewer --num-workers")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -21,9 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout
 from megatron_vl.training import trackers
-from megatron_vl.training.config import LogOptions, TrainConfig
+from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import read_history
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
+from megatron_vl.training.options import LogOptions
 from megatron_vl.training.plan import plan_run
 from megatron_vl.training.profile import StepProfiler
 from megatron_vl.training.record import OPTIONS, write_options
@@ -487,7 +488,7 @@ def test_a_tracker_that_fails_says_so_once_and_stops_nothing(monkeypatch):
 
 TRACKED = """
 import sys
-from megatron_vl.training.config import LogOptions
+from megatron_vl.training.options import LogOptions
 from megatron_vl.training.trackers import Trackers
 running = Trackers(LogOptions(**{asked!r}), {{"lr": 1e-3, "profile_ranks": (0,), "save": None}})
 assert running.running

@@ -15,7 +15,7 @@ from tiny_hf import ROOT, assert_equal, read
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.weights import reshard
-from megatron_vl.weights.workers import in_parallel
+from megatron_vl.workers import in_parallel
 
 
 def test_answers_come_in_order_from_other_processes():
@@ -48,7 +48,7 @@ def test_a_worker_that_is_killed_is_one_sentence():
 def test_workers_end_with_their_parent(sent):
     code = """
 import os, time
-from megatron_vl.weights.workers import in_parallel
+from megatron_vl.workers import in_parallel
 def work(item):
     os.write(1, b'%d\\n' % os.getpid())
     time.sleep(2 if item < 2 else 60)

@@ -53,7 +53,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     if args.new_texts:
-        chat._SHORT = -1
+        chat.SHORT = -1
     spec = load_spec(args.hf_dir)
     config = DataConfig(
         train=Mixture.parse(str(args.dataset)), seq_length=args.seq_length, num_workers=0,

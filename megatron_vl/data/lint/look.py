@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron.energon import SkipSample, VQASample
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadConversation, StoredMedia
+from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia
 from megatron_vl.data.lint.reading import Leaf
 from megatron_vl.data.loader import DataConfig
 from megatron_vl.data.media import BadMedia
@@ -59,7 +59,8 @@ class Looker:
     def look(self, leaf: int, place: int) -> Look | None:
         """None: the dataset excludes this sample."""
         where = {"leaf": leaf, "place": place}
-        name = f"{self.leaves[leaf].path.name}, sample {place}"
+        path = self.leaves[leaf].path
+        name = f"{self.encoder.datasets.get(str(path), path.name)}, sample {place}"
         try:
             raw = self.leaves[leaf].read(place)
             if raw is None:
@@ -105,7 +106,7 @@ class Looker:
 class _Encoder(SampleEncoder):
     """Training's, but what is too large for a row is noted and encoded all the same."""
 
-    over: BadConversation | None = None  # what is wrong with the size of the last sample
+    over: BadEntry | None = None  # what is wrong with the size of the last sample
 
     def conversation(self, raw) -> ConversationSample:
         """A raw sample of either kind of dataset. Raises SkipSample: it cannot be used."""
@@ -119,7 +120,7 @@ class _Encoder(SampleEncoder):
     def _check_size(self, length: int, grids: list[Grid], kinds: set[str]) -> None:
         try:
             super()._check_size(length, grids, kinds)
-        except BadConversation as error:
+        except BadEntry as error:
             self.over = error
 
 

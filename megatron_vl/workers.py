@@ -21,7 +21,8 @@ _job: tuple[Callable[[Any], Any], Sequence[Any]] | None = None  # as it was when
 
 
 def in_parallel(
-    work: Callable[[Any], Any], items: Sequence[Any], workers: int
+    work: Callable[[Any], Any], items: Sequence[Any], workers: int, *, option: str = "--workers",
+    name: Callable[[Any], str] | None = None,
 ) -> Iterator[Any]:
     """`work` of every item, in order; the first error ends the others.
 
@@ -29,6 +30,10 @@ def in_parallel(
     their answers are sent. Copying memory they would wait for each other as threads, for Python's
     lock and for the kernel's on the address space. Where forking is not safe, outside Linux, they
     are threads all the same; one worker is this process.
+
+    Args:
+        option: the flag that sets `workers`, for the message.
+        name: of an item, for the message.
 
     Raises:
         InputError: a worker was killed.
@@ -47,12 +52,16 @@ def in_parallel(
         answers, call = range(len(items)), _work
     else:
         pool, answers, call = ThreadPoolExecutor(workers), items, work
+    done = 0
     try:
-        yield from pool.map(call, answers)
+        for answer in pool.map(call, answers):
+            yield answer
+            done += 1
     except BrokenProcessPool as error:
+        where = "" if name is None else f" at {name(items[done])} or after it"
         raise InputError(
-            "a worker process was killed, by someone or for want of memory; free memory or give "
-            "fewer --workers."
+            f"a worker process was killed{where}, by someone or for want of memory; free memory or "
+            f"give fewer {option}."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
