@@ -5,7 +5,7 @@ S tokens a row, B rows a micro-batch, L tokens a sample, P patches, D numbers a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -16,6 +16,7 @@ from megatron.energon.edataclass import edataclass
 
 from megatron_vl.data.conversation import StoredMedia, Turn
 
+SHAPES = ("cu_seqlens", "grid_thw")  # of a RowBatch: what stays on the host
 _BY_VALUE = 1 << 20  # bytes
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 IGNORE = -100  # the label of a position that is not trained; never a token id, so never the pad id
@@ -100,9 +101,10 @@ class RowBatch:
     labels: torch.Tensor  # int64 [B, S], already shifted: the target of each position, or IGNORE
     loss_mask: torch.Tensor  # float32 [B, S]: 1 where the position is trained
     position_ids: torch.Tensor  # int64 [3, B, S]: time, height, width; every sample starts at 0
-    cu_seqlens: torch.Tensor  # int32 [segments + 1]: bounds over the B*S tokens, row after row
+    # int32 [segments + 1], on the host: bounds over the B*S tokens, row after row
+    cu_seqlens: torch.Tensor
     pixel_patches: torch.Tensor | None  # float32 [P, D] of all images, in order of their tokens
-    grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
+    grid_thw: torch.Tensor  # int64 [images and videos, 3], on the host; [0, 3] where there is none
     sample_keys: list[str]  # names of the samples, in order
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
     skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
@@ -125,7 +127,9 @@ class RowBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> RowBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """On `device`, but what shapes are made of: to read that there would wait for the device.
+        """
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), but=SHAPES)
 
     def __getstate__(self) -> dict:
         """Small tensors travel between processes by value: torch would open a file for each."""
@@ -142,8 +146,8 @@ class RowBatch:
             value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             setattr(self, name, value)
 
-    def _map(self, change) -> RowBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+    def _map(self, change, but: Sequence[str] = ()) -> RowBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in but}
         return replace(
             self,
             **{k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)},

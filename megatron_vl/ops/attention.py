@@ -164,8 +164,8 @@ def _why_not_flash2(case: Case) -> str | None:
 
 
 def _why_not_torch_varlen(case: Case) -> str | None:
-    # torch 2.10 brought varlen_attn, 2.12 its last argument that is needed here, enable_gqa.
-    return _lacks(case, "torch", (2, 12))
+    # torch 2.10 brought varlen_attn, 2.11 its last argument that is needed here, window_size.
+    return _lacks(case, "torch", (2, 11))
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -29,9 +29,11 @@ class Segments:
         self.device = torch.device(device)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> Segments:
-        """From the n+1 cumulative lengths int32[n+1] that flash-attention kernels take."""
-        return cls(cu_seqlens.diff().tolist(), cu_seqlens.device)
+    def from_cu_seqlens(
+        cls, cu_seqlens: torch.Tensor, device: torch.device | str = "cpu"
+    ) -> Segments:
+        """From the n+1 cumulative lengths int32[n+1], on the host, of kernels on `device`."""
+        return cls(cu_seqlens.diff().tolist(), device)
 
     @property
     def num_tokens(self) -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_vl.ops.segments import Segments
+
+# The kernels take fewer key/value heads by themselves; from 2.12 on torch wants to be told so.
+TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention(
@@ -28,5 +33,5 @@ def attention(
         segments.max_length,
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q_TNH.shape[1] != k_TGH.shape[1],
+        **({"enable_gqa": q_TNH.shape[1] != k_TGH.shape[1]} if TAKES_GQA else {}),
     )

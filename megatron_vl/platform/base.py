@@ -14,10 +14,12 @@ class Platform(Protocol):
     Attributes:
         name: what the log calls it.
         collective_backend: torch.distributed backend for tensors on `device`.
+        fuses_ops: whether kernels made at run time (torch.compile) pay here.
     """
 
     name: str
     collective_backend: str
+    fuses_ops: bool
 
     def install(self) -> None:
         """Make Megatron-Core usable here. Idempotent; must run before a model is built."""

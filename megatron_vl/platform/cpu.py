@@ -9,8 +9,7 @@ process, and only when no CUDA device is available:
 3. factory calls with `device="cuda"`: the device becomes `cpu`;
 4. dtype names: `Tensor.type()` answers the CUDA name that Megatron-Core compares with.
 
-The optimizer is an AdamW that keeps `step` in the parameter group, as TransformerEngine's
-FusedAdam does, so that the distributed optimizer's checkpoint code takes the same path as on GPU.
+The optimizer is that of a GPU without TransformerEngine: see `platform.optimizer`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import warnings
 
 import torch
 
+from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.write_results import install_write_results
 
 _FACTORIES = (
@@ -37,6 +37,7 @@ _installed = False
 class CpuPlatform:
     name = "cpu"
     collective_backend = "gloo"
+    fuses_ops = False  # every process would start a C++ compiler
 
     def install(self) -> None:
         global _installed
@@ -49,7 +50,7 @@ class CpuPlatform:
         _install_random_calls()
         _install_factories()
         _install_type_names()
-        _install_adam()
+        install_optimizer()
         install_write_results()
         _installed = True
 
@@ -244,71 +245,3 @@ def _install_type_names() -> None:
         return name
 
     torch.Tensor.type = type_name
-
-
-# ---- the optimizer ----------------------------------------------------------------------------
-
-
-class GroupStepAdam(torch.optim.Optimizer):
-    """Adam(W) whose step count lives in the parameter group.
-
-    Args:
-        params: parameters or groups, fp32.
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        adam_w_mode: decoupled weight decay (AdamW) when True, L2 (Adam) otherwise.
-
-    State per parameter: `exp_avg`, `exp_avg_sq`, same shape and dtype as the parameter.
-    """
-
-    def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True
-    ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        from torch.optim.adam import adam
-        from torch.optim.adamw import adamw
-
-        if closure is not None:
-            raise AssertionError("Megatron-Core's optimizers pass no closure")
-        for group in self.param_groups:
-            if not group["params"]:
-                continue  # uncounted, as by FusedAdam
-            params = [p for p in group["params"] if p.grad is not None]
-            group["step"] = group.get("step", 0) + 1
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            # torch increments the step tensors itself before it uses them.
-            before = float(group["step"] - 1)
-            beta1, beta2 = group["betas"]
-            (adamw if self.adam_w_mode else adam)(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(before) for _ in params],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-
-
-def _install_adam() -> None:
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True

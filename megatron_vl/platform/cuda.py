@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 
 from megatron_vl.errors import InputError
+from megatron_vl.platform.optimizer import has_fused_optimizer, install_optimizer
 from megatron_vl.platform.write_results import install_write_results
 
 
 class CudaPlatform:
     name = "cuda"
     collective_backend = "nccl"
+    fuses_ops = True
 
     def install(self) -> None:
-        """Megatron-Core needs no help to compute on a CUDA device."""
+        """Megatron-Core needs help with the optimizer alone, where nothing of its own is there."""
+        if not has_fused_optimizer():
+            install_optimizer()
         install_write_results()
 
     def device(self, local_rank: int) -> torch.device:

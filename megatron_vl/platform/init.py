@@ -72,7 +72,7 @@ def connect(*, timeout_minutes: float = 10.0) -> None:
         return
     platform = select_platform()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
+    platform.device(int(os.environ.get("LOCAL_RANK", 0)))  # selected before NCCL looks for it
     timeout = timedelta(minutes=timeout_minutes)
     if "MASTER_ADDR" in os.environ:
         store = _gather(rank, world, timeout)
@@ -84,7 +84,8 @@ def connect(*, timeout_minutes: float = 10.0) -> None:
         world_size=world,
         store=torch.distributed.PrefixStore("default_pg", store),
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        # No device_id: with it NCCL splits the world for every group, which all ranks must join,
+        # and `new_group(.., use_local_synchronization=True)` of some of them waits for ever.
     )
 
 

@@ -184,6 +184,10 @@ class ModelRunOptions:
         "auto", "who computes variable-length attention; auto: the first of the others that runs",
         choices=("auto", *BACKENDS),
     )
+    fused_ops: str = option(
+        "auto", "elementwise operations as one kernel each, compiled in the first steps, where the "
+        "device gains by it; off: by plain torch", choices=("auto", "off"),
+    )
     recompute_granularity: str | None = option(
         None, "recompute activations in backward: attention, or whole layers",
         choices=("selective", "full"), kind=str,

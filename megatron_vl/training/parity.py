@@ -254,8 +254,7 @@ def run_ranks(
     for number, (layout, split) in enumerate(layouts):
         started = time.monotonic()
         platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
-        device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
-        _run_layout(work_dir / str(number), hf_dir, layout, split, device, setting)
+        _run_layout(work_dir / str(number), hf_dir, layout, split, platform, setting)
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:
             print(f"  {number + 1}/{len(layouts)}  {layout}, {split}: "
@@ -264,7 +263,7 @@ def run_ranks(
 
 
 def _run_layout(
-    work_dir: Path, hf_dir: Path, layout: Layout, split: StageSplit, device, setting: Setting
+    work_dir: Path, hf_dir: Path, layout: Layout, split: StageSplit, platform, setting: Setting
 ) -> None:
     from megatron.core import parallel_state
 
@@ -276,10 +275,11 @@ def _run_layout(
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     spec = load_spec(hf_dir)
+    device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
     recompute, vit_recompute = setting.recompute_of(split)
     options = ModelOptions(
         params_dtype=getattr(torch, setting.dtype), recompute=recompute,
-        vit_recompute=vit_recompute, initialize_weights=False,
+        vit_recompute=vit_recompute, initialize_weights=False, fused_ops=platform.fuses_ops,
     )
     chunks = family(spec.model_type).build_model(spec, layout, split, options)
     model = wrap_for_data_parallel(
@@ -319,7 +319,8 @@ def _logits_step(stream, model):
 
     batch = next(stream)
     output = model(
-        batch.tokens, batch.position_ids, Segments.from_cu_seqlens(batch.cu_seqlens),
+        batch.tokens, batch.position_ids,
+        Segments.from_cu_seqlens(batch.cu_seqlens, batch.tokens.device),
         pixel_patches=batch.pixel_patches, grid_thw=batch.grid_thw,
     )
 

@@ -27,7 +27,9 @@ from megatron_vl.training.options import OptimizerOptions
 from megatron_vl.training.plan import Plan
 
 
-def model_options(plan: Plan, *, initialize_weights: bool) -> ModelOptions:
+def model_options(
+    plan: Plan, platform: Platform, *, initialize_weights: bool
+) -> ModelOptions:
     run = plan.config.model
     return ModelOptions(
         params_dtype=getattr(torch, run.dtype),
@@ -37,6 +39,7 @@ def model_options(plan: Plan, *, initialize_weights: bool) -> ModelOptions:
         fp8_format=run.fp8_format,
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
+        fused_ops=run.fused_ops == "auto" and platform.fuses_ops,
         initialize_weights=initialize_weights,
         deterministic=run.deterministic,
         frozen=run.frozen,
@@ -45,7 +48,7 @@ def model_options(plan: Plan, *, initialize_weights: bool) -> ModelOptions:
 
 def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> list:
     """This rank's chunks on its device, each wrapped for data parallelism."""
-    options = model_options(plan, initialize_weights=initialize_weights)
+    options = model_options(plan, platform, initialize_weights=initialize_weights)
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
     return wrap_for_data_parallel(
         chunks,

@@ -162,7 +162,7 @@ def forward_step(
         output = model(
             batch.tokens,
             batch.position_ids,
-            Segments.from_cu_seqlens(batch.cu_seqlens),
+            Segments.from_cu_seqlens(batch.cu_seqlens, batch.tokens.device),
             pixel_patches=batch.pixel_patches,
             grid_thw=batch.grid_thw,
             labels=batch.labels,
@@ -178,11 +178,11 @@ def equal_samples(
 
     Args:
         loss_mask: float [b, s], above 0 where a token is trained.
-        cu_seqlens: int32 [segments + 1], cumulative lengths of the samples and the padding.
+        cu_seqlens: int32 [segments + 1] on the host, cumulative lengths of samples and padding.
     """
     trained = (loss_mask.flatten() > 0).to(loss_mask.dtype)
     lengths = cu_seqlens.diff()
-    segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(loss_mask.device)
     counts = trained.new_zeros(len(lengths)).index_add(0, segment, trained)
     weights = trained / counts.clamp(min=1)[segment]
     return weights.view_as(loss_mask), (counts > 0).sum(dtype=torch.int)

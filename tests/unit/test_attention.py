@@ -146,7 +146,7 @@ CASES = {
         {"te-fused": "transformer-engine 1.13 is older than 2.4",
          "te-flash": "transformer-engine 1.13 is older than 2.4",
          "flash2": "flash-attn 2.6.3 is older than 2.7",
-         "torch-varlen": "torch 2.8.0 is older than 2.12"},
+         "torch-varlen": "torch 2.8.0 is older than 2.11"},
     ),
     "Ampere": (
         dict(capability=(8, 0)), {"te-fused": "compute capability 8.0 is below 9.0"},

@@ -80,7 +80,7 @@ def test_random_state_is_one_generator_and_seeding_ends():
 
 
 def test_the_group_step_adam_equals_torchs_adamw():
-    from megatron_vl.platform.cpu import GroupStepAdam
+    from megatron_vl.platform.optimizer import GroupStepAdam
 
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(50)) for _ in range(2))

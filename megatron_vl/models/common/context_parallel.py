@@ -48,12 +48,3 @@ class RowShare:
         parts = tensor_parallel.all_to_all(self.group, x_sbXH.contiguous())
         parts = parts.reshape(self.size, s // self.size, b, heads, width)
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-class Alone:
-    """Stands for a context-parallel group of one: Megatron-Core's rotary embedding would cut the
-    angles in zigzag, but gets the positions of this rank's tokens already."""
-
-    @staticmethod
-    def size() -> int:
-        return 1

@@ -2,8 +2,9 @@
 
 Letters: s row length, b rows, N query heads, G key/value heads, H head dim.
 Rows arrive as [s, b, ...] and leave so; inside, rows are laid end to end (row-major), the order in
-which `Segments` counts. The rotary embedding has been applied before, from explicit positions, so
-`qkv_format` must not be "thd": that path of Megatron-Core restarts positions in every segment.
+which `Segments` counts. Queries and keys are turned here, by angles from explicit positions: those
+of Megatron-Core would be computed anew in every layer, cut in zigzag under context parallelism and,
+with `qkv_format` "thd", restarted in every segment.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.ops.attention import choose_backend
+from megatron_vl.ops.fusion import fused
+from megatron_vl.ops.rotary import Rotary, rotate
 from megatron_vl.ops.segments import Segments
 
 
 @dataclass
 class SegmentParams(PackedSeqParams):
-    """Carries the segments of the packed rows through Megatron-Core's layers."""
+    """Carries what every layer needs of the packed rows through Megatron-Core's."""
 
     segments: Segments | None = None
+    rotary: Rotary | None = None  # of this rank's positions
 
 
 class VarlenCoreAttention(MegatronModule):
@@ -52,6 +56,7 @@ class VarlenCoreAttention(MegatronModule):
             head_dim=config.kv_channels,
             deterministic=config.deterministic_mode,
         ).attention
+        self.rotate = fused(rotate, config.fused_ops)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError("attention dropout is not part of variable-length attention; set 0.")
@@ -68,6 +73,9 @@ class VarlenCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attention inside the segments; returns [s, b, N*H]."""
         assert attention_mask is None and attention_bias is None
+        rotary = packed_seq_params.rotary
+        query = self.rotate(query, rotary.cos, rotary.sin)
+        key = self.rotate(key, rotary.cos, rotary.sin)
         if self.share is not None:
             query, key, value = map(self.share.tokens_to_heads, (query, key, value))
         s, b, heads, head_dim = query.shape

@@ -110,10 +110,11 @@ def make_whole(tower: torch.nn.Module) -> None:
     """The tower's weights alike on all tensor-parallel ranks, and known as copies of one another.
 
     Megatron-Core's layers mark their weights as shards, of which the gradient norm would count each
-    rank's; and they start from random numbers of each rank's own.
+    rank's; and they start from random numbers of each rank's own. What torch made of the tower is
+    still on the host then, where NCCL sends nothing from.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    for parameter in tower.parameters():
+    for parameter in tower.to(torch.cuda.current_device()).parameters():
         parameter.tensor_model_parallel = False
         distributed.broadcast(
             parameter.data, distributed.get_global_rank(group, 0), group=group

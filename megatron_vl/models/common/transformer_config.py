@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.recompute import NOTHING, Recompute
 from megatron_vl.models.spec import VLMSpec
+from megatron_vl.ops.fusion import fused, quick_gelu
 from megatron_vl.parallel import Layout, StageSplit
 
 
@@ -29,6 +30,7 @@ class ModelOptions:
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
     cpu_offloading: bool = False  # keep the decoder's activations in host memory
     cpu_offloading_num_layers: int = 1
+    fused_ops: bool = False  # elementwise operations by kernels made at run time
     deterministic: bool = False  # only kernels that give the same bits at every run
     initialize_weights: bool = True  # False when a checkpoint fills them right after
     frozen: tuple[str, ...] = ()  # keys of megatron_vl.models.common.parts.PARTS
@@ -36,16 +38,12 @@ class ModelOptions:
 
 @dataclass
 class VLTransformerConfig(TransformerConfig):
-    """Megatron-Core's configuration plus the choice of variable-length attention."""
+    """Megatron-Core's configuration plus the choices of `megatron_vl.ops`."""
 
     varlen_attention_backend: str = "auto"
+    fused_ops: bool = False
     # The word embedding is then not on the first stage, where Megatron-Core expects it.
     vision_spans_chunks: bool = False
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), as CLIP's; Megatron-Core's own is wrapped in torch.compile."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": F.silu}
@@ -69,7 +67,7 @@ def language_config(
         activation_func=F.silu,
         normalization="RMSNorm",
         layernorm_epsilon=decoder.norm_eps,
-        mrope_section=list(decoder.mrope_section),
+        bias_activation_fusion=options.fused_ops,  # Megatron-Core's SwiGLU
         fp8=options.fp8_format,
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
@@ -95,7 +93,7 @@ def vision_config(
         kv_channels=vision.head_dim,
         add_bias_linear=True,
         add_qkv_bias=True,
-        activation_func=_activation(vision.activation),
+        activation_func=fused(_activation(vision.activation), options.fused_ops),
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         **_initialization(options, spec.decoder.init_std),
@@ -115,7 +113,7 @@ def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         ffn_hidden_size=spec.vision.merged_size,
         kv_channels=spec.vision.head_dim,
         add_bias_linear=True,
-        activation_func=F.gelu,
+        activation_func=fused(F.gelu, options.fused_ops),
         **_initialization(options, spec.decoder.init_std),
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
@@ -145,6 +143,7 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         bf16=options.params_dtype == torch.bfloat16,
         fp16=options.params_dtype == torch.float16,
         varlen_attention_backend=options.attention_backend,
+        fused_ops=options.fused_ops,
         deterministic_mode=options.deterministic,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -154,12 +153,7 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         # stages; batched, those messages are matched by order and silently swapped.
         overlap_p2p_comm=layout.vp > 1,
         batch_p2p_comm=layout.vp == 1,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        cross_entropy_loss_fusion=False,
+        bias_dropout_fusion=options.fused_ops,
     )
     return shared
 

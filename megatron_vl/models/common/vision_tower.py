@@ -1,7 +1,7 @@
 """The vision tower as a native, tensor-parallel Megatron-Core TransformerBlock.
 
 Letters: P patches of all images, D vision width, C channels x frames x height x width of a patch,
-M merged patches (P / merge^2), E language width, K head dim.
+M merged patches (P / merge^2), E language width.
 
 Every frame of every image is one attention segment. Positions are two-dimensional: half of each
 head turns with the patch's row, half with its column. Patches arrive in merge-block order, as the
@@ -23,6 +23,7 @@ from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.layer_spec import block_spec, projector_submodules
 from megatron_vl.models.common.media_share import make_whole, mark_copies
 from megatron_vl.models.spec import VisionSpec
+from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
 
 
@@ -104,29 +105,30 @@ class VisionTower(MegatronModule):
             [h * w for t, h, w in grids for _ in range(t)], device=patches_PC.device
         )
         hidden_PD = self.patch_embed(patches_PC) if self.first else patches_PC
-        rotary_PK = self._rotary(grids, patches_PC.device)
         hidden_P1D = self.decoder(
             hidden_states=hidden_PD.unsqueeze(1),
             attention_mask=None,
-            rotary_pos_emb=rotary_PK[:, None, None, :],
-            packed_seq_params=SegmentParams(segments=segments),
+            packed_seq_params=SegmentParams(
+                segments=segments, rotary=self._rotary(grids, patches_PC.device)
+            ),
         )
         if not self.last:
             return hidden_P1D.squeeze(1)
         merged = hidden_P1D.reshape(-1, 1, self.spec.merged_size)
         return self.projection(merged).squeeze(1)
 
-    def _rotary(self, grids: list[tuple[int, int, int]], device: torch.device) -> torch.Tensor:
+    def _rotary(self, grids: list[tuple[int, int, int]], device: torch.device) -> Rotary:
         merge, head_dim = self.spec.spatial_merge_size, self.spec.head_dim
-        return torch.cat([grid_rotary(grid, merge, head_dim) for grid in grids]).to(device)
+        angles = torch.cat([grid_angles(grid, merge, head_dim) for grid in grids]).to(device)
+        return Rotary.of(angles[:, None, None, :], self.config.params_dtype)
 
 
 @lru_cache(maxsize=128)  # of a large image a few MB each
-def grid_rotary(grid: tuple[int, int, int], merge: int, head_dim: int) -> torch.Tensor:
-    """Rotary angles float32 [t*h*w, head_dim] of one image, patches in merge-block order.
+def grid_angles(grid: tuple[int, int, int], merge: int, head_dim: int) -> torch.Tensor:
+    """Rotary angles float32 [t*h*w, head_dim / 2] of one image, patches in merge-block order.
 
-    Angle j of the first quarter is row * 10000^(-4j/head_dim), of the second quarter the same with
-    the column; the second half repeats the first (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    Angle j of the first half is row * 10000^(-4j/head_dim), of the second half the same with the
+    column (Qwen2-VL, arXiv 2409.12191, section 2.1).
     """
     t, h, w = grid
     rows = torch.arange(h)[:, None].expand(h, w)
@@ -140,5 +142,4 @@ def grid_rotary(grid: tuple[int, int, int], merge: int, head_dim: int) -> torch.
         torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
     )
     position = torch.stack([merge_blocks(rows), merge_blocks(columns)], dim=-1).float()
-    angles = (position[:, :, None] * inverse).flatten(1).repeat(t, 1)
-    return torch.cat([angles, angles], dim=-1)
+    return (position[:, :, None] * inverse).flatten(1).repeat(t, 1)

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch.nn import functional as F
 
-from megatron_vl.models.common.context_parallel import Alone, RowShare
+from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.layer_spec import block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
@@ -28,6 +28,7 @@ from megatron_vl.models.common.transformer_config import (
 )
 from megatron_vl.models.common.vision_tower import VisionTower
 from megatron_vl.models.spec import VLMSpec
+from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import Layout, StageSplit
 
@@ -158,8 +159,7 @@ class VisionLanguageModel(MegatronModule):
                 post_process=post_process,
                 parallel_output=True,
                 share_embeddings_and_output_weights=spec.decoder.tie_word_embeddings,
-                position_embedding_type="mrope",
-                rotary_base=spec.decoder.rope_theta,
+                position_embedding_type="none",  # core attention turns by `_rotary`
                 # Scattered after the image embeddings are in: a shard must already hold them.
                 scatter_embedding_sequence_parallel=False,
                 vp_stage=vp_stage,
@@ -249,14 +249,25 @@ class VisionLanguageModel(MegatronModule):
         columns = self.share.columns(input_ids.shape[1])
         output = self.language_model(
             input_ids=input_ids[:, columns],
-            position_ids=position_ids[..., columns],
+            position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
             labels=None if labels is None else labels[:, columns],
             loss_mask=None if loss_mask is None else loss_mask[:, columns],
-            packed_seq_params=SegmentParams(segments=segments, cp_group=Alone()),
+            packed_seq_params=SegmentParams(
+                segments=segments, rotary=self._rotary(position_ids[..., columns])
+            ),
         )
         return output if self.post_process else self._send(output, input_ids.shape)
+
+    def _rotary(self, position_ids: torch.Tensor) -> Rotary:
+        """Of int64 [3, b, t]."""
+        decoder = self.spec.decoder
+        angles = section_angles(
+            position_ids, base=decoder.rope_theta, head_dim=decoder.head_dim,
+            sections=decoder.mrope_section,
+        )
+        return Rotary.of(angles, self.config.params_dtype)
 
     # ---- between chunks -----------------------------------------------------------------------
 
