@@ -16,7 +16,9 @@ from megatron.energon.edataclass import edataclass
 
 from megatron_vl.data.conversation import StoredMedia, Turn
 
-SHAPES = ("cu_seqlens", "grid_thw")  # of a RowBatch: what stays on the host
+# Of a RowBatch: what is computed with. The rest says what is where; to read that on a device would
+# be to wait for it.
+ON_DEVICE = ("position_ids", "pixel_patches")
 _BY_VALUE = 1 << 20  # bytes
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 IGNORE = -100  # the label of a position that is not trained; never a token id, so never the pad id
@@ -101,10 +103,9 @@ class RowBatch:
     labels: torch.Tensor  # int64 [B, S], already shifted: the target of each position, or IGNORE
     loss_mask: torch.Tensor  # float32 [B, S]: 1 where the position is trained
     position_ids: torch.Tensor  # int64 [3, B, S]: time, height, width; every sample starts at 0
-    # int32 [segments + 1], on the host: bounds over the B*S tokens, row after row
-    cu_seqlens: torch.Tensor
+    cu_seqlens: torch.Tensor  # int32 [segments + 1]: bounds over the B*S tokens, row after row
     pixel_patches: torch.Tensor | None  # float32 [P, D] of all images, in order of their tokens
-    grid_thw: torch.Tensor  # int64 [images and videos, 3], on the host; [0, 3] where there is none
+    grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
     sample_keys: list[str]  # names of the samples, in order
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
     skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
@@ -124,12 +125,14 @@ class RowBatch:
         return self.grid_thw.shape[0]
 
     def pin_memory(self) -> RowBatch:
-        return self._map(torch.Tensor.pin_memory)
+        return self._map(torch.Tensor.pin_memory, only=ON_DEVICE)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> RowBatch:
-        """On `device`, but what shapes are made of: to read that there would wait for the device.
+        """Positions and pixels on `device`; the integers that say what is where stay on the host.
         """
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), but=SHAPES)
+        return self._map(
+            lambda tensor: tensor.to(device, non_blocking=non_blocking), only=ON_DEVICE
+        )
 
     def __getstate__(self) -> dict:
         """Small tensors travel between processes by value: torch would open a file for each."""
@@ -146,9 +149,6 @@ class RowBatch:
             value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             setattr(self, name, value)
 
-    def _map(self, change, but: Sequence[str] = ()) -> RowBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in but}
-        return replace(
-            self,
-            **{k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)},
-        )
+    def _map(self, change, only: Sequence[str]) -> RowBatch:
+        values = {name: getattr(self, name) for name in only}
+        return replace(self, **{k: change(v) for k, v in values.items() if v is not None})

@@ -47,7 +47,7 @@ class Segments:
     def cu_seqlens(self) -> torch.Tensor:
         """int32 [n+1] on `device`."""
         total = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return total.to(self.device)
+        return total.to(self.device, non_blocking=True)
 
     @cached_property
     def equal_buckets(self) -> Buckets:
@@ -113,10 +113,12 @@ class Bucket:
         first = torch.tensor(starts)[:, None]
         count = torch.tensor(lengths)[:, None]
         column = torch.arange(width)[None, :]
-        self.gather = (first + torch.minimum(column, count - 1)).flatten().to(device)
+        self.gather = (first + torch.minimum(column, count - 1)).flatten().to(
+            device, non_blocking=True
+        )
         whole = min(lengths) == width
         kept = None if whole else (column < count).flatten().nonzero().flatten()
-        self.kept = None if kept is None else kept.to(device)
+        self.kept = None if kept is None else kept.to(device, non_blocking=True)
         neighbours = all(a + width == b for a, b in pairwise(starts))
         self.contiguous = (starts[0], starts[0] + width * len(starts)) if whole and neighbours \
             else None

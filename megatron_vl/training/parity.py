@@ -320,7 +320,7 @@ def _logits_step(stream, model):
     batch = next(stream)
     output = model(
         batch.tokens, batch.position_ids,
-        Segments.from_cu_seqlens(batch.cu_seqlens, batch.tokens.device),
+        Segments.from_cu_seqlens(batch.cu_seqlens, stream.device),
         pixel_patches=batch.pixel_patches, grid_thw=batch.grid_thw,
     )
 

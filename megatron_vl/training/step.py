@@ -48,7 +48,8 @@ class StepCounts:
 
 
 class RowStream:
-    """Microbatches for one model chunk, on its device, counted as they pass."""
+    """Microbatches for one model chunk, counted as they pass; what is computed with on its device.
+    """
 
     def __init__(self, batches: Iterator[RowBatch], device: torch.device | str):
         self.batches = batches
@@ -162,7 +163,7 @@ def forward_step(
         output = model(
             batch.tokens,
             batch.position_ids,
-            Segments.from_cu_seqlens(batch.cu_seqlens, batch.tokens.device),
+            Segments.from_cu_seqlens(batch.cu_seqlens, stream.device),
             pixel_patches=batch.pixel_patches,
             grid_thw=batch.grid_thw,
             labels=batch.labels,
@@ -178,11 +179,11 @@ def equal_samples(
 
     Args:
         loss_mask: float [b, s], above 0 where a token is trained.
-        cu_seqlens: int32 [segments + 1] on the host, cumulative lengths of samples and padding.
+        cu_seqlens: int32 [segments + 1], cumulative lengths of the samples and the padding.
     """
     trained = (loss_mask.flatten() > 0).to(loss_mask.dtype)
     lengths = cu_seqlens.diff()
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(loss_mask.device)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     counts = trained.new_zeros(len(lengths)).index_add(0, segment, trained)
     weights = trained / counts.clamp(min=1)[segment]
     return weights.view_as(loss_mask), (counts > 0).sum(dtype=torch.int)
@@ -200,8 +201,9 @@ def sum_loss(loss_n: torch.Tensor, *, samples: torch.Tensor | None = None):
         data-parallel ranks.
     """
     total = loss_n.sum()
-    trained = torch.tensor(loss_n.numel(), dtype=torch.int, device=loss_n.device)
-    divisor = trained if samples is None else samples
+    # Filled and not copied there, which would wait for the device.
+    trained = torch.full((), loss_n.numel(), dtype=torch.int, device=loss_n.device)
+    divisor = trained if samples is None else samples.to(loss_n.device, non_blocking=True)
     numbers = torch.stack([total.detach().double(), divisor.double(), trained.double()])
     return total, divisor, {"sums": numbers}
 

@@ -5,7 +5,7 @@
     DIR/tiny       a random Qwen2-VL of 0.3 million parameters, with its weights
     DIR/tiny-data  easy-VQA as it is, 64 x 64 pixels
     DIR/2b, DIR/7b config.json of the published sizes, the published vocabulary, no weights
-    DIR/data       easy-VQA's images enlarged to between 250 and 750 pixels a side, all questions
+    DIR/data       easy-VQA's images enlarged to between 280 and 784 pixels a side, all questions
                    of an image answered in one conversation: about three quarters of the tokens are
                    image tokens, a fifth is trained
 
@@ -90,7 +90,7 @@ def write_conversations(out: Path, images: int) -> None:
 
     def enlarge(number: int) -> None:
         draw = random.Random(number)
-        size = tuple(PIXELS * draw.randint(9, 27) for _ in range(2))
+        size = tuple(PIXELS * draw.randint(10, 28) for _ in range(2))
         with Image.open(paths[number]) as image:
             image.convert("RGB").resize(size).save(out / f"images/{number}.jpg", quality=85)
 

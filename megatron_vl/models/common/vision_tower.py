@@ -119,27 +119,32 @@ class VisionTower(MegatronModule):
 
     def _rotary(self, grids: list[tuple[int, int, int]], device: torch.device) -> Rotary:
         merge, head_dim = self.spec.spatial_merge_size, self.spec.head_dim
-        angles = torch.cat([grid_angles(grid, merge, head_dim) for grid in grids]).to(device)
+        positions_P2 = torch.cat([grid_positions(grid, merge) for grid in grids])
+        angles = patch_angles(positions_P2.to(device, non_blocking=True), head_dim)
         return Rotary.of(angles[:, None, None, :], self.config.params_dtype)
 
 
-@lru_cache(maxsize=128)  # of a large image a few MB each
-def grid_angles(grid: tuple[int, int, int], merge: int, head_dim: int) -> torch.Tensor:
-    """Rotary angles float32 [t*h*w, head_dim / 2] of one image, patches in merge-block order.
-
-    Angle j of the first half is row * 10000^(-4j/head_dim), of the second half the same with the
-    column (Qwen2-VL, arXiv 2409.12191, section 2.1).
-    """
+@lru_cache(maxsize=128)
+def grid_positions(grid: tuple[int, int, int], merge: int) -> torch.Tensor:
+    """Row and column of every patch of one image, int32 [t*h*w, 2], in merge-block order."""
     t, h, w = grid
-    rows = torch.arange(h)[:, None].expand(h, w)
-    columns = torch.arange(w)[None, :].expand(h, w)
+    rows = torch.arange(h, dtype=torch.int32)[:, None].expand(h, w)
+    columns = torch.arange(w, dtype=torch.int32)[None, :].expand(h, w)
 
     def merge_blocks(x):
         x = x.reshape(h // merge, merge, w // merge, merge)
         return x.permute(0, 2, 1, 3).flatten()
 
-    inverse = 1.0 / 10000.0 ** (
-        torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
-    )
-    position = torch.stack([merge_blocks(rows), merge_blocks(columns)], dim=-1).float()
-    return (position[:, :, None] * inverse).flatten(1).repeat(t, 1)
+    return torch.stack([merge_blocks(rows), merge_blocks(columns)], dim=-1).repeat(t, 1)
+
+
+def patch_angles(positions_P2: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rotary angles float32 [P, head_dim / 2].
+
+    Angle j of the first half is row * 10000^(-4j/head_dim), of the second half the same with the
+    column (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """
+    exponents = torch.arange(
+        0, head_dim // 2, 2, dtype=torch.float32, device=positions_P2.device
+    ) / (head_dim // 2)
+    return (positions_P2.float()[:, :, None] * (1.0 / 10000.0**exponents)).flatten(1)

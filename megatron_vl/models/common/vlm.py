@@ -79,8 +79,14 @@ class LanguageModel(GPTModel):
             )
         else:
             hidden_sbE = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
-        trained = loss_mask.transpose(0, 1) > 0  # [s, b]
-        hidden_nE = hidden_sbE[trained]
+        weights_sb = loss_mask.transpose(0, 1)
+        trained_sb = weights_sb > 0
+
+        def on_device(x: torch.Tensor) -> torch.Tensor:
+            return x.to(hidden_sbE.device, non_blocking=True)
+
+        places_n = on_device(trained_sb.flatten().nonzero().flatten())
+        hidden_nE = hidden_sbE.flatten(0, 1).index_select(0, places_n)
         logits_nV = F.linear(hidden_nE, weight).float()
         padding = self.vocab_size - self.real_vocab_size
         if padding and _is_last_tensor_parallel_rank():
@@ -89,9 +95,9 @@ class LanguageModel(GPTModel):
             no_word = no_word >= logits_nV.shape[1] - padding
             logits_nV = logits_nV.masked_fill(no_word, float("-inf"))
         loss_n = tensor_parallel.vocab_parallel_cross_entropy(
-            logits_nV, labels.transpose(0, 1)[trained]
+            logits_nV, on_device(labels.transpose(0, 1)[trained_sb])
         )
-        return loss_n * loss_mask.transpose(0, 1)[trained]
+        return loss_n * on_device(weights_sb[trained_sb])
 
 
 def _is_last_tensor_parallel_rank() -> bool:
@@ -221,7 +227,7 @@ class VisionLanguageModel(MegatronModule):
         """Run this chunk.
 
         Args:
-            input_ids: int64 [b, s].
+            input_ids: int64 [b, s]; on the host, as all but positions and pixels is.
             position_ids: int64 [3, b, s], temporal, row and column positions.
             segments: of the b*s tokens, row after row.
             pixel_patches: float [P, C] on the first chunk, None without images.
@@ -240,10 +246,10 @@ class VisionLanguageModel(MegatronModule):
         decoder_input = None
         if self.vision_model is not None:
             mine = self._own_media(grid_thw)
-            vision = self._see(pixel_patches, grid_thw, mine, input_ids.device)
+            vision = self._see(pixel_patches, grid_thw, mine, position_ids.device)
             if not self.ends_vision:
                 return self._send(vision, input_ids.shape)
-            decoder_input = self._embed(input_ids, vision, grid_thw, mine)
+            decoder_input = self._embed(input_ids, vision, grid_thw, mine, position_ids.device)
         else:
             self.language_model.set_input_tensor(self._received_text(input_ids.shape[1]))
         columns = self.share.columns(input_ids.shape[1])
@@ -343,11 +349,17 @@ class VisionLanguageModel(MegatronModule):
             return []
         return self.media_share.mine(list(map(self.spec.vision.forward_flops, grid_thw.tolist())))
 
-    def _embed(self, input_ids, vision_ME, grid_thw, mine: list[int]) -> torch.Tensor:
+    def _embed(
+        self, input_ids, vision_ME, grid_thw, mine: list[int], device: torch.device
+    ) -> torch.Tensor:
         """The decoder's input [t, b, E]: this rank's tokens, with the media's embeddings."""
         columns = self.share.columns(input_ids.shape[1])
+
+        def on_device(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, non_blocking=True)
+
         hidden_tbE = self.language_model.embedding(
-            input_ids=input_ids[:, columns], position_ids=None
+            input_ids=on_device(input_ids[:, columns]), position_ids=None
         )
         is_vision = (input_ids == self.spec.tokens.image) | (input_ids == self.spec.tokens.video)
         count = int(is_vision.sum())
@@ -363,9 +375,9 @@ class VisionLanguageModel(MegatronModule):
             places = is_vision[:, columns].flatten().nonzero().flatten()
             t, b, width = hidden_tbE.shape
             rows_btE = hidden_tbE.transpose(0, 1).reshape(b * t, width)
-            rows_btE = rows_btE.index_copy(
-                0, places, vision_ME[order[places]].to(rows_btE.dtype)
-            )
+            if self.share.size > 1:
+                vision_ME = vision_ME.index_select(0, on_device(order[places]))
+            rows_btE = rows_btE.index_copy(0, on_device(places), vision_ME.to(rows_btE.dtype))
             hidden_tbE = rows_btE.reshape(b, t, width).transpose(0, 1).contiguous()
         elif count:
             raise ValueError(f"{count} image tokens but no pixels")
