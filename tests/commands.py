@@ -28,7 +28,7 @@ def run(command: list[object], *, timeout: float = 900, **environment: object) -
     """Run a command from the project's root; `environment` is added to this process's."""
     env = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         **{name: str(value) for name, value in environment.items()},

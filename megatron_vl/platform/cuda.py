@@ -19,6 +19,9 @@ class CudaPlatform:
         if not has_fused_optimizer():
             install_optimizer()
         install_write_results()
+        # Of each fused operation a model needs more kernels than torch's 8: two towers, trained and
+        # evaluated. What is above the limit would run unfused, and nobody would know.
+        torch._dynamo.config.recompile_limit = 64
 
     def device(self, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()

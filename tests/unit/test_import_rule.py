@@ -31,7 +31,7 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "__main__": ("cli",),
 }
 OUTSIDE = ("toolkits", "examples")  # they call the command line
-MAY_IMPORT_THE_PACKAGE = ("toolkits/benchmarks",)  # they time what no command shows alone
+MAY_IMPORT_THE_PACKAGE = ("toolkits/benchmarks", "toolkits/gpu")  # they time what no command shows
 
 # What converting, reading raw data and planning a run need nothing of.
 HEAVY = ("megatron.core", "transformer_engine", "flash_attn", "apex")
@@ -254,7 +254,7 @@ for module in pkgutil.walk_packages(megatron_vl.__path__, "megatron_vl."):
         importlib.import_module(module.name)
     except ImportError as error:
         # A backend's file may need its library; it is imported when the backend is chosen.
-        libraries = ("transformer_engine", "flash_attn", "torch_npu")
+        libraries = ("transformer_engine", "flash_attn", "triton", "torch_npu")
         if (error.name or "").split(".")[0] not in libraries:
             raise
     count += 1

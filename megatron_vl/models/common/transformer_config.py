@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.recompute import NOTHING, Recompute
 from megatron_vl.models.spec import VLMSpec
-from megatron_vl.ops.fusion import fused, quick_gelu
+from megatron_vl.ops.fusion import ACTIVATIONS, choose_activation
 from megatron_vl.parallel import Layout, StageSplit
 
 
@@ -46,9 +46,6 @@ class VLTransformerConfig(TransformerConfig):
     vision_spans_chunks: bool = False
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": F.silu}
-
-
 def language_config(
     spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
 ) -> VLTransformerConfig:
@@ -65,9 +62,9 @@ def language_config(
         add_qkv_bias=decoder.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
+        bias_activation_fusion=options.fused_ops,  # Megatron-Core's own SwiGLU
         normalization="RMSNorm",
         layernorm_epsilon=decoder.norm_eps,
-        bias_activation_fusion=options.fused_ops,  # Megatron-Core's SwiGLU
         fp8=options.fp8_format,
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
@@ -93,7 +90,7 @@ def vision_config(
         kv_channels=vision.head_dim,
         add_bias_linear=True,
         add_qkv_bias=True,
-        activation_func=fused(_activation(vision.activation), options.fused_ops),
+        activation_func=choose_activation(_activation(vision.activation), options.fused_ops),
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         **_initialization(options, spec.decoder.init_std),
@@ -113,7 +110,7 @@ def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         ffn_hidden_size=spec.vision.merged_size,
         kv_channels=spec.vision.head_dim,
         add_bias_linear=True,
-        activation_func=fused(F.gelu, options.fused_ops),
+        activation_func=choose_activation(F.gelu, options.fused_ops),
         **_initialization(options, spec.decoder.init_std),
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
