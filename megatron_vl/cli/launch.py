@@ -138,6 +138,8 @@ def launch(
     )
     # Megatron-Core counts on it to overlap tensor-parallel messages with matrix products.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Rows differ in their images: without it, memory is cut up by the sizes of those gone by.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if nnodes == 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach the ranks
     attempt, store = 0, None

@@ -6,6 +6,7 @@ import torch
 
 from megatron_vl.errors import InputError
 from megatron_vl.platform.optimizer import has_fused_optimizer, install_optimizer
+from megatron_vl.platform.weight_gradient import install_weight_gradient
 from megatron_vl.platform.write_results import install_write_results
 
 
@@ -15,9 +16,10 @@ class CudaPlatform:
     fuses_ops = True
 
     def install(self) -> None:
-        """Megatron-Core needs help with the optimizer alone, where nothing of its own is there."""
+        """Megatron-Core needs help where TransformerEngine or Apex is not there alone."""
         if not has_fused_optimizer():
             install_optimizer()
+        install_weight_gradient()
         install_write_results()
         # Of each fused operation a model needs more kernels than torch's 8: two towers, trained and
         # evaluated. What is above the limit would run unfused, and nobody would know.

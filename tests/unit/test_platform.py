@@ -92,3 +92,53 @@ def test_the_group_step_adam_equals_torchs_adamw():
         adamw.step()
     assert torch.allclose(ours, theirs, rtol=1e-6)
     assert adam.param_groups[0]["step"] == 5 and set(adam.state[ours]) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_a_step_counted_once_updates_parameters_that_are_many_and_of_any_shape():
+    from megatron_vl.platform.optimizer import GroupStepAdam
+
+    torch.manual_seed(0)
+    shapes = [(3,), (2, 5), (1,), ()]
+    start = [torch.randn(shape) for shape in shapes]
+    found = []
+    for make in (GroupStepAdam, torch.optim.AdamW):
+        weights = [torch.nn.Parameter(one.clone()) for one in start]
+        optimizer = make([{"params": weights[:2]}, {"params": weights[2:], "lr": 0.01}],
+                         lr=0.1, weight_decay=0.1)
+        for step in range(4):
+            torch.manual_seed(step)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+        found.append(weights)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_the_norm_and_the_scaling_are_those_of_megatron_core():
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+    from megatron_vl.platform.optimizer import l2_norm, scale
+
+    assert clip_grads.l2_norm_impl is l2_norm and clip_grads.multi_tensor_scale_impl is scale
+    torch.manual_seed(0)
+    tensors = [torch.randn(7), torch.randn(2, 3), torch.randn(1)]
+    ours, _ = l2_norm(0, None, [tensors], False)
+    theirs, _ = local_multi_tensor_l2_norm(0, None, [tensors], False)
+    torch.testing.assert_close(ours, theirs)
+    copies = [one.clone() for one in tensors]
+    scale(0, None, [tensors, tensors], 0.3)
+    local_multi_tensor_scale(0, None, [copies, copies], 0.3)
+    for one, other in zip(tensors, copies, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_weight_gradient_is_added_to_the_buffer_by_its_own_product():
+    from megatron_vl.platform.weight_gradient import AddedByTorch
+
+    torch.manual_seed(0)
+    x, gradient, buffer = torch.randn(6, 3), torch.randn(6, 4), torch.randn(4, 3)
+    want = buffer + gradient.t() @ x
+    AddedByTorch.wgrad_gemm_accum_fp32(x, gradient, buffer)
+    torch.testing.assert_close(buffer, want)

@@ -151,6 +151,7 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         overlap_p2p_comm=layout.vp > 1,
         batch_p2p_comm=layout.vp == 1,
         bias_dropout_fusion=options.fused_ops,
+        gradient_accumulation_fusion=options.fused_ops,
     )
     return shared
 
