@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from commands import run
+from commands import ROOT, run
 
 from megatron_vl.platform import select_platform
 from megatron_vl.platform.base import Platform
@@ -33,8 +35,6 @@ def test_importing_leaves_torch_as_it_was():
         "import megatron_vl.platform, megatron_vl.models, megatron_vl.weights;"
         "assert before == (torch.zeros, torch.Tensor.type, torch.cuda.current_device)"
     )
-    import sys
-
     assert run([sys.executable, "-c", code]).code == 0
 
 
@@ -142,3 +142,30 @@ def test_a_weight_gradient_is_added_to_the_buffer_by_its_own_product():
     want = buffer + gradient.t() @ x
     AddedByTorch.wgrad_gemm_accum_fp32(x, gradient, buffer)
     torch.testing.assert_close(buffer, want)
+
+
+CUDA_INSTALL = """
+import sys
+from megatron_vl.platform.cuda import CudaPlatform
+from megatron_vl.platform.optimizer import GroupStepAdam
+CudaPlatform().install()
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.tensor_parallel import layers
+import torch
+assert layers._grad_accum_fusion_available
+print(optimizer.Adam is GroupStepAdam, distrib_optimizer.HAVE_APEX_OR_TE,
+      torch._dynamo.config.recompile_limit)
+"""
+
+
+@pytest.mark.parametrize("found", [None, "apex"])
+def test_a_gpu_without_transformer_engine_gets_the_optimizer_that_resumes(found, tmp_path):
+    if found is not None:  # a package of that name, in which Megatron-Core finds what it wants
+        (tmp_path / found / "optimizers").mkdir(parents=True)
+        (tmp_path / found / "__init__.py").touch()
+        (tmp_path / found / "optimizers/__init__.py").write_text("FusedAdam = FusedSGD = object")
+    done = run([sys.executable, "-W", "ignore", "-c", CUDA_INSTALL],
+               PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert done.code == 0, done.text
+    assert done.out.split() == [str(found is None), "True", "64"]
