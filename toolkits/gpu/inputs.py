@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,8 @@ SIZES = {
                num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
                tie_word_embeddings=False),
 }
+FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+         "chat_template.json", "generation_config.json")
 VISION = dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4)
 
 
@@ -52,20 +55,19 @@ def write_true_sizes(out: Path) -> None:
     small = out / "small"
     run(TOOLKITS / "make_tiny_hf_checkpoint.py", small, "--ranks", 151643, "--num-layers", 1,
         "--vision-depth", 1, "--hidden-size", 32, "--ffn-size", 32, "--vision-hidden-size", 32)
-    (small / "model.safetensors").unlink()
     config = json.loads((small / "config.json").read_text())
     for name, sizes in SIZES.items():
         target = out / name
         target.mkdir()
-        for file in small.iterdir():
-            (target / file.name).symlink_to(Path("..") / small.name / file.name)
+        for file in FILES:
+            shutil.copyfile(small / file, target / file)
         mine = config | sizes | {
             "vision_config": config["vision_config"] | VISION
             | {"hidden_size": sizes["hidden_size"]},
             "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
         }
-        (target / "config.json").unlink()
         (target / "config.json").write_text(json.dumps(mine, indent=1))
+    shutil.rmtree(small)
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -125,8 +127,6 @@ def main() -> None:
     prepare(out / "raw", out / "data", "--samples-per-shard", 100)
     if not args.tiny:
         write_true_sizes(out)
-    import shutil
-
     for raw in ("tiny-raw", "raw"):
         shutil.rmtree(out / raw)
 

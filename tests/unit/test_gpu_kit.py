@@ -1,0 +1,107 @@
+"""The kit for GPU machines, whole and tiny on the CPU, so that it runs when a card is at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KIT = ROOT / "toolkits" / "gpu"
+
+
+@pytest.fixture
+def kit(monkeypatch):
+    """The kit's scripts import one another by their folder."""
+    monkeypatch.syspath_prepend(KIT)
+    names = {path.stem for path in KIT.glob("*.py")}
+    yield
+    for name in names & set(sys.modules):
+        if getattr(sys.modules[name], "__file__", "").startswith(str(KIT)):
+            del sys.modules[name]
+
+
+@pytest.mark.xdist_group("gpu_kit")
+def test_every_step_runs_tiny_on_a_cpu_and_its_tables_are_on_the_page(tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", KIT / "check.sh", out, "--device", "cpu", "--tiny", "--pack"],
+        capture_output=True, text=True, env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[:3000]
+    assert "nothing failed" in done.stdout
+    found = json.loads((out / "results.json").read_text())
+    steps = {one["step"]: one["outcome"] for one in found["steps"]}
+    assert set(steps.values()) == {"ok"} and set(steps) == set(found["results"])
+    assert {"card", "probe", "kernels", "tests", "parity-float32", "resume", "train-trace",
+            "transformers-padded", "transformers-packed"} == set(steps)
+    text, page = (out / "gpu.md").read_text(), (out / "gpu.html").read_text()
+    for title in ("Measured ceilings", "Attention", "Kernels", "Tests marked gpu",
+                  "Parity with transformers", "Resuming and precision", "Training",
+                  "Kernels by time", "transformers"):
+        assert f"\n## {title}\n" in text and f"<h2>{title}</h2>" in page
+    assert "equal to the bit" in text
+    padded, packed = (found["results"][f"transformers-{way}"]["tables"]["transformers"]["rows"][0]
+                      for way in ("padded", "packed"))
+    assert padded["first loss"] == pytest.approx(packed["first loss"], rel=2e-3)
+    files = {path.name for path in out.iterdir() if path.is_file()}
+    assert files == {"gpu.md", "gpu.html", "results.json", "logs.tar.gz", "trace.json.gz"}
+
+
+def environment() -> dict:
+    return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+def test_what_does_not_fit_is_left_out_the_least_important_first(kit):
+    from check import Step, cost, fitting
+
+    def step(name, seconds, rank, group=""):
+        return Step(name=name, seconds=seconds, limit=99, rank=rank, group=group)
+
+    steps = [step("a", 10, 0), step("b", 30, 1, "beside"), step("c", 20, 1, "beside"),
+             step("d", 50, 2), step("e", 20, 3)]
+    assert cost(steps) == 10 + 30 + 50 + 20
+    for seconds, expected in ((None, "abcde"), (110, "abcde"), (95, "abcd"), (60, "abce"),
+                              (40, "abc"), (35, "ac"), (5, "")):
+        assert "".join(one.name for one in fitting(steps, seconds)) == expected
+
+
+def test_a_step_that_fails_or_hangs_is_told_and_stops_no_other(kit, tmp_path):
+    from check import Check, Step
+
+    for name, line in (("fails", "raise SystemExit(3)"), ("hangs", "import time; time.sleep(60)"),
+                       ("works", "pass")):
+        (tmp_path / f"{name}.py").write_text(line)
+    check = Check(Namespace(out=tmp_path / "out", pack=False, minutes=None), tmp_path)
+    check.run_group([
+        Step(name=name, seconds=1, limit=limit, rank=1, words=[tmp_path / f"{name}.py"])
+        for name, limit in (("fails", 60), ("hangs", 1), ("works", 60))
+    ])
+    assert {name: one["outcome"] for name, one in check.status.items()} == {
+        "fails": "failed with exit code 3", "hangs": "ended after its limit of 1 s", "works": "ok"
+    }
+    text = (tmp_path / "out" / "gpu.md").read_text()
+    assert "| fails: failed with exit code 3 |" in text and "| hangs: ended after" in text
+
+
+def test_only_what_is_reached_without_what_is_there_is_carried(kit):
+    from wheels import missing
+
+    def package(name, *requires):
+        return {"metadata": {"name": name, "version": "1.0", "requires_dist": list(requires)}}
+
+    report = {"install": [
+        package("Mine", "torch>=2", "small_part; python_version >= '3.12'", "old; extra == 'x'",
+                "s3fs"),
+        package("torch", "nvidia-cublas"), package("small.part", "cffi"), package("cffi"),
+        package("nvidia-cublas"), package("s3fs"), package("old"),
+    ]}
+    assert missing(report, ["mine"], {"torch"}, "3.12") == [
+        "cffi==1.0", "mine==1.0", "small-part==1.0"
+    ]
+    assert missing(report, ["mine[x]"], {"torch"}, "3.11") == ["mine==1.0", "old==1.0"]
