@@ -85,12 +85,14 @@ def steps(args, inputs: Path, memory: float) -> list[Step]:
 
     return [
         *made,
+        Step(name="probe-cudnn", seconds=15, limit=60, rank=1,
+             words=["probe.py", *shared, "--cudnn"]),
         Step(name="tests", seconds=60, limit=120, rank=1, group="checks",
              words=["commands.py", "tests", "-n", 6]),
         *(Step(name=f"parity-{dtype}", seconds=60, limit=150, rank=1, group="checks",
                words=["commands.py", "parity", inputs, dtype])
           for dtype in ("float32", "bfloat16")),
-        Step(name="resume", seconds=75, limit=180, rank=1, group="checks",
+        Step(name="resume", seconds=90, limit=200, rank=1, group="checks",
              words=["resume.py", inputs, *shared]),
         *(Step(name=f"warm-{number}", seconds=40, limit=90, rank=1, group="checks",
                words=["kernels.py", *shared, "--warm", "--only", names])
@@ -291,6 +293,10 @@ def main() -> int:
     parser.add_argument("--pack", action="store_true", help="leave few files in OUT")
     args = parser.parse_args()
     args.out = args.out.resolve()
+    # One card; none where the CPU is asked for, whatever the machine has.
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if args.device == "cuda" else ""
+    )
     inputs = args.inputs.resolve() if args.inputs else args.out / "inputs"
     if not inputs.is_dir():
         made = [sys.executable, "-W", "ignore", HERE / "inputs.py", inputs]
