@@ -4,9 +4,9 @@
 
 The ceilings come first, for every rate after them is told as a part of them: a bf16 matrix product
 of 8192^3 and a copy on the device. Then each row of `megatron_vl.ops.attention.BACKENDS`, forward
-and forward with backward, at the shapes of the 2B and 7B models. FLOPs are those that the segments need: 4 L^2 N H a segment forward,
-half of it causal, and 2.5 times that backward. With --cudnn cuDNN's attention alone, in a process
-of its own: an error inside it would end all that comes after.
+and forward with backward, at the shapes of the 2B and 7B models. FLOPs are those that the segments
+need: 4 L^2 N H a segment forward, half of it causal, and 2.5 times that backward. With --cudnn
+cuDNN's attention alone, in a process of its own: an error inside it would end all that comes after.
 """
 
 from __future__ import annotations
