@@ -164,7 +164,7 @@ def _why_not_flash2(case: Case) -> str | None:
 
 
 def _why_not_torch_varlen(case: Case) -> str | None:
-    # torch 2.10 brought varlen_attn, 2.11 its last argument that is needed here, window_size.
+    # The first that was tried.
     return _lacks(case, "torch", (2, 11))
 
 

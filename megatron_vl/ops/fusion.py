@@ -1,14 +1,13 @@
-"""Elementwise operations as one kernel each, where the platform makes kernels at run time.
+"""Elementwise operations as one kernel each, on a device that gains by it.
 
-Each is written once, in plain torch. On the CPU that runs as it is; on a CUDA device torch.compile
-makes of it one kernel forward and one backward, which read and write every number once; the turning
-of queries and keys, which lie in strides, has a kernel of its own.
+Each is written once in plain torch, which runs everywhere and is the reference. What reads and
+writes most has a Triton kernel that equals it. torch.compile could make the same kernels, but its
+wrappers cost the host a tenth of a millisecond a call, more than the kernels take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch.nn import functional as F
@@ -33,12 +32,10 @@ def choose_rotate(fused: bool) -> Callable:
     return fused_rotate
 
 
-@cache
 def choose_activation(function: Callable, fused: bool) -> Callable:
-    """`function` of ACTIVATIONS, or the kernel that equals it; compiled once a process."""
-    if not fused:
+    """`function` of ACTIVATIONS, or the kernel that equals it; torch has one for the others."""
+    if not fused or function is not quick_gelu:
         return function
-    # Numbers in a line, as many as there are: rows and images differ in every microbatch, and a
-    # kernel for each shape would never be done compiling.
-    compiled = torch.compile(function, dynamic=True)
-    return lambda x: compiled(x.flatten()).view_as(x)
+    from megatron_vl.ops.activation_triton import quick_gelu as fused_quick_gelu
+
+    return fused_quick_gelu

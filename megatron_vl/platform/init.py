@@ -89,6 +89,16 @@ def connect(*, timeout_minutes: float = 10.0) -> None:
     )
 
 
+def barrier() -> None:
+    """Wait until every rank of the job is here.
+
+    torch's own guesses which device NCCL is to use where none was bound, and warns of it.
+    """
+    box = torch.zeros(1, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(box)
+    box.item()  # on a device the sum is only queued
+
+
 def _gather(rank: int, world: int, timeout: timedelta) -> torch.distributed.Store:
     """The store of the environment's address, once every rank has come to it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -28,7 +28,7 @@ from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.platform import select_platform
+from megatron_vl.platform import barrier, select_platform
 from megatron_vl.training.checkpoint_files import faults, read_checksums
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.saver import Saved, Saver
@@ -121,7 +121,7 @@ def load_checkpoint(
         optimizer.reload_model_params()
         return Resumed(iteration=0)
     check_data_only(info.path, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    torch.distributed.barrier()  # no rank reads what another has refused
+    barrier()  # no rank reads what another has refused
     # A converted one holds nothing else.
     finetune = (options.finetune and not own) or info.release
     with_optimizer = not (finetune or options.no_load_optim)

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_vl.platform import barrier
+
 _LOOK_SECONDS = 0.2
 _LEAST_MARGIN, _MOST_MARGIN = 3.0, 60.0  # seconds for the others' stacks before the job ends
 
@@ -74,7 +76,7 @@ class HangWatch:
         self.file = None
         if self.path.stat().st_size == 0:
             self.path.unlink()
-        torch.distributed.barrier()
+        barrier()
         if torch.distributed.get_rank() == 0 and not any(self.folder.iterdir()):
             self.folder.rmdir()
 

@@ -26,6 +26,7 @@ from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.platform import barrier
 from megatron_vl.training.parity_compare import Outcome
 
 ROW_LENGTH = 128
@@ -255,7 +256,7 @@ def run_ranks(
         started = time.monotonic()
         platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
         _run_layout(work_dir / str(number), hf_dir, layout, split, platform, setting)
-        torch.distributed.barrier()
+        barrier()
         if torch.distributed.get_rank() == 0:
             print(f"  {number + 1}/{len(layouts)}  {layout}, {split}: "
                   f"{time.monotonic() - started:.1f} s", flush=True)
@@ -356,7 +357,7 @@ def _save_gradients(directory: Path, source, model, spec: VLMSpec, layout: Layou
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, directory / file)
         (directory / "latest_checkpointed_iteration.txt").write_text("release")
-    torch.distributed.barrier()
+    barrier()
 
 
 def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int], stage: int,

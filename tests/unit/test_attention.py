@@ -318,12 +318,13 @@ class Calls(TorchDispatchMode):
     """Notes the arguments of torch's own operator for packed rows, by name."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.torch_attn._varlen_attn.default:
-            self.seen = dict(zip((one.name for one in func._schema.arguments), args, strict=False))
+        if func is torch.ops.aten._flash_attention_forward.default:
+            names = (one.name for one in func._schema.arguments)
+            self.seen = dict(zip(names, args, strict=False)) | (kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("causal", "window"), [(True, [-1, 0]), (False, [-1, -1])])
+@pytest.mark.parametrize(("causal", "window"), [(True, (-1, 0)), (False, (-1, -1))])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_torch_varlen_takes_the_arguments_it_is_given(causal, window, groups):
     from megatron_vl.ops.torch_varlen import attention
@@ -337,11 +338,11 @@ def test_torch_varlen_takes_the_arguments_it_is_given(causal, window, groups):
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert [g.shape for g in found] == [q.shape, k.shape, v.shape]
     seen = calls.seen
-    assert seen["cu_seq_q"] is seen["cu_seq_k"] is segments.cu_seqlens
-    assert seen["cu_seq_q"].shape == (4,) and seen["cu_seq_q"].dtype == torch.int32
+    assert seen["cum_seq_q"] is seen["cum_seq_k"] is segments.cu_seqlens
+    assert seen["cum_seq_q"].shape == (4,) and seen["cum_seq_q"].dtype == torch.int32
     assert (seen["max_q"], seen["max_k"], seen["scale"]) == (5, 5, 0.3)
-    assert (seen["is_causal"], seen["window_size"]) == (causal, window)
-    assert seen.get("enable_gqa", False) is (groups != 4)
+    assert seen["is_causal"] is causal
+    assert (seen["window_size_left"], seen["window_size_right"]) == window
 
 
 # ---- on a GPU ---------------------------------------------------------------------------------

@@ -85,8 +85,6 @@ def steps(args, inputs: Path, memory: float) -> list[Step]:
 
     return [
         *made,
-        Step(name="probe-cudnn", seconds=15, limit=60, rank=1,
-             words=["probe.py", *shared, "--cudnn"]),
         Step(name="tests", seconds=60, limit=120, rank=1, group="checks",
              words=["commands.py", "tests", "-n", 6]),
         *(Step(name=f"parity-{dtype}", seconds=60, limit=150, rank=1, group="checks",
@@ -99,6 +97,7 @@ def steps(args, inputs: Path, memory: float) -> list[Step]:
           for number, names in enumerate((
               "vision bias + quick_gelu,vision rope,vision LayerNorm",
               "SwiGLU,vision bias + residual,RMSNorm", "cross-entropy,language rope"))),
+        Step(name="host", seconds=45, limit=100, rank=2, words=["host.py", inputs]),
         train("2b-4k-unfused", 45, 1, "--fused-ops", "off"),
         train("2b-4k", 50, 1),
         Step(name="kernels", seconds=40, limit=100, rank=2, words=["kernels.py", *shared]),
@@ -161,7 +160,9 @@ class Check:
             if unknown:
                 sys.exit(f"check.sh: no step {', '.join(unknown)}; there are "
                          f"{', '.join(step.name for step in found)}.")
-            found = [step for step in found if step.name.startswith(tuple(wanted))]
+            names = {step.name for step in found}  # a whole name is that step alone
+            found = [step for step in found if step.name in wanted
+                     or step.name.startswith(tuple(one for one in wanted if one not in names))]
         return found
 
     def run(self) -> int:

@@ -36,7 +36,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=8, help="of a step, one a microbatch")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--trace", action="store_true", help="trace steps 5 and 6")
     return parser.parse_known_args()
 

@@ -275,7 +275,10 @@ def measure(results: Results, timer: Timer, name: str, make: Callable[[], Op], c
     torch.manual_seed(0)
     op = make()
     bytes_in = sum(x.nbytes for x in op.inputs)
-    sets = [op.inputs] + [make().inputs for _ in range(copies_beyond_cache(bytes_in) - 1)]
+    # Not op.inputs: what writes into its inputs would leave others for the next candidate.
+    sets = [copied(op.inputs)] + [
+        make().inputs for _ in range(copies_beyond_cache(bytes_in) - 1)
+    ]
     trains = any(x.requires_grad for x in op.inputs)
     with torch.no_grad():
         probe = next(iter(op.candidates.values()))(*copied(op.inputs))

@@ -1,19 +1,17 @@
 """Ceilings of this card, then every attention backend that runs here, timed and checked.
 
-    python probe.py RESULT.json [--device cuda] [--tiny] [--cudnn]
+    python probe.py RESULT.json [--device cuda] [--tiny]
 
 The ceilings come first, for every rate after them is told as a part of them: a bf16 matrix product
 of 8192^3 and a copy on the device. Then each row of `megatron_vl.ops.attention.BACKENDS`, forward
 and forward with backward, at the shapes of the 2B and 7B models. FLOPs are those that the segments
-need: 4 L^2 N H a segment forward, half of it causal, and 2.5 times that backward. With --cudnn
-cuDNN's attention alone, in a process of its own: an error inside it would end all that comes after.
+need: 4 L^2 N H a segment forward, half of it causal, and 2.5 times that backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -86,31 +84,18 @@ def cudnn_attention(q, k, v, segments, *, causal, scale):
     return out.transpose(1, 2).reshape(rows * width, -1, v.shape[-1])
 
 
-def packed_cudnn():
-    from megatron_vl.ops.cudnn import attention
-
-    return attention
-
-
-def usual(case: Case, lengths: list[int]) -> dict:
-    """name -> function that loads it, of the backends that run here."""
-    return {
-        name: lambda backend=backend: backend.load(False)
-        for name, backend in BACKENDS.items() if backend.why_not(case) is None
+def candidates(case: Case, lengths: list[int]) -> dict:
+    """name -> function that loads it, of what runs here."""
+    found = {
+        name: partial(backend.load, False) for name, backend in BACKENDS.items()
+        if backend.why_not(case) is None
     }
+    if case.cuda and len(set(lengths)) == 1:
+        found["torch cuDNN, equal segments"] = lambda: cudnn_attention
+    return found
 
 
-def cudnn_equal(case: Case, lengths: list[int]) -> dict:
-    if not case.cuda or len(set(lengths)) > 1:
-        return {}
-    return {"torch cuDNN, equal segments": lambda: cudnn_attention}
-
-
-def cudnn_packed(case: Case, lengths: list[int]) -> dict:
-    return {"torch cuDNN, packed": packed_cudnn} if case.cuda else {}
-
-
-def measure_attention(results: Results, timer: Timer, shape: tuple, candidates: Callable) -> None:
+def measure_attention(results: Results, timer: Timer, shape: tuple) -> None:
     name, lengths, heads, groups, width, causal = shape
     device, tokens, scale = timer.device, sum(lengths), width**-0.5
     dtype = torch.bfloat16
@@ -167,15 +152,12 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--cudnn", action="store_true")
     args = parser.parse_args()
     results, timer = Results(args.result), Timer(args.device, 0.01 if args.tiny else 0.15)
-    if not args.cudnn:
-        measure_ceilings(results, timer, args.tiny)
-        measure_backends(results, args.tiny)
-    for candidates in (cudnn_equal, cudnn_packed) if args.cudnn else (usual,):
-        for shape in shapes(args.tiny):
-            measure_attention(results, timer, shape, candidates)
+    measure_ceilings(results, timer, args.tiny)
+    measure_backends(results, args.tiny)
+    for shape in shapes(args.tiny):
+        measure_attention(results, timer, shape)
     results.save()
 
 

@@ -64,6 +64,13 @@ class Runs:
         steps_seen = [json.loads(line) for line in log.read_text().splitlines()]
         return [step for step in steps_seen if step["kind"] == "train"]
 
+    def weights(self) -> Path:
+        """The tiny model's, converted: random ones differ from device to device."""
+        target = self.scratch / "weights"
+        words = ["convert", self.inputs / "tiny", target, "--dtype", "float32"]
+        subprocess.run([sys.executable, "-m", "megatron_vl", *words], check=True)
+        return target
+
     def halves(self, name: str, *options: object) -> list[dict]:
         """Half of the steps, then the rest in another process; all that they logged."""
         first = self.train(f"{name}-first", *options, steps=self.steps // 2, save=name)
@@ -112,10 +119,11 @@ def main() -> int:
         halves = pool.submit(runs.halves, "sharded", *sharded)
         whole = pool.submit(runs.train, "sharded-whole", *sharded)
         if not args.tiny:
+            start = runs.weights()
             plain_halves = pool.submit(runs.halves, "plain", *shared)
             plain = pool.submit(runs.train, "plain-whole", *shared)
-            device32 = pool.submit(runs.train, "fp32")
-            cpu32 = pool.submit(runs.train, "fp32-cpu", cpu=True)
+            device32 = pool.submit(runs.train, "fp32", "--load", start)
+            cpu32 = pool.submit(runs.train, "fp32-cpu", "--load", start, cpu=True)
             half = pool.submit(runs.train, "fp16", "--fp16", "--use-distributed-optimizer",
                                "--initial-loss-scale", 64, steps=FP16_STEPS, save="fp16")
         compare(results, "bf16, distributed optimizer, async save: resumed against whole",

@@ -110,7 +110,7 @@ def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTra
         ffn_hidden_size=spec.vision.merged_size,
         kv_channels=spec.vision.head_dim,
         add_bias_linear=True,
-        activation_func=choose_activation(F.gelu, options.fused_ops),
+        activation_func=F.gelu,
         **_initialization(options, spec.decoder.init_std),
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
@@ -150,7 +150,6 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         # stages; batched, those messages are matched by order and silently swapped.
         overlap_p2p_comm=layout.vp > 1,
         batch_p2p_comm=layout.vp == 1,
-        bias_dropout_fusion=options.fused_ops,
         gradient_accumulation_fusion=options.fused_ops,
     )
     return shared
