@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -74,11 +75,10 @@ class HangWatch:
         faulthandler.unregister(signal.SIGUSR2)
         self.file.close()
         self.file = None
-        if self.path.stat().st_size == 0:
-            self.path.unlink()
+        _delete_if_empty(self.path)
         barrier()
-        if torch.distributed.get_rank() == 0 and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if torch.distributed.get_rank() == 0:
+            _delete_if_empty(self.folder)
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
@@ -106,6 +106,16 @@ class HangWatch:
             f"s) while {self._doing}; where every rank stood is in {self.folder}. Raise "
             f"hang-timeout if it was only slow."
         )
+
+
+def _delete_if_empty(path: Path) -> None:
+    """A file or a folder; another run whose metrics lie beside this one's may have done it."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.stat().st_size == 0:
+            path.unlink()
 
 
 def _set_aside(folder: Path) -> None:

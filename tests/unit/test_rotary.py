@@ -1,4 +1,4 @@
-"""Rotary embedding: the angles, the turning, and the kernel that does the same on a device."""
+"""Rotary embedding: the angles and the turning; and the kernels of elementwise operations."""
 
 from __future__ import annotations
 
@@ -32,6 +32,20 @@ for shape in [(33, 1, 3, 80), (16, 2, 4, 16), (5, 3, 1, 128), (0, 1, 2, 16)]:
         found.append((turned.detach(), qkv.grad))
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+from megatron_vl.ops.activation_triton import quick_gelu as kernel
+from megatron_vl.ops.fusion import quick_gelu
+for shape in [0, 1, 5000, (3, 1, 7000)]:
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    gradient = torch.randn(shape, device=device)
+    found = []
+    for one in (quick_gelu, kernel):
+        x.grad = None
+        one(x).backward(gradient)
+        found.append((one(x).detach(), x.grad))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 print("equal")
 """
 
@@ -83,7 +97,7 @@ def test_turning_back_is_the_gradient():
 @pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="Triton is not installed; it needs no GPU"
 )
-def test_the_kernel_turns_as_the_reference():
+def test_the_kernels_equal_the_references():
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = run([sys.executable, "-c", KERNEL], **interpreted)
     assert done.code == 0 and done.out.strip().endswith("equal"), done.text
