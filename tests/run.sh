@@ -19,7 +19,7 @@ say "running the tests (about 35 minutes on two cores); pytest arguments: ${*:-n
 # One thread a process: several ranks share two cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"
-if "$VENV/bin/python" -m pytest -q -n 2 --dist loadgroup --durations=15 "$@"; then
+if "$VENV/bin/python" -m pytest -q -n 2 --dist load --maxschedchunk 1 --durations=15 "$@"; then
   say "all tests passed"
 else
   code=$?

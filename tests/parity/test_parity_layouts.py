@@ -124,6 +124,7 @@ def test_a_vision_tower_over_every_chunk_equals_transformers(tmp_path):
         assert parameters_of(done.out) == 105
 
 
+@pytest.mark.quick
 def test_one_rank_equals_transformers_and_an_unmet_tolerance_names_the_cases(model_dir):
     done = megatron_vl("parity", model_dir, "--tolerance", "1e-12")
     cases = cases_of(done.out)

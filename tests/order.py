@@ -1,0 +1,73 @@
+"""In which order tests run, which of them `--quick` chooses, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+# What takes longest once the quick ones are through, longest first: no process is then left with a
+# long one while the others are done. What is not named here comes behind it.
+LONGEST_FIRST = ()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true",
+        help="only tests/unit and what is marked quick: enough to know that a tree is not broken",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    items.sort(key=place)  # stable: files stay together
+    if config.getoption("quick"):
+        left_out = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if is_quick(item)]
+
+
+def is_quick(item) -> bool:
+    return "unit" in item.path.parts or item.get_closest_marker("quick") is not None
+
+
+def place(item) -> tuple[int, int]:
+    if is_quick(item):
+        return 0, 0
+    names = [number for number, name in enumerate(LONGEST_FIRST) if name in item.nodeid]
+    return 1, names[0] if names else len(LONGEST_FIRST)
+
+
+class Progress:
+    """Says which file is begun, and how far the run is."""
+
+    def __init__(self, reporter):
+        self.reporter, self.began = reporter, time.monotonic()
+        self.files: set[str] = set()
+        self.done = 0
+
+    def pytest_runtest_logstart(self, nodeid: str):
+        file = nodeid.partition("::")[0]
+        if file in self.files:
+            return
+        self.files.add(file)
+        total = self.reporter._session.testscollected or 1
+        seconds = int(time.monotonic() - self.began)
+        self.reporter.write_line(
+            f"[{100 * self.done // total:3d}%  {seconds // 60}:{seconds % 60:02d}] {file}"
+        )
+
+    def pytest_runtest_logfinish(self):
+        self.done += 1
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report):
+        return ("passed", "", "") if report.when == "call" and report.passed else None
+
+
+@pytest.hookimpl(trylast=True)  # behind the terminal's
+def pytest_configure(config):
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    # The test processes have none, and -v names every test.
+    if reporter is not None and config.getoption("verbose") <= 0:
+        config.pluginmanager.register(Progress(reporter), "progress")
