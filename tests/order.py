@@ -8,7 +8,20 @@ import pytest
 
 # What takes longest once the quick ones are through, longest first: no process is then left with a
 # long one while the others are done. What is not named here comes behind it.
-LONGEST_FIRST = ()
+LONGEST_FIRST = (
+    "test_every_layout_equals_transformers[4",
+    "test_freezing.py",  # whose first test runs all jobs
+    "test_a_run_killed_at_random_moments",
+    "test_clusters.py",
+    "test_training.py",
+    "test_determinism.py",
+    "test_faults.py",
+    "test_memory.py",
+    "test_recompute.py",
+    "test_parity_layouts.py",
+    "test_loss_splits.py",
+    "test_data_runs.py",
+)
 
 
 def pytest_addoption(parser):

@@ -196,7 +196,7 @@ def _for_two_stages(changes, workshop, tmp_path):
     return {"PRETRAIN_CHECKPOINT_PATH": two}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.cold), 1])
 def test_a_killed_rank_takes_the_job_down_with_a_message(victim, workshop, tmp_path):
     script = ["bash", str(ROOT / LAUNCHER), *map(str, words(
         PP=2, TRAIN_ITERS=100000, SAVE_INTERVAL=100000, DATASET_PATH=workshop.wds_dir,

@@ -21,7 +21,7 @@ def losses(steps: dict[int, dict]) -> list[float]:
 FP32 = 1e-6
 
 LAYOUTS = {
-    "TP2": dict(TP=2, PP=1),
+    "TP2": pytest.param(dict(TP=2, PP=1), marks=pytest.mark.cold),
     "TP2 PP2, sequence parallel, 24 arguments": dict(TP=2, PP=2, SP="true"),
     "PP2 uneven, full recompute": dict(PP=2, first=1, AC="full"),
     "CP2 PP2": dict(PP=2, CP=2),
