@@ -52,7 +52,7 @@ def place(item) -> tuple[int, int]:
 
 
 class Progress:
-    """Says which file is begun, and how far the run is."""
+    """Says which file is begun, how far the run is, and at once what fails."""
 
     def __init__(self, reporter):
         self.reporter, self.began = reporter, time.monotonic()
@@ -70,12 +70,17 @@ class Progress:
             f"[{100 * self.done // total:3d}%  {seconds // 60}:{seconds % 60:02d}] {file}"
         )
 
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.reporter.write_line(f"FAILED {report.nodeid}")
+
     def pytest_runtest_logfinish(self):
         self.done += 1
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_report_teststatus(self, report):
-        return ("passed", "", "") if report.when == "call" and report.passed else None
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_teststatus(self):
+        category, *_ = yield
+        return category, "", ""  # no letter a test
 
 
 @pytest.hookimpl(trylast=True)  # behind the terminal's
