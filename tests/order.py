@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import pytest
 
@@ -56,14 +57,14 @@ class Progress:
 
     def __init__(self, reporter):
         self.reporter, self.began = reporter, time.monotonic()
-        self.files: set[str] = set()
+        self.latest: deque[str] = deque(maxlen=2)  # files: what the two test processes are at
         self.done = 0
 
     def pytest_runtest_logstart(self, nodeid: str):
         file = nodeid.partition("::")[0]
-        if file in self.files:
+        if file in self.latest:
             return
-        self.files.add(file)
+        self.latest.append(file)
         total = self.reporter._session.testscollected or 1
         seconds = int(time.monotonic() - self.began)
         self.reporter.write_line(

@@ -16,7 +16,7 @@ from megatron_vl.parallel.cluster import ClusterEnv, cluster_env, hostfile_env
 from megatron_vl.parallel.hosts import Host, parse_hostfile
 
 # What drivers of GPUs make: NVIDIA's, those of its boards and of Windows' Linux, and AMD's.
-_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 FIELDS = ("nnodes", "master_addr", "master_port", "nproc_per_node", "node_rank")
 
 
@@ -70,7 +70,7 @@ def _devices() -> int:
 
     torch takes seconds to import, and is asked only where there may be a GPU.
     """
-    if sys.platform == "linux" and not any(map(os.path.exists, _DRIVERS)):
+    if sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
         return 1
     import torch
 

@@ -337,7 +337,7 @@ def test_cluster_env_counts_this_machines_devices_when_nobody_says(on, capsys):
 COUNTS = """
 import sys
 from megatron_vl.cli import cluster_env
-cluster_env._DRIVERS = sys.argv[1:]
+cluster_env.DRIVERS = sys.argv[1:]
 print(cluster_env._devices() >= 1, "torch" in sys.modules)
 """
 

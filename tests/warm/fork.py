@@ -1,7 +1,8 @@
 """Forking a process that becomes the child of whoever asked for it, not of who forked it.
 
 Its parent then waits for it, signals it and is followed by it in death as if it had started it: the
-program under test notices no difference. Linux on x86-64 only; elsewhere nothing is warm.
+program under test notices no difference. Linux on x86-64 only, and without a GPU, whose driver does
+not outlive a fork; elsewhere nothing is warm.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import platform
 import signal
 import sys
 
+from megatron_vl.cli.cluster_env import DRIVERS
+
 _SYS_CLONE = 56
-_PR_GET_TID_ADDRESS, _PR_SET_NAME = 40, 15
+_PR_GET_TID_ADDRESS = 40
 _CLONE_PARENT, _CLONE_CHILD_SETTID, _CLONE_CHILD_CLEARTID = 0x8000, 0x1000000, 0x200000
 
-_libc = ctypes.PyDLL(None) if sys.platform == "linux" else None
+_libc = ctypes.PyDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def possible() -> bool:
     if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    if any(map(os.path.exists, DRIVERS)):
         return False
     return _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(ctypes.c_void_p())) == 0
 
