@@ -1,4 +1,7 @@
-"""Fixtures that several test folders share: a tiny model's directory and a small real dataset."""
+"""Fixtures that several test folders share: a tiny model's directory and a small real dataset.
+
+They are made once a run, whichever test process needs one first, and only read afterwards.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,28 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from shared import Shared
+from warm import start as warm
 
 ROOT = Path(__file__).resolve().parents[1]
+NURSERY = warm.Nursery()
+pytest_plugins = ["order"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    warm.use(None if item.get_closest_marker("cold") else NURSERY)
+
+
+def pytest_sessionfinish():
+    warm.use(None)
+    NURSERY.close()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, request) -> Shared:
+    own = tmp_path_factory.getbasetemp()
+    return Shared((own.parent if hasattr(request.config, "workerinput") else own) / "shared")
 
 
 def _toolkit(script: str, *arguments: object) -> None:
@@ -19,12 +42,12 @@ def _toolkit(script: str, *arguments: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def hf_dir(tmp_path_factory) -> Path:
+def hf_dir(shared) -> Path:
     """A tiny random Qwen2-VL with a real tokenizer, chat template and image settings."""
-    out = tmp_path_factory.mktemp("hf") / "tiny"
-    _toolkit("make_tiny_hf_checkpoint.py", out, "--hidden-size", 32, "--num-layers", 2,
-             "--ffn-size", 32, "--vision-depth", 1, "--vision-hidden-size", 32, "--ranks", 1500)
-    return out
+    return shared.made("hf", lambda out: _toolkit(
+        "make_tiny_hf_checkpoint.py", out, "--hidden-size", 32, "--num-layers", 2, "--ffn-size", 32,
+        "--vision-depth", 1, "--vision-hidden-size", 32, "--ranks", 1500,
+    ))
 
 
 @pytest.fixture(scope="session")
@@ -36,25 +59,29 @@ def spec(hf_dir):
 
 
 @pytest.fixture(scope="session")
-def llava_dir(tmp_path_factory) -> Path:
+def llava_dir(shared) -> Path:
     """easy-VQA's first images and their questions as LLaVA-style JSON."""
-    out = tmp_path_factory.mktemp("easy_vqa") / "llava"
-    _toolkit("pretrain_data_preprocessing/easy_vqa_to_llava.py", out, "--max-images", 40)
-    return out
+    return shared.made("llava", lambda out: _toolkit(
+        "pretrain_data_preprocessing/easy_vqa_to_llava.py", out, "--max-images", 40
+    ))
 
 
 @pytest.fixture(scope="session")
-def wds_dir(llava_dir) -> Path:
+def wds_dir(llava_dir, shared) -> Path:
     """The same, prepared by the command a user types."""
-    _toolkit("pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py", llava_dir,
-             "--json", "train.json", "--quiet")
-    return llava_dir / "wds"
+    return shared.made("wds", lambda out: _toolkit(
+        "pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py", llava_dir,
+        "--output", out, "--json", "train.json", "--quiet",
+    ))
 
 
 @pytest.fixture(scope="session")
-def vqa_dir(llava_dir, tmp_path_factory) -> Path:
+def vqa_dir(llava_dir, shared) -> Path:
     """The same as energon's own VQASample, as datasets that other tools prepared have it."""
-    out = tmp_path_factory.mktemp("vqa") / "wds"
+    return shared.made("vqa", lambda out: make_vqa(llava_dir, out))
+
+
+def make_vqa(llava_dir: Path, out: Path) -> None:
     out.mkdir()
     entries = json.loads((llava_dir / "train.json").read_text())
     for shard in range(10):
@@ -73,30 +100,31 @@ def vqa_dir(llava_dir, tmp_path_factory) -> Path:
          "--sample-type", "VQASample", "--field-map", json.dumps(fields),
          "--media-metadata-by-extension"], check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    return out
 
 
 @pytest.fixture(scope="session")
-def mixed_dir(tmp_path_factory) -> Path:
+def mixed_dir(shared) -> Path:
     """Images of several sizes, videos, text and Chinese, prepared: see mixed_data.py."""
     from mixed_data import write_source
 
     from megatron_vl.cli.main import run
 
-    root = tmp_path_factory.mktemp("mixed")
-    write_source(root / "in", copies=20)
-    assert run(["prepare", str(root / "in"), str(root / "wds"), "--format", "sharegpt",
-                "--quiet"]) == 0
-    return root / "wds"
+    def make(root: Path) -> None:
+        root.mkdir()
+        write_source(root / "in", copies=20)
+        assert run(["prepare", str(root / "in"), str(root / "wds"), "--format", "sharegpt",
+                    "--quiet"]) == 0
+
+    return shared.made("mixed", make) / "wds"
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory) -> Path:
+def model_dir(shared) -> Path:
     """Four language and two vision layers, so that uneven splits and virtual stages exist."""
-    out = tmp_path_factory.mktemp("hf4") / "model"
-    _toolkit("make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks",
-             1500, "--dtype", "float32")
-    return out
+    return shared.made("model", lambda out: _toolkit(
+        "make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks", 1500,
+        "--dtype", "float32",
+    ))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Make the test environment and run every test that fits this machine.
+#   bash tests/run.sh --quick           the unit tests, one comparison and one training
 #   bash tests/run.sh [pytest arguments]
 #   VENV=path   the environment to make or reuse (default: .venv-test)
 set -euo pipefail
@@ -14,12 +15,11 @@ VENV=$(cd "$VENV" && pwd)
 say "checking style: ruff check ."
 "$VENV/bin/ruff" check . || give_up "the style check failed; $VENV/bin/ruff check --fix . mends most."
 
-# Two processes: most of a test's time is starting Python and torch.
-say "running the tests (about 35 minutes on two cores); pytest arguments: ${*:-none}"
-# One thread a process: several ranks share two cores.
+say "running the tests (about 9 minutes on two cores, 2 with --quick); pytest arguments: ${*:-none}"
+# Two test processes, of which each may start several ranks; so one thread a process.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"
-if "$VENV/bin/python" -m pytest -q -n 2 --dist loadgroup --durations=15 "$@"; then
+if "$VENV/bin/python" -m pytest -q -n 2 --dist load --maxschedchunk 1 --durations=15 "$@"; then
   say "all tests passed"
 else
   code=$?

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import socket
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import ClusterEnv, cluster_env, hostfile_env
 from megatron_vl.parallel.hosts import Host, parse_hostfile
 
+# What drivers of GPUs make: NVIDIA's, those of its boards and of Windows' Linux, and AMD's.
+DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 FIELDS = ("nnodes", "master_addr", "master_port", "nproc_per_node", "node_rank")
 
 
@@ -63,7 +66,12 @@ def _from_hostfile(path: Path) -> ClusterEnv:
 
 
 def _devices() -> int:
-    """Processes of this node when nobody says: one a GPU, or one."""
+    """Processes of this node when nobody says: one a GPU, or one.
+
+    torch takes seconds to import, and is asked only where there may be a GPU.
+    """
+    if sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
+        return 1
     import torch
 
     return torch.cuda.device_count() or 1

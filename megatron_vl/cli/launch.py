@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def launch(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _End:
+class End:
     """How an attempt ended."""
 
     code: int
@@ -181,33 +181,55 @@ class _End:
 
 
 def _together(
-    mine: _End, command: str, store, attempt: int, *, nnodes: int, node_rank: int, timeout: float
-) -> _End:
+    mine: End, command: str, store, attempt: int, *, nnodes: int, node_rank: int, timeout: float
+) -> End:
     """How an attempt ended for all nodes: they start again together, or not at all."""
     said = agree(
         store, attempt, nnodes=nnodes, node_rank=node_rank, timeout=timeout,
         end={"final": mine.final, "hopeful": mine.hopeful, "code": mine.code,
              "host": socket.gethostname()},
     )
+    end, words = decide(mine, said, nnodes=nnodes, timeout=timeout)
+    if words:
+        print(f"megatron-vl {command}: {words}", file=sys.stderr, flush=True)
+    return end
+
+
+def decide(mine: End, said: dict[int, dict], *, nnodes: int, timeout: float) -> tuple[End, str]:
+    """How an attempt ended for all nodes, of which this one ended as `mine`; and what to say."""
     if mine.final:
-        return mine
+        return mine, ""
     for node, other in sorted(said.items()):
         if other["final"]:
-            print(f"megatron-vl {command}: node {node} ({other['host']}) ended with code "
-                  f"{other['code']}; it says why", file=sys.stderr, flush=True)
-            return replace(mine, final=True, code=other["code"] or mine.code)
+            return (
+                replace(mine, final=True, code=other["code"] or mine.code),
+                f"node {node} ({other['host']}) ended with code {other['code']}; it says why",
+            )
     if silent := set(range(nnodes)) - set(said):
-        print(f"megatron-vl {command}: node(s) {', '.join(map(str, sorted(silent)))} did not say "
-              f"within {timeout:g} s how they ended; start all of them again, which resumes",
-              file=sys.stderr, flush=True)
-        return replace(mine, final=True)
-    return replace(mine, hopeful=any(other["hopeful"] for other in said.values()))
+        return (
+            replace(mine, final=True),
+            f"node(s) {', '.join(map(str, sorted(silent)))} did not say within {timeout:g} s how "
+            f"they ended; start all of them again, which resumes",
+        )
+    return replace(mine, hopeful=any(other["hopeful"] for other in said.values())), ""
+
+
+def judge(code: int, exits: Iterable[int], *, stepped: bool, stopped: bool) -> dict[str, bool]:
+    """What becomes of a job whose first failure has `code`, and whose failed ranks had `exits`.
+
+    Args:
+        stepped: its first step was done: what fails before it for a reason of its own, will again.
+        stopped: it was asked to stop.
+    """
+    # By SIGTERM torch's launcher ends the others of one that failed.
+    died = min(set(exits) - {-signal.SIGTERM}, default=0) < 0
+    return dict(hopeful=died or stepped, final=code == 2 or stopped)
 
 
 def _attempt(
     argv: list[str], scratch: Path, attempt: int, *, saves: bool, nproc_per_node: int, nnodes: int,
     node_rank: int, meeting: tuple[str, int], patience: int,
-) -> _End | None:
+) -> End | None:
     """Start the ranks and wait for their end; None: the nodes lost one another."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -234,23 +256,19 @@ def _attempt(
             elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
     except ChildFailedError as error:
         code, report = read_failure(failure) or (1, _no_report(argv[0], error))
-        # By SIGTERM torch's launcher ends the others of one that failed.
-        ends = {one.exitcode for one in error.failures.values()} - {-signal.SIGTERM}
-        died = min(ends, default=0) < 0
-        # What fails before its first step for a reason of its own will fail so again.
-        return _End(
-            code=code, report=report, hopeful=died or failure.with_name(STEPPED).exists(),
-            final=code == 2 or failure.with_name(STOP).exists(),
-        )
+        return End(code=code, report=report, **judge(
+            code, [one.exitcode for one in error.failures.values()],
+            stepped=failure.with_name(STEPPED).exists(), stopped=failure.with_name(STOP).exists(),
+        ))
     except SignalException as error:
         # Whatever the ranks reported, they were told to stop.
         name = signal.Signals(error.sigval).name
-        return _End(code=128 + error.sigval, report=f"megatron-vl {argv[0]}: ended by {name}\n")
+        return End(code=128 + error.sigval, report=f"megatron-vl {argv[0]}: ended by {name}\n")
     except (RendezvousError, DistError):
         return None
     finally:
         del os.environ[FAILURE_FILE]
-    return _End(code=0)
+    return End(code=0)
 
 
 @contextlib.contextmanager

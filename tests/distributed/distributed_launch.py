@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from commands import Done, shell
+from shared import Shared
 
 LAUNCHER = "examples/qwen2_vl/run_mcore_qwen.sh"
 CONVERTOR = "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh"
@@ -31,20 +32,20 @@ def words(**changes: object) -> list[object]:
 class Workshop:
     """Converts and trains one tiny model on one tiny dataset."""
 
-    def __init__(self, root: Path, model_dir: Path, wds_dir: Path):
-        self.root, self.model_dir, self.wds_dir = root, model_dir, wds_dir
-        self._weights: dict[str, Path] = {}
+    def __init__(self, shared: Shared, model_dir: Path, wds_dir: Path):
+        self.shared, self.root = shared, shared.root
+        self.model_dir, self.wds_dir = model_dir, wds_dir
 
     def weights(self, tp: int, pp: int, first: int | None = None) -> Path:
         """The model converted for a layout."""
-        name = f"tp{tp}pp{pp}first{first}"
-        if name not in self._weights:
-            environment = {} if first is None else {"MP_PP0_LAYERS": first}
-            done = shell(CONVERTOR, "auto", self.model_dir, self.root / name, tp, pp, "false",
-                         "fp32", **environment)
+        environment = {} if first is None else {"MP_PP0_LAYERS": first}
+
+        def convert(out: Path) -> None:
+            done = shell(CONVERTOR, "auto", self.model_dir, out, tp, pp, "false", "fp32",
+                         **environment)
             assert done.code == 0, done.text
-            self._weights[name] = self.root / name
-        return self._weights[name]
+
+        return self.shared.made(f"tp{tp}pp{pp}first{first}", convert)
 
     def train(self, name: str, *, first: int | None = None, extra: str = "", **changes) -> Done:
         """Run the launcher into the folder `name`."""

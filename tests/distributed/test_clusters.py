@@ -13,13 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Done
+from commands import ROOT, Done, environment_with, executed_by
 from distributed_launch import LAUNCHER, words
 
 import megatron_vl.cli.hosts
 from megatron_vl.cli.hosts import host_script
-
-pytestmark = pytest.mark.xdist_group("clusters")
 
 HOST = socket.gethostname()
 
@@ -32,12 +30,15 @@ def free_port() -> int:
 
 def start(command: list[object], *, cwd: Path = ROOT, **environment: object) -> subprocess.Popen:
     """A node's command, in the environment of a machine that no scheduler manages, and more."""
-    env = {name: value for name, value in os.environ.items()
+    env = {name: value for name, value in environment_with().items()
            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    env |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    env |= {name: str(value) for name, value in environment.items()}
+    command = [str(word) for word in command]
+    if command[0] == "bash":
+        said, command, env = executed_by(command, env)
+        assert command is not None, said.text
     return subprocess.Popen(
-        [str(word) for word in command], cwd=cwd, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=env | {name: str(value) for name, value in environment.items()},
+        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
     )
 
 

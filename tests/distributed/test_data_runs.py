@@ -16,8 +16,6 @@ import pytest
 from commands import ROOT, megatron_vl
 from distributed_launch import Workshop
 
-pytestmark = pytest.mark.xdist_group("data runs")
-
 RUN = {  # of a run on the mixed dataset
     "--seq-length": 512, "--packing-buffer-size": 32, "--shuffle-buffer-size": 30,
     "--global-batch-size": 4, "--train-iters": 4, "--lr": "1e-3", "--save-interval": 2,
@@ -53,15 +51,15 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, workshop, mixed_dir) -> Runs:
-    return Runs(tmp_path_factory.mktemp("mixed-runs"), workshop, mixed_dir)
+def runs(workshop, mixed_dir) -> Runs:
+    return Runs(workshop.root, workshop, mixed_dir)
 
 
 @pytest.fixture(scope="module")
-def two_data_ranks(runs) -> dict[int, dict]:
+def two_data_ranks(runs, shared) -> dict[int, dict]:
     """Two data-parallel ranks with one worker each, saved after two of four steps."""
-    runs.train("dp2", dp=2)
-    return runs.steps("dp2")
+    shared.made("mixed dp2", lambda out: runs.train(out.name, dp=2))
+    return runs.steps("mixed dp2")
 
 
 def losses(steps):
@@ -96,7 +94,7 @@ def test_a_run_goes_on_with_another_number_of_data_ranks(runs, two_data_ranks, c
         runs.train(name, **start)
         assert losses(runs.steps(name)) == pytest.approx(losses(two_data_ranks), rel=1e-5)
     else:
-        shutil.copytree(runs.root / "dp2", runs.root / name)
+        shutil.copytree(runs.root / "mixed dp2", runs.root / name)
     (runs.root / name / "latest_checkpointed_iteration.txt").write_text("2\n")
     shutil.rmtree(runs.root / name / "iter_0000004")
     (runs.root / f"{name}.jsonl").unlink(missing_ok=True)
@@ -108,7 +106,7 @@ def test_a_run_goes_on_with_another_number_of_data_ranks(runs, two_data_ranks, c
 
 
 def test_a_number_of_readers_that_cannot_be_dealt_is_refused(runs, two_data_ranks):
-    save = shutil.copytree(runs.root / "dp2", runs.root / "refused")
+    save = shutil.copytree(runs.root / "mixed dp2", runs.root / "refused")
     (save / "latest_checkpointed_iteration.txt").write_text("2\n")
     done = runs.train("refused", code=2, dp=1, num_workers=1)
     assert "read by 2 processes (2 data-parallel ranks) but this run has 1 x 1" in done.err

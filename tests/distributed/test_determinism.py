@@ -7,8 +7,6 @@ import shutil
 
 import pytest
 
-# One test process runs all of these: they share the converted weights.
-pytestmark = pytest.mark.xdist_group("training")
 SHORT = dict(TRAIN_ITERS=4, SAVE_INTERVAL=2)
 
 

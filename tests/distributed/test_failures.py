@@ -6,13 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
-from commands import ROOT, megatron_vl, shell
+from commands import ROOT, environment_with, executed_by, megatron_vl, shell
 from distributed_launch import CONVERTOR, LAUNCHER, words
 
 BAD_ARGUMENTS = {
@@ -197,18 +196,14 @@ def _for_two_stages(changes, workshop, tmp_path):
     return {"PRETRAIN_CHECKPOINT_PATH": two}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.cold), 1])
 def test_a_killed_rank_takes_the_job_down_with_a_message(victim, workshop, tmp_path):
-    command = [
-        "bash", str(ROOT / LAUNCHER),
-        *map(str, words(
-            PP=2, TRAIN_ITERS=100000, DATASET_PATH=workshop.wds_dir,
-            VALID_DATASET_PATH=workshop.wds_dir, OUTPUT_BASEPATH=tmp_path,
-            PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2), SAVE_INTERVAL=100000,
-        )),
-    ]
-    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-           "MP_EXTRA": "--max-restarts 0"}
+    script = ["bash", str(ROOT / LAUNCHER), *map(str, words(
+        PP=2, TRAIN_ITERS=100000, SAVE_INTERVAL=100000, DATASET_PATH=workshop.wds_dir,
+        VALID_DATASET_PATH=workshop.wds_dir, OUTPUT_BASEPATH=tmp_path,
+        PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2),
+    ))]
+    _, command, env = executed_by(script, environment_with(MP_EXTRA="--max-restarts 0"))
     job = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -15,14 +15,13 @@ import pytest
 import torch
 from commands import ROOT, run
 from safetensors.torch import load_file
+from shared import Shared
 from training_jobs import CASE
 
 from megatron_vl.cli.main import run as command
 from megatron_vl.errors import InputError
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.plan import find_checkpoint, plan_run
-
-pytestmark = pytest.mark.xdist_group("freezing")
 
 PARTS = ("vit", "merger", "llm")
 COMBINATIONS = [set(some) for size in range(3) for some in combinations(PARTS, size)]
@@ -90,8 +89,8 @@ FURTHER = {
 class Jobs:
     """What the jobs left behind."""
 
-    def __init__(self, out: Path, model_dir: Path):
-        self.out, self.start = out, load_file(model_dir / "model.safetensors")
+    def __init__(self, shared: Shared, out: Path, model_dir: Path):
+        self.shared, self.out, self.start = shared, out, load_file(model_dir / "model.safetensors")
 
     def options(self, name, frozen, options, weights, resume=None) -> dict:
         known = {
@@ -122,10 +121,11 @@ class Jobs:
 
     def home(self, name) -> dict[str, torch.Tensor]:
         """The trained checkpoint as Hugging Face tensors."""
-        hf = self.out / f"{name} hf"
-        if not hf.exists():
-            assert command(["convert", str(self.out / name), str(hf)]) == 0
-        return load_file(hf / "model.safetensors")
+
+        def convert(out: Path) -> None:
+            assert command(["convert", str(self.out / name), str(out)]) == 0
+
+        return load_file(self.shared.made(f"freezing {name} hf", convert) / "model.safetensors")
 
     def changed(self, name) -> set[str]:
         after = self.home(name)
@@ -134,16 +134,20 @@ class Jobs:
 
 
 @pytest.fixture(scope="session")
-def jobs(tmp_path_factory, model_dir, wds_dir) -> Jobs:
+def jobs(shared, model_dir, wds_dir) -> Jobs:
     """All jobs, run: on two ranks, and each combination of frozen parts on one."""
-    jobs = Jobs(tmp_path_factory.mktemp("jobs"), model_dir)
-    (jobs.out / "data").symlink_to(wds_dir)
-    for name, options in WEIGHTS.items():
-        words = ["convert", model_dir, jobs.out / f"{name} weights", *options]
-        assert command([str(word) for word in words]) == 0
-    jobs.run(1, {title(frozen): (frozen, {}, "any") for frozen in COMBINATIONS})
-    jobs.run(2, SHORT | FURTHER)
-    return jobs
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        (out / "data").symlink_to(wds_dir)
+        for name, options in WEIGHTS.items():
+            words = ["convert", model_dir, out / f"{name} weights", *options]
+            assert command([str(word) for word in words]) == 0
+        jobs = Jobs(shared, out, model_dir)
+        jobs.run(1, {title(frozen): (frozen, {}, "any") for frozen in COMBINATIONS})
+        jobs.run(2, SHORT | FURTHER)
+
+    return Jobs(shared, shared.made("freezing", make), model_dir)
 
 
 def part(tensor: str) -> str:
@@ -216,7 +220,9 @@ def test_a_rate_of_0_leaves_exactly_its_part_as_it_was(jobs):
     assert changed == {"merger", "llm"}
 
 
-def test_two_updates_with_three_rates_are_those_of_torch_and_transformers(jobs, model_dir):
+def test_two_updates_with_three_rates_are_those_of_torch_and_transformers(
+    jobs, model_dir, tmp_path
+):
     from safetensors.torch import save_file
 
     from megatron_vl.models import load_spec
@@ -241,7 +247,7 @@ def test_two_updates_with_three_rates_are_those_of_torch_and_transformers(jobs, 
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]] * decay
         optimizer.step()
-        directory = jobs.out / f"reference {step}"
+        directory = tmp_path / f"reference {step}"
         directory.mkdir()
         for file in model_dir.glob("*.json"):
             (directory / file.name).write_bytes(file.read_bytes())

@@ -50,10 +50,11 @@ def start(tmp_path):
         rank = tmp_path / "rank"
         rank.write_text(RANK.format(python=sys.executable, body=body))
         rank.chmod(0o755)
-        script = LAUNCHER.format(rank=str(rank), settings=settings)
+        script = tmp_path / f"launcher{len(jobs)}.py"
+        script.write_text(LAUNCHER.format(rank=str(rank), settings=settings))
         jobs.append(subprocess.Popen(
-            [sys.executable, "-c", script], env=ENVIRONMENT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, script], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         ))
         return jobs[-1]
 
@@ -261,7 +262,7 @@ def a_free_port() -> int:
 NODES = {  # what each launcher is given beside its address -> what each says
     "the second never comes": (
         ["nnodes=3, node_rank=0", "nnodes=3, node_rank=2"],
-        "node(s) 1 of 3 never came to 127.0.0.1:{port} within 8 s, only 0 ({host}), 2 ({host}) "
+        "node(s) 1 of 3 never came to 127.0.0.1:{port} within 3 s, only 0 ({host}), 2 ({host}) "
         "did; see what the missing ones printed",
     ),
     "two with one number": (
@@ -288,7 +289,7 @@ NODES = {  # what each launcher is given beside its address -> what each says
 def test_nodes_that_do_not_come_together_say_which_and_where(nodes, sentence, start):
     port = a_free_port()
     jobs = [
-        start("", f"{node}, master_addr='127.0.0.1', master_port={port}, rendezvous_timeout=8")
+        start("", f"{node}, master_addr='127.0.0.1', master_port={port}, rendezvous_timeout=3")
         for node in nodes
     ]
     said = [job.communicate(timeout=90)[1].splitlines()[-1] for job in jobs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import loss_splits
 import pytest
 import torch
 import transformers
+from commands import run
 
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.models import load_spec
 from megatron_vl.training.parity import make_samples, vision_arguments
 
-# One test process runs all of these: they share the converted weights.
-pytestmark = pytest.mark.xdist_group("training")
 NAMES = {  # tensors that are stored as published
     "language_model.decoder.final_layernorm.weight": "model.language_model.norm.weight",
     "language_model.embedding.word_embeddings.weight": "model.language_model.embed_tokens.weight",
@@ -25,16 +23,17 @@ NAMES = {  # tensors that are stored as published
 
 
 @pytest.fixture(scope="module")
-def results(workshop, tmp_path_factory) -> dict[tuple[str, bool], dict]:
-    out = tmp_path_factory.mktemp("splits")
-    for ranks in loss_splits.SPLITS:
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             str(ranks), loss_splits.__file__, str(workshop.model_dir),
-             str(workshop.weights(1, 1)), str(out)],
-            capture_output=True, text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+def results(workshop, shared) -> dict[tuple[str, bool], dict]:
+    def split(out: Path) -> None:
+        out.mkdir()
+        for ranks in loss_splits.SPLITS:
+            done = run([
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                ranks, loss_splits.__file__, workshop.model_dir, workshop.weights(1, 1), out,
+            ])
+            assert done.code == 0, done.text
+
+    out = shared.made("loss splits", split)
     return {
         (name, per_sample): torch.load(out / f"{name}-{per_sample}.pt", weights_only=True)
         for splits in loss_splits.SPLITS.values() for name in splits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from commands import ROOT, run
@@ -39,22 +40,26 @@ LAYOUTS = {  # on two ranks
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
-def measured(request, model_dir, wds_dir, tmp_path_factory):
+def measured(request, model_dir, wds_dir, shared):
     """(plans, bytes of every rank) by layout."""
-    out = tmp_path_factory.mktemp("memory")
-    config = json.loads((model_dir / "config.json").read_text())
-    config["tie_word_embeddings"] = request.param == "tied"
-    config["vocab_size"] += 1  # TP does not divide it
-    shutil.copytree(model_dir, out / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    (out / "model" / "config.json").write_text(json.dumps(config))
+    out = shared.root / f"memory {request.param}"
     jobs = {
         name: {**RUN, **options, "hf_config": str(out / "model"), "train_data_path": str(wds_dir)}
         for name, options in LAYOUTS.items()
     }
-    (out / "jobs.json").write_text(json.dumps(jobs))
-    done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                2, ROOT / "tests" / "distributed" / "training_jobs.py", out])
-    assert done.code == 0, done.text
+
+    def measure(out: Path) -> None:
+        config = json.loads((model_dir / "config.json").read_text())
+        config["tie_word_embeddings"] = request.param == "tied"
+        config["vocab_size"] += 1  # TP does not divide it
+        shutil.copytree(model_dir, out / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        (out / "model" / "config.json").write_text(json.dumps(config))
+        (out / "jobs.json").write_text(json.dumps(jobs))
+        done = run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", 2, ROOT / "tests/distributed/training_jobs.py", out])
+        assert done.code == 0, done.text
+
+    shared.made(out.name, measure)
     return {
         name: (plan_run(TrainConfig.from_dict(options), 2),
                [json.loads((out / f"{name}.{rank}.json").read_text())["bytes"] for rank in (0, 1)])

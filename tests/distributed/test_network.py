@@ -12,10 +12,9 @@ import pytest
 from distributed_launch import LAUNCHER, words
 from test_clusters import ROOT, dlc, finish, free_port, start
 
-pytestmark = [
-    pytest.mark.xdist_group("clusters"),
-    pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc"),
-]
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc"
+)
 
 LISTENS = "0A"  # the state in /proc/net/tcp
 LOOPBACK = {"0100007F", "00000000000000000000000001000000",

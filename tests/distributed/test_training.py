@@ -12,9 +12,6 @@ from commands import megatron_vl, shell
 from distributed_launch import LAUNCHER, words
 from safetensors.torch import load_file
 
-# One test process runs all of these: they share what they trained.
-pytestmark = pytest.mark.xdist_group("training")
-
 
 def losses(steps: dict[int, dict]) -> list[float]:
     return [steps[i]["loss"] for i in sorted(steps)]
@@ -24,7 +21,7 @@ def losses(steps: dict[int, dict]) -> list[float]:
 FP32 = 1e-6
 
 LAYOUTS = {
-    "TP2": dict(TP=2, PP=1),
+    "TP2": pytest.param(dict(TP=2, PP=1), marks=pytest.mark.cold),
     "TP2 PP2, sequence parallel, 24 arguments": dict(TP=2, PP=2, SP="true"),
     "PP2 uneven, full recompute": dict(PP=2, first=1, AC="full"),
     "CP2 PP2": dict(PP=2, CP=2),
@@ -62,6 +59,7 @@ def test_ten_steps_from_a_checkpoint_for_every_layout_follow_those_of_one_rank(
     follows(workshop.steps("from-any"), plain_run)
 
 
+@pytest.mark.quick
 def test_training_learns_and_logs_every_number(plain_run):
     assert sorted(plain_run) == list(range(1, 11))
     assert plain_run[10]["loss"] < 0.95 * plain_run[1]["loss"]
@@ -98,17 +96,6 @@ def test_whole_vision_towers_start_alike_and_resume_alike_and_elsewhere(workshop
     assert cut == pytest.approx(losses(undisturbed)[2:], rel=FP32)
 
 
-@pytest.fixture(scope="session")
-def uneven_run(workshop) -> dict[int, dict]:
-    """Ten steps at PP2 with an uneven split, checkpoints at 5 and 10."""
-    # The launcher is not told the split: the converted checkpoint carries it.
-    weights = workshop.weights(1, 2, 1)
-    done = workshop.train("uneven", PP=2, PRETRAIN_CHECKPOINT_PATH=weights)
-    assert done.code == 0, done.text
-    assert "llm 1-3, vision 2-0" in done.out
-    return workshop.steps("uneven")
-
-
 def test_ten_steps_over_an_uneven_pipeline_follow_those_of_one_rank(uneven_run, plain_run):
     follows(uneven_run, plain_run)
 
@@ -127,16 +114,17 @@ def test_a_run_resumes_in_another_layout(workshop, uneven_run):
 
 
 def test_a_run_resumed_from_an_earlier_iteration_repeats_it_exactly(workshop, uneven_run):
-    save = workshop.checkpoint("uneven")
+    shutil.copytree(workshop.root / "uneven", workshop.root / "repeated")
+    save = workshop.checkpoint("repeated")
     # As users do: choose the iteration by editing the file, and start the same command again.
     (save / "latest_checkpointed_iteration.txt").write_text("5\n")
     shutil.rmtree(save / "iter_0000010")
-    done = workshop.train("uneven", PP=2, PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2, 1))
+    done = workshop.train("repeated", PP=2, PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 2, 1))
     assert done.code == 0, done.text
     assert "5 steps done" in done.out
     assert "iteration  6/10" in done.out and "iteration  5/10" not in done.out
     # Model, optimizer, schedule and data order all came back.
-    assert losses(workshop.steps("uneven")) == losses(uneven_run)
+    assert losses(workshop.steps("repeated")) == losses(uneven_run)
 
 
 def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop, plain_run):
@@ -155,12 +143,14 @@ def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop, pl
     assert losses(workshop.steps("dp2"))[0] != pytest.approx(plain_run[1]["loss"], rel=1e-6)
 
 
-def home(checkpoint, out) -> dict[str, torch.Tensor]:
+def home(workshop, name: str) -> dict[str, torch.Tensor]:
     """The published tensors of a trained checkpoint."""
-    if not out.exists():
-        done = megatron_vl("convert", checkpoint, out, "--to", "hf")
+
+    def convert(out) -> None:
+        done = megatron_vl("convert", workshop.checkpoint(name), out, "--to", "hf")
         assert done.code == 0, done.text
-    return load_file(out / "model.safetensors")
+
+    return load_file(workshop.shared.made(f"{name}-hf", convert) / "model.safetensors")
 
 
 SPLITS = {  # how it is converted, and what the launcher is told of it
@@ -196,8 +186,7 @@ def test_a_split_trains_validates_and_goes_home(name, workshop, plain_run):
     follows(workshop.steps(name), plain_run)
     # Back home by layer numbers of their own: the same model, but for the key biases, whose
     # gradient is rounding that AdamW makes steps of.
-    ours, plain = (home(workshop.checkpoint(one), workshop.root / f"{one}-hf")
-                   for one in (name, "plain"))
+    ours, plain = (home(workshop, one) for one in (name, "plain"))
     assert ours.keys() == plain.keys()
     for tensor in ours:
         if "k_proj.bias" not in tensor:
@@ -277,16 +266,15 @@ def test_bfloat16_follows_float32_and_resumes_without_the_distributed_optimizer(
 
 
 def test_a_trained_checkpoint_converts_back_with_every_weight_changed(workshop, plain_run):
-    out = workshop.root / "plain-hf"
     before = load_file(workshop.model_dir / "model.safetensors")
-    after = home(workshop.checkpoint("plain"), out)
+    after = home(workshop, "plain")
     assert before.keys() == after.keys()
     # A key bias moves every score of a query alike: its gradient is zero, up to rounding.
     still = [n for n in before if torch.equal(before[n], after[n]) and "k_proj.bias" not in n]
     assert not still
     import transformers
 
-    model = transformers.AutoModelForImageTextToText.from_pretrained(out)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(workshop.root / "plain-hf")
     assert model.config.model_type == "qwen2_vl"
 
 

@@ -124,6 +124,7 @@ def test_a_vision_tower_over_every_chunk_equals_transformers(tmp_path):
         assert parameters_of(done.out) == 105
 
 
+@pytest.mark.quick
 def test_one_rank_equals_transformers_and_an_unmet_tolerance_names_the_cases(model_dir):
     done = megatron_vl("parity", model_dir, "--tolerance", "1e-12")
     cases = cases_of(done.out)
@@ -135,6 +136,7 @@ def test_one_rank_equals_transformers_and_an_unmet_tolerance_names_the_cases(mod
     assert "images and videos" in done.err and "further than 1e-12" in done.err
 
 
+@pytest.mark.cold
 def test_bfloat16_is_no_further_off_than_twice_transformers_own(model_dir):
     """Unpacked and recomputed as well, over tensor-parallel ranks that share norms."""
     done = megatron_vl("parity", model_dir, "--dtype", "bfloat16", "--no-pack", "--recompute",

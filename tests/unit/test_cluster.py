@@ -334,6 +334,22 @@ def test_cluster_env_counts_this_machines_devices_when_nobody_says(on, capsys):
     assert said.endswith("source='this machine'\n")
 
 
+COUNTS = """
+import sys
+from megatron_vl.cli import cluster_env
+cluster_env.DRIVERS = sys.argv[1:]
+print(cluster_env._devices() >= 1, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("drivers", "asks_torch"), [
+    ((), False), (("/dev/none",), False), (("/dev/none", "/dev/null"), True),
+])
+def test_torch_is_imported_to_count_devices_only_where_a_driver_is(drivers, asks_torch):
+    done = run([sys.executable, "-c", COUNTS, *drivers])
+    assert done.out == f"True {asks_torch}\n", done.text
+
+
 def test_cluster_env_refuses_with_code_2_and_one_sentence(on, capsys, tmp_path):
     on(DLC | {"RANK": "7"})
     assert cli(["cluster-env", "nnodes"]) == 2

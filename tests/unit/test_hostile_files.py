@@ -16,7 +16,6 @@ import resource
 import shutil
 import struct
 import tarfile
-import time
 import zlib
 from pathlib import Path
 
@@ -48,9 +47,9 @@ def canary(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def _quick_and_small():
     """No test may take long, nor this process more than a gigabyte."""
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, before = sum(os.times()[:4]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert time.perf_counter() - started < 60
+    assert sum(os.times()[:4]) - started < 60, "of the processor, whoever else uses it"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "in KiB"
 
 

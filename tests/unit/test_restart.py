@@ -1,0 +1,66 @@
+"""Whether a job's ranks are started again, after every way in which they may have ended.
+
+`tests/distributed/test_launch.py` ends real ones.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from megatron_vl.cli.launch import End, decide, judge
+
+KILLED, ENDED = -signal.SIGKILL, -signal.SIGTERM
+ENDS = {  # code, exits of the failed ranks, what was done before -> hopeful, final
+    "a rank was killed at once": (1, [KILLED], {}, True, False),
+    "a rank was killed, the others were ended for it": (1, [KILLED, ENDED], {}, True, False),
+    "a rank was killed after its first step": (1, [KILLED], {"stepped"}, True, False),
+    "something broke before the first step": (1, [1, ENDED], {}, False, False),
+    "something broke after it": (1, [1, ENDED], {"stepped"}, True, False),
+    "ranks were ended by nobody's fault": (1, [ENDED, ENDED], {}, False, False),
+    "a bad argument": (2, [2], {}, False, True),
+    "bad input after the first step": (2, [2, ENDED], {"stepped"}, True, True),
+    "killed after it was asked to stop": (1, [KILLED], {"stepped", "stopped"}, True, True),
+    "broke after it was asked to stop": (1, [1], {"stopped"}, False, True),
+}
+
+
+@pytest.mark.parametrize(("code", "exits", "done", "hopeful", "final"), ENDS.values(), ids=ENDS)
+def test_an_end_is_judged_by_its_code_its_exits_and_what_was_done(
+    code, exits, done, hopeful, final
+):
+    said = judge(code, exits, stepped="stepped" in done, stopped="stopped" in done)
+    assert said == {"hopeful": hopeful, "final": final}
+
+
+HOPEFUL = {"final": False, "hopeful": True, "code": 1, "host": "a"}
+HOPELESS = {"final": False, "hopeful": False, "code": 1, "host": "b"}
+DONE = {"final": True, "hopeful": False, "code": 0, "host": "c"}
+BAD_INPUT = {"final": True, "hopeful": True, "code": 2, "host": "d"}
+NODES = {  # what this node, node 0 of three, and the others said -> code, hopeful, final, words
+    "all have hope": (HOPEFUL, [HOPEFUL, HOPEFUL], 1, True, False, ""),
+    "one of the others has": (HOPELESS, [HOPELESS, HOPEFUL], 1, True, False, ""),
+    "none has": (HOPELESS, [HOPELESS, HOPELESS], 1, False, False, ""),
+    "another's input is bad": (
+        HOPEFUL, [HOPEFUL, BAD_INPUT], 2, True, True, "node 2 (d) ended with code 2; it says why"),
+    "another is done": (
+        HOPEFUL, [DONE, HOPEFUL], 1, True, True, "node 1 (c) ended with code 0; it says why"),
+    "this one's input is bad": (BAD_INPUT, [HOPEFUL, HOPEFUL], 2, True, True, ""),
+    "one is silent": (
+        HOPEFUL, [HOPEFUL], 1, True, True,
+        "node(s) 2 did not say within 5 s how they ended; start all of them again, which resumes"),
+    "all others are": (
+        HOPEFUL, [], 1, True, True,
+        "node(s) 1, 2 did not say within 5 s how they ended; start all of them again, which "
+        "resumes"),
+}
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "code", "hopeful", "final", "words"), NODES.values(), ids=NODES
+)
+def test_nodes_start_again_together_or_not_at_all(mine, others, code, hopeful, final, words):
+    own = End(**{name: mine[name] for name in ("code", "hopeful", "final")})
+    end, said = decide(own, dict(enumerate([mine, *others])), nnodes=3, timeout=5)
+    assert (end.code, end.hopeful, end.final, said) == (code, hopeful, final, words)
