@@ -46,7 +46,7 @@ setup(
         ],
         "parquet": ["pyarrow>=15"],
         "trackers": ["wandb>=0.17", "swanlab>=0.6", "mlflow>=2.14"],
-        "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7"],
+        "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7", "triton>=3"],
     },
     entry_points={"console_scripts": ["megatron-vl = megatron_vl.cli.main:main"]},
 )

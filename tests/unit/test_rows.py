@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import torch
 
@@ -83,7 +84,11 @@ def test_a_batch_travels_between_processes_whole():
     arrived.tokens += 1  # its own memory, writable
 
 
-def test_a_batch_moves_between_devices_whole():
-    moved = _batch().to("meta")
-    assert moved.tokens.device.type == moved.pixel_patches.device.type == "meta"
+def test_what_is_computed_with_moves_and_what_says_where_things_are_stays():
+    batch = _batch()
+    moved = batch.to("meta")
+    assert moved.position_ids.device.type == moved.pixel_patches.device.type == "meta"
+    for name in ("tokens", "labels", "loss_mask", "cu_seqlens", "grid_thw"):
+        assert getattr(moved, name) is getattr(batch, name)
     assert moved.sample_keys == ["a", "b", "c", "d"]
+    assert replace(batch, pixel_patches=None).to("meta").pixel_patches is None

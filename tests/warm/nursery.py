@@ -51,7 +51,8 @@ LATER = (
     "transformers.models.auto.modeling_auto",
     "matplotlib.pyplot",
 )
-ABSENT = ("transformer_engine", "flash_attn", "torch_npu")  # libraries that a backend may find
+# Libraries that a backend may find.
+ABSENT = ("transformer_engine", "flash_attn", "triton", "torch_npu")
 
 
 def import_all() -> None:
