@@ -209,7 +209,9 @@ class SampleEncoder(TaskEncoder):
     def make_batch(self, rows: list[Row]) -> RowBatch:
         batch = make_batch(
             rows, row_length=self.rules.length, pad_token=self.chat.pad_token,
-            rope=rope_of(self.chat.tokens, self.media.merge_size),
+            rope=rope_of(
+                self.chat.tokens, self.media.merge_size, self.media.limits.video_positions
+            ),
         )
         batch.skipped, self.skipped = tuple(self.skipped), []
         if self.tar_readers is not None:

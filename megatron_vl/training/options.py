@@ -290,6 +290,11 @@ class DataOptions:
     )
     video_fps: float = option(2.0, "frames taken from a second of video")
     video_maxlen: int = option(128, "frames taken from one video at most")
+    video_positions: str = option(
+        "published", "text after a video goes on behind its last frame, as the model was trained; "
+        "transformers5: behind its longest side, as transformers 5 has it",
+        choices=("published", "transformers5"),
+    )
     shuffle_buffer_size: int = option(1000, "samples shuffled together")
     max_samples_per_sequence: int = option(100, "samples read in a row from one shard")
     eval_interval: int = option(1000, "steps between validations; 0: never")

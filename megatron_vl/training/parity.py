@@ -81,7 +81,7 @@ class Case:
 
 
 SMALL, WIDE, TALL, LARGE = (1, 4, 4), (1, 4, 8), (1, 10, 2), (1, 8, 8)
-CLIP = (2, 4, 4)  # more than one frame pair: a video
+CLIP = (3, 4, 4)  # a video; longer than its sides, where rules for positions differ
 
 CASES = (
     Case(name="one image", images=((SMALL,),) * 4),
@@ -204,7 +204,10 @@ def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case, dtype: str = "floa
 
 
 def vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
-    """A sample's media as transformers' model takes them: images and videos apart."""
+    """A sample's media as transformers' model takes them: images and videos apart.
+
+    With our positions: its own differ after a video, from one of its major versions to the next.
+    """
     if sample.patches is None:
         return {}
     kinds = {
@@ -215,7 +218,9 @@ def vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
         sample.grids, sample.patches.split([*map(math.prod, sample.grids)]), strict=True
     ):
         (videos if _is_video(grid) else images).append((patches, grid))
+    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
     arguments = {
+        "position_ids": rope(sample.tokens, sample.grids)[:, None],
         "mm_token_type_ids": (
             (sample.tokens == spec.tokens.image).int()
             + 2 * (sample.tokens == spec.tokens.video).int()

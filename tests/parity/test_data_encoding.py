@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import Part, StoredMedia, Turn
 from megatron_vl.data.formats.llava import question_and_answer
-from megatron_vl.data.options import TrainedText
+from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.samples import IGNORE, ConversationSample
 from megatron_vl.data.task_encoder import RowRules, SampleEncoder
@@ -100,7 +100,8 @@ def meta_model(hf_dir):
 
 @pytest.fixture(scope="module")
 def media(hf_dir, spec):
-    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision)
+    limits = MediaLimits(video_positions="transformers5")  # it is the judge
+    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=limits)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,20 @@ def test_an_image_counts_rows_and_columns_and_text_goes_on_after_its_longer_side
     ]
 
 
+@pytest.mark.parametrize(("rule", "after"), [("published", 4), ("transformers5", 2)])
+def test_text_goes_on_behind_a_video_as_the_rule_says(rule, after):
+    tokens = torch.tensor([1, *[VIDEO] * 3, 2, *[IMAGE], 3])
+    positions = rope_index(
+        tokens, [(3, 2, 2), (1, 2, 2)], image_token=IMAGE, video_token=VIDEO, merge_size=2,
+        video_positions=rule,
+    )
+    assert positions.tolist() == [
+        [0, 1, 2, 3, after, after + 1, after + 2],
+        [0, 1, 1, 1, after, after + 1, after + 2],
+        [0, 1, 1, 1, after, after + 1, after + 2],
+    ]
+
+
 @pytest.mark.parametrize(
     ("tokens", "grids", "what"),
     [

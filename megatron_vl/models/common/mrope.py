@@ -2,13 +2,16 @@
 
 S tokens. Text advances all three axes together. An image or video starts at the position after the
 text before it, counts its merged patches along each axis, and the text after it goes on from the
-position after its longest spatial side. The rule is Qwen2-VL's (arXiv:2409.12191, section 2.1).
+position after the largest of all three. The rule is Qwen2-VL's (arXiv:2409.12191, section 2.1), and
+that of its training, of vLLM and of transformers 4; transformers 5 goes on from the position after
+the longest spatial side, so that text may come before the last frames of a long video.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from megatron_vl.models.spec import TokenIds
 
 Grid = Sequence[int]  # (frames, rows, columns) in patches before merging, as image processors say
 Rope = Callable[[torch.Tensor, Sequence[Grid]], torch.Tensor]
+VideoPositions = Literal["published", "transformers5"]  # whether frames count, or sides alone
 _SMALL = 4096  # tokens of an image whose positions are remembered
 
 
@@ -27,8 +31,9 @@ def rope_index(
     image_token: int,
     video_token: int,
     merge_size: int,
+    video_positions: VideoPositions = "published",
 ) -> torch.Tensor:
-    """Position ids of one sample, equal to transformers' `Qwen2VLModel.get_rope_index`.
+    """Position ids of one sample; with `transformers5` those of its `get_rope_index`.
 
     Args:
         tokens: int64 [S], each image or video already as many placeholders as it has merged
@@ -65,7 +70,7 @@ def rope_index(
         here += start - done
         counted = _remembered if count <= _SMALL else _counted
         np.add(counted(frames, rows, columns), here, out=positions[:, start:end])
-        here += max(rows, columns)
+        here += max(rows, columns, frames if video_positions == "published" else 0)
         done = end
         seen += count
     if seen < media.size:
@@ -82,8 +87,11 @@ def _counted(frames: int, rows: int, columns: int) -> np.ndarray:
 _remembered = lru_cache(128)(_counted)
 
 
-def rope_of(tokens: TokenIds, merge_size: int) -> Rope:
+def rope_of(
+    tokens: TokenIds, merge_size: int, video_positions: VideoPositions = "published"
+) -> Rope:
     """`rope_index` of one model: of a sample's tokens and grids."""
     return partial(
-        rope_index, image_token=tokens.image, video_token=tokens.video, merge_size=merge_size
+        rope_index, image_token=tokens.image, video_token=tokens.video, merge_size=merge_size,
+        video_positions=video_positions,
     )
