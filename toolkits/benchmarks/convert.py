@@ -28,10 +28,12 @@ import tempfile
 import time
 from pathlib import Path
 
-# layers, width, heads, key/value heads, ffn, vocabulary, tied: of the published config.json
+# layers, width, heads, key/value heads, ffn, vocabulary, tied, vision layers: of the published
+# config.json; "tiny" is to see that this script runs
 PUBLISHED = {
-    "2B": (28, 1536, 12, 2, 8960, 151936, True),
-    "7B": (28, 3584, 28, 4, 18944, 152064, False),
+    "2B": (28, 1536, 12, 2, 8960, 151936, True, 32),
+    "7B": (28, 3584, 28, 4, 18944, 152064, False, 32),
+    "tiny": (2, 256, 2, 2, 512, 151936, True, 1),
 }
 SHARD = 4 * 10**9  # bytes of a published file
 NAIVE = ("naive to mcore", "naive to hf")
@@ -55,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def published_config(size: str) -> dict:
-    layers, width, heads, groups, ffn, vocab, tied = PUBLISHED[size]
+    layers, width, heads, groups, ffn, vocab, tied, vision_layers = PUBLISHED[size]
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
         "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
@@ -67,8 +69,8 @@ def published_config(size: str) -> dict:
         "vision_start_token_id": 151652, "vision_end_token_id": 151653, "bos_token_id": 151643,
         "eos_token_id": 151645,
         "vision_config": {
-            "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
-            "hidden_size": width, "patch_size": 14, "spatial_merge_size": 2,
+            "depth": vision_layers, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16,
+            "in_chans": 3, "hidden_size": width, "patch_size": 14, "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
     }
@@ -162,10 +164,11 @@ def naive_to_hf(source: Path, target: Path, args) -> None:
     hf = args.work / "hf"
     spec = load_spec(hf)
     weights = family(spec.model_type).weight_map(spec)
-    ranks = {
-        str(path.relative_to(source / "release")): torch.load(path, weights_only=True)["model"]
-        for path in (source / "release").glob("mp_rank_*/model_optim_rng.pt")
-    }
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of its `args`
+        ranks = {
+            str(path.relative_to(source / "release")): torch.load(path, weights_only=True)["model"]
+            for path in (source / "release").glob("mp_rank_*/model_optim_rng.pt")
+        }
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16)
                for name, shape in weights.published().items()}
     for stored in weights.mcore_inventory(split=spec.split(pp=args.pp), tp=args.tp):

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 GRID = (1, 16, 16)  # of every image: 256 patches
@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1, help="rows at once (default: 1)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--lines", type=int, help="of each table, the first (default: all)")
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -225,8 +226,10 @@ def main() -> None:
         return
     layers = json.loads((args.hf_dir / "config.json").read_text())
     layers = layers.get("text_config", layers)["num_hidden_layers"]
-    recompute = {name: run(args, one) for name, one in recompute_modes(layers).items()}
-    optimizer = {name: run(args, one, ranks=2) for name, one in OPTIMIZER_MODES.items()}
+    recompute = {name: run(args, one)
+                 for name, one in islice(recompute_modes(layers).items(), args.lines)}
+    optimizer = {name: run(args, one, ranks=2)
+                 for name, one in islice(OPTIMIZER_MODES.items(), args.lines)}
     print(f"rows of {args.seq_length} tokens, {args.rows} at once, {args.threads} thread(s); "
           f"{recompute['none']['held'] / 2**20:,.1f} MiB held without a step's activations")
     show("recompute", "peak", recompute)

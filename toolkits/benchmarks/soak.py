@@ -182,11 +182,11 @@ def soak(job: Soak) -> dict:
         time.sleep(job.chance.uniform(0.2, 2) * args.every / 2)
         fault = next(faults, None)
         if fault is None:
-            order = list(Soak.FAULTS)
+            order = [one for one in Soak.FAULTS if one.__name__ in args.faults]
             job.chance.shuffle(order)
             faults = iter(order)
             fault = next(faults)
-        name = fault.__name__.replace("_", " ")
+        name = fault.__name__
         print(f"{time.monotonic() - begun:5.0f} s  step {(job.steps() or [0])[-1]:5d}  {name}",
               flush=True)
         with contextlib.suppress(IndexError, *GONE):  # it was being started again
@@ -248,7 +248,7 @@ def report(job: Soak, seen: dict) -> bool:
     ]
     watched = seen["watched"]
     half = len(watched) // 2
-    for rank in sorted(watched[0]) if half else ():
+    for rank in sorted(watched[0]) if half > 1 else ():
         memory, files = zip(*(one[rank] for one in watched if rank in one), strict=True)
         rows.append((
             f"rank {rank}, over {5 * len(watched)} calm steps",
@@ -264,6 +264,7 @@ def report(job: Soak, seen: dict) -> bool:
 
 
 def main() -> None:
+    names = [one.__name__ for one in Soak.FAULTS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="prepared dataset")
@@ -273,6 +274,8 @@ def main() -> None:
                         help="seconds between faults, about (default: 40)")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=2)
+    parser.add_argument("--faults", nargs="+", metavar="FAULT", default=names, choices=names,
+                        help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)

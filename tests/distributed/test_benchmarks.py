@@ -1,0 +1,47 @@
+"""Every script of toolkits/benchmarks starts, runs to its end and prints its table; no time counts.
+
+precision.py has tests/distributed/test_precision.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from commands import ROOT, run
+
+SCRIPTS = {  # what follows the script (M model, D data, T a new directory), and its last table
+    "train_step.py": (
+        "M D --rows 2 --micro-batch-size 1 --steps 1 --seq-length 256",
+        r"^ours +[\d.]+ +[\d,]+.*\n(ratio of tokens/s, ours to transformers.*\n?){2}",
+    ),
+    "convert.py": (
+        "--model-size tiny --repeat 1 --work T",
+        r"^cp -r mcore .*\n((convert to \w+|cp -r hf) .*\n){3}(naive to \w+ .*\n?){2}",
+    ),
+    "data.py": (
+        "M D --samples 20 --rounds 1 --seq-length 256 --memory-samples 20",
+        r"^loader / floor +[\d.]+$",
+    ),
+    "memory.py": ("M --steps 1 --seq-length 256 --lines 1", r"^first losses: [\d.]+$"),
+    "soak.py": (
+        "M D T/runs --minutes 0.25 --every 3 --faults kill_every_rank",
+        r"^losses equal to an undisturbed run's, to the bit +yes\nsurvived +yes$",
+    ),
+}
+
+
+def test_every_script_is_started():
+    scripts = {path.name for path in (ROOT / "toolkits/benchmarks").glob("*.py")}
+    assert scripts == {*SCRIPTS, "precision.py"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_benchmark_prints_its_table(script, model_dir, wds_dir, tmp_path):
+    words, table = SCRIPTS[script]
+    places = {"M": model_dir, "D": wds_dir}
+    words = [places.get(word) or re.sub("^T", str(tmp_path), word) for word in words.split()]
+    done = run([sys.executable, ROOT / "toolkits/benchmarks" / script, *words])
+    assert done.code == 0, done.text
+    assert re.search(table, done.out, re.M), done.text
