@@ -55,7 +55,7 @@ class Nursery:
                 self._open()
             socket.send_fds(self._end, [message], streams)
             answer = self._end.recv(32)
-        assert answer, "the nursery is gone"
+        assert answer.isdigit(), answer.decode() or "the nursery is gone"
         return int(answer)
 
     def _open(self) -> None:
