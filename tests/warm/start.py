@@ -126,7 +126,8 @@ def _request(given: dict) -> bytes | None:
     if any(Path(one, "sitecustomize.py").exists() for one in path if one):
         return None
     message = json.dumps({
-        "words": words, "unbuffered": unbuffered, "environment": variables,
+        "words": words, "environment": variables,
+        "unbuffered": unbuffered or bool(variables.get("PYTHONUNBUFFERED")),
         "directory": os.path.abspath(os.fsdecode(given["cwd"] or ".")),
         "group": None if given["start_new_session"] else os.getpgrp(),
     }).encode()
