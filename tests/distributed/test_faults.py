@@ -268,17 +268,20 @@ def test_a_rank_that_hangs_is_noticed_and_every_rank_says_where_it_is(workshop, 
     job = run.start()
     run.wait_for(job, lambda: len(run.records) > 2)
     (victim,) = [one for one in ranks(job) if one.environ()["RANK"] == "1"]
-    # The others wake it to hear where it is; it is not to get on all the same.
+    folder = run.save / "stacks"
+    victim.suspend()
+    # The other wakes it to hear where it is; when it has said so it is not to get on all the same.
     deadline = time.monotonic() + 90
     while job.poll() is None and time.monotonic() < deadline:
         try:
-            victim.suspend()
+            woken = victim.status() != psutil.STATUS_STOPPED
+            if woken and "training/loop.py" in (folder / "rank00001.txt").read_text():
+                victim.suspend()
         except psutil.NoSuchProcess:
             break
-        time.sleep(0.01)
+        time.sleep(0.002)
     assert job.wait(timeout=60) == 1, run.said
     assert "no progress for" in run.said and "while training iteration" in run.said
-    folder = run.save / "stacks"
     assert f"where every rank stood is in {folder}" in run.said
     for rank in (0, 1):
         stacks = (folder / f"rank{rank:05d}.txt").read_text()

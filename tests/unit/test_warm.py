@@ -17,8 +17,9 @@ from warm import start as warm
 pytestmark = pytest.mark.skipif(not warm.possible(), reason="forks siblings on Linux x86-64 alone")
 
 SAYS = """
-import json, os, random, sys, threading
+import json, os, random, subprocess, sys, threading
 print(json.dumps({
+    "inherited": subprocess.run(["env"], capture_output=True, text=True).stdout,
     "parent": os.getppid(), "words": sys.argv, "directory": os.getcwd(), "first": sys.path[0],
     "variables": dict(os.environ), "warm": "megatron.core" in sys.modules,
     "threads": [threading.active_count(), len(os.listdir("/proc/self/task"))],

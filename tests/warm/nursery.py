@@ -163,7 +163,9 @@ def serve(asked: socket.socket) -> tuple[Request, list[int]]:
         message, streams, *_ = socket.recv_fds(asked, start.LONGEST, 3)
         if not message:
             os._exit(0)  # nobody is left to ask
-        assert threads() == 1, "a process with threads must not fork"
+        if threads() > 1:
+            asked.send(b"a process with threads must not fork")
+            os._exit(1)
         pid = fork_sibling()
         if pid == 0:
             asked.close()
@@ -196,6 +198,7 @@ def withdraw(asked: socket.socket) -> socket.socket:
     os.close(nowhere)
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
+    os.environ.clear()  # the C library's too, which lies where the names are shown
     show_as(["nursery"], {})
     return asked
 

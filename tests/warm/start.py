@@ -55,7 +55,7 @@ class Nursery:
                 self._open()
             socket.send_fds(self._end, [message], streams)
             answer = self._end.recv(32)
-        assert answer, "the nursery is gone"
+        assert answer.isdigit(), answer.decode() or "the nursery is gone"
         return int(answer)
 
     def _open(self) -> None:
@@ -126,7 +126,8 @@ def _request(given: dict) -> bytes | None:
     if any(Path(one, "sitecustomize.py").exists() for one in path if one):
         return None
     message = json.dumps({
-        "words": words, "unbuffered": unbuffered, "environment": variables,
+        "words": words, "environment": variables,
+        "unbuffered": unbuffered or bool(variables.get("PYTHONUNBUFFERED")),
         "directory": os.path.abspath(os.fsdecode(given["cwd"] or ".")),
         "group": None if given["start_new_session"] else os.getpgrp(),
     }).encode()
