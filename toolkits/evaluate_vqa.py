@@ -147,6 +147,11 @@ def main() -> int:
             print(f"{path} does not exist; give a Hugging Face directory and a questions JSON.",
                   file=sys.stderr)
             return 2
+    if not any(args.hf_dir.glob("*.safetensors")) and not any(args.hf_dir.glob("*.bin")):
+        print(f"{args.hf_dir} has a config.json but no weights of transformers; of a Megatron-Core "
+              f"checkpoint, make them by megatron-vl convert {args.hf_dir} HF_DIR.",
+              file=sys.stderr)
+        return 2
     from tqdm import tqdm
 
     entries = read_questions(args.questions, args.limit, args.seed)

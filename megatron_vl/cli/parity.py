@@ -77,7 +77,11 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_vl.models.registry import load_spec
     from megatron_vl.training import parity
+    from megatron_vl.weights.found import no_checkpoint
+    from megatron_vl.weights.hf_io import is_hf_directory
 
+    if not is_hf_directory(args.hf_dir):
+        raise no_checkpoint(args.hf_dir, "hf")
     spec = load_spec(args.hf_dir)
     setting = parity.Setting(
         dtype=args.dtype, packed=args.pack, recompute=args.recompute,

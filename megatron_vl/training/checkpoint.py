@@ -32,9 +32,10 @@ from megatron_vl.platform import barrier, select_platform
 from megatron_vl.training.checkpoint_files import faults, read_checksums
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.saver import Saved, Saver
+from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.map import Stored, WeightMap
-from megatron_vl.weights.mcore_io import LATEST, CheckpointInfo, load_rank
+from megatron_vl.weights.mcore_io import CheckpointInfo, load_rank
 from megatron_vl.weights.recut import recut
 from megatron_vl.weights.torch_dist import check_data_only
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_vl.errors import InputError
-from megatron_vl.weights.mcore_io import LATEST, RELEASE
+from megatron_vl.weights.found import LATEST
+from megatron_vl.weights.mcore_io import RELEASE
 
 SUMS = "SHA256SUMS"
 _BLOCK = 2**22  # bytes read at once

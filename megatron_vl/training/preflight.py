@@ -22,8 +22,8 @@ from megatron_vl.errors import InputError
 from megatron_vl.platform.init import ranks
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.plan import mixtures
+from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import SIDE_FILES
-from megatron_vl.weights.mcore_io import LATEST
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers")
 MISSING = "missing"

@@ -18,6 +18,7 @@ from megatron_vl.outputs import check_target, replacing
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.found import is_mcore_directory, no_checkpoint
 from megatron_vl.weights.hf_io import (
     copy_side_files,
     is_hf_directory,
@@ -31,7 +32,6 @@ from megatron_vl.weights.mcore_io import (
     CheckpointInfo,
     check_tensors,
     inspect_checkpoint,
-    is_mcore_directory,
     lay_out_mcore,
     lay_out_sharded,
     open_mcore,
@@ -106,14 +106,9 @@ def detect(directory: Path) -> str:
     Raises:
         InputError: neither.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory; give a checkpoint's directory.")
-    kind = _kind(directory)
+    kind = _kind(directory) if directory.is_dir() else None
     if kind is None:
-        raise InputError(
-            f"{directory} is no checkpoint: it has neither config.json with weights nor "
-            f"latest_checkpointed_iteration.txt."
-        )
+        raise no_checkpoint(directory, "either")
     return kind
 
 

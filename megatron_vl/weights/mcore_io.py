@@ -22,11 +22,11 @@ from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.found import LATEST, mcore_format, no_checkpoint
 from megatron_vl.weights.map import Chunk, Stored, WeightMap, rank_file
 from megatron_vl.weights.torch_dist import lay_out_torch_dist, open_torch_dist, read_common
 from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_torch_file
 
-LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 ENTRY = "megatron_vl"  # of a checkpoint's `args`, or of torch_dist's common.pt: our own description
 
@@ -51,11 +51,6 @@ class CheckpointInfo:
     args: Mapping[str, Any]  # what its maker noted; a run of ours its options by their names
 
 
-def is_mcore_directory(directory: Path) -> bool:
-    """Whether the directory looks like a Megatron-Core checkpoint, or one iteration of it."""
-    return (directory / LATEST).is_file() or _format(directory) is not None
-
-
 def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
     """Describes a checkpoint: a directory with latest_checkpointed_iteration.txt, or one iteration.
 
@@ -65,9 +60,9 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory; give a checkpoint's directory.")
+        raise no_checkpoint(directory, "mcore")
     root, path = _locate(directory)
-    kind = _format(path)
+    kind = mcore_format(path)
     if kind is None:
         raise InputError(
             f"{path} holds neither mp_rank_* directories nor .metadata; give a checkpoint."
@@ -198,19 +193,11 @@ def lay_out_sharded(
 # ---- finding and describing -------------------------------------------------------------------
 
 
-def _format(path: Path) -> str | None:
-    if (path / ".metadata").is_file():
-        return "torch_dist"
-    return "torch" if any(path.glob("mp_rank_*")) else None
-
-
 def _locate(directory: Path) -> tuple[Path, Path]:
     latest = directory / LATEST
     if not latest.is_file():
-        if _format(directory) is None and not re.fullmatch(r"iter_\d+", directory.name):
-            raise InputError(
-                f"{directory} has no {LATEST}; give a Megatron-Core checkpoint's directory."
-            )
+        if mcore_format(directory) is None and not re.fullmatch(r"iter_\d+", directory.name):
+            raise no_checkpoint(directory, "mcore")
         return directory.parent, directory
     text = latest.read_text().strip()
     if text != RELEASE and not text.isdigit():

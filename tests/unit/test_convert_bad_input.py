@@ -79,7 +79,7 @@ def test_arguments_that_do_not_fit_the_model(options, says, hf, refused):
 
 
 def test_sources_that_are_no_checkpoint(tmp_path, refused):
-    refused(tmp_path / "none", says="not a directory")
+    refused(tmp_path / "none", says="none does not exist")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", says="is no checkpoint")
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_compared_is_refused(hf, mcore, tmp_path, capsys):
     other = make(tmp_path / "other", "--num-layers", "2", "--dtype", "float32")
     for options, names in (
         ([hf, other], "key(s) are unmapped: model.layers"),
-        ([hf, tmp_path / "none"], "is not a directory"),
+        ([hf, tmp_path / "none"], "none does not exist"),
         ([hf, mcore, "--workers", "0"], "--workers is 0"),
     ):
         first, second, *more = options

@@ -1,0 +1,95 @@
+"""What lies in a directory that was given for a checkpoint, and what to type instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from megatron_vl.errors import InputError
+from megatron_vl.weights.hf_io import is_hf_directory
+
+LATEST = "latest_checkpointed_iteration.txt"
+Wanted = Literal["hf", "mcore", "either"]
+KINDS = {"hf": "a Hugging Face directory with weights", "mcore": "a Megatron-Core checkpoint",
+         "either": "a Hugging Face or Megatron-Core checkpoint"}
+_DEPTH, _MOST = 3, 2000  # how far below, and how many folders, a checkpoint is looked for
+
+
+def no_checkpoint(path: Path, wanted: Wanted) -> InputError:
+    """The error that says what `path` is instead of what was wanted, and how to go on."""
+    what, mend = _look(path, wanted)
+    return InputError(f"{path} {what}; {mend}.")
+
+
+def _look(path: Path, wanted: Wanted) -> tuple[str, str]:
+    give = f"give {KINDS[wanted]}"
+    if not path.exists():
+        return "does not exist", give
+    if not path.is_dir():
+        return "is a file", f"{give}: the directory"
+    if (path / "adapter_config.json").is_file():
+        return ("is a LoRA adapter, without the weights it belongs to",
+                "merge it into its base model first (merge_and_unload of PEFT), and give what that "
+                "saves")
+    if is_mcore_directory(path):
+        return ("is a Megatron-Core checkpoint",
+                f"{give}; megatron-vl convert {path} HF_DIR makes one of it")
+    if path.name.startswith("mp_rank_"):
+        return "is one rank's part of a Megatron-Core checkpoint", f"give {_above(path)}"
+    if is_hf_directory(path):
+        return ("is a Hugging Face directory",
+                f"{give}; megatron-vl convert {path} CHECKPOINT --tp TP --pp PP makes one of it")
+    if (path / ".nv-meta").is_dir():
+        return "is a prepared dataset", give
+    below = list(islice(_below(path, wanted), 3))
+    if below:
+        return "holds checkpoints in folders of its own", f"give one of them: {', '.join(below)}"
+    if (path / "config.json").is_file():
+        return "has a config.json but no weights", give
+    return (f"is no checkpoint: it has neither config.json with weights nor {LATEST}", give)
+
+
+def is_mcore_directory(path: Path) -> bool:
+    """Whether it looks like a Megatron-Core checkpoint, or one iteration of it."""
+    return (path / LATEST).is_file() or mcore_format(path) is not None
+
+
+def mcore_format(path: Path) -> str | None:
+    """ "torch_dist" or "torch", of one iteration; None of anything else."""
+    if (path / ".metadata").is_file():
+        return "torch_dist"
+    return "torch" if any(path.glob("mp_rank_*")) else None
+
+
+def _above(rank: Path) -> Path:
+    """The directory of the checkpoint, or else of the iteration, that a rank's part is of."""
+    root = rank.absolute().parent.parent
+    return root if (root / LATEST).is_file() else rank.absolute().parent
+
+
+def _below(path: Path, wanted: Wanted) -> Iterator[str]:
+    """Checkpoints of the wanted kind in folders of `path`, the nearest first."""
+    folders, seen = [path], 0
+    for _ in range(_DEPTH):
+        deeper = []
+        for folder in folders:
+            for one in sorted(_folders(folder)):
+                seen += 1
+                if seen > _MOST:
+                    return
+                if (wanted != "hf" and is_mcore_directory(one)) or (
+                    wanted != "mcore" and is_hf_directory(one)
+                ):
+                    yield str(one)
+                else:
+                    deeper.append(one)
+        folders = deeper
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return [one for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")]
+    except PermissionError:
+        return []

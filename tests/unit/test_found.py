@@ -1,0 +1,90 @@
+"""A directory that is no checkpoint, or not of the kind wanted, is told what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+
+import pytest
+from commands import ROOT, megatron_vl, run
+
+from megatron_vl.weights.found import no_checkpoint
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, hf_dir):
+    """One directory of every kind."""
+    root = tmp_path_factory.mktemp("places")
+    shutil.copytree(hf_dir, root / "hf")
+    done = megatron_vl("convert", root / "hf", root / "mcore")
+    assert done.code == 0, done.text
+    shutil.copytree(root / "mcore", root / "runs" / "tuned" / "checkpoint")
+    shutil.copytree(root / "hf", root / "models" / "tiny")
+    for name in ("config only", "empty", "adapter", "dataset/.nv-meta"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(hf_dir / "config.json", root / "config only")
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (root / "file.json").write_text("{}")
+    return root
+
+
+# directory -> what is said where a Megatron-Core checkpoint is wanted, and where Hugging Face is;
+# None: it is one. ROOT stands for the places' own directory.
+SAID = {
+    "hf": ("is a Hugging Face directory; give a Megatron-Core checkpoint; megatron-vl convert "
+           "ROOT/hf CHECKPOINT --tp TP --pp PP makes one of it", None),
+    "mcore": (None, "is a Megatron-Core checkpoint; give a Hugging Face directory with weights; "
+                    "megatron-vl convert ROOT/mcore HF_DIR makes one of it"),
+    "mcore/release": (None, "megatron-vl convert ROOT/mcore/release HF_DIR makes one of it"),
+    "mcore/release/mp_rank_00": (
+        "is one rank's part of a Megatron-Core checkpoint; give ROOT/mcore",) * 2,
+    "runs": ("holds checkpoints in folders of its own; give one of them: "
+             "ROOT/runs/tuned/checkpoint", "is no checkpoint"),
+    "models": ("is no checkpoint", "give one of them: ROOT/models/tiny"),
+    "config only": ("has a config.json but no weights", "has a config.json but no weights"),
+    "empty": ("is no checkpoint: it has neither",) * 2,
+    "adapter": ("is a LoRA adapter, without the weights it belongs to; merge it",) * 2,
+    "dataset": ("is a prepared dataset",) * 2,
+    "file.json": ("is a file; give a",) * 2,
+    "nowhere": ("does not exist",) * 2,
+}
+
+
+@pytest.mark.parametrize(("name", "wanted", "said"), [
+    (name, wanted, one) for name, pair in SAID.items()
+    for wanted, one in zip(("mcore", "hf"), pair, strict=True) if one is not None
+])
+def test_a_directory_is_told_what_it_is(name, wanted, said, places):
+    message = str(no_checkpoint(places / name, wanted))
+    assert message.startswith(f"{places / name} ")
+    assert said.replace("ROOT", str(places)) in message
+
+
+COMMANDS = {  # command, and what it is given that it cannot use
+    "convert": (["convert", "P", "T"], "empty"),
+    "verify": (["verify", "P", "P"], "adapter"),
+    "parity": (["parity", "P"], "mcore"),
+    "train": (["train", "--load", "P", "--hf-config", "H", "--train-data-path", "D"], "hf"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_it_at_once_and_leaves_nothing(command, places, wds_dir, tmp_path):
+    words, name = COMMANDS[command]
+    known = {"P": places / name, "T": tmp_path / "target", "H": places / "hf", "D": wds_dir}
+    started = time.monotonic()
+    done = megatron_vl(*(known.get(word, word) for word in words))
+    assert time.monotonic() - started < 30
+    assert done.code == 2 and f"megatron-vl {command}: {places / name} is " in done.err, done.text
+    assert len(done.err.strip().splitlines()) == 1, done.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_evaluation_says_that_there_are_no_weights(places, tmp_path):
+    questions = tmp_path / "questions.json"
+    questions.write_text("[]")
+    done = run([sys.executable, ROOT / "toolkits/evaluate_vqa.py", places / "mcore", questions])
+    assert done.code == 2, done.text
+    assert f"megatron-vl convert {places / 'mcore'} HF_DIR" in done.err
