@@ -74,6 +74,8 @@ def train(
     watch = HangWatch(config.hang_seconds, config.stacks_dir, give_up)
     trainer = Trainer(plan, platform, stop, watch)
     trainer.say(trainer.described)
+    if config.checkpoint.save is None:
+        trainer.say("warning: no save is given, so nothing of this run will be kept")
     watch.beat("loading")
     trainer.restore()
     if trainer.rank == 0:
@@ -173,7 +175,8 @@ class Trainer:
         if self.done >= self.config.batch.train_iters:
             self.say(
                 f"nothing to do: {self.done} steps are done, train-iters is "
-                f"{self.config.batch.train_iters}"
+                f"{self.config.batch.train_iters}; raise train-iters to go on with this run, or "
+                f"give finetune and another save to start a new one from its weights"
             )
         self.watch.beat("opening the data")
         self.stopping = self._asked_to_stop()

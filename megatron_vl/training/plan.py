@@ -91,6 +91,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             "with config.json and the tokenizer."
         )
     spec = load_spec(hf_dir)
+    _check_same_model(config, load)
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
@@ -157,6 +158,29 @@ def hf_directory(config: TrainConfig) -> Path | None:
                and _own(config, {}) is not None)
     found = options.hf_config or (options.save if goes_on else options.load or options.save)
     return None if found is None else Path(found)
+
+
+def _check_same_model(config: TrainConfig, load: str | None) -> None:
+    """A run that goes on from SAVE does not read `load`, which must not be another model then.
+
+    Raises:
+        InputError: it is.
+    """
+    save = config.checkpoint.save
+    given = [Path(one) / "config.json" for one in (save, load) if one is not None]
+    if len(given) < 2 or not all(one.is_file() for one in given) or needs_load(config):
+        return
+    mine, other = (replace(load_spec(one.parent), dtype="float32") for one in given)
+    if mine == other:
+        return
+    parts = [(name, getattr(mine, name), getattr(other, name)) for name in ("decoder", "vision")]
+    names = [f"{part} {f.name} {getattr(a, f.name)} and {getattr(b, f.name)}"
+             for part, a, b in parts for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)]
+    raise InputError(
+        f"SAVE {save} holds checkpoints of another model than load {load} "
+        f"({names[0] if names else 'their token ids differ'}); a run goes on from SAVE, so give "
+        f"another save, or leave out load."
+    )
 
 
 def _check_log(plan: Plan) -> None:

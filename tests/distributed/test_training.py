@@ -71,6 +71,22 @@ def test_training_learns_and_logs_every_number(plain_run):
     assert [plain_run[i]["lr"] for i in (1, 2, 3)] == pytest.approx([0, 5e-4, 1e-3])
 
 
+def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path):
+    other = tmp_path / "other"
+    assert megatron_vl("convert", hf_dir, other).code == 0
+    save = workshop.checkpoint("plain")
+    given = ["train", "--train-data-path", workshop.wds_dir, "--seq-length", 256]
+    done = megatron_vl(*given, "--save", save, "--load", other, "--dry-run")
+    assert done.code == 2, done.text
+    assert f"SAVE {save} holds checkpoints of another model than load {other}" in done.err
+    assert "decoder num_layers 4 and 2" in done.err, done.err
+    done = megatron_vl(*given, "--save", save, "--load", workshop.weights(1, 1), "--dry-run")
+    assert "was trained with lr 0.001" in done.err, done.text  # the next thing that is looked at
+    done = megatron_vl(*given, "--load", other, "--train-iters", 1, "--eval-interval", 0,
+                       "--no-report", "--num-workers", 0, "--nproc-per-node", 1)
+    assert done.code == 0 and "nothing of this run will be kept" in done.out, done.text
+
+
 def test_whole_vision_towers_start_alike_and_resume_alike_and_elsewhere(workshop):
     # Of weights that are drawn at random, each rank draws its own; only one rank's are saved.
     changes = dict(
