@@ -101,6 +101,37 @@ def test_a_job_ends_with_one_message_and_its_code(body, code, message, start):
     assert (job.returncode, errors) == (code, message)
 
 
+LEAVE = """
+import sys, time
+from megatron_vl.cli.meeting import agree
+from torch.distributed import TCPStore
+node, port = int(sys.argv[1]), int(sys.argv[2])
+store = TCPStore("127.0.0.1", port, None, node == 0, wait_for_workers=False)
+print("here", flush=True)
+sys.stdin.readline()
+time.sleep(node)  # node 0 has ended before the others ask how it did
+said = agree(store, 0, nnodes=3, node_rank=node, end={"final": True, "code": 0}, timeout=60)
+print(sorted(said))
+"""
+
+
+def test_node_0_stays_until_the_others_know_how_it_ended():
+    port = a_free_port()
+    jobs = []
+    for node in range(3):
+        jobs.append(subprocess.Popen(
+            [sys.executable, "-c", LEAVE, str(node), str(port)], env=ENVIRONMENT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ))
+        assert jobs[-1].stdout.readline() == "here\n"
+    for job in jobs:
+        job.stdin.write("go\n")
+        job.stdin.flush()
+    for job in jobs:
+        out, errors = job.communicate(timeout=60)
+        assert errors == "" and "0" in out, "frames of C++ where a store is gone"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_launcher_ends_its_ranks_in_one_line(name, start):
     job = start("say(os.getpid())\ntime.sleep(60)")
