@@ -132,8 +132,6 @@ def launch(
             `rendezvous_timeout` seconds, or do not fit together.
     """
     outlast_full_disks()
-    # The rank that failed has said why; the launcher's own report would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node))
     )
@@ -238,6 +236,10 @@ def _attempt(
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The rank that failed has said why; the launcher's own report would bury it.
+    for name in logging.getLogger().manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     failure = scratch / "failure"
     ours = {FAILURE_FILE: str(failure)}
     if CACHE not in os.environ:
