@@ -5,6 +5,7 @@
 #   WORK=dir     where everything is written (default: .quickstart)
 #   VENV=dir     the environment to make or reuse (default: .venv)
 #   PYTHON=path  the Python to make it with (default: python3)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . toolkits/environment.sh

@@ -5,6 +5,7 @@
 # The faults are the blocks of tests/mutants.txt. They are made in a copy of the tree, never in it:
 # each named test has to pass in the copy as it is, and to fail with the fault. Not part of CI; run
 # it after a change of the tests, to know that they see what they saw.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=$(cd "${VENV:-.venv-test}" && pwd)

@@ -3,6 +3,7 @@
 #   bash tests/run.sh --quick           the unit tests, one comparison and one training
 #   bash tests/run.sh [pytest arguments]
 #   VENV=path   the environment to make or reuse (default: .venv-test)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . toolkits/environment.sh

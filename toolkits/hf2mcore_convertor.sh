@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Convert a checkpoint of any supported family; `model_type` of config.json says which.
 # A thin shim over `megatron-vl convert`, for those who know the positional form.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 
 usage() {
@@ -30,7 +31,10 @@ refuse() {
   exit 2
 }
 
-[ $# -ge 7 ] || usage
+if [ $# -lt 7 ]; then
+  echo "$(basename "$0"): arguments given: $#; needed: 7, or 8 with HF_CKPT_PATH" >&2
+  usage
+fi
 [ $# -le 8 ] || refuse "$# arguments are too many; give 7 or 8."
 
 MODEL_SIZE=$1
@@ -103,4 +107,6 @@ fi
 # Run from anywhere, installed or not.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python}" -m megatron_vl convert "$SOURCE" "$TARGET" "${OPTIONS[@]}"
+PYTHON=${PYTHON:-python}
+command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON; set PYTHON to the Python that has the packages."
+exec "$PYTHON" -m megatron_vl convert "$SOURCE" "$TARGET" "${OPTIONS[@]}"

@@ -3,6 +3,7 @@
 # WORLD_SIZE (nodes), RANK, MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE; `dlc` makes the script read
 # them. The paths are those of the job's mounted storage; set the variables to yours.
 # Not yet run on DLC.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 
 CODE=${CODE:-/mnt/workspace/megatron-vl}

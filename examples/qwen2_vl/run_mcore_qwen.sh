@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train Qwen2-VL: 23 positional arguments, or 24 with SP after CP. A thin shim over
 # `megatron-vl train`; run it without arguments for its usage table.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 
 usage() {
@@ -23,8 +24,9 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
   12 CP                        context-parallel ranks
   -- SP                        only in the 24-argument form: sequence parallelism, true or false
   13 DO                        distributed optimizer, true or false
-  14 FL                        fast attention kernels where there are any, true or false
-  15 AC                        recompute: sel, full, offload or false
+  14 FL                        attention: true for flash-attention first, false for cuDNN's fused
+                               attention first; what is not there is passed over
+  15 AC                        recompute: sel (or true), full, offload or false
   16 OPTIMIZER_OFFLOAD         optimizer state in host memory: false, static or auto (all of it),
                                or a share from 0 to 1
   17 SAVE_INTERVAL             steps between checkpoints and validations
@@ -58,7 +60,11 @@ refuse() {
 case $# in
   24) SP=${13} && set -- "${@:1:12}" "${@:14}" ;;
   23) SP=false ;;
-  *) [ $# -lt 23 ] && usage || refuse "$# arguments are too many; give 23, or 24 with SP after CP." ;;
+  *)
+    [ $# -lt 23 ] || refuse "$# arguments are too many; give 23, or 24 with SP after CP."
+    echo "$(basename "$0"): arguments given: $#; needed: 23, or 24 with SP after CP" >&2
+    usage
+    ;;
 esac
 
 ENV=$1
@@ -123,11 +129,15 @@ switch DO "$DO" --use-distributed-optimizer
 switch MP_DRY_RUN "$MP_DRY_RUN" --dry-run
 
 case $FL in
-  true) OPTIONS+=(--attention-backend auto) ;;
-  false) OPTIONS+=(--attention-backend sdpa) ;;
+  true) OPTIONS+=(--attention-backend flash-first) ;;
+  false) OPTIONS+=(--attention-backend auto) ;; # fused first
   *) refuse "FL is '$FL'; use true or false." ;;
 esac
 
+if [ "$AC" = true ]; then
+  echo "$(basename "$0"): AC is 'true', which names no recompute; it runs as sel" >&2
+  AC=sel
+fi
 case $AC in
   sel) OPTIONS+=(--recompute-granularity selective) ;;
   full) OPTIONS+=(--recompute-granularity full --recompute-num-layers "$MP_AC_LAYERS") ;;
@@ -161,8 +171,10 @@ NAME+="-ti-${TRAIN_ITERS}-wi-${LR_WARMUP_ITERS}"
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
+PYTHON=${PYTHON:-python}
+command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON; set PYTHON to the Python that has the packages."
 COMMAND=(
-  "${PYTHON:-python}" -m megatron_vl train "${NODES[@]}"
+  "$PYTHON" -m megatron_vl train "${NODES[@]}"
   --model-size "$MODEL_SIZE"
   --tensor-model-parallel-size "$TP"
   --pipeline-model-parallel-size "$PP"

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from megatron_vl.cli.cluster_env import read_hostfile
+from megatron_vl.cli.cluster_env import DRIVERS, read_hostfile
 from megatron_vl.cli.hosts import run_on_hosts
 from megatron_vl.cli.meeting import agree, meet, meet_alone, no_meeting
 from megatron_vl.cli.streams import outlast_full_disks
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Variables that hosts know their place by -> what says it.
 _OURS = {
     "MASTER_PORT": "from --master-port", "WORLD_SIZE": "to the number of hosts in the hostfile",
@@ -131,8 +132,6 @@ def launch(
             `rendezvous_timeout` seconds, or do not fit together.
     """
     outlast_full_disks()
-    # The rank that failed has said why; the launcher's own report would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node))
     )
@@ -232,13 +231,20 @@ def _attempt(
 ) -> End | None:
     """Start the ranks and wait for their end; None: the nodes lost one another."""
     from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The rank that failed has said why; the launcher's own report would bury it.
+    for name in logging.getLogger().manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     failure = scratch / "failure"
-    os.environ[FAILURE_FILE] = str(failure)
+    ours = {FAILURE_FILE: str(failure)}
+    if CACHE not in os.environ:
+        ours[CACHE] = _cache_dir(scratch)
+    os.environ.update(ours)
     try:
         config = LaunchConfig(
             min_nodes=nnodes,
@@ -250,6 +256,7 @@ def _attempt(
             rdzv_configs={"rank": node_rank, "timeout": patience},
             max_restarts=0,
             monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "torchelastic")),
             **(_signals(LaunchConfig) if saves else {}),
         )
         with _stopping(failure.with_name(STOP), argv[0]) if saves else contextlib.nullcontext():
@@ -267,8 +274,23 @@ def _attempt(
     except (RendezvousError, DistError):
         return None
     finally:
-        del os.environ[FAILURE_FILE]
+        for name in ours:
+            del os.environ[name]
     return End(code=0)
+
+
+def _cache_dir(scratch: Path) -> str:
+    """Where torch.compile keeps its kernels, for the next run too where there may be a GPU.
+
+    Unless told, torch makes a directory for them in TMPDIR, be anything compiled or not.
+    """
+    if any(map(os.path.exists, DRIVERS)):
+        with contextlib.suppress(OSError, RuntimeError):  # not writable, or there is no home
+            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            kept = Path(home, "torchinductor")
+            kept.mkdir(parents=True, exist_ok=True)
+            return str(kept)
+    return str(scratch / "torchinductor")
 
 
 @contextlib.contextmanager

@@ -13,9 +13,11 @@ import signal
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import megatron_vl
+from megatron_vl.cli.worker import FAILURE_FILE
 from megatron_vl.errors import CheckFailed, InputError
 
 COMMANDS = {
@@ -59,6 +61,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit the process with its code."""
     argv = sys.argv[1:] if argv is None else argv
+    if FAILURE_FILE in os.environ:  # a rank: the launcher says for all that Ctrl-C ended them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         code = run(argv)
         sys.stdout.flush()
@@ -81,14 +85,41 @@ def _reader_is_gone() -> bool:
 
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
+    # Only the command that runs is imported: converting needs neither Megatron-Core nor energon.
+    chosen = next((word for word in argv if not word.startswith("-")), "")
+    try:
+        return _run(chosen, argv)
+    except CheckFailed as error:
+        code, said = 1, error
+    except InputError as error:
+        code, said = _unusable(argv), error
+    except ModuleNotFoundError as error:
+        if (error.name or "megatron_vl").partition(".")[0] == "megatron_vl":
+            raise
+        code, said = _unusable(argv), (
+            f"the Python that runs this, {sys.executable}, has no package {error.name}; use the "
+            f"Python that this project is installed in (the scripts take it from PYTHON), or "
+            f"install it there: {sys.executable} -m pip install -e {Path(__file__).parents[2]}."
+        )
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    print(f"megatron-vl {chosen}: {said}", file=sys.stderr)
+    return code
+
+
+def _unusable(argv: list[str]) -> int:
+    if "--debug" in argv:
+        traceback.print_exc()
+    return 2
+
+
+def _run(chosen: str, argv: list[str]) -> int:
     parser = Parser(
         prog="megatron-vl",
         description="Train Qwen-family vision-language models on Megatron-Core, on any machine.",
     )
     parser.add_argument("--version", action="version", version=megatron_vl.__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Only the command that runs is imported: converting needs neither Megatron-Core nor energon.
-    chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         if name == chosen:
             command = import_module(f"megatron_vl.cli.{name.replace('-', '_')}")
@@ -100,16 +131,4 @@ def run(argv: list[str]) -> int:
             commands.add_parser(name, help=summary)
     args = parser.parse_args(argv)
     args.argv = argv  # what ranks are started with
-    try:
-        return args.run(args) or 0
-    except InputError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"megatron-vl {chosen}: {error}", file=sys.stderr)
-        return 2
-    except CheckFailed as error:
-        print(f"megatron-vl {chosen}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"megatron-vl {chosen}: interrupted", file=sys.stderr)
-        return 130
+    return args.run(args) or 0

@@ -209,7 +209,7 @@ def _load_sdpa(deterministic: bool) -> VarlenAttention:
     return attention
 
 
-# In the order in which `auto` tries them, which no measurement has chosen yet.
+# In the order in which `auto` tries them: cuDNN's fused kernels, flash-attention, torch's own.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -220,6 +220,9 @@ BACKENDS: dict[str, Backend] = {
         Backend(name="sdpa", why_not=lambda case: None, load=_load_sdpa),
     )
 }
+
+FLASH_FIRST = "flash-first"  # flash-attention before the fused kernels, if both are there
+ORDERS = ("auto", FLASH_FIRST)  # what may stand for a name: the first of them that runs
 
 
 # ---- choose -----------------------------------------------------------------------------------
@@ -243,11 +246,11 @@ def check_backend(name: str, case: Case, backends: Mapping[str, Backend] = BACKE
     Raises:
         InputError: an unknown name, or a backend that cannot run in this case.
     """
-    if name == "auto":
+    if name in ORDERS:
         return
     if name not in backends:
         raise InputError(
-            f"attention-backend {name!r} is unknown; use auto or one of {', '.join(backends)}."
+            f"attention-backend {name!r} is unknown; use one of {', '.join([*ORDERS, *backends])}."
         )
     reason = backends[name].why_not(case)
     if reason is not None:
@@ -258,7 +261,7 @@ def choose_backend(
     name: str = "auto", *, dtype: torch.dtype | str, head_dim: int, deterministic: bool = False,
     backends: Mapping[str, Backend] = BACKENDS,
 ) -> Choice:
-    """The backend called `name`, or the first of the table that runs here, loaded.
+    """The backend called `name`, or the first in the order of that name that runs here, loaded.
 
     Args:
         deterministic: ask the library for gradients that repeat bit for bit. torch's own kernels
@@ -271,7 +274,7 @@ def choose_backend(
     case = Case.here(dtype=dtype, head_dim=head_dim, deterministic=deterministic)
     check_backend(name, case, backends)
     passed_over = []
-    for backend in backends.values() if name == "auto" else [backends[name]]:
+    for backend in _in_order(name, backends):
         reason = backend.why_not(case)
         if reason is None:
             try:
@@ -279,13 +282,19 @@ def choose_backend(
             except (ImportError, OSError) as error:
                 reason = f"does not load, {str(error).splitlines()[0]}"
             else:
-                how = "asked for" if name != "auto" else "first that runs here"
+                how = "first that runs here" if name in ORDERS else "asked for"
                 why = "; ".join(filter(None, (how, ", ".join(passed_over))))
                 return Choice(name=backend.name, reason=why, attention=attention)
-        if name != "auto":
+        if name not in ORDERS:
             raise _cannot_run(name, reason)
         passed_over.append(f"{backend.name}: {reason}")
     raise AssertionError("sdpa runs everywhere")
+
+
+def _in_order(name: str, backends: Mapping[str, Backend]) -> list[Backend]:
+    if name == FLASH_FIRST:  # the others keep their order
+        return sorted(backends.values(), key=lambda backend: "flash" not in backend.name)
+    return [*backends.values()] if name in ORDERS else [backends[name]]
 
 
 def _cannot_run(name: str, reason: str) -> InputError:

@@ -1,8 +1,8 @@
 """Which node of how many this is, from a scheduler's environment variables or a hostfile.
 
 `ROWS` is the table: one entry a scheduler, the first whose variables are set is taken. A number
-that two variables tell differently is refused, never chosen from. An empty variable counts as not
-set.
+that two variables tell differently, be they of one row or of two, is refused, never chosen from. So
+are variables that tell of several nodes where no row applies. An empty variable counts as not set.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.hosts import Host, expand_nodelist
+from megatron_vl.parallel.node_counts import check_alone, check_counts, check_node
+from megatron_vl.parallel.variables import Variables, contradiction
 
 PORT = 29500  # where node 0 is met when nobody says otherwise, as torchrun has it
 MACHINE = "this machine"  # the source when no row applies
 HOSTFILE = "hostfile"
-_MEND = "correct one of them, or give --nnodes, --node-rank, --master-addr and --master-port"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +58,19 @@ def cluster_env(environ: Mapping[str, str]) -> ClusterEnv:
     """What the first row of `ROWS` that applies makes of `environ`; without one, a single machine.
 
     Raises:
-        InputError: a variable that is missing, is no number, or contradicts another.
+        InputError: a variable that is missing, is no number, or contradicts another; or one that
+            tells of other nodes, and no row that does.
     """
-    variables = _Variables(environ)
-    for row in ROWS:
-        if row.applies(variables):
-            return row.read(variables, row.source)
+    variables = Variables(environ)
+    row = next((row for row in ROWS if row.applies(variables)), None)
+    if row is not None and row.started_us:
+        return row.read(variables, row.source)
+    if row is not None:
+        check_counts(variables, row.count)
+        env = row.read(variables, row.source)
+        check_node(variables, row.source, env.nnodes, env.node_rank)
+        return env
+    check_alone(variables)
     return ClusterEnv(
         nproc_per_node=variables.processes(), master_port=variables.port("MASTER_PORT") or PORT
     )
@@ -73,7 +81,7 @@ def check_one_launcher(environ: Mapping[str, str], env: ClusterEnv) -> None:
 
     Every node's ranks are started by one process, which torchrun calls the agent.
     """
-    variables = _Variables(environ)
+    variables = Variables(environ)
     if env.source == "Open MPI":
         tasks = variables.number("OMPI_COMM_WORLD_LOCAL_SIZE", 1) or 1
         if tasks > 1:
@@ -99,86 +107,16 @@ def check_one_launcher(environ: Mapping[str, str], env: ClusterEnv) -> None:
 # ---- the rows ---------------------------------------------------------------------------------
 
 
-class _Variables:
-    """An environment; every refusal names the variable and what it holds."""
-
-    def __init__(self, environ: Mapping[str, str]):
-        self.environ = environ
-
-    def text(self, name: str) -> str | None:
-        return self.environ.get(name, "").strip() or None
-
-    def number(self, name: str, least: int = 0) -> int | None:
-        text = self.text(name)
-        if text is None:
-            return None
-        if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < least:
-            raise InputError(f"{name} is {text!r}; it must be a whole number of at least {least}.")
-        return int(text)
-
-    def port(self, name: str) -> int | None:
-        port = self.number(name, 1)
-        if port is not None and port >= 2**16:
-            raise InputError(f"{name} is {port}; a port is from 1 to 65535.")
-        return port
-
-    def need(self, name: str, source: str, read: Callable) -> int | str:
-        value = read(name)
-        if value is None:
-            raise InputError(
-                f"{name} is not set although this looks like {source}; set it, or give --nnodes, "
-                f"--node-rank, --master-addr and --master-port."
-            )
-        return value
-
-    def rank(self, name: str, nodes: str, nnodes: int, source: str) -> int:
-        """This node's number out of `name`; alone, a node needs none."""
-        rank = self.number(name)
-        if rank is None and nnodes == 1:
-            return 0
-        rank = self.need(name, source, self.number)
-        if rank >= nnodes:
-            raise InputError(
-                f"{name} is {rank} but {nodes} is {nnodes}, so it goes from 0 to {nnodes - 1}; "
-                f"{_MEND}."
-            )
-        return rank
-
-    def processes(self, gpus: str | None = None) -> int | None:
-        """NPROC_PER_NODE, which a user sets; else a scheduler's count of GPUs, if it has any."""
-        count = self.number("NPROC_PER_NODE", 1)
-        return count or (self.number(gpus) if gpus else None) or None
-
-    def address(self, first: str | None, nnodes: int, source: str) -> str:
-        """MASTER_ADDR, else the `first` host of the scheduler's list."""
-        address = self.text("MASTER_ADDR") or first
-        if address is None and nnodes > 1:
-            address = self.need("MASTER_ADDR", source, self.text)
-        return address or "127.0.0.1"
-
-    def same(self, read: Callable, *names: str):
-        """The value of the first name that is set, when no other one says something else."""
-        given = [(name, value) for name in names if (value := read(name)) is not None]
-        for name, value in given[1:]:
-            if value != given[0][1]:
-                _contradiction(*given[0], name, value)
-        return given[0][1] if given else None
-
-
-def _contradiction(one: str, value, other: str, instead) -> NoReturn:
-    raise InputError(f"{one} is {value} but {other} is {instead}; {_MEND}.")
-
-
-def _torchrun(v: _Variables, source: str) -> ClusterEnv:
+def _torchrun(v: Variables, source: str) -> ClusterEnv:
     world = v.need("WORLD_SIZE", source, lambda name: v.number(name, 1))
     local = v.need("LOCAL_WORLD_SIZE", source, lambda name: v.number(name, 1))
     rank, local_rank = v.number("RANK"), v.number("LOCAL_RANK")
     if world % local:
-        _contradiction("WORLD_SIZE", world, "LOCAL_WORLD_SIZE", local)
+        contradiction("WORLD_SIZE", world, "LOCAL_WORLD_SIZE", local)
     if rank >= world:
-        _contradiction("RANK", rank, "WORLD_SIZE", world)
+        contradiction("RANK", rank, "WORLD_SIZE", world)
     if rank % local != local_rank:
-        _contradiction("RANK", rank, f"LOCAL_RANK of {local}", local_rank)
+        contradiction("RANK", rank, f"LOCAL_RANK of {local}", local_rank)
     return ClusterEnv(
         nnodes=world // local, node_rank=rank // local, nproc_per_node=local,
         master_addr=v.address(None, world // local, source),
@@ -186,18 +124,18 @@ def _torchrun(v: _Variables, source: str) -> ClusterEnv:
     )
 
 
-def _kubeflow(v: _Variables, source: str) -> ClusterEnv:
+def _kubeflow(v: Variables, source: str) -> ClusterEnv:
     processes = v.text("PET_NPROC_PER_NODE")
     # auto, gpu and cpu are torchrun's words for: look at the machine.
     counted = None if processes in ("auto", "gpu", "cpu") else v.number("PET_NPROC_PER_NODE", 1)
     own = v.number("NPROC_PER_NODE", 1)
     if None not in (counted, own) and counted != own:
-        _contradiction("PET_NPROC_PER_NODE", counted, "NPROC_PER_NODE", own)
+        contradiction("PET_NPROC_PER_NODE", counted, "NPROC_PER_NODE", own)
     nnodes = _kubeflow_nodes(v, counted, source)
     names = [name for name in ("PET_NODE_RANK", "RANK") if v.text(name)] or ["PET_NODE_RANK"]
     ranks = [v.rank(name, "PET_NNODES", nnodes, source) for name in names]
     if len(set(ranks)) > 1:
-        _contradiction(names[0], ranks[0], names[1], ranks[1])
+        contradiction(names[0], ranks[0], names[1], ranks[1])
     address = v.same(v.text, "PET_MASTER_ADDR", "MASTER_ADDR")
     return ClusterEnv(
         nnodes=nnodes, node_rank=ranks[0], nproc_per_node=counted or own,
@@ -206,7 +144,7 @@ def _kubeflow(v: _Variables, source: str) -> ClusterEnv:
     )
 
 
-def _kubeflow_nodes(v: _Variables, processes: int | None, source: str) -> int:
+def _kubeflow_nodes(v: Variables, processes: int | None, source: str) -> int:
     """PET_NNODES; of a range the number that WORLD_SIZE, in nodes or in processes, leaves."""
     text = v.need("PET_NNODES", source, v.text)
     found = re.fullmatch(r"(\d+)(?::(\d+))?", text, re.ASCII)
@@ -227,7 +165,7 @@ def _kubeflow_nodes(v: _Variables, processes: int | None, source: str) -> int:
     counts = {world} | ({world // processes} if processes and world % processes == 0 else set())
     fits = [count for count in counts if least <= count <= most]
     if not fits:
-        _contradiction("PET_NNODES", text, "WORLD_SIZE", world)
+        contradiction("PET_NNODES", text, "WORLD_SIZE", world)
     if len(fits) > 1:
         raise InputError(
             f"PET_NNODES is {text} and WORLD_SIZE {world}, which may be {fits[0]} nodes or "
@@ -236,7 +174,7 @@ def _kubeflow_nodes(v: _Variables, processes: int | None, source: str) -> int:
     return fits[0]
 
 
-def _volcengine(v: _Variables, source: str) -> ClusterEnv:
+def _volcengine(v: Variables, source: str) -> ClusterEnv:
     nnodes = v.number("MLP_WORKER_NUM", 1)
     return ClusterEnv(
         nnodes=nnodes, node_rank=v.rank("MLP_ROLE_INDEX", "MLP_WORKER_NUM", nnodes, source),
@@ -246,7 +184,7 @@ def _volcengine(v: _Variables, source: str) -> ClusterEnv:
     )
 
 
-def _afo(v: _Variables, source: str) -> ClusterEnv:
+def _afo(v: Variables, source: str) -> ClusterEnv:
     name = "AFO_ENV_CLUSTER_SPEC"
     try:
         spec = json.loads(v.text(name))
@@ -260,22 +198,22 @@ def _afo(v: _Variables, source: str) -> ClusterEnv:
             f'"worker": ["host:port"]}}.'
         ) from error
     if not 0 <= index < len(hosts):
-        _contradiction(f"index of {name}", index, f"the number of hosts in {name}", len(hosts))
+        contradiction(f"index of {name}", index, f"the number of hosts in {name}", len(hosts))
     for own, theirs in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         given = v.text(own) if own == "MASTER_ADDR" else v.port(own)
         if given not in (None, theirs):
-            _contradiction(own, given, f"that of {name}", theirs)
+            contradiction(own, given, f"that of {name}", theirs)
     return ClusterEnv(
         nnodes=len(hosts), node_rank=index, nproc_per_node=v.processes(), master_addr=address,
         master_port=port, source=source,
     )
 
 
-def _modelarts(v: _Variables, source: str) -> ClusterEnv:
+def _modelarts(v: Variables, source: str) -> ClusterEnv:
     nnodes = v.same(lambda name: v.number(name, 1), "MA_NUM_HOSTS", "VC_WORKER_NUM")
     hosts = _host_list(v, "VC_WORKER_HOSTS")
     if hosts and len(hosts) != nnodes:
-        _contradiction("MA_NUM_HOSTS", nnodes, "the number of VC_WORKER_HOSTS", len(hosts))
+        contradiction("MA_NUM_HOSTS", nnodes, "the number of VC_WORKER_HOSTS", len(hosts))
     return ClusterEnv(
         nnodes=nnodes, node_rank=v.rank("VC_TASK_INDEX", "MA_NUM_HOSTS", nnodes, source),
         nproc_per_node=v.processes("MA_NUM_GPUS"),
@@ -284,20 +222,20 @@ def _modelarts(v: _Variables, source: str) -> ClusterEnv:
     )
 
 
-def _volcano_tasks(v: _Variables) -> list[str]:
+def _volcano_tasks(v: Variables) -> list[str]:
     """Names of the tasks that have hosts; MASTER, which holds node 0, first."""
     names = [found[1] for name in v.environ if (found := re.fullmatch(r"VC_(\w+)_HOSTS", name))]
     return sorted((n for n in names if v.text(f"VC_{n}_HOSTS")), key=lambda n: (n != "MASTER", n))
 
 
-def _volcano(v: _Variables, source: str) -> ClusterEnv:
+def _volcano(v: Variables, source: str) -> ClusterEnv:
     tasks = _volcano_tasks(v)
     hosts = []
     for task in tasks:
         own = _host_list(v, f"VC_{task}_HOSTS")
         count = v.number(f"VC_{task}_NUM")
         if count not in (None, len(own)):
-            _contradiction(f"VC_{task}_NUM", count, f"the number of VC_{task}_HOSTS", len(own))
+            contradiction(f"VC_{task}_NUM", count, f"the number of VC_{task}_HOSTS", len(own))
         hosts.append(own)
     index = v.same(v.number, "VC_TASK_INDEX", "VK_TASK_INDEX")
     mine = 0
@@ -315,7 +253,7 @@ def _volcano(v: _Variables, source: str) -> ClusterEnv:
     if index is None and nnodes > 1:
         v.need("VC_TASK_INDEX", source, v.number)
     if (index or 0) >= len(hosts[mine]):
-        _contradiction(
+        contradiction(
             "VC_TASK_INDEX", index, f"the number of VC_{tasks[mine]}_HOSTS", len(hosts[mine])
         )
     return ClusterEnv(
@@ -325,11 +263,20 @@ def _volcano(v: _Variables, source: str) -> ClusterEnv:
     )
 
 
-def _host_list(v: _Variables, name: str) -> list[str]:
+def _host_list(v: Variables, name: str) -> list[str]:
     return [host.strip() for host in (v.text(name) or "").split(",") if host.strip()]
 
 
-def _dlc(v: _Variables, source: str) -> ClusterEnv:
+def _plain(v: Variables, source: str) -> ClusterEnv:
+    nnodes = v.number("NNODES", 1)
+    return ClusterEnv(
+        nnodes=nnodes, node_rank=v.rank("NODE_RANK", "NNODES", nnodes, source),
+        nproc_per_node=v.processes(), master_addr=v.address(None, nnodes, source),
+        master_port=v.port("MASTER_PORT") or PORT, source=source,
+    )
+
+
+def _dlc(v: Variables, source: str) -> ClusterEnv:
     nnodes = v.number("WORLD_SIZE", 1)
     return ClusterEnv(
         nnodes=nnodes, node_rank=v.rank("RANK", "WORLD_SIZE", nnodes, source),
@@ -339,15 +286,15 @@ def _dlc(v: _Variables, source: str) -> ClusterEnv:
     )
 
 
-def _mpi(v: _Variables, source: str) -> ClusterEnv:
+def _mpi(v: Variables, source: str) -> ClusterEnv:
     size = v.number("OMPI_COMM_WORLD_SIZE", 1)
     local = v.number("OMPI_COMM_WORLD_LOCAL_SIZE", 1) or 1
     rank = v.rank("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", size, source)
     if size % local:
-        _contradiction("OMPI_COMM_WORLD_SIZE", size, "OMPI_COMM_WORLD_LOCAL_SIZE", local)
+        contradiction("OMPI_COMM_WORLD_SIZE", size, "OMPI_COMM_WORLD_LOCAL_SIZE", local)
     local_rank = v.number("OMPI_COMM_WORLD_LOCAL_RANK")
     if local_rank not in (None, rank % local):
-        _contradiction(
+        contradiction(
             "OMPI_COMM_WORLD_RANK", rank, f"OMPI_COMM_WORLD_LOCAL_RANK of {local}", local_rank
         )
     return ClusterEnv(
@@ -358,7 +305,7 @@ def _mpi(v: _Variables, source: str) -> ClusterEnv:
     )
 
 
-def _slurm(v: _Variables, source: str) -> ClusterEnv:
+def _slurm(v: Variables, source: str) -> ClusterEnv:
     # A step of srun may hold fewer nodes than its job.
     step = v.text("SLURM_STEP_NODELIST") is not None
     list_name = "SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST"
@@ -366,7 +313,7 @@ def _slurm(v: _Variables, source: str) -> ClusterEnv:
     hosts = expand_nodelist(v.need(list_name, source, v.text), list_name)
     nnodes = v.number(number, 1) or len(hosts)
     if nnodes != len(hosts):
-        _contradiction(number, nnodes, f"the number of hosts in {list_name}", len(hosts))
+        contradiction(number, nnodes, f"the number of hosts in {list_name}", len(hosts))
     # A port of its own for each job, below those the kernel gives to clients.
     job = v.number("SLURM_JOB_ID")
     return ClusterEnv(
@@ -378,13 +325,15 @@ def _slurm(v: _Variables, source: str) -> ClusterEnv:
 
 
 class Row(NamedTuple):
-    """One scheduler: its name, the variables that must be set for it to apply, their reader."""
+    """One scheduler."""
 
-    source: str
-    signs: tuple[str, ...]
-    read: Callable[[_Variables, str], ClusterEnv]
+    source: str  # its name
+    signs: tuple[str, ...]  # variables that must be set for it to apply
+    read: Callable[[Variables, str], ClusterEnv]
+    count: str | None = None  # a variable that counts nodes in this row and processes in others
+    started_us: bool = False  # so that what others say was inherited
 
-    def applies(self, variables: _Variables) -> bool:
+    def applies(self, variables: Variables) -> bool:
         if self.source == "Volcano":
             return bool(_volcano_tasks(variables))
         return all(variables.text(sign) is not None for sign in self.signs)
@@ -393,14 +342,15 @@ class Row(NamedTuple):
 # The order is the precedence: who started this process itself, then schedulers by the names only
 # they use, then the plain names, then those that a job of another kind may have inherited.
 ROWS = (
-    Row("torchrun", ("LOCAL_RANK", "RANK", "WORLD_SIZE"), _torchrun),
+    Row("torchrun", ("LOCAL_RANK", "RANK", "WORLD_SIZE"), _torchrun, started_us=True),
     Row("PyTorchJob", ("PET_NNODES", "WORLD_SIZE"), _kubeflow),
     Row("TrainJob", ("PET_NNODES",), _kubeflow),
     Row("Volcengine", ("MLP_WORKER_NUM",), _volcengine),
     Row("Meituan AFO", ("AFO_ENV_CLUSTER_SPEC",), _afo),
     Row("ModelArts", ("MA_NUM_HOSTS",), _modelarts),
     Row("Volcano", ("VC_TASK_HOSTS",), _volcano),
-    Row("PAI-DLC", ("WORLD_SIZE",), _dlc),
+    Row("NNODES and NODE_RANK", ("NNODES", "NODE_RANK"), _plain),
+    Row("PAI-DLC", ("WORLD_SIZE",), _dlc, count="WORLD_SIZE"),
     Row("Open MPI", ("OMPI_COMM_WORLD_SIZE",), _mpi),
     Row("Slurm", ("SLURM_JOB_ID", "SLURM_NODEID"), _slurm),
 )
@@ -417,7 +367,7 @@ def hostfile_env(
     Raises:
         InputError: no line, or several, are this machine.
     """
-    variables = _Variables(environ)
+    variables = Variables(environ)
     rank = variables.number("NODE_RANK")
     if rank is None:
         mine = [number for number, host in enumerate(hosts) if host.address in own]
@@ -428,7 +378,7 @@ def hostfile_env(
             )
         (rank,) = mine
     elif rank >= len(hosts):
-        _contradiction("NODE_RANK", rank, "the number of hosts in the hostfile", len(hosts))
+        contradiction("NODE_RANK", rank, "the number of hosts in the hostfile", len(hosts))
     return ClusterEnv(
         nnodes=len(hosts), node_rank=rank,
         nproc_per_node=variables.processes() or hosts[0].slots,

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.ops.attention import ORDERS
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
 from megatron_vl.training.plan import (
@@ -84,7 +85,7 @@ def _look_around(plan: Plan, notes: list[str]) -> None:
     _note(notes, lambda: check_outputs(config))
     run = config.model
     asks = (run.fp8_format, run.cpu_offloading, config.optimizer.optimizer_cpu_offload,
-            run.attention_backend not in ("auto", "sdpa"))
+            run.attention_backend not in (*ORDERS, "sdpa"))
     if any(asks):  # else every machine will do, and torch need not be imported
         _note(notes, lambda: check_machine(config, plan.spec))
     notes[:] = dict.fromkeys(notes)

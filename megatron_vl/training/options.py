@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
-from megatron_vl.ops.attention import BACKENDS
+from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import Layout
 
 
@@ -181,8 +181,9 @@ class ModelRunOptions:
         choices=("e4m3", "hybrid"), kind=str,
     )
     attention_backend: str = option(
-        "auto", "who computes variable-length attention; auto: the first of the others that runs",
-        choices=("auto", *BACKENDS),
+        "auto", "who computes variable-length attention; auto: the first of the others that runs; "
+        "flash-first: the same, with flash-attention before the fused kernels",
+        choices=(*ORDERS, *BACKENDS),
     )
     fused_ops: str = option(
         "auto", "elementwise operations as one kernel each, compiled in the first steps, where the "

@@ -56,6 +56,29 @@ def dlc(node: int, port: int, nodes: int = 2) -> dict[str, object]:
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": nodes, "RANK": node}
 
 
+@pytest.mark.cold
+def test_two_nodes_by_plain_names_train_without_a_word_too_much_and_leave_nothing(
+        workshop, tmp_path):
+    """As ms-swift, LLaMA-Factory and scripts around torchrun name the nodes."""
+    port, temporary = free_port(), tmp_path / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "megatron_vl", "train", "--load", workshop.weights(1, 1),
+               "--train-data-path", workshop.wds_dir, "--train-iters", 2, "--global-batch-size", 2,
+               "--seq-length", 256, "--packing-buffer-size", 16, "--eval-interval", 0,
+               "--no-report", "--save", tmp_path / "run"]
+    first, second = finish([
+        start(command, NNODES=2, NODE_RANK=node, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+              NPROC_PER_NODE=1, TMPDIR=temporary)
+        for node in range(2)
+    ])
+    assert (first.code, second.code) == (0, 0), first.text + second.text
+    assert "iteration 2/2" in first.out and "TP1xPP1xDP2" in first.out
+    assert second.out == (f"node 1 of 2, 1 processes each, node 0 is 127.0.0.1:{port} (NNODES and "
+                          f"NODE_RANK)\n")
+    assert (first.err, second.err) == ("", "")
+    assert list(temporary.iterdir()) == []
+
+
 # `time.time` an hour fast on the node that has it on its path.
 FAST_CLOCK = "import time\nright = time.time\ntime.time = lambda: right() + 3600\n"
 

@@ -238,6 +238,25 @@ def test_auto_takes_the_first_of_the_table_that_runs(backends, said):
     assert str(choice) == said and choice.attention == (choice.name, False)
 
 
+FL = {  # what runs here -> what `auto`, FL false, and `flash-first`, FL true, take
+    "all": (BACKENDS, "te-fused", "te-flash"),
+    "cuDNN's, flash-attention by itself": (("te-fused", "flash2", "torch-varlen"), "te-fused",
+                                           "flash2"),
+    "cuDNN's alone": (("te-fused", "torch-varlen"), "te-fused", "te-fused"),
+    "flash-attention alone": (("flash2", "torch-varlen"), "flash2", "flash2"),
+    "torch alone": (("torch-varlen",), "torch-varlen", "torch-varlen"),
+    "nothing": ((), "sdpa", "sdpa"),
+}
+
+
+@pytest.mark.parametrize(("runs", "auto", "flash_first"), FL.values(), ids=FL)
+def test_fl_orders_the_preference_and_sdpa_is_last(runs, auto, flash_first):
+    backends = table(**{name: None if name in (*runs, "sdpa") else "not here" for name in BACKENDS})
+    for order, taken in (("auto", auto), ("flash-first", flash_first)):
+        choice = choose_backend(order, dtype="bfloat16", head_dim=128, backends=backends)
+        assert choice.name == taken and choice.reason.startswith("first that runs here")
+
+
 def test_one_asked_for_is_taken_and_told_to_be_deterministic():
     choice = choose_backend(
         "b", dtype="float32", head_dim=8, deterministic=True, backends=table(a=None, b=None)
@@ -247,7 +266,7 @@ def test_one_asked_for_is_taken_and_told_to_be_deterministic():
 
 REFUSED = {
     "unknown": ("c", table(a=None, b=None),
-                "attention-backend 'c' is unknown; use auto or one of a, b."),
+                "attention-backend 'c' is unknown; use one of auto, flash-first, a, b."),
     "cannot run": ("b", table(a=None, b="no GPU"),
                    "attention-backend b cannot run here: no GPU; use auto, or sdpa, which runs "
                    "everywhere."),
@@ -294,7 +313,8 @@ def test_a_run_says_once_what_computes_attention_and_why(plan_with):
 
 
 def test_a_run_is_refused_before_a_process_starts(plan_with):
-    with pytest.raises(InputError, match="attention-backend is 'fast'; use one of auto, te-fused"):
+    known = "use one of auto, flash-first, te-fused"
+    with pytest.raises(InputError, match=f"attention-backend is 'fast'; {known}"):
         plan_with(attention_backend="fast")
     why = "no kernel for float32" if torch.cuda.is_available() else "no CUDA device"
     for name in BACKENDS:

@@ -47,11 +47,14 @@ AFO = {"AFO_ENV_CLUSTER_SPEC":
        '{"role":"worker","index":1,"worker":["h0.example:3900,3901","h1.example:3900"]}'}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
        "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "10.2.0.1"}
+PLAIN = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501",
+         "NPROC_PER_NODE": "8"}  # ms-swift, LLaMA-Factory, and scripts around torchrun
+TWO_NODES = SLURM | {"SLURM_JOB_NODELIST": "n[001-002]", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
 
 # nnodes, node_rank, nproc_per_node, master_addr, master_port, source
 FOUND = {
     "nothing": ({}, (1, 0, None, "127.0.0.1", 29500, "this machine")),
-    "an address alone": ({"MASTER_ADDR": "x", "RANK": "3", "WORLD_SIZE": " "},
+    "an address alone": ({"MASTER_ADDR": "x", "RANK": "0", "WORLD_SIZE": " "},
                          (1, 0, None, "127.0.0.1", 29500, "this machine")),
     "processes alone": ({"NPROC_PER_NODE": "3"}, (1, 0, 3, "127.0.0.1", 29500, "this machine")),
     "DLC": (DLC, (2, 1, None, "dlc1-master-0", 23456, "PAI-DLC")),
@@ -82,7 +85,7 @@ FOUND = {
                  "SLURM_NODEID": "1"}, (2, 1, 8, "n002", 10505, "Slurm")),
     "Slurm with a port": (SLURM | {"MASTER_PORT": "4000", "MASTER_ADDR": "ib1"},
                           (4, 3, 8, "ib1", 4000, "Slurm")),
-    "an allocation's own shell": ({"SLURM_JOB_ID": "1", "SLURM_NNODES": "2"},
+    "an allocation of one node": ({"SLURM_JOB_ID": "1", "SLURM_NNODES": "1"},
                                   (1, 0, None, "127.0.0.1", 29500, "this machine")),
     "Volcano": (VOLCANO, (2, 1, None, "j-worker-0.j", 29500, "Volcano")),
     "Volcano's master": (TWO_TASKS | {"HOSTNAME": "j-master-0", "VC_TASK_INDEX": "0",
@@ -102,7 +105,21 @@ FOUND = {
         (2, 1, 4, "10.2.0.1", 29500, "Open MPI")),
     "MPI with WORLD_SIZE": (MPI | {"WORLD_SIZE": "2", "RANK": "1"},
                             (2, 1, None, "10.2.0.1", 29500, "PAI-DLC")),
-    "MPI in a Slurm job": (MPI | SLURM, (2, 1, None, "10.2.0.1", 29500, "Open MPI")),
+    "MPI in a Slurm job": (MPI | TWO_NODES, (2, 1, None, "10.2.0.1", 29500, "Open MPI")),
+    "plain names": (PLAIN, (2, 1, 8, "10.0.0.1", 29501, "NNODES and NODE_RANK")),
+    "plain names without a port": ({"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "a"},
+                                   (3, 0, None, "a", 29500, "NNODES and NODE_RANK")),
+    "plain names of one node": ({"NNODES": "1", "NODE_RANK": "0"},
+                                (1, 0, None, "127.0.0.1", 29500, "NNODES and NODE_RANK")),
+    "one node by its number": ({"NNODES": "1"}, (1, 0, None, "127.0.0.1", 29500, "this machine")),
+    "plain names and processes": (PLAIN | {"WORLD_SIZE": "16"},
+                                  (2, 1, 8, "10.0.0.1", 29501, "NNODES and NODE_RANK")),
+    "plain names made of DLC's": (DLC | {"NNODES": "2", "NODE_RANK": "1"},
+                                  (2, 1, None, "dlc1-master-0", 23456, "NNODES and NODE_RANK")),
+    "DLC with its number of nodes again": (DLC | {"NNODES": "2"},
+                                           (2, 1, None, "dlc1-master-0", 23456, "PAI-DLC")),
+    "plain names in a Slurm job": (PLAIN | TWO_NODES,
+                                   (2, 1, 8, "10.0.0.1", 29501, "NNODES and NODE_RANK")),
 }
 
 
@@ -201,6 +218,44 @@ REFUSED = {
     "MPI's uneven nodes": (
         MPI | {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
         "OMPI_COMM_WORLD_SIZE is 3 but OMPI_COMM_WORLD_LOCAL_SIZE is 2"),
+    "plain names without an address": (
+        without(PLAIN, "MASTER_ADDR"), "MASTER_ADDR is not set although this looks like NNODES"),
+    "plain names beyond the last": (PLAIN | {"NODE_RANK": "2"}, "NODE_RANK is 2 but NNODES is 2"),
+    "a plain range": (PLAIN | {"NNODES": "1:2"}, "NNODES is '1:2'; it must be a whole number"),
+    # ---- of two rows
+    "an exported world of one in a Slurm job": (
+        SLURM | {"WORLD_SIZE": "1"}, "WORLD_SIZE is 1 but SLURM_NNODES is 4"),
+    "exported processes in a Slurm job": (
+        SLURM | {"WORLD_SIZE": "32", "RANK": "3", "MASTER_ADDR": "n001"},
+        "WORLD_SIZE is 32 but SLURM_NNODES is 4"),
+    "the rank of a process in a Slurm job": (
+        SLURM | {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "n001"},
+        "this node's number as PAI-DLC tells it is 0 but SLURM_NODEID is 3"),
+    "MPI on a part of a Slurm job": (
+        MPI | SLURM, "SLURM_NNODES is 4 but OMPI_COMM_WORLD_SIZE is 2"),
+    "plain names in a larger Slurm job": (PLAIN | SLURM, "NNODES is 2 but SLURM_NNODES is 4"),
+    "plain names and a world of one": (
+        PLAIN | {"WORLD_SIZE": "1"}, "NNODES is 2 but WORLD_SIZE is 1"),
+    "a plain number in a TrainJob": (TRAINJOB | {"NNODES": "1"}, "NNODES is 1 but PET_NNODES is 4"),
+    "a plain number in a Volcano job": (
+        VOLCANO | {"NNODES": "3"},
+        "the number of nodes as Volcano tells it is 2 but NNODES is 3"),
+    "a plain rank on Volcengine": (
+        VOLCENGINE | {"NODE_RANK": "0"},
+        "this node's number as Volcengine tells it is 1 but NODE_RANK is 0"),
+    "a world of one on ModelArts": (
+        MODELARTS | {"WORLD_SIZE": "1"}, "MA_NUM_HOSTS is 2 but WORLD_SIZE is 1"),
+    # ---- of no row
+    **{f"{name} of no row": ({name: value}, f"{name} is {value}, so there is more than one node")
+       for name, value in (
+           ("NNODES", "2"), ("NODE_RANK", "1"), ("RANK", "3"), ("SLURM_JOB_NUM_NODES", "2"),
+           ("PBS_NUM_NODES", "2"), ("NHOSTS", "4"), ("PMI_SIZE", "2"), ("MV2_COMM_WORLD_SIZE", "8"),
+           ("SKYPILOT_NUM_NODES", "2"), ("AWS_BATCH_JOB_NUM_NODES", "2"), ("NUM_NODES", "16"),
+           ("AZUREML_NODE_COUNT", "2"), ("ARNOLD_WORKER_NUM", "2"), ("FLUX_JOB_NNODES", "2"),
+       )},
+    "an allocation's own shell": (
+        {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2"},
+        "start the command on all of them with srun, or set NNODES, NODE_RANK and MASTER_ADDR"),
 }  # fmt: skip
 
 

@@ -61,6 +61,16 @@ def test_a_bad_argument_is_refused_by_one_line(argv, command, sentence, capsys):
     assert lines[0].endswith(f"; see {program} --help.")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_a_command_is_imported_is_one_line(command, capsys, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_vl.cli.main.import_module", interrupt)
+    assert run([command]) == 130
+    assert capsys.readouterr().err == f"megatron-vl {command}: interrupted\n"
+
+
 def test_debug_adds_the_traceback_and_keeps_the_code_and_the_sentence(tmp_path, capsys):
     assert run(["convert", str(tmp_path / "none"), str(tmp_path / "out"), "--debug"]) == 2
     said = capsys.readouterr().err

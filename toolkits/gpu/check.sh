@@ -2,6 +2,7 @@
 # Prove and measure everything on this machine; see README.md beside this file.
 #   bash toolkits/gpu/check.sh OUT [--device cuda|cpu] [--tiny] [--only STEP,STEP] [--minutes N]
 #                                  [--inputs DIR] [--pack]
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$(cd "$HERE/../.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"

@@ -24,7 +24,7 @@ class ModelOptions:
     """How a model is run, as opposed to what it is."""
 
     params_dtype: torch.dtype = torch.float32
-    attention_backend: str = "auto"  # a name of megatron_vl.ops.attention.BACKENDS, or auto
+    attention_backend: str = "auto"  # of megatron_vl.ops.attention.BACKENDS or ORDERS
     recompute: Recompute = NOTHING  # of the language model
     vit_recompute: Recompute = NOTHING  # of the vision tower
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
