@@ -145,12 +145,12 @@ def test_one_epoch_has_every_sample_once_whatever_the_ranks_and_workers(
     assert seen == Counter(_samples(wds_dir, TRAIN).keys())
 
 
-def test_no_buffer_ends_in_a_row_that_is_half_empty(loaders):
-    """64 samples at a time make three full rows of 1,000 tokens and a fourth with little in it."""
-    batches = _take(loaders(seq_length=1000), 20)
-    assert sum(batch.num_tokens for batch in batches) >= 0.97 * sum(
-        batch.tokens.numel() for batch in batches
-    )
+def test_no_buffer_ends_in_a_row_that_is_half_empty(loaders, wds_dir):
+    """64 samples at a time make three full rows of 1,000 tokens and a fourth with little in it;
+    that of the epoch's end stays as it is."""
+    rows = _take(loaders(seq_length=1000, micro_batch_size=1), 40)
+    epochs = sum(row.num_samples for row in rows) / len(_samples(wds_dir, TRAIN))
+    assert epochs > 1 and sum(row.num_tokens < 950 for row in rows) <= epochs
 
 
 def test_another_seed_gives_another_order(loaders):
