@@ -421,6 +421,17 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:-20_000])
 
 
+def _shorten(path, count):
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+def _recount(wds, count):
+    info = wds / ".nv-meta/.info.json"
+    known = json.loads(info.read_text())
+    known["shard_counts"][TRAIN[3]] = count
+    info.write_text(json.dumps(known))
+
+
 BROKEN = {
     "no directory": (lambda wds: shutil.rmtree(wds), "does not exist; give the directory"),
     "not prepared": (lambda wds: shutil.rmtree(wds / ".nv-meta"), "has no .nv-meta"),
@@ -437,6 +448,15 @@ BROKEN = {
     "no shard": (lambda wds: (wds / TRAIN[3]).unlink(), "the shard .*3.tar is missing"),
     "no index": (lambda wds: (wds / f"{TRAIN[3]}.idx").unlink(), "index .*3.tar.idx is missing"),
     "shard cut off": (lambda wds: _cut(wds / TRAIN[3]), "3.tar is cut off"),
+    "index of another shard": (
+        lambda wds: _shorten(wds / f"{TRAIN[3]}.idx", 8), "3.tar.idx tells of 40 samples but"
+        ".*.info.json of 41; copy the dataset again, or prepare the dataset again with `megatron-vl"
+    ),
+    "index cut off": (
+        lambda wds: _shorten(wds / f"{TRAIN[3]}.idx", 4), "3.tar.idx tells of 40.5 samples but"
+    ),
+    "other counts": (lambda wds: _recount(wds, 400), "3.tar.idx .* 41 samples but .* of 400;"),
+    "counts as text": (lambda wds: _recount(wds, "41"), "3.tar.idx .* 41 samples but .* of '41';"),
 }
 
 
