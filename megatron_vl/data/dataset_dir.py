@@ -61,7 +61,10 @@ def check_dataset(path: Path, split: str) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """Of a checked dataset's shards, their samples and splits, wherever the directory lies."""
+    """Of a checked dataset's shards, how many samples they hold and its splits, wherever it lies.
+
+    `contents_of` tells the samples.
+    """
     digest = hashlib.sha256()
     for file in (_info_path(path), Path(path) / ".nv-meta" / "split.yaml"):
         digest.update(file.read_bytes())
