@@ -29,8 +29,8 @@ def check_dataset(path: Path, split: str) -> int:
         Samples in the split.
 
     Raises:
-        InputError: the directory, its metadata, a shard or an index is missing or cut off, or the
-            split is empty.
+        InputError: the directory, its metadata, a shard or an index is missing or cut off, an index
+            and the metadata disagree, or the split is empty.
     """
     path = Path(path)
     if not path.exists():
@@ -56,12 +56,15 @@ def check_dataset(path: Path, split: str) -> int:
     for shard in shards:
         if shard not in counts:
             raise InputError(f"{info_path} does not list shard {shard}; {_PREPARE}.")
-        _check_shard(path / shard)
+        _check_shard(path / shard, counts[shard], info_path)
     return sum(counts[shard] for shard in shards)
 
 
 def fingerprint(path: Path) -> str:
-    """Of a checked dataset's shards, their samples and splits, wherever the directory lies."""
+    """Of a checked dataset's shards, how many samples they hold and its splits, wherever it lies.
+
+    `contents_of` tells the samples.
+    """
     digest = hashlib.sha256()
     for file in (_info_path(path), Path(path) / ".nv-meta" / "split.yaml"):
         digest.update(file.read_bytes())
@@ -177,7 +180,8 @@ def read_meta(path: Path) -> object:
         raise InputError(f"{path} is damaged; {_PREPARE}.") from error
 
 
-def _check_shard(shard: Path) -> None:
+def _check_shard(shard: Path, count: object, info_path: Path) -> None:
+    """Whether a shard is whole and its index tells of the `count` samples of `info_path`."""
     index = shard.with_suffix(".tar.idx")
     try:
         size = shard.stat().st_size
@@ -185,12 +189,18 @@ def _check_shard(shard: Path) -> None:
         raise InputError(f"the shard {shard} is missing; restore it, or {_PREPARE}.") from error
     try:
         with index.open("rb") as file:
-            file.seek(-8, 2)
+            length = file.seek(-8, 2) + 8
             (end,) = struct.unpack("Q", file.read(8))
     except OSError as error:
         raise InputError(
             f"the shard index {index} is missing or empty; restore it, or {_PREPARE}."
         ) from error
+    # A place for the beginning of each sample, and one for the end of the last.
+    if length % 8 or type(count) is not int or count != length // 8 - 1:
+        raise InputError(
+            f"the shard index {index} tells of {(length / 8 - 1):g} samples but {info_path} of "
+            f"{repr(count)[:80]}; copy the dataset again, or {_PREPARE}."
+        )
     if size < end:
         raise InputError(
             f"the shard {shard} is cut off (it has {size} bytes, its index tells of {end}); copy "

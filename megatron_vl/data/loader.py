@@ -36,6 +36,7 @@ from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.read_ahead import ReadAhead
+from megatron_vl.data.resume import ANEW, CONTENT, DATA, state_for
 from megatron_vl.data.rows import empty_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
 from megatron_vl.data.shard_files import TarReaders
@@ -44,8 +45,6 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
-_READERS = ("num_workers", "data-parallel size", "data-parallel rank")
-_BEGIN_ANEW = "--load the checkpoint with another --save, where the data begins anew"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,65 +203,25 @@ class RowLoader:
             return SavableDatasetCheckpoint(state=None, offset=0)
         return self._restored.worker_states[worker]
 
-    def restore_state(self, saved: Sequence[dict]) -> None:
+    def restore_state(self, saved: Sequence[dict]) -> str:
         """Go on from what the loaders of all data-parallel ranks saved, in the order of the ranks.
 
-        Call before the first iteration. energon's state is made of places, not of names: with
-        other data or settings the same places are other samples. At another data-parallel size the
-        reading processes keep their places and are dealt out anew, as `energon checkpoint redist`
-        does; there must be as many of them in all.
+        Call before the first iteration.
+
+        Returns:
+            A sentence about what could not be compared with the checkpoint's; empty if all was.
 
         Raises:
-            InputError: they were saved for another dataset, other settings or another number of
-                reading processes; they are named.
+            InputError: see `state_for`.
         """
-        if not all(isinstance(one, dict) and "made_for" in one for one in saved):
-            raise InputError(
-                f"the checkpoint's data state does not say which dataset and settings it was made "
-                f"for; {_BEGIN_ANEW}."
-            )
-        rank, size = self._made_for["data-parallel rank"], self._made_for["data-parallel size"]
-        dealt = len(saved) != size
-        made_for = saved[0 if dealt else rank]["made_for"]
-        differ = [
-            f"{name} was {made_for.get(name)} and is {now}"
-            for name, now in self._made_for.items()
-            if made_for.get(name) != now and not (dealt and name in _READERS)
-        ]
-        if differ:
-            raise InputError(
-                f"the data cannot go on where the checkpoint left it: {', '.join(differ)}; go on "
-                f"with the old value, or {_BEGIN_ANEW}."
-            )
         try:
-            state = self._deal([one["state"] for one in saved]) if dealt else saved[rank]["state"]
-            self._loader.restore_state_rank(state)
-            self._restored = state
-        except (AssertionError, ValueError) as error:
+            self._restored, unknown = state_for(saved, self._made_for)
+            self._loader.restore_state_rank(self._restored)
+        except (AssertionError, ValueError, KeyError) as error:
             raise InputError(
-                f"the checkpoint's data state does not fit this energon ({error}); {_BEGIN_ANEW}."
+                f"the checkpoint's data state does not fit this energon ({error}); {ANEW}."
             ) from error
-
-    def _deal(self, states: Sequence[SavableDataLoaderState]) -> SavableDataLoaderState:
-        """This rank's share of the reading processes of all ranks."""
-        rank, size = self._made_for["data-parallel rank"], self._made_for["data-parallel size"]
-        workers = [worker for state in states for worker in state.worker_states]
-        here = max(1, self._made_for["num_workers"])
-        if len(workers) != size * here:
-            fitting = (
-                f"give --num-workers {len(workers) // size}" if len(workers) % size == 0 else
-                f"use a data-parallel size that divides {len(workers)}"
-            )
-            raise InputError(
-                f"the checkpoint's data was read by {len(workers)} processes "
-                f"({len(states)} data-parallel ranks) but this run has {size} x {here}; {fitting}, "
-                f"or {_BEGIN_ANEW}."
-            )
-        return SavableDataLoaderState(
-            worker_states=workers[rank * here : (rank + 1) * here],
-            next_worker_id=0,
-            micro_batch_size=states[0].micro_batch_size,
-        )
+        return unknown
 
 
 def build_train_loader(
@@ -417,7 +376,8 @@ def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec) -> dict:
 def _made_for(config: DataConfig, dp_rank: int, dp_size: int) -> dict:
     """All that decides which samples come when, by the names of the options where there are."""
     return {
-        "the training data": config.train.fingerprint(),
+        DATA: config.train.fingerprint(),
+        CONTENT: config.train.contents("train"),
         "row length": config.row_length,
         "packing_buffer_size": config.packing_buffer_size or 0,
         "micro_batch_size": config.micro_batch_size,

@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vl.data.dataset_dir import check_dataset, check_names_no_code, fingerprint
+from megatron_vl.data.contents import contents_of
+from megatron_vl.data.dataset_dir import (
+    check_dataset,
+    check_names_no_code,
+    fingerprint,
+    split_shards,
+)
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import yaml_value
 
@@ -113,13 +119,24 @@ class Mixture:
         return {path: min(count, self.max_samples) for path, count in counts.items()}
 
     def fingerprint(self) -> str:
-        """Of the datasets' content and how they are mixed, wherever they lie."""
+        """Of the datasets' numbers of samples and how they are mixed, wherever they lie."""
         digest = hashlib.sha256(repr((self.weights, self.max_samples)).encode())
         for path, _ in self.leaves("train"):
             digest.update(fingerprint(path).encode())
         if self.metadataset is not None:
             digest.update(self.metadataset.read_bytes())
         return digest.hexdigest()[:16]
+
+    def contents(self, split: str) -> dict[str, dict[str, str | None]]:
+        """What tells the samples of every dataset from others, by absolute path: see `contents_of`.
+
+        Raises:
+            InputError: see `check`.
+        """
+        return {
+            os.path.abspath(path): contents_of(path, split_shards(path, part))
+            for path, part in self.leaves(split)
+        }
 
     def as_energon(self, split: str) -> Path | dict:
         """What energon's `get_train_dataset` and `get_val_dataset` take.

@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vl.data.contents import note_digests
 from megatron_vl.data.conversation import BadEntry
 from megatron_vl.data.formats import FORMATS, Fields
 from megatron_vl.data.media import MediaInfo
@@ -172,7 +173,7 @@ def prepare(config: PrepareConfig) -> Summary:
             entries, shares=config.shares, samples_per_shard=config.samples_per_shard,
             seed=config.seed if config.shuffle else None,
         )
-        write_shards(
+        digests = write_shards(
             shards, sizes, partial, key=preparation.key, progress=config.progress
         )
         shutil.rmtree(preparation.scratch)
@@ -180,6 +181,7 @@ def prepare(config: PrepareConfig) -> Summary:
             partial, parts, num_workers=config.num_workers,
             shown_as=config.output if config.progress else None,
         )
+        note_digests(partial, digests)
         samples = read_back(partial, len(entries))
         (partial / REFUSED).write_text(
             "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in refused),

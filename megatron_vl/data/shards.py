@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from megatron_vl.data.contents import Digested
 from megatron_vl.data.conversation import StoredMedia, Turn, to_json
 from megatron_vl.data.media import MediaInfo
 from megatron_vl.data.raw_media import RawMedia
@@ -146,26 +147,34 @@ def _shard(number: str) -> str:
 def write_shards(
     shards: Sequence[Sequence[Entry]], sizes: dict[RawMedia, MediaInfo], output: Path, *,
     key, progress: bool,
-) -> None:
+) -> dict[str, str]:
     """Write `shard-NNNNNN.tar` files: per sample its JSON, then its media's own bytes.
 
     Args:
         key: an entry's key.
+
+    Returns:
+        The digest of every shard, by its name.
     """
+    digests = {}
     total = sum(map(len, shards))
     entries = iter(show_progress(
         (entry for shard in shards for entry in shard), total, "writing", progress
     ))
     for number, shard in enumerate(shards):
-        path = output / _shard(f"{number:06d}")
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        name = _shard(f"{number:06d}")
+        with (output / name).open("wb") as opened, tarfile.open(
+            fileobj=(file := Digested(opened)), mode="w", format=tarfile.USTAR_FORMAT
+        ) as tar:
             for _ in shard:
                 entry = next(entries)
                 stored, files = store(entry, sizes)
                 _add(tar, f"{key(entry)}.json", to_json(entry.turns, stored))
-                for extension, file in files:
-                    _add(tar, f"{key(entry)}.{extension}", file.read_bytes())
+                for extension, media in files:
+                    _add(tar, f"{key(entry)}.{extension}", media.read_bytes())
+        digests[name] = file.digest
     next(entries, None)  # lets the progress bar finish
+    return digests
 
 
 def store(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,11 @@ from megatron.energon import (
 )
 from megatron.energon.cache import FileStoreDecoder
 from megatron.energon.errors import SampleException
-from megatron.energon.wrappers import PackingDataset
+from megatron.energon.wrappers import RepeatDataset
 
 from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia, from_json
+from megatron_vl.data.epochs import RowPacking, WholeEpochs
 from megatron_vl.data.formats.llava import question_and_answer
 from megatron_vl.data.media import BadMedia, image_size
 from megatron_vl.data.packing import pack
@@ -267,7 +268,7 @@ class SampleEncoder(TaskEncoder):
         ))
 
 
-class RowEncoder(SampleEncoder):
+class RowEncoder(WholeEpochs, SampleEncoder):
     """The whole way from samples to batches of rows, as energon drives it in training."""
 
     def select_samples_to_pack(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
@@ -295,7 +296,7 @@ class RowEncoder(SampleEncoder):
         worker_config: WorkerConfig,
     ) -> SavableDataset[RowBatch]:
         """energon's, but quiet; and a row of one sample takes the same way as a packed one."""
-        rows = _RowPacking(
+        rows = RowPacking(
             dataset,
             buffer_size=packing_buffer_size or 1,
             pre_packer=self.select_samples_to_pack,
@@ -304,34 +305,11 @@ class RowEncoder(SampleEncoder):
             worker_config=worker_config,
         )
         return super().build_batch(
-            rows,
+            RepeatDataset(rows, worker_config=worker_config),
             batch_size=batch_size,
             batch_drop_last=batch_drop_last,
             worker_config=worker_config,
         )
-
-
-class _RowPacking(PackingDataset):
-    """energon's packing; what fills a row least goes back to be packed with what comes next.
-
-    Each buffer otherwise ends in a row that is half empty on average. The dataset must have no end,
-    as in training, for at an end energon would not pack what went back last.
-    """
-
-    def __init__(self, dataset: SavableDataset, buffer_size: int, **options: Any):
-        super().__init__(dataset, buffer_size, **options)
-        self._select, self.pre_packer = self.pre_packer, self._select_but_the_emptiest
-
-    def _select_but_the_emptiest(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
-        groups = self._select(samples)
-        if len(groups) < 2:
-            return groups
-        emptiest = min(groups, key=lambda group: sum(sample.num_tokens for sample in group))
-        self._reading_buffer.extend(emptiest)
-        return [group for group in groups if group is not emptiest]
-
-    def _fill_reading_buffer(self, source_iter: Iterator, log_progress: bool = False) -> bool:
-        return super()._fill_reading_buffer(source_iter)  # without a progress bar in every worker
 
 
 def conversation_of(sample: VQASample, name: str) -> ConversationSample:

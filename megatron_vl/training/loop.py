@@ -189,7 +189,9 @@ class Trainer:
                 **self._reader(),
             )
             if loader_states:
-                self.loader.restore_state(list(map(read_loader_state, loader_states)))
+                unknown = self.loader.restore_state(list(map(read_loader_state, loader_states)))
+                if unknown:
+                    self.say(f"NOT CHECKED: {unknown}")
             batches = iter(self.loader)
         self.streams = self._streams(batches)
         self.show.start(self.done, self.described)

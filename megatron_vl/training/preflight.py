@@ -5,12 +5,13 @@ One `all_gather_object`. Ranks that differ would otherwise fail an hour later, h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from statistics import median_low
@@ -18,10 +19,13 @@ from statistics import median_low
 import torch
 
 import megatron_vl
+from megatron_vl.data.contents import contents_of
+from megatron_vl.data.dataset_dir import split_shards
+from megatron_vl.data.mixture import Mixture
 from megatron_vl.errors import InputError
 from megatron_vl.platform.init import ranks
 from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.plan import mixtures
+from megatron_vl.training.plan import datasets
 from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import SIDE_FILES
 
@@ -76,6 +80,8 @@ def facts(config: TrainConfig) -> dict[str, object]:
         "megatron_vl": f"{megatron_vl.__version__} with sources {_sources()}",
         **options,
         **{str(path): _content(path) for path in _files(config)},
+        **{f"what the shards of {path} hold ({split})": _shards(path, split)
+           for path, split in _datasets(config)},
     }
 
 
@@ -151,21 +157,32 @@ def _files(config: TrainConfig) -> Iterable[Path]:
     for directory in (checkpoint.load, checkpoint.save):  # where a run goes on from
         if directory is not None:
             yield from _matches(Path(directory), LATEST)
-    if config.data.train_data_path is None:
-        return
-    train, valid = mixtures(config)
-    chosen = [(train, "train")]
-    if config.data.eval_interval > 0:
-        chosen.append((valid, "val"))
-    for mixture, split in chosen:
+    for mixture, _ in _mixtures(config):
         if mixture.metadataset is not None:
             yield mixture.metadataset
-        try:
-            directories = [path for path, _ in mixture.leaves(split)]
-        except InputError:
-            continue  # a metadataset that is missing here; which is what the ranks compare
-        for directory in directories:
-            yield from _matches(directory / ".nv-meta", "*")
+    for directory, _ in _datasets(config):
+        yield from _matches(directory / ".nv-meta", "*")
+
+
+def _mixtures(config: TrainConfig) -> list[tuple[Mixture, str]]:
+    return [] if config.data.train_data_path is None else datasets(config)
+
+
+def _datasets(config: TrainConfig) -> Iterator[tuple[Path, str]]:
+    """Directories of datasets, and the splits of them that are read."""
+    for mixture, split in _mixtures(config):
+        # A metadataset may be missing here; which is what the ranks compare.
+        with contextlib.suppress(InputError):
+            yield from mixture.leaves(split)
+
+
+def _shards(dataset: Path, split: str) -> str:
+    """A fingerprint of a split's samples, of which every node may have its own copy."""
+    try:
+        shards = split_shards(dataset, split)
+        return f"{len(shards)} shards {contents_of(dataset, shards)['index']}"
+    except InputError:
+        return MISSING
 
 
 def _matches(directory: Path, pattern: str) -> list[Path]:

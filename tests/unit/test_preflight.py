@@ -61,6 +61,16 @@ def test_facts_change_with_every_file_that_matters_and_with_no_other(hf_dir, wds
         changed = {name for name, value in facts(config).items() if before.get(name) != value}
         assert changed == {str(file)}
         file.write_bytes(was)
+    # A shard of other samples, under an index that another node wrote alike.
+    file = data / "shard-000000.tar.idx"
+    was = file.read_bytes()
+    file.write_bytes(was[:8] + bytes(8) + was[16:])
+    after = facts(config)
+    changed = {name for name, value in after.items() if before[name] != value}
+    assert changed == {f"what the shards of {data} hold (train)"}
+    file.unlink()
+    assert facts(config)[f"what the shards of {data} hold (train)"] == "missing"
+    file.write_bytes(was)
     (model / "notes.txt").write_text("x")
     (data / ".nv-meta" / "index.sqlite-wal").write_text("x")
     assert facts(config) == before
