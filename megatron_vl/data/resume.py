@@ -47,9 +47,9 @@ def state_for(
     rank, dealt = made_for["data-parallel rank"], len(saved) != made_for["data-parallel size"]
     was = saved[0 if dealt else rank]["made_for"]
     differ = other_data(was, made_for) + [
-        f"{name} was {was.get(name)} and is {now}"
+        f"{name} was {was[name]} and is {now}"
         for name, now in made_for.items()
-        if name not in (DATA, CONTENT) and was.get(name) != now
+        if name not in (DATA, CONTENT) and name in was and was[name] != now
         and not (dealt and name in READERS)
     ]
     if differ:
@@ -59,12 +59,18 @@ def state_for(
         )
     states = [one["state"] for one in saved]
     state = _deal(states, made_for) if dealt else states[rank]
+    new = [f"{name} ({now} now)" for name, now in made_for.items()
+           if name not in (DATA, CONTENT, *was)]
+    unknown = f"the checkpoint is of a version that had no {', '.join(new)}" if new else ""
     if CONTENT in was:
-        return state, ""
-    return None if state is None else _of_whole_epochs(state), (
+        return state, unknown
+    said = (
         f"the checkpoint is of an older version and does not note the content of its data: of "
         f"{', '.join(made_for[CONTENT])} the numbers of samples were compared, the samples not; "
         f"the epoch that it was in may show some of them twice or not"
+    )
+    return None if state is None else _of_whole_epochs(state), "; ".join(
+        filter(None, (said, unknown))
     )
 
 

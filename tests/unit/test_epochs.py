@@ -146,6 +146,8 @@ def test_a_state_of_the_version_before_goes_on_and_says_what_it_does_not_know(lo
     state["made_for"][DATA] = loader.save_state_rank()["made_for"][DATA]
     said = loader.restore_state([state])
     assert "the numbers of samples were compared, the samples not" in said and "/thirty" in said
+    assert said.endswith("the checkpoint is of a version that had no video_positions "
+                         "(published now)")
     seen = Counter(OLD[name]["seen"])
     seen.update(key for batch in islice(loader, 263) for key in batch.sample_keys)
     loader.close()
