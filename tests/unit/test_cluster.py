@@ -270,7 +270,8 @@ def test_what_cannot_be_is_refused_with_names_and_values(environ, sentence):
 @pytest.mark.parametrize(("flags", "says"), [
     ([], "NNODES is 2, so there is more than one node"),
     (["--cluster-env"], "NNODES is 2, so there is more than one node"),
-    (["--no-cluster-env"], "none is not a directory"),  # this machine alone: the next thing that is wrong
+    # This machine alone: the next thing that is wrong is told.
+    (["--no-cluster-env"], "none is not a directory"),
     (["--nnodes", "1"], "none is not a directory"),
 ])
 def test_a_training_does_not_start_alone_where_there_are_others(flags, says, monkeypatch, capsys):
