@@ -17,8 +17,10 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path
 
+from megatron_vl.cli import interrupts
 from megatron_vl.cli.cluster_env import DRIVERS, read_hostfile
 from megatron_vl.cli.hosts import run_on_hosts
 from megatron_vl.cli.meeting import agree, meet, meet_alone, no_meeting
@@ -132,6 +134,8 @@ def launch(
             `rendezvous_timeout` seconds, or do not fit together.
     """
     outlast_full_disks()
+    import_module("torch.distributed.launcher.api")  # before there is anything to tidy up
+    interrupts.heed()
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node))
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import megatron_vl
+from megatron_vl.cli import interrupts
 from megatron_vl.cli.worker import FAILURE_FILE
 from megatron_vl.errors import CheckFailed, InputError
 
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if FAILURE_FILE in os.environ:  # a rank: the launcher says for all that Ctrl-C ended them
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    else:
+        interrupts.leave_at_once(_chosen(argv))
     try:
         code = run(argv)
         sys.stdout.flush()
@@ -85,8 +88,7 @@ def _reader_is_gone() -> bool:
 
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    # Only the command that runs is imported: converting needs neither Megatron-Core nor energon.
-    chosen = next((word for word in argv if not word.startswith("-")), "")
+    chosen = _chosen(argv)
     try:
         return _run(chosen, argv)
     except CheckFailed as error:
@@ -107,6 +109,10 @@ def run(argv: list[str]) -> int:
     return code
 
 
+def _chosen(argv: list[str]) -> str:
+    return next((word for word in argv if not word.startswith("-")), "")
+
+
 def _unusable(argv: list[str]) -> int:
     if "--debug" in argv:
         traceback.print_exc()
@@ -120,6 +126,7 @@ def _run(chosen: str, argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=megatron_vl.__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only the command that runs is imported: converting needs neither Megatron-Core nor energon.
     for name, summary in COMMANDS.items():
         if name == chosen:
             command = import_module(f"megatron_vl.cli.{name.replace('-', '_')}")
@@ -131,4 +138,6 @@ def _run(chosen: str, argv: list[str]) -> int:
             commands.add_parser(name, help=summary)
     args = parser.parse_args(argv)
     args.argv = argv  # what ranks are started with
+    if chosen != "train":  # which imports more, and heeds interrupts when it starts its ranks
+        interrupts.heed()
     return args.run(args) or 0

@@ -18,6 +18,13 @@ from megatron_vl.inputs import json_value, yaml_value
 _PREPARE = "prepare the dataset again with `megatron-vl prepare`"
 _ENERGON = "megatron.energon"  # the one module that a dataset's YAML may name
 _META_FILES = ("dataset_config", "split_config")  # of a metadataset: other YAMLs of .nv-meta
+# energon's sample types that are read -> the fields that they need.
+SAMPLE_TYPES = {
+    "CaptioningSample": ("image", "caption"),
+    "VQASample": ("image", "context", "answers"),
+    "VidQASample": ("video", "context", "answers"),
+    "MultiChoiceVQASample": ("image", "context", "choices", "correct_choice_idx"),
+}
 _MAX_SHARDS = 1_000_000  # that one pattern may stand for
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
@@ -45,10 +52,11 @@ def check_dataset(path: Path, split: str) -> int:
         )
     info_path = _info_path(path)
     info = read_meta(info_path)
-    read_meta(meta / "dataset.yaml")
+    dataset = read_meta(meta / "dataset.yaml")
     for suffix in ("yaml", "yml", "json"):
         for config in sorted(meta.glob(f"*.{suffix}")):
             check_names_no_code(read_meta(config), config)
+    _check_sample_type(dataset, meta / "dataset.yaml")
     shards = split_shards(path, split)
     counts = info.get("shard_counts") if isinstance(info, dict) else None
     if not isinstance(counts, dict):
@@ -58,6 +66,35 @@ def check_dataset(path: Path, split: str) -> int:
             raise InputError(f"{info_path} does not list shard {shard}; {_PREPARE}.")
         _check_shard(path / shard, counts[shard], info_path)
     return sum(counts[shard] for shard in shards)
+
+
+def _check_sample_type(config: object, file: Path) -> None:
+    """Whether what dataset.yaml makes of a sample can be trained on.
+
+    Raises:
+        InputError: a type without a question and an answer, or fields that are missing.
+    """
+    config = config if isinstance(config, dict) else {}
+    own, named = config.get("__class__"), config.get("sample_type")
+    if own == "CrudeWebdataset":
+        return  # as `prepare` writes it
+    name = named.get("__class__") if isinstance(named, dict) else (
+        str(own).replace("Webdataset", "Sample")  # as older versions of energon wrote it
+    )
+    if name not in SAMPLE_TYPES:
+        raise InputError(
+            f"{file} names the sample type {str(name)[:80]}, of which no question and answer can "
+            f"be made; name one of {', '.join(SAMPLE_TYPES)} with a field_map, or write the "
+            f"conversations as JSON and run `megatron-vl prepare`."
+        )
+    fields = config.get("field_map")
+    missing = [one for one in SAMPLE_TYPES[name] if one not in fields] if isinstance(
+        fields, dict) else SAMPLE_TYPES[name]
+    if missing:
+        raise InputError(
+            f"the field_map of {file} lacks {', '.join(missing)}, which a {name} needs; add them, "
+            f"or {_PREPARE}."
+        )
 
 
 def fingerprint(path: Path) -> str:

@@ -26,7 +26,6 @@ from megatron.energon import (
     SavableDataset,
     SkipSample,
     TaskEncoder,
-    VQASample,
     WorkerConfig,
     basic_sample_keys,
     stateless,
@@ -36,10 +35,10 @@ from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import RepeatDataset
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia, from_json
+from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, from_json
+from megatron_vl.data.energon_samples import SERVED, conversation_of
 from megatron_vl.data.epochs import RowPacking, WholeEpochs
-from megatron_vl.data.formats.llava import question_and_answer
-from megatron_vl.data.media import BadMedia, image_size
+from megatron_vl.data.media import BadMedia
 from megatron_vl.data.packing import pack
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.rows import Row, make_batch, make_row
@@ -127,15 +126,15 @@ class SampleEncoder(TaskEncoder):
         )
 
     @stateless
-    def preencode_sample(self, sample: ConversationSample | VQASample) -> EncodedSample:
-        """Tokens, labels and grids; no pixel is decoded.
+    def preencode_sample(self, sample: Sample) -> EncodedSample:
+        """Tokens, labels and grids of a conversation, or of one of `SERVED`; no pixel is decoded.
 
         Raises:
             SkipSample: the sample cannot be used; it is counted.
             InputError: too many could not, or the dataset's fields are of another kind.
         """
         try:
-            if isinstance(sample, VQASample):
+            if isinstance(sample, SERVED):
                 sample = conversation_of(sample, self.name_of(sample))
             grids = [self.media.grid(media) for media in sample.media]
             tokens, labels = self.chat.encode(
@@ -312,30 +311,6 @@ class RowEncoder(WholeEpochs, SampleEncoder):
         )
 
 
-def conversation_of(sample: VQASample, name: str) -> ConversationSample:
-    """One question about one image, of a dataset with energon's own sample type.
-
-    Args:
-        name: of the sample, for the message.
-
-    Raises:
-        InputError: the dataset's fields are of another kind.
-        BadMedia: no image's header.
-    """
-    image, question, answer = sample.image, sample.context, sample.answers
-    answer = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
-    if not (isinstance(image, bytes) and isinstance(question, str) and isinstance(answer, str)):
-        raise InputError(
-            f"sample {name} is not an image's bytes, a question and an answer; "
-            f"check the field_map in the dataset's .nv-meta/dataset.yaml."
-        )
-    height, width = image_size(image)
-    return ConversationSample.derive_from(
-        sample,
-        turns=question_and_answer(question, answer),
-        media=(StoredMedia(kind=IMAGE, files=("image",), height=height, width=width),),
-        read=lambda _: image,
-    )
 
 
 def stop_on_error(

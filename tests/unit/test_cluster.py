@@ -267,6 +267,20 @@ def test_what_cannot_be_is_refused_with_names_and_values(environ, sentence):
     assert sentence in said and said.endswith(".") and "\n" not in said
 
 
+@pytest.mark.parametrize(("flags", "says"), [
+    ([], "NNODES is 2, so there is more than one node"),
+    (["--cluster-env"], "NNODES is 2, so there is more than one node"),
+    # This machine alone: the next thing that is wrong is told.
+    (["--no-cluster-env"], "none is not a directory"),
+    (["--nnodes", "1"], "none is not a directory"),
+])
+def test_a_training_does_not_start_alone_where_there_are_others(flags, says, monkeypatch, capsys):
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert cli(["train", "--hf-config", "none", "--train-data-path", "none", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
 NOT_ONE_A_NODE = {
     "mpirun with a process a rank": (
         MPI | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",

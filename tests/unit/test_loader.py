@@ -461,8 +461,8 @@ FIELD_MAPS = (  # what is written, what it is changed to, what the error says
     ("context: json[0][value]", "context: json[5][value]", "lacks a part that the field_map"),
     ("answers: json[1][value]", "answers: json[1][text]", "lacks a part that the field_map"),
     ("image: png", "image: json", "is not an image's bytes, a question and an answer"),
-    ("image: png", "picture: png", "dataset.yaml of .* cannot be used"),
-    ("VQASample", "NoSuchSample", "dataset.yaml of .* cannot be used"),
+    ("image: png", "picture: png", "field_map of .* lacks image, which a VQASample needs"),
+    ("VQASample", "NoSuchSample", "names the sample type NoSuchSample, of which no question"),
 )
 
 

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.energon import SkipSample, VQASample
+from megatron.energon import SkipSample
 
 from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia
+from megatron_vl.data.energon_samples import SERVED, conversation_of
 from megatron_vl.data.lint.reading import Leaf
 from megatron_vl.data.loader import DataConfig
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.samples import IGNORE, ConversationSample, EncodedSample, Grid
-from megatron_vl.data.task_encoder import RowRules, SampleEncoder, conversation_of, stop_on_error
+from megatron_vl.data.task_encoder import RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 
@@ -113,9 +114,11 @@ class _Encoder(SampleEncoder):
         if isinstance(raw, dict):
             return self.cook(raw)
         try:
-            return conversation_of(raw, self.name_of(raw)) if isinstance(raw, VQASample) else raw
+            return conversation_of(raw, self.name_of(raw)) if isinstance(raw, SERVED) else raw
         except BadMedia as error:
             self._skip(raw, "unusable media", f"its image or video is unusable: {error}")
+        except BadEntry as error:
+            self._skip(raw, error.reason, str(error))
 
     def _check_size(self, length: int, grids: list[Grid], kinds: set[str]) -> None:
         try:
