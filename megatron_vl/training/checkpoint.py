@@ -50,6 +50,7 @@ class Resumed:
     iteration: int  # steps already done
     loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
     guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
+    samples: int | None = 0  # read so far; None where the checkpoint does not say
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ class Resumed:
 
 def save_checkpoint(
     saver: Saver, plan: Plan, iteration: int, model, optimizer, scheduler, *, loader_state,
-    guard: dict,
+    guard: dict, samples: int | None,
 ) -> list[Saved]:
     """Save, or begin to, SAVE/iter_XXXXXXX; returns the saves that ended. All ranks call it.
 
@@ -65,6 +66,7 @@ def save_checkpoint(
         loader_state: what the loader's `save_state_rank` returned on the rank of a replica that
             reads, None on the others.
         guard: the state of the run's `StepGuard`.
+        samples: read so far, where that is known.
     """
 
     def begin(_folder: Path) -> None:
@@ -83,7 +85,8 @@ def save_checkpoint(
     return saver.save(
         iteration,
         lambda: _state_dict(
-            plan, iteration, model, optimizer, scheduler, loading=False, guard=guard
+            plan, iteration, model, optimizer, scheduler, loading=False, guard=guard,
+            samples=samples,
         ),
         content=_storable(_metadata()), begin=begin, extra=extra,
     )
@@ -168,6 +171,7 @@ def load_checkpoint(
     return Resumed(
         iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else (),
         guard=loaded.get("megatron_vl", {}).get("guard", {}),
+        samples=loaded.get("megatron_vl", {}).get("samples"),
     )
 
 
@@ -334,7 +338,7 @@ def vision_inventory(
 
 def _state_dict(
     plan: Plan, iteration: int, model, optimizer, scheduler, *, loading: bool,
-    guard: dict | None = None,
+    guard: dict | None = None, samples: int | None = None,
 ) -> dict:
     metadata = _metadata()
     state = {
@@ -356,7 +360,7 @@ def _state_dict(
         state["rng_state"] = _random_state()
     if not loading:
         state |= {
-            "args": plan.config.to_dict(),
+            "args": plan.config.resolved(),
             "checkpoint_version": 3.0,
             "iteration": iteration,
             "megatron_vl": {
@@ -366,6 +370,7 @@ def _state_dict(
                 "dtype": plan.config.model.dtype,
                 "optimizer": not options.no_save_optim,
                 "guard": guard,
+                "samples": samples,
             },
         }
     return state

@@ -82,7 +82,8 @@ def read_common(path: Path) -> dict:
         section = common_section(path)
         file = Path(section.file.name)
         try:
-            (found,) = read_archive(section, file, section.offset)
+            with section.file:
+                (found,) = read_archive(section, file, section.offset)
         except BROKEN as error:
             raise InputError(f"{file} is broken at {COMMON}; copy the checkpoint again.") from error
     if not isinstance(found, dict):
