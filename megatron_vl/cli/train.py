@@ -80,8 +80,10 @@ def run(args: argparse.Namespace) -> int:
         if config.checkpoint.save is not None:  # without it there is nothing to do but to end
             stop.listen()
         run_worker(lambda: _train(config, stop), command="train", debug=args.debug)
+    from megatron_vl.training.epochs import with_steps
     from megatron_vl.training.plan import check_paths, find_checkpoint, plan_run
 
+    config = with_steps(config)
     env = _nodes(args)
     processes = _processes(config) if env.nproc_per_node is None else env.nproc_per_node
     plan = plan_run(config, processes * env.nnodes)
@@ -131,6 +133,7 @@ def _processes(config) -> int:
 def _train(config, stop) -> None:
     from megatron_vl.cli.worker import STEPPED, beside_failure, fail
     from megatron_vl.platform import be_deterministic, connect
+    from megatron_vl.training.epochs import with_steps_of_rank_0
     from megatron_vl.training.loop import train
     from megatron_vl.training.plan import check_paths, plan_run
     from megatron_vl.training.preflight import preflight
@@ -141,6 +144,7 @@ def _train(config, stop) -> None:
     preflight(config)
     if os.environ["RANK"] == "0":  # another launcher than ours has not looked
         check_paths(config)
+    config = with_steps_of_rank_0(config)
     stepped = beside_failure(STEPPED)
     first_step = (lambda: None) if stepped is None else stepped.touch
 

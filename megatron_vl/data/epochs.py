@@ -79,18 +79,33 @@ class RowPacking(PackingDataset):
         return not self._empties
 
 
+def epoch_length(datasets: Sequence[LoadedDataset], blend_mode: DatasetBlendMode) -> int | None:
+    """Samples of an epoch of a mixture; None for one by weight, which has none."""
+    if blend_mode == DatasetBlendMode.DATASET_WEIGHT:
+        return None
+    return int(sum(len(samples_of(one.dataset)) * (one.repetitions or 1) for one in datasets))
+
+
+def samples_of(factory) -> range:
+    """What a metadataset's `subset` leaves of a dataset."""
+    total = len(factory)
+    return range(*factory.subset.compute_subset(total)) if factory.subset else range(total)
+
+
 class WholeEpochs:
     """What `TaskEncoder` chains datasets by, so that epochs are whole.
 
     A mixture by weight has no epoch of its own; each of its datasets has.
     """
 
+    epoch: int | None = None  # see `epoch_length`
     _shuffled: tuple[int, int] = (0, 1)  # samples to draw from, of so many in all datasets
 
     def build_train_datasets(
         self, *, datasets: Sequence[LoadedDataset], blend_mode: DatasetBlendMode,
         shuffle_buffer_size: int | None = None, **options: Any,
     ) -> SavableDataset:
+        self.epoch = epoch_length(datasets, blend_mode)
         total = sum(len(one.dataset) for one in datasets)
         self._shuffled = shuffle_buffer_size or 0, max(1, total)
         return super().build_train_datasets(

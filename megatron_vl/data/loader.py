@@ -119,9 +119,11 @@ class RowLoader:
     validation.
     """
 
-    def __init__(self, loader: SavableDataLoader | BasicDataLoader, made_for: dict | None = None):
-        """`made_for`: what a saved state is bound to; training loaders only."""
-        self._loader = loader
+    def __init__(self, loader: SavableDataLoader | BasicDataLoader, made_for: dict | None = None,
+                 epoch: int | None = None):
+        """Of training loaders only: `made_for`, what a saved state is bound to; `epoch`, samples of
+        one over all ranks, None where datasets are mixed by weight."""
+        self._loader, self.epoch = loader, epoch
         self._made_for = made_for
         self._started = False
         self._restored: SavableDataLoaderState | None = None
@@ -269,7 +271,7 @@ def build_train_loader(
         )
     encoder.tar_readers = TarReaders(dataset, encoder.files)
     loader = SavableDataLoader(dataset, **_housekeeping(config))
-    return RowLoader(loader, _made_for(config, dp_rank, dp_size))
+    return RowLoader(loader, _made_for(config, dp_rank, dp_size), encoder.epoch)
 
 
 def build_valid_loader(

@@ -12,6 +12,7 @@ SAVE/
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_vl.data.loader_state import from_json, to_json
@@ -37,7 +39,7 @@ from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.mcore_io import CheckpointInfo, load_rank
 from megatron_vl.weights.recut import recut
-from megatron_vl.weights.torch_dist import check_data_only
+from megatron_vl.weights.torch_dist import check_data_only, common_section
 
 LOADER = "loader_dp{}.json"
 
@@ -49,6 +51,7 @@ class Resumed:
     iteration: int  # steps already done
     loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
     guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
+    samples: int | None = 0  # read so far; None where the checkpoint does not say
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -56,7 +59,7 @@ class Resumed:
 
 def save_checkpoint(
     saver: Saver, plan: Plan, iteration: int, model, optimizer, scheduler, *, loader_state,
-    guard: dict,
+    guard: dict, samples: int | None,
 ) -> list[Saved]:
     """Save, or begin to, SAVE/iter_XXXXXXX; returns the saves that ended. All ranks call it.
 
@@ -64,6 +67,7 @@ def save_checkpoint(
         loader_state: what the loader's `save_state_rank` returned on the rank of a replica that
             reads, None on the others.
         guard: the state of the run's `StepGuard`.
+        samples: read so far, where that is known.
     """
 
     def begin(_folder: Path) -> None:
@@ -82,7 +86,8 @@ def save_checkpoint(
     return saver.save(
         iteration,
         lambda: _state_dict(
-            plan, iteration, model, optimizer, scheduler, loading=False, guard=guard
+            plan, iteration, model, optimizer, scheduler, loading=False, guard=guard,
+            samples=samples,
         ),
         content=_storable(_metadata()), begin=begin, extra=extra,
     )
@@ -148,7 +153,10 @@ def load_checkpoint(
     if with_optimizer:
         # The groups are this run's own, whose rates may be others; see what is taken of the file's.
         del _inner_state(state["optimizer"])["param_groups"]
-    loaded = dist_checkpointing.load(state, str(info.path), ("torch_dist", 1))
+    loaded = dist_checkpointing.load(
+        state, str(info.path), ("torch_dist", 1),
+        None if (info.path / "common.pt").is_file() else _CommonInside(),
+    )
     for number, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)
     if with_optimizer:
@@ -164,7 +172,20 @@ def load_checkpoint(
     return Resumed(
         iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else (),
         guard=loaded.get("megatron_vl", {}).get("guard", {}),
+        samples=loaded.get("megatron_vl", {}).get("samples"),
     )
+
+
+class _CommonInside(TorchCommonLoadStrategy):
+    """What Megatron-Core 0.19 keeps in a `.distcp` file; before, it looks for common.pt."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict:
+        section = common_section(Path(checkpoint_dir))
+        with section.file:
+            (found,) = torch.load(
+                io.BytesIO(section.read()), map_location="cpu", weights_only=True
+            )
+        return found
 
 
 def _load_optimizer(optimizer, loaded: dict) -> None:
@@ -318,7 +339,7 @@ def vision_inventory(
 
 def _state_dict(
     plan: Plan, iteration: int, model, optimizer, scheduler, *, loading: bool,
-    guard: dict | None = None,
+    guard: dict | None = None, samples: int | None = None,
 ) -> dict:
     metadata = _metadata()
     state = {
@@ -340,7 +361,7 @@ def _state_dict(
         state["rng_state"] = _random_state()
     if not loading:
         state |= {
-            "args": plan.config.to_dict(),
+            "args": plan.config.resolved(),
             "checkpoint_version": 3.0,
             "iteration": iteration,
             "megatron_vl": {
@@ -350,6 +371,7 @@ def _state_dict(
                 "dtype": plan.config.model.dtype,
                 "optimizer": not options.no_save_optim,
                 "guard": guard,
+                "samples": samples,
             },
         }
     return state

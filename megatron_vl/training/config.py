@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_vl.training.options import (
     ParallelOptions,
 )
 
+LENGTHS = ("train_samples", "num_train_epochs")  # options that stand for train-iters
 DATASETS = ("train-data-path", "valid-data-path")  # of which one text may name several
 
 
@@ -39,12 +40,9 @@ class TrainConfig:
     log: LogOptions
 
     def __post_init__(self) -> None:
-        if self.optimizer.lr_warmup_iters >= self.decay_iters:
-            raise InputError(
-                f"lr-warmup-iters {self.optimizer.lr_warmup_iters} must be fewer than the "
-                f"{self.decay_iters} steps of the learning-rate schedule; lower it or raise "
-                f"train-iters."
-            )
+        # What epochs come to in steps is not known yet: see `with_steps`.
+        if self.batch.num_train_epochs is None:
+            self.check_warmup()
         for part in self.model.frozen:
             if getattr(self.optimizer, f"{part}_lr", None) is not None:
                 raise InputError(
@@ -52,11 +50,32 @@ class TrainConfig:
                     f"trained; leave out one of them."
                 )
 
+    def check_warmup(self) -> None:
+        """Raises InputError: the warmup is as long as the schedule."""
+        if self.warmup_iters >= self.decay_iters:
+            raise InputError(
+                f"lr-warmup-iters {self.warmup_iters} must be fewer than the "
+                f"{self.decay_iters} steps of the learning-rate schedule; lower it or raise "
+                f"{self.length_option}."
+            )
+
     @property
     def decay_iters(self) -> int:
         """Steps of the learning-rate schedule."""
         chosen = self.optimizer.lr_decay_iters
         return self.batch.train_iters if chosen is None else chosen
+
+    @property
+    def warmup_iters(self) -> int:
+        """Steps of the learning rate's way up."""
+        share = self.optimizer.lr_warmup_fraction
+        return self.optimizer.lr_warmup_iters if share is None else round(share * self.decay_iters)
+
+    @property
+    def length_option(self) -> str:
+        """The option that says how long the run is."""
+        chosen = [name for name in LENGTHS if getattr(self.batch, name) is not None]
+        return chosen[0].replace("_", "-") if chosen else "train-iters"
 
     @property
     def hang_seconds(self) -> float:
@@ -74,7 +93,17 @@ class TrainConfig:
         return (Path(metrics).parent if metrics is not None else Path()) / "stacks"
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option under its flag's name with underscores."""
+        """Every option under its flag's name with underscores.
+
+        Without `train_iters` where another option gives the run's length.
+        """
+        return {
+            name: value for name, value in self.resolved().items()
+            if name != "train_iters" or self.length_option == "train-iters"
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        """The same with the steps that the run's length comes to."""
         return {
             f.name: getattr(getattr(self, name), f.name)
             for name, group in GROUPS.items()
@@ -97,7 +126,23 @@ class TrainConfig:
                 raise InputError(f"option {key!r} is unknown{mend}")
             group, f = known[key]
             chosen[group][key] = _typed(f, value)
-        return cls(**{name: GROUPS[name](**options) for name, options in chosen.items()})
+        given = [name for name in ("train_iters", *LENGTHS) if values.get(name) is not None]
+        if len(given) > 1:
+            raise InputError(
+                f"{' and '.join(name.replace('_', '-') for name in given)} all say how long the "
+                f"run is; give one of them."
+            )
+        groups = {name: GROUPS[name](**options) for name, options in chosen.items()}
+        batch = groups["batch"]
+        if batch.train_samples is not None:
+            steps = batch.train_samples // batch.global_batch_size
+            if steps == 0:
+                raise InputError(
+                    f"train-samples {batch.train_samples} are fewer than the "
+                    f"{batch.global_batch_size} rows of one step (global-batch-size); give more."
+                )
+            groups["batch"] = replace(batch, train_iters=steps)
+        return cls(**groups)
 
 
 def kind_of(f: Field) -> type:

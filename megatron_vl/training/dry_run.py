@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_vl.errors import InputError
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
 from megatron_vl.training.plan import (
     Plan,
@@ -22,6 +23,7 @@ from megatron_vl.training.plan import (
     check_outputs,
     datasets,
     find_checkpoint,
+    mixtures,
     needs_load,
     plan_run,
 )
@@ -36,6 +38,7 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
         InputError: what would be refused at a start on any machine.
     """
     notes: list[str] = []
+    config = _with_steps(config, notes)
     plan = plan_run(_without_missing_checkpoint(config, notes), nnodes * nproc_per_node, here=False)
     source, _ = find_checkpoint(plan)
     if source is not None:
@@ -55,6 +58,19 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
 
 
 # ---- what this machine has -----------------------------------------------------------------------
+
+
+def _with_steps(config: TrainConfig, notes: list[str]) -> TrainConfig:
+    """The configuration with its epochs in steps, where its data are here."""
+    try:
+        return with_steps(config)
+    except InputError as error:
+        if config.data.train_data_path is None or all(
+            path.exists() for path in mixtures(config)[0].paths
+        ):
+            raise
+        notes.append(f"how many steps num-train-epochs comes to is not known: {error}")
+        return config
 
 
 def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainConfig:

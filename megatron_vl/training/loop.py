@@ -82,12 +82,12 @@ def train(
         write_options(plan, platform.name)
     begun = trainer.done
     saves = config.checkpoint.save is not None
-    while trainer.done < config.batch.train_iters and not trainer.stopping:
+    while not trainer.ended and not trainer.stopping:
         trainer.step(trainer.done + 1)
         trainer.poll_saves()
         if trainer.done == begun + 1:
             first_step()
-        last = trainer.done == config.batch.train_iters or trainer.stopping
+        last = trainer.ended or trainer.stopping
         # Saved first: a validation that fails costs no training.
         if saves and (last or _due(trainer.done, config.checkpoint.save_interval)):
             trainer.save()
@@ -131,6 +131,10 @@ class Trainer:
         self.failed_save: Saved | None = None  # the last one, if it did
         self.described = describe(plan, platform)
 
+    @property
+    def ended(self) -> bool:
+        return self.show.ended(self.done)
+
     def say(self, text: str) -> None:
         self.show.say(text)
 
@@ -167,17 +171,12 @@ class Trainer:
             )
             self.done, loader_states = resumed.iteration, resumed.loader_states
             self.saved = self.done
+            self.show.samples = resumed.samples
             self.guard.restore(resumed.guard)
             verb = "resumed from" if self.own else "loaded"
             self.say(f"{verb} {self.source.path}: {self.done} steps done")
         else:
             self.say("no checkpoint given: every weight starts random")
-        if self.done >= self.config.batch.train_iters:
-            self.say(
-                f"nothing to do: {self.done} steps are done, train-iters is "
-                f"{self.config.batch.train_iters}; raise train-iters to go on with this run, or "
-                f"give finetune and another save to start a new one from its weights"
-            )
         self.watch.beat("opening the data")
         self.stopping = self._asked_to_stop()
         self.optimizer.zero_grad()
@@ -193,6 +192,15 @@ class Trainer:
                 if unknown:
                     self.say(f"NOT CHECKED: {unknown}")
             batches = iter(self.loader)
+        (epoch,) = self._largest(self.loader.epoch or 0 if self.loader is not None else 0)
+        self.show.epoch = int(epoch)
+        if self.ended:
+            option = self.config.length_option
+            self.say(
+                f"nothing to do: {self.done} steps are done, {option} is "
+                f"{self.config.resolved()[option.replace('-', '_')]}; raise {option} to go on with "
+                f"this run, or give finetune and another save to start a new one from its weights"
+            )
         self.streams = self._streams(batches)
         self.show.start(self.done, self.described)
 
@@ -383,7 +391,7 @@ class Trainer:
         state = self.loader.save_state_rank() if self.loader is not None else None
         self._tell_saved(save_checkpoint(
             self.saver, self.plan, self.done, self.model, self.optimizer, self.scheduler,
-            loader_state=state, guard=self.guard.state(),
+            loader_state=state, guard=self.guard.state(), samples=self.show.samples,
         ))
         self.saved = self.done
 

@@ -19,6 +19,7 @@ class StepMetrics:
     """One optimizer step, over all ranks."""
 
     iteration: int
+    epoch: float | None = None  # times that the data were read; None where that is not known
     loss: float  # mean over trained tokens
     lr: float
     grad_norm: float  # before clipping
@@ -94,9 +95,12 @@ class MetricLog:
         """What runs where with which options, for the file alone."""
         self._write("run", facts)
 
-    def step(self, step: StepMetrics) -> None:
+    def step(self, step: StepMetrics, *, last: bool = False) -> None:
+        """`last`: of a run that ends by what it read."""
         self.first = self.first or (step.iteration, time.perf_counter())
-        shown = step.iteration % self.log_interval == 0 or step.iteration == self.train_iters
+        shown = last or step.iteration % self.log_interval == 0 or (
+            step.iteration == self.train_iters
+        )
         if shown:
             self.say(self.line(step))
         values = asdict(step) | step.rates() | {"mean_sequence_length": step.mean_sequence_length}
@@ -112,10 +116,11 @@ class MetricLog:
         """
         width, rates = len(str(self.train_iters)), step.rates()
         vision, language = self._mfu(step)
+        epoch = "" if step.epoch is None else f", 'epoch': {step.epoch:.2f}"
         parts = [
             f"iteration {step.iteration:>{width}}/{self.train_iters}",
             f"{{'loss': {step.loss:.4f}, 'grad_norm': {step.grad_norm:.3f}, "
-            f"'learning_rate': {step.lr:.3e}}}",
+            f"'learning_rate': {step.lr:.3e}{epoch}}}",
             f"{rates['llm_tokens_per_second']:,.0f} tokens/s, "
             f"{rates['tokens_per_second']:,.0f} without padding",
             f"{rates['images_per_second']:,.1f} images/s",
@@ -162,7 +167,7 @@ class MetricLog:
         seconds = step.step_seconds
         if step.iteration > first:
             seconds = (time.perf_counter() - ended) / (step.iteration - first)
-        return seconds * (self.train_iters - step.iteration)
+        return seconds * max(0, self.train_iters - step.iteration)
 
     # ---- where it goes ------------------------------------------------------------------------
 

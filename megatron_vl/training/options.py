@@ -79,13 +79,23 @@ class BatchOptions:
         None, "row length when a row holds one sample; default: seq-length", kind=int
     )
     train_iters: int = option(100, "optimizer steps")
+    train_samples: int | None = option(
+        None, "rows of the whole run, instead of train-iters; a row is a sample where none are "
+        "packed", kind=int
+    )
+    num_train_epochs: float | None = option(
+        None, "times that every sample is read, instead of train-iters", kind=float
+    )
     calculate_per_sample_loss: bool = option(
         False, "mean loss of each sample, then the mean over the samples of a step; default: the "
         "mean over all its trained tokens"
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "micro_batch_size", "global_batch_size", "seq_length", "train_iters")
+        _at_least(self, 1, "micro_batch_size", "global_batch_size", "seq_length", "train_iters",
+                  "train_samples")
+        if self.num_train_epochs is not None:
+            _above_zero(self, "num_train_epochs")
         pad = self.max_padding_length
         if pad is not None and not 0 < pad <= self.seq_length:
             raise InputError(
@@ -120,6 +130,9 @@ class OptimizerOptions:
     lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear",
                                                                          "constant"))
     lr_warmup_iters: int = option(0, "steps of linear warmup from 0")
+    lr_warmup_fraction: float | None = option(
+        None, "the same as a share of the schedule's steps, instead of lr-warmup-iters", kind=float
+    )
     lr_decay_iters: int | None = option(None, "steps until min-lr; default: train-iters", kind=int)
     weight_decay: float = option(0.01, "decoupled weight decay; none on biases and norms")
     adam_beta1: float = option(0.9, "decay of the first moment")
@@ -145,6 +158,16 @@ class OptimizerOptions:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
         _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad", "vit_lr", "merger_lr")
         _at_least(self, 1, "lr_decay_iters")
+        if self.lr_warmup_fraction is not None:
+            if not 0 <= self.lr_warmup_fraction < 1:
+                raise InputError(
+                    f"lr-warmup-fraction is {self.lr_warmup_fraction}; it must be at least 0 and "
+                    f"less than 1."
+                )
+            if self.lr_warmup_iters:
+                raise InputError(
+                    "lr-warmup-iters and lr-warmup-fraction exclude one another; give one of them."
+                )
         _above_zero(self, "adam_eps", "initial_loss_scale")
         if not 0 <= self.optimizer_offload_fraction <= 1:
             raise InputError(

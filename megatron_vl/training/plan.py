@@ -415,12 +415,16 @@ SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_
 
 def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
     """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule."""
-    saved, here = dict(info.args), config.to_dict()
+    saved, here = dict(info.args), config.resolved()
     for options in (saved, here):  # what being left out means
         for name, meant in (("lr_decay_iters", "train_iters"), ("vit_lr", "lr"),
                             ("merger_lr", "lr")):
             if options.get(name) is None and meant in options:
                 options[name] = options[meant]
+        if options.get("lr_warmup_fraction") is not None:
+            options["lr_warmup_iters"] = round(
+                options["lr_warmup_fraction"] * options["lr_decay_iters"]
+            )
         for part in PARTS:
             options.setdefault(f"freeze_{part}", False)
     if not config.optimizer.override_opt_param_scheduler:

@@ -19,7 +19,7 @@ def facts_of(plan: Plan, **more) -> dict:
     """What a metrics file begins a run with: enough for a page about it, wherever it is read."""
     names = ("tp", "pp", "vp", "cp", "dp", "sequence_parallel", "vit_data_parallel")
     return {
-        "options": plan.config.to_dict(),
+        "options": plan.config.resolved(),
         "versions": versions() | {"megatron_vl": megatron_vl.__version__},
         "model_type": plan.spec.model_type,
         "tied": plan.spec.decoder.tie_word_embeddings,

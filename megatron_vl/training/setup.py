@@ -125,7 +125,7 @@ def build_optimizer(plan: Plan, model: list, platform: Platform):
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=options.lr_warmup_iters,
+        lr_warmup_steps=plan.config.warmup_iters,
         lr_decay_steps=plan.config.decay_iters,
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,

@@ -45,6 +45,8 @@ class Show:
         self.throughput: Throughput | None = None
         self.iteration = self.first = 0
         self.memory: list[float] = []  # peak bytes of each rank
+        self.samples: int | None = 0  # read so far over all ranks; None where that is not known
+        self.epoch = 0  # samples of an epoch; 0 where there is none
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -77,6 +79,16 @@ class Show:
         self.first = self.first or iteration
         self.profiler.before(iteration)
 
+    def ended(self, done: int) -> bool:
+        """Whether the run is at its end after `done` steps.
+
+        What epochs come to in steps is a forecast where rows are packed; what was read is counted.
+        """
+        batch = self.plan.config.batch
+        if batch.num_train_epochs is None or self.samples is None or not self.epoch:
+            return done >= batch.train_iters
+        return self.samples >= batch.num_train_epochs * self.epoch
+
     def step(
         self, iteration: int, counts: StepCounts, *, started: float, data_wait_seconds: float,
         **numbers,
@@ -97,7 +109,9 @@ class Show:
         seconds = time.perf_counter() - started
         if iteration > self.first:  # the first also warms up
             self.stragglers.add(list(forwards), seconds)
-        last = iteration == self.plan.config.batch.train_iters
+        if self.samples is not None:
+            self.samples += totals["samples"] + sum(totals["skipped_samples"].values())
+        last = self.ended(iteration)
         traced = self.profiler.after(iteration, last=last)
         if traced is not None:
             self.console.say(traced)
@@ -105,8 +119,9 @@ class Show:
             metrics = StepMetrics(
                 iteration=iteration, step_seconds=seconds, data_wait_seconds=max(waits),
                 memory_bytes=max(memory), slowest=self.stragglers.slowest(), **totals, **numbers,
+                epoch=None if self.samples is None or not self.epoch else self.samples / self.epoch,
             )
-            self.log.step(metrics)
+            self.log.step(metrics, last=last)
             self.throughput.add(metrics)
             self.console.step(metrics.loss)
             if iteration % RANKS_EVERY == 0:

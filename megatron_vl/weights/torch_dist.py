@@ -34,6 +34,7 @@ from megatron_vl.weights.torch_file import (
     read_archive,
 )
 
+COMMON = "common_state/shard_0_1"  # common.pt of Megatron-Core 0.19, as torch knows it
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
 Id = tuple[str, str, str]
@@ -63,15 +64,48 @@ class _Range:
 class _Table:
     entries: Mapping[str, _Entry]
     places: Mapping[tuple[str, tuple[int, ...]], _Range]  # of (name, a chunk's start)
+    objects: Mapping[str, _Range]  # what is no tensor, by its name and shard
 
 
 def read_common(path: Path) -> dict:
-    """The checkpoint's common.pt: what is not sharded."""
-    common = path / "common.pt"
-    if not common.is_file():
-        return {}
-    found = open_torch_file(common)
-    return found if isinstance(found, dict) else {}
+    """What of a checkpoint is not sharded: its arguments, its layout, how far it is.
+
+    Megatron-Core up to 0.18 keeps it in common.pt, from 0.19 on in a `.distcp` file.
+
+    Raises:
+        InputError: it is missing or unreadable.
+    """
+    file = path / "common.pt"
+    if file.is_file():
+        found = open_torch_file(file)
+    else:
+        section = common_section(path)
+        file = Path(section.file.name)
+        try:
+            with section.file:
+                (found,) = read_archive(section, file, section.offset)
+        except BROKEN as error:
+            raise InputError(f"{file} is broken at {COMMON}; copy the checkpoint again.") from error
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{file} does not say the checkpoint's arguments and layout; copy the checkpoint again."
+        )
+    return found
+
+
+def common_section(path: Path) -> Section:
+    """Where a checkpoint without common.pt keeps that: a torch.save file of a list of one dict.
+
+    Raises:
+        InputError: it has neither, or not where its table says.
+    """
+    place = _read_table(path).objects.get(COMMON)
+    if place is None:
+        raise InputError(
+            f"{path} has neither common.pt nor {COMMON} in its .metadata, so its layout, arguments "
+            f"and random state are not known; copy the checkpoint again."
+        )
+    return Section(_file_of(path, COMMON, place).open("rb"), place.offset, place.length)
 
 
 def _read_table(path: Path) -> _Table:
@@ -84,16 +118,17 @@ def _read_table(path: Path) -> _Table:
     try:
         with file.open("rb") as opened:
             table = Unpickler(opened).load()
+        ranges = [(index.fqn, getattr(index, "offset", None), _Range(
+            str(place.relative_path), int(place.offset), int(place.length),
+            not getattr(place, "transform_descriptors", None),
+        )) for index, place in table.storage_data.items()]
         return _Table(
             {name: _Entry(
                 _dtype(entry.properties), tuple(entry.size),
                 tuple((tuple(one.offsets), tuple(one.sizes)) for one in entry.chunks),
             ) for name, entry in table.state_dict_metadata.items() if hasattr(entry, "chunks")},
-            {(index.fqn, tuple(index.offset)): _Range(
-                str(place.relative_path), int(place.offset), int(place.length),
-                not getattr(place, "transform_descriptors", None),
-            ) for index, place in table.storage_data.items() if getattr(index, "offset", None)
-                is not None},
+            {(name, tuple(at)): place for name, at, place in ranges if at is not None},
+            {name: place for name, at, place in ranges if at is None},
         )
     except BROKEN as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -200,6 +235,25 @@ def _clip(piece: Piece, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Pie
     )
 
 
+def _file_of(path: Path, name: str, place: _Range | None) -> Path:
+    """The file of a range. Raises InputError: it is not plain, not there, or not the checkpoint's.
+    """
+    if place is not None and Path(place.file).name != place.file:
+        raise InputError(
+            f"{path}: .metadata looks for {name} in {place.file}, outside the checkpoint; do not "
+            f"use it."
+        )
+    if place is None or not place.plain:
+        raise InputError(
+            f"{path}: .metadata gives no plain place for {name}; copy the checkpoint again, or "
+            f"save it without compression."
+        )
+    file = path / place.file
+    if not file.is_file() or file.stat().st_size < place.offset + place.length:
+        raise InputError(f"{file} is missing or cut short; copy the checkpoint again.")
+    return file
+
+
 class _Chunks:
     """Finds where a chunk's numbers start inside its `.distcp` file."""
 
@@ -211,19 +265,7 @@ class _Chunks:
         self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: DType
     ) -> tuple[str, TensorAt]:
         place = self.places.get((name, offsets))
-        if place is not None and Path(place.file).name != place.file:
-            raise InputError(
-                f"{self.path}: .metadata looks for {name} in {place.file}, outside the checkpoint; "
-                f"do not use it."
-            )
-        if place is None or not place.plain:
-            raise InputError(
-                f"{self.path}: .metadata gives no plain place for {name}; copy the checkpoint "
-                f"again, or save it without compression."
-            )
-        file = self.path / place.file
-        if not file.is_file() or file.stat().st_size < place.offset + place.length:
-            raise InputError(f"{file} is missing or cut short; copy the checkpoint again.")
+        file = _file_of(self.path, name, place)
         section = Section(self.open(file), place.offset, place.length)
         try:
             at = read_archive(section, file, place.offset)

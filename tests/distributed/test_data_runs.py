@@ -15,6 +15,7 @@ from collections import Counter
 import pytest
 from commands import ROOT, megatron_vl
 from distributed_launch import Workshop
+from mcore19 import as_of_0_19
 
 RUN = {  # of a run on the mixed dataset
     "--seq-length": 512, "--packing-buffer-size": 32, "--shuffle-buffer-size": 30,
@@ -37,7 +38,8 @@ class Runs:
             "--tensor-model-parallel-size": tp, "--pipeline-model-parallel-size": pp,
         }  # fmt: skip
         options |= {f"--{flag.replace('_', '-')}": value for flag, value in changes.items()}
-        return ["train", "--no-report", *(word for pair in options.items() for word in pair)]
+        given = [pair for pair in options.items() if pair[1] is not None]
+        return ["train", "--no-report", *(word for pair in given for word in pair)]
 
     def train(self, name, *, environment=None, code=0, **changes):
         done = megatron_vl(*self.words(name, **changes), **(environment or {}))
@@ -103,6 +105,47 @@ def test_a_run_goes_on_with_another_number_of_data_ranks(runs, two_data_ranks, c
     again = losses(runs.steps(name))
     assert sorted(again) == [3, 4]
     assert again == pytest.approx({i: two_data_ranks[i]["loss"] for i in (3, 4)}, rel=1e-5)
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_the_form_of_megatron_core_0_19(runs, two_data_ranks):
+    """Its layout, options and random state lie elsewhere; the optimizer goes on as it was."""
+    save = shutil.copytree(runs.root / "mixed dp2", runs.root / "of 0.19")
+    (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+    shutil.rmtree(save / "iter_0000004")
+    as_of_0_19(save / "iter_0000002")
+    done = runs.train("of 0.19", dp=2)
+    assert "2 steps done" in done.out
+    want = {i: two_data_ranks[i] for i in (3, 4)}
+    found = runs.steps("of 0.19")
+    assert losses(found) == losses(want)
+    assert {i: found[i]["lr"] for i in found} == {i: want[i]["lr"] for i in want}
+    done = runs.train("of 0.19", dp=2, lr="2e-3", train_iters=6, code=2)
+    assert "was trained with lr 0.001 but this run has 0.002" in done.err
+
+
+def test_a_run_of_an_epoch_of_packed_rows_ends_when_all_was_read_also_after_a_break(runs):
+    """How many steps that takes is forecast, for the schedule; what was read is counted."""
+    epoch = dict(num_train_epochs=1, train_iters=None, dp=2, lr_warmup_fraction=0.2)
+    done = runs.train("epoch", **epoch)
+    steps = runs.steps("epoch")
+    read = [step["samples"] + sum(step["skipped_samples"].values()) for step in steps.values()]
+    assert sum(read[:-1]) < 126 <= sum(read)
+    assert [step["epoch"] for step in steps.values()] == pytest.approx(
+        [sum(read[: i + 1]) / 126 for i in range(len(read))])
+    assert f", 'epoch': {sum(read) / 126:.2f}}} | " in done.out
+    forecast = int(re.search(r"data ranks; (\d+) steps", done.out)[1])
+    assert abs(forecast - len(steps)) <= 1
+    assert "nothing to do" in runs.train("epoch", **epoch).out
+    save = runs.root / "epoch"
+    (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+    for path in save.glob("iter_*"):
+        if path.name != "iter_0000002":
+            shutil.rmtree(path)
+    done = runs.train("epoch", **epoch)
+    assert "2 steps done" in done.out
+    again = runs.steps("epoch")
+    assert {i: (one["loss"], one["epoch"], one["lr"]) for i, one in again.items()} == {
+        i: (one["loss"], one["epoch"], one["lr"]) for i, one in steps.items()}
 
 
 def test_a_number_of_readers_that_cannot_be_dealt_is_refused(runs, two_data_ranks):

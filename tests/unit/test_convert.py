@@ -2,18 +2,22 @@
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from mcore19 import as_of_0_19
 from safetensors.torch import load_file, save_file
 from tiny_hf import ROOT, assert_equal, make, read, read_mcore, reference_ranks
 
 from megatron_vl.cli.main import run
+from megatron_vl.errors import InputError
 from megatron_vl.weights import inspect_checkpoint, load_rank, reshard
 
 
@@ -258,6 +262,49 @@ def test_a_trained_torch_dist_checkpoint_goes_to_hf_and_to_any_layout(
     assert_equal(read(tmp_path / "back"), read(source))
     convert(torch_dist[kind], tmp_path / "m", "--tp", 2, "--pp", 2)
     assert_is_reference(source, tmp_path / "m", tp=2, llm=[[2, 2]], vit=[[2, 0]])
+
+
+def test_a_checkpoint_of_megatron_core_0_19_says_as_much_as_one_of_0_16(
+    torch_dist, tied, tmp_path
+):
+    """It has no common.pt; layout, split, dtype and arguments are an object in a .distcp file."""
+    new = shutil.copytree(torch_dist["tied"], tmp_path / "new")
+    as_of_0_19(new / "iter_0000007")
+    old, info = inspect_checkpoint(torch_dist["tied"]), inspect_checkpoint(new)
+    assert info == replace(old, root=new, path=new / "iter_0000007")
+    assert info.layout.tp == 2 and info.args == {"lr": 1e-4} and info.dtype
+    convert(new, tmp_path / "back", "--hf-config", tied)
+    assert_equal(read(tmp_path / "back"), read(tied))
+
+
+WITHOUT_COMMON = {  # what is done to a checkpoint, and what is said
+    "neither": (lambda iteration: (iteration / "common.pt").unlink(), "has neither common.pt nor "
+                "common_state/shard_0_1 in its .metadata, so its layout, arguments"),
+    "another object": (lambda iteration: as_of_0_19(iteration, ["text"]),
+                       "distcp does not say the checkpoint's arguments and layout"),
+    "several": (lambda iteration: as_of_0_19(iteration, [{}, {}]),
+                "distcp is broken at common_state/shard_0_1"),
+    "cut off": (lambda iteration: os.truncate(max(as_of_0_19(iteration).glob("*.distcp")), 9),
+                "distcp is missing or cut short"),
+    "overwritten": (lambda iteration: overwrite_end(as_of_0_19(iteration)),
+                    "distcp is broken at common_state/shard_0_1"),
+}
+
+
+def overwrite_end(iteration):
+    with max(iteration.glob("*.distcp")).open("r+b") as file:
+        file.seek(-400, 2)
+        file.write(bytes(400))
+
+
+@pytest.mark.parametrize("name", WITHOUT_COMMON)
+def test_a_checkpoint_that_does_not_say_what_it_is_is_refused(name, torch_dist, tmp_path):
+    change, what = WITHOUT_COMMON[name]
+    root = shutil.copytree(torch_dist["tied"], tmp_path / "root")
+    change(root / "iter_0000007")
+    with pytest.raises(InputError) as caught:
+        inspect_checkpoint(root)
+    assert what in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "odd_vocab"])

@@ -180,3 +180,37 @@ def test_the_microbatches_fill_the_global_batch():
     assert batch.num_microbatches(dp=3) == 2
     with pytest.raises(InputError, match="use a multiple of 8"):
         batch.num_microbatches(dp=4)
+
+
+LENGTHS = [  # what is typed; steps of the run, of its warmup
+    (["--train-samples", "70", "--global-batch-size", "8"], (8, 0)),
+    (["--train-samples", "64", "--global-batch-size", "8", "--lr-warmup-fraction", "0.25"], (8, 2)),
+    (["--train-iters", "40", "--lr-warmup-fraction", "0.1"], (40, 4)),
+    (["--train-iters", "40", "--lr-decay-iters", "20", "--lr-warmup-fraction", "0.1"], (40, 2)),
+    (["--lr-warmup-fraction", "0"], (100, 0)),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), LENGTHS)
+def test_a_run_is_as_long_as_its_samples_and_the_schedule_follows(words, wanted, tmp_path):
+    config = from_flags(*words)
+    assert (config.batch.train_iters, config.warmup_iters) == wanted
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert from_flags(yaml_file=str(tmp_path / "again.yaml")) == config
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    ("--train-iters 9 --train-samples 9", "train-iters and train-samples all say how long"),
+    ("--train-samples 9 --num-train-epochs 1", "train-samples and num-train-epochs all say how"),
+    ("--train-iters 9 --num-train-epochs 1", "train-iters and num-train-epochs all say how long"),
+    ("--num-train-epochs 0", "num-train-epochs is 0.0; it must be above 0"),
+    ("--num-train-epochs nan", "num-train-epochs is nan; it must be above 0"),
+    ("--train-samples 0", "train-samples is 0; it must be at least 1"),
+    ("--train-samples 7 --global-batch-size 8", "fewer than the 8 rows of one step"),
+    ("--lr-warmup-fraction 1", "lr-warmup-fraction is 1.0; it must be at least 0 and less than 1"),
+    ("--lr-warmup-fraction 0.1 --lr-warmup-iters 3", "lr-warmup-iters and lr-warmup-fraction excl"),
+    ("--train-samples 4 --lr-warmup-iters 4", "lower it or raise train-samples"),
+])
+def test_lengths_that_contradict_one_another_are_refused(words, sentence):
+    with pytest.raises(InputError, match=sentence):
+        from_flags(*words.split())

@@ -53,10 +53,10 @@ class Forecaster:
     """Forecasts for the samples that were looked at."""
 
     def __init__(self, leaves: Sequence[Leaf], looks: Sequence[Look], *, endless: bool, seed: int):
-        """`endless`: training goes on to the next epoch within a buffer, validation does not."""
+        """`endless`: as in training, what fills a row least goes back into the next buffer."""
         self.leaves, self.seed = leaves, seed
         self.epoch = sum(leaf.epoch for leaf in leaves)
-        self.endless = endless
+        endless = self.endless = endless and self.epoch > BUFFER  # an epoch ends in its last buffer
         self.buffer = BUFFER if endless else max(1, min(BUFFER, int(self.epoch)))
         self.buffers = _BUFFERS if endless or self.epoch >= _BUFFERS * BUFFER else 1
         self.seen = [[look for look in looks if look.leaf == i] for i in range(len(leaves))]

@@ -18,6 +18,7 @@ from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDatasetList
 
+from megatron_vl.data.epochs import epoch_length, samples_of
 from megatron_vl.data.loader import field_map_errors
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.task_encoder import TextDecoder, stop_on_error
@@ -61,6 +62,24 @@ class Leaf:
             stop_on_error(error, raw, None)
 
 
+def epoch_of(mixture: Mixture) -> int | None:
+    """Samples of an epoch of training; None where the datasets are mixed by weight.
+
+    Raises:
+        InputError: see `open_leaves`.
+    """
+    found = _datasets(mixture, "train")
+    return epoch_length(found.datasets, found.blend_mode)
+
+
+def _datasets(mixture: Mixture, split: str) -> LoadedDatasetList:
+    with field_map_errors(mixture):
+        return load_dataset(mixture.as_energon(split)).get_datasets(
+            training=False, split_part=split, decoder=TextDecoder(),
+            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        )
+
+
 def open_leaves(mixture: Mixture, split: str) -> list[Leaf]:
     """The datasets of a mixture, each with what a run reads of it.
 
@@ -68,12 +87,9 @@ def open_leaves(mixture: Mixture, split: str) -> list[Leaf]:
         InputError: a dataset that is not complete on disk, or whose dataset.yaml cannot be used.
     """
     mixture.check(split)
+    found = _datasets(mixture, split)
     with field_map_errors(mixture):
-        found = load_dataset(mixture.as_energon(split)).get_datasets(
-            training=False, split_part=split, decoder=TextDecoder(),
-            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        )
-        places = [_places(one.dataset) for one in found.datasets]
+        places = [samples_of(one.dataset) for one in found.datasets]
         amounts = _amounts(found, places, endless=split == "train")
     weighs = found.blend_mode == DatasetBlendMode.DATASET_WEIGHT
     return [
@@ -88,12 +104,6 @@ def open_leaves(mixture: Mixture, split: str) -> list[Leaf]:
         )
         for one, read, amount in zip(found.datasets, places, amounts, strict=True)
     ]  # fmt: skip
-
-
-def _places(factory) -> range:
-    """What a metadataset's `subset` leaves of a dataset."""
-    total = len(factory)
-    return range(*factory.subset.compute_subset(total)) if factory.subset else range(total)
 
 
 def _amounts(found: LoadedDatasetList, places: Sequence[range], *, endless: bool) -> list[float]:
