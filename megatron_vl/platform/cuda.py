@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from megatron_vl.errors import InputError
@@ -13,7 +15,7 @@ from megatron_vl.platform.write_results import install_write_results
 class CudaPlatform:
     name = "cuda"
     collective_backend = "nccl"
-    fuses_ops = True
+    fuses_ops = importlib.util.find_spec("triton") is not None  # torch for CUDA brings it
 
     def install(self) -> None:
         """Megatron-Core needs help where TransformerEngine or Apex is not there alone."""

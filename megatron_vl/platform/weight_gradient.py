@@ -29,9 +29,7 @@ class AddedByTorch:
         if x.dtype == main_grad.dtype:
             main_grad.addmm_(gradient.t(), x)
         else:
-            torch.addmm(
-                main_grad, gradient.t(), x, out_dtype=main_grad.dtype, out=main_grad
-            )
+            torch.addmm(main_grad, gradient.t(), x, out_dtype=main_grad.dtype, out=main_grad)
 
     @staticmethod
     def wgrad_gemm_accum_fp16(x: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor):

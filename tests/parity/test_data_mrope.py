@@ -5,6 +5,7 @@ after a video, the rule is spelled out again.
 """
 
 import random
+from functools import partial
 from itertools import product
 
 import pytest
@@ -51,24 +52,14 @@ def test_positions_equal_transformers(reference, spec, name, starts_with_text):
         image_grid_thw=torch.tensor(grids["image"]) if grids["image"] else None,
         video_grid_thw=torch.tensor(grids["video"]) if grids["video"] else None,
     )
-    have = rope_index(
-        tokens,
-        [grid for _, grid in CASES[name]],
-        image_token=ids.image,
-        video_token=ids.video,
-        merge_size=spec.vision.spatial_merge_size,
-        video_positions="transformers5",
+    rope = partial(
+        rope_index, tokens, [grid for _, grid in CASES[name]], image_token=ids.image,
+        video_token=ids.video, merge_size=spec.vision.spatial_merge_size,
     )
+    have = rope(video_positions="transformers5")
     assert have.dtype == want.dtype
     assert torch.equal(have, want[:, 0])
-    published = rope_index(
-        tokens,
-        [grid for _, grid in CASES[name]],
-        image_token=ids.image,
-        video_token=ids.video,
-        merge_size=spec.vision.spatial_merge_size,
-    )
-    assert published.tolist() == as_published(tokens.tolist(), CASES[name], ids)
+    assert rope().tolist() == as_published(tokens.tolist(), CASES[name], ids)
 
 
 def as_published(tokens: list[int], media: list, ids) -> list[list[int]]:
