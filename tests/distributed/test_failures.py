@@ -17,7 +17,7 @@ from distributed_launch import CONVERTOR, LAUNCHER, words
 BAD_ARGUMENTS = {
     "unknown ENV": (dict(ENV="cloud"), "ENV is 'cloud'; use dsw or dlc."),
     "unknown PR": (dict(PR="int4"), "PR is 'int4'; use fp16, bf16, fp8 or fp32."),
-    "AC true": (dict(AC="true"), "AC is 'true'; use sel, full, offload or false."),
+    "unknown AC": (dict(AC="some"), "AC is 'some'; use sel, full, offload or false."),
     "unknown offload": (dict(OPTIMIZER_OFFLOAD="yes"), "OPTIMIZER_OFFLOAD is 'yes'"),
     "unknown DO": (dict(DO="1"), "DO is '1'; use true or false."),
     "unknown FL": (dict(FL="on"), "FL is 'on'; use true or false."),
