@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,10 +60,11 @@ def dlc(node: int, port: int, nodes: int = 2) -> dict[str, object]:
 
 @pytest.mark.cold
 def test_two_nodes_by_plain_names_train_without_a_word_too_much_and_leave_nothing(
-        workshop, tmp_path):
+        workshop, tmp_path, request):
     """As ms-swift, LLaMA-Factory and scripts around torchrun name the nodes."""
-    port, temporary = free_port(), tmp_path / "tmp"
-    temporary.mkdir()
+    # Not below tmp_path: Python's sockets in it may have 107 letters.
+    port, temporary = free_port(), Path(tempfile.mkdtemp(prefix="nodes-"))
+    request.addfinalizer(partial(shutil.rmtree, temporary))
     command = [sys.executable, "-m", "megatron_vl", "train", "--load", workshop.weights(1, 1),
                "--train-data-path", workshop.wds_dir, "--train-iters", 2, "--global-batch-size", 2,
                "--seq-length", 256, "--packing-buffer-size", 16, "--eval-interval", 0,

@@ -407,6 +407,8 @@ def test_ctrl_c_during_imports_is_one_line(importing, said, workshop):
          "--global-batch-size", "2"],
         env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
+        # As at a terminal, also where whoever runs the tests has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
