@@ -83,7 +83,8 @@ def train(plan, platform, batches, load: bool = False, save: bool = False):
         if save and step == 2:
             saver = Saver(Path(plan.config.checkpoint.save))
             (saved,) = save_checkpoint(
-                saver, plan, step, model, optimizer, scheduler, loader_state=None, guard={}
+                saver, plan, step, model, optimizer, scheduler, loader_state=None, guard={},
+                samples=0,
             )
             assert not saved.error, saved
     return [parameter.detach().clone() for parameter in model[0].parameters()], norms, optimizer
