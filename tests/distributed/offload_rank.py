@@ -83,7 +83,8 @@ def train(plan, platform, batches, load: bool = False, save: bool = False):
         if save and step == 2:
             saver = Saver(Path(plan.config.checkpoint.save))
             (saved,) = save_checkpoint(
-                saver, plan, step, model, optimizer, scheduler, loader_state=None, guard={}
+                saver, plan, step, model, optimizer, scheduler, loader_state=None, guard={},
+                samples=0,
             )
             assert not saved.error, saved
     return [parameter.detach().clone() for parameter in model[0].parameters()], norms, optimizer
@@ -103,7 +104,7 @@ def sizes(optimizer) -> tuple[int, int]:
 def main() -> None:
     hf_dir, dataset, scratch = map(Path, sys.argv[1:])
     pretend()
-    platform = SimpleNamespace(name="a device", device=select_platform().device)
+    platform = SimpleNamespace(fuses_ops=False, name="a device", device=select_platform().device)
     results = {}
     for share in (None, 0.0, 0.5, 1.0):
         plan = plan_run(TrainConfig.from_dict(dict(
