@@ -81,13 +81,18 @@ def run(args: argparse.Namespace) -> int:
             stop.listen()
         run_worker(lambda: _train(config, stop), command="train", debug=args.debug)
     from megatron_vl.training.epochs import with_steps
-    from megatron_vl.training.plan import check_paths, find_checkpoint, plan_run
+    from megatron_vl.training.plan import (
+        check_paths,
+        check_weights,
+        find_checkpoint,
+        plan_run,
+    )
 
     config = with_steps(config)
     env = _nodes(args)
     processes = _processes(config) if env.nproc_per_node is None else env.nproc_per_node
     plan = plan_run(config, processes * env.nnodes)
-    find_checkpoint(plan)
+    check_weights(plan, *find_checkpoint(plan))
     check_paths(config)
     from megatron_vl.cli.launch import launch
 

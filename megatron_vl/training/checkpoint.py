@@ -1,4 +1,4 @@
-"""Checkpoints of a run: torch_dist out, torch or torch_dist in.
+"""Checkpoints of a run: torch_dist out and in; weights alone are taken by `weights`.
 
 SAVE/
     config.json, tokenizer files         the model's own, so that SAVE converts to HF by itself
@@ -26,19 +26,14 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_vl.data.loader_state import from_json, to_json
 from megatron_vl.errors import InputError
-from megatron_vl.models.common.layer_spec import to_local_names
-from megatron_vl.models.registry import family
-from megatron_vl.models.spec import VLMSpec
-from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.platform import barrier, select_platform
 from megatron_vl.training.checkpoint_files import faults, read_checksums
-from megatron_vl.training.plan import Plan
+from megatron_vl.training.plan import Plan, weights_alone
 from megatron_vl.training.saver import Saved, Saver
+from megatron_vl.training.weights import Loaded, load_weights
 from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import copy_side_files
-from megatron_vl.weights.map import Stored, WeightMap
-from megatron_vl.weights.mcore_io import CheckpointInfo, load_rank
-from megatron_vl.weights.recut import recut
+from megatron_vl.weights.mcore_io import CheckpointInfo
 from megatron_vl.weights.torch_dist import check_data_only, common_section
 
 LOADER = "loader_dp{}.json"
@@ -52,6 +47,7 @@ class Resumed:
     loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
     guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
     samples: int | None = 0  # read so far; None where the checkpoint does not say
+    weights: Loaded | None = None  # where nothing but weights was taken
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -119,18 +115,16 @@ def load_checkpoint(
 ) -> Resumed:
     """Fill model, optimizer, schedule and random state from `info`.
 
-    Weights alone are taken from a converted checkpoint, or with `finetune`.
+    Weights alone are taken, into any layout, of what was converted and with `finetune`.
     """
     options = plan.config.checkpoint
-    if info.format == "torch":
-        load_weights(info, model, plan.spec, plan.layout)
+    if weights_alone(plan.config, info, own):
+        loaded = load_weights(info, model, plan.spec, plan.layout, plan.split)
         optimizer.reload_model_params()
-        return Resumed(iteration=0)
+        return Resumed(iteration=0, weights=loaded)
     check_data_only(info.path, torch.distributed.get_rank(), torch.distributed.get_world_size())
     barrier()  # no rank reads what another has refused
-    # A converted one holds nothing else.
-    finetune = (options.finetune and not own) or info.release
-    with_optimizer = not (finetune or options.no_load_optim)
+    with_optimizer = not options.no_load_optim
     if with_optimizer and not _holds(info, "optimizer"):
         raise InputError(
             f"{info.path} holds no optimizer state; give --no-load-optim to go on without it, or "
@@ -141,15 +135,9 @@ def load_checkpoint(
     )
     same_ranks = info.layout is not None and (info.layout.tp, info.layout.pp) == (
         plan.layout.tp, plan.layout.pp)
-    with_rng = not (finetune or options.no_load_rng) and same_ranks and _holds(info, "rng_state")
+    with_rng = not options.no_load_rng and same_ranks and _holds(info, "rng_state")
     if not with_rng:
         del state["rng_state"]
-    if info.release:
-        for number in range(len(model)):
-            # Of layers that keep one; there is none to load.
-            part = state[_model_key(number, model)]
-            for name in [name for name in part if name.endswith("_extra_state")]:
-                part[name] = None
     if with_optimizer:
         # The groups are this run's own, whose rates may be others; see what is taken of the file's.
         del _inner_state(state["optimizer"])["param_groups"]
@@ -164,8 +152,6 @@ def load_checkpoint(
         _count_on(optimizer)
     else:
         optimizer.reload_model_params()
-    if finetune:
-        return Resumed(iteration=0)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if with_rng:
         _set_random_state(loaded["rng_state"], info)
@@ -265,73 +251,6 @@ def read_loader_state(path: Path) -> dict:
             f"on from an earlier iteration by writing its number into "
             f"{path.parent.parent / LATEST}."
         ) from error
-
-
-def load_weights(info: CheckpointInfo, model, spec: VLMSpec, layout: Layout) -> None:
-    """This rank's weights from a checkpoint of the torch format, which was made for its TP and PP.
-
-    Raises:
-        InputError: weights that are missing, of another shape, or not of this model.
-    """
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = load_rank(info, tp_rank, stage)
-    whole = _whole_vision(info, spec, stage) if layout.vit_data_parallel else {}
-    for number, chunk in enumerate(model):
-        key = _model_key(number, model)
-        stored = chunks[key] | whole.get(key, {})
-        state = {to_local_names(name): tensor for name, tensor in stored.items()}
-        wanted = {
-            name for name, value in chunk.module.state_dict().items()
-            if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
-        }
-        tied_copy = "language_model.output_layer.weight"
-        if tied_copy in state and tied_copy not in wanted:
-            del state[tied_copy]  # with one stage the head is the embedding itself
-        missing, surplus = sorted(wanted - set(state)), sorted(set(state) - wanted)
-        if missing or surplus:
-            raise InputError(
-                f"{info.path}: {len(missing)} weights are missing ({', '.join(missing[:3])}) and "
-                f"{len(surplus)} are not part of the model ({', '.join(surplus[:3])}); convert the "
-                f"Hugging Face checkpoint again."
-            )
-        own = dict(chunk.module.named_parameters())
-        with torch.no_grad():
-            for name, tensor in state.items():
-                if own[name].shape != tensor.shape:
-                    raise InputError(
-                        f"{info.path}: {name} is {list(tensor.shape)} but the model's is "
-                        f"{list(own[name].shape)}; convert for this TP and config.json."
-                    )
-                own[name].copy_(tensor)
-
-
-def _whole_vision(info: CheckpointInfo, spec: VLMSpec, stage: int) -> dict[str, dict]:
-    """{chunk: {name: tensor}} of a stage's vision weights, from the shards of its TP ranks."""
-    weights, tp = family(spec.model_type).weight_map(spec), info.layout.tp
-    shards = [load_rank(info, rank, stage) for rank in range(tp)]
-    whole = {}
-    for chunk in range(info.split.vp):
-        parts = [vision_inventory(weights, info.split, tp, rank, stage, chunk)
-                 for rank in range(tp)]
-        tensors = {one.id: shard[one.part][one.name]
-                   for shard, part in zip(shards, parts, strict=True) for one in part}
-        target = vision_inventory(weights, info.split, 1, 0, stage, chunk)
-        made = recut(tensors, [one for part in parts for one in part], target)
-        for one in target:
-            whole.setdefault(one.part, {})[one.name] = made[one.id]
-    return whole
-
-
-def vision_inventory(
-    weights: WeightMap, split: StageSplit, tp: int, rank: int, stage: int, chunk: int
-) -> list[Stored]:
-    """The vision weights of one chunk of TP rank `rank` of `tp`."""
-    return [
-        one
-        for one in weights.chunk_inventory(split=split, tp=tp, rank=rank, stage=stage, chunk=chunk)
-        if one.name.startswith("vision_model.")
-    ]
 
 
 # ---- the parts --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from megatron_vl.training.plan import (
     Plan,
     check_machine,
     check_outputs,
+    check_weights,
     datasets,
     find_checkpoint,
     mixtures,
@@ -40,9 +41,10 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
     notes: list[str] = []
     config = _with_steps(config, notes)
     plan = plan_run(_without_missing_checkpoint(config, notes), nnodes * nproc_per_node, here=False)
-    source, _ = find_checkpoint(plan)
+    source, own = find_checkpoint(plan)
     if source is not None:
-        notes.append(f"weights come from {source.path}, which fits this layout.")
+        check_weights(plan, source, own)
+        notes.append(f"weights come from {source.path}, which fits this model.")
     _look_around(plan, notes)
     stages = [rank_memory(plan, stage) for stage in range(plan.layout.pp)]
     parts = [
@@ -86,7 +88,7 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
             f"load {checkpoint.load} is not there yet, so the model is unknown; give --hf-config "
             f"(MP_HF_PATH) a directory with its config.json."
         )
-    notes.append(f"load {checkpoint.load} is not there yet; convert the weights for this layout.")
+    notes.append(f"load {checkpoint.load} is not there yet.")
     return without
 
 

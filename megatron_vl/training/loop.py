@@ -174,7 +174,10 @@ class Trainer:
             self.show.samples = resumed.samples
             self.guard.restore(resumed.guard)
             verb = "resumed from" if self.own else "loaded"
-            self.say(f"{verb} {self.source.path}: {self.done} steps done")
+            self.say(f"{verb} {self.source.path}: {self.done} steps done"
+                     + (f"; {resumed.weights}" if resumed.weights else ""))
+            for name, count in (resumed.weights.not_finite if resumed.weights else {}).items():
+                self.say(f"WARNING: {count:,} numbers of {name} are NaN or infinite")
         else:
             self.say("no checkpoint given: every weight starts random")
         self.watch.beat("opening the data")

@@ -275,9 +275,9 @@ def _run_layout(
 
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
-    from megatron_vl.training.checkpoint import load_weights
     from megatron_vl.training.setup import wrap_for_data_parallel
     from megatron_vl.training.step import mean_loss, run_batches
+    from megatron_vl.training.weights import load_weights
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     spec = load_spec(hf_dir)
@@ -292,7 +292,7 @@ def _run_layout(
         chunks, device, overlap_grad_reduce=setting.overlap_grad_reduce
     )
     source = inspect_checkpoint(work_dir / "weights")
-    load_weights(source, model, spec, layout)
+    load_weights(source, model, spec, layout, split)
     dp_rank = parallel_state.get_data_parallel_rank()
 
     for index, case in enumerate(cases(setting.packed)):
@@ -369,12 +369,13 @@ def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int]
                 chunk: int) -> dict[str, torch.Tensor]:
     """A whole tower's gradients as the checkpoint of rank, size `tp` has its shards."""
     from megatron_vl.models.registry import family
-    from megatron_vl.training.checkpoint import vision_inventory
+    from megatron_vl.training.weights import vision_inventory
     from megatron_vl.weights.recut import recut
 
     weights, (rank, size) = family(spec.model_type).weight_map(spec), tp
-    have = vision_inventory(weights, split, 1, 0, stage, chunk)
-    want = vision_inventory(weights, split, size, rank, stage, chunk)
+    at = {"split": split, "stage": stage, "chunk": chunk}
+    have = vision_inventory(weights, **at, tp=1, rank=0)
+    want = vision_inventory(weights, **at, tp=size, rank=rank)
     made = recut({one.id: gradients[one.name] for one in have}, have, want)
     return {one.name: made[one.id] for one in want}
 

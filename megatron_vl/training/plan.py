@@ -19,6 +19,7 @@ from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import METRICS, page_of
 from megatron_vl.training.trackers import check_trackers
+from megatron_vl.weights.convert import inspect_weights, open_weights
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
 
 
@@ -82,13 +83,13 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         needs_load(config) or hf_dir == Path(load)
     ):
         raise InputError(
-            f"load (PRETRAIN_CHECKPOINT_PATH) {load} does not exist; give --load a converted "
-            f"checkpoint's directory."
+            f"load (PRETRAIN_CHECKPOINT_PATH) {load} does not exist; give --load the directory of "
+            f"a Hugging Face model or of a converted checkpoint."
         )
     if hf_dir is None:
         raise InputError(
-            "the model is unknown: give --load a converted checkpoint, or --hf-config a directory "
-            "with config.json and the tokenizer."
+            "the model is unknown: give --load a Hugging Face directory or a converted checkpoint, "
+            "or --hf-config a directory with config.json and the tokenizer."
         )
     spec = load_spec(hf_dir)
     _check_same_model(config, load)
@@ -216,7 +217,7 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
     if first is None:
         info = _own(config, {})
         if info is None and config.checkpoint.load is not None:
-            info = inspect_checkpoint(config.checkpoint.load)
+            info = inspect_weights(config.checkpoint.load)
         if info is not None and info.split is not None and not _fits_all(info):
             here = (layout.pp, layout.vp)
             if (info.split.pp, info.split.vp) == here:
@@ -369,15 +370,15 @@ def find_checkpoint(
         damaged: checkpoints of SAVE that cannot be used, and why; gets those found so here.
 
     Raises:
-        InputError: LOAD holds no checkpoint, or one that cannot be used in this layout or with
-            these options; or all of SAVE's are damaged.
+        InputError: LOAD holds no checkpoint, or one that cannot be used with these options; or all
+            of SAVE's are damaged.
     """
     info = _own(plan.config, {} if damaged is None else damaged)
     own = info is not None
     if not own:
         if plan.config.checkpoint.load is None:
             return None, False
-        info = inspect_checkpoint(plan.config.checkpoint.load)
+        info = inspect_weights(plan.config.checkpoint.load)
     resumes = info.format == "torch_dist" and not info.release
     if resumes and (own or not plan.config.checkpoint.finetune):
         _check_options(plan.config, info)
@@ -454,23 +455,25 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+def weights_alone(config: TrainConfig, info: CheckpointInfo, own: bool) -> bool:
+    """Whether a run takes nothing but the weights of `info`, which any layout then may have."""
+    return info.format != "torch_dist" or info.release or (config.checkpoint.finetune and not own)
+
+
+def check_weights(plan: Plan, info: CheckpointInfo | None, own: bool) -> None:
+    """Look at the names and shapes of the weights that a run is to take from `info`.
+
+    Raises:
+        InputError: gaps, surpluses, other shapes, unreadable files.
+    """
+    if info is not None and weights_alone(plan.config, info, own):
+        open_weights(info, family(plan.spec.model_type).weight_map(plan.spec))
+
+
 def _checked(plan: Plan, info: CheckpointInfo) -> CheckpointInfo:
     if info.model_type not in (None, plan.spec.model_type):
         raise InputError(
             f"{info.path} holds a {info.model_type} model but config.json says "
             f"{plan.spec.model_type}; give the checkpoint converted from it."
-        )
-    if info.format != "torch":
-        return info  # torch_dist reshards while it loads
-    have, want = info.layout, plan.layout
-    same_layout = (have.tp, have.pp, have.vp) == (want.tp, want.pp, want.vp)
-    if not same_layout or info.split != plan.split:
-        first = plan.config.parallel.decoder_first_pipeline_num_layers
-        flag = f" --first-stage-layers {first}" if first is not None else ""
-        raise InputError(
-            f"{info.path} was converted for TP {have.tp} PP {have.pp} VP {have.vp} ({info.split}) "
-            f"but this run is TP {want.tp} PP {want.pp} VP {want.vp} ({plan.split}); run "
-            f"megatron-vl convert {info.path.parent} NEW --tp {want.tp} --pp {want.pp} "
-            f"--vp {want.vp}{flag}."
         )
     return info

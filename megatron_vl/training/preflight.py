@@ -27,7 +27,7 @@ from megatron_vl.platform.init import ranks
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.plan import datasets
 from megatron_vl.weights.found import LATEST
-from megatron_vl.weights.hf_io import SIDE_FILES
+from megatron_vl.weights.hf_io import SIDE_FILES, WEIGHT_FILES
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers")
 MISSING = "missing"
@@ -157,6 +157,8 @@ def _files(config: TrainConfig) -> Iterable[Path]:
     for directory in (checkpoint.load, checkpoint.save):  # where a run goes on from
         if directory is not None:
             yield from _matches(Path(directory), LATEST)
+            for pattern in WEIGHT_FILES:
+                yield from _matches(Path(directory), pattern)
     for mixture, _ in _mixtures(config):
         if mixture.metadataset is not None:
             yield mixture.metadataset

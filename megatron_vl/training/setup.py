@@ -118,7 +118,7 @@ def build_optimizer(plan: Plan, model: list, platform: Platform):
         config, model,
         config_overrides=get_standard_config_overrides(config) | _part_overrides(options),
     )
-    if run.fp16:
+    if not config.optimizer_cpu_offload:  # Megatron-Core's hybrid optimizer starts its own
         _start_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -173,10 +173,12 @@ def _offload(options: OptimizerOptions, platform: Platform) -> dict:
 def _start_state(optimizer) -> None:
     """Adam's moments at zero before the first update.
 
-    While the loss scale is still too large, updates are skipped and the moments would not exist
-    yet; a checkpoint of such a step could not be written.
+    While updates are skipped, for a loss scale that is still too large or a gradient that is no
+    number, the moments would not exist yet; a checkpoint of such a step could not be written.
     """
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(one, "is_stub_optimizer", False):  # of a rank that trains nothing
+            continue
         one.init_state_fn(one.optimizer, one.config)
         for group in one.optimizer.param_groups:
             group.setdefault("step", 0)

@@ -40,6 +40,7 @@ from megatron_vl.weights.plan import Plan, make_plan
 from megatron_vl.weights.reshard import Written, run_plan, target_dtypes
 
 Ids = tuple[str, str, str]
+HF = "hf"  # the `format` of a Hugging Face directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,26 @@ def _kind(directory: Path) -> str | None:
     if is_mcore_directory(directory):
         return "mcore"
     return "hf" if is_hf_directory(directory) or (directory / "config.json").is_file() else None
+
+
+def inspect_weights(directory: str | Path) -> CheckpointInfo:
+    """Describes a Hugging Face directory or a Megatron-Core checkpoint.
+
+    Raises:
+        InputError: it is neither; or see `inspect_checkpoint`.
+    """
+    directory = Path(directory)
+    if not directory.is_dir() or is_mcore_directory(directory) or not is_hf_directory(directory):
+        return inspect_checkpoint(directory, wanted="either")
+    return CheckpointInfo(
+        format=HF, root=directory, path=directory, iteration=0, release=True, layout=Layout(),
+        split=None, model_type=None, dtype=None, padded_vocab=None, args={},
+    )
+
+
+def open_weights(info: CheckpointInfo, weights: WeightMap) -> Source:
+    """`open_source` of what `inspect_weights` described."""
+    return open_source(info.path, weights, info=None if info.format == HF else info)
 
 
 def open_source(
@@ -264,7 +285,9 @@ __all__ = [
     "Source",
     "detect",
     "inspect_checkpoint",
+    "inspect_weights",
     "open_source",
+    "open_weights",
     "plan_conversion",
     "progress_bar",
     "run_conversion",

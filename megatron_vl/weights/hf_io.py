@@ -31,6 +31,7 @@ SIDE_FILES = (  # besides weights, what makes a directory loadable
     "*.jinja", "configuration.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
     "README.md", "LICENSE*",
 )
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own limit
 
 _DTYPES = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
@@ -66,7 +67,7 @@ def weight_files(directory: Path) -> list[Path]:
     for name in SINGLES:
         if (directory / name).is_file():
             return [directory / name]
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+    for pattern in WEIGHT_FILES:
         if found := sorted(directory.glob(pattern)):
             return found
     raise InputError(

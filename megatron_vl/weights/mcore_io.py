@@ -22,7 +22,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
-from megatron_vl.weights.found import LATEST, mcore_format, no_checkpoint
+from megatron_vl.weights.found import LATEST, Wanted, mcore_format, no_checkpoint
 from megatron_vl.weights.map import Chunk, Stored, WeightMap, rank_file
 from megatron_vl.weights.torch_dist import lay_out_torch_dist, open_torch_dist, read_common
 from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_torch_file
@@ -38,7 +38,7 @@ _LAYER = re.compile(r"(language_model|vision_model)\.decoder\.layers\.(\d+)\.")
 class CheckpointInfo:
     """What a checkpoint says about itself, without its weights."""
 
-    format: str  # "torch" or "torch_dist"
+    format: str  # "torch", "torch_dist", or "hf" of what `inspect_weights` found
     root: Path  # directory with latest_checkpointed_iteration.txt, side files beside it
     path: Path  # directory of the iteration
     iteration: int  # 0 for a converted one
@@ -51,8 +51,11 @@ class CheckpointInfo:
     args: Mapping[str, Any]  # what its maker noted; a run of ours its options by their names
 
 
-def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
+def inspect_checkpoint(directory: str | Path, *, wanted: Wanted = "mcore") -> CheckpointInfo:
     """Describes a checkpoint: a directory with latest_checkpointed_iteration.txt, or one iteration.
+
+    Args:
+        wanted: what would have done as well, for the error's words.
 
     Raises:
         InputError: not a checkpoint, an iteration or a rank's file that is missing, or a layer
@@ -60,8 +63,8 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise no_checkpoint(directory, "mcore")
-    root, path = _locate(directory)
+        raise no_checkpoint(directory, wanted)
+    root, path = _locate(directory, wanted)
     kind = mcore_format(path)
     if kind is None:
         raise InputError(
@@ -193,11 +196,11 @@ def lay_out_sharded(
 # ---- finding and describing -------------------------------------------------------------------
 
 
-def _locate(directory: Path) -> tuple[Path, Path]:
+def _locate(directory: Path, wanted: Wanted) -> tuple[Path, Path]:
     latest = directory / LATEST
     if not latest.is_file():
         if mcore_format(directory) is None and not re.fullmatch(r"iter_\d+", directory.name):
-            raise no_checkpoint(directory, "mcore")
+            raise no_checkpoint(directory, wanted)
         return directory.parent, directory
     text = latest.read_text().strip()
     if text != RELEASE and not text.isdigit():

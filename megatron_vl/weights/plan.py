@@ -92,8 +92,13 @@ class Plan:
         return lines
 
 
-def make_plan(source: Iterable[Stored], target: Iterable[Stored]) -> Plan:
+def make_plan(
+    source: Iterable[Stored], target: Iterable[Stored], *, everything: bool = True
+) -> Plan:
     """The slices that fill every tensor of `target` from those of `source`.
+
+    Args:
+        everything: the target is the whole model; one rank's part has no place for all.
 
     Raises:
         InputError: an element of the target that the source does not hold, or a tensor of the
@@ -124,7 +129,7 @@ def make_plan(source: Iterable[Stored], target: Iterable[Stored]) -> Plan:
         tensors.append(TensorPlan(stored, tuple(ops), stored.numel - covered))
     idle = sorted({str(holder) for holders in held.values() for holder, _ in holders
                    if holder.id not in used})
-    if idle:
+    if idle and everything:
         raise InputError(f"the target has no place for {', '.join(idle)}.")
     return Plan(tuple(tensors), tuple(twins))
 

@@ -18,10 +18,10 @@ from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.platform import initialize, leave_layout
-from megatron_vl.training.checkpoint import load_weights
 from megatron_vl.training.parity import CASES, Case, make_samples
 from megatron_vl.training.setup import wrap_for_data_parallel
 from megatron_vl.training.step import forward_step, mean_loss, run_batches
+from megatron_vl.training.weights import load_weights
 from megatron_vl.weights.mcore_io import inspect_checkpoint
 
 CASE = Case(name="splits", images=CASES[1].images * 2)
@@ -46,7 +46,7 @@ def main(hf_dir: Path, weights: Path, out: Path) -> None:
             spec, layout, split, ModelOptions(initialize_weights=False)
         )
         model = wrap_for_data_parallel(chunks, platform.device(0), overlap_grad_reduce=False)
-        load_weights(inspect_checkpoint(weights), model, spec, layout)
+        load_weights(inspect_checkpoint(weights), model, spec, layout, split)
         groups = [make_row(samples[i : i + per_row]) for i in range(0, len(samples), per_row)]
         batches = [
             make_batch(groups[i : i + rows], row_length=ROW_LENGTH, pad_token=0,

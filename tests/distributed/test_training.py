@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,15 +49,32 @@ def test_ten_steps_follow_those_of_one_rank(layout, workshop, plain_run):
     follows(workshop.steps(name), plain_run)
 
 
-def test_ten_steps_from_a_checkpoint_for_every_layout_follow_those_of_one_rank(
-    workshop, plain_run
-):
+def every_layout(workshop) -> Path:
+    """The model as a torch_dist checkpoint."""
     weights = workshop.root / "any layout"
     done = megatron_vl("convert", workshop.model_dir, weights, "--format", "torch_dist")
     assert done.code == 0, done.text
-    done = workshop.train("from-any", TP=2, PP=2, first=1, PRETRAIN_CHECKPOINT_PATH=weights)
-    assert done.code == 0 and "llm 1-3, vision 2-0" in done.out, done.text
-    follows(workshop.steps("from-any"), plain_run)
+    return weights
+
+
+SOURCES = {  # what a run that was not converted for is given, its layout, what it says of it
+    "torch_dist": (every_layout, dict(TP=2, PP=2, first=1), "llm 1-3, vision 2-0"),
+    "a Hugging Face directory": (
+        lambda workshop: workshop.model_dir, dict(TP=2, PP=2, extra="--vit-data-parallel"),
+        "llm 2-2, vision 2-0"),
+    "another split": (
+        lambda workshop: workshop.weights(1, 2), dict(PP=2, first=1), "llm 1-3, vision 2-0"),
+    "another TP and PP": (
+        lambda workshop: workshop.weights(1, 2, 1), dict(TP=2), "llm 4, vision 2"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_ten_steps_from_weights_of_any_layout_follow_those_of_one_rank(name, workshop, plain_run):
+    weights, layout, said = SOURCES[name]
+    done = workshop.train(name, **layout, PRETRAIN_CHECKPOINT_PATH=weights(workshop))
+    assert done.code == 0 and said in done.out and "GiB a rank in" in done.out, done.text
+    follows(workshop.steps(name), plain_run)
 
 
 @pytest.mark.quick

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 
 import pytest
 from commands import run
+from safetensors.torch import load_file, save_file
 from true_sizes import PARAMETERS, write
 
 from megatron_vl.cli.main import run as command
@@ -157,11 +159,17 @@ def test_without_config_json_it_says_what_to_give(capsys, tmp_path):
     assert "give --hf-config (MP_HF_PATH)" in capsys.readouterr().err
 
 
-def test_weights_for_another_split_are_refused(capsys, model_dir, tmp_path):
+def test_weights_are_looked_at_whatever_they_were_split_for(capsys, model_dir, tmp_path):
     assert command(["convert", str(model_dir), str(tmp_path / "m"), "--pp", "2"]) == 0
     capsys.readouterr()
     words = ("--load", tmp_path / "m", "--pipeline-model-parallel-size", 2)
     fits = said(capsys, model_dir, *words)
-    assert f"weights come from {tmp_path / 'm' / 'release'}" in fits
-    refused = said(capsys, model_dir, *words, "--decoder-first-pipeline-num-layers", 1, code=2)
-    assert "run megatron-vl convert" in refused
+    assert f"weights come from {tmp_path / 'm' / 'release'}" in fits and "llm 2-2" in fits
+    assert "llm 1-3" in said(capsys, model_dir, *words, "--decoder-first-pipeline-num-layers", 1)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    weights = load_file(other / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    refused = said(capsys, model_dir, "--load", other, code=2)
+    assert "1 published key(s) are missing: model.norm.weight" in refused

@@ -66,7 +66,7 @@ COMMANDS = {  # command, and what it is given that it cannot use
     "convert": (["convert", "P", "T"], "empty"),
     "verify": (["verify", "P", "P"], "adapter"),
     "parity": (["parity", "P"], "mcore"),
-    "train": (["train", "--load", "P", "--hf-config", "H", "--train-data-path", "D"], "hf"),
+    "train": (["train", "--load", "P", "--hf-config", "H", "--train-data-path", "D"], "dataset"),
 }
 
 

@@ -63,11 +63,11 @@ def our_step(args, batches):
     import torch
 
     from megatron_vl.platform import initialize
-    from megatron_vl.training.checkpoint import load_weights
     from megatron_vl.training.config import TrainConfig
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
     from megatron_vl.training.step import mean_loss, run_batches
+    from megatron_vl.training.weights import load_weights
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     config = TrainConfig.from_dict({
@@ -79,7 +79,9 @@ def our_step(args, batches):
     plan = plan_run(config, 1)
     platform = initialize(plan.layout)
     model = build_model(plan, platform, initialize_weights=False)
-    load_weights(inspect_checkpoint(args.weights), model, plan.spec, plan.layout)
+    load_weights(
+        inspect_checkpoint(args.weights), model, plan.spec, plan.layout, plan.split
+    )
     optimizer, _ = build_optimizer(plan, model, platform)
 
     def step() -> float:
