@@ -20,6 +20,10 @@ SCRIPTS = {  # what follows the script (M model, D data, T a new directory), and
         "--model-size tiny --repeat 1 --work T",
         r"^cp -r mcore .*\n((convert to \w+|cp -r hf) .*\n){3}(naive to \w+ .*\n?){2}",
     ),
+    "load.py": (
+        "--model-size tiny --repeat 1 --tp 1 --pp 2 --work T",
+        r"^load / cat +[\d.]+$",
+    ),
     "data.py": (
         "M D --samples 20 --rounds 1 --seq-length 256 --memory-samples 20",
         r"^loader / floor +[\d.]+$",

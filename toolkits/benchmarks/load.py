@@ -1,0 +1,131 @@
+"""Loading a Hugging Face directory into a running model against `cat` of its files, in turn.
+
+    python load.py [--model-size 2B] [--tp 2] [--pp 2] [--work DIR] [--repeat 3] [--cold]
+
+Writes a random bfloat16 checkpoint of the published model's true shapes. Then, in turn: `cat` of
+its files, and TP x PP ranks that build the model and take their own slices, as `megatron-vl train
+--load` does. Their time is the slowest rank's, from opening the files to the last parameter; their
+memory is what the largest rank had in memory above its parameters while it read, mapped parts of
+the files counted. `--cold` takes the files out of the machine's memory before each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from convert import PUBLISHED, evict, write_checkpoint
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-size", choices=PUBLISHED, default="2B")
+    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks (default: 2)")
+    parser.add_argument("--pp", type=int, default=2, help="pipeline stages (default: 2)")
+    parser.add_argument("--work", type=Path, help="directory on the disk to measure")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--cold", action="store_true", help="read the files from the disk")
+    parser.add_argument("--step", choices=("write", "load"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def load(args) -> None:
+    """One rank of `torchrun`; rank 0 prints what all of them needed."""
+    import torch
+
+    from megatron_vl.models.common.transformer_config import ModelOptions
+    from megatron_vl.models.registry import family, load_spec
+    from megatron_vl.parallel import Layout
+    from megatron_vl.platform import initialize
+    from megatron_vl.training.setup import wrap_for_data_parallel
+    from megatron_vl.training.weights import load_weights
+    from megatron_vl.weights.convert import inspect_weights
+
+    spec, layout = load_spec(args.work), Layout(tp=args.tp, pp=args.pp)
+    split = spec.split(pp=args.pp)
+    platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
+    chunks = family(spec.model_type).build_model(
+        spec, layout, split, ModelOptions(initialize_weights=False, params_dtype=torch.bfloat16)
+    )
+    for parameter in (one for chunk in chunks for one in chunk.parameters()):
+        parameter.detach().zero_()  # so that its memory is there
+        parameter.requires_grad_(False)  # no gradient buffer
+    model = wrap_for_data_parallel(chunks, platform.device(0), overlap_grad_reduce=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = _status("VmRSS")
+    loaded = load_weights(inspect_weights(args.work), model, spec, layout, split)
+    above = torch.tensor(_status("VmHWM") - before)
+    torch.distributed.all_reduce(above, op=torch.distributed.ReduceOp.MAX)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"seconds": loaded.seconds, "nbytes": loaded.nbytes, "above": int(above)}))
+
+
+def _status(name: str) -> int:
+    """Bytes, of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines()
+               if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(args, hf: Path) -> int:
+    own = [__file__, "--model-size", args.model_size]
+    print(f"writing a random Qwen2-VL {args.model_size} to {hf}", flush=True)
+    subprocess.run([sys.executable, *own, "--work", hf, "--step", "write"], check=True)
+    files = sorted(hf.glob("*.safetensors"))
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(args.tp * args.pp), *own, "--tp", str(args.tp), "--pp", str(args.pp),
+             "--work", str(hf), "--step", "load"]
+    seconds: dict[str, list[float]] = {"cat": [], "load": []}
+    for number in range(args.repeat + 1):
+        if args.cold:
+            evict(hf)
+        started = time.perf_counter()
+        with open(os.devnull, "wb") as nowhere:
+            subprocess.run(["cat", *files], check=True, stdout=nowhere)
+        took = {"cat": time.perf_counter() - started}
+        if args.cold:
+            evict(hf)
+        done = subprocess.run(ranks, check=True, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        found = json.loads(done.stdout.splitlines()[-1])
+        took["load"] = found["seconds"]
+        if number:  # the first round reads the files into memory
+            for name, one in took.items():
+                seconds[name].append(one)
+            print(f"  round {number}: cat {took['cat']:.2f} s, load {took['load']:.2f} s",
+                  flush=True)
+    size = sum(path.stat().st_size for path in files)
+    cat, taken = (statistics.median(seconds[name]) for name in ("cat", "load"))
+    print(f"\nQwen2-VL {args.model_size}, TP {args.tp} PP {args.pp}, median of {args.repeat}"
+          f"{', read from the disk' if args.cold else ''}\n"
+          f"cat of {size / 1e9:.2f} GB             {cat:8.2f} s\n"
+          f"load by {args.tp * args.pp} ranks            {taken:8.2f} s\n"
+          f"load / cat                 {taken / cat:8.2f}\n"
+          f"most that a rank read      {found['nbytes'] / 1e9:8.2f} GB\n"
+          f"memory above parameters    {found['above'] / 2**20:8.0f} MiB")
+    return 0
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.step == "write":
+        write_checkpoint(args.work, args.model_size)
+    elif args.step == "load":
+        load(args)
+    else:
+        if args.work is not None:
+            args.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="load-", dir=args.work) as scratch:
+            return measure(args, Path(scratch) / "hf")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
