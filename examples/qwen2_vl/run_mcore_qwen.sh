@@ -32,12 +32,13 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
   17 SAVE_INTERVAL             steps between checkpoints and validations
   18 DATASET_PATH              energon dataset to train on
   19 VALID_DATASET_PATH        energon dataset whose validation split is evaluated
-  20 PRETRAIN_CHECKPOINT_PATH  converted checkpoint with config.json and tokenizer, or none
+  20 PRETRAIN_CHECKPOINT_PATH  Hugging Face directory, converted checkpoint of any layout, or none
   21 TRAIN_ITERS               optimizer steps
   22 LR_WARMUP_ITERS           steps of linear warmup
   23 OUTPUT_BASEPATH           gets checkpoint/NAME, tensorboard/NAME and log/NAME
 
-  MP_PP0_LAYERS      language layers on stage 0, the rest evenly
+  MP_PP0_LAYERS      language layers on stage 0, the rest evenly; not set: as the checkpoint has
+                     them
   MP_VP              model chunks a stage
   MP_AC_LAYERS       with AC full: layers of a group whose input is kept (default 1: every layer's
                      is); with AC offload: layers
