@@ -69,10 +69,17 @@ def shell(script: str, *words: object, **environment: object) -> Done:
 def executed_by(
     command: list[str], environment: dict[str, str]
 ) -> tuple[Done, list[str] | None, dict[str, str]]:
-    """What a script of ours says, and the command and variables that its last line is `exec` of;
-    None if it refused its arguments before. Where nothing is warm it is the script that runs."""
+    """As `recorded`; but where nothing is warm it is the script that runs."""
     if not warm.is_warm():
         return Done(0, "", ""), command, environment
+    return recorded(command, environment)
+
+
+def recorded(
+    command: list[str], environment: dict[str, str]
+) -> tuple[Done, list[str] | None, dict[str, str]]:
+    """What a script of ours says, and the command and variables that its last line is `exec` of;
+    None if it refused its arguments before."""
     with tempfile.TemporaryDirectory() as scratch:
         words = Path(scratch, "words")
         done = subprocess.run(
