@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from warm import start as warm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,3 +97,14 @@ def recorded(
         variables["PYTHON"] = environment["PYTHON"]
         del variables["WORDS_OF"]
         return said, [environment["PYTHON"], *words.read_text().split("\0")[:-1]], variables
+
+
+def imports_torch(process: psutil.Process, variable: str = "PATH") -> bool:
+    """Whether it has begun to, and has `variable`."""
+    try:
+        # A process that is about to become another program has its parent's memory.
+        return variable in process.environ() and any(
+            "libtorch" in one.path for one in process.memory_maps()
+        )
+    except psutil.Error:  # not there yet, or gone
+        return False
