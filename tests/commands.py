@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from warm import start as warm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,10 +70,17 @@ def shell(script: str, *words: object, **environment: object) -> Done:
 def executed_by(
     command: list[str], environment: dict[str, str]
 ) -> tuple[Done, list[str] | None, dict[str, str]]:
-    """What a script of ours says, and the command and variables that its last line is `exec` of;
-    None if it refused its arguments before. Where nothing is warm it is the script that runs."""
+    """As `recorded`; but where nothing is warm it is the script that runs."""
     if not warm.is_warm():
         return Done(0, "", ""), command, environment
+    return recorded(command, environment)
+
+
+def recorded(
+    command: list[str], environment: dict[str, str]
+) -> tuple[Done, list[str] | None, dict[str, str]]:
+    """What a script of ours says, and the command and variables that its last line is `exec` of;
+    None if it refused its arguments before."""
     with tempfile.TemporaryDirectory() as scratch:
         words = Path(scratch, "words")
         done = subprocess.run(
@@ -89,3 +97,14 @@ def executed_by(
         variables["PYTHON"] = environment["PYTHON"]
         del variables["WORDS_OF"]
         return said, [environment["PYTHON"], *words.read_text().split("\0")[:-1]], variables
+
+
+def imports_torch(process: psutil.Process, variable: str = "PATH") -> bool:
+    """Whether it has begun to, and has `variable`."""
+    try:
+        # A process that is about to become another program has its parent's memory.
+        return variable in process.environ() and any(
+            "libtorch" in one.path for one in process.memory_maps()
+        )
+    except psutil.Error:  # not there yet, or gone
+        return False

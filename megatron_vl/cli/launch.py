@@ -166,7 +166,7 @@ def launch(
         if nnodes > 1 and max_restarts:
             end = _together(end, argv[0], store, attempt, nnodes=nnodes, node_rank=node_rank,
                             timeout=rendezvous_timeout)
-        if end.final or not end.hopeful or attempt == max_restarts:
+        if not starts_again(end, attempt, max_restarts):
             return end.code
         attempt += 1
         print(f"megatron-vl {argv[0]}: starting all processes again, restart {attempt} of "
@@ -215,6 +215,25 @@ def decide(mine: End, said: dict[int, dict], *, nnodes: int, timeout: float) -> 
             f"they ended; start all of them again, which resumes",
         )
     return replace(mine, hopeful=any(other["hopeful"] for other in said.values())), ""
+
+
+def starts_again(end: End, attempt: int, max_restarts: int) -> bool:
+    """Whether another attempt follows `attempt`, of which the first is 0."""
+    return end.hopeful and not end.final and attempt < max_restarts
+
+
+def end_of(failed, failure: Path, command: str) -> End:
+    """How an attempt ended whose ranks failed: as the first to report says, else as they exited.
+
+    Args:
+        failed: torch's ChildFailedError.
+        failure: the ranks' FAILURE_FILE; `STEPPED` and `STOP` are looked for beside it.
+    """
+    code, report = read_failure(failure) or (1, _no_report(command, failed))
+    return End(code=code, report=report, **judge(
+        code, [one.exitcode for one in failed.failures.values()],
+        stepped=failure.with_name(STEPPED).exists(), stopped=failure.with_name(STOP).exists(),
+    ))
 
 
 def judge(code: int, exits: Iterable[int], *, stepped: bool, stopped: bool) -> dict[str, bool]:
@@ -266,11 +285,7 @@ def _attempt(
         with _stopping(failure.with_name(STOP), argv[0]) if saves else contextlib.nullcontext():
             elastic_launch(config, sys.executable)("-m", "megatron_vl", *argv)
     except ChildFailedError as error:
-        code, report = read_failure(failure) or (1, _no_report(argv[0], error))
-        return End(code=code, report=report, **judge(
-            code, [one.exitcode for one in error.failures.values()],
-            stepped=failure.with_name(STEPPED).exists(), stopped=failure.with_name(STOP).exists(),
-        ))
+        return end_of(error, failure, argv[0])
     except SignalException as error:
         # Whatever the ranks reported, they were told to stop.
         name = signal.Signals(error.sigval).name

@@ -153,22 +153,27 @@ def _came(board, number: int) -> list[dict]:
 
 
 def _quarrel(came: list[dict]) -> str:
-    """Why the last to come does not fit to one before; empty if it does."""
-    *others, last = came
-    for other in others:
+    """Why those that came do not fit together; empty if they do.
+
+    All of them are looked at, not the last alone: it may complete the nodes after two others that
+    do not fit, before anybody has heard of those.
+    """
+    seen = {}
+    for one in came:
         for name in ("nnodes", "nproc_per_node"):
-            if other[name] != last[name]:
+            if came[0][name] != one[name]:
                 flag = name.replace("_", "-")
                 return (
-                    f"{flag} is {other[name]} on node {other['node']} ({other['host']}) but "
-                    f"{last[name]} on node {last['node']} ({last['host']}); give every node the "
-                    f"same --{flag}."
+                    f"{flag} is {came[0][name]} on node {came[0]['node']} ({came[0]['host']}) but "
+                    f"{one[name]} on node {one['node']} ({one['host']}); give every node the same "
+                    f"--{flag}."
                 )
-        if other["node"] == last["node"]:
+        if one["node"] in seen:
             return (
-                f"two nodes have the number {last['node']}, one on {other['host']} and one on "
-                f"{last['host']}; give every node a --node-rank of its own."
+                f"two nodes have the number {one['node']}, one on {seen[one['node']]} and one on "
+                f"{one['host']}; give every node a --node-rank of its own."
             )
+        seen[one["node"]] = one["host"]
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from commands import Done, shell
@@ -47,7 +48,8 @@ class Workshop:
 
         return self.shared.made(f"tp{tp}pp{pp}first{first}", convert)
 
-    def train(self, name: str, *, first: int | None = None, extra: str = "", **changes) -> Done:
+    def train(self, name: str, *, first: int | None = None, extra: str = "",
+              by: Callable[..., Done] = shell, **changes) -> Done:
         """Run the launcher into the folder `name`."""
         tp, pp = changes.get("TP", 1), changes.get("PP", 1)
         environment = {
@@ -61,7 +63,7 @@ class Workshop:
         }
         if "PRETRAIN_CHECKPOINT_PATH" not in changes:
             defaults["PRETRAIN_CHECKPOINT_PATH"] = self.weights(tp, pp, first)
-        return shell(LAUNCHER, *words(**{**defaults, **changes}), **environment)
+        return by(LAUNCHER, *words(**{**defaults, **changes}), **environment)
 
     def steps(self, name: str) -> dict[int, dict]:
         """Training steps of a run by iteration; of a repeated one the last."""

@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 import yaml
-from commands import ROOT, environment_with, executed_by, megatron_vl, shell
+from commands import ROOT, Done, environment_with, executed_by, recorded, shell
 from distributed_launch import CONVERTOR, LAUNCHER, words
+
+from megatron_vl.cli.main import main
 
 BAD_ARGUMENTS = {
     "unknown ENV": (dict(ENV="cloud"), "ENV is 'cloud'; use dsw or dlc."),
@@ -54,19 +56,82 @@ BAD_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize(("changes", "sentence"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_a_bad_argument_is_refused_before_anything_starts(changes, sentence, workshop, tmp_path):
+class Here:
+    """The commands of `commands`, the scripts by their bash, the rest in this process; a command
+    that would start ranks fails the test."""
+
+    def __init__(self, monkeypatch, capfd):
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def shell(self, script: str, *words: object, **environment: object) -> Done:
+        command = ["bash", str(ROOT / script), *map(str, words)]
+        said, then, variables = recorded(command, environment_with(**environment))
+        if then is None:
+            return said
+        assert then[1:3] == ["-m", "megatron_vl"]
+        done = self.megatron_vl(*then[3:], **variables)
+        return Done(done.code, said.out + done.out, said.err + done.err)
+
+    def megatron_vl(self, *words: object, **environment: object) -> Done:
+        self.capfd.readouterr()
+        on_ctrl_c = signal.getsignal(signal.SIGINT)
+        with self.monkeypatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setattr("megatron_vl.cli.interrupts._ours", [])
+            patch.setattr("megatron_vl.cli.launch.launch", would_start)
+            for name, value in environment.items():
+                patch.setenv(name, str(value))
+            try:
+                with pytest.raises(SystemExit) as ended:
+                    main([str(word) for word in words])
+            finally:
+                signal.signal(signal.SIGINT, on_ctrl_c)
+        return Done(ended.value.code, *self.capfd.readouterr())
+
+
+def would_start(argv: list[str], *, nproc_per_node: int, **_):
+    raise AssertionError(f"{nproc_per_node} ranks were to start")
+
+
+@pytest.fixture
+def here(monkeypatch, capfd) -> Here:
+    return Here(monkeypatch, capfd)
+
+
+def assert_refused(done: Done, *says: str) -> None:
+    """By one sentence of the script or of the command, and nothing beside it."""
+    assert done.code == 2, done.text
+    (said,) = done.err.splitlines()
+    assert said.startswith(("run_mcore_qwen.sh: ", "megatron-vl train: ")), said
+    assert all(one in said for one in says), said
+    assert "Traceback" not in done.out
+
+
+def bad(row: str, workshop, out) -> tuple[list[object], dict[str, object]]:
+    """The launcher's words and variables with what a row of BAD_ARGUMENTS changes."""
     given = {
         "DATASET_PATH": workshop.wds_dir, "VALID_DATASET_PATH": workshop.wds_dir,
-        "OUTPUT_BASEPATH": tmp_path / "out", "PRETRAIN_CHECKPOINT_PATH": workshop.weights(1, 1),
+        "OUTPUT_BASEPATH": out, "PRETRAIN_CHECKPOINT_PATH": workshop.weights(1, 1),
     }
+    changes, _ = BAD_ARGUMENTS[row]
     environment = {name: value for name, value in changes.items() if name.startswith("MP_")}
     changes = {name: value for name, value in changes.items() if name not in environment}
-    done = shell(LAUNCHER, *words(**{**given, **changes}), **environment)
-    assert done.code == 2, done.text
-    assert sentence in done.err
-    assert "Traceback" not in done.text
+    return words(**{**given, **changes}), environment
+
+
+@pytest.mark.parametrize("row", BAD_ARGUMENTS)
+def test_a_bad_argument_is_refused_before_anything_starts(row, here, workshop, tmp_path):
+    typed, environment = bad(row, workshop, tmp_path / "out")
+    assert_refused(here.shell(LAUNCHER, *typed, **environment), BAD_ARGUMENTS[row][1])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_is_refused_by_the_same_sentence(here, workshop, tmp_path):
+    # Found by the last check before ranks are started.
+    typed, environment = bad("an output below a file", workshop, tmp_path / "out")
+    done, said = (by(LAUNCHER, *typed, **environment) for by in (shell, here.shell))
+    assert (done.code, done.err) == (said.code, said.err)
+    assert_refused(done)
 
 
 @pytest.mark.parametrize("script", [LAUNCHER, CONVERTOR, "toolkits/hf2mcore_convertor.sh"])
@@ -76,10 +141,11 @@ def test_too_few_arguments_print_the_usage_table(script):
     assert "usage:" in done.err and "MODEL_SIZE" in done.err and "TP" in done.err
 
 
-def test_a_pp0_split_that_does_not_fit_names_those_that_do(workshop, tmp_path):
-    done = workshop.train("bad-split", PP=2, first=4, OUTPUT_BASEPATH=tmp_path,
+def test_a_pp0_split_that_does_not_fit_names_those_that_do(here, workshop, tmp_path):
+    done = workshop.train("bad-split", by=here.shell, PP=2, first=4, OUTPUT_BASEPATH=tmp_path,
                           PRETRAIN_CHECKPOINT_PATH=workshop.model_dir)
-    assert done.code == 2 and "leaves no language layer for the other" in done.err, done.text
+    assert_refused(done, "leaves no language layer for the other")
+    assert not list(tmp_path.iterdir())
 
 
 OTHER_LAYOUTS = {
@@ -89,28 +155,22 @@ OTHER_LAYOUTS = {
 
 
 @pytest.mark.parametrize(("run", "made_for", "names"), OTHER_LAYOUTS.values(), ids=OTHER_LAYOUTS)
-def test_a_checkpoint_of_another_layout_is_refused_with_the_mend(run, made_for, names, workshop):
+def test_a_checkpoint_of_another_layout_is_refused_with_the_mend(
+    run, made_for, names, here, workshop
+):
     weights = workshop.weights(*made_for)
-    done = workshop.train("other", PRETRAIN_CHECKPOINT_PATH=weights, **run)
-    assert done.code == 2, done.text
-    assert all(name in done.err for name in names) and "megatron-vl convert" in done.err
+    done = workshop.train("other", by=here.shell, PRETRAIN_CHECKPOINT_PATH=weights, **run)
+    assert_refused(done, *names, "megatron-vl convert")
 
 
-def test_an_unknown_configuration_key_names_the_nearest(tmp_path):
+def test_an_unknown_configuration_key_names_the_nearest(here, tmp_path):
     (tmp_path / "run.yaml").write_text("train_itres: 5\n")
-    done = megatron_vl("train", "--config", tmp_path / "run.yaml")
-    assert done.code == 2 and "did you mean train_iters" in done.err
+    done = here.megatron_vl("train", "--config", tmp_path / "run.yaml")
+    assert_refused(done, "did you mean train_iters")
 
 
 def copy_of(directory, tmp_path):
     return shutil.copytree(directory, tmp_path / "copy")
-
-
-def remove_tokenizer(workshop, tmp_path):
-    weights = copy_of(workshop.weights(1, 1), tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
-        (weights / name).unlink()
-    return dict(PRETRAIN_CHECKPOINT_PATH=weights)
 
 
 def remove_dataset(workshop, tmp_path):
@@ -157,43 +217,40 @@ def damage_images(workshop, tmp_path):
     return dict(DATASET_PATH=data)
 
 
-def shorten_rows(workshop, tmp_path):
-    return dict(SEQ_LEN=24, PAD_LEN=24)
-
-
-BAD_FILES = {
+# What breaks it, what the sentence names. The launcher looks at datasets before it starts ranks.
+BAD_DATASETS = {
     "a missing dataset": (remove_dataset, "no-data"),
     "a missing index": (remove_index, ".nv-meta"),
     "a missing shard": (remove_shard, "shard-"),
     "an empty validation split": (empty_validation, "'val'"),
+}
+FOUND_BY_RANKS = {
     "a missing weight": (remove_weight, "language_model.decoder.final_layernorm.weight"),
-    "a missing tokenizer": (remove_tokenizer, "tokenizer"),
     "corrupt images": (damage_images, "its image or video is unusable"),
-    "samples longer than SEQ_LEN": (shorten_rows, "tokens but a row holds 24"),
 }
 
 
-@pytest.mark.parametrize(("break_it", "names"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_broken_file_is_named_by_one_sentence(break_it, names, workshop, tmp_path):
+@pytest.mark.parametrize(("break_it", "names"), BAD_DATASETS.values(), ids=BAD_DATASETS)
+def test_a_broken_dataset_is_refused_before_anything_starts(
+    break_it, names, here, workshop, tmp_path
+):
     changes = break_it(workshop, tmp_path)
-    done = workshop.train("broken", PP=2, **{
-        "PRETRAIN_CHECKPOINT_PATH": workshop.weights(1, 2), "OUTPUT_BASEPATH": tmp_path / "out",
-        **_for_two_stages(changes, workshop, tmp_path),
-    })
+    done = workshop.train("broken", by=here.shell, PP=2, OUTPUT_BASEPATH=tmp_path / "out",
+                          **changes)
+    assert_refused(done, names)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("break_it", "names"), FOUND_BY_RANKS.values(), ids=FOUND_BY_RANKS)
+def test_a_broken_file_that_a_rank_finds_is_named_by_one_sentence(
+    break_it, names, workshop, tmp_path
+):
+    changes = break_it(workshop, tmp_path)
+    done = workshop.train("broken", PP=2, OUTPUT_BASEPATH=tmp_path / "out", **changes)
     assert done.code == 2, done.text
     sentences = [line for line in done.err.splitlines() if line.startswith("megatron-vl train:")]
     assert len(sentences) == 1 and names in sentences[0], done.text
     assert "Traceback" not in done.text
-
-
-def _for_two_stages(changes, workshop, tmp_path):
-    """A broken copy of one-stage weights becomes one of two-stage weights."""
-    if changes.get("PRETRAIN_CHECKPOINT_PATH") != tmp_path / "copy":
-        return changes
-    two = shutil.copytree(workshop.weights(1, 2), tmp_path / "two")
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
-        (two / name).unlink()
-    return {"PRETRAIN_CHECKPOINT_PATH": two}
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.cold), 1])

@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
+from commands import environment_with, imports_torch
 
 from megatron_vl.cli.main import COMMANDS, run
 
@@ -69,6 +72,23 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line(command, capsys, monkeyp
     monkeypatch.setattr("megatron_vl.cli.main.import_module", interrupt)
     assert run([command]) == 130
     assert capsys.readouterr().err == f"megatron-vl {command}: interrupted\n"
+
+
+@pytest.mark.cold
+def test_ctrl_c_while_train_imports_torch_ends_it_by_one_line(model_dir, wds_dir):
+    job = psutil.Popen(
+        [sys.executable, "-m", "megatron_vl", "train", "--hf-config", model_dir,
+         "--train-data-path", wds_dir, "--global-batch-size", "2"],
+        env=environment_with(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # As at a terminal, also where whoever runs the tests has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not imports_torch(job):
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (130, "megatron-vl train: interrupted\n")
 
 
 def test_debug_adds_the_traceback_and_keeps_the_code_and_the_sentence(tmp_path, capsys):

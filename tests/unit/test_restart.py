@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from megatron_vl.cli.launch import End, decide, judge
+from megatron_vl.cli.launch import End, decide, judge, starts_again
 
 KILLED, ENDED = -signal.SIGKILL, -signal.SIGTERM
 ENDS = {  # code, exits of the failed ranks, what was done before -> hopeful, final
@@ -32,6 +32,31 @@ def test_an_end_is_judged_by_its_code_its_exits_and_what_was_done(
 ):
     said = judge(code, exits, stepped="stepped" in done, stopped="stopped" in done)
     assert said == {"hopeful": hopeful, "final": final}
+
+
+RESTARTS = {  # the ends of a job's attempts -> how often it is started again, of at most twice
+    "killed once": ([(1, [KILLED], {}), None], 1),
+    "killed again and again": ([(1, [KILLED], {})] * 3, 2),
+    "something broke in training": ([(1, [1, ENDED], {"stepped"}), None], 1),
+    "something broke before the first step": ([(1, [1, ENDED], {})], 0),
+    "killed once, then something broke at once": ([(1, [KILLED], {}), (1, [1], {})], 1),
+    "bad input": ([(2, [2, 2], {})], 0),
+    "bad input in training": ([(2, [2, ENDED], {"stepped"})], 0),
+    "killed while it saved to stop": ([(1, [KILLED], {"stepped", "stopped"})], 0),
+    "done": ([None], 0),
+}
+
+
+@pytest.mark.parametrize(("ends", "restarts"), RESTARTS.values(), ids=RESTARTS)
+def test_ranks_are_started_again_where_that_may_help(ends, restarts):
+    again = []
+    for attempt, end in enumerate(ends):
+        code, exits, done = end or (0, [], {})
+        said = judge(code, exits, stepped="stepped" in done, stopped="stopped" in done)
+        ended = End(code=code, **said) if end else End(code=0)
+        again.append(starts_again(ended, attempt, max_restarts=2))
+    assert again == [True] * restarts + [False]
+    assert not starts_again(ended, 0, max_restarts=0)
 
 
 HOPEFUL = {"final": False, "hopeful": True, "code": 1, "host": "a"}
