@@ -148,21 +148,6 @@ def test_a_pp0_split_that_does_not_fit_names_those_that_do(here, workshop, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-OTHER_LAYOUTS = {
-    "another split": (dict(PP=2, first=2), (1, 2, 1), ("llm 1-3", "llm 2-2")),
-    "another TP": (dict(TP=2), (1, 1), ("TP 1 PP 1", "TP 2 PP 1")),
-}
-
-
-@pytest.mark.parametrize(("run", "made_for", "names"), OTHER_LAYOUTS.values(), ids=OTHER_LAYOUTS)
-def test_a_checkpoint_of_another_layout_is_refused_with_the_mend(
-    run, made_for, names, here, workshop
-):
-    weights = workshop.weights(*made_for)
-    done = workshop.train("other", by=here.shell, PRETRAIN_CHECKPOINT_PATH=weights, **run)
-    assert_refused(done, *names, "megatron-vl convert")
-
-
 def test_an_unknown_configuration_key_names_the_nearest(here, tmp_path):
     (tmp_path / "run.yaml").write_text("train_itres: 5\n")
     done = here.megatron_vl("train", "--config", tmp_path / "run.yaml")
@@ -217,21 +202,22 @@ def damage_images(workshop, tmp_path):
     return dict(DATASET_PATH=data)
 
 
-# What breaks it, what the sentence names. The launcher looks at datasets before it starts ranks.
-BAD_DATASETS = {
+# What breaks it, what the sentence names. The launcher looks at datasets and at the names of weights
+# before it starts ranks.
+BAD_FILES = {
     "a missing dataset": (remove_dataset, "no-data"),
     "a missing index": (remove_index, ".nv-meta"),
     "a missing shard": (remove_shard, "shard-"),
     "an empty validation split": (empty_validation, "'val'"),
+    "a missing weight": (remove_weight, "language_model.decoder.final_layernorm.weight"),
 }
 FOUND_BY_RANKS = {
-    "a missing weight": (remove_weight, "language_model.decoder.final_layernorm.weight"),
     "corrupt images": (damage_images, "its image or video is unusable"),
 }
 
 
-@pytest.mark.parametrize(("break_it", "names"), BAD_DATASETS.values(), ids=BAD_DATASETS)
-def test_a_broken_dataset_is_refused_before_anything_starts(
+@pytest.mark.parametrize(("break_it", "names"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_broken_file_is_refused_before_anything_starts(
     break_it, names, here, workshop, tmp_path
 ):
     changes = break_it(workshop, tmp_path)
