@@ -202,8 +202,8 @@ def damage_images(workshop, tmp_path):
     return dict(DATASET_PATH=data)
 
 
-# What breaks it, what the sentence names. The launcher looks at datasets and at the names of weights
-# before it starts ranks.
+# What breaks it, what the sentence names. The launcher looks at datasets and weights before it
+# starts ranks.
 BAD_FILES = {
     "a missing dataset": (remove_dataset, "no-data"),
     "a missing index": (remove_index, ".nv-meta"),
