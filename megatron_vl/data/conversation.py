@@ -213,11 +213,14 @@ def check_conversation(conversation: Conversation) -> None:
         if turn.role == "assistant" and not turn.says:
             raise BadEntry("empty answer", f"the answer in turn {number} is empty")
         for part in turn.parts:
-            _check_text(part.text or part.ref or "", f"turn {number}")
-        called = (text for c in turn.calls for text in (c.name, c.arguments, c.id or ""))
-        for text in (turn.call_id or "", *called):
-            _check_text(text, f"turn {number}")
-    _check_text(conversation.tools, "its `tools`")
+            if part.text or part.ref:
+                _check_text(part.text or part.ref, f"turn {number}")
+        if turn.of_tools:
+            called = (text for c in turn.calls for text in (c.name, c.arguments, c.id or ""))
+            for text in (turn.call_id or "", *called):
+                _check_text(text, f"turn {number}")
+    if conversation.tools:
+        _check_text(conversation.tools, "its `tools`")
     if turns[-1].role != "assistant":
         raise BadEntry("no answer", f"it ends with a turn of the {turns[-1].role}, not an answer")
     if not any(turn.trained for turn in turns if turn.role == "assistant"):

@@ -82,7 +82,7 @@ def test_a_dataset_names_its_columns_and_tags():
     ([{"role": "user", "content": ["a"]}], "wrong shape: turn 1 has no text `content`"),
     (chat("a", roles=("judge", "")), "unknown role: turn 1 is from 'judge', not one of: human, us"),
     (chat("a", roles=(["human"], "")), "unknown role: turn 1 is from a list"),
-    (chat("a", "b", roles=("human", "function_call")), "wrong shape: turn 2 calls a function, and"),
+    (chat("a", "b", roles=("human", "function_call")), "wrong shape: the call in turn 2 is"),
     ([*chat("a", "b"), {"from": "system", "value": ""}], "unknown role: turn 3 is a system turn"),
     (chat("a"), "no answer"),
     (chat("a", " "), "empty answer"),

@@ -199,7 +199,8 @@ def _call(value, tools=None):
 
 
 @pytest.mark.parametrize(("entry", "what"), [
-    (_call("weather(Oslo)"), "wrong shape: turn 2 calls a function, and is not valid JSON"),
+    (_call("weather(Oslo)"), "wrong shape: the call in turn 2 is not valid JSON"),
+    (_call('{"name": "f", "arguments": {"a": NaN}}'), "wrong shape: the call in turn 2 is not val"),
     (_call("[]"), "wrong shape: turn 2 calls no function"),
     (_call("7"), "wrong shape: turn 2 calls a function without a `name`"),
     (_call('{"name": "", "arguments": {}}'), "wrong shape: turn 2 calls a function without a `na"),

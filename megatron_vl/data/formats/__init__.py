@@ -32,7 +32,8 @@ def _read(format, entry: dict, fields: Fields) -> Conversation:
     """The conversation of an entry, and the keys that the format did not ask for."""
     tracked = Tracked(entry, "entry key")
     tracked.asked.add("id")  # a sample's name, in every format
-    return replace(format.read(tracked, fields), unread=tuple(tracked.unread()))
+    made, unread = format.read(tracked, fields), tuple(tracked.unread())
+    return replace(made, unread=unread) if unread else made
 
 
 FORMATS: dict[str, Callable[[dict, Fields], Conversation]] = {

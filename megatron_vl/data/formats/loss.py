@@ -18,6 +18,7 @@ from megatron_vl.data.formats.turns import describe
 _ASKS = ("loss", "train", "training")  # these can ask for what is no answer
 _KEYS = (*_ASKS, "weight", "loss_scale")
 _PARTS = ("train_detail", "training_detail")
+_ANY = frozenset((*_KEYS, *_PARTS))
 
 
 def is_trained(turn: dict, role: str, number: int) -> bool:
@@ -26,6 +27,8 @@ def is_trained(turn: dict, role: str, number: int) -> bool:
     Raises:
         BadEntry: a weight between 0 and 1 or above, or a turn that is no answer asks for it.
     """
+    if _ANY.isdisjoint(turn):
+        return True
     for key in _PARTS:
         if turn.get(key):
             raise BadEntry(

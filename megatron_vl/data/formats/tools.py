@@ -50,10 +50,10 @@ def read_calls(value, number: int) -> tuple[Call, ...]:
     Raises:
         BadEntry: something else.
     """
-    value = parsed(value, f"turn {number} calls a function, and")
+    value = parsed(value, f"the call in turn {number}")
     calls = []
     for said in value if isinstance(value, list) else [value]:
-        said = parsed(said, f"turn {number} calls a function, and")
+        said = parsed(said, f"the call in turn {number}")
         named = said if isinstance(said, dict) else {}
         function = named.get("function") or named
         name = function.get("name") if isinstance(function, dict) else None
@@ -80,6 +80,8 @@ def read_calls(value, number: int) -> tuple[Call, ...]:
 
 def calls_of(turn: dict, number: int) -> tuple[Call, ...]:
     """The calls beside an answer's content. Raises BadEntry: see `read_calls`."""
+    if not ("tool_calls" in turn or "function_call" in turn):
+        return ()
     value = turn.get("tool_calls") or turn.get("function_call")
     return read_calls(value, number) if value else ()
 
@@ -107,7 +109,11 @@ def join_calls(turns: Iterable[Turn]) -> tuple[Turn, ...]:
 
 def parsed(value, what: str):
     """Plain values: JSON is read, and an object is as it was before anything was noted of it."""
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        return json.loads(value if isinstance(value, str) else json.dumps(value))
+        text = value if isinstance(value, str) else json.dumps(value)
+        return json.loads(text, parse_constant=refuse)
     except (ValueError, TypeError, RecursionError) as error:
         raise BadEntry("wrong shape", f"{what} is not valid JSON ({str(error)[:100]})") from error

@@ -23,15 +23,14 @@ class Tracked(dict):
         self.asked: set = set()
 
     def get(self, key, default=None):
-        try:
-            return self[key]
-        except KeyError:
-            return default
+        return self[key] if key in self else default  # noqa: SIM401  (it is `get` itself)
 
     def __getitem__(self, key):
+        value = dict.__getitem__(self, key)
+        if key in self.asked:
+            return value
         self.asked.add(key)
-        value = super().__getitem__(key)
-        if isinstance(value, (dict, list)) and not isinstance(value, Tracked):
+        if isinstance(value, (dict, list)):
             value = self.track(value, f"`{key}` key")
             self[key] = value
         return value
@@ -49,8 +48,8 @@ class Tracked(dict):
         named = {
             f"{one.place} {str(key)[:_LONGEST]!r}"
             for one in self.found if one.asked
-            for key, value in one.items()
-            if key not in one.asked and value not in (None, "", [], {})
+            for key in one.keys() - one.asked
+            if dict.__getitem__(one, key) not in (None, "", [], {})
         }
         yield from sorted(named)
 

@@ -21,6 +21,8 @@ _UNSERVED = {
 _OF_ONE_MEDIUM = tuple(
     key for key in dict.fromkeys((*PIXEL_KEYS, *VIDEO_KEYS, *FRAME_KEYS)) if key != "fps"
 )
+_LABELS = ("label", "kto_tag")  # elsewhere `label` is what is in an image
+_ANY = frozenset((*_UNSERVED, *_OF_ONE_MEDIUM, *_LABELS))
 
 
 def refuse_unserved(entry: dict, fields: Fields) -> None:
@@ -29,11 +31,13 @@ def refuse_unserved(entry: dict, fields: Fields) -> None:
     Raises:
         BadEntry: it has such a key.
     """
+    if _ANY.isdisjoint(entry):
+        return
     named = {getattr(fields, name) for name in fields.__slots__}
     for key, why in _UNSERVED.items():
         if key not in named and dict.get(entry, key):  # asked past what notes what is read
             raise BadEntry("not served", f"it has `{key}`, but {why}")
-    for key in ("label", "kto_tag"):  # elsewhere `label` is what is in an image
+    for key in _LABELS:
         value = dict.get(entry, key)
         if key not in named and isinstance(value, bool):
             raise BadEntry("not served", f"its `{key}` is {str(value).lower()}, but {_PREFERENCES}")
