@@ -85,8 +85,8 @@ def render(
         if part.ref is None and part.box is None:
             return part
         if form is None:
-            raise BadEntry("not served", "it names objects in images, for which the model's "
-                                         "family has no form")
+            raise BadEntry("not served", "it names objects in images, but the model's family has "
+                                         "no form for them")
         if part.ref is not None:
             marks, text = form.ref, part.ref
         else:
@@ -95,9 +95,8 @@ def render(
             text = ",".join(f"({x},{y})" for x, y in points)
         for mark in marks:
             if not known(mark):
-                raise BadEntry("not served", f"it names objects in images, which the model's "
-                                             f"tokenizer writes without {mark}; it has no such "
-                                             f"token")
+                raise BadEntry("not served", f"it names objects in images, but the model's "
+                                             f"tokenizer has no {mark} to write them with")
         return Part(text=text.join(marks))
 
     return _each(turns, write, join=True)

@@ -136,7 +136,9 @@ class Summary:
             )
         if self.unread:
             named = Counter(self.unread).most_common(_MAX_NAMED)
-            shown = ", ".join(f"{key} in {count} entries" for key, count in named)
+            shown = ", ".join(
+                f"{key} in {count} {'entry' if count == 1 else 'entries'}" for key, count in named
+            )
             more = len(self.unread) - len(named)
             lines.append(f"not read: {shown}{f', and {more} other keys' if more else ''}")
         if self.refused:

@@ -109,8 +109,8 @@ def test_qwen2_vl_s_words_for_objects_are_those_that_older_shards_hold(tokenizer
 
 
 @pytest.mark.parametrize(("change", "what"), [
-    ({"grounding": None}, "for which the model's family has no form"),
-    ({"box": ("<here>", "</here>")}, "the model's tokenizer writes without <here>"),
+    ({"grounding": None}, "but the model's family has no form for them"),
+    ({"box": ("<here>", "</here>")}, "the model's tokenizer has no <here>"),
 ])  # fmt: skip
 def test_a_model_without_words_for_objects_leaves_the_sample_out(tokenizer, spec, change, what):
     form = spec.tokens.grounding
