@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
+from megatron_vl.data.grounding import render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
@@ -42,7 +43,13 @@ class ChatTokenizer:
         self.trained = trained or TrainedText()
         self._placeholders = {kind: getattr(tokens, kind) for kind in MEDIA_KINDS}
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
-        self.template = ChatTemplate(tokenizer, last_answer_only=self.trained.mask_history)
+        self.template = ChatTemplate(
+            tokenizer, last_answer_only=self.trained.mask_history,
+            everything=self.trained.train_on_prompt,
+        )
+        self._own_tokens = frozenset(
+            token.content for token in tokenizer.added_tokens_decoder.values()
+        )
         self._remembered = lru_cache(_MAX_REMEMBERED)(self._tokens)
 
     @classmethod
@@ -112,34 +119,39 @@ class ChatTokenizer:
         return chat
 
     def encode(
-        self, turns: Sequence[Turn], media_tokens: Sequence[int]
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = ""
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
         Trained are, unless `TrainedText` says otherwise, the assistant's turns, up to and with
-        their end token, not the newline after it. A placeholder of an image or video never is.
+        their end token, not the newline after it. Turns that say they are not trained never are,
+        nor what a tool gives, nor a placeholder of an image or video.
 
         Args:
             media_tokens: placeholders each image and video takes, in order.
+            tools: a JSON list of the functions that may be called.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
             IGNORE.
 
         Raises:
-            BadEntry: no turn to train, an empty answer, placeholders unlike the media, or
-                the template refuses it.
+            BadEntry: no turn to train, an empty answer, placeholders unlike the media, the
+                template refuses it or writes no tools, or the model has no form for its objects.
         """
-        for turn in turns:
-            if turn.role == "assistant" and not any(p.text and p.text.strip() for p in turn.parts):
-                raise BadEntry("empty answer", "its answer is empty")
-        if not any(turn.role == "assistant" for turn in turns):
+        answers = [turn for turn in turns if turn.role == "assistant"]
+        if not all(turn.says for turn in answers):
+            raise BadEntry("empty answer", "its answer is empty")
+        if self.trained.mask_history:
+            answers = answers[-1:]
+        if not any(turn.trained for turn in answers):
             raise BadEntry("no answer", "it has no answer to train on")
+        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__)
         tokens, labels = [], []
-        for stretch in self.template.write(turns):
+        for stretch in self.template.write(turns, tools):
             short = stretch.fixed or len(stretch.text) <= SHORT
             ids, targets = (self._remembered if short else self._tokens)(
-                stretch.text, stretch.answers
+                stretch.text, stretch.spans
             )
             tokens += ids
             labels += targets
@@ -149,19 +161,21 @@ class ChatTokenizer:
         # By way of numpy: torch looks at every number of a list, several times.
         return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, labels))
 
-    def _tokens(self, text: str, answers: tuple[Span, ...]) -> tuple[list[int], list[int]]:
+    def _tokens(self, text: str, spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
         """Tokens of a stretch, and what is trained of them."""
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         tokens = encoded.ids
-        if self.trained.train_on_prompt:
-            return tokens, tokens
-        labels = [IGNORE] * len(tokens)
-        if answers:
+        ignored = [IGNORE] * len(tokens)
+        elsewhere, inside = (
+            (tokens, ignored) if self.trained.train_on_prompt else (ignored, tokens)
+        )
+        labels = list(elsewhere)
+        if spans:
             begins, ends = zip(*encoded.offsets, strict=True) if tokens else ((), ())
-            for begin, end in answers:
-                # A token across the edge of an answer is part of the prompt and not trained.
+            for begin, end in spans:
+                # A token across the edge of an answer is part of the prompt.
                 first, last = bisect_left(begins, begin), bisect_right(ends, end)
-                labels[first:last] = tokens[first:last]
+                labels[first:last] = inside[first:last]
         return tokens, labels
 
     def _fill_places(self, kinds: list[str], counts: Sequence[int], tokens: list[int],

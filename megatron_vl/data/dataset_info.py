@@ -18,7 +18,7 @@ _COLUMNS = tuple(field.name for field in fields(Fields) if field.name not in _TA
 # Key of an entry -> why it cannot be followed. Some are followed where they say nothing special.
 _HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name")
 _PREFERENCES = ("chosen", "rejected", "kto_tag")
-_UNREAD_COLUMNS = {"tools": "calls of tools", "audios": "audio"}
+_UNREAD_COLUMNS = {"audios": "audio"}
 _KNOWN = (
     "file_name", "formatting", "columns", "tags", "ranking", "script_url", "subset", "split",
     "folder", "num_samples", "revision", *_HUBS,
@@ -84,7 +84,7 @@ def _unread(columns: dict[str, str]) -> dict[str, str]:
     It reads a system prompt and a history only where they are named; and where any column is, only
     those that are. Without the turns, question or answer there would be nothing to read.
     """
-    optional = {"system", "history", *(("query", "images", "videos") if columns else ())}
+    optional = {"system", "history", *(("query", "images", "videos", "tools") if columns else ())}
     if "query" in columns:
         optional.add("prompt")
     return dict.fromkeys(optional - columns.keys(), "")

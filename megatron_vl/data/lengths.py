@@ -25,7 +25,9 @@ class LengthCounter:
             MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision),
         )
 
-    def num_tokens(self, turns: tuple[Turn, ...], media: tuple[StoredMedia, ...]) -> int:
+    def num_tokens(
+        self, turns: tuple[Turn, ...], media: tuple[StoredMedia, ...], tools: str = ""
+    ) -> int:
         """Tokens of one conversation.
 
         Raises:
@@ -33,7 +35,9 @@ class LengthCounter:
         """
         try:
             grids = [self.media.grid(one) for one in media]
-            tokens, _ = self.chat.encode(turns, [self.media.num_tokens(grid) for grid in grids])
+            tokens, _ = self.chat.encode(
+                turns, [self.media.num_tokens(grid) for grid in grids], tools
+            )
         except BadMedia as error:
             raise BadEntry("unusable media", str(error)) from error
         return tokens.numel()

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from megatron_vl.data.conversation import VIDEO, StoredMedia
 from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
+from megatron_vl.data.media_settings import IMAGE_TOKENS, MIN_FRAMES
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import Grid
 from megatron_vl.errors import InputError
@@ -26,7 +28,7 @@ IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor
 JOINT_SETTINGS = "processor_config.json"
 # Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
-MIN_FRAMES = 4  # transformers' Qwen2VLVideoProcessor.min_frames
+_RESAMPLE = Image.Resampling.BICUBIC  # qwen-vl-utils'
 
 
 class MediaProcessor:
@@ -115,19 +117,13 @@ class MediaProcessor:
         """Frames, rows and columns of patches.
 
         Raises:
-            BadMedia: one side is over 200 times the other; Qwen2-VL takes no such image.
+            BadMedia: one side is over 200 times the other; Qwen2-VL takes no such image. Or it has
+                not what its entry asks for.
         """
-        if media.kind != VIDEO:
-            return self.image_grid(media.height, media.width)
-        frames = len(self.frame_indices(media.num_frames, media.fps))
-        height, width = self._resized(media.height, media.width, self.video_size)
+        frames = len(self._frames(media)) if media.kind == VIDEO else 1
+        height, width = self._size(media, frames)
         rows, columns = height // self.patch_size, width // self.patch_size
         return -(-frames // self.temporal_patch_size), rows, columns
-
-    def image_grid(self, height: int, width: int) -> Grid:
-        """That of an image of `height` x `width` pixels. Raises BadMedia: see `grid`."""
-        height, width = self._resized(height, width, self.image_size)
-        return 1, height // self.patch_size, width // self.patch_size
 
     def num_tokens(self, grid: Grid) -> int:
         """Tokens the decoder sees of an image or video with this grid."""
@@ -146,6 +142,37 @@ class MediaProcessor:
         if count == 0:
             return list(range(min(num_frames, self.limits.video_maxlen)))
         return torch.arange(0, num_frames, num_frames / count).int().tolist()[:count]
+
+    def _frames(self, media: StoredMedia) -> list[int]:
+        """Frames taken of a video: as its entry asks, where it does, else as the run does."""
+        asked = media.settings
+        if asked is None or not asked.asks_for_frames:
+            return self.frame_indices(media.num_frames, media.fps)
+        try:
+            first, last, count = asked.frames(
+                media.num_frames, media.fps, self.limits, self.temporal_patch_size
+            )
+        except ValueError as error:
+            raise BadMedia(str(error)) from error
+        # As qwen-vl-utils takes them; transformers' own rule takes no part of a video.
+        return torch.linspace(first, last, count).round().long().tolist()
+
+    def _size(self, media: StoredMedia, frames: int) -> tuple[int, int]:
+        """Height and width after resizing: as its entry asks, where it does."""
+        is_video, asked = media.kind == VIDEO, media.settings
+        size = self.video_size if is_video else self.image_size
+        if asked is None:
+            return self._resized(media.height, media.width, size)
+        factor = self.patch_size * self.merge_size
+        if asked.resized_height is not None:
+            least, most = (tokens * factor**2 for tokens in IMAGE_TOKENS)
+            return _smart_resize(asked.resized_height, asked.resized_width, factor, least, most)
+        if not asked.asks_for_pixels:
+            return self._resized(media.height, media.width, size)
+        least, most = asked.pixels(
+            size, frames=frames if is_video else None, factor=self.temporal_patch_size
+        )
+        return _smart_resize(media.height, media.width, factor, least, most)
 
     def _resized(self, height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
         """Pixels after resizing: multiples of patch x merge, the area within the budget."""
@@ -167,16 +194,17 @@ class MediaProcessor:
         Raises:
             BadMedia: it cannot be read or decoded, or is not of the size it was prepared with.
         """
+        taken = 1
         if media.kind != VIDEO:
-            frames, size = [decode_rgb(read(media.files[0]))], self.image_size
+            frames = [decode_rgb(read(media.files[0]))]
         else:
-            size = self.video_size
-            indices = self.frame_indices(media.num_frames, media.fps)
+            indices = self._frames(media)
+            taken = len(indices)
             if media.separate:
                 frames = (decode_rgb(read(media.files[index])) for index in indices)
             else:
                 frames = (frame for _, frame in video_frames(read(media.files[0]), indices))
-        height, width = self._resized(media.height, media.width, size)
+        height, width = self._size(media, taken)
         resized = []
         for frame in frames:
             if frame.size != (media.width, media.height):
@@ -184,8 +212,9 @@ class MediaProcessor:
                     f"it is {frame.size[0]} x {frame.size[1]} pixels but was prepared as "
                     f"{media.width} x {media.height}"
                 )
-            if self.resample is not None:
-                frame = frame.resize((width, height), resample=self.resample)
+            # Settings that ask for no resizing do not ask it of a size that an entry asks for.
+            if self.resample is not None or (width, height) != frame.size:
+                frame = frame.resize((width, height), resample=self.resample or _RESAMPLE)
             resized.append(np.asarray(frame))
         return self._patches(resized, out)
 

@@ -11,16 +11,18 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.data.contents import note_digests
-from megatron_vl.data.conversation import BadEntry
+from megatron_vl.data.conversation import VIDEO, BadEntry
 from megatron_vl.data.formats import FORMATS, Fields
+from megatron_vl.data.grounding import measured
 from megatron_vl.data.media import MediaInfo
+from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.raw_media import Library, RawMedia, measure_all
 from megatron_vl.data.shards import (
     Entry,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
     from megatron_vl.data.lengths import LengthCounter
 
 REFUSED = "refused.jsonl"
+_MAX_NAMED = 20  # keys in the summary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +118,7 @@ class Summary:
     shards: int
     media: dict[str, int]  # images and videos, each counted once
     shared_media: int  # shown in more than one split
+    unread: Mapping[str, int] = field(default_factory=dict)  # a key that is not read -> entries
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.samples.items() if count)
@@ -130,6 +134,13 @@ class Summary:
                 f"images that more than one split shows: {self.shared_media} (another "
                 f"--split, or --shuffle where it was off, may keep them apart)"
             )
+        if self.unread:
+            named = Counter(self.unread).most_common(_MAX_NAMED)
+            shown = ", ".join(
+                f"{key} in {count} {'entry' if count == 1 else 'entries'}" for key, count in named
+            )
+            more = len(self.unread) - len(named)
+            lines.append(f"not read: {shown}{f', and {more} other keys' if more else ''}")
         if self.refused:
             lines.append(f"refused {len(self.refused)}, listed in {self.output / REFUSED}:")
             first = {}
@@ -191,7 +202,7 @@ def prepare(config: PrepareConfig) -> Summary:
     return Summary(
         output=config.output, kept=len(entries), refused=tuple(refused), samples=samples,
         shards=len(shards), shared_media=count_shared_media(shards, parts),
-        media=dict(Counter(media.kind for media in kept)),
+        media=dict(Counter(media.kind for media in kept)), unread=preparation.unread,
     )  # fmt: skip
 
 
@@ -205,6 +216,7 @@ class _Preparation:
     entries: list[Entry] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     places: list[tuple[str, str]] = field(default_factory=list)  # of every entry read
+    unread: Counter = field(default_factory=Counter)  # see Summary
 
     def read(self) -> None:
         """The entries whose text is usable and whose media are there."""
@@ -228,9 +240,12 @@ class _Preparation:
             except BadEntry as error:
                 self._refuse(number, name, error)
                 continue
-            self.entries.append(
-                Entry(number=number, name=name, turns=conversation.turns, media=media)
-            )
+            self.unread.update(conversation.unread)
+            self.entries.append(Entry(
+                number=number, name=name, turns=conversation.turns, media=media,
+                settings=tuple(source.settings for source in conversation.media),
+                tools=conversation.tools,
+            ))
 
     def measure(self) -> dict[RawMedia, MediaInfo]:
         """Measure every image and video; entries with one that cannot be decoded are refused."""
@@ -246,10 +261,24 @@ class _Preparation:
                     return BadEntry(
                         "unusable media", f"its {media} is unusable: {results[media]}"
                     )
-            return None
+            return _unlike_settings(entry, results)
 
         self._keep_where(problem)
+        self._place_boxes(results)
         return {media: sizes for media, sizes in results.items() if isinstance(sizes, MediaInfo)}
+
+    def _place_boxes(self, sizes: dict[RawMedia, MediaInfo]) -> None:
+        """Give boxes in pixels their images' sizes; entries with one outside are refused."""
+        entries, self.entries = self.entries, []
+        for entry in entries:
+            try:
+                turns = measured(
+                    entry.turns, [(sizes[one].width, sizes[one].height) for one in entry.media]
+                )
+            except BadEntry as error:
+                self._refuse(entry.number, entry.name, error)
+            else:
+                self.entries.append(replace(entry, turns=turns))
 
     def refuse_long(self, sizes: dict[RawMedia, MediaInfo]) -> None:
         """Refuse entries of more tokens than `max_length`, as the model's tokenizer counts."""
@@ -257,7 +286,9 @@ class _Preparation:
 
         def problem(entry: Entry) -> BadEntry | None:
             try:
-                length = counter.num_tokens(entry.turns, store(entry, sizes)[0])
+                length = counter.num_tokens(
+                    entry.turns, store(entry, sizes)[0], entry.tools
+                )
             except BadEntry as error:
                 return error
             if length > self.config.max_length:
@@ -321,3 +352,14 @@ class _Preparation:
             file=file, where=where, entry=number, id=name, reason=error.reason, message=message,
         ))
 
+
+def _unlike_settings(entry: Entry, sizes: dict[RawMedia, MediaInfo]) -> BadEntry | None:
+    """What a video lacks that its entry asks for, whatever a run's own limits are."""
+    for media, settings in zip(entry.media, entry.settings, strict=True):
+        if settings is None or media.kind != VIDEO:
+            continue
+        try:
+            settings.frames(sizes[media].num_frames, sizes[media].fps, MediaLimits(), 2)
+        except ValueError as error:
+            return BadEntry("unusable media", f"its {media} cannot be as it asks: {error}")
+    return None

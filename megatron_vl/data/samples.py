@@ -31,6 +31,7 @@ class ConversationSample(Sample):
     turns: tuple[Turn, ...]
     media: tuple[StoredMedia, ...]
     read: Callable[[str], bytes]  # a file of the sample, by the extension that `media` names
+    tools: str = ""  # see Conversation
 
 
 @edataclass

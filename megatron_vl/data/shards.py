@@ -20,6 +20,7 @@ from tqdm import tqdm
 from megatron_vl.data.contents import Digested
 from megatron_vl.data.conversation import StoredMedia, Turn, to_json
 from megatron_vl.data.media import MediaInfo
+from megatron_vl.data.media_settings import MediaSettings
 from megatron_vl.data.raw_media import RawMedia
 from megatron_vl.errors import InputError
 
@@ -39,6 +40,8 @@ class Entry:
     name: str | None  # the source's own id
     turns: tuple[Turn, ...]
     media: tuple[RawMedia, ...]
+    settings: tuple[MediaSettings | None, ...] = ()  # of each of `media`; empty: of none
+    tools: str = ""  # see Conversation
 
 
 def plan_shards(
@@ -169,7 +172,7 @@ def write_shards(
             for _ in shard:
                 entry = next(entries)
                 stored, files = store(entry, sizes)
-                _add(tar, f"{key(entry)}.json", to_json(entry.turns, stored))
+                _add(tar, f"{key(entry)}.json", to_json(entry.turns, stored, entry.tools))
                 for extension, media in files:
                     _add(tar, f"{key(entry)}.{extension}", media.read_bytes())
         digests[name] = file.digest
@@ -193,6 +196,7 @@ def store(
         stored.append(StoredMedia(
             kind=media.kind, files=tuple(names), height=size.height, width=size.width,
             num_frames=size.num_frames, fps=size.fps, separate=media.separate,
+            settings=entry.settings[place] if entry.settings else None,
         ))
     return tuple(stored), files
 

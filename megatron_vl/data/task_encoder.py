@@ -116,12 +116,12 @@ class SampleEncoder(TaskEncoder):
             SkipSample: it holds none.
         """
         try:
-            turns, media = from_json(sample["json"])
+            turns, media, tools = from_json(sample["json"])
         except (KeyError, ValueError) as error:
             self._skip(sample, "wrong shape", str(error))
         dataset = sample["__sources__"][0].dataset_path
         return ConversationSample(
-            **basic_sample_keys(sample), turns=turns, media=media,
+            **basic_sample_keys(sample), turns=turns, media=media, tools=tools,
             read=self.files.reader(dataset, sample["__key__"], sample.get(PLACES)),
         )
 
@@ -138,7 +138,7 @@ class SampleEncoder(TaskEncoder):
                 sample = conversation_of(sample, self.name_of(sample))
             grids = [self.media.grid(media) for media in sample.media]
             tokens, labels = self.chat.encode(
-                sample.turns, [self.media.num_tokens(grid) for grid in grids]
+                sample.turns, [self.media.num_tokens(grid) for grid in grids], sample.tools
             )
             self._check_size(tokens.numel(), grids, {media.kind for media in sample.media})
         except BadMedia as error:

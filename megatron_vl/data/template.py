@@ -8,6 +8,7 @@ changes is tokenised once. Where either cannot be relied on, every conversation 
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,38 +42,48 @@ class Stretch:
     """Text whose tokens do not depend on what stands beside it."""
 
     text: str
-    answers: tuple[Span, ...]  # the characters of it that belong to answers
+    spans: tuple[Span, ...]  # the characters of it that are told apart: see `ChatTemplate`
     fixed: bool  # whether every conversation of this shape has it
 
 
 class ChatTemplate:
     """The chat template of a fast tokenizer of transformers."""
 
-    def __init__(self, tokenizer, *, last_answer_only: bool = False):
-        """`last_answer_only`: earlier answers are taken for prompts."""
+    def __init__(self, tokenizer, *, last_answer_only: bool = False, everything: bool = False):
+        """The characters told apart are those of answers that are trained.
+
+        Args:
+            last_answer_only: earlier answers are taken for prompts.
+            everything: prompts are trained too; told apart are answers that are not, and what tools
+                give.
+        """
         self.tokenizer = tokenizer
-        self.last_answer_only = last_answer_only
+        self.last_answer_only, self.everything = last_answer_only, everything
         self._forms: OrderedDict[tuple, _Form | object | None] = OrderedDict()
         self._stands_alone: dict[str, bool] = {}
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
-        """The template's text for messages as transformers takes them."""
+    def render(
+        self, messages: list[dict], tools: list[dict] | None = None, *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The template's text for messages and tools as transformers takes them."""
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
-    def write(self, turns: Sequence[Turn]) -> list[Stretch]:
+    def write(self, turns: Sequence[Turn], tools: str = "") -> list[Stretch]:
         """The conversation's text, in stretches whose tokens, joined, are those of the whole.
 
         Each turn of the assistant is found by rendering a conversation of this shape up to it: it
         begins where the template asks for an answer, and ends with its end token.
 
         Raises:
-            BadEntry: the template refuses it, or the answer it begins with is not found.
+            BadEntry: the template refuses it or writes no tools, or the answer it begins with is
+                not found.
             InputError: what the template writes does not grow with the conversation.
         """
         try:
-            return self._write(turns)
+            return self._write(turns, json.loads(tools) if tools else None)
         except BadEntry:
             raise
         except _TEMPLATE_ERRORS as error:
@@ -81,8 +92,12 @@ class ChatTemplate:
                 "chat template", f"the model's chat template refuses it ({words[0].rstrip('.')})"
             ) from error
 
-    def _write(self, turns: Sequence[Turn]) -> list[Stretch]:
-        shape = tuple((t.role, *(part.media for part in t.parts)) for t in turns)
+    def _write(self, turns: Sequence[Turn], tools: list[dict] | None) -> list[Stretch]:
+        if tools or any(turn.of_tools for turn in turns):
+            self._check_tools(turns, tools)
+            text, spans = self._render_with_spans(turns, [t.message() for t in turns], tools)
+            return [Stretch(text=text, spans=tuple(spans), fixed=False)]
+        shape = tuple((t.role, t.trained, *(part.media for part in t.parts)) for t in turns)
         if shape in self._forms:
             self._forms.move_to_end(shape)
             form = self._forms[shape]
@@ -94,34 +109,53 @@ class ChatTemplate:
             if len(self._forms) > _MAX_FORMS:
                 self._forms.popitem(last=False)
         if form is None:
-            text, spans = self._render_with_spans([turn.message() for turn in turns])
-            return [Stretch(text=text, answers=tuple(spans), fixed=False)]
+            text, spans = self._render_with_spans(turns, [turn.message() for turn in turns])
+            return [Stretch(text=text, spans=tuple(spans), fixed=False)]
         return _fill(form, (p.text for turn in turns for p in turn.parts if p.text is not None))
 
-    def _render_with_spans(self, messages: list[dict]) -> tuple[str, list[Span]]:
-        text = self.render(messages)
-        spans = []
+    def _render_with_spans(
+        self, turns: Sequence[Turn], messages: list[dict], tools: list[dict] | None = None
+    ) -> tuple[str, list[Span]]:
+        """The text of `messages`, those of `turns`, and what is told apart in it."""
+        text = self.render(messages, tools)
+        spans = {}  # of every answer, by its number
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._prompt(messages[: number + 1])
+            prompt = self._prompt(messages[: number + 1], tools)
             last = number + 1 == len(messages)
-            turn = text if last else self.render(messages[: number + 1])
+            turn = text if last else self.render(messages[: number + 1], tools)
             if not (turn.startswith(prompt) and text.startswith(turn)):
                 raise InputError(
                     "the model's chat template does not write a conversation turn after turn, so "
                     "the answers cannot be found in it; use a template whose text only grows."
                 )
-            spans.append((len(prompt), len(turn.rstrip())))
-        return text, spans[-1:] if self.last_answer_only else spans
+            spans[number] = len(prompt), len(turn.rstrip())
+        if self.everything:
+            return text, _untrained(turns, spans, len(text))
+        kept = list(spans)[-1:] if self.last_answer_only else spans
+        return text, [spans[number] for number in kept if turns[number].trained]
 
-    def _prompt(self, messages: list[dict]) -> str:
+    def _check_tools(self, turns: Sequence[Turn], tools: list[dict] | None) -> None:
+        """Raises BadEntry: the template would leave out the functions, a call or what it gives."""
+        for name, there in (
+            ("tools", tools), ("tool_calls", any(turn.calls for turn in turns)),
+            ("tool", any(turn.role == "tool" for turn in turns)),
+        ):
+            if there and name not in self._names:
+                raise BadEntry(
+                    "chat template",
+                    f"it has tools, but the model's chat template has no `{name}`; take a model "
+                    f"whose template has, or leave such entries out",
+                )
+
+    def _prompt(self, messages: list[dict], tools: list[dict] | None) -> str:
         """The text before the answer that comes last."""
         if len(messages) > 1:
-            return self.render(messages[:-1], add_generation_prompt=True)
+            return self.render(messages[:-1], tools, add_generation_prompt=True)
         # transformers renders no empty conversation; a template may write a system turn of its own.
         request = self.render(_ASKED, add_generation_prompt=True).removeprefix(self.render(_ASKED))
-        before, found, _ = self.render(messages).partition(request)
+        before, found, _ = self.render(messages, tools).partition(request)
         if not request or not found:
             raise BadEntry(
                 "chat template", "it begins with an answer, and where that begins cannot be found "
@@ -143,7 +177,7 @@ class ChatTemplate:
                     probes.append(_PROBE.format(number=len(probes)))
                     content["text"] = probes[-1]
             messages.append(message)
-        text, spans = self._render_with_spans(messages)
+        text, spans = self._render_with_spans(turns, messages)
         atoms = self._atoms(text, probes, spans)
         if atoms is None:
             return None
@@ -187,6 +221,13 @@ class ChatTemplate:
             if token in self._added and text[begin:end] == self._added[token].content
             and self._is_place(self._added[token])
         }
+
+    @cached_property
+    def _names(self) -> set[str]:
+        """The names and texts in the template that tools are written with."""
+        source = self.tokenizer.get_chat_template(tools=[{}])
+        words = jinja2.Environment().lex(source)
+        return {word.strip("'\"") for _, kind, word in words if kind in ("name", "string")}
 
     @cached_property
     def _writes_only(self) -> bool:
@@ -269,7 +310,20 @@ def _stretch(atoms: Iterable[_Atom], texts: Iterator[str], *, fixed: bool) -> St
             begin = answers.pop()[0] if atom.answer == last else at
             answers.append((begin, end))
         last, at = atom.answer, end
-    return Stretch(text="".join(parts), answers=tuple(answers), fixed=fixed)
+    return Stretch(text="".join(parts), spans=tuple(answers), fixed=fixed)
+
+
+def _untrained(turns: Sequence[Turn], spans: dict[int, Span], length: int) -> list[Span]:
+    """Answers that are not trained, and what stands between answers where a tool has its turn."""
+    found = set()
+    for number, turn in enumerate(turns):
+        if turn.role == "tool":
+            before = max((end for at, (_, end) in spans.items() if at < number), default=0)
+            after = min((begin for at, (begin, _) in spans.items() if at > number), default=length)
+            found.add((before, after))
+        elif number in spans and not turn.trained:
+            found.add(spans[number])
+    return sorted(found)
 
 
 def _hides(other: str, mark: str) -> bool:

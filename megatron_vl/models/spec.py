@@ -145,6 +145,17 @@ class VisionSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Grounding:
+    """How a family writes what an object is called and where it is: marks around it, and points
+    `(x,y)` in `scale` parts of the image's width and height."""
+
+    ref: tuple[str, str]
+    box: tuple[str, str]  # around one point or two corners
+    quad: tuple[str, str]  # around four corners
+    scale: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenIds:
     """Ids config.json gives; None where only the tokenizer knows."""
 
@@ -152,6 +163,7 @@ class TokenIds:
     video: int
     vision_start: int
     vision_end: int
+    grounding: Grounding | None = None  # its marks are tokens; None: the family has no such form
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None

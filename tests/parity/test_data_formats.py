@@ -33,7 +33,7 @@ def _content(text, *images):
     return [*({"type": "image", "image": name} for name in images), {"type": "text", "text": text}]
 
 
-# format -> its entry, and the conversation and images that transformers is given
+# format, and what is tried of it -> its entry, and the conversation that transformers is given
 FORMATS = {
     "llava": (
         {"image": ["0.png", "1.png"], "conversations": [
@@ -61,6 +61,11 @@ FORMATS = {
                                 "<box>(10,20),(300,999)</box>", roles=("user", "assistant"))},
         [None, _content(ASKED, "0.png"), BOX],
     ),
+    "sharegpt, with objects": (
+        {"images": ["0.png"], "messages": _openai(f"<image>{ASKED}", "<bbox>"),
+         "objects": {"ref": [], "bbox": [[27, 63.99, 0.9, 1.28]]}},
+        [None, _content(ASKED, "0.png"), BOX],
+    ),
     "alpaca": (
         {"instruction": ASKED, "input": AGAIN, "output": ANSWER, "system": RULE,
          "history": [["1 + 1?", "2"]]},
@@ -78,8 +83,8 @@ def test_a_row_of_a_raw_file_equals_what_transformers_makes(format, hf_dir, spec
         pixels = np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(source / name)
     (source / "data.json").write_text(json.dumps([entry], ensure_ascii=False), encoding="utf-8")
-    assert run(["prepare", str(source), str(tmp_path / "wds"), "--format", format, "--quiet",
-                "--split", "1,0,0"]) == 0
+    assert run(["prepare", str(source), str(tmp_path / "wds"), "--format", format.partition(",")[0],
+                "--quiet", "--split", "1,0,0"]) == 0
 
     (rule, *turns), processor = said, load_processor(hf_dir)
     messages = [{"role": ("user", "assistant")[i % 2], "content": text}

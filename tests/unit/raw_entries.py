@@ -28,11 +28,20 @@ def read(format, entry, **fields):
 
 
 def lines(conversation):
-    """`role: text`, with [image] and [video] where they stand and | between texts."""
-    return [
-        f"{turn.role}: " + "|".join(f"[{p.media}]" if p.media else p.text for p in turn.parts)
-        for turn in conversation.turns
-    ]
+    """`role: text`, with [image], [video], <ref> and (x,y)-(x,y)/width where they stand.
+
+    Between parts is |; a box in pixels has # and its image's number in place of the width.
+    """
+    return [f"{turn.role}: " + "|".join(map(_shown, turn.parts)) for turn in conversation.turns]
+
+
+def _shown(part):
+    if part.box is not None:
+        points = "-".join(f"({x:g},{y:g})" for x, y in part.box.points)
+        return points + (f"/{part.box.size[0]:g}" if part.box.size else f"#{part.box.image}")
+    if part.ref is not None:
+        return f"<{part.ref}>"
+    return f"[{part.media}]" if part.media else part.text
 
 
 def media(conversation):

@@ -22,22 +22,35 @@ from raw_entries import (
 
 from megatron_vl.data.formats import FORMATS
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 GOOD = {
-    "llava": {"id": 1, "image": ["0.jpg"], "video": "a.mp4",
-              "conversations": chat("<image>\n<video>?", "x")},
-    "sharegpt": {"messages": openai("<image><video>?", "x"), "images": [{"path": "0.jpg"}],
+    "llava": {"id": 1, "image": ["0.jpg"], "video": {"path": "a.mp4", "fps": 2, "video_end": 3},
+              "conversations": chat("<image>\n<video><ref-object>?", "<bbox>"), "objects": {
+                  "ref": ["a"], "bbox": [[1, 2, 3, 4.5]], "image_id": [0], "bbox_type": "real"}},
+    "sharegpt": {"messages": [*openai("<image><video>?"),
+                              {"role": "function_call", "content": json.dumps(CALL["function"])},
+                              {"role": "observation", "content": "b"},
+                              {"role": "assistant", "content": "c", "loss": True, "weight": 1}],
+                 "images": [{"path": "0.jpg", "max_pixels": 9}], "tools": json.dumps(TOOLS),
                  "videos": [["f/0.jpg"]], "system": "S"},
     "chatml": {"conversations": chat("<image><video>?", "x"), "images": ["0.jpg"],
                "videos": ["a.mp4"]},
-    "messages": talk({"type": "image_url", "image_url": {"url": DATA_URL}}, {"type": "image"},
-                     {"type": "video", "video": ["0.jpg"], "fps": 2}, TEXT, images=["1.jpg"]),
+    "messages": {"tools": TOOLS, "images": ["1.jpg"], "messages": [
+        *talk({"type": "image_url", "image_url": {"url": DATA_URL}, "resized_height": 9,
+               "resized_width": 9}, {"type": "image"},
+              {"type": "video", "video": ["0.jpg"], "fps": 2, "nframes": 2}, TEXT)["messages"][:1],
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "loss": False},
+        {"role": "tool", "tool_call_id": "c", "content": "d"},
+        {"role": "assistant", "content": "e"}]},
     "qwen_vl": qwen("Picture 1: <img>0.jpg</img>\n?", "<ref>a</ref><box>(1,2),(3,4)</box>"),
     "alpaca": {"instruction": "<image>", "input": "b", "output": "c", "history": [["d", "e"]],
-               "system": "S", "images": ["0.jpg"]},
+               "system": "S", "images": ["0.jpg"], "tools": TOOLS},
 }  # fmt: skip
 WORDS = st.sampled_from((
     "<image>", "<video>", "<img>", "</img>", "<box>", "</box>", "(1,2)", "(", ",", "<ref>",
     "human", "gpt", "system", "user", "assistant", "type", "image", "url", "text", "from", "value",
+    "<bbox>", "<ref-object>", "ref", "bbox", "tools", "name", "arguments", "{", "loss", "weight",
     "role", "content", "bytes", "path", "fps", "file://", "data:;base64,", "http://", "\0", "\n",
     "\ud800", "",
 ))  # fmt: skip

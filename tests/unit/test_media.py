@@ -29,11 +29,14 @@ def _one_colour(colour, mode="RGB", size=(56, 56)):
     return _file(Image.new(mode, size, colour))
 
 
+def _image(height, width):
+    return StoredMedia(kind="image", files=("0.png",), height=height, width=width)
+
+
 def _patches(media, data):
     """Those of an image file, as a shard holds it."""
     height, width = image_size(data)
-    stored = StoredMedia(kind="image", files=("0.png",), height=height, width=width)
-    return media.patches(stored, {"0.png": data}.get)
+    return media.patches(_image(height, width), {"0.png": data}.get)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_the_size_comes_from_the_header_alone(media):
     data = _file(Image.fromarray(np.random.default_rng(0).integers(
         0, 256, (300, 200, 3), dtype=np.uint8)))
     assert image_size(data[:100]) == (300, 200)
-    assert media.image_grid(*image_size(data[:100])) == media.image_grid(300, 200) == (1, 22, 14)
+    assert media.grid(_image(300, 200)) == (1, 22, 14)
     assert media.num_tokens((1, 22, 14)) == 77
 
 
@@ -119,9 +122,9 @@ def test_a_budget_upside_down_is_refused(hf_dir, spec, tmp_path):
 
 
 def test_the_longest_shape_that_prepare_takes_is_the_longest_that_is_resized(media):
-    media.image_grid(3, 3 * MAX_ASPECT_RATIO)
+    media.grid(_image(3, 3 * MAX_ASPECT_RATIO))
     with pytest.raises(BadMedia, match="too long and thin"):
-        media.image_grid(3, 3 * MAX_ASPECT_RATIO + 1)
+        media.grid(_image(3, 3 * MAX_ASPECT_RATIO + 1))
 
 
 def test_pixels_unlike_the_prepared_size_are_refused(media):

@@ -289,7 +289,7 @@ def info(path, **datasets):
 
 # What LLaMA-Factory reads only where it is named, and what it reads unless others are named.
 NEVER_ASKED = {"system": "", "history": ""}
-NOT_NAMED = {**NEVER_ASKED, "query": "", "images": "", "videos": ""}
+NOT_NAMED = {**NEVER_ASKED, "query": "", "images": "", "videos": "", "tools": ""}
 
 
 @pytest.mark.parametrize(("given", "format", "fields"), [
@@ -342,7 +342,6 @@ def test_several_files_name_the_datasets_too(tmp_path):
     ({"file_name": "a.json", "columns": ["a"]}, "has columns that are no object"),
     ({"file_name": "a.json", "tags": {"user": "a"}}, "has 'user' in tags; did you mean 'user"),
     ({"file_name": "a.json", "columns": {"audios": "a"}}, "audio cannot be trained on; remove it"),
-    ({"file_name": "a.json", "columns": {"tools": "a"}}, "calls of tools cannot be trained on"),
     ({"file_name": "a.json", "columns": {"kto_tag": "a"}}, "preferences are not trained on"),
     ({"file_name": "a.json", "ranking": True}, "is a preference dataset (ranking)"),
     ({"file_name": "a.json", "num_samples": 5}, "asks for num_samples"),

@@ -53,9 +53,10 @@ def _seen(chat, shape):
 
 def _whole(chat, turns):
     """The same conversation as one stretch."""
-    template = ChatTemplate(chat.tokenizer, last_answer_only=chat.trained.mask_history)
-    text, answers = template._render_with_spans([turn.message() for turn in turns])
-    return Stretch(text=text, answers=tuple(answers), fixed=False)
+    template = ChatTemplate(chat.tokenizer, last_answer_only=chat.trained.mask_history,
+                            everything=chat.trained.train_on_prompt)
+    text, answers = template._render_with_spans(turns, [turn.message() for turn in turns])
+    return Stretch(text=text, spans=tuple(answers), fixed=False)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -70,7 +71,7 @@ def test_stretches_are_the_rendered_text_and_its_tokens(chat, shape, mask):
         stretches = chat.template.write(turns)
         assert "".join(stretch.text for stretch in stretches) == whole.text
         assert len(stretches) > 2 * len(SHAPES[shape]) - 2, "it was not cut"
-        tokens, labels = chat._tokens(whole.text, whole.answers)
+        tokens, labels = chat._tokens(whole.text, whole.spans)
         made, trained = chat.encode(turns, [1] * media)
         assert made.tolist() == tokens
         places = {chat.tokens.image, chat.tokens.video}
@@ -166,7 +167,7 @@ def _written(hf_dir, spec, mark, template, said, others=(), **flags):
 
 def _equal_to_whole(chat, turns, whole):
     tokens, labels = chat.encode(turns, [])
-    want, trained = chat._tokens(whole.text, whole.answers)
+    want, trained = chat._tokens(whole.text, whole.spans)
     assert tokens.tolist() == want
     assert labels.tolist() == [*trained[1:], IGNORE]
 

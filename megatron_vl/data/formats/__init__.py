@@ -10,23 +10,36 @@
 | `alpaca` | `instruction`, `input`, `output` | none, or as sharegpt |
 
 Every module has `read(entry, fields)`: the conversation of one entry, or a `BadEntry` that says
-what is wrong with it, whatever the entry holds. They share `turns` and `media_columns`; `pickled`
-reads ChatML's parts; `fields` are the names a dataset gives its columns and roles.
+what is wrong with it, whatever the entry holds. They share `turns`, `dialogue` and
+`media_columns`; beside the turns stand `loss`, `tools` and `objects`, and what is `unserved`;
+`pickled` reads ChatML's parts; `fields` are the names a dataset gives its columns and roles; of an
+entry that is read, `tracked` knows the keys that were not.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from megatron_vl.data.conversation import Conversation
 from megatron_vl.data.formats import alpaca, chatml, llava, messages, qwen_vl, sharegpt
 from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.tracked import Tracked
 
 __all__ = ["FORMATS", "Fields"]
 
+
+def _read(format, entry: dict, fields: Fields) -> Conversation:
+    """The conversation of an entry, and the keys that the format did not ask for."""
+    tracked = Tracked(entry, "entry key")
+    tracked.asked.add("id")  # a sample's name, in every format
+    made, unread = format.read(tracked, fields), tuple(tracked.unread())
+    return replace(made, unread=unread) if unread else made
+
+
 FORMATS: dict[str, Callable[[dict, Fields], Conversation]] = {
-    "llava": llava.read,
-    "sharegpt": sharegpt.read,
-    "chatml": chatml.read,
-    "messages": messages.read,
-    "qwen_vl": qwen_vl.read,
-    "alpaca": alpaca.read,
+    name: partial(_read, module)
+    for name, module in {
+        "llava": llava, "sharegpt": sharegpt, "chatml": chatml, "messages": messages,
+        "qwen_vl": qwen_vl, "alpaca": alpaca,
+    }.items()
 }

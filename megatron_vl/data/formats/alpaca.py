@@ -37,7 +37,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
         for role, text in zip(("user", "assistant"), pair, strict=True)
     )
     turns = with_system(turns, entry, fields)
-    return conversation(turns, place_media(turns, media))
+    return conversation(turns, place_media(turns, media), entry, fields)
 
 
 def _name(named: str | None, default: str) -> str:

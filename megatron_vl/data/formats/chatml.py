@@ -32,6 +32,7 @@ from megatron_vl.data.conversation import (
     Part,
     Turn,
 )
+from megatron_vl.data.formats.dialogue import read_turns
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import (
     conversation,
@@ -41,7 +42,8 @@ from megatron_vl.data.formats.media_columns import (
     positive,
 )
 from megatron_vl.data.formats.pickled import read_pickled_list
-from megatron_vl.data.formats.turns import MARK, listed_turns, read_turns, with_system
+from megatron_vl.data.formats.tracked import track_like
+from megatron_vl.data.formats.turns import MARK, listed_turns, with_system
 
 PARTS = ("jpgs", "videos", "json")  # of a sample of a shard
 _SECONDS_A_FRAME = 0.5  # where the sample does not say
@@ -60,7 +62,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
         waiting = listed_media(entry, fields)
     turns = tuple(map(_without_margins, read_turns(said, fields, MARK)))
     turns = with_system(turns, entry, fields)
-    return conversation(turns, place_media(turns, waiting))
+    return conversation(turns, place_media(turns, waiting), entry, fields)
 
 
 def _sample(
@@ -75,11 +77,12 @@ def _sample(
         raise BadEntry("wrong shape", f"its `json` is not valid JSON ({error})") from error
     seconds, beside = None, {}
     if isinstance(said, dict):
-        beside = said
+        beside = said = track_like(entry, said, "entry key")
         seconds = said.get("second_per_grid_ts")
         said = listed_turns(said, fields, "conversations", "messages")
     if not isinstance(said, list):
         raise BadEntry("wrong shape", "its `json` is no list of turns")
+    said = track_like(entry, said, "turn key")
     images = [media_source(image, IMAGE) for image in read_pickled_list(entry, "jpgs")]
     videos = [media_source(video, VIDEO) for video in read_pickled_list(entry, "videos")]
     if seconds is None or seconds == []:

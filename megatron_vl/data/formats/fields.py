@@ -24,6 +24,7 @@ class Fields:
     messages: str | None = None  # the turns: "conversations"
     images: str | None = None
     videos: str | None = None
+    tools: str | None = None  # the functions that may be called
 
     # Tags: the keys of a turn, and the names of its roles.
     role_tag: str | None = None  # the key of the role: "from"
@@ -31,5 +32,5 @@ class Fields:
     user_tag: str | None = None  # the user's role: "human"
     assistant_tag: str | None = None  # the model's role: "gpt"
     system_tag: str | None = None  # the system's role: "system"
-    observation_tag: str | None = None  # a tool's answer: "observation"; such turns are refused
-    function_tag: str | None = None  # a call of a tool: "function_call"; such turns are refused
+    observation_tag: str | None = None  # what a tool gives: "observation"
+    function_tag: str | None = None  # a call of a tool: "function_call"

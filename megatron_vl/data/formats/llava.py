@@ -14,12 +14,12 @@ from __future__ import annotations
 import re
 
 from megatron_vl.data.conversation import IMAGE, Conversation, Part, Turn
+from megatron_vl.data.formats.dialogue import read_turns
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import conversation, listed_media, place_media
 from megatron_vl.data.formats.turns import (
     MARK,
     listed_turns,
-    read_turns,
     split_at_marks,
     with_system,
 )
@@ -35,7 +35,9 @@ def read(entry: dict, fields: Fields) -> Conversation:
     """
     said = listed_turns(entry, fields, "conversations", "messages")
     turns = with_system(read_turns(said, fields, _MARK_AND_BREAK), entry, fields)
-    return conversation(turns, place_media(turns, listed_media(entry, fields)))
+    return conversation(
+        turns, place_media(turns, listed_media(entry, fields)), entry, fields
+    )
 
 
 def split_marks(value: str) -> tuple[Part, ...]:

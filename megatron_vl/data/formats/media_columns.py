@@ -6,6 +6,7 @@ import base64
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from urllib.parse import unquote
 
 from megatron_vl.data.conversation import (
@@ -19,7 +20,12 @@ from megatron_vl.data.conversation import (
     check_conversation,
 )
 from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.objects import place_objects
+from megatron_vl.data.formats.tools import join_calls, read_tools
 from megatron_vl.data.formats.turns import column, describe
+from megatron_vl.data.formats.unserved import refuse_unserved
+from megatron_vl.data.grounding import check_boxes
+from megatron_vl.data.media_settings import PIXEL_KEYS, VIDEO_KEYS, settings_of
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -45,13 +51,19 @@ def media_source(value, kind: str) -> MediaSource:
     """One image or video.
 
     It is a path, a `file://` or `data:` URL, the file's bytes, or `{"bytes", "path"}` as Hugging
-    Face writes media to tables. A video may also be the list of its frames.
+    Face writes media to tables, with qwen-vl-utils' keys beside. A video may also be the list of
+    its frames.
 
     Raises:
-        BadEntry: it is none of these, or on the network.
+        BadEntry: it is none of these, on the network, or asked for in a way that is not served.
     """
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        own = [value.get(name) for name in ("bytes", "path", kind)]
+        return with_settings(_source(next(filter(None, own), None), kind), value)
+    return _source(value, kind)
+
+
+def _source(value, kind: str) -> MediaSource:
     if isinstance(value, (bytes, bytearray)) and value:
         return MediaSource(kind=kind, data=(bytes(value),))
     if isinstance(value, str):
@@ -59,6 +71,32 @@ def media_source(value, kind: str) -> MediaSource:
     if kind == VIDEO and isinstance(value, (list, tuple)) and value:
         return _frames([media_source(frame, IMAGE) for frame in value])
     raise BadEntry("wrong shape", f"one of its {kind}s is {describe(value)}, not a path")
+
+
+def with_settings(source: MediaSource, keys: dict) -> MediaSource:
+    """The image or video as `keys` beside it ask for it.
+
+    Of a list of frames `fps`, or `sample_fps`, is the rate they have.
+
+    Raises:
+        BadEntry: values that are none, or exclude one another.
+    """
+    names = (*PIXEL_KEYS, *(VIDEO_KEYS if source.kind == VIDEO else ()))
+    separate = source.frames is not None or (source.kind == VIDEO and len(source.data or ()) > 1)
+    if separate:
+        names = tuple(name for name in names if name != "fps")
+        told = (keys.get("fps"), keys.get("sample_fps"))
+        fps = next((one for one in told if one is not None), None)
+        if fps is not None:
+            source = replace(source, fps=positive(fps))
+            if source.fps is None:
+                raise BadEntry("wrong shape", "the fps of one of its videos is no rate")
+    try:
+        return replace(source, settings=settings_of(keys, names) or source.settings)
+    except ValueError as error:
+        raise BadEntry(
+            "wrong shape", f"one of its {source.kind}s cannot be as it asks: {error}"
+        ) from error
 
 
 def _frames(frames: Sequence[MediaSource]) -> MediaSource:
@@ -126,12 +164,20 @@ def place_media(
     return tuple(source for source in media if source is not None)
 
 
-def conversation(turns: Sequence[Turn], media: Sequence[MediaSource] = ()) -> Conversation:
+def conversation(
+    turns: Sequence[Turn], media: Sequence[MediaSource], entry: dict, fields: Fields
+) -> Conversation:
     """The checked conversation of `turns` and the media in them, in order.
 
+    Args:
+        entry: what stands beside the turns: objects in the images, functions to call.
+
     Raises:
-        BadEntry: see `check_conversation`.
+        BadEntry: see `check_conversation`; or it is not to be trained on as it would be.
     """
-    made = Conversation(turns=tuple(turns), media=tuple(media))
+    refuse_unserved(entry, fields)
+    turns = join_calls(place_objects(turns, media, entry))
+    check_boxes(turns)
+    made = Conversation(turns=turns, media=tuple(media), tools=read_tools(entry, fields))
     check_conversation(made)
     return made

@@ -11,16 +11,14 @@
 | `{"type": "image", "image": ...}`, `"video"` alike | a path, such a URL, or a list of frames |
 | `{"type": "image"}`, `"video"` alike | the next of the entry's `images` or `videos` |
 
-Where `type` is left out, the key tells it. `fps` beside a list of frames is their rate; other keys
-beside a medium, such as `max_pixels`, are not read: a run's options hold for all its images.
+Where `type` is left out, the key tells it. `fps` beside a list of frames is their rate; what
+else qwen-vl-utils reads beside a medium, such as `max_pixels`, is read: see `media_settings`.
 Content that is text has no marks in it, unless the entry has `images` or `videos`: then `<image>`
-and `<video>` are their places. Roles are system (or developer), user and assistant; turns of tools
-are refused, and so are `http://` URLs: download first.
+and `<video>` are their places. Roles are system (or developer), user, assistant, and those of tools
+that `tools` says; `http://` URLs are refused: download first.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from megatron_vl.data.conversation import (
     MEDIA_KINDS,
@@ -30,14 +28,17 @@ from megatron_vl.data.conversation import (
     Part,
     Turn,
 )
+from megatron_vl.data.formats.dialogue import make_turn
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import (
     conversation,
     listed_media,
     media_source,
     place_media,
-    positive,
+    with_settings,
 )
+from megatron_vl.data.formats.tools import calls_of
+from megatron_vl.data.formats.tracked import call_keys
 from megatron_vl.data.formats.turns import (
     MARK,
     describe,
@@ -60,26 +61,29 @@ def read(entry: dict, fields: Fields) -> Conversation:
     roles = {"developer": "system", **role_names(fields)}
     waiting = listed_media(entry, fields)
     mark = MARK if any(waiting.values()) else None
-    turns, inside = [], []  # `inside`: a source for every place, None where a column has it
+    turns, inside = [], []  # `inside`: for every place its source, or the keys beside a place
     for number, said in enumerate(listed_turns(entry, fields, "messages", "conversations"), 1):
         role, key = read_role(said, number, fields, roles)
         content = said.get(key)
         if isinstance(content, str):
             parts = split_at_marks(content, mark)
-            inside += [None for part in parts if part.media]
+            inside += [{} for part in parts if part.media]
         elif isinstance(content, list) and content:
+            call_keys(content, "piece key")
             pieces = [_piece(piece, number) for piece in content]
             parts = tuple(part for part, _ in pieces)
             inside += [source for part, source in pieces if part.media]
+        elif not content and calls_of(said, number):
+            content, parts = "", ()
         else:
             raise BadEntry("wrong shape", f"turn {number} has no text or list `{key}`")
-        turns.append(Turn(role=role, parts=parts))
+        turns.append(make_turn(said, role, number, content, parts))
     turns = with_system(tuple(turns), entry, fields)
-    return conversation(turns, _fill(turns, inside, waiting))
+    return conversation(turns, _fill(turns, inside, waiting), entry, fields)
 
 
-def _piece(piece, number: int) -> tuple[Part, MediaSource | None]:
-    """One piece of a content list, and its image or video where it names one."""
+def _piece(piece, number: int) -> tuple[Part, MediaSource | dict]:
+    """One piece of a content list; and its image or video, or itself where it names none."""
     if not isinstance(piece, dict):
         raise BadEntry("wrong shape", f"turn {number} has {describe(piece)} in its content")
     found = piece.get("type")
@@ -93,7 +97,7 @@ def _piece(piece, number: int) -> tuple[Part, MediaSource | None]:
     if found == "text":
         if not isinstance(piece.get("text"), str):
             raise BadEntry("wrong shape", f"turn {number} has content without its `text`")
-        return Part(text=piece["text"]), None
+        return Part(text=piece["text"]), piece
     kind = found.removesuffix("_url")
     value = next((piece[name] for name in (found, "url", "path") if piece.get(name)), None)
     if isinstance(value, dict) and value.get("url"):
@@ -101,19 +105,13 @@ def _piece(piece, number: int) -> tuple[Part, MediaSource | None]:
     if value is None:
         if found != kind:
             raise BadEntry("missing media", f"turn {number} has an {found} without a URL")
-        return Part(media=kind), None
-    source = media_source(value, kind)
-    if source.frames is not None and piece.get("fps") is not None:
-        fps = positive(piece["fps"])
-        if fps is None:
-            raise BadEntry("wrong shape", f"the fps of a video in turn {number} is no rate")
-        source = replace(source, fps=fps)
-    return Part(media=kind), source
+        return Part(media=kind), piece
+    return Part(media=kind), with_settings(media_source(value, kind), piece)
 
 
 def _fill(
     turns: tuple[Turn, ...],
-    inside: list[MediaSource | None],
+    inside: list[MediaSource | dict],
     waiting: dict[str, list[MediaSource]],
 ) -> tuple[MediaSource, ...]:
     """The media in order: those the content names, and in the other places those of the columns."""
@@ -121,7 +119,9 @@ def _fill(
     own: dict[str, list[MediaSource]] = {kind: [] for kind in MEDIA_KINDS}
     queues = {kind: iter(waiting[kind]) for kind in MEDIA_KINDS}
     for kind, source in zip(places, inside, strict=True):
-        source = source if source is not None else next(queues[kind], None)
+        if isinstance(source, dict):
+            beside, source = source, next(queues[kind], None)
+            source = source and with_settings(source, beside)
         if source is not None:
             own[kind].append(source)
     for kind, queue in queues.items():

@@ -4,15 +4,15 @@
         {"from": "user", "value": "Picture 1: <img>0.jpg</img>\\nWhere is the cat?"},
         {"from": "assistant", "value": "<ref>the cat</ref><box>(10,20),(300,400)</box>"}]}
 
-It becomes what Qwen2-VL is trained on (arXiv 2409.12191, section 2.2.1):
-
 - `<img>path</img>` is the image, and the line break after it belongs to it. Its label `Picture N: `
   stays where the entry has several images, as Qwen2-VL's chat template writes it with
   `add_vision_id`, and goes where it has one.
-- `<ref>text</ref>` is `<|object_ref_start|>text<|object_ref_end|>`.
-- `<box>(x1,y1),(x2,y2)</box>` is `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`: the upper left corner
-  and the lower right one in thousandths of the image's width and height, 0 to 999, in both.
-- `<quad>`, four corners, is `<|quad_start|>...<|quad_end|>` in the same way.
+- `<ref>text</ref>` is what an object is called.
+- `<box>(x1,y1),(x2,y2)</box>` is where it is: two corners in thousandths of the image's width and
+  height. They may be broken numbers, stand on the edge (1000), or be the wrong way round.
+- `<quad>`, four corners, is the same.
+
+In a question a tag without numbers, as in `answer as <box>(x1,y1),(x2,y2)</box>`, is text.
 
 A `system` column is the system prompt where no turn is.
 """
@@ -22,7 +22,16 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from megatron_vl.data.conversation import IMAGE, BadEntry, Conversation, MediaSource, Part, Turn
+from megatron_vl.data.conversation import (
+    IMAGE,
+    BadEntry,
+    Box,
+    Conversation,
+    MediaSource,
+    Part,
+    Turn,
+)
+from megatron_vl.data.formats.dialogue import read_turns
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import (
     conversation,
@@ -30,19 +39,21 @@ from megatron_vl.data.formats.media_columns import (
     media_source,
     place_media,
 )
-from megatron_vl.data.formats.turns import describe, listed_turns, read_turns, with_system
+from megatron_vl.data.formats.objects import box_of
+from megatron_vl.data.formats.turns import describe, listed_turns, with_system
 
-_SCALE = 1000  # coordinates are below it
+_SIZE = (1000, 1000)  # of every image, in the units of its boxes
 _IMAGE = re.compile(r"(Picture [0-9]+: ?)?<img>([^<>\n]*)</img>\n?")
 _IMAGE_TAG = re.compile(r"</?img>")
 _TAG = re.compile(r"(</?(?:ref|box|quad)>)")
-_POINT = re.compile(r"\(\s*([0-9]{1,4})\s*,\s*([0-9]{1,4})\s*\)")
+_NUMBER = r"\s*(-?[0-9]{1,6}(?:\.[0-9]{0,20})?)\s*"
+_POINT = re.compile(rf"\({_NUMBER},{_NUMBER}\)")
 _LIST = re.compile(rf"\s*{_POINT.pattern}(?:\s*,\s*{_POINT.pattern})*\s*")
 _POINTS = {"<box>": 2, "<quad>": 4}
-_TOKENS = {
-    name: (f"<|{token}_start|>", f"<|{token}_end|>")
-    for name, token in (("<ref>", "object_ref"), ("<box>", "box"), ("<quad>", "quad"))
-}
+_TAGS = ("<ref>", *_POINTS)
+_DIGITS = set("0123456789")
+_OF_NUMBERS = _DIGITS | set("-.,() \t\n")
+_NUMBERS_NEXT = re.compile(r"\s*\(\s*-?[0-9]")
 
 
 def read(entry: dict, fields: Fields) -> Conversation:
@@ -58,55 +69,66 @@ def read(entry: dict, fields: Fields) -> Conversation:
     for number, turn in enumerate(turns, start=1):
         parts: list[Part] = []
         for part in turn.parts:
-            _split(part.text, number, images > 1, parts, media)
+            _split(part.text, number, turn.role, images > 1, parts, media)
         made.append(replace(turn, parts=tuple(parts)))
     if not media:  # listed elsewhere: the text has no places for them, which is refused
         media = place_media((), listed_media(entry, fields))
-    return conversation(with_system(tuple(made), entry, fields), media)
+    return conversation(with_system(tuple(made), entry, fields), media, entry, fields)
 
 
 def _split(
-    text: str, number: int, labelled: bool, parts: list[Part], media: list[MediaSource]
+    text: str, number: int, role: str, labelled: bool, parts: list[Part], media: list[MediaSource]
 ) -> None:
-    """Add a turn's text to `parts`, and the images in it to `parts` and `media`."""
+    """Add a turn's text and objects to `parts`, and the images in it to `parts` and `media`."""
     # path at every third place, the label before it, the text around them
     *pieces, last = _IMAGE.split(text)
     for said, label, path in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
-        kept = f"{label.rstrip()} " if label and labelled else ""
-        before = _grounded(said, number) + kept
-        if before:
-            parts.append(Part(text=before))
+        parts += _grounded(said, number, role)
+        if label and labelled:
+            parts.append(Part(text=f"{label.rstrip()} "))
         parts.append(Part(media=IMAGE))
         media.append(media_source(path.strip(), IMAGE))
-    if last or not parts:
-        parts.append(Part(text=_grounded(last, number)))
+    parts += _grounded(last, number, role) or ([] if parts else [Part(text="")])
 
 
-def _grounded(text: str, number: int) -> str:
-    """A text with Qwen2-VL's tokens for its references and boxes."""
+def _grounded(text: str, number: int, role: str) -> list[Part]:
+    """A text's references and boxes as parts, in order; empty text is left out."""
     if _IMAGE_TAG.search(text):
         raise BadEntry("wrong shape", f"turn {number} has no path between <img> and </img>")
-    out, *rest = _TAG.split(text)
-    for at in range(0, len(rest), 4):
-        # tag, what stands in it, its end, the text after it; two of them where the end is missing
-        tag, inside, end, after = (*rest[at : at + 4], "", "")[:4]
-        if tag not in _TOKENS or end != f"</{tag[1:]}":
+    words = _TAG.split(text)  # a tag at every second place
+    parts, kept, at = [], words[0], 1
+    while at < len(words):
+        tag, inside = words[at], words[at + 1]
+        whole = tag in _TAGS and words[at + 2 : at + 3] == [f"</{tag[1:]}"]
+        if _is_quoted(tag, inside, whole, role):
+            kept += tag + inside
+            at += 2
+            continue
+        if not whole:
             raise BadEntry("bad box", f"turn {number} has a {tag} without its other half")
-        if tag in _POINTS:
-            inside = _points(inside, tag, number)
-        begin, stop = _TOKENS[tag]
-        out += f"{begin}{inside}{stop}{after}"
-    return out
+        made = Part(ref=inside) if tag == "<ref>" else Part(box=_box(inside, tag, number))
+        parts += [*([Part(text=kept)] if kept else []), made]
+        kept, at = words[at + 3], at + 4
+    return [*parts, *([Part(text=kept)] if kept else [])]
 
 
-def _points(inside: str, tag: str, number: int) -> str:
-    """Checked points as Qwen2-VL writes them: `(x1,y1),(x2,y2)`."""
-    points = [(int(x), int(y)) for x, y in _POINT.findall(inside)]
+def _is_quoted(tag: str, inside: str, whole: bool, role: str) -> bool:
+    """Whether a tag is spoken of, in a question: it has no other half, or no numbers in it."""
+    if role == "assistant" or (whole and tag == "<ref>"):
+        return False
+    signs = set(inside)
+    return not (signs <= _OF_NUMBERS and signs & _DIGITS if whole else _NUMBERS_NEXT.match(inside))
+
+
+def _box(inside: str, tag: str, number: int) -> Box:
+    """Raises BadEntry: there are other numbers of points, or they are not thousandths."""
+    points = _POINT.findall(inside)
     where = f"turn {number} has the {tag[1:-1]} {describe(inside)}"
     if not _LIST.fullmatch(inside) or len(points) != _POINTS[tag]:
         raise BadEntry("bad box", f"{where}, not {_POINTS[tag]} points (x,y)")
-    if any(x >= _SCALE or y >= _SCALE for x, y in points):
-        raise BadEntry("bad box", f"{where}, which is not within 0 and {_SCALE - 1}")
-    if tag == "<box>" and (points[0][0] > points[1][0] or points[0][1] > points[1][1]):
-        raise BadEntry("bad box", f"{where}, whose first corner is not the upper left one")
-    return ",".join(f"({x},{y})" for x, y in points)
+    numbers = [float(one) for point in points for one in point]
+    if "." in inside and max(numbers) <= 1 and max(numbers) > 0:
+        raise BadEntry(
+            "bad box", f"{where}, which may be in parts of 1; write it in thousandths (0 to 1000)"
+        )
+    return box_of(numbers, size=_SIZE)

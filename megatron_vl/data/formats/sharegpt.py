@@ -6,15 +6,16 @@ The turns are `messages` or `conversations`, of `from` human, gpt, system and `v
 user, assistant, system and `content`, unless a dataset_info.json names others. `<image>` and
 `<video>` take the entry's `images` and `videos` in turn. The text around a mark stays exactly as it
 is: LLaMA-Factory puts the image's tokens where the mark was. A system turn, or else the `system`
-column, is the system prompt. Turns of tools are refused.
+column, is the system prompt. Calls of tools and what they give are read as `tools` says.
 """
 
 from __future__ import annotations
 
 from megatron_vl.data.conversation import Conversation
+from megatron_vl.data.formats.dialogue import read_turns
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import conversation, listed_media, place_media
-from megatron_vl.data.formats.turns import MARK, listed_turns, read_turns, with_system
+from megatron_vl.data.formats.turns import MARK, listed_turns, with_system
 
 
 def read(entry: dict, fields: Fields) -> Conversation:
@@ -25,4 +26,6 @@ def read(entry: dict, fields: Fields) -> Conversation:
     """
     said = listed_turns(entry, fields, "messages", "conversations")
     turns = with_system(read_turns(said, fields, MARK), entry, fields)
-    return conversation(turns, place_media(turns, listed_media(entry, fields)))
+    return conversation(
+        turns, place_media(turns, listed_media(entry, fields)), entry, fields
+    )

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.tracked import call_keys
 
 MARK = re.compile(r"<(image|video)>")
+CALL = "call"  # the role of a turn whose text is the JSON of a function call
 ROLES = {  # what roles are called, whatever the format
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "function_call": CALL,
+    "tool_call": CALL,
+    "observation": "tool",
+    "tool_response": "tool",
+    "tool": "tool",
+    "function": "tool",
 }
 
 
@@ -34,34 +41,16 @@ def listed_turns(entry: dict, fields: Fields, *defaults: str) -> list:
     if not isinstance(said, list):
         name = fields.messages or "` or `".join(defaults)
         raise BadEntry("wrong shape", f"it has no list `{name}`, or an empty one")
+    call_keys(said, "turn key")
     return said
-
-
-def read_turns(said: Sequence, fields: Fields, mark: re.Pattern | None) -> tuple[Turn, ...]:
-    """The turns of `[{role, content}, ...]`, their texts split at each `mark` (None: not at all).
-
-    The keys are `from` and `value`, or `role` and `content`, unless the tags name others.
-
-    Raises:
-        BadEntry: a turn that is no object, from nobody known, or without text.
-    """
-    roles = role_names(fields)
-    turns = []
-    for number, turn in enumerate(said, start=1):
-        role, key = read_role(turn, number, fields, roles)
-        text = turn.get(key)
-        if not isinstance(text, str):
-            raise BadEntry("wrong shape", f"turn {number} has no text `{key}`")
-        turns.append(Turn(role=role, parts=split_at_marks(text, mark)))
-    return tuple(turns)
 
 
 def role_names(fields: Fields) -> dict[str, str]:
     """Every name of a role the dataset may use -> the role."""
     roles = dict(ROLES)
-    for tool in (fields.observation_tag, fields.function_tag):
-        roles.pop(tool, None)
     for name, role in (
+        (fields.observation_tag, "tool"),
+        (fields.function_tag, CALL),
         (fields.user_tag, "user"),
         (fields.assistant_tag, "assistant"),
         (fields.system_tag, "system"),
@@ -126,5 +115,7 @@ def describe(value) -> str:
     """A value in a message: its text if it is short, else what it is."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:60]!r}..."
-    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "nothing"}
+    if isinstance(value, dict):
+        return "an object"
+    names = {list: "a list", bool: "true or false", type(None): "nothing"}
     return names.get(type(value), f"a value of type {type(value).__name__}")

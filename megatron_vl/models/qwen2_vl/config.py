@@ -7,13 +7,19 @@ lie under `text_config`, rope under `rope_parameters`. Every number the model ne
 from __future__ import annotations
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.spec import DecoderSpec, TokenIds, VisionSpec, VLMSpec
+from megatron_vl.models.spec import DecoderSpec, Grounding, TokenIds, VisionSpec, VLMSpec
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
     "2B": (28, 1536),
     "7B": (28, 3584),
     "72B": (80, 8192),
 }
+
+# arXiv 2409.12191, section 2.2.1: coordinates within [0, 1000).
+GROUNDING = Grounding(
+    ref=("<|object_ref_start|>", "<|object_ref_end|>"), box=("<|box_start|>", "<|box_end|>"),
+    quad=("<|quad_start|>", "<|quad_end|>"), scale=1000,
+)
 
 _MISSING = object()
 
@@ -143,6 +149,7 @@ def _tokens(keys: _Keys) -> TokenIds:
         bos=keys.size("bos_token_id", default=None),
         eos=eos[0] if isinstance(eos, list) else eos,
         pad=keys.size("pad_token_id", default=None),
+        grounding=GROUNDING,
     )
 
 

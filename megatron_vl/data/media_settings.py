@@ -1,0 +1,158 @@
+"""What an entry asks for one of its images or videos, under qwen-vl-utils' names. Pure Python.
+
+Such a key stands above the run's options and the model's files: whoever wrote it knows the image.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from megatron_vl.data.options import MediaLimits
+
+MIN_FRAMES = 4  # qwen-vl-utils' FPS_MIN_FRAMES, transformers' Qwen2VLVideoProcessor.min_frames
+IMAGE_TOKENS = (4, 16384)  # least and most of what `resized_height` and `resized_width` ask for
+_MOST = 1 << 31  # of a whole number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaSettings:
+    """Sizes and frames of one image or video; None: the run's.
+
+    Raises:
+        ValueError: values that are none, or exclude one another.
+    """
+
+    resized_height: int | None = None  # pixels, rounded to whole patches; both or neither
+    resized_width: int | None = None
+    min_pixels: int | None = None  # of an image, or of a frame, after resizing
+    max_pixels: int | None = None
+    total_pixels: int | None = None  # of all frames that are taken of a video
+    nframes: int | None = None  # frames taken, rounded to whole patches
+    fps: float | None = None  # frames taken from a second
+    min_frames: int | None = None  # with `fps`
+    max_frames: int | None = None
+    video_start: float | None = None  # seconds from the beginning
+    video_end: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                _check(field.name, value)
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise ValueError("it has one of resized_height and resized_width; give both")
+        for least, most in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"),
+                            ("video_start", "video_end")):
+            one, other = getattr(self, least), getattr(self, most)
+            if one is not None and other is not None and one > other:
+                raise ValueError(f"its {least} {one} is above its {most} {other}")
+        if self.nframes is not None and self.fps is not None:
+            raise ValueError("it has both nframes and fps; give one")
+
+    @property
+    def asks_for_frames(self) -> bool:
+        return any(getattr(self, name) is not None for name in FRAME_KEYS)
+
+    @property
+    def asks_for_pixels(self) -> bool:
+        return any(getattr(self, name) is not None for name in (*PIXEL_KEYS, "total_pixels"))
+
+    def to_dict(self) -> dict[str, int | float]:
+        """What is asked for, by name; `MediaSettings(**...)` is the inverse."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if value is not None}
+
+    def frames(
+        self, num_frames: int, fps: float | None, limits: MediaLimits, factor: int
+    ) -> tuple[int, int, int]:
+        """First and last frame of the part that is asked for, and how many to take, evenly.
+
+        The rules are qwen-vl-utils' `calculate_video_frame_range` and `smart_nframes`, with the
+        run's `video_fps` and `video_maxlen` where it has numbers of its own. Of a part with fewer
+        frames than a patch, which it refuses, all are taken.
+
+        Args:
+            num_frames, fps: the video's.
+            factor: frames a patch.
+
+        Raises:
+            ValueError: the video has no such part, or fewer frames.
+        """
+        rate = fps or limits.video_fps
+        first, last = 0, num_frames - 1
+        seconds = num_frames / rate
+        if self.video_start is not None:
+            first = math.ceil(min(self.video_start, seconds) * rate)
+        if self.video_end is not None:
+            last = min(math.floor(min(self.video_end, seconds) * rate), last)
+        if first > last or (first == last and num_frames > 1):
+            raise ValueError(
+                f"it asks for {self.video_start or 0:g} to {self.video_end or seconds:g} seconds "
+                f"of a video of {seconds:g}, which is less than two frames"
+            )
+        total = last - first + 1
+        if self.nframes is not None:
+            count = round(self.nframes / factor) * factor
+            if not factor <= count <= total:
+                raise ValueError(
+                    f"it asks for {self.nframes} frames of a video that has {total} there"
+                )
+            return first, last, count
+        least = math.ceil((self.min_frames or MIN_FRAMES) / factor) * factor
+        most = self.max_frames or min(limits.video_maxlen, total)
+        most = math.floor(most / factor) * factor
+        wanted = total / rate * (self.fps or limits.video_fps)
+        count = math.floor(min(max(wanted, least), most, total) / factor) * factor
+        if total < factor:
+            return first, last, total
+        if count == 0:
+            raise ValueError(f"it asks for at most {self.max_frames} frames, less than a patch has")
+        return first, last, count
+
+    def pixels(
+        self, size: tuple[int, int], *, frames: int | None, factor: int
+    ) -> tuple[float, float]:
+        """Least and most pixels, as qwen-vl-utils' `fetch_image` and `fetch_video` choose them.
+
+        A limit of the run gives way to one that is asked for, where that refuses both.
+
+        Args:
+            size: the run's.
+            frames: taken of a video; None: an image.
+            factor: frames a patch.
+        """
+        least = size[0] if self.min_pixels is None else self.min_pixels
+        most = size[1] if self.max_pixels is None else self.max_pixels
+        if frames is not None:  # a frame is never larger than the run's, and shares the total
+            share = math.inf if self.total_pixels is None else self.total_pixels / frames * factor
+            most = min(most, max(min(size[1], share), int(least * 1.05)))
+        return (min(least, most), most) if self.min_pixels is None else (least, max(least, most))
+
+
+PIXEL_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
+FRAME_KEYS = ("nframes", "fps", "min_frames", "max_frames", "video_start", "video_end")
+VIDEO_KEYS = ("total_pixels", *FRAME_KEYS)
+
+
+def settings_of(keys: Mapping, names: tuple[str, ...]) -> MediaSettings | None:
+    """The settings among `keys`, of those `names`; None where there are none.
+
+    Raises:
+        ValueError: see `MediaSettings`.
+    """
+    given = {name: keys.get(name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    return MediaSettings(**given) if given else None
+
+
+def _check(name: str, value) -> None:
+    seconds = name in ("fps", "video_start", "video_end")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"its {name} is no number")
+    if not (name == "video_start" and value == 0) and not 0 < value <= sys.float_info.max:
+        raise ValueError(f"its {name} is not above 0")
+    if not seconds and (value != int(value) or value > _MOST):
+        raise ValueError(f"its {name} is no whole number up to {_MOST}")
