@@ -17,7 +17,7 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
    5 LR                        learning rate
    6 MIN_LR                    learning rate at the end of the cosine
    7 SEQ_LEN                   longest sample, and length of a packed row, in tokens
-   8 PAD_LEN                   row length when a row holds one sample, at most SEQ_LEN
+   8 PAD_LEN                   longest row when a row holds one sample, at most SEQ_LEN
    9 PR                        fp16, bf16, fp8 or fp32
   10 TP                        tensor-parallel ranks
   11 PP                        pipeline stages

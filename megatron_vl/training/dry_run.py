@@ -16,10 +16,10 @@ from megatron_vl.errors import InputError
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.epochs import with_steps
+from megatron_vl.training.machine import check_machine
 from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
 from megatron_vl.training.plan import (
     Plan,
-    check_machine,
     check_outputs,
     datasets,
     find_checkpoint,
@@ -128,7 +128,7 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     return (
         f"dry run of {plan.spec.model_type}, {layout}: {plan.split}\n"
         f"{layout.world_size} processes = {nnodes} node{'s' * (nnodes > 1)} x {nproc_per_node}\n"
-        f"{config.batch.global_batch_size} rows of {plan.row_length} tokens a step = "
+        f"{config.batch.global_batch_size} rows of {plan.described_length} a step = "
         f"{plan.num_microbatches} microbatches x {config.batch.micro_batch_size} rows x "
         f"{layout.dp} data ranks; {config.batch.train_iters} steps\n"
         f"{'; '.join(kinds)}"

@@ -217,6 +217,7 @@ class Trainer:
             valid=valid,
             seq_length=batch.seq_length,
             max_padding_length=batch.max_padding_length or batch.seq_length,
+            row_multiple=self.plan.row_multiple,
             micro_batch_size=batch.micro_batch_size,
             num_workers=data.num_workers,
             packing_buffer_size=data.packing_buffer_size or None,
@@ -443,7 +444,7 @@ def describe(plan: Plan, platform) -> str:
     rows = config.batch.global_batch_size
     return (
         f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
-        f"{rows} rows of {plan.row_length} tokens a step = {plan.num_microbatches} "
+        f"{rows} rows of {plan.described_length} a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
         f"{config.batch.train_iters} steps; {config.model.dtype}"
         f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"

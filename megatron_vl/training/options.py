@@ -76,7 +76,7 @@ class BatchOptions:
     global_batch_size: int = option(1, "rows of one optimizer step over all ranks")
     seq_length: int = option(2048, "tokens of a row, and the longest sample")
     max_padding_length: int | None = option(
-        None, "row length when a row holds one sample; default: seq-length", kind=int
+        None, "longest row when a row holds one sample; default: seq-length", kind=int
     )
     train_iters: int = option(100, "optimizer steps")
     train_samples: int | None = option(

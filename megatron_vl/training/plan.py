@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,11 +14,11 @@ from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
-from megatron_vl.ops.attention import Case, check_backend
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import METRICS, page_of
+from megatron_vl.training.machine import check_machine
 from megatron_vl.training.trackers import check_trackers
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
 
@@ -37,10 +38,25 @@ class Plan:
 
     @property
     def row_length(self) -> int:
-        """Tokens of every row: seq-length when samples are packed, else what they are padded to."""
+        """Tokens that a row holds: seq-length when samples are packed, else max-padding-length."""
         batch = self.config.batch
         packs = self.config.data.packing_buffer_size > 0
         return batch.seq_length if packs else batch.max_padding_length or batch.seq_length
+
+    @property
+    def row_multiple(self) -> int | None:
+        """Of what the length of unpacked rows is a multiple; None: all have `row_length`."""
+        if self.config.data.packing_buffer_size > 0 or not self.layout.lengths_vary:
+            return None
+        # Few lengths, so that kernels chosen by shape come again; 16 tokens a rank, as fp8 needs.
+        return math.lcm(64, 16 * self.layout.row_parts)
+
+    @property
+    def described_length(self) -> str:
+        """How long rows are, in words."""
+        if self.row_multiple is None:
+            return f"{self.row_length} tokens"
+        return f"at most {self.row_length} tokens, no longer than a microbatch needs,"
 
     @property
     def metrics_file(self) -> Path | None:
@@ -120,12 +136,11 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         recompute=recompute,
         vit_recompute=vit_recompute,
     )
-    parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    if plan.row_length % parts:
+    if plan.row_length % layout.row_parts:
         raise InputError(
             f"rows of {plan.row_length} tokens (SEQ_LEN, or PAD_LEN without packing) do not divide "
-            f"over {parts} parts, as context parallelism and sequence-parallel need; use a "
-            f"multiple of {parts}."
+            f"over {layout.row_parts} parts, as context parallelism and sequence-parallel need; "
+            f"use a multiple of {layout.row_parts}."
         )
     _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
@@ -301,63 +316,6 @@ def check_outputs(config: TrainConfig) -> None:
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             what = "may not be written to" if there.is_dir() else "is a file"
             raise InputError(f"{option} {given} cannot be made: {there} {what}; give another.")
-
-
-def check_machine(config: TrainConfig, spec: VLMSpec) -> None:
-    """Raises InputError: something asked for that this machine, or this program on it, cannot do.
-    """
-    _check_devices(config)
-    _check_attention(config, spec)
-
-
-def _check_devices(config: TrainConfig) -> None:
-    import importlib.util
-
-    import torch
-
-    transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-    if torch.cuda.is_available():
-        _check_offload(config, transformer_engine)
-        if transformer_engine:
-            return
-    for option, asked, instead in (
-        ("fp8-format (PR fp8)", config.model.fp8_format, "bf16"),
-        ("cpu-offloading (AC offload)", config.model.cpu_offloading,
-         "recompute-granularity full (AC full)"),
-    ):
-        if asked:
-            raise InputError(
-                f"{option} needs TransformerEngine on a CUDA device and this machine has none; use "
-                f"{instead}."
-            )
-
-
-def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
-    """What needs no look at a device; a rank sees the rest when it builds its layers."""
-    for tower in (spec.decoder, spec.vision):
-        case = Case.here(
-            dtype=config.model.dtype, head_dim=tower.head_dim,
-            deterministic=config.model.deterministic, touch_device=False,
-        )
-        check_backend(config.model.attention_backend, case)
-
-
-def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
-    """Whether Megatron-Core's hybrid optimizer, which CUDA devices need for it, can be had."""
-    options = config.optimizer
-    if not options.optimizer_cpu_offload or options.optimizer_offload_fraction == 0:
-        return
-    option = "optimizer-cpu-offload (OPTIMIZER_OFFLOAD)"
-    if not (config.model.bf16 and options.use_distributed_optimizer):
-        raise InputError(
-            f"{option} on GPUs needs bf16 (PR bf16) and use-distributed-optimizer (DO true); give "
-            f"both, or leave it out."
-        )
-    if not transformer_engine:
-        raise InputError(
-            f"{option} on GPUs needs TransformerEngine, which is not installed; install it, or use "
-            f"use-distributed-optimizer (DO true) alone, which shares the state over data ranks."
-        )
 
 
 def find_checkpoint(

@@ -41,6 +41,7 @@ def model_options(
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
         fused_ops=run.fused_ops == "auto" and platform.fuses_ops,
         initialize_weights=initialize_weights,
+        row_lengths_vary=plan.row_multiple is not None,
         deterministic=run.deterministic,
         frozen=run.frozen,
     )

@@ -11,7 +11,8 @@ from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
 from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.plan import _check_offload, _recompute, find_checkpoint, plan_run
+from megatron_vl.training.machine import _check_offload
+from megatron_vl.training.plan import _recompute, find_checkpoint, plan_run
 
 FULL = dict(recompute_granularity="full")
 REFUSED = {
@@ -67,6 +68,23 @@ def test_what_cannot_run_is_refused_with_what_to_use_instead(options, sentence, 
     with pytest.raises(InputError) as refused:
         plan_run(config(model_dir, **options), options.get("pipeline_model_parallel_size", 1))
     assert sentence in str(refused.value)
+
+
+PP2 = dict(pipeline_model_parallel_size=2)
+WIDE = dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2)
+
+
+@pytest.mark.parametrize(("options", "world", "multiple"), [
+    (dict(), 1, 64), (PP2, 2, 64), (WIDE, 4, 64), (dict(packing_buffer_size=8), 1, None),
+    # Megatron-Core would swap the lengths that virtual stages tell one another.
+    (dict(**PP2, num_virtual_stages_per_pipeline_rank=2), 2, None),
+])
+def test_rows_of_one_sample_vary_in_length_where_the_layout_lets_them(
+    options, world, multiple, model_dir
+):
+    plan = plan_run(config(model_dir, **options, global_batch_size=2), world)
+    assert plan.row_multiple == multiple
+    assert ("at most 2048 tokens" in plan.described_length) == (multiple is not None)
 
 
 def test_what_is_shown_goes_beside_the_metrics_unless_told(model_dir):
