@@ -52,6 +52,7 @@ class Resumed:
     loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
     guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
     samples: int | None = 0  # read so far; None where the checkpoint does not say
+    schedule: dict | None = None  # the state of its OptimizerParamScheduler; None: a new one begins
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -173,6 +174,7 @@ def load_checkpoint(
         iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else (),
         guard=loaded.get("megatron_vl", {}).get("guard", {}),
         samples=loaded.get("megatron_vl", {}).get("samples"),
+        schedule=loaded["opt_param_scheduler"],
     )
 
 

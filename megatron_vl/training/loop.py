@@ -38,7 +38,7 @@ from megatron_vl.training.plan import (
 )
 from megatron_vl.training.record import write_options
 from megatron_vl.training.saver import Saved, Saver
-from megatron_vl.training.setup import build_model, build_optimizer
+from megatron_vl.training.setup import build_model, build_optimizer, schedule_change
 from megatron_vl.training.show import Show
 from megatron_vl.training.step import (
     RowStream,
@@ -175,6 +175,8 @@ class Trainer:
             self.guard.restore(resumed.guard)
             verb = "resumed from" if self.own else "loaded"
             self.say(f"{verb} {self.source.path}: {self.done} steps done")
+            if resumed.schedule and (told := schedule_change(self.scheduler, resumed.schedule)):
+                self.say(told)
         else:
             self.say("no checkpoint given: every weight starts random")
         self.watch.beat("opening the data")

@@ -372,8 +372,17 @@ SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_
 
 
 def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
-    """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule."""
+    """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule.
+
+    Its length may change, and what follows from it: the schedule's end and a warmup that is a share.
+    """
     saved, here = dict(info.args), config.resolved()
+    follows = []
+    if saved.get("lr_decay_iters") is None and here["lr_decay_iters"] is None:
+        follows.append("lr_decay_iters")
+    share = here["lr_warmup_fraction"]
+    if follows and share is not None and saved.get("lr_warmup_fraction") == share:
+        follows.append("lr_warmup_iters")
     for options in (saved, here):  # what being left out means
         for name, meant in (("lr_decay_iters", "train_iters"), ("vit_lr", "lr"),
                             ("merger_lr", "lr")):
@@ -386,7 +395,7 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
         for part in PARTS:
             options.setdefault(f"freeze_{part}", False)
     if not config.optimizer.override_opt_param_scheduler:
-        for name in SCHEDULE:
+        for name in (name for name in SCHEDULE if name not in follows):
             if name in saved and saved[name] != here[name]:
                 raise InputError(
                     f"{info.path} was trained with {_flag(name)} {saved[name]} but this run has "

@@ -210,17 +210,26 @@ def test_a_split_trains_validates_and_goes_home(name, workshop, plain_run):
     assert "validation at iteration 10" in done.out
 
 
-def test_a_longer_schedule_is_refused_on_resume_until_it_is_meant(workshop, plain_run):
+def test_a_run_may_be_lengthened_and_its_rates_changed_when_they_are_meant(workshop, plain_run):
     save = shutil.copytree(workshop.checkpoint("plain"), workshop.root / "longer")
-    again = dict(TRAIN_ITERS=11, LR="2e-3", extra=f"--save {save}")
+    done = workshop.train("longer-out", TRAIN_ITERS=11, extra=f"--save {save}")
+    assert done.code == 0 and "iteration 11/11" in done.out, done.text
+    # Warmup 2, cosine from 1e-3 to 1e-4 over 11 where it was over 10.
+    rate = workshop.steps("longer-out")[11]["lr"]
+    assert rate == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi * 8 / 9)) / 2)
+    assert (f"schedule ends after 11 steps, the checkpoint's after 10: the rate goes on at "
+            f"{rate:.3e} instead of 1.000e-04") in done.out, done.out
+    again = dict(TRAIN_ITERS=12, LR="2e-3", extra=f"--save {save}")
     done = workshop.train("longer-out", **again)
     assert done.code == 2 and "--override-opt-param-scheduler" in done.err, done.text
     again["extra"] += " --override-opt-param-scheduler"
     done = workshop.train("longer-out", **again)
-    assert done.code == 0 and "iteration 11/11" in done.out, done.text
-    # Warmup 2, cosine from the new 2e-3 to 1e-4 over 11: the last step but one of the decay.
-    expected = 1e-4 + (2e-3 - 1e-4) * (1 + math.cos(math.pi * 8 / 9)) / 2
-    assert workshop.steps("longer-out")[11]["lr"] == pytest.approx(expected)
+    assert done.code == 0 and "iteration 12/12" in done.out, done.text
+    expected = 1e-4 + (2e-3 - 1e-4) * (1 + math.cos(math.pi * 9 / 10)) / 2
+    steps = [json.loads(line) for file in (workshop.root / "longer-out" / "log").glob("*/*.jsonl")
+             for line in file.read_text().splitlines()]
+    assert [one["lr"] for one in steps if one.get("iteration") == 12 and one["kind"] == "train"] \
+        == [pytest.approx(expected)]
 
 
 def test_another_kind_of_optimizer_is_refused_on_resume(workshop, plain_run):

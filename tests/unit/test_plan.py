@@ -10,9 +10,11 @@ import torch
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
+from megatron_vl.parallel import Layout
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.machine import _check_offload
-from megatron_vl.training.plan import _recompute, find_checkpoint, plan_run
+from megatron_vl.training.plan import _check_options, _recompute, find_checkpoint, plan_run
+from megatron_vl.weights.mcore_io import CheckpointInfo
 
 FULL = dict(recompute_granularity="full")
 REFUSED = {
@@ -178,3 +180,44 @@ def test_a_load_that_is_needed_and_not_there_is_named(hf_config, model_dir, tmp_
 def test_both_towers_recompute_what_the_plan_says(model_dir):
     plan = plan_run(config(model_dir, **FULL, vit_recompute_granularity="selective"), 1)
     assert (plan.recompute.granularity, plan.vit_recompute.granularity) == ("full", "selective")
+
+
+SHARE = dict(lr_warmup_fraction=0.1)
+RESUMED = {  # what the run had, what it has, what is refused
+    "longer": (dict(train_iters=10), dict(train_iters=20), None),
+    "shorter": (dict(train_iters=20), dict(train_iters=10), None),
+    "longer, a warmup that is a share": (
+        dict(train_iters=10, **SHARE), dict(train_iters=50, **SHARE), None),
+    "longer by samples": (dict(train_iters=10), dict(train_samples=20), None),
+    "longer, a schedule of its own": (
+        dict(train_iters=10, lr_decay_iters=10), dict(train_iters=20, lr_decay_iters=10), None),
+    "longer than the schedule was": (
+        dict(train_iters=10), dict(train_iters=20, lr_decay_iters=10), None),
+    "another schedule": (
+        dict(train_iters=10), dict(train_iters=20, lr_decay_iters=15), "lr-decay-iters 10"),
+    "a schedule that no longer ends by itself": (
+        dict(train_iters=10, lr_decay_iters=10), dict(train_iters=20), "lr-decay-iters 10"),
+    "another share": (
+        dict(train_iters=10, **SHARE), dict(train_iters=20, lr_warmup_fraction=0.2),
+        "lr-warmup-iters 1 "),
+    "another rate": (dict(lr=1e-4), dict(lr=2e-4, train_iters=200), "lr 0.0001"),
+    "another end": (dict(min_lr=1e-7), dict(), "min-lr 1e-07"),
+    "another decay": (dict(), dict(lr_decay_style="linear"), "lr-decay-style cosine"),
+}
+
+
+@pytest.mark.parametrize(("had", "has", "refused"), RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_may_have_another_length_and_nothing_else_of_its_schedule(
+    had, has, refused, tmp_path
+):
+    before, now = TrainConfig.from_dict(had), TrainConfig.from_dict(has)
+    info = CheckpointInfo(
+        format="torch_dist", root=tmp_path, path=tmp_path, iteration=5, release=False,
+        layout=Layout(), split=None, model_type=None, dtype=None, padded_vocab=None,
+        args=before.resolved(),
+    )
+    if refused is None:
+        return _check_options(now, info)
+    with pytest.raises(InputError, match=f"was trained with {refused}"):
+        _check_options(now, info)
+    _check_options(TrainConfig.from_dict({**has, "override_opt_param_scheduler": True}), info)
