@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
+from megatron_vl.data.model_files import missing_files
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import DTYPES, VLMSpec
@@ -84,6 +86,10 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers, progress=progress,
         )
     _report(args, conversion, written, time.perf_counter() - started)
+    if missing := missing_files(config_dir):
+        print(f"warning: {config_dir} has no {' and no '.join(missing)}, without which the "
+              f"converted checkpoint can neither be trained nor served; copy what is missing into "
+              f"{args.dst} from the model's Hugging Face repository", file=sys.stderr)
     if args.verify:
         from megatron_vl.cli.verify import verify
 

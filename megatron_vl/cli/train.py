@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import InputError
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         run_worker(lambda: _train(config, stop), command="train", debug=args.debug)
     from megatron_vl.training.epochs import with_steps
     from megatron_vl.training.plan import check_paths, find_checkpoint, plan_run
+    from megatron_vl.training.save_lock import check_free
 
     config = with_steps(config)
     env = _nodes(args)
@@ -89,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_run(config, processes * env.nnodes)
     find_checkpoint(plan)
     check_paths(config)
+    if config.checkpoint.save is not None and env.node_rank == 0:
+        check_free(Path(config.checkpoint.save))
     from megatron_vl.cli.launch import launch
 
     if env.source != MACHINE:

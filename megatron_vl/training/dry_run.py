@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from megatron_vl.data.model_files import check_model_files
 from megatron_vl.errors import InputError
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.training.config import TrainConfig
@@ -93,6 +94,7 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
 def _look_around(plan: Plan, notes: list[str]) -> None:
     """Notes on this machine; a dataset that is here is checked as at a start."""
     config = plan.config
+    _note(notes, lambda: check_model_files(plan.hf_dir))
     for mixture, split in datasets(config):
         missing = [path for path in mixture.paths if not path.exists()]
         notes += [f"the dataset {path} is not there yet." for path in missing]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.model_files import check_model_files
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
@@ -277,13 +278,16 @@ def trained_text(config: TrainConfig) -> TrainedText:
 
 
 def check_paths(config: TrainConfig) -> None:
-    """The datasets' splits, and whether what the run writes can be written and tracked.
+    """The model's files, the datasets' splits, and whether what the run writes can be written and
+    tracked.
 
     Looks at every shard: one process does it for all.
 
     Raises:
-        InputError: a dataset without the split that is read from it, or an output that cannot be.
+        InputError: no tokenizer or image settings, a dataset without the split that is read from
+            it, or an output that cannot be.
     """
+    check_model_files(hf_directory(config))
     for mixture, split in datasets(config):
         mixture.check(split)
     check_outputs(config)
@@ -374,7 +378,7 @@ SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_
 def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
     """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule.
 
-    Its length may change, and what follows from it: the schedule's end and a warmup that is a share.
+    Its length may change, and with it the schedule's end and a warmup that is a share of it.
     """
     saved, here = dict(info.args), config.resolved()
     follows = []
