@@ -120,7 +120,7 @@ case $PR in
   bf16) OPTIONS+=(--bf16) ;;
   fp16) OPTIONS+=(--fp16) ;;
   fp8) OPTIONS+=(--bf16 --fp8-format hybrid) ;;
-  fp32) ;;
+  fp32) OPTIONS+=(--fp32) ;;
   *) refuse "PR is '$PR'; use fp16, bf16, fp8 or fp32." ;;
 esac
 

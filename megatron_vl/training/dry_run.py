@@ -122,7 +122,7 @@ def _note(notes: list[str], check: Callable[[], None]) -> None:
 def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     config, layout = plan.config, plan.layout
     frozen = ", ".join(config.model.frozen)
-    kinds = [config.model.dtype]
+    kinds = [plan.precision]
     kinds += ["distributed optimizer"] if config.optimizer.use_distributed_optimizer else []
     kinds += [f"optimizer {config.optimizer.optimizer_offload_fraction:.0%} in host memory"
               ] if config.optimizer.optimizer_cpu_offload else []

@@ -448,7 +448,7 @@ def describe(plan: Plan, platform) -> str:
         f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
         f"{rows} rows of {plan.described_length} a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
-        f"{config.batch.train_iters} steps; {config.model.dtype}"
+        f"{config.batch.train_iters} steps; {plan.precision}"
         f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"
         f"{describe_parts(plan)}\n{describe_attention(plan)}"
         + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else

@@ -7,7 +7,7 @@ the field's documentation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_vl.errors import InputError
@@ -193,12 +193,24 @@ class OptimizerOptions:
         return 1.0 if own is None or own == self.lr else own / self.lr
 
 
+# Options of which one says the precision -> dtypes.
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRunOptions:
     """Precision, memory, and what is trained."""
 
-    bf16: bool = option(False, "parameters and activations in bfloat16, optimizer in fp32")
-    fp16: bool = option(False, "parameters and activations in float16 with loss scaling")
+    bf16: bool | None = option(
+        None, "parameters and activations in bfloat16, optimizer in fp32; default: the precision "
+        "that a resumed run had, else the dtype of config.json", kind=bool
+    )
+    fp16: bool | None = option(
+        None, "parameters and activations in float16 with loss scaling", kind=bool
+    )
+    fp32: bool | None = option(
+        None, "all in float32, whatever the dtype of config.json", kind=bool
+    )
     fp8_format: str | None = option(
         None, "matrix products in fp8, with bf16; needs TransformerEngine on a CUDA device",
         choices=("e4m3", "hybrid"), kind=str,
@@ -244,9 +256,10 @@ class ModelRunOptions:
     seed: int = option(1234, "of weights, data order and everything else random")
 
     def __post_init__(self) -> None:
-        if self.bf16 and self.fp16:
-            raise InputError("bf16 and fp16 exclude one another; give one of them.")
-        if self.fp8_format and not self.bf16:
+        given = [name for name in PRECISIONS if getattr(self, name)]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} exclude one another; give one of them.")
+        if self.fp8_format and self.dtype not in (None, "bfloat16"):
             raise InputError("fp8-format is for bf16 training; add bf16.")
         if len(self.frozen) == len(PARTS):
             raise InputError(
@@ -265,8 +278,15 @@ class ModelRunOptions:
         _at_least(self, 0, "seed", "init_method_std")
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> str | None:
+        """Of parameters and activations; None where no option says it."""
+        if all(getattr(self, name) is None for name in PRECISIONS):
+            return None
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    def with_dtype(self, dtype: str) -> ModelRunOptions:
+        """The same with its precision said."""
+        return replace(self, **{name: PRECISIONS[name] == dtype for name in PRECISIONS})
 
     @property
     def frozen(self) -> tuple[str, ...]:

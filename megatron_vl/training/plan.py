@@ -20,6 +20,7 @@ from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import METRICS, page_of
 from megatron_vl.training.machine import check_machine
+from megatron_vl.training.options import PRECISIONS
 from megatron_vl.training.trackers import check_trackers
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
 
@@ -33,6 +34,7 @@ class Plan:
     layout: Layout
     split: StageSplit
     hf_dir: Path  # config.json and tokenizer
+    precision: str  # and what says it, in words
     num_microbatches: int
     recompute: Recompute  # of the language model
     vit_recompute: Recompute  # of the vision tower
@@ -115,6 +117,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             "cpu-offloading (AC offload) needs a pipeline of one stage; use "
             "recompute-granularity full (AC full), or PP 1."
         )
+    config, precision = _with_precision(config, spec)
     if here:
         check_machine(config, spec)
     if config.model.init_method_std is not None:
@@ -133,6 +136,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         layout=layout,
         split=split,
         hf_dir=hf_dir,
+        precision=precision,
         num_microbatches=config.batch.num_microbatches(layout.dp),
         recompute=recompute,
         vit_recompute=vit_recompute,
@@ -230,14 +234,35 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
     """
     first = config.parallel.decoder_first_pipeline_num_layers
     if first is None:
-        info = _own(config, {})
-        if info is None and config.checkpoint.load is not None:
-            info = inspect_checkpoint(config.checkpoint.load)
+        info = _source(config)
         if info is not None and info.split is not None and not _fits_all(info):
             here = (layout.pp, layout.vp)
             if (info.split.pp, info.split.vp) == here:
                 return info.split
     return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first)
+
+
+def _source(config: TrainConfig) -> CheckpointInfo | None:
+    """What SAVE holds, else what `load` does."""
+    info = _own(config, {})
+    if info is None and config.checkpoint.load is not None:
+        info = inspect_checkpoint(config.checkpoint.load)
+    return info
+
+
+def _with_precision(config: TrainConfig, spec: VLMSpec) -> tuple[TrainConfig, str]:
+    """The configuration with its precision said, and a word on who says it: an option, else the run
+    that is resumed, else config.json."""
+    if config.model.dtype is not None:
+        return config, config.model.dtype
+    info, dtype, says = _source(config), spec.dtype, "config.json"
+    finetune = config.checkpoint.finetune and _own(config, {}) is None
+    if info is not None and not info.release and not finetune:
+        had = [name for name in PRECISIONS if info.args.get(name)]
+        if had or "bf16" in info.args:
+            dtype, says = PRECISIONS[had[0]] if had else "float32", "the checkpoint"
+    model = config.model.with_dtype(dtype)
+    return replace(config, model=model), f"{dtype}, as {says} says"
 
 
 def _fits_all(info: CheckpointInfo) -> bool:

@@ -62,7 +62,8 @@ def test_it_needs_neither_torch_nor_megatron_core_nor_a_node_rank(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "per_weight"), [
-    ([], (4, 4, 8)),  # fp32: weights, gradients, two moments
+    (["--fp32"], (4, 4, 8)),  # weights, gradients, two moments
+    ([], (2, 4, 12)),  # config.json's, bf16
     (["--bf16"], (2, 4, 12)),  # and the weights in fp32
     (["--fp16"], (2, 4, 12)),
 ])

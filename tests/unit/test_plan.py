@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -87,6 +88,49 @@ def test_rows_of_one_sample_vary_in_length_where_the_layout_lets_them(
     plan = plan_run(config(model_dir, **options, global_batch_size=2), world)
     assert plan.row_multiple == multiple
     assert ("at most 2048 tokens" in plan.described_length) == (multiple is not None)
+
+
+PRECISIONS = {
+    "config.json's": ("bfloat16", {}, "bfloat16, as config.json says"),
+    "another config.json's": ("float16", {}, "float16, as config.json says"),
+    "fp32": ("bfloat16", dict(fp32=True), "float32"),
+    "not bf16": ("bfloat16", dict(bf16=False), "float32"),
+    "bf16": ("float32", dict(bf16=True), "bfloat16"),
+    "fp8": ("bfloat16", dict(bf16=True, fp8_format="hybrid"), "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("own", "options", "says"), PRECISIONS.values(), ids=PRECISIONS)
+def test_the_precision_is_config_jsons_where_no_option_says_it(
+    own, options, says, model_dir, tmp_path
+):
+    values = json.loads((model_dir / "config.json").read_text())
+    values.pop("torch_dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "dtype": own}))
+    plan = plan_run(config(tmp_path, **options), 1, here=False)
+    assert plan.precision == says and plan.config.model.dtype == says.partition(",")[0]
+    assert TrainConfig.from_dict(plan.config.to_dict()) == plan.config
+
+
+@pytest.mark.parametrize(("had", "finetune", "says"), [
+    (dict(fp16=True), False, "float16, as the checkpoint says"),
+    (dict(fp32=True), False, "float32, as the checkpoint says"),
+    (dict(bf16=False, fp16=False), False, "float32, as the checkpoint says"),  # of an older version
+    (dict(bf16=True), True, "float32, as config.json says"),
+])
+def test_a_resumed_run_keeps_its_precision(had, finetune, says, model_dir, tmp_path, monkeypatch):
+    info = checkpoint_of(had, tmp_path)
+    monkeypatch.setattr("megatron_vl.training.plan.inspect_checkpoint", lambda _: info)
+    plan = plan_run(config(model_dir, load=str(model_dir), finetune=finetune), 1)
+    assert plan.precision == says
+
+
+def checkpoint_of(args: dict, where) -> CheckpointInfo:
+    """What a run with these options would have left."""
+    return CheckpointInfo(
+        format="torch_dist", root=where, path=where, iteration=5, release=False, layout=Layout(),
+        split=None, model_type=None, dtype=None, padded_vocab=None, args=args,
+    )
 
 
 def test_what_is_shown_goes_beside_the_metrics_unless_told(model_dir):
@@ -211,11 +255,7 @@ def test_a_resumed_run_may_have_another_length_and_nothing_else_of_its_schedule(
     had, has, refused, tmp_path
 ):
     before, now = TrainConfig.from_dict(had), TrainConfig.from_dict(has)
-    info = CheckpointInfo(
-        format="torch_dist", root=tmp_path, path=tmp_path, iteration=5, release=False,
-        layout=Layout(), split=None, model_type=None, dtype=None, padded_vocab=None,
-        args=before.resolved(),
-    )
+    info = checkpoint_of(before.resolved(), tmp_path)
     if refused is None:
         return _check_options(now, info)
     with pytest.raises(InputError, match=f"was trained with {refused}"):
