@@ -120,9 +120,9 @@ def _nodes(args: argparse.Namespace) -> ClusterEnv:
         check_one_launcher(os.environ, env)
     if args.cluster_env and env.source == MACHINE:
         raise InputError(
-            "cluster-env (ENV dlc) needs a scheduler's variables, in DLC WORLD_SIZE, RANK and "
+            "cluster-env needs a scheduler's variables, in DLC WORLD_SIZE, RANK and "
             "MASTER_ADDR, and none is set; submit through the scheduler, or use no-cluster-env "
-            "(ENV dsw) for this machine alone."
+            "for this machine alone."
         )
     given = {name: getattr(args, name) for name in NODES if getattr(args, name) is not None}
     return replace(env, **given)

@@ -24,6 +24,6 @@ def check_model_files(hf_dir: Path) -> None:
     if missing := missing_files(hf_dir):
         raise InputError(
             f"{hf_dir} has no {' and no '.join(missing)}, which training reads; copy what is "
-            f"missing from the model's Hugging Face repository, or give hf-config (MP_HF_PATH) "
+            f"missing from the model's Hugging Face repository, or give hf-config "
             f"another directory."
         )

@@ -248,7 +248,7 @@ def _loader_states(info: CheckpointInfo) -> list[Path]:
         missing = next(path for path in wanted if path not in found)
         raise InputError(
             f"{missing} is missing, where a rank's place in the data is; restore it, or go on in a "
-            f"new SAVE with --load {info.root}, where the data starts anew."
+            f"new --save with --load {info.root}, where the data starts anew."
         )
     return found
 

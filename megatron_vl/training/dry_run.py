@@ -85,7 +85,7 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
     if checkpoint.hf_config is None:
         raise InputError(
             f"load {checkpoint.load} is not there yet, so the model is unknown; give --hf-config "
-            f"(MP_HF_PATH) a directory with its config.json."
+            f"a directory with its config.json."
         )
     notes.append(f"load {checkpoint.load} is not there yet; convert the weights for this layout.")
     return without

@@ -26,9 +26,9 @@ def _check_devices(config: TrainConfig) -> None:
         if transformer_engine:
             return
     for option, asked, instead in (
-        ("fp8-format (PR fp8)", config.model.fp8_format, "bf16"),
-        ("cpu-offloading (AC offload)", config.model.cpu_offloading,
-         "recompute-granularity full (AC full)"),
+        ("fp8-format", config.model.fp8_format, "bf16"),
+        ("cpu-offloading", config.model.cpu_offloading,
+         "recompute-granularity full"),
     ):
         if asked:
             raise InputError(
@@ -52,14 +52,14 @@ def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
     options = config.optimizer
     if not options.optimizer_cpu_offload or options.optimizer_offload_fraction == 0:
         return
-    option = "optimizer-cpu-offload (OPTIMIZER_OFFLOAD)"
+    option = "optimizer-cpu-offload"
     if not (config.model.bf16 and options.use_distributed_optimizer):
         raise InputError(
-            f"{option} on GPUs needs bf16 (PR bf16) and use-distributed-optimizer (DO true); give "
+            f"{option} on GPUs needs bf16 and use-distributed-optimizer; give "
             f"both, or leave it out."
         )
     if not transformer_engine:
         raise InputError(
             f"{option} on GPUs needs TransformerEngine, which is not installed; install it, or use "
-            f"use-distributed-optimizer (DO true) alone, which shares the state over data ranks."
+            f"use-distributed-optimizer alone, which shares the state over data ranks."
         )

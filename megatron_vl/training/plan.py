@@ -16,6 +16,7 @@ from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import METRICS, page_of
@@ -101,8 +102,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         needs_load(config) or hf_dir == Path(load)
     ):
         raise InputError(
-            f"load (PRETRAIN_CHECKPOINT_PATH) {load} does not exist; give --load a converted "
-            f"checkpoint's directory."
+            f"--load {load} does not exist; give a converted checkpoint's directory."
         )
     if hf_dir is None:
         raise InputError(
@@ -114,8 +114,8 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
-            "cpu-offloading (AC offload) needs a pipeline of one stage; use "
-            "recompute-granularity full (AC full), or PP 1."
+            "cpu-offloading needs a pipeline of one stage; use "
+            "recompute-granularity full, or PP 1."
         )
     config, precision = _with_precision(config, spec)
     if here:
@@ -143,9 +143,9 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     )
     if plan.row_length % layout.row_parts:
         raise InputError(
-            f"rows of {plan.row_length} tokens (SEQ_LEN, or PAD_LEN without packing) do not divide "
-            f"over {layout.row_parts} parts, as context parallelism and sequence-parallel need; "
-            f"use a multiple of {layout.row_parts}."
+            f"rows of {plan.row_length} tokens (seq-length, or max-padding-length without packing) "
+            f"do not divide over {layout.row_parts} parts, as context parallelism and "
+            f"sequence-parallel need; use a multiple of {layout.row_parts}."
         )
     _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
@@ -197,9 +197,9 @@ def _check_same_model(config: TrainConfig, load: str | None) -> None:
     names = [f"{part} {f.name} {getattr(a, f.name)} and {getattr(b, f.name)}"
              for part, a, b in parts for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)]
     raise InputError(
-        f"SAVE {save} holds checkpoints of another model than load {load} "
-        f"({names[0] if names else 'their token ids differ'}); a run goes on from SAVE, so give "
-        f"another save, or leave out load."
+        f"--save {save} holds checkpoints of another model than --load {load} "
+        f"({names[0] if names else 'their token ids differ'}); a run goes on from --save, so "
+        f"give another --save, or leave out --load."
     )
 
 
@@ -230,16 +230,21 @@ def _check_log(plan: Plan) -> None:
 def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
     """The split that was asked for; when none was, the checkpoint's own, if it is for this layout.
 
-    So a launcher need not repeat the MP_PP0_LAYERS of the converter: the checkpoint carries it.
+    So nobody need repeat the first-stage-layers of the conversion: the checkpoint carries it.
     """
-    first = config.parallel.decoder_first_pipeline_num_layers
-    if first is None:
+    parallel = config.parallel
+    first = parallel.decoder_first_pipeline_num_layers
+    lists = {
+        "llm": layer_list(parallel.pp_layers, "pp-layers"),
+        "vit": layer_list(parallel.vit_pp_layers, "vit-pp-layers"),
+    }
+    if first is None and not any(lists.values()):
         info = _source(config)
         if info is not None and info.split is not None and not _fits_all(info):
             here = (layout.pp, layout.vp)
             if (info.split.pp, info.split.vp) == here:
                 return info.split
-    return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first)
+    return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first, **lists)
 
 
 def _source(config: TrainConfig) -> CheckpointInfo | None:
@@ -274,9 +279,9 @@ def _recompute(config: TrainConfig, split: StageSplit) -> tuple[Recompute, Recom
     run = config.model
     if run.cpu_offloading and run.cpu_offloading_num_layers >= split.num_layers:
         raise InputError(
-            f"cpu-offloading-num-layers (MP_AC_LAYERS) {run.cpu_offloading_num_layers} must be "
+            f"cpu-offloading-num-layers {run.cpu_offloading_num_layers} must be "
             f"less than the model's {split.num_layers} language layers; lower it, or use "
-            f"recompute-granularity full (AC full)."
+            f"recompute-granularity full."
         )
     return recompute_of(
         split, granularity=run.recompute_granularity, method=run.recompute_method,
@@ -321,7 +326,7 @@ def check_paths(config: TrainConfig) -> None:
 def datasets(config: TrainConfig) -> list[tuple[Mixture, str]]:
     """What the run reads, and which split of it. Raises InputError: see `Mixture.parse`."""
     train, valid = mixtures(config)
-    return [(train, "train")] + ([(valid, "val")] if config.data.eval_interval > 0 else [])
+    return [(train, "train")] + ([(valid, "val")] if config.data.validates else [])
 
 
 def check_outputs(config: TrainConfig) -> None:
@@ -390,7 +395,7 @@ def _own(config: TrainConfig, damaged: dict[Path, str]) -> CheckpointInfo | None
         raise InputError(
             f"no checkpoint of {config.checkpoint.save} can be used: "
             + "; ".join(f"{path.name}: {fault}" for path, fault in damaged.items())
-            + "; restore one of them, or give another SAVE."
+            + "; restore one of them, or give another --save."
         )
     return None
 

@@ -86,8 +86,8 @@ def test_a_model_without_tokenizer_or_processor_is_converted_with_a_warning_and_
 @pytest.mark.parametrize("options, says", [
     (["--tp", "3"], "TP 3 does not divide the model's 4 attention heads"),
     (["--tp", "0"], "tp is 0"),
-    (["--pp", "3"], "set MP_PP0_LAYERS"),
-    (["--pp", "4", "--first-stage-layers", "2"], "MP_PP0_LAYERS 2 leaves 2 of 4"),
+    (["--pp", "3"], "set first-stage-layers"),
+    (["--pp", "4", "--first-stage-layers", "2"], "first-stage-layers 2 leaves 2 of 4"),
     (["--pp", "2", "--first-stage-layers", "9"], "between 0 and 4"),
     (["--vp", "2"], "vp 2 needs a pipeline"),
     (["--pp", "2", "--pp-layers", "1,2"], "sums to 3"),
