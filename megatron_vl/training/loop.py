@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.samples import Skipped
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, as_called
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import (
     check_files,
@@ -74,7 +74,7 @@ def train(
     trainer = Trainer(plan, platform, stop, watch)
     trainer.say(trainer.described)
     if config.checkpoint.save is None:
-        trainer.say("warning: no save is given, so nothing of this run will be kept")
+        trainer.say("warning: no --save is given, so nothing of this run will be kept")
     watch.beat("loading")
     trainer.restore()
     if trainer.rank == 0:
@@ -202,11 +202,12 @@ class Trainer:
         self.show.epoch = int(epoch)
         if self.ended:
             option = self.config.length_option
-            self.say(
+            self.say(as_called(
                 f"nothing to do: {self.done} steps are done, {option} is "
                 f"{self.config.resolved()[option.replace('-', '_')]}; raise {option} to go on with "
-                f"this run, or give finetune and another save to start a new one from its weights"
-            )
+                f"this run, or give --finetune and another --save to start a new one from its "
+                f"weights"
+            ))
         self.streams = self._streams(batches)
         self.show.start(self.done, self.described)
 

@@ -85,7 +85,8 @@ def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path)
     # Rows of one sample over two stages; what ends a start early loses nothing.
     run = (*given, "--load", other, "--pp", 2, "--micro-batch-size", 2, "--global-batch-size", 4,
            "--no-report", "--num-workers", 0, "--nproc-per-node", 2)
-    done = megatron_vl(*run, "--eval-iters", 1, "--train-iters", 3, "--exit-duration-in-mins", "1e-6")
+    done = megatron_vl(*run, "--eval-iters", 1, "--train-iters", 3, "--exit-duration-in-mins",
+                       "1e-6")
     assert done.code == 0 and "nothing of this run will be kept" in done.out, done.text
     assert "at most 256 tokens, no longer than a microbatch needs" in done.out, done.out
     assert "steps; bfloat16, as config.json says" in done.out, done.out

@@ -25,7 +25,7 @@ def train(*words, **environ) -> TrainConfig:
     return load_config(vars(parser.parse_args(words)), None, environ)
 
 
-# ---- one name for one thing ------------------------------------------------------------------------
+# ---- one name for one thing ----------------------------------------------------------------------
 
 LAYOUT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
           "vp": "num_virtual_stages_per_pipeline_rank",
@@ -44,8 +44,10 @@ def test_a_layout_has_the_same_names_in_every_command(short, long, tmp_path):
         parser = argparse.ArgumentParser()
         command.add_parser(parser.add_subparsers(dest="command"))
         for flag in (short_flag, long_flag):
-            args = parser.parse_args([command.__name__.split(".")[-1], *where, flag, "2",
-                                      "--dtype", "bf16", "--pp-layers", "1", "--vit-pp-layers", "1"])
+            args = parser.parse_args([
+                command.__name__.split(".")[-1], *where, flag, "2", "--dtype", "bf16",
+                "--pp-layers", "1", "--vit-pp-layers", "1",
+            ])
             assert getattr(args, short) == 2 and args.dtype == "bfloat16"
     with pytest.raises(InputError, match=f"{long_flag[2:]} is given as .* too"):
         TrainConfig.from_dict({long: 2, short: 2})
@@ -96,7 +98,7 @@ def test_what_they_cannot_mean_is_refused(options, says):
         TrainConfig.from_dict(options)
 
 
-# ---- words that are no option's --------------------------------------------------------------------
+# ---- words that are no option's ------------------------------------------------------------------
 
 
 def test_answers_are_of_words_that_are_no_option_and_name_options_that_are_there():
@@ -128,7 +130,7 @@ def test_a_word_that_names_what_is_not_there_is_answered(word, says, tmp_path, c
         train(**{f"MEGATRON_VL_{word.upper().replace('-', '_')}": "3"})
 
 
-# ---- what messages call an option ------------------------------------------------------------------
+# ---- what messages call an option ----------------------------------------------------------------
 
 
 def called(script) -> str:
@@ -207,8 +209,8 @@ def sentences():
 
 def test_no_message_names_a_scripts_words_itself():
     words = positional(TRAINER) | positional(FAMILY)
-    words -= {"NPROC_PER_NODE", "TP", "PP", "CP", "SP", "ENV", "DO", "FL", "AC", "PR", "LR", "SOURCE",
-              "TARGET", "mg2hf"}  # other things' names too; in brackets they are these
+    words -= {"NPROC_PER_NODE", "TP", "PP", "CP", "SP", "ENV", "DO", "FL", "AC", "PR", "LR",
+              "SOURCE", "TARGET", "mg2hf"}  # other things' names too; in brackets they are these
     assert {"MP_PP0_LAYERS", "PAD_LEN", "MODEL_SIZE", "HF_CKPT_PATH"} <= words
     found = re.compile(rf"\b(?:{'|'.join(words)}|MP_\w+)\b|\((?:ENV|DO|FL|AC|PR|LR|SP)\b")
     assert [one for one in sentences() if found.search(one[2])] == []
