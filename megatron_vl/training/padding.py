@@ -35,5 +35,5 @@ class PaddingWatch:
             f"are not as long as rows" if self.buffer else
             "with packing-buffer-size, as 1000, samples share rows of seq-length tokens"
         )
-        return (f"{1 - self.tokens / self.positions:.0%} of what the model goes through is padding: "
-                f"{mend}")
+        share = 1 - self.tokens / self.positions
+        return f"{share:.0%} of what the model goes through is padding: {mend}"

@@ -78,7 +78,8 @@ def _draw(axes, run: History, color: str, name: str) -> None:
     values = [step["loss"] for step in run.steps]
     loss.plot(at, values, color=color, alpha=0.35, linewidth=0.8,
               label=None if name else "each step")
-    loss.plot(at, smoothed(values), color=color, linewidth=1.8, label=name or "mean of the steps around")
+    loss.plot(at, smoothed(values), color=color, linewidth=1.8,
+              label=name or "mean of the steps around")
     if run.validations:
         loss.plot(
             [one["iteration"] for one in run.validations],

@@ -25,10 +25,10 @@ from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import read_history
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
 from megatron_vl.training.options import LogOptions
+from megatron_vl.training.padding import PaddingWatch
 from megatron_vl.training.plan import plan_run
 from megatron_vl.training.profile import StepProfiler
 from megatron_vl.training.record import OPTIONS, write_options
-from megatron_vl.training.padding import PaddingWatch
 from megatron_vl.training.report import smoothed
 from megatron_vl.training.stragglers import Straggler, Stragglers
 from megatron_vl.training.throughput import Throughput
