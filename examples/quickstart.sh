@@ -74,14 +74,14 @@ run env MP_PP0_LAYERS=1 \
 
 step "pretraining on 2 ranks (gloo): 300 steps on what shape an image shows"
 # Samples are packed into rows of 512 tokens; a step is 4 rows, about 36 samples.
-run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10" \
+run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10 --log-interval 10" \
   bash examples/qwen2_vl/run_mcore_qwen.sh \
   dsw auto 1 4 1e-3 3e-4 512 512 fp32 1 2 1 true true false false 300 \
   "$WORK/data/wds-pretrain" "$WORK/data/wds-pretrain" "$WORK/mcore" 300 30 "$WORK/pretrain"
 PRETRAINED=$(ls -d "$WORK"/pretrain/checkpoint/*)
 
 step "finetuning on 2 ranks: 550 steps on shape, colour and yes/no questions"
-run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10 --finetune" \
+run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10 --log-interval 10 --finetune" \
   bash examples/qwen2_vl/run_mcore_qwen.sh \
   dsw auto 1 4 1e-3 5e-5 512 512 fp32 1 2 1 true true false false 275 \
   "$WORK/data/wds-finetune" "$WORK/data/wds-finetune" "$PRETRAINED" 550 20 "$WORK/finetune"

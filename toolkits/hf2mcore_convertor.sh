@@ -65,9 +65,9 @@ if [ -n "$MP_PP0_LAYERS" ]; then whole_number MP_PP0_LAYERS "$MP_PP0_LAYERS"; fi
 if [ -n "$MP_VP" ]; then whole_number MP_VP "$MP_VP"; fi
 
 case $PR in
-  fp16) DTYPE=float16 ;;
-  bf16) DTYPE=bfloat16 ;;
-  fp32) DTYPE=float32 ;;
+  fp16 | float16) DTYPE=float16 ;;
+  bf16 | bfloat16) DTYPE=bfloat16 ;;
+  fp32 | float32) DTYPE=float32 ;;
   *) refuse "PR is '$PR'; use fp16, bf16 or fp32." ;;
 esac
 
@@ -89,10 +89,10 @@ case $MG2HF in
   true)
     [ -n "$HF_CKPT_PATH" ] || refuse "mg2hf is true, so argument 8, HF_CKPT_PATH, is required."
     # TP and PP are not passed on: a Megatron-Core checkpoint says itself how it is laid out.
-    OPTIONS+=(--to hf --hf-config "$HF_CKPT_PATH")
+    OPTIONS+=(--from mcore --to hf --hf-config "$HF_CKPT_PATH")
     ;;
   false)
-    OPTIONS+=(--to mcore --tp "$TP" --pp "$PP")
+    OPTIONS+=(--from hf --to mcore --tp "$TP" --pp "$PP")
     if [ -n "$MP_PP0_LAYERS" ]; then OPTIONS+=(--first-stage-layers "$MP_PP0_LAYERS"); fi
     if [ -n "$MP_VP" ]; then OPTIONS+=(--vp "$MP_VP"); fi
     if [ -n "$HF_CKPT_PATH" ]; then OPTIONS+=(--hf-config "$HF_CKPT_PATH"); fi
@@ -103,6 +103,15 @@ esac
 if [ "$MP_OVERWRITE$MP_DRY_RUN" = falsefalse ] && [ -d "$TARGET" ] && [ -n "$(ls -A "$TARGET")" ]; then
   refuse "TARGET $TARGET exists and is not empty; remove it, or set MP_OVERWRITE=true to replace it."
 fi
+
+# What messages are to call the options.
+CALLED=(
+  model-size=MODEL_SIZE tensor-model-parallel-size=TP tp=TP pipeline-model-parallel-size=PP pp=PP
+  "to hf=mg2hf true" "to mcore=mg2hf false" "from hf=mg2hf false" "from mcore=mg2hf true" dtype=PR hf-config=HF_CKPT_PATH
+  first-stage-layers=MP_PP0_LAYERS vp=MP_VP overwrite=MP_OVERWRITE=true dry-run=MP_DRY_RUN=true
+)
+MEGATRON_VL_CALLED=$(IFS=';' && echo "${CALLED[*]}")
+export MEGATRON_VL_CALLED
 
 # Run from anywhere, installed or not.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -17,7 +17,7 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATC
    5 LR                        learning rate
    6 MIN_LR                    learning rate at the end of the cosine
    7 SEQ_LEN                   longest sample, and length of a packed row, in tokens
-   8 PAD_LEN                   row length when a row holds one sample, at most SEQ_LEN
+   8 PAD_LEN                   longest row when a row holds one sample, at most SEQ_LEN
    9 PR                        fp16, bf16, fp8 or fp32
   10 TP                        tensor-parallel ranks
   11 PP                        pipeline stages
@@ -118,10 +118,10 @@ switch() { # NAME VALUE FLAG: adds FLAG when VALUE is true
 }
 
 case $PR in
-  bf16) OPTIONS+=(--bf16) ;;
-  fp16) OPTIONS+=(--fp16) ;;
+  bf16 | bfloat16) OPTIONS+=(--bf16) ;;
+  fp16 | float16) OPTIONS+=(--fp16) ;;
   fp8) OPTIONS+=(--bf16 --fp8-format hybrid) ;;
-  fp32) ;;
+  fp32 | float32) OPTIONS+=(--fp32) ;;
   *) refuse "PR is '$PR'; use fp16, bf16, fp8 or fp32." ;;
 esac
 
@@ -167,6 +167,34 @@ read -r -d '' -a EXTRA <<<"${MP_EXTRA:-}" || true
 NAME="mcore-qwen2-vl-${MODEL_SIZE}-lr-${LR}-minlr-${MIN_LR}-bs-${BATCH_SIZE}-gbs-${GLOBAL_BATCH_SIZE}"
 NAME+="-seqlen-${SEQ_LEN}-pr-${PR}-tp-${TP}-pp-${PP}-cp-${CP}-ac-${AC}-do-${DO}-sp-${SP}"
 NAME+="-ti-${TRAIN_ITERS}-wi-${LR_WARMUP_ITERS}"
+
+# What messages are to call the options.
+CALLED=(
+  model-size=MODEL_SIZE micro-batch-size=BATCH_SIZE global-batch-size=GLOBAL_BATCH_SIZE lr=LR
+  min-lr=MIN_LR seq-length=SEQ_LEN max-padding-length=PAD_LEN bf16="PR bf16" fp16="PR fp16"
+  "bf16 true=PR bf16" "fp16 true=PR fp16" fp32="PR fp32" fp8-format="PR fp8" tensor-model-parallel-size=TP tp=TP
+  pipeline-model-parallel-size=PP pp=PP context-parallel-size=CP cp=CP sequence-parallel=SP
+  use-distributed-optimizer="DO true" "use-distributed-optimizer true=DO true"
+  "use-distributed-optimizer false=DO false" attention-backend=FL recompute-granularity=AC
+  "recompute-granularity full=AC full" "recompute-granularity selective=AC sel"
+  cpu-offloading="AC offload" cpu-offloading-num-layers=MP_AC_LAYERS
+  recompute-num-layers=MP_AC_LAYERS optimizer-cpu-offload=OPTIMIZER_OFFLOAD
+  optimizer-offload-fraction=OPTIMIZER_OFFLOAD save-interval=SAVE_INTERVAL
+  eval-interval=SAVE_INTERVAL train-data-path=DATASET_PATH valid-data-path=VALID_DATASET_PATH
+  load=PRETRAIN_CHECKPOINT_PATH train-iters=TRAIN_ITERS lr-warmup-iters=LR_WARMUP_ITERS
+  save=OUTPUT_BASEPATH decoder-first-pipeline-num-layers=MP_PP0_LAYERS
+  first-stage-layers=MP_PP0_LAYERS num-virtual-stages-per-pipeline-rank=MP_VP vp=MP_VP
+  packing-buffer-size=MP_PACKING_BUFFER hf-config=MP_HF_PATH cluster-env="ENV dlc"
+  no-cluster-env="ENV dsw" nproc-per-node=NPROC_PER_NODE
+)
+for WORD in ${EXTRA[@]+"${EXTRA[@]}"}; do # who typed the flag reads the flag
+  WORD=${WORD%%=*}
+  for I in "${!CALLED[@]}"; do
+    case ${CALLED[I]} in "${WORD#--}"[\ =]*) unset "CALLED[I]" ;; esac
+  done
+done
+MEGATRON_VL_CALLED=$(IFS=';' && echo "${CALLED[*]}")
+export MEGATRON_VL_CALLED
 
 # Run from anywhere, installed or not.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

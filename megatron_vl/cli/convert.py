@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
+import sys
 import time
 from pathlib import Path
 
+from megatron_vl.data.model_files import missing_files
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import DTYPES, VLMSpec
 from megatron_vl.parallel import Layout
+from megatron_vl.parallel.stages import layer_list
+from megatron_vl.training.spellings import dtype_of, flags_of
 from megatron_vl.weights.map import listed
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+KINDS = {"hf": "Hugging Face directory", "mcore": "Megatron-Core checkpoint"}
 LAYOUT_OPTIONS = ("tp", "pp", "vp", "pp_layers", "vit_pp_layers", "first_stage_layers")
 
 
@@ -27,20 +31,23 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("src", type=Path, metavar="SRC")
     parser.add_argument("dst", type=Path, metavar="DST")
+    parser.add_argument("--from", dest="source_kind", choices=tuple(KINDS),
+                        help="refuse a SRC of another kind (default: any)")
     parser.add_argument("--to", choices=("hf", "mcore"), help="kind of DST (default: mcore for a "
                         "Hugging Face SRC or if a layout is given, hf otherwise)")
     parser.add_argument("--format", choices=("torch", "torch_dist"), help="of a Megatron-Core DST: "
                         "torch, a file a rank of one layout (default), or torch_dist, which loads "
                         "in every layout")
-    parser.add_argument("--tp", type=int, help="tensor-parallel ranks (default 1)")
-    parser.add_argument("--pp", type=int, help="pipeline stages (default 1)")
-    parser.add_argument("--vp", type=int, help="model chunks a stage (default 1)")
+    parser.add_argument(*flags_of("tp"), type=int, help="tensor-parallel ranks (default 1)")
+    parser.add_argument(*flags_of("pp"), type=int, help="pipeline stages (default 1)")
+    parser.add_argument(*flags_of("vp"), type=int, help="model chunks a stage (default 1)")
     parser.add_argument("--pp-layers", metavar="LIST", help="language layers of each stage, as in "
                         "1,10,10,7; with VP one list a chunk, [[0,1],[4,3]]")
     parser.add_argument("--vit-pp-layers", metavar="LIST", help="vision layers of each stage")
-    parser.add_argument("--first-stage-layers", type=int, metavar="N",
-                        help="language layers on stage 0, the rest evenly (MP_PP0_LAYERS)")
-    parser.add_argument("--dtype", choices=DTYPES, help="cast to this dtype (default: SRC's)")
+    parser.add_argument(*flags_of("first_stage_layers"), type=int, metavar="N",
+                        help="language layers on stage 0, the rest evenly")
+    parser.add_argument("--dtype", type=dtype_of, choices=DTYPES,
+                        help="cast to this dtype, bf16 for short (default: SRC's)")
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json "
                         "and tokenizer for a Megatron-Core SRC that has none beside it")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
@@ -67,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     check_workers(args.workers)
     kind, info, config_dir, spec = describe(args.src, args.hf_config)
+    if args.source_kind not in (None, kind):
+        raise InputError(
+            f"{args.src} is a {KINDS[kind]} but --from {args.source_kind} asks for a "
+            f"{KINDS[args.source_kind]}; give another SRC, or --from {kind}."
+        )
     family(spec.model_type).check_size(spec, args.model_size)
     weights = family(spec.model_type).weight_map(spec)
     target = _target(args, kind, spec, work)
@@ -84,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers, progress=progress,
         )
     _report(args, conversion, written, time.perf_counter() - started)
+    if missing := missing_files(config_dir):
+        print(f"warning: {config_dir} has no {' and no '.join(missing)}, without which the "
+              f"converted checkpoint can neither be trained nor served; copy what is missing into "
+              f"{args.dst} from the model's Hugging Face repository", file=sys.stderr)
     if args.verify:
         from megatron_vl.cli.verify import verify
 
@@ -159,23 +175,6 @@ def _target(args: argparse.Namespace, kind: str, spec: VLMSpec, work):
     return work.McoreTarget(
         layout=layout, split=split, args=lambda dtype: spec.megatron_args(layout, split, dtype)
     )
-
-
-def layer_list(text: str | None, option: str) -> list | None:
-    """ "1,10,10,7" or "[[0,1],[4,3]]" -> lists."""
-    if text is None:
-        return None
-    try:
-        rows = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{option} {text!r} is no list; write 1,10,10,7 or [[0,1],[4,3]]."
-        ) from error
-    flat = [n for row in rows for n in (row if isinstance(row, list) else [row])]
-    even = len({isinstance(row, list) for row in rows}) == 1
-    if not even or not all(isinstance(n, int) and not isinstance(n, bool) for n in flat):
-        raise InputError(f"{option} {text!r} is no list of whole numbers; write 1,10,10,7.")
-    return rows
 
 
 def _bytes(text: str) -> int:

@@ -19,7 +19,8 @@ from typing import NoReturn
 import megatron_vl
 from megatron_vl.cli import interrupts
 from megatron_vl.cli.worker import FAILURE_FILE
-from megatron_vl.errors import CheckFailed, InputError
+from megatron_vl.errors import CheckFailed, InputError, as_called
+from megatron_vl.training.spellings import answer
 
 COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
@@ -53,10 +54,12 @@ class Parser(argparse.ArgumentParser):
         flag = word.partition("=")[0]
         near = difflib.get_close_matches(flag.lower(), self._option_string_actions, n=1)
         hint = f" (did you mean {near[0]}?)" if near and flag.startswith("-") else ""
+        if self.prog.endswith(" train") and (says := answer(flag)):
+            hint = f": {says}"
         self.error(f"unrecognized argument {word}{hint}")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {as_called(message)}; see {self.prog} --help.\n")
 
 
 def main(argv: list[str] | None = None) -> None:

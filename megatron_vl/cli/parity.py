@@ -9,10 +9,11 @@ import json
 import tempfile
 from pathlib import Path
 
-from megatron_vl.cli.convert import layer_list
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import CheckFailed, InputError
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel.stages import layer_list
+from megatron_vl.training.spellings import dtype_of, flags_of
 
 DTYPES = ("float32", "bfloat16")
 FP32 = 1e-5  # sums run in another order, and nothing else
@@ -27,10 +28,11 @@ def add_parser(commands) -> None:
         "token, the loss, and the gradient of every parameter.",
     )
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (default: 1)")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
-    parser.add_argument("--vp", type=int, default=1, help="model chunks per stage (default: 1)")
-    parser.add_argument("--cp", type=int, default=1, help="ranks that share a row (default: 1)")
+    for name, what in (
+        ("tp", "tensor-parallel ranks"), ("pp", "pipeline stages"),
+        ("vp", "model chunks per stage"), ("cp", "ranks that share a row"),
+    ):
+        parser.add_argument(*flags_of(name), type=int, default=1, help=f"{what} (default: 1)")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks (default: 1)")
     parser.add_argument("--sequence-parallel", action="store_true", help="split norms over TP")
     parser.add_argument(
@@ -42,11 +44,14 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--sweep", type=int, metavar="N", help="every layout of N ranks that fits, a row each"
     )
-    parser.add_argument("--first-stage-layers", type=int, help="language layers on stage 0")
+    parser.add_argument(
+        *flags_of("first_stage_layers"), type=int, help="language layers on stage 0"
+    )
     parser.add_argument("--pp-layers", metavar="LIST", help="language layers of each stage")
     parser.add_argument("--vit-pp-layers", metavar="LIST", help="vision layers of each stage")
     parser.add_argument(
-        "--recompute", choices=("none", "selective", "full"), default="none",
+        "--recompute", "--recompute-granularity", choices=("none", "selective", "full"),
+        default="none",
         help="compute activations of both towers again in backward (default: none)",
     )
     parser.add_argument(
@@ -58,8 +63,9 @@ def add_parser(commands) -> None:
         help="with full: layers of a uniform group, or of a stage (default: 1)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32",
-        help="of our weights and activations; transformers judges in float32 (default: float32)",
+        "--dtype", type=dtype_of, choices=DTYPES, default="float32",
+        help="of our weights and activations, bf16 for short; transformers judges in float32 "
+        "(default: float32)",
     )
     parser.add_argument(
         "--pack", action=argparse.BooleanOptionalAction, default=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import InputError
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         find_checkpoint,
         plan_run,
     )
+    from megatron_vl.training.save_lock import check_free
 
     config = with_steps(config)
     env = _nodes(args)
@@ -94,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_run(config, processes * env.nnodes)
     check_weights(plan, *find_checkpoint(plan))
     check_paths(config)
+    if config.checkpoint.save is not None and env.node_rank == 0:
+        check_free(Path(config.checkpoint.save))
     from megatron_vl.cli.launch import launch
 
     if env.source != MACHINE:
@@ -121,9 +125,9 @@ def _nodes(args: argparse.Namespace) -> ClusterEnv:
         check_one_launcher(os.environ, env)
     if args.cluster_env and env.source == MACHINE:
         raise InputError(
-            "cluster-env (ENV dlc) needs a scheduler's variables, in DLC WORLD_SIZE, RANK and "
+            "cluster-env needs a scheduler's variables, in DLC WORLD_SIZE, RANK and "
             "MASTER_ADDR, and none is set; submit through the scheduler, or use no-cluster-env "
-            "(ENV dsw) for this machine alone."
+            "for this machine alone."
         )
     given = {name: getattr(args, name) for name in NODES if getattr(args, name) is not None}
     return replace(env, **given)

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vl.cli.streams import outlast_full_disks
-from megatron_vl.errors import InputError
+from megatron_vl.errors import FAILURE_FILE, InputError
 
-FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"
 # Files beside it: the launcher was asked to stop; the run has got past its first step.
 STOP, STEPPED = "stop", "stepped"
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
 from megatron_vl.data.grounding import render
+from megatron_vl.data.model_files import TOKENIZER
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
@@ -67,7 +68,7 @@ class ChatTokenizer:
             raise InputError(
                 f"{hf_dir} is not a directory; give the model's Hugging Face directory."
             )
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in TOKENIZER:
             if not (hf_dir / name).is_file():
                 raise InputError(
                     f"{hf_dir / name} is missing; copy it from the model's Hugging Face repository."

@@ -58,7 +58,9 @@ class DataConfig:
     train: Mixture | None  # datasets `megatron-vl prepare` wrote
     valid: Mixture | None = None  # their validation splits are read; None: nothing to validate on
     seq_length: int  # tokens of a row when samples are packed
-    max_padding_length: int | None = None  # tokens of a row when they are not; None: seq_length
+    max_padding_length: int | None = None  # tokens of a row at most when not; None: seq_length
+    row_multiple: int | None = None  # not packed, a batch's rows end behind the longest, at a
+    # multiple of this; None: all have max_padding_length
     micro_batch_size: int = 1  # rows
     num_workers: int = 1  # processes that read for one rank; 0 reads in the training process
     packing_buffer_size: int | None = 1024  # samples to pack rows from; None or 0: one a row
@@ -73,8 +75,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("seq_length", 1), ("micro_batch_size", 1), ("num_workers", 0),
-            ("max_padding_length", 1), ("packing_buffer_size", 0), ("shuffle_buffer_size", 0),
-            ("max_samples_per_sequence", 1), ("max_patches_per_row", 1), ("max_skipped_samples", 0),
+            ("max_padding_length", 1), ("row_multiple", 1), ("packing_buffer_size", 0),
+            ("shuffle_buffer_size", 0), ("max_samples_per_sequence", 1),
+            ("max_patches_per_row", 1), ("max_skipped_samples", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -91,7 +94,7 @@ class DataConfig:
 
     @property
     def row_length(self) -> int:
-        """Tokens of every row."""
+        """Tokens that a row holds."""
         if self.packs or self.max_padding_length is None:
             return self.seq_length
         return self.max_padding_length
@@ -101,6 +104,7 @@ class DataConfig:
         """What makes a row."""
         return RowRules(
             length=self.row_length, packs=self.packs, length_mend=self.length_mend,
+            multiple=None if self.packs else self.row_multiple,
             max_patches=self.max_patches_per_row, max_skipped=self.max_skipped_samples,
         )
 

@@ -18,14 +18,13 @@ from PIL import Image
 from megatron_vl.data.conversation import VIDEO, StoredMedia
 from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
 from megatron_vl.data.media_settings import IMAGE_TOKENS, MIN_FRAMES
+from megatron_vl.data.model_files import IMAGE_SETTINGS, JOINT_SETTINGS, VIDEO_SETTINGS
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import Grid
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value
 from megatron_vl.models.spec import VisionSpec
 
-IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"
-JOINT_SETTINGS = "processor_config.json"
 # Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 _RESAMPLE = Image.Resampling.BICUBIC  # qwen-vl-utils'

@@ -1,4 +1,4 @@
-"""Encoded samples to rows of one length, and rows to a `RowBatch`.
+"""Encoded samples to rows, and rows of one length to a `RowBatch`.
 
 S tokens a row, B rows, P patches, D numbers a patch.
 """
@@ -18,7 +18,7 @@ from megatron_vl.models.common.mrope import Rope
 
 @edataclass
 class Row(Sample):
-    """Samples that share one row of S tokens."""
+    """Samples that share one row."""
 
     samples: list[EncodedSample]
     patches: torch.Tensor | None = None  # float32 [P, D] of the samples' media, in order
@@ -42,6 +42,13 @@ def make_row(samples: Sequence[EncodedSample], patches: torch.Tensor | None = No
 def empty_row() -> Row:
     """A row of padding: evens out batches, trains and counts nothing."""
     return Row(__key__="", __restore_key__=(), samples=[])
+
+
+def least_length(rows: Sequence[Row], *, multiple: int, most: int) -> int:
+    """Tokens of the shortest rows that hold `rows`: a multiple of `multiple`, but `most` at most.
+    """
+    longest = max(row.num_tokens for row in rows)
+    return min(most, max(1, -(-longest // multiple)) * multiple)
 
 
 def make_batch(

@@ -41,7 +41,7 @@ from megatron_vl.data.epochs import RowPacking, WholeEpochs
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.packing import pack
 from megatron_vl.data.pixels import MediaProcessor
-from megatron_vl.data.rows import Row, make_batch, make_row
+from megatron_vl.data.rows import Row, least_length, make_batch, make_row
 from megatron_vl.data.samples import (
     ConversationSample,
     EncodedSample,
@@ -83,10 +83,17 @@ class RowRules:
     """What makes a row."""
 
     length: int  # tokens a row holds; a longer sample is skipped
+    multiple: int | None = None  # of which a batch's rows are the least that holds them; None: full
     packs: bool  # whether samples share rows
     length_mend: str  # what to do about a sample that is too long, for the message
     max_patches: int | None = None  # patches a row holds at most; a larger sample is skipped
     max_skipped: int = 0  # samples that may be skipped before it is an error
+
+    def batch_length(self, rows: Sequence[Row]) -> int:
+        """Tokens of each row of a batch that holds `rows`."""
+        if self.multiple is None:
+            return self.length
+        return least_length(rows, multiple=self.multiple, most=self.length)
 
 
 class SampleEncoder(TaskEncoder):
@@ -208,7 +215,7 @@ class SampleEncoder(TaskEncoder):
 
     def make_batch(self, rows: list[Row]) -> RowBatch:
         batch = make_batch(
-            rows, row_length=self.rules.length, pad_token=self.chat.pad_token,
+            rows, row_length=self.rules.batch_length(rows), pad_token=self.chat.pad_token,
             rope=rope_of(
                 self.chat.tokens, self.media.merge_size, self.media.limits.video_positions
             ),

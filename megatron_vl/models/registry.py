@@ -46,11 +46,11 @@ class Family:
         """
         sizes: dict[str, tuple[int, int]] = self._part("config", "SIZES")
         if size != "auto" and size not in sizes:
-            raise InputError(f"MODEL_SIZE is {size!r}; use one of {', '.join(sizes)} or auto.")
+            raise InputError(f"model-size is {size!r}; use one of {', '.join(sizes)} or auto.")
         have = (spec.decoder.num_layers, spec.decoder.hidden_size)
         if size != "auto" and sizes[size] != have:
             raise InputError(
-                f"MODEL_SIZE is {size}, which has {sizes[size][0]} layers of width "
+                f"model-size is {size}, which has {sizes[size][0]} layers of width "
                 f"{sizes[size][1]}, but config.json has {have[0]} of width {have[1]}; use "
                 f"{next((name for name, known in sizes.items() if known == have), 'auto')}."
             )

@@ -65,6 +65,20 @@ class Layout:
         return self.cp * (self.tp // self.vit_tp)
 
     @property
+    def row_parts(self) -> int:
+        """Ranks that a row's hidden states are cut over."""
+        return self.cp * (self.tp if self.sequence_parallel else 1)
+
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether microbatches may differ in the length of their rows.
+
+        Each then tells the next stage its own. Not under virtual stages: Megatron-Core sends
+        lengths both ways in one batch, and between the same two neighbours they are swapped.
+        """
+        return self.vp == 1
+
+    @property
     def world_size(self) -> int:
         return self.model_size * self.dp
 

@@ -69,7 +69,7 @@ def check_alone(v: Variables) -> None:
     raise InputError(
         f"{name} is {value}, so there is more than one node, but nothing says how many there are "
         f"and which this is; {mend}set NNODES, NODE_RANK and MASTER_ADDR, or give --nnodes, "
-        f"--node-rank and --master-addr; --no-cluster-env (ENV dsw) is for this machine alone."
+        f"--node-rank and --master-addr; --no-cluster-env is for this machine alone."
     )
 
 

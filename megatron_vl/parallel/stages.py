@@ -8,6 +8,7 @@ the model that loads it can never disagree about where a layer is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,9 +70,9 @@ class StageSplit:
         """The split a user asked for.
 
         `llm` and `vit` are explicit lists, flat (one number a stage) or nested (a row a chunk).
-        Without `llm`, `first_stage_layers` (MP_PP0_LAYERS) go to stage 0 and the rest is divided
-        evenly over the other stages; without either, layers are divided evenly. Without `vit`, the
-        whole vision tower is on the first chunk of stage 0.
+        Without `llm`, `first_stage_layers` go to stage 0 and the rest is divided evenly over the
+        other stages; without either, layers are divided evenly. Without `vit`, the whole vision
+        tower is on the first chunk of stage 0.
 
         Raises:
             InputError: a list that does not sum to the model's layers, or a division that leaves a
@@ -79,20 +80,20 @@ class StageSplit:
         """
         if llm is not None:
             if first_stage_layers is not None:
-                raise InputError("give either the language layer list or MP_PP0_LAYERS, not both.")
+                raise InputError("give either pp-layers or first-stage-layers, not both.")
             llm_rows = _rows(llm, pp, vp, "language", num_layers)
         elif first_stage_layers is not None and pp > 1:
             llm_rows = cls._uneven_first(num_layers, pp, vp, first_stage_layers)
         else:
             if first_stage_layers not in (None, num_layers):
                 raise InputError(
-                    f"MP_PP0_LAYERS is {first_stage_layers} but with pp 1 stage 0 holds all "
-                    f"{num_layers} layers; leave MP_PP0_LAYERS unset or raise PP."
+                    f"first-stage-layers is {first_stage_layers} but with pp 1 stage 0 holds all "
+                    f"{num_layers} layers; leave first-stage-layers unset or raise PP."
                 )
             if num_layers % (pp * vp):
                 raise InputError(
                     f"{num_layers} language layers do not divide over pp {pp} x vp {vp}; set "
-                    f"MP_PP0_LAYERS to the number stage 0 shall hold."
+                    f"first-stage-layers to the number stage 0 shall hold."
                 )
             llm_rows = ((num_layers // (pp * vp),) * pp,) * vp
         if vit is not None:
@@ -107,21 +108,21 @@ class StageSplit:
         rest = num_layers - first
         if first < 0 or rest < 0:
             raise InputError(
-                f"MP_PP0_LAYERS is {first} but the model has {num_layers} language layers; give a "
-                f"number between 0 and {num_layers}."
+                f"first-stage-layers is {first} but the model has {num_layers} language layers; "
+                f"give a number between 0 and {num_layers}."
             )
         if rest % ((pp - 1) * vp) or first % vp:
             fits = [n for n in range(num_layers + 1)
                     if not (num_layers - n) % ((pp - 1) * vp) and not n % vp and n < num_layers]
             raise InputError(
-                f"MP_PP0_LAYERS {first} leaves {rest} of {num_layers} language layers, which do "
-                f"not divide over the other {pp - 1} stages x vp {vp}; use one of "
+                f"first-stage-layers {first} leaves {rest} of {num_layers} language layers, which "
+                f"do not divide over the other {pp - 1} stages x vp {vp}; use one of "
                 f"{', '.join(map(str, fits)) or 'another pp'}."
             )
         if rest == 0:
             raise InputError(
-                f"MP_PP0_LAYERS {first} leaves no language layer for the other {pp - 1} stages; "
-                f"give at most {num_layers - (pp - 1)}."
+                f"first-stage-layers {first} leaves no language layer for the other {pp - 1} "
+                f"stages; give at most {num_layers - (pp - 1)}."
             )
         return ((first // vp,) + (rest // ((pp - 1) * vp),) * (pp - 1),) * vp
 
@@ -205,4 +206,21 @@ def _rows(given: Sequence, pp: int, vp: int, name: str, total: int) -> tuple[tup
             f"the {name} layer list {list(given)} sums to {sum(map(sum, rows))} but config.json "
             f"has {total} {name} layers."
         )
+    return rows
+
+
+def layer_list(text: str | None, option: str) -> list | None:
+    """ "1,10,10,7" or "[[0,1],[4,3]]" -> lists."""
+    if text is None:
+        return None
+    try:
+        rows = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{option} {text!r} is no list; write 1,10,10,7 or [[0,1],[4,3]]."
+        ) from error
+    flat = [n for row in rows for n in (row if isinstance(row, list) else [row])]
+    even = len({isinstance(row, list) for row in rows}) == 1
+    if not even or not all(isinstance(n, int) and not isinstance(n, bool) for n in flat):
+        raise InputError(f"{option} {text!r} is no list of whole numbers; write 1,10,10,7.")
     return rows

@@ -48,6 +48,7 @@ class Resumed:
     guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
     samples: int | None = 0  # read so far; None where the checkpoint does not say
     weights: Loaded | None = None  # where nothing but weights was taken
+    schedule: dict | None = None  # the state of its OptimizerParamScheduler; None: a new one begins
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ def load_checkpoint(
         iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else (),
         guard=loaded.get("megatron_vl", {}).get("guard", {}),
         samples=loaded.get("megatron_vl", {}).get("samples"),
+        schedule=loaded["opt_param_scheduler"],
     )
 
 
@@ -232,7 +234,7 @@ def _loader_states(info: CheckpointInfo) -> list[Path]:
         missing = next(path for path in wanted if path not in found)
         raise InputError(
             f"{missing} is missing, where a rank's place in the data is; restore it, or go on in a "
-            f"new SAVE with --load {info.root}, where the data starts anew."
+            f"new --save with --load {info.root}, where the data starts anew."
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from megatron_vl.training.options import (
     OptimizerOptions,
     ParallelOptions,
 )
+from megatron_vl.training.spellings import answer, key_of
 
+LISTS = ("pp-layers", "vit-pp-layers")  # that a YAML file may write as lists
 LENGTHS = ("train_samples", "num_train_epochs")  # options that stand for train-iters
 DATASETS = ("train-data-path", "valid-data-path")  # of which one text may name several
 
@@ -115,21 +118,32 @@ class TrainConfig:
         """The inverse of `to_dict`; absent options take their default.
 
         Raises:
-            InputError: an unknown option (with the nearest known name), or a value of a wrong type.
+            InputError: an unknown option (with what is meant by it), a value of a wrong type, or
+                one option by two of its names.
         """
+        values, given = {}, values
+        for word, value in given.items():
+            key = key_of(word)
+            if key in values:
+                raise InputError(
+                    f"{key.replace('_', '-')} is given as {word.replace('_', '-')} too; keep one "
+                    f"of them."
+                )
+            values[key] = value
         known = {f.name: (name, f) for name, group in GROUPS.items() for f in fields(group)}
         chosen: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
         for key, value in values.items():
             if key not in known:
                 near = difflib.get_close_matches(key.lower(), known, n=1)
-                mend = f"; did you mean {near[0]}?" if near else "; see megatron-vl train --help."
-                raise InputError(f"option {key!r} is unknown{mend}")
+                mend = f"did you mean {near[0]}?" if near else "see megatron-vl train --help."
+                says = answer(key)
+                raise InputError(f"option {key!r} is unknown; {f'{says}.' if says else mend}")
             group, f = known[key]
             chosen[group][key] = _typed(f, value)
-        given = [name for name in ("train_iters", *LENGTHS) if values.get(name) is not None]
-        if len(given) > 1:
+        lengths = [name for name in ("train_iters", *LENGTHS) if values.get(name) is not None]
+        if len(lengths) > 1:
             raise InputError(
-                f"{' and '.join(name.replace('_', '-') for name in given)} all say how long the "
+                f"{' and '.join(name.replace('_', '-') for name in lengths)} all say how long the "
                 f"run is; give one of them."
             )
         groups = {name: GROUPS[name](**options) for name, options in chosen.items()}
@@ -167,6 +181,8 @@ def _value(f, value, kind: type, name: str):
         raise InputError(f"option {name} is {value!r}; give true or false.")
     if isinstance(value, bool) and kind is not bool:
         raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.")
+    if name in LISTS and isinstance(value, list):
+        value = json.dumps(value)
     if kind is str and (value is None or isinstance(value, (list, tuple, dict))):
         several = ", several datasets as A,B" if name in DATASETS else ""
         raise InputError(f"option {name} is {value!r}; give one text{several}.")

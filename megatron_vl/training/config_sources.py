@@ -11,10 +11,11 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import NO_OPTIONS, OPTIONS, InputError
 from megatron_vl.inputs import yaml_value
 from megatron_vl.training.config import TrainConfig, kind_of
 from megatron_vl.training.options import GROUPS
+from megatron_vl.training.spellings import answer, flags_of, key_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +37,13 @@ def add_some_arguments(parser: argparse.ArgumentParser, group: type, names: Sequ
 
 
 def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
-    flag = "--" + f.name.replace("_", "-")
+    flags = flags_of(f.name)
     help_text = f.metadata["help"].replace("%", "%%")
     if kind_of(f) is bool:
         # --no-bf16 beats a file's `bf16: true`; --no-load-optim has no such counterpart.
         negative = f.name.startswith("no_")
         section.add_argument(
-            flag, default=argparse.SUPPRESS, help=help_text,
+            *flags, default=argparse.SUPPRESS, help=help_text,
             action="store_true" if negative else argparse.BooleanOptionalAction,
         )
         return
@@ -51,15 +52,13 @@ def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
     default = " ".join(map(str, f.default)) if several else f.default
     shown = "" if default is None else f" (default: {default})"
     section.add_argument(
-        flag, type=kind_of(f), nargs="+" if several else None,
+        *flags, type=kind_of(f), nargs="+" if several else None,
         choices=f.metadata["choices"], default=argparse.SUPPRESS,
         metavar=None if f.metadata["choices"] else kind_of(f).__name__.upper(),
         help=help_text + shown,
     )
 
 
-PREFIX = "MEGATRON_VL_"  # of environment variables that are options
-NO_OPTIONS = ("MEGATRON_VL_FAILURE_FILE",)  # what the launcher tells its ranks
 
 
 def load_config(
@@ -83,12 +82,12 @@ def load_config(
             raise InputError(f"--config {path} must hold `option: value` lines.")
         spelled: dict[str, str] = {}
         for key in map(str, read):
-            twin = spelled.setdefault(key.replace("-", "_"), key)
+            twin = spelled.setdefault(key_of(key), key)
             if twin != key:
                 raise InputError(
                     f"--config {path} has both {twin} and {key}, which are one option; keep one."
                 )
-        values.update({str(key).replace("-", "_"): value for key, value in read.items()})
+        values.update({key_of(str(key)): value for key, value in read.items()})
     values.update(_from_environment(os.environ if environ is None else environ))
     values.update(flags)
     return TrainConfig.from_dict(values)
@@ -103,13 +102,18 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     known = {f.name: f for group in GROUPS.values() for f in fields(group)}
     values = {}
     for name, text in environ.items():
-        if not name.startswith(PREFIX) or name in NO_OPTIONS or not text:
+        if not name.startswith(OPTIONS) or name in NO_OPTIONS or not text:
             continue
-        key = name.removeprefix(PREFIX).lower()
+        key = key_of(name.removeprefix(OPTIONS).lower())
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            mend = f"; did you mean {PREFIX}{near[0].upper()}?" if near else "; unset it."
-            raise InputError(f"the environment variable {name} is no option's{mend}")
+            mend = f"did you mean {OPTIONS}{near[0].upper()}?" if near else "unset it."
+            says = answer(key)
+            raise InputError(
+                f"the environment variable {name} is no option's; {f'{says}.' if says else mend}"
+            )
+        if key in values:
+            raise InputError(f"{name} and another environment variable are both {key}; unset one.")
         try:
             values[key] = text if kind_of(known[key]) is str else yaml_value(text)
         except ValueError as error:

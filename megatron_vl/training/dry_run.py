@@ -12,14 +12,15 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from megatron_vl.data.model_files import check_model_files
 from megatron_vl.errors import InputError
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.epochs import with_steps
+from megatron_vl.training.machine import check_machine
 from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
 from megatron_vl.training.plan import (
     Plan,
-    check_machine,
     check_outputs,
     check_weights,
     datasets,
@@ -86,7 +87,7 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
     if checkpoint.hf_config is None:
         raise InputError(
             f"load {checkpoint.load} is not there yet, so the model is unknown; give --hf-config "
-            f"(MP_HF_PATH) a directory with its config.json."
+            f"a directory with its config.json."
         )
     notes.append(f"load {checkpoint.load} is not there yet.")
     return without
@@ -95,6 +96,7 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
 def _look_around(plan: Plan, notes: list[str]) -> None:
     """Notes on this machine; a dataset that is here is checked as at a start."""
     config = plan.config
+    _note(notes, lambda: check_model_files(plan.hf_dir))
     for mixture, split in datasets(config):
         missing = [path for path in mixture.paths if not path.exists()]
         notes += [f"the dataset {path} is not there yet." for path in missing]
@@ -122,7 +124,7 @@ def _note(notes: list[str], check: Callable[[], None]) -> None:
 def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     config, layout = plan.config, plan.layout
     frozen = ", ".join(config.model.frozen)
-    kinds = [config.model.dtype]
+    kinds = [plan.precision]
     kinds += ["distributed optimizer"] if config.optimizer.use_distributed_optimizer else []
     kinds += [f"optimizer {config.optimizer.optimizer_offload_fraction:.0%} in host memory"
               ] if config.optimizer.optimizer_cpu_offload else []
@@ -130,7 +132,7 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     return (
         f"dry run of {plan.spec.model_type}, {layout}: {plan.split}\n"
         f"{layout.world_size} processes = {nnodes} node{'s' * (nnodes > 1)} x {nproc_per_node}\n"
-        f"{config.batch.global_batch_size} rows of {plan.row_length} tokens a step = "
+        f"{config.batch.global_batch_size} rows of {plan.described_length} a step = "
         f"{plan.num_microbatches} microbatches x {config.batch.micro_batch_size} rows x "
         f"{layout.dp} data ranks; {config.batch.train_iters} steps\n"
         f"{'; '.join(kinds)}"

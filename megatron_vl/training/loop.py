@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,10 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.samples import Skipped
-from megatron_vl.errors import InputError
-from megatron_vl.models.common.parts import PARTS, part_of
-from megatron_vl.models.registry import family
-from megatron_vl.ops.attention import choose_backend
+from megatron_vl.errors import InputError, as_called
 from megatron_vl.platform import initialize
 from megatron_vl.training.checkpoint import (
     check_files,
@@ -25,6 +23,7 @@ from megatron_vl.training.checkpoint import (
     read_loader_state,
     save_checkpoint,
 )
+from megatron_vl.training.describe import describe
 from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.guard import StepGuard, update
 from megatron_vl.training.hang import HangWatch
@@ -38,7 +37,7 @@ from megatron_vl.training.plan import (
 )
 from megatron_vl.training.record import write_options
 from megatron_vl.training.saver import Saved, Saver
-from megatron_vl.training.setup import build_model, build_optimizer
+from megatron_vl.training.setup import build_model, build_optimizer, schedule_change
 from megatron_vl.training.show import Show
 from megatron_vl.training.step import (
     RowStream,
@@ -75,7 +74,7 @@ def train(
     trainer = Trainer(plan, platform, stop, watch)
     trainer.say(trainer.described)
     if config.checkpoint.save is None:
-        trainer.say("warning: no save is given, so nothing of this run will be kept")
+        trainer.say("warning: no --save is given, so nothing of this run will be kept")
     watch.beat("loading")
     trainer.restore()
     if trainer.rank == 0:
@@ -87,15 +86,19 @@ def train(
         trainer.poll_saves()
         if trainer.done == begun + 1:
             first_step()
-        last = trainer.ended or trainer.stopping
+        last = trainer.ended or trainer.stopping or trainer.leaving
         # Saved first: a validation that fails costs no training.
         if saves and (last or _due(trainer.done, config.checkpoint.save_interval)):
             trainer.save()
-        evals = config.data.eval_interval
-        if not trainer.stopping and (_due(trainer.done, evals) or (last and evals)):
-            if last:
+        evals = config.data.validates and (trainer.ended or _due(
+            trainer.done, config.data.eval_interval
+        ))
+        if evals and not trainer.stopping:
+            if trainer.ended:
                 trainer.poll_saves(wait=True)
             trainer.evaluate(trainer.done)
+        if trainer.leaving:
+            break
     if saves and trainer.saved < trainer.done:  # asked to stop while it validated
         trainer.save()
     trainer.close()
@@ -112,6 +115,7 @@ class Trainer:
         self.plan, self.config, self.platform = plan, plan.config, platform
         self.stop, self.watch = stop, watch
         self.stopping = False  # some rank was asked to stop, and all know
+        self.leaving = ""  # the option that ends this start after its step
         self.rank = torch.distributed.get_rank()
         self.device = torch.device(torch.cuda.current_device())
         self.started = time.perf_counter()
@@ -178,6 +182,8 @@ class Trainer:
                      + (f"; {resumed.weights}" if resumed.weights else ""))
             for name, count in (resumed.weights.not_finite if resumed.weights else {}).items():
                 self.say(f"WARNING: {count:,} numbers of {name} are NaN or infinite")
+            if resumed.schedule and (told := schedule_change(self.scheduler, resumed.schedule)):
+                self.say(told)
         else:
             self.say("no checkpoint given: every weight starts random")
         self.watch.beat("opening the data")
@@ -199,11 +205,12 @@ class Trainer:
         self.show.epoch = int(epoch)
         if self.ended:
             option = self.config.length_option
-            self.say(
+            self.say(as_called(
                 f"nothing to do: {self.done} steps are done, {option} is "
                 f"{self.config.resolved()[option.replace('-', '_')]}; raise {option} to go on with "
-                f"this run, or give finetune and another save to start a new one from its weights"
-            )
+                f"this run, or give --finetune and another --save to start a new one from its "
+                f"weights"
+            ))
         self.streams = self._streams(batches)
         self.show.start(self.done, self.described)
 
@@ -220,6 +227,7 @@ class Trainer:
             valid=valid,
             seq_length=batch.seq_length,
             max_padding_length=batch.max_padding_length or batch.seq_length,
+            row_multiple=self.plan.row_multiple,
             micro_batch_size=batch.micro_batch_size,
             num_workers=data.num_workers,
             packing_buffer_size=data.packing_buffer_size or None,
@@ -287,6 +295,7 @@ class Trainer:
             self._tell(counts.skipped)
         self._check_left_out()
         self.done, self.stopping = iteration, self._asked_to_stop()
+        self.leaving = self._leaves()
         if fault:
             if self.guard.exhausted:
                 self.poll_saves(wait=True)
@@ -301,6 +310,18 @@ class Trainer:
     def _asked_to_stop(self) -> bool:
         """Whether any rank was; all ranks ask together."""
         return bool(self._largest(bool(self.stop.reason))[0])
+
+    def _leaves(self) -> str:
+        """Why this start ends before the run does; empty if it does not. All ranks ask together."""
+        batch = self.config.batch
+        minutes = batch.exit_duration_in_mins
+        if batch.exit_interval is not None and _due(self.done, batch.exit_interval):
+            return f"exit-interval is {batch.exit_interval}"
+        # By one rank's clock.
+        over = self.rank == 0 and time.perf_counter() - self.started > 60 * (minutes or math.inf)
+        if minutes is not None and self._largest(over)[0]:
+            return f"exit-duration-in-mins is {minutes:g}"
+        return ""
 
     def _tell(self, skipped: list[Skipped]) -> None:
         """Name the first samples left out; every reader does for its own."""
@@ -342,7 +363,7 @@ class Trainer:
             chunk.eval()
         reads, batches = self.exchange.is_reader, iter(())
         if reads:
-            limit = self.config.data.eval_iters * self.plan.num_microbatches
+            limit = (self.config.data.eval_iters or 0) * self.plan.num_microbatches
             loader = build_valid_loader(
                 self._data_config(), max_batches=limit or None, **self._reader()
             )
@@ -425,8 +446,9 @@ class Trainer:
         self.watch.close()
         (peak,) = self._largest(self.platform.peak_memory_bytes())
         done = "done"
-        if self.stopping:
-            done = f"asked to stop; {self.done} steps are done, the same command goes on; ran"
+        if self.stopping or (self.leaving and not self.ended):
+            why = self.leaving or "asked to stop"
+            done = f"{why}; {self.done} steps are done, the same command goes on; ran"
         self.say(f"{done} in {duration(time.perf_counter() - self.started)}; "
                  f"peak memory of a rank {peak / 2**30:.2f} GiB")
         if self.loader is not None:
@@ -438,48 +460,3 @@ class Trainer:
                 f"saved ({self.failed_save.error}); mend that and start again, which goes on from "
                 f"the one before."
             )
-
-
-def describe(plan: Plan, platform) -> str:
-    """What is about to run, in a few lines."""
-    config, spec = plan.config, plan.spec
-    rows = config.batch.global_batch_size
-    return (
-        f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
-        f"{rows} rows of {plan.row_length} tokens a step = {plan.num_microbatches} "
-        f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
-        f"{config.batch.train_iters} steps; {config.model.dtype}"
-        f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"
-        f"{describe_parts(plan)}\n{describe_attention(plan)}"
-        + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else
-           "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
-    )
-
-
-def describe_parts(plan: Plan) -> str:
-    """Parameters of every part of the whole model, and what becomes of them."""
-    frozen, options = plan.config.model.frozen, plan.config.optimizer
-    counts = Counter()
-    for name, count in family(plan.spec.model_type).weight_map(plan.spec).counts().items():
-        counts[part_of(name)] += count
-    trained = sum(counts[part] for part in PARTS if part not in frozen)
-    return f"{trained:,} of {counts.total():,} parameters are trained: " + ", ".join(
-        f"{title} {counts[part]:,} "
-        + ("frozen" if part in frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
-        for part, title in PARTS.items()
-    )
-
-
-def describe_attention(plan: Plan) -> str:
-    """The attention backend of each tower on this rank, and why."""
-    run = plan.config.model
-    language, vision = (
-        choose_backend(
-            run.attention_backend, dtype=run.dtype, head_dim=tower.head_dim,
-            deterministic=run.deterministic,
-        )
-        for tower in (plan.spec.decoder, plan.spec.vision)
-    )
-    if str(language) == str(vision):
-        return f"attention: {language}"
-    return f"attention: {language}\nattention of the vision tower: {vision}"

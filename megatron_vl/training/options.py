@@ -7,19 +7,16 @@ the field's documentation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import Layout
-
-
-def option(default: Any, help: str, *, choices: tuple | None = None, kind: type | None = None):
-    """A field with its help text, the values it may take and, where the default does not tell it,
-    its type. A default that is a tuple stands for one or several values of `kind`."""
-    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
+from megatron_vl.training.log_options import LogOptions
+from megatron_vl.training.option import above_zero as _above_zero
+from megatron_vl.training.option import at_least as _at_least
+from megatron_vl.training.option import option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +34,13 @@ class ParallelOptions:
     )
     decoder_first_pipeline_num_layers: int | None = option(
         None, "language layers on stage 0; the rest is divided over the other stages", kind=int
+    )
+    pp_layers: str | None = option(
+        None, "language layers of each stage, as in 1,10,10,7; with VP one list a chunk, "
+        "[[0,1],[4,3]]; default: those of the checkpoint, else evenly", kind=str
+    )
+    vit_pp_layers: str | None = option(
+        None, "the same of the vision layers; default: all on stage 0", kind=str
     )
     distributed_timeout_minutes: float = option(
         10.0, "minutes a collective may take before the job is given up"
@@ -76,7 +80,7 @@ class BatchOptions:
     global_batch_size: int = option(1, "rows of one optimizer step over all ranks")
     seq_length: int = option(2048, "tokens of a row, and the longest sample")
     max_padding_length: int | None = option(
-        None, "row length when a row holds one sample; default: seq-length", kind=int
+        None, "longest row when a row holds one sample; default: seq-length", kind=int
     )
     train_iters: int = option(100, "optimizer steps")
     train_samples: int | None = option(
@@ -90,16 +94,34 @@ class BatchOptions:
         False, "mean loss of each sample, then the mean over the samples of a step; default: the "
         "mean over all its trained tokens"
     )
+    calculate_per_token_loss: bool | None = option(
+        None, "that default by its name in Megatron-LM", kind=bool
+    )
+    exit_interval: int | None = option(
+        None, "end after a step that is a multiple of this, saved and with code 0", kind=int
+    )
+    exit_duration_in_mins: float | None = option(
+        None, "end after the step in which so many minutes are over, saved and with code 0",
+        kind=float
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "micro_batch_size", "global_batch_size", "seq_length", "train_iters",
-                  "train_samples")
+                  "train_samples", "exit_interval")
+        if self.exit_duration_in_mins is not None:
+            _above_zero(self, "exit_duration_in_mins")
+        # Megatron-LM has a third loss, whose weight of a token depends on its microbatch.
+        if self.calculate_per_token_loss is self.calculate_per_sample_loss:
+            raise InputError(
+                "calculate-per-token-loss and calculate-per-sample-loss are the two losses there "
+                "are; give one of them."
+            )
         if self.num_train_epochs is not None:
             _above_zero(self, "num_train_epochs")
         pad = self.max_padding_length
         if pad is not None and not 0 < pad <= self.seq_length:
             raise InputError(
-                f"max-padding-length (PAD_LEN) {pad} must be between 1 and seq-length (SEQ_LEN) "
+                f"max-padding-length {pad} must be between 1 and seq-length "
                 f"{self.seq_length}."
             )
 
@@ -171,7 +193,7 @@ class OptimizerOptions:
         _above_zero(self, "adam_eps", "initial_loss_scale")
         if not 0 <= self.optimizer_offload_fraction <= 1:
             raise InputError(
-                f"optimizer-offload-fraction (OPTIMIZER_OFFLOAD) is "
+                f"optimizer-offload-fraction is "
                 f"{self.optimizer_offload_fraction}; it must be between 0 and 1."
             )
         for name in ("adam_beta1", "adam_beta2"):
@@ -193,12 +215,24 @@ class OptimizerOptions:
         return 1.0 if own is None or own == self.lr else own / self.lr
 
 
+# Options of which one says the precision -> dtypes.
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRunOptions:
     """Precision, memory, and what is trained."""
 
-    bf16: bool = option(False, "parameters and activations in bfloat16, optimizer in fp32")
-    fp16: bool = option(False, "parameters and activations in float16 with loss scaling")
+    bf16: bool | None = option(
+        None, "parameters and activations in bfloat16, optimizer in fp32; default: the precision "
+        "that a resumed run had, else the dtype of config.json", kind=bool
+    )
+    fp16: bool | None = option(
+        None, "parameters and activations in float16 with loss scaling", kind=bool
+    )
+    fp32: bool | None = option(
+        None, "all in float32, whatever the dtype of config.json", kind=bool
+    )
     fp8_format: str | None = option(
         None, "matrix products in fp8, with bf16; needs TransformerEngine on a CUDA device",
         choices=("e4m3", "hybrid"), kind=str,
@@ -244,9 +278,10 @@ class ModelRunOptions:
     seed: int = option(1234, "of weights, data order and everything else random")
 
     def __post_init__(self) -> None:
-        if self.bf16 and self.fp16:
-            raise InputError("bf16 and fp16 exclude one another; give one of them.")
-        if self.fp8_format and not self.bf16:
+        given = [name for name in PRECISIONS if getattr(self, name)]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} exclude one another; give one of them.")
+        if self.fp8_format and self.dtype not in (None, "bfloat16"):
             raise InputError("fp8-format is for bf16 training; add bf16.")
         if len(self.frozen) == len(PARTS):
             raise InputError(
@@ -257,7 +292,7 @@ class ModelRunOptions:
             self.recompute_granularity or self.vit_recompute_granularity in ("selective", "full")
         ):
             raise InputError(
-                "cpu-offloading (AC offload) and recompute-granularity (AC sel, full) exclude one "
+                "cpu-offloading and recompute-granularity exclude one "
                 "another; use recompute-granularity full alone, which needs the least memory."
             )
         _at_least(self, 1, "recompute_num_layers", "vit_recompute_num_layers",
@@ -265,8 +300,15 @@ class ModelRunOptions:
         _at_least(self, 0, "seed", "init_method_std")
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> str | None:
+        """Of parameters and activations; None where no option says it."""
+        if all(getattr(self, name) is None for name in PRECISIONS):
+            return None
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    def with_dtype(self, dtype: str) -> ModelRunOptions:
+        """The same with its precision said."""
+        return replace(self, **{name: PRECISIONS[name] == dtype for name in PRECISIONS})
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -322,12 +364,19 @@ class DataOptions:
     shuffle_buffer_size: int = option(1000, "samples shuffled together")
     max_samples_per_sequence: int = option(100, "samples read in a row from one shard")
     eval_interval: int = option(1000, "steps between validations; 0: never")
-    eval_iters: int = option(0, "batches of one validation; 0: the whole split")
+    eval_iters: int | None = option(
+        None, "batches of one validation; 0: never validate; default: the whole split", kind=int
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "num_workers", "packing_buffer_size", "shuffle_buffer_size",
                   "eval_interval", "eval_iters", "max_skipped_samples")
         _at_least(self, 1, "max_samples_per_sequence", "max_samples", "max_patches_per_row")
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is any validation."""
+        return self.eval_interval > 0 and self.eval_iters != 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,6 +393,8 @@ class CheckpointOptions:
     save: str | None = option(None, "directory of the run's checkpoints; resumes what it holds",
                               kind=str)
     save_interval: int = option(1000, "steps between checkpoints; the last step is always saved")
+    ckpt_format: str = option("torch_dist", "format of the run's checkpoints; megatron-vl convert "
+                              "makes torch of it", choices=("torch_dist",))
     finetune: bool = option(False, "take only the weights of load, start at step 0")
     no_load_optim: bool = option(False, "do not load optimizer state")
     no_load_rng: bool = option(False, "do not load random-number state")
@@ -354,7 +405,7 @@ class CheckpointOptions:
         "state in host memory"
     )
     save_total_limit: int | None = option(
-        None, "checkpoints of SAVE to keep, the newest; default: all", kind=int
+        None, "checkpoints to keep, the newest; default: all", kind=int
     )
     verify_checksums: bool = option(
         True, "read a checkpoint once before resuming from it, and take the one before if it is "
@@ -371,7 +422,7 @@ class FaultOptions:
 
     max_restarts: int = option(
         3, "times that the processes are started again after one of them failed; a run without "
-        "SAVE never is"
+        "save never is"
     )
     hang_timeout: float | None = option(
         None, "seconds without progress until every rank writes its stacks and the job ends; "
@@ -395,57 +446,6 @@ class FaultOptions:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogOptions:
-    """What is shown."""
-
-    log_interval: int = option(1, "steps between log lines")
-    tensorboard_dir: str | None = option(None, "TensorBoard directory", kind=str)
-    metrics_file: str | None = option(
-        None, "JSONL with the numbers of every step; default: metrics.jsonl in save", kind=str
-    )
-    report: bool = option(True, "write a page about the run at its end")
-    report_file: str | None = option(
-        None, "that page; default: report.html beside metrics-file, or X.html beside X.jsonl",
-        kind=str
-    )
-    log_tps: bool = option(False, "print the run's average throughput at its end")
-    device_peak_tflops: float | None = option(
-        None, "what one device can do at most in bf16, in 10^12 FLOPs a second, for MFU; default: "
-        "by the device's name", kind=float
-    )
-    wandb_project: str | None = option(None, "log to this project of Weights & Biases", kind=str)
-    wandb_exp_name: str | None = option(None, "the run's name there", kind=str)
-    swanlab_project: str | None = option(None, "log to this project of SwanLab", kind=str)
-    swanlab_exp_name: str | None = option(None, "the run's name there", kind=str)
-    mlflow_experiment: str | None = option(None, "log to this experiment of MLflow", kind=str)
-    mlflow_run_name: str | None = option(None, "the run's name there", kind=str)
-    profile: bool = option(False, "trace some steps with torch's profiler")
-    profile_step_start: int = option(10, "the first iteration that is traced")
-    profile_step_end: int = option(12, "the first iteration after it that is not")
-    profile_ranks: tuple[int, ...] = option((0,), "ranks that are traced", kind=int)
-    profile_dir: str | None = option(
-        None, "directory of the traces; default: tensorboard-dir, or profile beside metrics-file",
-        kind=str
-    )
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "log_interval", "profile_step_start")
-        _above_zero(self, *(["device_peak_tflops"] if self.device_peak_tflops is not None else []))
-        if self.profile_step_end <= self.profile_step_start:
-            raise InputError(
-                f"profile-step-end {self.profile_step_end} must be above profile-step-start "
-                f"{self.profile_step_start}: it is the first iteration that is not traced."
-            )
-        for tracker in ("wandb_project", "swanlab_project", "mlflow_experiment"):
-            name = tracker.split("_")[0] + ("_run_name" if "mlflow" in tracker else "_exp_name")
-            if getattr(self, name) is not None and getattr(self, tracker) is None:
-                raise InputError(
-                    f"{name.replace('_', '-')} is given without {tracker.replace('_', '-')}; give "
-                    f"both, or neither."
-                )
-
-
 GROUPS = {
     "parallel": ParallelOptions,
     "batch": BatchOptions,
@@ -456,21 +456,3 @@ GROUPS = {
     "fault": FaultOptions,
     "log": LogOptions,
 }
-
-
-def _at_least(options, minimum: int, *names: str) -> None:
-    """Refuse a smaller value, and NaN; an option left to its default of None passes."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= minimum:
-            raise InputError(
-                f"{name.replace('_', '-')} is {value}; it must be at least {minimum}."
-            )
-
-
-def _above_zero(options, *names: str) -> None:
-    for name in names:
-        if not getattr(options, name) > 0:
-            raise InputError(
-                f"{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0."
-            )

@@ -178,19 +178,19 @@ def _checkpoints(start: dict) -> list[str]:
 
 def _configuration(start: dict) -> list[str]:
     defaults = {f.name: f.default for group in GROUPS.values() for f in fields(group)}
-    rows, marked = [], set()
+    changed, others = [], []
     for name, value in start["options"].items():
         default = defaults.get(name)
         usual = list(default) if isinstance(default, tuple) else default
-        if value != usual:
-            marked.add(len(rows))
-        rows.append((name.replace("_", "-"), "" if value is None else str(value)))
+        row = (name.replace("_", "-"), "" if value is None else str(value))
+        same = value == usual or (usual is None and value is False)  # bf16 where a run has fp32
+        (others if same else changed).append(row)
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
     return [
         "<h2>what ran</h2>\n", f"<pre>{escape(start['described'])}</pre>\n",
         f"<p class=small>{escape(versions)}</p>\n",
         "<h2>configuration</h2>\n<p class=small>Marked: not the default.</p>\n",
-        table(rows, header=("option", "value"), marked=marked),
+        table(changed + others, header=("option", "value"), marked=range(len(changed))),
     ]
 
 

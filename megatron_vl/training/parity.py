@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vl.data.rows import make_batch, make_row
+from megatron_vl.data.rows import least_length, make_batch, make_row
 from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
 from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.common.recompute import Recompute, recompute_of
@@ -155,9 +155,13 @@ def _placeholder(spec: VLMSpec, grid: Sequence[int]) -> int:
 
 
 def make_batches(
-    spec: VLMSpec, case: Case, samples: Sequence[EncodedSample]
+    spec: VLMSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int = ROW_LENGTH
 ) -> list[RowBatch]:
-    """The samples of `case` as microbatches of packed rows."""
+    """The samples of `case` as microbatches of packed rows.
+
+    Args:
+        multiple: a microbatch's rows have the least multiple of it that holds them.
+    """
     per_batch = case.samples_per_row * case.rows_per_microbatch
     rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
     batches = []
@@ -165,7 +169,8 @@ def make_batches(
         group = samples[start : start + per_batch]
         rows = [make_row(group[i : i + case.samples_per_row])
                 for i in range(0, per_batch, case.samples_per_row)]
-        batches.append(make_batch(rows, row_length=ROW_LENGTH, pad_token=0, rope=rope))
+        length = least_length(rows, multiple=multiple, most=ROW_LENGTH)
+        batches.append(make_batch(rows, row_length=length, pad_token=0, rope=rope))
     return batches
 
 
@@ -286,6 +291,7 @@ def _run_layout(
     options = ModelOptions(
         params_dtype=getattr(torch, setting.dtype), recompute=recompute,
         vit_recompute=vit_recompute, initialize_weights=False, fused_ops=platform.fuses_ops,
+        row_lengths_vary=layout.lengths_vary and not setting.packed,
     )
     chunks = family(spec.model_type).build_model(spec, layout, split, options)
     model = wrap_for_data_parallel(
@@ -296,7 +302,11 @@ def _run_layout(
     dp_rank = parallel_state.get_data_parallel_rank()
 
     for index, case in enumerate(cases(setting.packed)):
-        batches = make_batches(spec, case, make_samples(spec, case))[dp_rank :: layout.dp]
+        # As in training, where rows of one sample are no longer than a microbatch needs.
+        batches = make_batches(
+            spec, case, make_samples(spec, case),
+            multiple=layout.row_parts if options.row_lengths_vary else ROW_LENGTH,
+        )[dp_rank :: layout.dp]
         for chunk in model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -391,14 +401,14 @@ def read_ours(
             for part in range(layout.cp)
         ]
         per_batch[rank :: layout.dp] = [torch.cat(one, dim=1) for one in zip(*parts, strict=True)]
-    # [rows, ROW_LENGTH, V], without what pads the vocabulary for tensor parallelism.
-    rows = torch.cat(per_batch)[..., : spec.decoder.vocab_size]
+    # Rows of [s, V], without what pads the vocabulary for tensor parallelism.
+    rows = [row for batch in per_batch for row in batch[..., : spec.decoder.vocab_size]]
     logits, at = [], 0
     for number, sample in enumerate(samples):
         row, place = divmod(number, case.samples_per_row)
         at = at if place else 0
         length = sample.tokens.numel()
-        logits.append(rows[row, at : at + length])
+        logits.append(rows[row][at : at + length])
         at += length
     loss = float(torch.load(work_dir / f"{index}.loss.pt", weights_only=True))
     return Outcome(logits=logits, loss=loss, gradients=gradients)

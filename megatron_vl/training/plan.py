@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.model_files import check_model_files
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
-from megatron_vl.ops.attention import Case, check_backend
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import METRICS, page_of
+from megatron_vl.training.machine import check_machine
+from megatron_vl.training.options import PRECISIONS
 from megatron_vl.training.trackers import check_trackers
 from megatron_vl.weights.convert import inspect_weights, open_weights
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
@@ -32,16 +36,32 @@ class Plan:
     layout: Layout
     split: StageSplit
     hf_dir: Path  # config.json and tokenizer
+    precision: str  # and what says it, in words
     num_microbatches: int
     recompute: Recompute  # of the language model
     vit_recompute: Recompute  # of the vision tower
 
     @property
     def row_length(self) -> int:
-        """Tokens of every row: seq-length when samples are packed, else what they are padded to."""
+        """Tokens that a row holds: seq-length when samples are packed, else max-padding-length."""
         batch = self.config.batch
         packs = self.config.data.packing_buffer_size > 0
         return batch.seq_length if packs else batch.max_padding_length or batch.seq_length
+
+    @property
+    def row_multiple(self) -> int | None:
+        """Of what the length of unpacked rows is a multiple; None: all have `row_length`."""
+        if self.config.data.packing_buffer_size > 0 or not self.layout.lengths_vary:
+            return None
+        # Few lengths, so that kernels chosen by shape come again; 16 tokens a rank, as fp8 needs.
+        return math.lcm(64, 16 * self.layout.row_parts)
+
+    @property
+    def described_length(self) -> str:
+        """How long rows are, in words."""
+        if self.row_multiple is None:
+            return f"{self.row_length} tokens"
+        return f"at most {self.row_length} tokens, no longer than a microbatch needs,"
 
     @property
     def metrics_file(self) -> Path | None:
@@ -83,8 +103,8 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         needs_load(config) or hf_dir == Path(load)
     ):
         raise InputError(
-            f"load (PRETRAIN_CHECKPOINT_PATH) {load} does not exist; give --load the directory of "
-            f"a Hugging Face model or of a converted checkpoint."
+            f"--load {load} does not exist; give the directory of a Hugging Face model or of a "
+            f"converted checkpoint."
         )
     if hf_dir is None:
         raise InputError(
@@ -96,9 +116,10 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
-            "cpu-offloading (AC offload) needs a pipeline of one stage; use "
-            "recompute-granularity full (AC full), or PP 1."
+            "cpu-offloading needs a pipeline of one stage; use "
+            "recompute-granularity full, or PP 1."
         )
+    config, precision = _with_precision(config, spec)
     if here:
         check_machine(config, spec)
     if config.model.init_method_std is not None:
@@ -117,16 +138,16 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         layout=layout,
         split=split,
         hf_dir=hf_dir,
+        precision=precision,
         num_microbatches=config.batch.num_microbatches(layout.dp),
         recompute=recompute,
         vit_recompute=vit_recompute,
     )
-    parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    if plan.row_length % parts:
+    if plan.row_length % layout.row_parts:
         raise InputError(
-            f"rows of {plan.row_length} tokens (SEQ_LEN, or PAD_LEN without packing) do not divide "
-            f"over {parts} parts, as context parallelism and sequence-parallel need; use a "
-            f"multiple of {parts}."
+            f"rows of {plan.row_length} tokens (seq-length, or max-padding-length without packing) "
+            f"do not divide over {layout.row_parts} parts, as context parallelism and "
+            f"sequence-parallel need; use a multiple of {layout.row_parts}."
         )
     _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
@@ -178,9 +199,9 @@ def _check_same_model(config: TrainConfig, load: str | None) -> None:
     names = [f"{part} {f.name} {getattr(a, f.name)} and {getattr(b, f.name)}"
              for part, a, b in parts for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)]
     raise InputError(
-        f"SAVE {save} holds checkpoints of another model than load {load} "
-        f"({names[0] if names else 'their token ids differ'}); a run goes on from SAVE, so give "
-        f"another save, or leave out load."
+        f"--save {save} holds checkpoints of another model than --load {load} "
+        f"({names[0] if names else 'their token ids differ'}); a run goes on from --save, so "
+        f"give another --save, or leave out --load."
     )
 
 
@@ -211,18 +232,44 @@ def _check_log(plan: Plan) -> None:
 def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
     """The split that was asked for; when none was, the checkpoint's own, if it is for this layout.
 
-    So a launcher need not repeat the MP_PP0_LAYERS of the converter: the checkpoint carries it.
+    So nobody need repeat the first-stage-layers of the conversion: the checkpoint carries it.
     """
-    first = config.parallel.decoder_first_pipeline_num_layers
-    if first is None:
-        info = _own(config, {})
-        if info is None and config.checkpoint.load is not None:
-            info = inspect_weights(config.checkpoint.load)
+    parallel = config.parallel
+    first = parallel.decoder_first_pipeline_num_layers
+    lists = {
+        "llm": layer_list(parallel.pp_layers, "pp-layers"),
+        "vit": layer_list(parallel.vit_pp_layers, "vit-pp-layers"),
+    }
+    if first is None and not any(lists.values()):
+        info = _source(config)
         if info is not None and info.split is not None and not _fits_all(info):
             here = (layout.pp, layout.vp)
             if (info.split.pp, info.split.vp) == here:
                 return info.split
-    return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first)
+    return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first, **lists)
+
+
+def _source(config: TrainConfig) -> CheckpointInfo | None:
+    """What SAVE holds, else what `load` does."""
+    info = _own(config, {})
+    if info is None and config.checkpoint.load is not None:
+        info = inspect_weights(config.checkpoint.load)
+    return info
+
+
+def _with_precision(config: TrainConfig, spec: VLMSpec) -> tuple[TrainConfig, str]:
+    """The configuration with its precision said, and a word on who says it: an option, else the run
+    that is resumed, else config.json."""
+    if config.model.dtype is not None:
+        return config, config.model.dtype
+    info, dtype, says = _source(config), spec.dtype, "config.json"
+    finetune = config.checkpoint.finetune and _own(config, {}) is None
+    if info is not None and not info.release and not finetune:
+        had = [name for name in PRECISIONS if info.args.get(name)]
+        if had or "bf16" in info.args:
+            dtype, says = PRECISIONS[had[0]] if had else "float32", "the checkpoint"
+    model = config.model.with_dtype(dtype)
+    return replace(config, model=model), f"{dtype}, as {says} says"
 
 
 def _fits_all(info: CheckpointInfo) -> bool:
@@ -234,9 +281,9 @@ def _recompute(config: TrainConfig, split: StageSplit) -> tuple[Recompute, Recom
     run = config.model
     if run.cpu_offloading and run.cpu_offloading_num_layers >= split.num_layers:
         raise InputError(
-            f"cpu-offloading-num-layers (MP_AC_LAYERS) {run.cpu_offloading_num_layers} must be "
+            f"cpu-offloading-num-layers {run.cpu_offloading_num_layers} must be "
             f"less than the model's {split.num_layers} language layers; lower it, or use "
-            f"recompute-granularity full (AC full)."
+            f"recompute-granularity full."
         )
     return recompute_of(
         split, granularity=run.recompute_granularity, method=run.recompute_method,
@@ -263,13 +310,16 @@ def trained_text(config: TrainConfig) -> TrainedText:
 
 
 def check_paths(config: TrainConfig) -> None:
-    """The datasets' splits, and whether what the run writes can be written and tracked.
+    """The model's files, the datasets' splits, and whether what the run writes can be written and
+    tracked.
 
     Looks at every shard: one process does it for all.
 
     Raises:
-        InputError: a dataset without the split that is read from it, or an output that cannot be.
+        InputError: no tokenizer or image settings, a dataset without the split that is read from
+            it, or an output that cannot be.
     """
+    check_model_files(hf_directory(config))
     for mixture, split in datasets(config):
         mixture.check(split)
     check_outputs(config)
@@ -278,7 +328,7 @@ def check_paths(config: TrainConfig) -> None:
 def datasets(config: TrainConfig) -> list[tuple[Mixture, str]]:
     """What the run reads, and which split of it. Raises InputError: see `Mixture.parse`."""
     train, valid = mixtures(config)
-    return [(train, "train")] + ([(valid, "val")] if config.data.eval_interval > 0 else [])
+    return [(train, "train")] + ([(valid, "val")] if config.data.validates else [])
 
 
 def check_outputs(config: TrainConfig) -> None:
@@ -302,63 +352,6 @@ def check_outputs(config: TrainConfig) -> None:
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             what = "may not be written to" if there.is_dir() else "is a file"
             raise InputError(f"{option} {given} cannot be made: {there} {what}; give another.")
-
-
-def check_machine(config: TrainConfig, spec: VLMSpec) -> None:
-    """Raises InputError: something asked for that this machine, or this program on it, cannot do.
-    """
-    _check_devices(config)
-    _check_attention(config, spec)
-
-
-def _check_devices(config: TrainConfig) -> None:
-    import importlib.util
-
-    import torch
-
-    transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-    if torch.cuda.is_available():
-        _check_offload(config, transformer_engine)
-        if transformer_engine:
-            return
-    for option, asked, instead in (
-        ("fp8-format (PR fp8)", config.model.fp8_format, "bf16"),
-        ("cpu-offloading (AC offload)", config.model.cpu_offloading,
-         "recompute-granularity full (AC full)"),
-    ):
-        if asked:
-            raise InputError(
-                f"{option} needs TransformerEngine on a CUDA device and this machine has none; use "
-                f"{instead}."
-            )
-
-
-def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
-    """What needs no look at a device; a rank sees the rest when it builds its layers."""
-    for tower in (spec.decoder, spec.vision):
-        case = Case.here(
-            dtype=config.model.dtype, head_dim=tower.head_dim,
-            deterministic=config.model.deterministic, touch_device=False,
-        )
-        check_backend(config.model.attention_backend, case)
-
-
-def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
-    """Whether Megatron-Core's hybrid optimizer, which CUDA devices need for it, can be had."""
-    options = config.optimizer
-    if not options.optimizer_cpu_offload or options.optimizer_offload_fraction == 0:
-        return
-    option = "optimizer-cpu-offload (OPTIMIZER_OFFLOAD)"
-    if not (config.model.bf16 and options.use_distributed_optimizer):
-        raise InputError(
-            f"{option} on GPUs needs bf16 (PR bf16) and use-distributed-optimizer (DO true); give "
-            f"both, or leave it out."
-        )
-    if not transformer_engine:
-        raise InputError(
-            f"{option} on GPUs needs TransformerEngine, which is not installed; install it, or use "
-            f"use-distributed-optimizer (DO true) alone, which shares the state over data ranks."
-        )
 
 
 def find_checkpoint(
@@ -404,7 +397,7 @@ def _own(config: TrainConfig, damaged: dict[Path, str]) -> CheckpointInfo | None
         raise InputError(
             f"no checkpoint of {config.checkpoint.save} can be used: "
             + "; ".join(f"{path.name}: {fault}" for path, fault in damaged.items())
-            + "; restore one of them, or give another SAVE."
+            + "; restore one of them, or give another --save."
         )
     return None
 
@@ -415,8 +408,17 @@ SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_
 
 
 def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
-    """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule."""
+    """A resumed run keeps its kind of optimizer and, unless told otherwise, its schedule.
+
+    Its length may change, and with it the schedule's end and a warmup that is a share of it.
+    """
     saved, here = dict(info.args), config.resolved()
+    follows = []
+    if saved.get("lr_decay_iters") is None and here["lr_decay_iters"] is None:
+        follows.append("lr_decay_iters")
+    share = here["lr_warmup_fraction"]
+    if follows and share is not None and saved.get("lr_warmup_fraction") == share:
+        follows.append("lr_warmup_iters")
     for options in (saved, here):  # what being left out means
         for name, meant in (("lr_decay_iters", "train_iters"), ("vit_lr", "lr"),
                             ("merger_lr", "lr")):
@@ -429,7 +431,7 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
         for part in PARTS:
             options.setdefault(f"freeze_{part}", False)
     if not config.optimizer.override_opt_param_scheduler:
-        for name in SCHEDULE:
+        for name in (name for name in SCHEDULE if name not in follows):
             if name in saved and saved[name] != here[name]:
                 raise InputError(
                     f"{info.path} was trained with {_flag(name)} {saved[name]} but this run has "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def plot_runs(
     )
     alone = len(runs) == 1
     for run, name, color in zip(runs, names, COLORS, strict=False):
-        _draw(axes, run, color, "" if alone else name)
+        _draw(axes, run, color, "" if alone else _lines(name, 60))
     loss, norm, rate, speed, wait = axes
     loss.set_ylabel("loss per trained token")
     loss.legend(fontsize=9)
@@ -56,13 +57,18 @@ def plot_runs(
         axis.grid(alpha=0.3)
         axis.margins(x=0.01)
     figure.align_ylabels(axes)
-    figure.suptitle(title or ", ".join(names))
+    figure.suptitle("\n".join(_lines(one, 85) for one in ([title] if title else names)))
     try:
         with replacing_file(Path(png)) as pending:
             figure.savefig(pending, dpi=110)
     finally:
         pyplot.close(figure)
     return Path(png)
+
+
+def _lines(text: str, width: int) -> str:
+    """A text that is wider than a picture, in lines that are not."""
+    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text
 
 
 def _draw(axes, run: History, color: str, name: str) -> None:
@@ -72,7 +78,8 @@ def _draw(axes, run: History, color: str, name: str) -> None:
     values = [step["loss"] for step in run.steps]
     loss.plot(at, values, color=color, alpha=0.35, linewidth=0.8,
               label=None if name else "each step")
-    loss.plot(at, smoothed(values), color=color, linewidth=1.8, label=name or "smoothed")
+    loss.plot(at, smoothed(values), color=color, linewidth=1.8,
+              label=name or "mean of the steps around")
     if run.validations:
         loss.plot(
             [one["iteration"] for one in run.validations],
@@ -90,15 +97,15 @@ def _draw(axes, run: History, color: str, name: str) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average with bias correction, as TensorBoard draws it.
+    """Mean of the steps around each, as many before it as after it, so that it does not lag.
 
-    Over a twentieth of the run, at most 20 steps: of a short one it would show the start alone. A
-    value that is not finite, as of a step that was skipped, leaves the average where it was.
+    Over a tenth of the run, at most 41 steps, and fewer towards both ends. A value that is not
+    finite, as of a step that was skipped, is left out.
     """
-    weight = 1 - 1 / min(20, max(1, len(values) / 20))
-    out, average, count = [], 0.0, 0
-    for value in values:
-        if math.isfinite(value):
-            average, count = weight * average + (1 - weight) * value, count + 1
-        out.append(average / (1 - weight**count) if count else math.nan)
+    reach, last = min(20, len(values) // 20), len(values) - 1
+    out = []
+    for at in range(len(values)):
+        near = min(reach, at, last - at)
+        finite = [one for one in values[at - near : at + near + 1] if math.isfinite(one)]
+        out.append(sum(finite) / len(finite) if finite else math.nan)
     return out

@@ -29,12 +29,27 @@ def hold(root: Path) -> IO[str] | None:
         InputError: another run holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
+    file = _locked(root)
+    if file is not None:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
+
+
+def check_free(root: Path) -> None:
+    """Raises InputError: another run holds SAVE's lock. Leaves it, and SAVE, as they are."""
+    if os.access(root / LOCK, os.W_OK) and (file := _locked(root)) is not None:
+        file.close()
+
+
+def _locked(root: Path) -> IO[str] | None:
     file = (root / LOCK).open("a+", encoding="utf-8")
     begun = time.monotonic()
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return file
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 file.close()
@@ -49,7 +64,3 @@ def hold(root: Path) -> IO[str] | None:
                 f"{host or 'an unknown host'}; end that one, or give another --save."
             )
         time.sleep(_LOOK_SECONDS)
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import torch
@@ -41,6 +42,7 @@ def model_options(
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
         fused_ops=run.fused_ops == "auto" and platform.fuses_ops,
         initialize_weights=initialize_weights,
+        row_lengths_vary=plan.row_multiple is not None,
         deterministic=run.deterministic,
         frozen=run.frozen,
     )
@@ -83,6 +85,25 @@ def wrap_for_data_parallel(
         hooks = [chunk.no_sync for chunk in model]
         model[0].config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return model
+
+
+def schedule_change(scheduler: OptimizerParamScheduler, saved: dict) -> str:
+    """What a schedule of another length than a checkpoint's does; empty where it is as long.
+
+    Args:
+        scheduler: this run's, at the checkpoint's step.
+        saved: the state of the checkpoint's own.
+    """
+    if saved["lr_decay_steps"] == scheduler.lr_decay_steps:
+        return ""
+    old = copy.copy(scheduler)
+    for name, value in saved.items():
+        setattr(old, name, value)
+    return (
+        f"the learning rate's schedule ends after {scheduler.lr_decay_steps} steps, the "
+        f"checkpoint's after {saved['lr_decay_steps']}: the rate goes on at "
+        f"{scheduler.get_lr({}):.3e} instead of {old.get_lr({}):.3e}"
+    )
 
 
 def _finalize_gradients(model: list, *args, **options) -> None:

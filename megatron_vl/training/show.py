@@ -13,11 +13,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vl.data.conversation import REASONS
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, as_called
 from megatron_vl.models.common.media_share import loads
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.training.flops import step_flops
 from megatron_vl.training.metrics import MetricLog, StepMetrics
+from megatron_vl.training.padding import PaddingWatch
 from megatron_vl.training.page import write_page
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.profile import StepProfiler
@@ -41,6 +42,7 @@ class Show:
         self.clock = ForwardClock(platform)
         self.stragglers = Stragglers(plan.layout, host_names())
         self.profiler = StepProfiler(plan.config.log, plan.profile_dir, self.rank)
+        self.padding = PaddingWatch(plan.config.data.packing_buffer_size)
         self.log: MetricLog | None = None
         self.throughput: Throughput | None = None
         self.iteration = self.first = 0
@@ -123,6 +125,8 @@ class Show:
             )
             self.log.step(metrics, last=last)
             self.throughput.add(metrics)
+            if told := self.padding.add(metrics.positions, metrics.tokens, last=last):
+                self.say(as_called(told))
             self.console.step(metrics.loss)
             if iteration % RANKS_EVERY == 0:
                 self._tell_ranks()

@@ -24,27 +24,27 @@ BAD_ARGUMENTS = {
     "unknown DO": (dict(DO="1"), "DO is '1'; use true or false."),
     "unknown FL": (dict(FL="on"), "FL is 'on'; use true or false."),
     "unknown SP": (dict(SP="maybe"), "SP is 'maybe'; use true or false."),
-    "dlc outside DLC": (dict(ENV="dlc"), "(ENV dlc) needs a scheduler's variables, in DLC WORLD"),
+    "dlc outside DLC": (dict(ENV="dlc"), "ENV dlc needs a scheduler's variables, in DLC WORLD"),
     "TP that does not divide heads": (dict(TP=3), "TP 3 does not divide"),
-    "PP that does not divide layers": (dict(PP=3), "do not divide over pp 3"),
+    "PP that does not divide layers": (dict(PP=3), "do not divide over PP 3"),
     "a batch that does not divide": (
-        dict(BATCH_SIZE=3), "global-batch-size 4 is not a multiple of micro-batch-size 3"),
-    "PAD_LEN over SEQ_LEN": (dict(PAD_LEN=512), "PAD_LEN) 512 must be between 1 and"),
+        dict(BATCH_SIZE=3), "GLOBAL_BATCH_SIZE 4 is not a multiple of BATCH_SIZE 3"),
+    "PAD_LEN over SEQ_LEN": (dict(PAD_LEN=512), "PAD_LEN 512 must be between 1 and"),
     "rows that TP does not divide": (
         dict(TP=2, SP="true", PAD_LEN=255), "rows of 255 tokens"),
     "another MODEL_SIZE": (dict(MODEL_SIZE="7B"), "MODEL_SIZE is 7B, which has 28 layers"),
-    "fp8 without a GPU": (dict(PR="fp8"), "fp8-format (PR fp8) needs TransformerEngine"),
-    "AC offload without a GPU": (dict(AC="offload"), "cpu-offloading (AC offload) needs"),
+    "fp8 without a GPU": (dict(PR="fp8"), "PR fp8 needs TransformerEngine"),
+    "AC offload without a GPU": (dict(AC="offload"), "AC offload needs"),
     "a backend without its GPU": (
         dict(MP_EXTRA="--attention-backend flash2"),
         "attention-backend flash2 cannot run here: no CUDA device; use auto, or sdpa"),
     "AC layers that do not divide": (
-        dict(AC="full", MP_AC_LAYERS=3), "recompute-num-layers 3 does not divide"),
-    "a share of more than all": (dict(OPTIMIZER_OFFLOAD="1.5"), "(OPTIMIZER_OFFLOAD) is 1.5"),
-    "warmup longer than the run": (dict(LR_WARMUP_ITERS=10), "lr-warmup-iters 10 must be fewer"),
+        dict(AC="full", MP_AC_LAYERS=3), "MP_AC_LAYERS 3 does not divide"),
+    "a share of more than all": (dict(OPTIMIZER_OFFLOAD="1.5"), "OPTIMIZER_OFFLOAD is 1.5"),
+    "warmup longer than the run": (dict(LR_WARMUP_ITERS=10), "LR_WARMUP_ITERS 10 must be fewer"),
     "no checkpoint there": (
-        dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere does not exist; give --load"),
-    "a word for a number": (dict(LR="fast"), "argument --lr: invalid float value: 'fast'"),
+        dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere does not exist; give the directory of"),
+    "a word for a number": (dict(LR="fast"), "argument LR: invalid float value: 'fast'"),
     "a node's number": (
         dict(MP_EXTRA="--nnodes 2 --node-rank 2"), "node-rank 2 is not one of the 2 node(s)"),
     "an output below a file": (

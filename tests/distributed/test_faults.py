@@ -219,7 +219,7 @@ def test_a_run_without_any_whole_checkpoint_says_what_is_wrong_with_each(
     assert done.code == 2, done.text
     sentence = done.err.splitlines()[-1]
     assert sentence.count("iter_0000040") and sentence.count("iter_0000005")
-    assert "restore one of them, or give another SAVE" in sentence
+    assert "restore one of them, or give another --save" in sentence
 
 
 class Payload:

@@ -91,18 +91,24 @@ def test_training_learns_and_logs_every_number(plain_run):
 
 def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path):
     other = tmp_path / "other"
-    assert megatron_vl("convert", hf_dir, other).code == 0
+    assert megatron_vl("convert", hf_dir, other, "--format", "torch_dist").code == 0
     save = workshop.checkpoint("plain")
     given = ["train", "--train-data-path", workshop.wds_dir, "--seq-length", 256]
     done = megatron_vl(*given, "--save", save, "--load", other, "--dry-run")
     assert done.code == 2, done.text
-    assert f"SAVE {save} holds checkpoints of another model than load {other}" in done.err
+    assert f"--save {save} holds checkpoints of another model than --load {other}" in done.err
     assert "decoder num_layers 4 and 2" in done.err, done.err
     done = megatron_vl(*given, "--save", save, "--load", workshop.weights(1, 1), "--dry-run")
     assert "was trained with lr 0.001" in done.err, done.text  # the next thing that is looked at
-    done = megatron_vl(*given, "--load", other, "--train-iters", 1, "--eval-interval", 0,
-                       "--no-report", "--num-workers", 0, "--nproc-per-node", 1)
+    # Rows of one sample over two stages; what ends a start early loses nothing.
+    run = (*given, "--load", other, "--pp", 2, "--micro-batch-size", 2, "--global-batch-size", 4,
+           "--no-report", "--num-workers", 0, "--nproc-per-node", 2)
+    done = megatron_vl(*run, "--eval-iters", 1, "--train-iters", 3, "--exit-duration-in-mins",
+                       "1e-6")
     assert done.code == 0 and "nothing of this run will be kept" in done.out, done.text
+    assert "at most 256 tokens, no longer than a microbatch needs" in done.out, done.out
+    assert "steps; bfloat16, as config.json says" in done.out, done.out
+    assert "exit-duration-in-mins is 1e-06; 1 steps are done" in done.out, done.out
 
 
 def test_whole_vision_towers_start_alike_and_resume_alike_and_elsewhere(workshop):
@@ -228,24 +234,34 @@ def test_a_split_trains_validates_and_goes_home(name, workshop, plain_run):
     assert "validation at iteration 10" in done.out
 
 
-def test_a_longer_schedule_is_refused_on_resume_until_it_is_meant(workshop, plain_run):
+def test_a_run_may_be_lengthened_and_its_rates_changed_when_they_are_meant(workshop, plain_run):
     save = shutil.copytree(workshop.checkpoint("plain"), workshop.root / "longer")
-    again = dict(TRAIN_ITERS=11, LR="2e-3", extra=f"--save {save}")
+    done = workshop.train("longer-out", TRAIN_ITERS=12, extra=f"--save {save} --exit-interval 11")
+    assert done.code == 0 and "iteration 11/12" in done.out, done.text
+    assert "exit-interval is 11; 11 steps are done, the same command goes on" in done.out
+    assert (save / "iter_0000011").is_dir() and "iteration 12/12" not in done.out
+    # Warmup 2, cosine from 1e-3 to 1e-4 over 12 where it was over 10.
+    rate = workshop.steps("longer-out")[11]["lr"]
+    assert rate == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi * 8 / 10)) / 2)
+    assert (f"schedule ends after 12 steps, the checkpoint's after 10: the rate goes on at "
+            f"{rate:.3e} instead of 1.000e-04") in done.out, done.out
+    again = dict(TRAIN_ITERS=12, LR="2e-3", extra=f"--save {save}")
     done = workshop.train("longer-out", **again)
     assert done.code == 2 and "--override-opt-param-scheduler" in done.err, done.text
     again["extra"] += " --override-opt-param-scheduler"
     done = workshop.train("longer-out", **again)
-    assert done.code == 0 and "iteration 11/11" in done.out, done.text
-    # Warmup 2, cosine from the new 2e-3 to 1e-4 over 11: the last step but one of the decay.
-    expected = 1e-4 + (2e-3 - 1e-4) * (1 + math.cos(math.pi * 8 / 9)) / 2
-    assert workshop.steps("longer-out")[11]["lr"] == pytest.approx(expected)
+    assert done.code == 0 and "iteration 12/12" in done.out, done.text
+    expected = 1e-4 + (2e-3 - 1e-4) * (1 + math.cos(math.pi * 9 / 10)) / 2
+    (file,) = (workshop.root / "longer-out" / "log").glob("*lr-2e-3*/metrics.jsonl")
+    steps = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [one["lr"] for one in steps if one["kind"] == "train"] == [pytest.approx(expected)]
 
 
 def test_another_kind_of_optimizer_is_refused_on_resume(workshop, plain_run):
     save = workshop.checkpoint("plain")
     done = workshop.train("plain-out", TRAIN_ITERS=10, DO="false", extra=f"--save {save}")
     assert done.code == 2 and "--no-load-optim" in done.err, done.text
-    assert "use-distributed-optimizer true but this run has false" in done.err
+    assert "DO true but this run has false" in done.err
 
 
 def test_finetuning_starts_from_the_weights_of_a_run_and_may_leave_its_optimizer(

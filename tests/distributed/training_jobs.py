@@ -45,8 +45,9 @@ def run(options: dict, world: int, sleep: float = 0) -> dict:
 
     from megatron_vl.platform import initialize
     from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.describe import describe
     from megatron_vl.training.hang import HangWatch
-    from megatron_vl.training.loop import Trainer, describe
+    from megatron_vl.training.loop import Trainer
     from megatron_vl.training.parity import CASES, make_batches, make_samples
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.step import RowStream

@@ -302,7 +302,7 @@ def plan_with(hf_dir):
 @without_gpu
 def test_a_run_says_once_what_computes_attention_and_why(plan_with):
     from megatron_vl.platform import select_platform
-    from megatron_vl.training.loop import describe
+    from megatron_vl.training.describe import describe
 
     platform = select_platform()
     lines = describe(plan_with(bf16=True), platform).splitlines()

@@ -56,11 +56,38 @@ def changed(hf, tmp_path, change) -> object:
     return source
 
 
+FILES = {
+    "tokenizer.json": ["tokenizer.json"],
+    "preprocessor_config.json": ["preprocessor_config.json"],
+    "all": ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"],
+}
+
+
+@pytest.mark.parametrize("missing", FILES.values(), ids=FILES)
+def test_a_model_without_tokenizer_or_processor_is_converted_with_a_warning_and_not_trained(
+    missing, hf, tmp_path, capsys
+):
+    source = shutil.copytree(hf, tmp_path / "source")
+    for name in missing:
+        (source / name).unlink()
+    assert run(["convert", str(hf), str(tmp_path / "whole")]) == 0
+    assert not capsys.readouterr().err
+    target = tmp_path / "out"
+    assert run(["convert", str(source), str(target)]) == 0
+    assert f"has no {' and no '.join(missing)}, without which" in capsys.readouterr().err
+    words = ["train", "--load", str(target), "--train-data-path", "x", "--nproc-per-node", "1"]
+    assert run(words) == 2  # before any process is started
+    said = capsys.readouterr().err
+    assert f"{target} has no {' and no '.join(missing)}, which training reads" in said
+    assert run([*words, "--dry-run"]) == 0
+    assert f"would be refused: {target} has no {missing[0]}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options, says", [
     (["--tp", "3"], "TP 3 does not divide the model's 4 attention heads"),
     (["--tp", "0"], "tp is 0"),
-    (["--pp", "3"], "set MP_PP0_LAYERS"),
-    (["--pp", "4", "--first-stage-layers", "2"], "MP_PP0_LAYERS 2 leaves 2 of 4"),
+    (["--pp", "3"], "set first-stage-layers"),
+    (["--pp", "4", "--first-stage-layers", "2"], "first-stage-layers 2 leaves 2 of 4"),
     (["--pp", "2", "--first-stage-layers", "9"], "between 0 and 4"),
     (["--vp", "2"], "vp 2 needs a pipeline"),
     (["--pp", "2", "--pp-layers", "1,2"], "sums to 3"),

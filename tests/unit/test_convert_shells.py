@@ -37,6 +37,20 @@ def test_there_and_back_with_an_uneven_first_stage_from_any_directory(hf, tmp_pa
     assert done.returncode == 2 and "MP_OVERWRITE=true" in done.stderr
 
 
+def test_the_direction_must_fit_the_source(hf, tmp_path):
+    done = shell(QWEN2_VL, "auto", hf, tmp_path / "m", 1, 1, "true", "fp32", hf)
+    assert done.returncode == 2 and done.stderr.endswith(
+        f"{hf} is a Hugging Face directory but mg2hf true asks for a Megatron-Core checkpoint; "
+        f"give another SRC, or mg2hf false.\n"), done.stderr
+    done = shell(FAMILY, "auto", hf, tmp_path / "m", 1, 1, "false", "float32")
+    assert done.returncode == 0, done.stderr
+    done = shell(FAMILY, "auto", tmp_path / "m", tmp_path / "n", 1, 1, "false", "fp32")
+    assert done.returncode == 2 and done.stderr.endswith(
+        f"{tmp_path / 'm'} is a Megatron-Core checkpoint but mg2hf false asks for a Hugging Face "
+        f"directory; give another SRC, or mg2hf true.\n"), done.stderr
+    assert not (tmp_path / "n").exists()
+
+
 def test_overwriting_has_to_be_asked_for_by_name(hf, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "old").write_text("x")

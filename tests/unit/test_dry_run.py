@@ -64,7 +64,8 @@ def test_it_needs_neither_torch_nor_megatron_core_nor_a_node_rank(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "per_weight"), [
-    ([], (4, 4, 8)),  # fp32: weights, gradients, two moments
+    (["--fp32"], (4, 4, 8)),  # weights, gradients, two moments
+    ([], (2, 4, 12)),  # config.json's, bf16
     (["--bf16"], (2, 4, 12)),  # and the weights in fp32
     (["--fp16"], (2, 4, 12)),
 ])
@@ -131,15 +132,15 @@ def test_what_only_this_machine_lacks_is_a_note(capsys, model):
 
     text = said(capsys, model, "--bf16", "--fp8-format", "hybrid")
     if not torch.cuda.is_available():
-        assert "note: on this machine it would be refused: fp8-format (PR fp8) needs" in text
+        assert "note: on this machine it would be refused: fp8-format needs" in text
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["--tensor-model-parallel-size", 3], "2 processes cannot hold tp 3"),
     (["--tensor-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 12],
-     "MP_PP0_LAYERS is 12 but with pp 1"),
+     "first-stage-layers is 12 but with pp 1"),
     (["--global-batch-size", 3], "is not a multiple of"),
-    (["--model-size", "7B"], "MODEL_SIZE is 7B"),
+    (["--model-size", "7B"], "model-size is 7B"),
     (["--cpu-offloading", "--pipeline-model-parallel-size", 2], "needs a pipeline of one stage"),
     (["--train-data-path", "a,0.3,b"], "mixes weights and paths"),
 ])
@@ -156,7 +157,7 @@ def test_a_dataset_that_is_there_is_checked(capsys, model, tmp_path):
 def test_without_config_json_it_says_what_to_give(capsys, tmp_path):
     words = ["train", "--dry-run", "--nproc-per-node", "1", "--train-data-path", "x", "--load"]
     assert command([*words, str(tmp_path / "none")]) == 2
-    assert "give --hf-config (MP_HF_PATH)" in capsys.readouterr().err
+    assert "give --hf-config a directory" in capsys.readouterr().err
 
 
 def test_weights_are_looked_at_whatever_they_were_split_for(capsys, model_dir, tmp_path):

@@ -115,6 +115,24 @@ def test_rows_hold_whole_samples_in_segments_of_their_own(loaders, spec, wds_dir
         assert batch.num_images == batch.num_samples
 
 
+@pytest.mark.parametrize("kind", ["train", "valid"])
+def test_rows_of_one_sample_are_no_longer_than_their_batch_needs(loaders, kind):
+    options = dict(kind=kind, packing_buffer_size=None, max_padding_length=128)
+    full, least = (_take(loaders(row_multiple=multiple, **options), 6) for multiple in (None, 8))
+    assert {one.tokens.shape for one in full} == {(2, 128)}
+    assert len({one.tokens.shape for one in least}) > 1
+    for one, other in zip(least, full, strict=True):
+        length = one.tokens.shape[1]
+        assert length == -(-max(one.sample_lengths) // 8) * 8 < 128
+        assert one.sample_keys == other.sample_keys
+        assert not other.loss_mask[:, length:].any()
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(getattr(one, name), getattr(other, name)[..., :length]), name
+        assert torch.equal(one.pixel_patches, other.pixel_patches)
+    packed = loaders(row_multiple=8, packing_buffer_size=64, kind=kind)
+    assert {one.tokens.shape for one in _take(packed, 3)} == {(2, 256)}
+
+
 def test_only_picked_samples_are_decoded(loaders, monkeypatch):
     decoded = []
     real = pixels.decode_rgb

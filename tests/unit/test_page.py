@@ -56,6 +56,36 @@ def test_several_runs_lie_over_each_other_with_their_names(tmp_path, capsys, mon
         plot_runs(runs[:1] * (len(COLORS) + 1), "abcdefgh", tmp_path / "many.png")
 
 
+LONG = "mcore-qwen2-vl-7B-lr-1e-5-minlr-1e-6-bs-1-gbs-256-seqlen-2048-pr-bf16-tp-2-pp-2-cp-1"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_long_names_are_not_cut_in_a_picture(count, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    names = [f"{LONG}-ac-sel-do-true-sp-false-ti-10000-wi-{number}" for number in range(count)]
+    runs = [read_history(write_run(tmp_path / name)) for name in names]
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    plot_runs(runs, names, tmp_path / "x.png")
+    monkeypatch.undo()
+    (figure,) = drawn
+    texts = [figure._suptitle, *figure.axes[0].get_legend().get_texts()]
+    assert all(name in figure._suptitle.get_text().replace("\n", "") for name in names)
+    for text in texts:
+        assert text.get_window_extent().width < figure.bbox.width, text.get_text()
+    pyplot.close(figure)
+
+
+def test_changed_options_come_first_on_the_page(tmp_path):
+    text = write_page(write_run(tmp_path / "log", save=tmp_path)).read_text()
+    table = text[text.index("<h2>configuration") :]
+    rows = re.findall(r"<tr( class=marked)?><td>([\w-]+)</td>", table)
+    marks = [bool(mark) for mark, _ in rows]
+    assert [name for mark, name in rows if mark] == ["train-data-path", "save"]
+    assert marks == sorted(marks, reverse=True) and len(rows) > 50
+
+
 @pytest.mark.parametrize(("command", "output", "says"), [
     ("plot", "x.foo", "--output x.foo ends in .foo; give a .png"),
     ("plot", "metrics.jsonl", "ends in .jsonl; give a .png"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
+from megatron_vl.parallel import Layout
 from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.plan import _check_offload, _recompute, find_checkpoint, plan_run
+from megatron_vl.training.machine import _check_offload
+from megatron_vl.training.plan import _check_options, _recompute, find_checkpoint, plan_run
+from megatron_vl.weights.mcore_io import CheckpointInfo
 
 FULL = dict(recompute_granularity="full")
 REFUSED = {
@@ -38,7 +42,8 @@ REFUSED = {
     "a backend nobody knows": (
         dict(attention_backend="flashy"), "attention-backend is 'flashy'; use one of auto"),
     "a share above the whole": (
-        dict(optimizer_offload_fraction=1.5), "(OPTIMIZER_OFFLOAD) is 1.5; it must be between 0"),
+        dict(optimizer_offload_fraction=1.5),
+        "optimizer-offload-fraction is 1.5; it must be between 0"),
     "traces without a place": (
         dict(profile=True), "profile has no directory for its traces; give profile-dir"),
     "traces after the end": (
@@ -67,6 +72,66 @@ def test_what_cannot_run_is_refused_with_what_to_use_instead(options, sentence, 
     with pytest.raises(InputError) as refused:
         plan_run(config(model_dir, **options), options.get("pipeline_model_parallel_size", 1))
     assert sentence in str(refused.value)
+
+
+PP2 = dict(pipeline_model_parallel_size=2)
+WIDE = dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2)
+
+
+@pytest.mark.parametrize(("options", "world", "multiple"), [
+    (dict(), 1, 64), (PP2, 2, 64), (WIDE, 4, 64), (dict(packing_buffer_size=8), 1, None),
+    # Megatron-Core would swap the lengths that virtual stages tell one another.
+    (dict(**PP2, num_virtual_stages_per_pipeline_rank=2), 2, None),
+])
+def test_rows_of_one_sample_vary_in_length_where_the_layout_lets_them(
+    options, world, multiple, model_dir
+):
+    plan = plan_run(config(model_dir, **options, global_batch_size=2), world)
+    assert plan.row_multiple == multiple
+    assert ("at most 2048 tokens" in plan.described_length) == (multiple is not None)
+
+
+PRECISIONS = {
+    "config.json's": ("bfloat16", {}, "bfloat16, as config.json says"),
+    "another config.json's": ("float16", {}, "float16, as config.json says"),
+    "fp32": ("bfloat16", dict(fp32=True), "float32"),
+    "not bf16": ("bfloat16", dict(bf16=False), "float32"),
+    "bf16": ("float32", dict(bf16=True), "bfloat16"),
+    "fp8": ("bfloat16", dict(bf16=True, fp8_format="hybrid"), "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("own", "options", "says"), PRECISIONS.values(), ids=PRECISIONS)
+def test_the_precision_is_config_jsons_where_no_option_says_it(
+    own, options, says, model_dir, tmp_path
+):
+    values = json.loads((model_dir / "config.json").read_text())
+    values.pop("torch_dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "dtype": own}))
+    plan = plan_run(config(tmp_path, **options), 1, here=False)
+    assert plan.precision == says and plan.config.model.dtype == says.partition(",")[0]
+    assert TrainConfig.from_dict(plan.config.to_dict()) == plan.config
+
+
+@pytest.mark.parametrize(("had", "finetune", "says"), [
+    (dict(fp16=True), False, "float16, as the checkpoint says"),
+    (dict(fp32=True), False, "float32, as the checkpoint says"),
+    (dict(bf16=False, fp16=False), False, "float32, as the checkpoint says"),  # of an older version
+    (dict(bf16=True), True, "float32, as config.json says"),
+])
+def test_a_resumed_run_keeps_its_precision(had, finetune, says, model_dir, tmp_path, monkeypatch):
+    info = checkpoint_of(had, tmp_path)
+    monkeypatch.setattr("megatron_vl.training.plan.inspect_weights", lambda _: info)
+    plan = plan_run(config(model_dir, load=str(model_dir), finetune=finetune), 1)
+    assert plan.precision == says
+
+
+def checkpoint_of(args: dict, where) -> CheckpointInfo:
+    """What a run with these options would have left."""
+    return CheckpointInfo(
+        format="torch_dist", root=where, path=where, iteration=5, release=False, layout=Layout(),
+        split=None, model_type=None, dtype=None, padded_vocab=None, args=args,
+    )
 
 
 def test_what_is_shown_goes_beside_the_metrics_unless_told(model_dir):
@@ -100,7 +165,7 @@ def test_offloading_the_optimizer_of_a_gpu_says_what_it_needs(model_dir):
     usable = dict(optimizer_cpu_offload=True, bf16=True, use_distributed_optimizer=True)
     _check_offload(config(model_dir, **usable), transformer_engine=True)
     for change in ({"bf16": False}, {"use_distributed_optimizer": False}):
-        with pytest.raises(InputError, match="needs bf16 .* and use-distributed-optimizer"):
+        with pytest.raises(InputError, match="needs bf16 and use-distributed-optimizer"):
             _check_offload(config(model_dir, **{**usable, **change}), transformer_engine=True)
     with pytest.raises(InputError, match="needs TransformerEngine, which is not installed"):
         _check_offload(config(model_dir, **usable), transformer_engine=False)
@@ -143,7 +208,7 @@ def test_a_save_without_a_config_json_takes_it_from_load(own, model_dir, tmp_pat
     (save / "config.json").unlink()
     values = {"save": str(save), "load": str(model_dir), "train_data_path": "x"}
     assert plan_run(TrainConfig.from_dict(values), 1).hf_dir == model_dir
-    with pytest.raises(InputError, match="^load .* gone does not exist; give --load"):
+    with pytest.raises(InputError, match="^--load gone does not exist; give the directory of"):
         plan_run(TrainConfig.from_dict(values | {"load": "gone"}), 1)
 
 
@@ -152,7 +217,7 @@ def test_a_load_that_is_needed_and_not_there_is_named(hf_config, model_dir, tmp_
     more = {"hf_config": model_dir} if hf_config else {}
     load = tmp_path / "none"
     code, text = told(tmp_path / "new", True, capsys, load=load, **more)
-    assert code == 2 and f"load (PRETRAIN_CHECKPOINT_PATH) {load} does not exist; give" in text
+    assert code == 2 and f"--load {load} does not exist; give" in text
     code, text = told(tmp_path / "new", False, capsys, load=load, **more)
     assert code == (0 if hf_config else 2) and f"load {load} is not there yet" in text
 
@@ -160,3 +225,40 @@ def test_a_load_that_is_needed_and_not_there_is_named(hf_config, model_dir, tmp_
 def test_both_towers_recompute_what_the_plan_says(model_dir):
     plan = plan_run(config(model_dir, **FULL, vit_recompute_granularity="selective"), 1)
     assert (plan.recompute.granularity, plan.vit_recompute.granularity) == ("full", "selective")
+
+
+SHARE = dict(lr_warmup_fraction=0.1)
+RESUMED = {  # what the run had, what it has, what is refused
+    "longer": (dict(train_iters=10), dict(train_iters=20), None),
+    "shorter": (dict(train_iters=20), dict(train_iters=10), None),
+    "longer, a warmup that is a share": (
+        dict(train_iters=10, **SHARE), dict(train_iters=50, **SHARE), None),
+    "longer by samples": (dict(train_iters=10), dict(train_samples=20), None),
+    "longer, a schedule of its own": (
+        dict(train_iters=10, lr_decay_iters=10), dict(train_iters=20, lr_decay_iters=10), None),
+    "longer than the schedule was": (
+        dict(train_iters=10), dict(train_iters=20, lr_decay_iters=10), None),
+    "another schedule": (
+        dict(train_iters=10), dict(train_iters=20, lr_decay_iters=15), "lr-decay-iters 10"),
+    "a schedule that no longer ends by itself": (
+        dict(train_iters=10, lr_decay_iters=10), dict(train_iters=20), "lr-decay-iters 10"),
+    "another share": (
+        dict(train_iters=10, **SHARE), dict(train_iters=20, lr_warmup_fraction=0.2),
+        "lr-warmup-iters 1 "),
+    "another rate": (dict(lr=1e-4), dict(lr=2e-4, train_iters=200), "lr 0.0001"),
+    "another end": (dict(min_lr=1e-7), dict(), "min-lr 1e-07"),
+    "another decay": (dict(), dict(lr_decay_style="linear"), "lr-decay-style cosine"),
+}
+
+
+@pytest.mark.parametrize(("had", "has", "refused"), RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_may_have_another_length_and_nothing_else_of_its_schedule(
+    had, has, refused, tmp_path
+):
+    before, now = TrainConfig.from_dict(had), TrainConfig.from_dict(has)
+    info = checkpoint_of(before.resolved(), tmp_path)
+    if refused is None:
+        return _check_options(now, info)
+    with pytest.raises(InputError, match=f"was trained with {refused}"):
+        _check_options(now, info)
+    _check_options(TrainConfig.from_dict({**has, "override_opt_param_scheduler": True}), info)

@@ -1,9 +1,10 @@
 import pickle
 from dataclasses import replace
 
+import pytest
 import torch
 
-from megatron_vl.data.rows import empty_row, make_batch, make_row
+from megatron_vl.data.rows import empty_row, least_length, make_batch, make_row
 from megatron_vl.data.samples import IGNORE, EncodedSample
 
 
@@ -92,3 +93,11 @@ def test_what_is_computed_with_moves_and_what_says_where_things_are_stays():
         assert getattr(moved, name) is getattr(batch, name)
     assert moved.sample_keys == ["a", "b", "c", "d"]
     assert replace(batch, pixel_patches=None).to("meta").pixel_patches is None
+
+
+@pytest.mark.parametrize(("longest", "length"), [
+    (0, 64), (1, 64), (64, 64), (65, 128), (129, 150), (150, 150),  # 150 is the most
+])
+def test_a_batch_is_as_long_as_its_longest_row_needs(longest, length):
+    rows = [empty_row(), make_row([_sample("a", longest)]) if longest else empty_row()]
+    assert least_length(rows, multiple=64, most=150) == length

@@ -35,10 +35,19 @@ def test_a_second_run_is_told_who_writes_there(tmp_path, monkeypatch):
             f"{save} is being written by another run, process {other.pid} on "
             f"{socket.gethostname()}; end that one, or give another --save."
         )
+        with pytest.raises(InputError, match=f"written by another run, process {other.pid}"):
+            save_lock.check_free(save)
         # What it forked, as the processes that write, may end later.
         other.kill()
         monkeypatch.setattr(save_lock, "_HERE_SECONDS", 30)
         with save_lock.hold(save) as held:
             assert (save / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
             assert held.fileno()
+        save_lock.check_free(save)  # looks, and holds nothing
+        assert (save / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
         subprocess.run(["pkill", "-f", str(save)], check=False)
+
+
+def test_looking_makes_nothing(tmp_path):
+    save_lock.check_free(tmp_path / "save")
+    assert not (tmp_path / "save").exists()

@@ -153,7 +153,7 @@ def test_a_python_without_the_packages_is_one_sentence(script, bare):
 
 
 @pytest.mark.parametrize("command", [
-    "train", "convert", "verify", "lint", "parity", "plot", "report", "prepare x y"])
+    "train", "convert", "verify", "lint", "parity x", "plot", "report", "prepare x y"])
 def test_no_command_shows_a_traceback_for_a_missing_package(command, bare):
     done = sh(bare, "-m", "megatron_vl", *command.split(), PYTHONPATH=str(ROOT))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

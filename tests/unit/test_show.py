@@ -25,6 +25,7 @@ from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import read_history
 from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
 from megatron_vl.training.options import LogOptions
+from megatron_vl.training.padding import PaddingWatch
 from megatron_vl.training.plan import plan_run
 from megatron_vl.training.profile import StepProfiler
 from megatron_vl.training.record import OPTIONS, write_options
@@ -113,7 +114,34 @@ def test_what_is_left_is_told_by_the_time_between_steps_not_by_that_in_them():
 
 def test_a_skipped_step_does_not_end_the_smoothed_curve():
     curve = smoothed([math.nan, 1.0, 2.0, math.inf, 3.0])
-    assert math.isnan(curve[0]) and curve[1:] == [1.0, 2.0, 2.0, 3.0]
+    assert math.isnan(curve[0]) and math.isnan(curve[3]) and curve[1:3] == [1.0, 2.0]
+    long = [math.nan if at == 50 else float(at) for at in range(100)]
+    assert smoothed(long)[50] == 50.0
+
+
+def test_the_smoothed_curve_does_not_lag():
+    falling = [5.0 - 0.01 * at for at in range(500)]
+    assert smoothed(falling) == pytest.approx(falling)
+    noisy = [value + (-1) ** at for at, value in enumerate(falling)]
+    middle = [abs(a - b) for a, b in zip(smoothed(noisy), falling, strict=True)][20:-20]
+    assert max(middle) < 0.05
+
+
+@pytest.mark.parametrize(("buffer", "tokens", "steps", "says"), [
+    (0, 40, 10, "60% of what the model goes through is padding: with packing-buffer-size"),
+    (0, 50, 10, None), (0, 40, 9, None),
+    (64, 10, 10, "90% of what the model goes through is padding: packing-buffer-size is 64"),
+])
+def test_more_than_half_padding_is_said_once(buffer, tokens, steps, says):
+    watch = PaddingWatch(buffer)
+    told = [watch.add(100, tokens) for _ in range(steps)]
+    assert not any(told[:-1])
+    assert told[-1].startswith(says) if says else not told[-1]
+    assert steps < 10 or not watch.add(100, 0), "once"
+
+
+def test_a_short_run_is_told_of_its_padding_at_its_end():
+    assert PaddingWatch(0).add(100, 10, last=True)
 
 
 def test_durations_read_like_clocks():

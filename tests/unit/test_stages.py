@@ -34,7 +34,7 @@ def test_published_layer_lists_are_accepted_flat_and_nested(vit, llm, vp):
     ({"first_stage_layers": 2}, "use one of 1, 4, 7"),
     ({"first_stage_layers": 28}, "leaves no language layer"),
     ({"first_stage_layers": 40}, "between 0 and 28"),
-    ({"pp": 3}, "set MP_PP0_LAYERS"),
+    ({"pp": 3}, "set first-stage-layers"),
     ({"pp": 1, "first_stage_layers": 3}, "raise PP"),
     ({"vit": [0, 32, 0, 0], "llm": [0, 11, 10, 7]}, "stage 0"),
 ])

@@ -47,7 +47,8 @@ def test_variables_beat_the_file_and_flags_beat_variables(tmp_path, monkeypatch)
     ("TRAIN_ITER", "8", "MEGATRON_VL_TRAIN_ITER is no option's; did you mean "
      "MEGATRON_VL_TRAIN_ITERS"),
     ("ZZZ", "8", "MEGATRON_VL_ZZZ is no option's; unset it"),
-    ("LR", "[", "MEGATRON_VL_LR is '\\['"), ("LR", "fast", "option lr is 'fast'; give a float"),
+    ("LR", "[", "MEGATRON_VL_LR is '\\['"),
+    ("LR", "fast", "MEGATRON_VL_LR is 'fast'; give a float"),
 ])
 def test_a_variable_that_is_no_option_is_refused(name, value, sentence, monkeypatch):
     monkeypatch.setenv(f"MEGATRON_VL_{name}", value)

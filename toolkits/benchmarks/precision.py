@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 WINDOW = 20  # steps of a running mean
-RUNS = {"fp32": [], "bf16": ["--bf16"]}
+RUNS = {"fp32": ["--fp32"], "bf16": ["--bf16"]}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -74,7 +74,7 @@ def our_step(args, batches):
         "hf_config": str(args.hf_dir), "train_data_path": str(args.dataset), "lr": 1e-4,
         "min_lr": 1e-4, "lr_decay_style": "constant", "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size, "global_batch_size": args.rows,
-        "use_distributed_optimizer": True, "weight_decay": 0.01,
+        "use_distributed_optimizer": True, "weight_decay": 0.01, "fp32": True,
     })
     plan = plan_run(config, 1)
     platform = initialize(plan.layout)

@@ -33,6 +33,7 @@ class ModelOptions:
     fused_ops: bool = False  # elementwise operations by kernels made at run time
     deterministic: bool = False  # only kernels that give the same bits at every run
     initialize_weights: bool = True  # False when a checkpoint fills them right after
+    row_lengths_vary: bool = False  # from one microbatch to the next; not with virtual stages
     frozen: tuple[str, ...] = ()  # keys of megatron_vl.models.common.parts.PARTS
 
 
@@ -70,6 +71,9 @@ def language_config(
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
         **_initialization(options, decoder.init_std),
         vision_spans_chunks=split.vision_spans_chunks,
+        variable_seq_lengths=options.row_lengths_vary,
+        # Megatron-Core asks for it together with the one above, also where there are no experts.
+        moe_token_dispatcher_type="alltoall",
         context_parallel_size=layout.cp,
         **_pipeline(layout, split, "llm"),
         **_recompute(options.recompute),

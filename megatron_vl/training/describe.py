@@ -1,0 +1,57 @@
+"""What is about to run, in a few lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from megatron_vl.models.common.parts import PARTS, part_of
+from megatron_vl.models.registry import family
+from megatron_vl.ops.attention import choose_backend
+from megatron_vl.training.plan import Plan
+
+
+def describe(plan: Plan, platform) -> str:
+    """What is about to run, in a few lines."""
+    config, spec = plan.config, plan.spec
+    rows = config.batch.global_batch_size
+    return (
+        f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
+        f"{rows} rows of {plan.described_length} a step = {plan.num_microbatches} "
+        f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
+        f"{config.batch.train_iters} steps; {plan.precision}"
+        f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"
+        f"{describe_parts(plan)}\n{describe_attention(plan)}"
+        + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else
+           "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
+    )
+
+
+def describe_parts(plan: Plan) -> str:
+    """Parameters of every part of the whole model, and what becomes of them."""
+    frozen, options = plan.config.model.frozen, plan.config.optimizer
+    counts = Counter()
+    for name, count in family(plan.spec.model_type).weight_map(plan.spec).counts().items():
+        counts[part_of(name)] += count
+    trained = sum(counts[part] for part in PARTS if part not in frozen)
+    return f"{trained:,} of {counts.total():,} parameters are trained: " + ", ".join(
+        f"{title} {counts[part]:,} "
+        + ("frozen" if part in frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
+        for part, title in PARTS.items()
+    )
+
+
+def describe_attention(plan: Plan) -> str:
+    """The attention backend of each tower on this rank, and why."""
+    run = plan.config.model
+    language, vision = (
+        choose_backend(
+            run.attention_backend, dtype=run.dtype, head_dim=tower.head_dim,
+            deterministic=run.deterministic,
+        )
+        for tower in (plan.spec.decoder, plan.spec.vision)
+    )
+    if str(language) == str(vision):
+        return f"attention: {language}"
+    return f"attention: {language}\nattention of the vision tower: {vision}"

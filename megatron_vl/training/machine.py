@@ -1,0 +1,65 @@
+"""What this machine, or this program on it, cannot do; imports no Megatron-Core."""
+
+from __future__ import annotations
+
+from megatron_vl.errors import InputError
+from megatron_vl.models.spec import VLMSpec
+from megatron_vl.ops.attention import Case, check_backend
+from megatron_vl.training.config import TrainConfig
+
+
+def check_machine(config: TrainConfig, spec: VLMSpec) -> None:
+    """Raises InputError: something asked for that this machine, or this program on it, cannot do.
+    """
+    _check_devices(config)
+    _check_attention(config, spec)
+
+
+def _check_devices(config: TrainConfig) -> None:
+    import importlib.util
+
+    import torch
+
+    transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    if torch.cuda.is_available():
+        _check_offload(config, transformer_engine)
+        if transformer_engine:
+            return
+    for option, asked, instead in (
+        ("fp8-format", config.model.fp8_format, "bf16"),
+        ("cpu-offloading", config.model.cpu_offloading,
+         "recompute-granularity full"),
+    ):
+        if asked:
+            raise InputError(
+                f"{option} needs TransformerEngine on a CUDA device and this machine has none; use "
+                f"{instead}."
+            )
+
+
+def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
+    """What needs no look at a device; a rank sees the rest when it builds its layers."""
+    for tower in (spec.decoder, spec.vision):
+        case = Case.here(
+            dtype=config.model.dtype, head_dim=tower.head_dim,
+            deterministic=config.model.deterministic, touch_device=False,
+        )
+        check_backend(config.model.attention_backend, case)
+
+
+def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
+    """Whether Megatron-Core's hybrid optimizer, which CUDA devices need for it, can be had."""
+    options = config.optimizer
+    if not options.optimizer_cpu_offload or options.optimizer_offload_fraction == 0:
+        return
+    option = "optimizer-cpu-offload"
+    if not (config.model.bf16 and options.use_distributed_optimizer):
+        raise InputError(
+            f"{option} on GPUs needs bf16 and use-distributed-optimizer; give "
+            f"both, or leave it out."
+        )
+    if not transformer_engine:
+        raise InputError(
+            f"{option} on GPUs needs TransformerEngine, which is not installed; install it, or use "
+            f"use-distributed-optimizer alone, which shares the state over data ranks."
+        )

@@ -1,0 +1,112 @@
+"""What else people call an option, and what to say of words that are no option's.
+
+Flags, YAML keys and environment variables all come here.
+"""
+
+from __future__ import annotations
+
+# An option or a flag of several commands, with underscores -> its other names: short ones, and
+# Megatron-LM's.
+ALSO = {
+    "tensor_model_parallel_size": ("tp",),
+    "pipeline_model_parallel_size": ("pp",),
+    "context_parallel_size": ("cp",),
+    "num_virtual_stages_per_pipeline_rank": ("vp",),
+    "decoder_first_pipeline_num_layers": ("first_stage_layers",),
+}
+_KEYS = {other: name for name, others in ALSO.items() for other in others}
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def key_of(word: str) -> str:
+    """The option's own name of a flag's or a key's, with underscores."""
+    word = word.removeprefix("--").replace("-", "_")
+    return _KEYS.get(word, word)
+
+
+def flags_of(name: str) -> tuple[str, ...]:
+    """`tp` or `tensor_model_parallel_size` -> `--tp`, `--tensor-model-parallel-size`: the name that
+    is asked for comes first."""
+    names = {name: 0, key_of(name): 0, **dict.fromkeys(ALSO.get(key_of(name), ()))}
+    return tuple(f"--{one.replace('_', '-')}" for one in names)
+
+
+def dtype_of(word: str) -> str:
+    """`bf16` -> `bfloat16`; another word as it is."""
+    return DTYPES.get(word, word)
+
+
+# ---- words that are no option's ------------------------------------------------------------------
+
+# Options of other programs -> the option here that says the same.
+_SAME_AS = {
+    "num-train-epochs": "epochs num_epochs max_epochs n_epochs num_train_epoch",
+    "train-iters": "max_steps num_train_steps total_steps iters num_steps",
+    "lr": "learning_rate", "vit-lr": "vit_learning_rate", "merger-lr": "aligner_lr projector_lr",
+    "lr-warmup-iters": "warmup_steps num_warmup_steps", "lr-warmup-fraction": "warmup_ratio",
+    "lr-decay-style": "lr_scheduler_type lr_scheduler",
+    "seq-length": "max_length max_seq_length cutoff_len model_max_length seq_len max_seq_len",
+    "save": "output_dir save_dir", "valid-data-path": "val_dataset eval_dataset valid_data",
+    "save-interval": "save_steps", "eval-interval": "eval_steps evaluation_steps",
+    "log-interval": "logging_steps log_every", "clip-grad": "max_grad_norm gradient_clipping",
+    "attention-backend": "attn_impl attn_implementation flash_attn use_flash_attn enable_fa2",
+    "num-workers": "dataloader_num_workers preprocessing_num_workers",
+    "freeze-vit": "freeze_vision_tower freeze_vision_model", "freeze-llm": "freeze_language_model",
+    "freeze-merger": "freeze_aligner freeze_projector freeze_multi_modal_projector",
+}
+# What to say of others.
+_SAYS = {
+    "there is no LoRA or other adapter here; all parameters are trained, but for the parts that "
+    "freeze-vit, freeze-merger and freeze-llm name":
+        "lora lora_rank lora_alpha lora_r lora_dropout lora_target lora_target_modules "
+        "target_modules use_dora finetuning_type train_type tuner_type peft_type adapters",
+    "there is no training of quantised weights here; see fp8-format":
+        "quantization_bit quant_bits load_in_4bit load_in_8bit qlora",
+    "there is neither DeepSpeed nor FSDP here; use-distributed-optimizer shares the optimizer's "
+    "state over data ranks, as ZeRO 1 does, and tp and pp cut the model":
+        "deepspeed zero_stage zero fsdp fsdp_config use_torch_fsdp2 use_megatron_fsdp "
+        "data_parallel_sharding_strategy",
+    "there are no experts in these models":
+        "expert_model_parallel_size ep expert_tensor_parallel_size num_experts moe_router_topk",
+    "training is supervised here, without preference or reinforcement learning":
+        "rlhf_type dpo grpo kto reward_model pref_beta",
+    "the model is what config.json says":
+        "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size patch_size "
+        "max_position_embeddings rotary_base normalization vocab_size padded_vocab_size swiglu "
+        "position_embedding_type disable_bias_linear untie_embeddings_and_output_weights "
+        "use_rotary_position_embeddings group_query_attention",
+    "give load a directory that megatron-vl convert made of the model":
+        "model model_name_or_path model_id_or_path model_path pretrained_checkpoint",
+    "the tokenizer comes with the checkpoint; hf-config names another directory of it":
+        "tokenizer_model tokenizer_type tokenizer tokenizer_name_or_path processor_path",
+    "the chat template is the tokenizer's own, chat_template.jinja beside it":
+        "template prompt_template chat_template",
+    "give train-data-path a dataset that megatron-vl prepare made":
+        "dataset datasets data_path dataset_dir train_data data",
+    "data are always streamed from their shards": "streaming dataset_streaming",
+    "give micro-batch-size, rows of a forward pass, and global-batch-size, rows of a step":
+        "per_device_train_batch_size batch_size train_batch_size",
+    "give global-batch-size, which is micro-batch-size x data-parallel ranks x accumulation":
+        "gradient_accumulation_steps gradient_accumulation",
+    "give packing-buffer-size, as 1000": "packing sample_packing padding_free neat_packing",
+    "give recompute-granularity, selective or full":
+        "gradient_checkpointing recompute_activations activation_checkpointing",
+    "a run goes on by itself from what save holds; give the same command again":
+        "resume_from_checkpoint resume",
+    "give wandb-project, swanlab-project, mlflow-experiment or tensorboard-dir": "report_to",
+    "the optimizer is AdamW; see adam-beta1 and its neighbours": "optim optimizer",
+    "give image-max-pixels or video-max-pixels": "max_pixels",
+    "give image-min-pixels or video-min-pixels": "min_pixels",
+}
+ANSWERS = {
+    **{word: f"use {option}" for option, words in _SAME_AS.items() for word in words.split()},
+    **{word: says for says, words in _SAYS.items() for word in words.split()},
+}
+
+
+def answer(word: str) -> str:
+    """What to say of a flag, key or variable that is no option's, `--lora-rank` or `lora_rank`;
+    empty where nothing better is known than the nearest spelling."""
+    key = word.removeprefix("--").replace("-", "_").lower()
+    return ANSWERS.get(key) or ANSWERS.get(key.removeprefix("no_"), "")
