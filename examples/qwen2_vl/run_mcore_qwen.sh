@@ -172,7 +172,8 @@ NAME+="-ti-${TRAIN_ITERS}-wi-${LR_WARMUP_ITERS}"
 CALLED=(
   model-size=MODEL_SIZE micro-batch-size=BATCH_SIZE global-batch-size=GLOBAL_BATCH_SIZE lr=LR
   min-lr=MIN_LR seq-length=SEQ_LEN max-padding-length=PAD_LEN bf16="PR bf16" fp16="PR fp16"
-  "bf16 true=PR bf16" "fp16 true=PR fp16" fp32="PR fp32" fp8-format="PR fp8" tensor-model-parallel-size=TP tp=TP
+  "bf16 true=PR bf16" "fp16 true=PR fp16" fp32="PR fp32" fp8-format="PR fp8"
+  tensor-model-parallel-size=TP tp=TP
   pipeline-model-parallel-size=PP pp=PP context-parallel-size=CP cp=CP sequence-parallel=SP
   use-distributed-optimizer="DO true" "use-distributed-optimizer true=DO true"
   "use-distributed-optimizer false=DO false" attention-backend=FL recompute-granularity=AC
