@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 IMAGE, VIDEO = "image", "video"
 MEDIA_KINDS = (IMAGE, VIDEO)
@@ -38,6 +38,8 @@ class Part:
 
     text: str | None = None
     media: str | None = None  # "image" or "video"
+    # How a place is written in its text, where it is a mark there.
+    mark: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert (self.text is None) == (self.media in MEDIA_KINDS), self
@@ -100,6 +102,8 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     media: tuple[MediaSource, ...] = ()  # in the order of their places in the turns
+    unmarked: int = 0  # of the media: those without a mark, put before the first user turn
+    marks_as_text: int = 0  # marks for which there are no media
 
 
 def check_conversation(conversation: Conversation) -> None:
@@ -129,7 +133,11 @@ def check_conversation(conversation: Conversation) -> None:
     for kind in MEDIA_KINDS:
         marks, given = places.count(kind), sum(m.kind == kind for m in conversation.media)
         if marks != given:
-            raise BadEntry("mark count", f"it has {marks} {kind} marks for {given} {kind}s")
+            raise BadEntry(
+                "mark count",
+                f"it has {marks} {kind} marks for {given} {kind}s; write <{kind}> once for each "
+                f"{kind}, and otherwise where text is meant, such as [{kind}]",
+            )
     if places != [m.kind for m in conversation.media]:
         raise BadEntry("mark count", "its images and videos are not in the order of their marks")
 

@@ -11,14 +11,14 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.data.contents import note_digests
-from megatron_vl.data.conversation import BadEntry
+from megatron_vl.data.conversation import BadEntry, Conversation
 from megatron_vl.data.formats import FORMATS, Fields
 from megatron_vl.data.media import MediaInfo
 from megatron_vl.data.raw_media import Library, RawMedia, measure_all
@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
     from megatron_vl.data.lengths import LengthCounter
 
 REFUSED = "refused.jsonl"
+# A mark where one stands for an image: at an end of the text, or alone on its line.
+_BORDER = re.compile(r"(?m:^)\s*<(?:image|video)>|<(?:image|video)>\s*(?m:$)")
+MARKS = ("mend", "strict")  # of marks and media that do not pair off: read them, or refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,7 @@ class PrepareConfig:
     lengths: LengthCounter | None = None  # counts a model's tokens, for `max_length`
     max_length: int | None = None  # tokens; longer samples are refused
     overwrite: bool = False  # replace `output` if it exists
+    marks: str = "mend"  # one of MARKS
     strict: bool = False  # refuse the whole dataset when any entry is refused
     progress: bool = True
 
@@ -69,6 +73,8 @@ class PrepareConfig:
             raise InputError(
                 f"--format is {self.format!r}; it must be one of: {', '.join(sorted(FORMATS))}."
             )
+        if self.marks not in MARKS:
+            raise InputError(f"--marks is {self.marks!r}; it must be one of: {', '.join(MARKS)}.")
         for name in ("samples_per_shard", "num_workers", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,6 +121,7 @@ class Summary:
     shards: int
     media: dict[str, int]  # images and videos, each counted once
     shared_media: int  # shown in more than one split
+    notes: tuple[str, ...] = ()  # what was read other than it is written
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.samples.items() if count)
@@ -130,6 +137,7 @@ class Summary:
                 f"images that more than one split shows: {self.shared_media} (another "
                 f"--split, or --shuffle where it was off, may keep them apart)"
             )
+        lines += self.notes
         if self.refused:
             lines.append(f"refused {len(self.refused)}, listed in {self.output / REFUSED}:")
             first = {}
@@ -191,8 +199,51 @@ def prepare(config: PrepareConfig) -> Summary:
     return Summary(
         output=config.output, kept=len(entries), refused=tuple(refused), samples=samples,
         shards=len(shards), shared_media=count_shared_media(shards, parts),
+        notes=tuple(preparation.marks.notes()),
         media=dict(Counter(media.kind for media in kept)),
     )  # fmt: skip
+
+
+@dataclass
+class _Marks:
+    """Kept entries whose marks and media do not pair off, and what was made of them."""
+
+    unmarked: int = 0  # entries with media that no mark places
+    as_text: int = 0  # entries with marks as text
+    alike: int = 0  # of these, entries whose mark stands where an image would
+    example: str = ""  # where the first of them is
+
+    def add(self, conversation: Conversation, where: str) -> None:
+        self.unmarked += conversation.unmarked > 0
+        if conversation.marks_as_text:
+            self.as_text += 1
+            self.example = self.example or where
+            self.alike += not conversation.media and any(
+                turn.role == "user" and part.text and _BORDER.search(part.text)
+                for turn in conversation.turns for part in turn.parts
+            )
+
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Raises InputError: all that should be shown is under a key that is not read."""
+        if 2 * self.alike > len(entries) and not any(entry.media for entry in entries):
+            raise InputError(
+                f"{self.alike} of {len(entries)} entries have <image> or <video> where an image or "
+                f"video is meant, as {self.example} has, but none has any; name the key they are "
+                f"under, such as --columns images=KEY."
+            )
+
+    def notes(self) -> Iterator[str]:
+        if self.unmarked:
+            yield (
+                f"entries with images or videos but no mark for them: {self.unmarked}; they were "
+                f"put before the first question (--marks strict refuses such entries)"
+            )
+        if self.as_text:
+            yield (
+                f"entries with <image> or <video> as text, for want of images or videos: "
+                f"{self.as_text}, such as {self.example} (where they are under another key, name "
+                f"it with --columns; --marks strict refuses such entries)"
+            )
 
 
 @dataclass
@@ -205,6 +256,7 @@ class _Preparation:
     entries: list[Entry] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     places: list[tuple[str, str]] = field(default_factory=list)  # of every entry read
+    marks: _Marks = field(default_factory=_Marks)
 
     def read(self) -> None:
         """The entries whose text is usable and whose media are there."""
@@ -224,13 +276,17 @@ class _Preparation:
                 if isinstance(entry, BadEntry):
                     raise entry
                 conversation = self.source.read(entry)
+                if self.config.marks == "strict":
+                    _check_marks(conversation)
                 media = tuple(library.locate(source) for source in conversation.media)
             except BadEntry as error:
                 self._refuse(number, name, error)
                 continue
+            self.marks.add(conversation, f"{where} of {file.name}")
             self.entries.append(
                 Entry(number=number, name=name, turns=conversation.turns, media=media)
             )
+        self.marks.check(self.entries)
 
     def measure(self) -> dict[RawMedia, MediaInfo]:
         """Measure every image and video; entries with one that cannot be decoded are refused."""
@@ -321,3 +377,18 @@ class _Preparation:
             file=file, where=where, entry=number, id=name, reason=error.reason, message=message,
         ))
 
+
+def _check_marks(conversation: Conversation) -> None:
+    """Raises BadEntry: a medium without a mark, or a mark without a medium."""
+    if conversation.unmarked:
+        raise BadEntry(
+            "mark count",
+            f"{conversation.unmarked} of its images and videos have no mark; write <image> or "
+            f"<video> where each stands, or leave out --marks strict",
+        )
+    if conversation.marks_as_text:
+        raise BadEntry(
+            "mark count",
+            f"it has no image or video for {conversation.marks_as_text} marks; write them "
+            f"otherwise where text is meant, such as [image], or leave out --marks strict",
+        )

@@ -103,7 +103,7 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
         _entry("absent.png"),
         _entry("cut.png", id=7),
         _entry(answer=" "),
-        _entry(question="no mark"),
+        _entry(question="<image><image>"),
         {"id": "b"},
         "text",
         _entry("thin.png"),
@@ -124,7 +124,7 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
     assert [r["entry"] for r in refused] == list(range(5, 14))
     for refusal, (reason, what) in zip(refused, (
         ("missing media", "does not exist"), ("unusable media", "cannot be decoded"),
-        ("empty answer", "is empty"), ("mark count", "0 image marks for 1"),
+        ("empty answer", "is empty"), ("mark count", "2 image marks for 1"),
         ("wrong shape", "conversations"), ("wrong shape", "not an object"),
         ("unusable media", "402 x 2 pixels, too long and thin"), ("missing media", "too long"),
         ("bad text", "cannot be written in UTF-8"),

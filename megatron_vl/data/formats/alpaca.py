@@ -22,7 +22,6 @@ def read(entry: dict, fields: Fields) -> Conversation:
         BadEntry: it is not of this format, or cannot be trained on.
     """
     media = listed_media(entry, fields)
-    mark = MARK if any(media.values()) else None
     asked = [
         _text(entry, name)
         for name in (_name(fields.prompt, "instruction"), _name(fields.query, "input"))
@@ -32,7 +31,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
         raise BadEntry("wrong shape", f"it has no text `{fields.prompt or 'instruction'}`")
     last = "\n".join(asked), _text(entry, fields.response or "output")
     turns = tuple(
-        Turn(role=role, parts=split_at_marks(text, mark))
+        Turn(role=role, parts=split_at_marks(text, MARK))
         for pair in (*_history(entry, fields), last)
         for role, text in zip(("user", "assistant"), pair, strict=True)
     )

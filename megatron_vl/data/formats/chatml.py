@@ -58,9 +58,9 @@ def read(entry: dict, fields: Fields) -> Conversation:
     else:
         said = listed_turns(entry, fields, "conversations", "messages")
         waiting = listed_media(entry, fields)
-    turns = tuple(map(_without_margins, read_turns(said, fields, MARK)))
-    turns = with_system(turns, entry, fields)
-    return conversation(turns, place_media(turns, waiting))
+    turns = with_system(read_turns(said, fields, MARK), entry, fields)
+    made = conversation(turns, place_media(turns, waiting))
+    return replace(made, turns=tuple(map(_without_margins, made.turns)))
 
 
 def _sample(

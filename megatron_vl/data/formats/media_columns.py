@@ -19,6 +19,7 @@ from megatron_vl.data.conversation import (
     check_conversation,
 )
 from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.marks import put_first, settle_marks
 from megatron_vl.data.formats.turns import column, describe
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -27,18 +28,43 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def listed_media(entry: dict, fields: Fields) -> dict[str, list[MediaSource]]:
     """Kind -> the entry's images or videos, of its `images` or `image`, `videos` or `video`.
 
-    A column holds one or a list of them, or nothing.
+    A column holds one or a list of them, or nothing: null, or a list of null and "".
 
     Raises:
-        BadEntry: something that is no image or video.
+        BadEntry: something that is no image or video, or nothing where the text has a mark.
     """
     columns = {IMAGE: fields.images, VIDEO: fields.videos}
     found = {}
     for kind, named in columns.items():
         value = column(entry, named, f"{kind}s", kind)
-        values = value if isinstance(value, list) else [value]
-        found[kind] = [] if value is None else [media_source(one, kind) for one in values]
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if values and all(map(_is_nothing, values)):
+            if _written(f"<{kind}>", entry):
+                raise BadEntry(
+                    "missing media",
+                    f"the text has <{kind}>, but its list of {kind}s holds only {values[0]!r}",
+                )
+            values = []
+        found[kind] = [media_source(one, kind) for one in values]
     return found
+
+
+def _is_nothing(value) -> bool:
+    """Whether a medium is not there: null, "", or a table's row without bytes and path."""
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        return not any(value.values())
+    return value is None or value == ""
+
+
+def _written(mark: str, value) -> bool:
+    """Whether a text anywhere in a value has the mark."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str) and mark in one:
+            return True
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return False
 
 
 def media_source(value, kind: str) -> MediaSource:
@@ -126,12 +152,24 @@ def place_media(
     return tuple(source for source in media if source is not None)
 
 
-def conversation(turns: Sequence[Turn], media: Sequence[MediaSource] = ()) -> Conversation:
-    """The checked conversation of `turns` and the media in them, in order.
+def conversation(
+    turns: Sequence[Turn], media: Sequence[MediaSource] = (), *, marks_as_text: int = 0
+) -> Conversation:
+    """The checked conversation of `turns` and the media in them, each kind in order.
+
+    Args:
+        marks_as_text: marks that are text already.
 
     Raises:
         BadEntry: see `check_conversation`.
     """
-    made = Conversation(turns=tuple(turns), media=tuple(media))
+    waiting = {kind: [one for one in media if one.kind == kind] for kind in MEDIA_KINDS}
+    counts = {kind: len(of_kind) for kind, of_kind in waiting.items()}
+    turns, as_text = settle_marks(turns, counts)
+    turns, unmarked = put_first(turns, counts)
+    made = Conversation(
+        turns=turns, media=place_media(turns, waiting), unmarked=unmarked,
+        marks_as_text=marks_as_text + as_text,
+    )
     check_conversation(made)
     return made

@@ -20,6 +20,7 @@ are refused, and so are `http://` URLs: download first.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from megatron_vl.data.conversation import (
@@ -31,6 +32,7 @@ from megatron_vl.data.conversation import (
     Turn,
 )
 from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.marks import settle_marks
 from megatron_vl.data.formats.media_columns import (
     conversation,
     listed_media,
@@ -59,23 +61,29 @@ def read(entry: dict, fields: Fields) -> Conversation:
     """
     roles = {"developer": "system", **role_names(fields)}
     waiting = listed_media(entry, fields)
-    mark = MARK if any(waiting.values()) else None
-    turns, inside = [], []  # `inside`: a source for every place, None where a column has it
+    turns: list[Turn] = []
+    named: list[MediaSource | None] = []  # of the pieces that are media; None: a column has it
     for number, said in enumerate(listed_turns(entry, fields, "messages", "conversations"), 1):
         role, key = read_role(said, number, fields, roles)
         content = said.get(key)
         if isinstance(content, str):
-            parts = split_at_marks(content, mark)
-            inside += [None for part in parts if part.media]
+            parts = split_at_marks(content, MARK)
         elif isinstance(content, list) and content:
             pieces = [_piece(piece, number) for piece in content]
             parts = tuple(part for part, _ in pieces)
-            inside += [source for part, source in pieces if part.media]
+            named += [source for part, source in pieces if part.media]
         else:
             raise BadEntry("wrong shape", f"turn {number} has no text or list `{key}`")
         turns.append(Turn(role=role, parts=parts))
-    turns = with_system(tuple(turns), entry, fields)
-    return conversation(turns, _fill(turns, inside, waiting))
+    own = Counter(source.kind for source in named if source is not None)
+    given = {kind: len(waiting[kind]) + own[kind] for kind in MEDIA_KINDS}
+    from_columns = any(waiting.values())  # else content that is text has no marks
+    settled, as_text = settle_marks(turns, given if from_columns else {})
+    settled = with_system(settled, entry, fields)
+    return conversation(
+        settled, _fill(settled, named, waiting),
+        marks_as_text=as_text if from_columns or not named else 0,
+    )
 
 
 def _piece(piece, number: int) -> tuple[Part, MediaSource | None]:
@@ -113,17 +121,19 @@ def _piece(piece, number: int) -> tuple[Part, MediaSource | None]:
 
 def _fill(
     turns: tuple[Turn, ...],
-    inside: list[MediaSource | None],
+    named: list[MediaSource | None],
     waiting: dict[str, list[MediaSource]],
 ) -> tuple[MediaSource, ...]:
     """The media in order: those the content names, and in the other places those of the columns."""
-    places = [kind for turn in turns for kind in turn.media]
+    places = [part for turn in turns for part in turn.parts if part.media]
     own: dict[str, list[MediaSource]] = {kind: [] for kind in MEDIA_KINDS}
     queues = {kind: iter(waiting[kind]) for kind in MEDIA_KINDS}
-    for kind, source in zip(places, inside, strict=True):
-        source = source if source is not None else next(queues[kind], None)
+    pieces = iter(named)
+    for part in places:
+        source = next(pieces) if part.mark is None else None
+        source = source if source is not None else next(queues[part.media], None)
         if source is not None:
-            own[kind].append(source)
+            own[part.media].append(source)
     for kind, queue in queues.items():
         own[kind] += queue
     return place_media(turns, own)

@@ -30,7 +30,14 @@ from megatron_vl.data.formats.media_columns import (
     media_source,
     place_media,
 )
-from megatron_vl.data.formats.turns import describe, listed_turns, read_turns, with_system
+from megatron_vl.data.formats.turns import (
+    MARK,
+    describe,
+    listed_turns,
+    read_turns,
+    split_at_marks,
+    with_system,
+)
 
 _SCALE = 1000  # coordinates are below it
 _IMAGE = re.compile(r"(Picture [0-9]+: ?)?<img>([^<>\n]*)</img>\n?")
@@ -60,8 +67,14 @@ def read(entry: dict, fields: Fields) -> Conversation:
         for part in turn.parts:
             _split(part.text, number, images > 1, parts, media)
         made.append(replace(turn, parts=tuple(parts)))
-    if not media:  # listed elsewhere: the text has no places for them, which is refused
-        media = place_media((), listed_media(entry, fields))
+    listed = place_media((), listed_media(entry, fields))
+    if not media:  # listed beside the text, as in other formats, with their marks
+        media = listed
+        made = [replace(turn, parts=_split_marks(turn.parts)) for turn in made]
+    elif listed and listed != tuple(media):
+        raise BadEntry(
+            "mark count", "its text and its columns name different media; name each in one of them"
+        )
     return conversation(with_system(tuple(made), entry, fields), media)
 
 
@@ -80,6 +93,10 @@ def _split(
         media.append(media_source(path.strip(), IMAGE))
     if last or not parts:
         parts.append(Part(text=_grounded(last, number)))
+
+
+def _split_marks(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    return tuple(piece for part in parts for piece in split_at_marks(part.text, MARK))
 
 
 def _grounded(text: str, number: int) -> str:
