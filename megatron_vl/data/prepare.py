@@ -1,8 +1,8 @@
 """Raw data to WebDataset shards that energon reads: no questions asked, nothing dropped untold.
 
 Entries are read and checked, every image is decoded once and of every video its ends, shards are
-written with the media's own bytes and their sizes, energon's own `prepare` indexes them, and the
-finished directory is renamed into place. What was refused, and why, is in its `refused.jsonl`.
+written with the media's own bytes and their sizes, energon's index with them, and the finished
+directory is renamed into place. What was refused, and why, is in its `refused.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING
 from megatron_vl.data.contents import note_digests
 from megatron_vl.data.conversation import BadEntry, Conversation
 from megatron_vl.data.formats import FORMATS, Fields
-from megatron_vl.data.media import MediaInfo
-from megatron_vl.data.raw_media import Library, RawMedia, measure_all
+from megatron_vl.data.raw_media import Library, Measured, RawMedia, measure_all
 from megatron_vl.data.shards import (
     Entry,
     count_shared_media,
     plan_shards,
     read_back,
-    run_energon_prepare,
     show_progress,
     store,
     write_shards,
@@ -60,7 +58,7 @@ class PrepareConfig:
     samples_per_shard: int = 10_000
     shuffle: bool = True  # mix entries; without, the validation split is the end of the file
     seed: int = 42
-    num_workers: int = 2  # processes that check media and index shards
+    num_workers: int = 2  # processes that check media
     lengths: LengthCounter | None = None  # counts a model's tokens, for `max_length`
     max_length: int | None = None  # tokens; longer samples are refused
     overwrite: bool = False  # replace `output` if it exists
@@ -182,13 +180,9 @@ def prepare(config: PrepareConfig) -> Summary:
             seed=config.seed if config.shuffle else None,
         )
         digests = write_shards(
-            shards, sizes, partial, key=preparation.key, progress=config.progress
+            shards, parts, sizes, partial, key=preparation.key, progress=config.progress
         )
         shutil.rmtree(preparation.scratch)
-        run_energon_prepare(
-            partial, parts, num_workers=config.num_workers,
-            shown_as=config.output if config.progress else None,
-        )
         note_digests(partial, digests)
         samples = read_back(partial, len(entries))
         (partial / REFUSED).write_text(
@@ -261,9 +255,9 @@ class _Preparation:
     def read(self) -> None:
         """The entries whose text is usable and whose media are there."""
         self.scratch.mkdir()
-        # LLaVA's images lie beside the JSON, or in `images` beside it.
-        root = self.config.media_root or self.source.root
-        library = Library([root, root / "images"], self.scratch,
+        # Absolute paths may lie under --media-root while others are relative to the JSON.
+        roots = filter(None, (self.config.media_root, self.source.root))
+        library = Library(roots, self.scratch,
                           prefers_frames=self.source.format == "chatml")
         shown = show_progress(
             self.source.entries(), self.source.count(), "reading", self.config.progress
@@ -288,7 +282,7 @@ class _Preparation:
             )
         self.marks.check(self.entries)
 
-    def measure(self) -> dict[RawMedia, MediaInfo]:
+    def measure(self) -> dict[RawMedia, Measured]:
         """Measure every image and video; entries with one that cannot be decoded are refused."""
         media = sorted({m for entry in self.entries for m in entry.media}, key=lambda m: m.files)
         results = dict(show_progress(
@@ -305,9 +299,9 @@ class _Preparation:
             return None
 
         self._keep_where(problem)
-        return {media: sizes for media, sizes in results.items() if isinstance(sizes, MediaInfo)}
+        return {media: sizes for media, sizes in results.items() if isinstance(sizes, Measured)}
 
-    def refuse_long(self, sizes: dict[RawMedia, MediaInfo]) -> None:
+    def refuse_long(self, sizes: dict[RawMedia, Measured]) -> None:
         """Refuse entries of more tokens than `max_length`, as the model's tokenizer counts."""
         counter = self.config.lengths
 

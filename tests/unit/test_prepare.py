@@ -285,15 +285,6 @@ def test_nothing_usable_names_the_first_reason(tmp_path):
     _refuses({"source": source, "output": tmp_path / "out"}, "none of the 1 entries .*absent.png")
 
 
-def test_a_name_that_no_shard_can_hold_is_refused(tmp_path):
-    long = "0." + "d41d8cd98f00b204e9800998ecf8427e"
-    source = _source(tmp_path / "in", [*[_entry()] * 10, _entry(long, id="a" * 64)])
-    (source / long).write_bytes((source / "0.png").read_bytes())
-    done = prepare(PrepareConfig(source=source, output=tmp_path / "out", progress=False))
-    (refused,) = done.refused
-    assert refused.reason == "missing media" and "rename the file" in refused.message
-
-
 def _killed(media):
     os.kill(os.getpid(), signal.SIGKILL)
 
