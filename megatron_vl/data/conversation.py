@@ -6,6 +6,8 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from megatron_vl.errors import shortened
+
 IMAGE, VIDEO = "image", "video"
 MEDIA_KINDS = (IMAGE, VIDEO)
 ROLES = ("system", "user", "assistant")
@@ -27,7 +29,7 @@ class BadEntry(ValueError):
     """
 
     def __init__(self, reason: str, message: str):
-        super().__init__(message)
+        super().__init__(shortened(message))
         assert reason in REASONS, reason
         self.reason = reason
 

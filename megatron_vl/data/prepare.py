@@ -21,6 +21,7 @@ from megatron_vl.data.contents import note_digests
 from megatron_vl.data.conversation import BadEntry, Conversation
 from megatron_vl.data.formats import FORMATS, Fields
 from megatron_vl.data.raw_media import Library, Measured, RawMedia, measure_all
+from megatron_vl.data.refusals import MENDS, Refusal, counted, other_formats
 from megatron_vl.data.shards import (
     Entry,
     count_shared_media,
@@ -97,18 +98,6 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
-    """One entry that was left out."""
-
-    file: str
-    where: str  # in the file, such as "line 4"
-    entry: int  # from 0, its place in the source
-    id: str | None
-    reason: str  # one of a few, to count by: see BadEntry
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
     """What became of the source."""
 
@@ -138,11 +127,7 @@ class Summary:
         lines += self.notes
         if self.refused:
             lines.append(f"refused {len(self.refused)}, listed in {self.output / REFUSED}:")
-            first = {}
-            for refusal in self.refused:
-                first.setdefault(refusal.reason, refusal)
-            for reason, count in Counter(r.reason for r in self.refused).most_common():
-                lines.append(f"  {count} x {reason}, such as: {first[reason].message}")
+            lines += (f"  {line}" for line in counted(self.refused))
         return "\n".join(lines)
 
 
@@ -251,6 +236,7 @@ class _Preparation:
     refused: list[Refusal] = field(default_factory=list)
     places: list[tuple[str, str]] = field(default_factory=list)  # of every entry read
     marks: _Marks = field(default_factory=_Marks)
+    unread: object = None  # the first entry that is not of the format
 
     def read(self) -> None:
         """The entries whose text is usable and whose media are there."""
@@ -274,6 +260,8 @@ class _Preparation:
                     _check_marks(conversation)
                 media = tuple(library.locate(source) for source in conversation.media)
             except BadEntry as error:
+                if self.unread is None and error.reason in ("wrong shape", "unknown role"):
+                    self.unread = entry
                 self._refuse(number, name, error)
                 continue
             self.marks.add(conversation, f"{where} of {file.name}")
@@ -327,18 +315,27 @@ class _Preparation:
         refused = sorted(self.refused, key=lambda refusal: refusal.entry)
         total, where = len(self.places), ", ".join(map(str, self.source.files[:3]))
         if not self.entries:
-            first = f"; the first because {refused[0].message}" if refused else ""
-            raise InputError(
-                f"none of the {total} entries of {where} can be used{first}; check the format "
-                f"(--format {self.source.format}) and where the media are (--media-root)."
-            )
+            raise InputError(f"none of the {total} entries of {where} can be used{self._why()}.")
         if refused and self.config.strict:
             raise InputError(
                 f"{len(refused)} of {total} entries of {where} cannot be used, the first "
-                f"({refused[0].where} of {refused[0].file}) because {refused[0].message}; mend "
-                f"them or prepare without --strict."
+                f"({refused[0].where} of {refused[0].file}) because {refused[0].message}; "
+                f"{MENDS[refused[0].reason]}, or prepare without --strict."
             )
         return self.entries, refused
+
+    def _why(self) -> str:
+        """Why nothing is usable: every reason, and the format in which it would be."""
+        others = []
+        if isinstance(self.unread, dict):
+            others = other_formats(self.unread, self.source.format, self.source.fields)
+        if others:
+            return (
+                f" as {self.source.format}, but the first can be read with --format "
+                f"{' or '.join(others)}"
+            )
+        return "".join(f": {line}" if not at else f"; and {line}" for at, line in
+                       enumerate(counted(self.refused)))
 
     def key(self, entry: Entry) -> str:
         """Unique, and in the source's order; energon cuts keys at dots, tar at slashes."""

@@ -21,6 +21,7 @@ from megatron_vl.data.media import (
     video_frames,
     video_info,
 )
+from megatron_vl.errors import shown
 from megatron_vl.inputs import json_value
 from megatron_vl.workers import in_parallel
 
@@ -44,7 +45,7 @@ class RawMedia:
         if self.carried:
             return f"{self.kind}, whose bytes the entry itself has,"
         name = self.files[0].parent if self.separate else self.files[0]
-        return f"{self.kind} {name}"
+        return f"{self.kind} {shown(name)}"
 
 
 class StoredFile(NamedTuple):
@@ -123,7 +124,7 @@ class Library:
         for path in self._places(kind, name):
             if path.is_file():
                 return path
-        raise BadEntry("missing media", f"its {kind} {self.roots[0] / name} does not exist")
+        raise BadEntry("missing media", f"its {kind} {shown(self.roots[0] / name)} does not exist")
 
     def _folder(self, name: str) -> Path | None:
         """The folder of frames that a video's path is, or is beside."""

@@ -70,7 +70,7 @@ def _sample(
     try:
         said = json.loads(entry["json"])
     except UnicodeDecodeError as error:
-        raise BadEntry("bad text", f"its `json` is no text ({error})") from error
+        raise BadEntry("bad text", "its `json` is not UTF-8; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise BadEntry("wrong shape", f"its `json` is not valid JSON ({error})") from error
     seconds, beside = None, {}
