@@ -10,8 +10,9 @@
 | `alpaca` | `instruction`, `input`, `output` | none, or as sharegpt |
 
 Every module has `read(entry, fields)`: the conversation of one entry, or a `BadEntry` that says
-what is wrong with it, whatever the entry holds. They share `turns` and `media_columns`; `pickled`
-reads ChatML's parts; `fields` are the names a dataset gives its columns and roles.
+what is wrong with it, whatever the entry holds. They share `turns`, `media_columns` and `marks`,
+which pairs marks with media; `pickled` reads ChatML's parts; `fields` are the names a dataset gives
+its columns and roles.
 """
 
 from collections.abc import Callable

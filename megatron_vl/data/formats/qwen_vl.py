@@ -14,7 +14,8 @@ It becomes what Qwen2-VL is trained on (arXiv 2409.12191, section 2.2.1):
   and the lower right one in thousandths of the image's width and height, 0 to 999, in both.
 - `<quad>`, four corners, is `<|quad_start|>...<|quad_end|>` in the same way.
 
-A `system` column is the system prompt where no turn is.
+Where no path is in the text, images and videos may be columns, as in ShareGPT's format. A `system`
+column is the system prompt where no turn is.
 """
 
 from __future__ import annotations
