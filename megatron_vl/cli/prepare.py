@@ -38,7 +38,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--media-root", metavar="DIR", type=Path,
-        help="what the media paths are relative to, and within (default: the file's directory)",
+        help="what the media paths are relative to, and within, beside the file's own directory",
     )  # fmt: skip
     parser.add_argument(
         "--marks", default="mend", metavar="HOW",

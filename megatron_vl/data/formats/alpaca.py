@@ -2,8 +2,8 @@
 
 The question is the instruction and, where there is one, the input on the next line, as in
 LLaMA-Factory. `system` is the system prompt; `history`, a list of [question, answer], comes before
-the question. `<image>` and `<video>` in the text are the places of the entry's `images` and `videos`,
-as in ShareGPT's format. A dataset_info.json may name other columns.
+the question. `<image>` and `<video>` in the text are the places of the entry's `images` and
+`videos`, as in ShareGPT's format. A dataset_info.json may name other columns.
 """
 
 from __future__ import annotations
