@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import select
 import signal
@@ -19,7 +20,7 @@ from typing import NoReturn
 import megatron_vl
 from megatron_vl.cli import interrupts
 from megatron_vl.cli.worker import FAILURE_FILE
-from megatron_vl.errors import CheckFailed, InputError
+from megatron_vl.errors import CheckFailed, InputError, printable, shortened
 
 COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
@@ -56,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unrecognized argument {word}{hint}")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {shortened(printable(message))}; see {self.prog} --help.\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,6 +96,11 @@ def run(argv: list[str]) -> int:
         code, said = 1, error
     except InputError as error:
         code, said = _unusable(argv), error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = shortened(printable(str(error.filename)))
+        code, said = _unusable(argv), f"{name} is longer than a path can be; give a shorter one."
     except ModuleNotFoundError as error:
         if (error.name or "megatron_vl").partition(".")[0] == "megatron_vl":
             raise
