@@ -59,6 +59,7 @@ def test_media_without_a_mark_come_before_the_first_user_turn():
     ("?", "x", {"images": ["", None]}, ["?", "x"], 0),
     ("?", "x", {"image": "", "videos": [""]}, ["?", "x"], 0),
     ("?", "x", {"images": [{"bytes": None, "path": None}]}, ["?", "x"], 0),
+    ("?", "x", {"images": [{"bytes": b"", "path": "", "max_pixels": None}]}, ["?", "x"], 0),
     ("<image>?", "Write <image>\n.", {"images": "0"}, ["[image]|?", "Write <image>\n."], 1),
     ("<image>?", "a <video>", {"images": "0"}, ["[image]|?", "a <video>"], 1),
     # A place in the answer stays one where there is a medium for each.
@@ -124,6 +125,79 @@ def test_a_piece_and_a_column_keep_their_order():
 def test_columns_that_repeat_what_the_text_names_are_read_once():
     made = read("qwen_vl", qwen("<img>0</img>?") | {"images": ["0"]})
     assert media(made) == [("i", "0")]
+
+
+# ---- beside what else an entry may have -------------------------------------------------------
+
+BOXES = {"objects": {"ref": ["sheep"], "bbox": [[1, 2, 3, 4]]}}
+
+
+@pytest.mark.parametrize("format", ["llava", "sharegpt", "chatml", "messages", "qwen_vl"])
+@pytest.mark.parametrize(("question", "answer", "columns", "turns"), [
+    ("The <ref-object> ?", "<bbox>", {"images": "0"}, ["[image]|The |<sheep>| ?", "(1,2)-(3,4)#0"]),
+    # A box is in the first image, wherever that comes among the media.
+    ("<image><ref-object>", "<bbox>", {"images": "0", "video": "v"},
+     ["[video]|[image]|<sheep>", "(1,2)-(3,4)#1"]),
+    ("<image><ref-object>", "an <image> at <bbox>", {"images": "0"},
+     ["[image]|<sheep>", "an <image> at |(1,2)-(3,4)#0"]),
+])  # fmt: skip
+def test_objects_stand_beside_marks_that_are_mended(format, question, answer, columns, turns):
+    made = read(format, said(format, question, answer, **columns, **BOXES))
+    assert lines(made) == [f"user: {turns[0]}", f"assistant: {turns[1]}"]
+
+
+def test_margins_go_at_media_and_stay_at_objects():
+    entry = {"conversations": chat(" a <image> <bbox> <ref-object> b \n", "x"), "image": "0"}
+    made = read("chatml", entry | BOXES)
+    assert lines(made)[0] == "user: a|[image]|(1,2)-(3,4)#0| |<sheep>| b"
+
+
+def test_boxes_of_the_text_stand_beside_images_of_a_column():
+    entry = qwen("<ref>cat</ref>?<image>", "<box>(1,2),(3,4)</box>")
+    assert lines(read("qwen_vl", entry | {"images": ["0"]})) == [
+        "user: <cat>|?|[image]", "assistant: (1,2)-(3,4)/1000"]
+
+
+@pytest.mark.parametrize("format", CHAT)
+@pytest.mark.parametrize("question", ["?", "<image>?"])
+def test_a_video_without_its_mark_keeps_what_is_asked_of_it(format, question):
+    made = read(format, said(format, question, videos=[{"path": "v", "nframes": 4, "alt": "a"}]))
+    assert lines(made)[0] == "user: [video]|?" and made.media[0].settings.nframes == 4
+    assert made.unread == ("`videos` key 'alt'",)
+
+
+def test_a_column_says_what_is_asked_of_an_image_in_the_text():
+    entry = qwen("<img>0</img>?") | {"images": [{"path": "0", "max_pixels": 3136}]}
+    made = read("qwen_vl", entry)
+    assert media(made) == [("i", "0")] and made.media[0].settings.max_pixels == 3136
+
+
+@pytest.mark.parametrize("format", ["sharegpt", "messages"])
+@pytest.mark.parametrize(("images", "asked", "shown", "as_text"), [
+    (["0", "1"], "<image>?", ["[image]|?", "[image]| of it"], 0),
+    (["0"], "<image>?", ["[image]|?", "<image> of it"], 1),
+    (["0"], "?", ["?", "[image]| of it"], 0),
+    ([], "?", ["?", "<image> of it"], 1),
+])  # fmt: skip
+def test_what_a_tool_gives_may_have_marks(format, images, asked, shown, as_text):
+    call = json.dumps({"name": "f", "arguments": {"x": "<image>"}})  # no mark there
+    entry = {"images": images, "messages": [
+        {"role": "user", "content": asked}, {"role": "tool_call", "content": call},
+        {"role": "tool", "content": "<image> of it"}, {"role": "assistant", "content": "x"},
+    ]}  # fmt: skip
+    made = read(format, entry)
+    assert [lines(made)[0], lines(made)[2]] == [f"user: {shown[0]}", f"tool: {shown[1]}"]
+    assert made.marks_as_text == as_text and made.turns[1].calls[0].arguments == '{"x": "<image>"}'
+
+
+@pytest.mark.parametrize("turn", [
+    {"role": "tool_call", "content": [{"type": "image", "image": "0", "name": "f"}]},
+    {"role": "tool_call", "content": [{"type": "image", "name": "f"}]},
+])
+def test_a_call_that_looks_like_an_image_takes_none(turn):
+    entry = {"images": ["1"], "messages": [*openai("<image>?"), turn]}
+    made = read("messages", entry)
+    assert media(made) == [("i", "1")] and made.turns[1].calls[0].name == "f"
 
 
 # ---- the whole command ------------------------------------------------------------------------
