@@ -49,7 +49,8 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path,
-        help="the report's directory; a report there is replaced (default: DATASET-lint)",
+        help="the report's directory; a report there is replaced (default: DATASET-lint beside "
+        "the dataset, or DATASET-lint-2 and so on where that is there)",
     )  # fmt: skip
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 if a sample cannot be used"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import select
 import signal
@@ -19,7 +20,7 @@ from typing import NoReturn
 import megatron_vl
 from megatron_vl.cli import interrupts
 from megatron_vl.cli.worker import FAILURE_FILE
-from megatron_vl.errors import CheckFailed, InputError, as_called
+from megatron_vl.errors import CheckFailed, InputError, as_called, printable, shortened
 from megatron_vl.training.spellings import answer
 
 COMMANDS = {
@@ -59,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unrecognized argument {word}{hint}")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {as_called(message)}; see {self.prog} --help.\n")
+        message = shortened(printable(as_called(message)))
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,6 +100,11 @@ def run(argv: list[str]) -> int:
         code, said = 1, error
     except InputError as error:
         code, said = _unusable(argv), error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = shortened(printable(str(error.filename)))
+        code, said = _unusable(argv), f"{name} is longer than a path can be; give a shorter one."
     except ModuleNotFoundError as error:
         if (error.name or "megatron_vl").partition(".")[0] == "megatron_vl":
             raise

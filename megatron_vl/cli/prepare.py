@@ -38,7 +38,13 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--media-root", metavar="DIR", type=Path,
-        help="what the media paths are relative to, and within (default: the file's directory)",
+        help="what the media paths are relative to, and within, beside the file's own directory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--marks", default="mend", metavar="HOW",
+        help="of entries whose marks and media do not pair off: mend puts media without a mark "
+        "before the first question and leaves <image> without an image as text; strict refuses "
+        "them (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", metavar="HF_DIR", type=Path,
@@ -112,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
             lengths=lengths,
             max_length=args.max_length,
             media_root=args.media_root,
+            marks=args.marks,
             split=args.split,
             samples_per_shard=args.samples_per_shard,
             shuffle=args.shuffle,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_vl.data.media_settings import MediaSettings
+from megatron_vl.errors import shortened
 
 IMAGE, VIDEO = "image", "video"
 MEDIA_KINDS = (IMAGE, VIDEO)
@@ -29,7 +30,7 @@ class BadEntry(ValueError):
     """
 
     def __init__(self, reason: str, message: str):
-        super().__init__(message)
+        super().__init__(shortened(message))
         assert reason in REASONS, reason
         self.reason = reason
 
@@ -57,6 +58,8 @@ class Part:
     media: str | None = None  # "image" or "video"
     ref: str | None = None  # what an object is called
     box: Box | None = None
+    # How a place is written in its text, where it is a mark there.
+    mark: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         given = [x for x in (self.text, self.media, self.ref, self.box) if x is not None]
@@ -192,6 +195,8 @@ class Conversation:
     media: tuple[MediaSource, ...] = ()  # in the order of their places in the turns
     tools: str = ""  # a JSON list of the functions that may be called
     unread: tuple[str, ...] = ()  # keys of the entry that say nothing here, such as "turn key 'x'"
+    unmarked: int = 0  # of the media: those without a mark, put before the first user turn
+    marks_as_text: int = 0  # marks for which there are no media
 
 
 def check_conversation(conversation: Conversation) -> None:
@@ -229,7 +234,11 @@ def check_conversation(conversation: Conversation) -> None:
     for kind in MEDIA_KINDS:
         marks, given = places.count(kind), sum(m.kind == kind for m in conversation.media)
         if marks != given:
-            raise BadEntry("mark count", f"it has {marks} {kind} marks for {given} {kind}s")
+            raise BadEntry(
+                "mark count",
+                f"it has {marks} {kind} marks for {given} {kind}s; write <{kind}> once for each "
+                f"{kind}, and otherwise where text is meant, such as [{kind}]",
+            )
     if places != [m.kind for m in conversation.media]:
         raise BadEntry("mark count", "its images and videos are not in the order of their marks")
 

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_vl.data.formats import Fields
+from megatron_vl.data.source_files import not_utf8
 from megatron_vl.errors import InputError
 
 NAME = "dataset_info.json"
@@ -101,12 +102,16 @@ def dataset_names(directory: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict:
+    data = b""
     try:
-        datasets = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = path.read_bytes()
+        datasets = json.loads(data.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(
             f"{path} does not exist; give the directory that holds it, or no --dataset."
         ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} {not_utf8(data)}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); check the file.") from error
     if not isinstance(datasets, dict):

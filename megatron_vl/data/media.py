@@ -64,12 +64,26 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises:
         BadMedia: no image, or one that ends early.
     """
+    return upright_rgb(load_image(data))
+
+
+def load_image(data: bytes) -> Image.Image:
+    """The image as its file has it, with its pixels decoded.
+
+    Raises:
+        BadMedia: no image, or one that ends early.
+    """
     image = _open(data)
-    turn = _UPRIGHT.get(_orientation(image))
     try:
         image.load()
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error
         raise BadMedia(f"its pixels cannot be decoded ({error})") from error
+    return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image as `decode_rgb` gives it."""
+    turn = _UPRIGHT.get(_orientation(image))
     if image.mode.startswith("I"):
         high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         image = Image.fromarray(high.astype(np.uint8))

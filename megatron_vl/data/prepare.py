@@ -1,8 +1,8 @@
 """Raw data to WebDataset shards that energon reads: no questions asked, nothing dropped untold.
 
 Entries are read and checked, every image is decoded once and of every video its ends, shards are
-written with the media's own bytes and their sizes, energon's own `prepare` indexes them, and the
-finished directory is renamed into place. What was refused, and why, is in its `refused.jsonl`.
+written with the media's own bytes and their sizes, energon's index with them, and the finished
+directory is renamed into place. What was refused, and why, is in its `refused.jsonl`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.data.contents import note_digests
-from megatron_vl.data.conversation import VIDEO, BadEntry
+from megatron_vl.data.conversation import VIDEO, BadEntry, Conversation
 from megatron_vl.data.formats import FORMATS, Fields
 from megatron_vl.data.grounding import measured
-from megatron_vl.data.media import MediaInfo
+from megatron_vl.data.notes import Notes
 from megatron_vl.data.options import MediaLimits
-from megatron_vl.data.raw_media import Library, RawMedia, measure_all
+from megatron_vl.data.raw_media import Library, Measured, RawMedia, measure_all
+from megatron_vl.data.refusals import MENDS, Refusal, counted, other_formats
 from megatron_vl.data.shards import (
     Entry,
     count_shared_media,
     plan_shards,
     read_back,
-    run_energon_prepare,
     show_progress,
     store,
     write_shards,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
     from megatron_vl.data.lengths import LengthCounter
 
 REFUSED = "refused.jsonl"
-_MAX_NAMED = 20  # keys in the summary
+MARKS = ("mend", "strict")  # of marks and media that do not pair off: read them, or refuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +60,11 @@ class PrepareConfig:
     samples_per_shard: int = 10_000
     shuffle: bool = True  # mix entries; without, the validation split is the end of the file
     seed: int = 42
-    num_workers: int = 2  # processes that check media and index shards
+    num_workers: int = 2  # processes that check media
     lengths: LengthCounter | None = None  # counts a model's tokens, for `max_length`
     max_length: int | None = None  # tokens; longer samples are refused
     overwrite: bool = False  # replace `output` if it exists
+    marks: str = "mend"  # one of MARKS
     strict: bool = False  # refuse the whole dataset when any entry is refused
     progress: bool = True
 
@@ -72,6 +73,8 @@ class PrepareConfig:
             raise InputError(
                 f"--format is {self.format!r}; it must be one of: {', '.join(sorted(FORMATS))}."
             )
+        if self.marks not in MARKS:
+            raise InputError(f"--marks is {self.marks!r}; it must be one of: {', '.join(MARKS)}.")
         for name in ("samples_per_shard", "num_workers", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -96,18 +99,6 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
-    """One entry that was left out."""
-
-    file: str
-    where: str  # in the file, such as "line 4"
-    entry: int  # from 0, its place in the source
-    id: str | None
-    reason: str  # one of a few, to count by: see BadEntry
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
     """What became of the source."""
 
@@ -118,7 +109,7 @@ class Summary:
     shards: int
     media: dict[str, int]  # images and videos, each counted once
     shared_media: int  # shown in more than one split
-    unread: Mapping[str, int] = field(default_factory=dict)  # a key that is not read -> entries
+    notes: tuple[str, ...] = ()  # what was read other than it is written, or not at all
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {name}" for name, count in self.samples.items() if count)
@@ -134,20 +125,10 @@ class Summary:
                 f"images that more than one split shows: {self.shared_media} (another "
                 f"--split, or --shuffle where it was off, may keep them apart)"
             )
-        if self.unread:
-            named = Counter(self.unread).most_common(_MAX_NAMED)
-            shown = ", ".join(
-                f"{key} in {count} {'entry' if count == 1 else 'entries'}" for key, count in named
-            )
-            more = len(self.unread) - len(named)
-            lines.append(f"not read: {shown}{f', and {more} other keys' if more else ''}")
+        lines += self.notes
         if self.refused:
             lines.append(f"refused {len(self.refused)}, listed in {self.output / REFUSED}:")
-            first = {}
-            for refusal in self.refused:
-                first.setdefault(refusal.reason, refusal)
-            for reason, count in Counter(r.reason for r in self.refused).most_common():
-                lines.append(f"  {count} x {reason}, such as: {first[reason].message}")
+            lines += (f"  {line}" for line in counted(self.refused))
         return "\n".join(lines)
 
 
@@ -185,13 +166,9 @@ def prepare(config: PrepareConfig) -> Summary:
             seed=config.seed if config.shuffle else None,
         )
         digests = write_shards(
-            shards, sizes, partial, key=preparation.key, progress=config.progress
+            shards, parts, sizes, partial, key=preparation.key, progress=config.progress
         )
         shutil.rmtree(preparation.scratch)
-        run_energon_prepare(
-            partial, parts, num_workers=config.num_workers,
-            shown_as=config.output if config.progress else None,
-        )
         note_digests(partial, digests)
         samples = read_back(partial, len(entries))
         (partial / REFUSED).write_text(
@@ -202,7 +179,8 @@ def prepare(config: PrepareConfig) -> Summary:
     return Summary(
         output=config.output, kept=len(entries), refused=tuple(refused), samples=samples,
         shards=len(shards), shared_media=count_shared_media(shards, parts),
-        media=dict(Counter(media.kind for media in kept)), unread=preparation.unread,
+        notes=tuple(preparation.notes.lines()),
+        media=dict(Counter(media.kind for media in kept)),
     )  # fmt: skip
 
 
@@ -216,14 +194,15 @@ class _Preparation:
     entries: list[Entry] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     places: list[tuple[str, str]] = field(default_factory=list)  # of every entry read
-    unread: Counter = field(default_factory=Counter)  # see Summary
+    notes: Notes = field(default_factory=Notes)
+    misfit: object = None  # the first entry that is not of the format
 
     def read(self) -> None:
         """The entries whose text is usable and whose media are there."""
         self.scratch.mkdir()
-        # LLaVA's images lie beside the JSON, or in `images` beside it.
-        root = self.config.media_root or self.source.root
-        library = Library([root, root / "images"], self.scratch,
+        # Absolute paths may lie under --media-root while others are relative to the JSON.
+        roots = filter(None, (self.config.media_root, self.source.root))
+        library = Library(roots, self.scratch,
                           prefers_frames=self.source.format == "chatml")
         shown = show_progress(
             self.source.entries(), self.source.count(), "reading", self.config.progress
@@ -236,18 +215,23 @@ class _Preparation:
                 if isinstance(entry, BadEntry):
                     raise entry
                 conversation = self.source.read(entry)
+                if self.config.marks == "strict":
+                    _check_marks(conversation)
                 media = tuple(library.locate(source) for source in conversation.media)
             except BadEntry as error:
+                if self.misfit is None and error.reason in ("wrong shape", "unknown role"):
+                    self.misfit = entry
                 self._refuse(number, name, error)
                 continue
-            self.unread.update(conversation.unread)
+            self.notes.add(conversation, f"{where} of {file.name}")
             self.entries.append(Entry(
                 number=number, name=name, turns=conversation.turns, media=media,
                 settings=tuple(source.settings for source in conversation.media),
                 tools=conversation.tools,
             ))
+        self.notes.check(self.entries)
 
-    def measure(self) -> dict[RawMedia, MediaInfo]:
+    def measure(self) -> dict[RawMedia, Measured]:
         """Measure every image and video; entries with one that cannot be decoded are refused."""
         media = sorted({m for entry in self.entries for m in entry.media}, key=lambda m: m.files)
         results = dict(show_progress(
@@ -264,23 +248,25 @@ class _Preparation:
             return _unlike_settings(entry, results)
 
         self._keep_where(problem)
-        self._place_boxes(results)
-        return {media: sizes for media, sizes in results.items() if isinstance(sizes, MediaInfo)}
+        measurements = {
+            media: told for media, told in results.items() if isinstance(told, Measured)
+        }
+        self._place_boxes(measurements)
+        return measurements
 
-    def _place_boxes(self, sizes: dict[RawMedia, MediaInfo]) -> None:
+    def _place_boxes(self, sizes: dict[RawMedia, Measured]) -> None:
         """Give boxes in pixels their images' sizes; entries with one outside are refused."""
         entries, self.entries = self.entries, []
         for entry in entries:
+            infos = [sizes[one].info for one in entry.media]
             try:
-                turns = measured(
-                    entry.turns, [(sizes[one].width, sizes[one].height) for one in entry.media]
-                )
+                turns = measured(entry.turns, [(info.width, info.height) for info in infos])
             except BadEntry as error:
                 self._refuse(entry.number, entry.name, error)
             else:
                 self.entries.append(replace(entry, turns=turns))
 
-    def refuse_long(self, sizes: dict[RawMedia, MediaInfo]) -> None:
+    def refuse_long(self, sizes: dict[RawMedia, Measured]) -> None:
         """Refuse entries of more tokens than `max_length`, as the model's tokenizer counts."""
         counter = self.config.lengths
 
@@ -308,18 +294,27 @@ class _Preparation:
         refused = sorted(self.refused, key=lambda refusal: refusal.entry)
         total, where = len(self.places), ", ".join(map(str, self.source.files[:3]))
         if not self.entries:
-            first = f"; the first because {refused[0].message}" if refused else ""
-            raise InputError(
-                f"none of the {total} entries of {where} can be used{first}; check the format "
-                f"(--format {self.source.format}) and where the media are (--media-root)."
-            )
+            raise InputError(f"none of the {total} entries of {where} can be used{self._why()}.")
         if refused and self.config.strict:
             raise InputError(
                 f"{len(refused)} of {total} entries of {where} cannot be used, the first "
-                f"({refused[0].where} of {refused[0].file}) because {refused[0].message}; mend "
-                f"them or prepare without --strict."
+                f"({refused[0].where} of {refused[0].file}) because {refused[0].message}; "
+                f"{MENDS[refused[0].reason]}, or prepare without --strict."
             )
         return self.entries, refused
+
+    def _why(self) -> str:
+        """Why nothing is usable: every reason, and the format in which it would be."""
+        others = []
+        if isinstance(self.misfit, dict):
+            others = other_formats(self.misfit, self.source.format, self.source.fields)
+        if others:
+            return (
+                f" as {self.source.format}, but the first can be read with --format "
+                f"{' or '.join(others)}"
+            )
+        return "".join(f": {line}" if not at else f"; and {line}" for at, line in
+                       enumerate(counted(self.refused)))
 
     def key(self, entry: Entry) -> str:
         """Unique, and in the source's order; energon cuts keys at dots, tar at slashes."""
@@ -353,13 +348,30 @@ class _Preparation:
         ))
 
 
-def _unlike_settings(entry: Entry, sizes: dict[RawMedia, MediaInfo]) -> BadEntry | None:
+def _unlike_settings(entry: Entry, sizes: dict[RawMedia, Measured]) -> BadEntry | None:
     """What a video lacks that its entry asks for, whatever a run's own limits are."""
     for media, settings in zip(entry.media, entry.settings, strict=True):
         if settings is None or media.kind != VIDEO:
             continue
+        info = sizes[media].info
         try:
-            settings.frames(sizes[media].num_frames, sizes[media].fps, MediaLimits(), 2)
+            settings.frames(info.num_frames, info.fps, MediaLimits(), 2)
         except ValueError as error:
             return BadEntry("unusable media", f"its {media} cannot be as it asks: {error}")
     return None
+
+
+def _check_marks(conversation: Conversation) -> None:
+    """Raises BadEntry: a medium without a mark, or a mark without a medium."""
+    if conversation.unmarked:
+        raise BadEntry(
+            "mark count",
+            f"{conversation.unmarked} of its images and videos have no mark; write <image> or "
+            f"<video> where each stands, or leave out --marks strict",
+        )
+    if conversation.marks_as_text:
+        raise BadEntry(
+            "mark count",
+            f"it has no image or video for {conversation.marks_as_text} marks; write them "
+            f"otherwise where text is meant, such as [image], or leave out --marks strict",
+        )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,15 +11,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-import yaml
 from tqdm import tqdm
 
 from megatron_vl.data.contents import Digested
-from megatron_vl.data.conversation import StoredMedia, Turn, to_json
-from megatron_vl.data.media import MediaInfo
+from megatron_vl.data.conversation import IMAGE, StoredMedia, Turn, to_json
 from megatron_vl.data.media_settings import MediaSettings
-from megatron_vl.data.raw_media import RawMedia
+from megatron_vl.data.raw_media import Measured, RawMedia
 from megatron_vl.errors import InputError
 
 SPLITS = ("train", "val", "test")  # energon's names
@@ -42,6 +39,15 @@ class Entry:
     media: tuple[RawMedia, ...]
     settings: tuple[MediaSettings | None, ...] = ()  # of each of `media`; empty: of none
     tools: str = ""  # see Conversation
+
+
+class File(NamedTuple):
+    """One file of a medium, on its way into a shard."""
+
+    extension: str  # its name there, after the sample's key
+    path: Path
+    metadata: str | None  # JSON, for energon's index
+    is_image: bool
 
 
 def plan_shards(
@@ -143,121 +149,110 @@ def count_shared_media(shards: Sequence[Sequence[Entry]], parts: dict[str, range
     return sum(count > 1 for count in splits_of.values())
 
 
-def _shard(number: str) -> str:
-    return f"shard-{number}.tar"
+def _shard(number: int) -> str:
+    return f"shard-{number:06d}.tar"
 
 
 def write_shards(
-    shards: Sequence[Sequence[Entry]], sizes: dict[RawMedia, MediaInfo], output: Path, *,
-    key, progress: bool,
+    shards: Sequence[Sequence[Entry]], parts: dict[str, range], sizes: dict[RawMedia, Measured],
+    output: Path, *, key, progress: bool,
 ) -> dict[str, str]:
-    """Write `shard-NNNNNN.tar` files: per sample its JSON, then its media's own bytes.
+    """Write `shard-NNNNNN.tar` files, per sample its JSON, then its media's own bytes, and their
+    index.
 
     Args:
+        parts: the shards of each split.
         key: an entry's key.
 
     Returns:
         The digest of every shard, by its name.
+
+    Raises:
+        OSError: something cannot be read or written.
     """
+    from megatron_vl.data.shard_index import IndexedFile, ShardIndex  # imports energon
+
     digests = {}
     total = sum(map(len, shards))
     entries = iter(show_progress(
         (entry for shard in shards for entry in shard), total, "writing", progress
     ))
-    for number, shard in enumerate(shards):
-        name = _shard(f"{number:06d}")
-        with (output / name).open("wb") as opened, tarfile.open(
-            fileobj=(file := Digested(opened)), mode="w", format=tarfile.USTAR_FORMAT
-        ) as tar:
-            for _ in shard:
-                entry = next(entries)
-                stored, files = store(entry, sizes)
-                _add(tar, f"{key(entry)}.json", to_json(entry.turns, stored, entry.tools))
-                for extension, media in files:
-                    _add(tar, f"{key(entry)}.{extension}", media.read_bytes())
-        digests[name] = file.digest
-    next(entries, None)  # lets the progress bar finish
+    with ShardIndex(output) as index:
+        for number, shard in enumerate(shards):
+            name = _shard(number)
+            with (
+                (output / name).open("wb") as opened, index.shard(name) as indexed,
+                tarfile.open(fileobj=(file := Digested(opened)), mode="w",
+                             format=tarfile.USTAR_FORMAT) as tar,
+            ):
+                for _ in shard:
+                    entry = next(entries)
+                    stored, files = store(entry, sizes)
+                    begin, name_of = tar.offset, key(entry)
+                    members = [("json", to_json(entry.turns, stored, entry.tools), None, False)]
+                    members += [
+                        (extension, path.read_bytes(), metadata, is_image)
+                        for extension, path, metadata, is_image in files
+                    ]
+                    added = []
+                    for extension, data, metadata, is_image in members:
+                        offset = _add(tar, f"{name_of}.{extension}", data)
+                        added.append(IndexedFile(extension, offset, len(data), metadata, is_image))
+                    indexed.add(name_of, begin, tar.offset, added)
+            digests[name] = file.digest
+        next(entries, None)  # lets the progress bar finish
+    index.finish({split: list(map(_shard, part)) for split, part in parts.items()}, DATASET)
     return digests
 
 
 def store(
-    entry: Entry, sizes: dict[RawMedia, MediaInfo]
-) -> tuple[tuple[StoredMedia, ...], list[tuple[str, Path]]]:
-    """An entry's media as its JSON tells them, and the files by their extension in the shard."""
+    entry: Entry, sizes: dict[RawMedia, Measured]
+) -> tuple[tuple[StoredMedia, ...], list[File]]:
+    """An entry's media as its JSON tells them, and their files in the shard."""
     stored, files = [], []
     for place, media in enumerate(entry.media):
+        measured = sizes[media]
         names = [
-            f"{place}.{number:05d}.{file.suffix[1:].lower()}" if media.separate else
-            f"{place}.{file.suffix[1:].lower()}"
-            for number, file in enumerate(media.files)
+            f"{place}.{number:05d}.{told.extension}" if media.separate else
+            f"{place}.{told.extension}"
+            for number, told in enumerate(measured.files)
         ]
-        files += zip(names, media.files, strict=True)
-        size = sizes[media]
+        is_image = media.kind == IMAGE or media.separate
+        files += [
+            File(name, path, told.metadata, is_image)
+            for name, path, told in zip(names, media.files, measured.files, strict=True)
+        ]
+        info = measured.info
         stored.append(StoredMedia(
-            kind=media.kind, files=tuple(names), height=size.height, width=size.width,
-            num_frames=size.num_frames, fps=size.fps, separate=media.separate,
+            kind=media.kind, files=tuple(names), height=info.height, width=info.width,
+            num_frames=info.num_frames, fps=info.fps, separate=media.separate,
             settings=entry.settings[place] if entry.settings else None,
         ))
     return tuple(stored), files
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Add a file; returns where its bytes begin."""
     info = tarfile.TarInfo(name)  # no times, no owners: the same data gives the same bytes
     info.size = len(data)
+    begin = tar.offset + tarfile.BLOCKSIZE  # after its header
     tar.addfile(info, io.BytesIO(data))
-
-
-def run_energon_prepare(
-    path: Path, parts: dict[str, range], *, num_workers: int, shown_as: Path | None
-) -> None:
-    """energon's own `prepare`, in a process of this interpreter, and dataset.yaml.
-
-    The splits are given by shard: energon's ratio is rounded in floating point and can lose one.
-
-    Args:
-        shown_as: print the command with this directory; None prints nothing.
-
-    Raises:
-        InputError: it failed; its last words are in the message.
-    """
-    command = [
-        sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(path),
-        "--non-interactive", "--force-overwrite", "--no-progress",
-        "--num-workers", str(num_workers),
-        *(word for split, shards in parts.items() for word in (
-            "--split-parts", f"{split}:{_shard(f'{{{shards[0]:06d}..{shards[-1]:06d}}}')}"
-        )),
-        "--media-metadata-by-extension",
-    ]  # fmt: skip
-    if shown_as is not None:
-        print(f"energon {' '.join([command[3], str(shown_as), *command[5:]])}", flush=True)
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode or not (path / ".nv-meta" / "split.yaml").is_file():
-        words = " / ".join(done.stdout.strip().splitlines()[-3:])
-        raise InputError(
-            f"energon could not index the shards (exit {done.returncode}: {words}); check the disk "
-            f"space and the installation of megatron-energon."
-        )
-    (path / ".nv-meta" / "dataset.yaml").write_text(
-        yaml.safe_dump(DATASET, sort_keys=False), encoding="utf-8"
-    )
+    return begin
 
 
 def read_back(path: Path, expected: int) -> dict[str, int]:
-    """Samples of each split, as energon counted them.
+    """Samples of each split, as a run will find them.
 
     Raises:
-        InputError: energon indexed fewer samples than were written.
+        InputError: fewer are indexed than were written.
     """
     from megatron_vl.data.dataset_dir import check_dataset, splits
 
     counts = {name: check_dataset(path, name) for name in splits(path)}
     if sum(counts.values()) != expected:
         raise InputError(
-            f"energon indexed {sum(counts.values())} of {expected} samples; check the disk space "
-            f"and prepare again."
+            f"{sum(counts.values())} of {expected} samples are indexed; check the disk and prepare "
+            f"again."
         )
     return counts
 

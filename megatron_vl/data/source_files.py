@@ -6,6 +6,7 @@ one after another, and `count` how many there are, or None where counting means 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 import zlib
@@ -21,6 +22,21 @@ from megatron_vl.errors import InputError
 LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 TARS = (".tar", ".tar.gz", ".tgz")
+_TABLE = (
+    "is {}, which is not read; write its rows as JSON lines, such as with pandas: "
+    "pandas.{}(..).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)"
+)
+_PACKED = "is compressed; unpack it and give what was in it"
+OTHERS = {  # by their names' ends: what people keep data in that is not read, and what to do
+    ".csv": _TABLE.format("a CSV table", "read_csv"),
+    ".tsv": _TABLE.format("a CSV table with tabs", "read_table"),
+    ".xls": _TABLE.format("a spreadsheet", "read_excel"),
+    ".xlsx": _TABLE.format("a spreadsheet", "read_excel"),
+    ".feather": _TABLE.format("a Feather table", "read_feather"),
+    ".arrow": "is a table of Hugging Face datasets, which is not read; write it as parquet: "
+              "datasets.load_from_disk(DIR).to_parquet('data.parquet')",
+    **dict.fromkeys((".gz", ".zip", ".zst", ".xz", ".bz2", ".7z", ".rar"), _PACKED),
+}
 _ROWS = 32  # of a table read at once: they may hold their images' bytes
 _MAX_HEADER = 1 << 20  # bytes of a tar member's name and attributes
 _AT_ONCE = 1 << 30  # bytes of a table that are unpacked at once, if one row is not more
@@ -55,8 +71,11 @@ class JsonList(SourceFile):
     @cached_property
     def _list(self) -> list:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError, RecursionError) as error:
+            data = self.path.read_bytes()
+            found = json.loads(data.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path} {not_utf8(data)}.") from error
+        except (OSError, RecursionError) as error:
             raise self._unreadable(error, "check the file") from error
         except json.JSONDecodeError as error:
             raise InputError(
@@ -65,14 +84,35 @@ class JsonList(SourceFile):
             ) from error
         except ValueError as error:  # a number too long to read
             raise self._unreadable(error, "check the file") from error
+        if isinstance(found, dict):
+            found = self._listed(found)
         if not isinstance(found, list) or not found:
             raise InputError(
                 f"{self.path} holds no list of entries; give a file with [{{...}}, ...]."
             )
         return found
 
+    def _listed(self, found: dict) -> list | None:
+        """The list in `{"data": [{...}, ...]}`, where it is certain that this is meant."""
+        lists = [key for key, value in found.items()
+                 if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if lists == ["data"]:
+            return found["data"]
+        if any(key in found for key in ("conversations", "messages", "instruction")):
+            raise InputError(f"{self.path} is a single entry; write a list of them, [{{...}}].")
+        if lists:
+            names = ", ".join(map(repr, lists[:5]))
+            raise InputError(
+                f"{self.path} is an object with lists under {names}; write the list of entries "
+                f"alone, [{{...}}, ...], or under 'data' and no other."
+            )
+        return None
+
     def entries(self) -> Iterator[tuple[str, dict | BadEntry]]:
-        for number, entry in enumerate(self._list):
+        found = self._list
+        del self._list  # an entry is held no longer than it is read; another time the file is
+        for number in range(len(found)):
+            entry, found[number] = found[number], None
             yield f"entry {number}", _object(entry)
 
     def count(self) -> int:
@@ -217,8 +257,14 @@ def open_file(path: Path) -> SourceFile:
         return TarShard(path)
     if name.endswith(PARQUET):
         return ParquetTable(path)
+    if is_other(path):
+        raise InputError(f"{path} {OTHERS[path.suffix.lower()]}.")
     try:
         with path.open("rb") as file:
+            begin = file.read(4)
+            if not json.detect_encoding(begin).startswith("utf-8"):
+                raise InputError(f"{path} {not_utf8(begin)}.")
+            file.seek(0)
             lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
             first = next(filter(None, lines), b"")
             more = next(filter(None, lines), None) if first.startswith(b"{") else None
@@ -231,6 +277,22 @@ def open_file(path: Path) -> SourceFile:
     return JsonLines(path) if is_lines else JsonList(path)
 
 
+def is_other(path: Path) -> bool:
+    """Whether a file is by its name of a kind that people keep data in and that is not read."""
+    return path.suffix.lower() in OTHERS
+
+
+def not_utf8(data: bytes) -> str:
+    """Why a text cannot be read, and the mend; `data` is all of it, or the first four bytes."""
+    encoding = json.detect_encoding(data[:4])
+    looks = "" if encoding.startswith("utf-8") else f" (it looks like {encoding.upper()[:6]})"
+    if not looks:
+        with contextlib.suppress(UnicodeDecodeError):
+            data.decode("gb18030")
+            looks = " (it may be GBK)"
+    return f"is not UTF-8{looks}; save it as UTF-8"
+
+
 def _object(entry) -> dict | BadEntry:
     return entry if isinstance(entry, dict) else BadEntry("wrong shape", "it is not an object")
 
@@ -238,8 +300,8 @@ def _object(entry) -> dict | BadEntry:
 def _line(line: bytes) -> dict | BadEntry:
     try:
         return _object(json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        return BadEntry("bad text", f"it is not UTF-8 ({error})")
+    except UnicodeDecodeError:
+        return BadEntry("bad text", f"it {not_utf8(line)}")
     except (ValueError, RecursionError) as error:
         return BadEntry("wrong shape", f"it is not valid JSON ({error})")
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from megatron_vl.data import dataset_info
 from megatron_vl.data.conversation import BadEntry, Conversation
 from megatron_vl.data.formats import FORMATS, Fields
-from megatron_vl.data.source_files import LINES, PARQUET, TARS, SourceFile, open_file
+from megatron_vl.data.source_files import LINES, PARQUET, TARS, SourceFile, is_other, open_file
 from megatron_vl.errors import InputError
 
 KNOWN_JSON = "blip_laion_cc_sbu_558k.json"  # LLaVA-Pretrain's own, beside a *_meta.json
@@ -156,6 +156,9 @@ def find_files(source: Path, name: str | None, format: str) -> tuple[Path, ...]:
     if len(found) == 1:
         return _whole(*found.values())
     if not found:
+        other = next(filter(is_other, sorted(source.iterdir())), None)
+        if other is not None:
+            open_file(other)  # says what it is
         tars = format != _TAR_FORMAT and _tars(source)
         mend = (
             f"its tar shards are read with --format {_TAR_FORMAT}" if tars

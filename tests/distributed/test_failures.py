@@ -43,7 +43,7 @@ BAD_ARGUMENTS = {
     "a share of more than all": (dict(OPTIMIZER_OFFLOAD="1.5"), "OPTIMIZER_OFFLOAD is 1.5"),
     "warmup longer than the run": (dict(LR_WARMUP_ITERS=10), "LR_WARMUP_ITERS 10 must be fewer"),
     "no checkpoint there": (
-        dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere does not exist; give the directory of"),
+        dict(PRETRAIN_CHECKPOINT_PATH="/nowhere"), "/nowhere does not exist; give the directory"),
     "a word for a number": (dict(LR="fast"), "argument LR: invalid float value: 'fast'"),
     "a node's number": (
         dict(MP_EXTRA="--nnodes 2 --node-rank 2"), "node-rank 2 is not one of the 2 node(s)"),

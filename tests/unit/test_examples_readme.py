@@ -230,7 +230,8 @@ def test_a_training_is_laid_out_at_its_true_size(variables, words, size, there, 
     if "MP_PP0_LAYERS" in variables:
         assert stages[0][1] == f"0-{int(variables['MP_PP0_LAYERS']) - 1}"
     fits = "weights come from" in done.out
-    assert fits is there and (re.search("^note: load .* is not there yet", done.out, re.M) is not None) is not there
+    awaited = re.search("^note: load .* is not there yet", done.out, re.M) is not None
+    assert fits is there and awaited is not there
 
 
 def test_the_run_that_is_converted_back_is_the_one_that_was_trained():

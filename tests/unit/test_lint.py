@@ -16,6 +16,7 @@ from megatron_vl.data.lint.look import STOPS, Look, Looker, build_encoder
 from megatron_vl.data.lint.mask import pieces
 from megatron_vl.data.lint.page import choose as choose_shown
 from megatron_vl.data.lint.reading import Leaf, choose, open_leaves
+from megatron_vl.data.lint.run import LintConfig
 from megatron_vl.data.loader import DataConfig, build_train_loader
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import TrainedText
@@ -155,6 +156,26 @@ def test_a_report_is_replaced_and_nothing_else_is(lint, odd_dir, tmp_path, capsy
     assert lint(odd_dir)[0] == 2
     assert "holds more than a lint report" in capsys.readouterr().err
     assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
+
+
+def test_reports_lie_beside_their_dataset_and_none_is_overwritten(wds_dir, tmp_path, monkeypatch):
+    data = tmp_path / "data" / "wds"
+    data.parent.mkdir()
+    data.symlink_to(wds_dir)
+    monkeypatch.chdir(tmp_path)
+
+    def target(*paths):
+        return LintConfig(data=Mixture.parse(",".join(map(str, paths)))).target
+
+    shutil.copytree(wds_dir, tmp_path / "own")
+    assert target("own") == tmp_path / "own-lint"
+    (tmp_path / "own-lint").mkdir()
+    (tmp_path / "own-lint-2").touch()
+    assert target("own") == target(tmp_path / "own") == tmp_path / "own-lint-3"
+    assert target("own", data) == tmp_path / "own+wds-lint"
+    assert target(data) == tmp_path / "data" / "wds-lint"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root none is refused
+    assert target(data) == tmp_path / "wds-lint"
 
 
 def test_without_a_model_sizes_and_kinds_are_counted(lint, mixed_dir, capsys):

@@ -11,6 +11,7 @@ import tarfile
 
 import pytest
 import torch
+from energon_prepare import energon_prepare
 from megatron.energon import WorkerConfig
 from megatron.energon.epathlib import EPath
 from megatron.energon.rng import WorkerRng
@@ -19,7 +20,6 @@ from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.shard_files import PLACES, LocalShards, ShardFiles, SliceRng, TarReaders
-from megatron_vl.data.shards import run_energon_prepare
 from megatron_vl.errors import InputError
 
 SHARD = "shard-000000.tar"
@@ -51,7 +51,7 @@ def pack(wds, *shards):
                 else:
                     info.size = len(data)
                 tar.addfile(info, io.BytesIO(data or b""))
-    run_energon_prepare(wds, {"train": range(len(shards))}, num_workers=1, shown_as=None)
+    energon_prepare(wds, {"train": range(len(shards))})
     return wds
 
 

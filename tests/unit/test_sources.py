@@ -104,7 +104,7 @@ def test_every_entry_has_its_place_in_the_file(tmp_path, name, text, where, entr
     ("a.json", "{}", "holds no list of entries"),
     ("a.json", '{\n"a": 1}', "holds no list of entries"),
     ("a.json", "[]", "holds no list of entries"),
-    ("a.json", b"\xff", "cannot be read ('utf-8'"),
+    ("a.json", b"\xff", "is not UTF-8; save it as UTF-8."),
     ("a.json", "[" * 100_000, "cannot be read (maximum recursion"),
     ("a.json", "[" + "9" * 5000 + "]", "cannot be read (Exceeds the limit"),
     ("a.parquet", "PAR1", "cannot be read ("),

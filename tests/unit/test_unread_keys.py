@@ -85,5 +85,6 @@ def test_the_summary_counts_them_by_place(tmp_path, capsys):
     (source / "a.json").write_text(json.dumps(entries))
     assert run(["prepare", str(source), str(tmp_path / "out"), "--split", "1,0,0", "--quiet"]) == 0
     shown = capsys.readouterr().out
-    assert "not read: entry key 'source' in 3 entries, turn key 'emotion' in 1 entry" in shown
+    assert ("keys that are not read: entry key 'source' in 3 entries, turn key 'emotion' in 1 entry"
+            in shown)
     assert "and 12 other keys" in shown and "lost" not in shown

@@ -10,10 +10,10 @@
 | `alpaca` | `instruction`, `input`, `output` | none, or as sharegpt |
 
 Every module has `read(entry, fields)`: the conversation of one entry, or a `BadEntry` that says
-what is wrong with it, whatever the entry holds. They share `turns`, `dialogue` and
-`media_columns`; beside the turns stand `loss`, `tools` and `objects`, and what is `unserved`;
-`pickled` reads ChatML's parts; `fields` are the names a dataset gives its columns and roles; of an
-entry that is read, `tracked` knows the keys that were not.
+what is wrong with it, whatever the entry holds. They share `turns`, `dialogue`, `media_columns` and
+`marks`, which pairs marks with media; beside the turns stand `loss`, `tools` and `objects`, and
+what is `unserved`; `pickled` reads ChatML's parts; `fields` are the names a dataset gives its
+columns and roles; of an entry that is read, `tracked` knows the keys that were not.
 """
 
 from collections.abc import Callable

@@ -2,9 +2,8 @@
 
 The question is the instruction and, where there is one, the input on the next line, as in
 LLaMA-Factory. `system` is the system prompt; `history`, a list of [question, answer], comes before
-the question. Where the entry has `images` or `videos`, `<image>` and `<video>` in its text are
-their places, as in ShareGPT's format; elsewhere they are text. A dataset_info.json may name other
-columns.
+the question. `<image>` and `<video>` in the text are the places of the entry's `images` and
+`videos`, as in ShareGPT's format. A dataset_info.json may name other columns.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ def read(entry: dict, fields: Fields) -> Conversation:
         BadEntry: it is not of this format, or cannot be trained on.
     """
     media = listed_media(entry, fields)
-    mark = MARK if any(media.values()) else None
     asked = [
         _text(entry, name)
         for name in (_name(fields.prompt, "instruction"), _name(fields.query, "input"))
@@ -32,7 +30,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
         raise BadEntry("wrong shape", f"it has no text `{fields.prompt or 'instruction'}`")
     last = "\n".join(asked), _text(entry, fields.response or "output")
     turns = tuple(
-        Turn(role=role, parts=split_at_marks(text, mark))
+        Turn(role=role, parts=split_at_marks(text, MARK))
         for pair in (*_history(entry, fields), last)
         for role, text in zip(("user", "assistant"), pair, strict=True)
     )

@@ -60,9 +60,9 @@ def read(entry: dict, fields: Fields) -> Conversation:
     else:
         said = listed_turns(entry, fields, "conversations", "messages")
         waiting = listed_media(entry, fields)
-    turns = tuple(map(_without_margins, read_turns(said, fields, MARK)))
-    turns = with_system(turns, entry, fields)
-    return conversation(turns, place_media(turns, waiting), entry, fields)
+    turns = with_system(read_turns(said, fields, MARK), entry, fields)
+    made = conversation(turns, place_media(turns, waiting), entry, fields)
+    return replace(made, turns=tuple(map(_without_margins, made.turns)))
 
 
 def _sample(
@@ -72,7 +72,7 @@ def _sample(
     try:
         said = json.loads(entry["json"])
     except UnicodeDecodeError as error:
-        raise BadEntry("bad text", f"its `json` is no text ({error})") from error
+        raise BadEntry("bad text", "its `json` is not UTF-8; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise BadEntry("wrong shape", f"its `json` is not valid JSON ({error})") from error
     seconds, beside = None, {}
@@ -104,5 +104,14 @@ def _timed(video: MediaSource, seconds) -> MediaSource:
 def _without_margins(turn: Turn) -> Turn:
     if turn.role != "user":
         return turn
-    parts = tuple(p if p.text is None else Part(text=p.text.strip()) for p in turn.parts)
-    return replace(turn, parts=tuple(p for p in parts if p.text != "") or parts[:1])
+    parts = []
+    for before, part, after in zip(
+        (None, *turn.parts), turn.parts, (*turn.parts[1:], None), strict=False
+    ):
+        text = part.text
+        if text is not None:  # what stands beside an object stays
+            text = text.lstrip() if before is None or before.media else text
+            text = text.rstrip() if after is None or after.media else text
+            part = Part(text=text)
+        parts.append(part)
+    return replace(turn, parts=tuple(p for p in parts if p.text != "") or tuple(parts[:1]))

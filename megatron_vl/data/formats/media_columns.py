@@ -20,6 +20,7 @@ from megatron_vl.data.conversation import (
     check_conversation,
 )
 from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.marks import put_first, settle_marks
 from megatron_vl.data.formats.objects import place_objects
 from megatron_vl.data.formats.tools import join_calls, read_tools
 from megatron_vl.data.formats.turns import column, describe
@@ -33,18 +34,42 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def listed_media(entry: dict, fields: Fields) -> dict[str, list[MediaSource]]:
     """Kind -> the entry's images or videos, of its `images` or `image`, `videos` or `video`.
 
-    A column holds one or a list of them, or nothing.
+    A column holds one or a list of them, or nothing: null, or a list of null and "".
 
     Raises:
-        BadEntry: something that is no image or video.
+        BadEntry: something that is no image or video, or nothing where the text has a mark.
     """
     columns = {IMAGE: fields.images, VIDEO: fields.videos}
     found = {}
     for kind, named in columns.items():
         value = column(entry, named, f"{kind}s", kind)
-        values = value if isinstance(value, list) else [value]
-        found[kind] = [] if value is None else [media_source(one, kind) for one in values]
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if values and all(map(_is_nothing, values)):
+            if _written(f"<{kind}>", entry):
+                raise BadEntry(
+                    "missing media",
+                    f"the text has <{kind}>, but its list of {kind}s holds only {values[0]!r}",
+                )
+            values = []
+        found[kind] = [media_source(one, kind) for one in values]
     return found
+
+
+def _is_nothing(value) -> bool:
+    """Whether a medium is not there: null, "", or a table's row that holds nothing else."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(one is None or one in ("", b"") for one in values)
+
+
+def _written(mark: str, value) -> bool:
+    """Whether a text anywhere in a value has the mark."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str) and mark in one:
+            return True
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return False
 
 
 def media_source(value, kind: str) -> MediaSource:
@@ -165,19 +190,29 @@ def place_media(
 
 
 def conversation(
-    turns: Sequence[Turn], media: Sequence[MediaSource], entry: dict, fields: Fields
+    turns: Sequence[Turn], media: Sequence[MediaSource], entry: dict, fields: Fields, *,
+    marks_as_text: int = 0,
 ) -> Conversation:
-    """The checked conversation of `turns` and the media in them, in order.
+    """The checked conversation of `turns` and the media in them, each kind in order.
 
     Args:
         entry: what stands beside the turns: objects in the images, functions to call.
+        marks_as_text: marks that are text already.
 
     Raises:
         BadEntry: see `check_conversation`; or it is not to be trained on as it would be.
     """
     refuse_unserved(entry, fields)
+    waiting = {kind: [one for one in media if one.kind == kind] for kind in MEDIA_KINDS}
+    counts = {kind: len(of_kind) for kind, of_kind in waiting.items()}
+    turns, as_text = settle_marks(turns, counts)
+    turns, unmarked = put_first(turns, counts)
+    media = place_media(turns, waiting)
     turns = join_calls(place_objects(turns, media, entry))
     check_boxes(turns)
-    made = Conversation(turns=turns, media=tuple(media), tools=read_tools(entry, fields))
+    made = Conversation(
+        turns=turns, media=media, tools=read_tools(entry, fields), unmarked=unmarked,
+        marks_as_text=marks_as_text + as_text,
+    )
     check_conversation(made)
     return made

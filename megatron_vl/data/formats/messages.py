@@ -20,6 +20,8 @@ that `tools` says; `http://` URLs are refused: download first.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from megatron_vl.data.conversation import (
     MEDIA_KINDS,
     BadEntry,
@@ -30,6 +32,7 @@ from megatron_vl.data.conversation import (
 )
 from megatron_vl.data.formats.dialogue import make_turn
 from megatron_vl.data.formats.fields import Fields
+from megatron_vl.data.formats.marks import settle_marks
 from megatron_vl.data.formats.media_columns import (
     conversation,
     listed_media,
@@ -40,6 +43,7 @@ from megatron_vl.data.formats.media_columns import (
 from megatron_vl.data.formats.tools import calls_of
 from megatron_vl.data.formats.tracked import call_keys
 from megatron_vl.data.formats.turns import (
+    CALL,
     MARK,
     describe,
     listed_turns,
@@ -60,26 +64,32 @@ def read(entry: dict, fields: Fields) -> Conversation:
     """
     roles = {"developer": "system", **role_names(fields)}
     waiting = listed_media(entry, fields)
-    mark = MARK if any(waiting.values()) else None
-    turns, inside = [], []  # `inside`: for every place its source, or the keys beside a place
+    turns: list[Turn] = []
+    named: list[MediaSource | dict] = []  # of the pieces that are media; a piece: a column has it
     for number, said in enumerate(listed_turns(entry, fields, "messages", "conversations"), 1):
         role, key = read_role(said, number, fields, roles)
         content = said.get(key)
         if isinstance(content, str):
-            parts = split_at_marks(content, mark)
-            inside += [{} for part in parts if part.media]
+            parts = split_at_marks(content, MARK)
         elif isinstance(content, list) and content:
             call_keys(content, "piece key")
             pieces = [_piece(piece, number) for piece in content]
             parts = tuple(part for part, _ in pieces)
-            inside += [source for part, source in pieces if part.media]
+            named += [source for part, source in pieces if part.media and role != CALL]
         elif not content and calls_of(said, number):
             content, parts = "", ()
         else:
             raise BadEntry("wrong shape", f"turn {number} has no text or list `{key}`")
         turns.append(make_turn(said, role, number, content, parts))
-    turns = with_system(tuple(turns), entry, fields)
-    return conversation(turns, _fill(turns, inside, waiting), entry, fields)
+    own = Counter(source.kind for source in named if isinstance(source, MediaSource))
+    given = {kind: len(waiting[kind]) + own[kind] for kind in MEDIA_KINDS}
+    from_columns = any(waiting.values())  # else content that is text has no marks
+    settled, as_text = settle_marks(turns, given if from_columns else {})
+    settled = with_system(settled, entry, fields)
+    return conversation(
+        settled, _fill(settled, named, waiting), entry, fields,
+        marks_as_text=as_text if from_columns or not named else 0,
+    )
 
 
 def _piece(piece, number: int) -> tuple[Part, MediaSource | dict]:
@@ -111,19 +121,21 @@ def _piece(piece, number: int) -> tuple[Part, MediaSource | dict]:
 
 def _fill(
     turns: tuple[Turn, ...],
-    inside: list[MediaSource | dict],
+    named: list[MediaSource | dict],
     waiting: dict[str, list[MediaSource]],
 ) -> tuple[MediaSource, ...]:
     """The media in order: those the content names, and in the other places those of the columns."""
-    places = [kind for turn in turns for kind in turn.media]
+    places = [part for turn in turns for part in turn.parts if part.media]
     own: dict[str, list[MediaSource]] = {kind: [] for kind in MEDIA_KINDS}
     queues = {kind: iter(waiting[kind]) for kind in MEDIA_KINDS}
-    for kind, source in zip(places, inside, strict=True):
+    pieces = iter(named)
+    for part in places:
+        source = next(pieces) if part.mark is None else {}
         if isinstance(source, dict):
-            beside, source = source, next(queues[kind], None)
+            beside, source = source, next(queues[part.media], None)
             source = source and with_settings(source, beside)
         if source is not None:
-            own[kind].append(source)
+            own[part.media].append(source)
     for kind, queue in queues.items():
         own[kind] += queue
     return place_media(turns, own)

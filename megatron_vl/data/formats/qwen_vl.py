@@ -14,7 +14,8 @@
 
 In a question a tag without numbers, as in `answer as <box>(x1,y1),(x2,y2)</box>`, is text.
 
-A `system` column is the system prompt where no turn is.
+Where no path is in the text, images and videos may be columns, as in ShareGPT's format. A `system`
+column is the system prompt where no turn is.
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ from megatron_vl.data.formats.media_columns import (
     place_media,
 )
 from megatron_vl.data.formats.objects import box_of
-from megatron_vl.data.formats.turns import describe, listed_turns, with_system
+from megatron_vl.data.formats.turns import (
+    MARK,
+    describe,
+    listed_turns,
+    split_at_marks,
+    with_system,
+)
 
 _SIZE = (1000, 1000)  # of every image, in the units of its boxes
 _IMAGE = re.compile(r"(Picture [0-9]+: ?)?<img>([^<>\n]*)</img>\n?")
@@ -71,8 +78,14 @@ def read(entry: dict, fields: Fields) -> Conversation:
         for part in turn.parts:
             _split(part.text, number, turn.role, images > 1, parts, media)
         made.append(replace(turn, parts=tuple(parts)))
-    if not media:  # listed elsewhere: the text has no places for them, which is refused
-        media = place_media((), listed_media(entry, fields))
+    listed = place_media((), listed_media(entry, fields))
+    if not media:  # listed beside the text, as in other formats, with their marks
+        made = [replace(turn, parts=_split_marks(turn.parts)) for turn in made]
+    elif listed and [replace(one, settings=None) for one in listed] != media:
+        raise BadEntry(
+            "mark count", "its text and its columns name different media; name each in one of them"
+        )
+    media = listed or media  # a column may also say what is asked for each
     return conversation(with_system(tuple(made), entry, fields), media, entry, fields)
 
 
@@ -89,6 +102,13 @@ def _split(
         parts.append(Part(media=IMAGE))
         media.append(media_source(path.strip(), IMAGE))
     parts += _grounded(last, number, role) or ([] if parts else [Part(text="")])
+
+
+def _split_marks(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    return tuple(
+        piece for part in parts
+        for piece in ([part] if part.text is None else split_at_marks(part.text, MARK))
+    )
 
 
 def _grounded(text: str, number: int, role: str) -> list[Part]:

@@ -89,7 +89,7 @@ def split_at_marks(text: str, mark: re.Pattern | None) -> tuple[Part, ...]:
     for found in mark.finditer(text) if mark else ():
         if found.start() > done:
             parts.append(Part(text=text[done : found.start()]))
-        parts.append(Part(media=found[1]))
+        parts.append(Part(media=found[1], mark=found[0]))
         done = found.end()
     if done < len(text) or not parts:
         parts.append(Part(text=text[done:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ class LintConfig:
     media: MediaLimits = field(default_factory=MediaLimits)
     trained: TrainedText = field(default_factory=TrainedText)
     decode: bool = False  # decode every image and video of the samples looked at
-    output: Path | None = None  # the report's directory; None: DATASET-lint where we are
+    output: Path | None = None  # the report's directory; None: see `target`
     strict: bool = False  # a refused sample fails the check
     seed: int = 1234
     progress: bool = True
@@ -67,10 +68,18 @@ class LintConfig:
 
     @property
     def target(self) -> Path:
+        """The directory asked for; else one that is not there yet, beside the first dataset."""
         if self.output is not None:
             return self.output
-        names = [path.stem if path.is_file() else path.resolve().name for path in self.data.paths]
-        return Path.cwd() / f"{'+'.join(names)[:100]}-lint"
+        paths = [Path(os.path.abspath(path)) for path in self.data.paths]
+        names = [path.stem if path.is_file() else path.name for path in paths]
+        # A dataset that others share may lie where only they write.
+        folder = paths[0].parent if os.access(paths[0].parent, os.W_OK) else Path.cwd()
+        name = f"{'+'.join(names)[:100]}-lint"
+        number = 1
+        while os.path.lexists(target := folder / (f"{name}-{number}" if number > 1 else name)):
+            number += 1
+        return target
 
 
 def lint(config: LintConfig) -> str:
