@@ -190,7 +190,7 @@ def test_a_split_for_another_layout_or_model_is_refused(tmp_path):
 
 def test_a_size_that_disagrees_with_config_json_is_refused(tmp_path):
     spec = load_spec(write(tmp_path, published("7B")))
-    with pytest.raises(InputError, match="MODEL_SIZE is 2B, which has 28 layers of width 1536.*7B"):
+    with pytest.raises(InputError, match="model-size is 2B, which has 28 layers of width 1536.*7B"):
         family("qwen2_vl").check_size(spec, "2B")
     with pytest.raises(InputError, match="one of 2B, 7B, 72B or auto"):
         family("qwen2_vl").check_size(spec, "3B")
