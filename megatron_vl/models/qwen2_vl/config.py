@@ -46,7 +46,7 @@ class _Towers(Shape):
     """The tables within."""
 
     vision_config: dict
-    text_config: dict = {}
+    text_config: dict = Field(default_factory=dict)
 
 
 class _Whole(Shape):
