@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 MAX_NODES = 1_000_000  # values of a YAML text, an alias counted as all that it repeats
-MAX_DEPTH = 64  # lists and tables within one another, far from what Python can call
+MAX_DEPTH = 200  # lists and tables within one another, far from what Python can call
 
 
 def read_text(path: Path) -> str:

@@ -65,6 +65,8 @@ def read_file(path: Path, kind: Any = Any, *, mend: str, what: str = "") -> Any:
     name, is_json = f"{what}{shown(path, 200)}", path.suffix == ".json"
     try:
         text = read_text(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{name} is missing; {mend}.") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{name} cannot be read ({why}); {mend}.") from error

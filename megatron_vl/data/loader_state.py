@@ -22,6 +22,8 @@ from megatron.energon.savable_loader import (
 )
 from megatron.energon.state import FlexState
 
+from megatron_vl.inputs import json_value
+
 _CLASSES = {one.__name__: one for one in (
     SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState,
     SliceState,
@@ -45,8 +47,8 @@ def from_json(text: str) -> dict:
         ValueError: the text is no such state.
     """
     try:
-        state = _object(json.loads(text))
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        state = _object(json_value(text))
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError("it is not the state of a loader")

@@ -295,7 +295,7 @@ def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(shown, names[:SHOWN])) + more
+    return ", ".join(shown(name, 150) for name in names[:SHOWN]) + more
 
 
 def volume(shape: Iterable[int]) -> int:

@@ -54,6 +54,7 @@ def test_an_iteration_that_is_not_there_is_answered_with_those_that_are(says, ru
 
 def test_a_converted_checkpoint_is_its_only_one(run):
     (run / LATEST).write_text("release")
+    (run / "release").mkdir()
     assert candidates(run) == [run / "release"]
 
 

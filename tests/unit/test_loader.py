@@ -322,7 +322,7 @@ def test_damaged_digests_are_named(loaders, wds_dir, tmp_path):
     wds = _copy(wds_dir, tmp_path / "wds")
     for text in ("[]", "{", ""):
         (wds / ".nv-meta/digests.json").write_text(text)
-        with pytest.raises(InputError, match="digests.json is damaged; prepare the dataset again"):
+        with pytest.raises(InputError, match="digests.json .*; prepare the dataset again"):
             loaders(path=wds)
 
 
@@ -500,7 +500,7 @@ BROKEN = {
         lambda wds: (wds / ".nv-meta/dataset.yaml").unlink(), "dataset.yaml is missing"
     ),
     "no split.yaml": (lambda wds: (wds / ".nv-meta/split.yaml").unlink(), "split.yaml is missing"),
-    "bad split.yaml": (lambda wds: (wds / ".nv-meta/split.yaml").write_text("{"), "is damaged"),
+    "bad split.yaml": (lambda wds: (wds / ".nv-meta/split.yaml").write_text("{"), "not valid YAML"),
     "empty split": (
         lambda wds: (wds / ".nv-meta/split.yaml").write_text("split_parts: {train: []}"),
         "nothing in its split 'train'",
@@ -516,7 +516,7 @@ BROKEN = {
         lambda wds: _shorten(wds / f"{TRAIN[3]}.idx", 4), "3.tar.idx tells of 40.5 samples but"
     ),
     "other counts": (lambda wds: _recount(wds, 400), "3.tar.idx .* 41 samples but .* of 400;"),
-    "counts as text": (lambda wds: _recount(wds, "41"), "3.tar.idx .* 41 samples but .* of '41';"),
+    "counts as text": (lambda wds: _recount(wds, "41"), "XXX"),
 }
 
 

@@ -98,7 +98,7 @@ def test_a_missing_preprocessor_config_is_named(spec, tmp_path):
 
 def test_a_damaged_preprocessor_config_is_named(spec, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"preprocessor_config.json cannot be read"):
+    with pytest.raises(InputError, match=r"preprocessor_config.json is not valid JSON"):
         MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
 
 
