@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from megatron_vl.errors import shown
+
 MAX_NODES = 1_000_000  # values of a YAML text, an alias counted as all that it repeats
 MAX_DEPTH = 200  # lists and tables within one another, far from what Python can call
 
@@ -35,12 +37,6 @@ def read_text(path: Path) -> str:
             "it is in UTF-16; save it as UTF-8" if utf16 else
             f"byte {error.start} is not UTF-8; save it as UTF-8"
         ) from error
-
-
-def shown(text: object, most: int = 80) -> str:
-    """A text for a message, its middle left out where it is long."""
-    text = str(text)
-    return text if len(text) <= most else f"{text[: most - 20]}...{text[-17:]}"
 
 
 def json_value(text: str | bytes, *, twins: bool = True) -> Any:

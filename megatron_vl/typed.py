@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import json_value, read_text, shown, yaml_value
+from megatron_vl.errors import InputError, shown
+from megatron_vl.inputs import json_value, read_text, yaml_value
 
 
 class Shape(BaseModel):

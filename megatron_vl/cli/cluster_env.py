@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import read_text
 from megatron_vl.parallel.cluster import ClusterEnv, cluster_env, hostfile_env
 from megatron_vl.parallel.hosts import Host, parse_hostfile
 
@@ -51,9 +52,11 @@ def run(args: argparse.Namespace) -> int:
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """Raises InputError: no such file, or see `parse_hostfile`."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the hostfile {path} cannot be read; give a text file.") from error
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the hostfile {path} cannot be read ({error}); give a text file."
+        ) from error
     return parse_hostfile(text, str(path))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import Bounds, InputError, shown
+from megatron_vl.inputs import json_value
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import DTYPES, VLMSpec
 from megatron_vl.parallel import Layout
@@ -92,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_workers(workers: int) -> None:
-    if workers < 1:
-        raise InputError(f"--workers is {workers}; give 1 or more.")
+    Bounds(least=1, most=1024).check("--workers", workers)
 
 
 def describe(directory: Path, hf_config: Path | None):
@@ -166,23 +165,25 @@ def layer_list(text: str | None, option: str) -> list | None:
     if text is None:
         return None
     try:
-        rows = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
-    except json.JSONDecodeError as error:
+        rows = json_value(text if text.lstrip().startswith("[") else f"[{text}]")
+    except ValueError as error:
         raise InputError(
-            f"{option} {text!r} is no list; write 1,10,10,7 or [[0,1],[4,3]]."
+            f"{option} {shown(repr(text))} is no list; write 1,10,10,7 or [[0,1],[4,3]]."
         ) from error
     flat = [n for row in rows for n in (row if isinstance(row, list) else [row])]
     even = len({isinstance(row, list) for row in rows}) == 1
     if not even or not all(isinstance(n, int) and not isinstance(n, bool) for n in flat):
-        raise InputError(f"{option} {text!r} is no list of whole numbers; write 1,10,10,7.")
+        raise InputError(
+            f"{option} {shown(repr(text))} is no list of whole numbers; write 1,10,10,7."
+        )
     return rows
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?B)?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise InputError(f"--max-shard-size {text!r} is no size; write 5GB or 500MB.")
+        raise InputError(f"--max-shard-size {shown(repr(text))} is no size; write 5GB or 500MB.")
     return size
 
 

@@ -14,8 +14,7 @@ from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import TokenIds
 from megatron_vl.typed import Name, Shape, Text, read_file
 

@@ -14,8 +14,7 @@ from typing import Any
 import braceexpand
 from pydantic import ConfigDict
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.typed import Count, Shape, Text, read_file
 
 _PREPARE = "prepare the dataset again with `megatron-vl prepare`"

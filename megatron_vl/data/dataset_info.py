@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.data.formats import Fields
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.typed import Shape, Text, read_file, typed
 
 NAME = "dataset_info.json"

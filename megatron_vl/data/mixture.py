@@ -19,8 +19,7 @@ from megatron_vl.data.dataset_dir import (
     fingerprint,
     split_shards,
 )
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.typed import read_file
 
 _YAML = (".yaml", ".yml")

@@ -20,8 +20,7 @@ from megatron_vl.data.conversation import VIDEO, StoredMedia
 from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import Grid
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import VisionSpec
 from megatron_vl.typed import Number, Positive, Shape, Size, read_file
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.typed import read_file
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, check_bounds
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import Layout
+from megatron_vl.training.bounds import BOUNDS
 
 
 def option(default: Any, help: str, *, choices: tuple | None = None, kind: type | None = None):
@@ -43,8 +44,7 @@ class ParallelOptions:
     )
 
     def __post_init__(self) -> None:
-        # The sizes are checked where they are multiplied: see Layout.
-        _above_zero(self, "distributed_timeout_minutes")
+        check_bounds(self, BOUNDS)
 
     @property
     def layout_size(self) -> int:
@@ -92,12 +92,9 @@ class BatchOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "micro_batch_size", "global_batch_size", "seq_length", "train_iters",
-                  "train_samples")
-        if self.num_train_epochs is not None:
-            _above_zero(self, "num_train_epochs")
+        check_bounds(self, BOUNDS)
         pad = self.max_padding_length
-        if pad is not None and not 0 < pad <= self.seq_length:
+        if pad is not None and pad > self.seq_length:
             raise InputError(
                 f"max-padding-length (PAD_LEN) {pad} must be between 1 and seq-length (SEQ_LEN) "
                 f"{self.seq_length}."
@@ -154,32 +151,13 @@ class OptimizerOptions:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_lr <= self.lr:
+        check_bounds(self, BOUNDS)
+        if self.min_lr > self.lr:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
-        _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad", "vit_lr", "merger_lr")
-        _at_least(self, 1, "lr_decay_iters")
-        if self.lr_warmup_fraction is not None:
-            if not 0 <= self.lr_warmup_fraction < 1:
-                raise InputError(
-                    f"lr-warmup-fraction is {self.lr_warmup_fraction}; it must be at least 0 and "
-                    f"less than 1."
-                )
-            if self.lr_warmup_iters:
-                raise InputError(
-                    "lr-warmup-iters and lr-warmup-fraction exclude one another; give one of them."
-                )
-        _above_zero(self, "adam_eps", "initial_loss_scale")
-        if not 0 <= self.optimizer_offload_fraction <= 1:
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise InputError(
-                f"optimizer-offload-fraction (OPTIMIZER_OFFLOAD) is "
-                f"{self.optimizer_offload_fraction}; it must be between 0 and 1."
+                "lr-warmup-iters and lr-warmup-fraction exclude one another; give one of them."
             )
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 "
-                    f"and less than 1."
-                )
         for name in ("vit_lr", "merger_lr"):
             if getattr(self, name) and not self.lr:
                 raise InputError(
@@ -244,6 +222,7 @@ class ModelRunOptions:
     seed: int = option(1234, "of weights, data order and everything else random")
 
     def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS)
         if self.bf16 and self.fp16:
             raise InputError("bf16 and fp16 exclude one another; give one of them.")
         if self.fp8_format and not self.bf16:
@@ -260,9 +239,6 @@ class ModelRunOptions:
                 "cpu-offloading (AC offload) and recompute-granularity (AC sel, full) exclude one "
                 "another; use recompute-granularity full alone, which needs the least memory."
             )
-        _at_least(self, 1, "recompute_num_layers", "vit_recompute_num_layers",
-                  "cpu_offloading_num_layers")
-        _at_least(self, 0, "seed", "init_method_std")
 
     @property
     def dtype(self) -> str:
@@ -325,9 +301,7 @@ class DataOptions:
     eval_iters: int = option(0, "batches of one validation; 0: the whole split")
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "num_workers", "packing_buffer_size", "shuffle_buffer_size",
-                  "eval_interval", "eval_iters", "max_skipped_samples")
-        _at_least(self, 1, "max_samples_per_sequence", "max_samples", "max_patches_per_row")
+        check_bounds(self, BOUNDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,7 +336,7 @@ class CheckpointOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "save_interval", "save_total_limit")
+        check_bounds(self, BOUNDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -387,7 +361,7 @@ class FaultOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "max_restarts", "hang_timeout", "max_skipped_steps")
+        check_bounds(self, BOUNDS)
         if self.skip_grad_spikes and not self.skip_grad_spikes > 1:
             raise InputError(
                 f"skip-grad-spikes is {self.skip_grad_spikes}; give a factor above 1, as 10, or 0 "
@@ -430,8 +404,7 @@ class LogOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "log_interval", "profile_step_start")
-        _above_zero(self, *(["device_peak_tflops"] if self.device_peak_tflops is not None else []))
+        check_bounds(self, BOUNDS)
         if self.profile_step_end <= self.profile_step_start:
             raise InputError(
                 f"profile-step-end {self.profile_step_end} must be above profile-step-start "
@@ -456,21 +429,3 @@ GROUPS = {
     "fault": FaultOptions,
     "log": LogOptions,
 }
-
-
-def _at_least(options, minimum: int, *names: str) -> None:
-    """Refuse a smaller value, and NaN; an option left to its default of None passes."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= minimum:
-            raise InputError(
-                f"{name.replace('_', '-')} is {value}; it must be at least {minimum}."
-            )
-
-
-def _above_zero(options, *names: str) -> None:
-    for name in names:
-        if not getattr(options, name) > 0:
-            raise InputError(
-                f"{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0."
-            )

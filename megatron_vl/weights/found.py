@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import read_text, shown
+from megatron_vl.errors import InputError, shown
+from megatron_vl.inputs import read_text
 from megatron_vl.weights.hf_io import is_hf_directory
 
 LATEST = "latest_checkpointed_iteration.txt"

@@ -17,8 +17,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import json_value, shown
+from megatron_vl.errors import InputError, shown
+from megatron_vl.inputs import json_value
 from megatron_vl.typed import Count, Name, Shape, Text, read_file, typed
 from megatron_vl.weights.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from megatron_vl.weights.files import TensorAt, reserve

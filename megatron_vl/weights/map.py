@@ -13,8 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.parallel import StageSplit
 from megatron_vl.weights.rules import Piece, Rule, Vocab
 

@@ -47,7 +47,7 @@ def test_variables_beat_the_file_and_flags_beat_variables(tmp_path, monkeypatch)
     ("TRAIN_ITER", "8", "MEGATRON_VL_TRAIN_ITER is no option's; did you mean "
      "MEGATRON_VL_TRAIN_ITERS"),
     ("ZZZ", "8", "MEGATRON_VL_ZZZ is no option's; unset it"),
-    ("LR", "[", "MEGATRON_VL_LR is '\\['"), ("LR", "fast", "option lr is 'fast'; give a float"),
+    ("LR", "[", "MEGATRON_VL_LR is '\\['"), ("LR", "fast", "option lr is 'fast'; give a number"),
 ])
 def test_a_variable_that_is_no_option_is_refused(name, value, sentence, monkeypatch):
     monkeypatch.setenv(f"MEGATRON_VL_{name}", value)
@@ -102,8 +102,9 @@ OUT_OF_RANGE = {
         "recompute-num-layers: 0", "vit-recompute-num-layers: 0", "cpu-offloading-num-layers: 0",
         "log-interval: 0", "profile-step-start: 0",
     ],
+    "must be at least 0.01": ["distributed-timeout-minutes: 0"],
     "less than 1": ["adam-beta1: 1", "adam-beta2: 1.5", "adam-beta2: .nan"],
-    "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0",
+    "must be above 0": ["adam-eps: 0",
                         "device-peak-tflops: 0"],
 }
 
@@ -128,10 +129,10 @@ def test_a_number_at_its_bound_is_taken(line, tmp_path):
 
 BAD = {
     "unknown key": ("trian-iters: 3", "did you mean train_iters"),
-    "a word for a number": ("train-iters: many", "train-iters is 'many'; give a int"),
+    "a word for a number": ("train-iters: many", "train-iters is 'many'; give a whole number"),
     "a fraction of a step": ("train-iters: 2.5", "give a whole number"),
     "a number for a switch": ("bf16: 1", "give true or false"),
-    "a switch for a number": ("lr: true", "give a float"),
+    "a switch for a number": ("lr: true", "give a number"),
     "a value outside the choices": ("lr-decay-style: steep", "use one of cosine"),
     "two precisions": ("bf16: true\nfp16: true", "exclude one another"),
     "min above max": ("lr: 1e-5\nmin-lr: 1e-3", "must be between 0 and lr"),
@@ -147,7 +148,7 @@ BAD = {
     "a table for a path": ("save: {a: b}", "option save is .*; give one text\\.$"),
     "nothing for a name": ("model-size: null", "option model-size is None; give one text"),
     "no end": ("distributed-timeout-minutes: .inf", "give a finite number"),
-    "no end of steps": ("train-iters: .inf", "train-iters is inf; give a int"),
+    "no end of steps": ("train-iters: .inf", "train-iters is inf; give a whole number"),
     "nothing to train": (
         "freeze-vit: true\nfreeze-merger: true\nfreeze-llm: true", "leave nothing to train"),
     "a rate for a frozen part": (
@@ -157,8 +158,8 @@ BAD = {
         "profile-step-start: 5\nprofile-step-end: 5", "must be above profile-step-start 5"),
     "a name for no tracker": (
         "wandb-exp-name: a", "wandb-exp-name is given without wandb-project"),
-    "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one int"),
-    "a word among ranks": ("profile-ranks: [0, all]", "profile-ranks is 'all'; give a int"),
+    "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one whole number"),
+    "a word among ranks": ("profile-ranks: [0, all]", "is 'all'; give a whole number"),
     "a negative spread": ("init-method-std: -0.02", "must be at least 0"),
 }
 

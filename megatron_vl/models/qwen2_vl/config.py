@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import shown
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import DecoderSpec, TokenIds, VisionSpec, VLMSpec
 from megatron_vl.typed import Name, Number, Positive, Shape, Size, typed
 
