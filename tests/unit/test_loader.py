@@ -565,7 +565,7 @@ def test_more_readers_than_samples_are_refused(loaders):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"seq_length": 0}, "seq_length is 0"),
+        ({"seq_length": 0}, "seq-length is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"max_padding_length": 257}, "padding length 257 is above the sequence length 256"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
