@@ -114,7 +114,7 @@ class ChatTokenizer:
                 f"the chat template in {hf_dir} cannot be used ({_first_line(error)}); copy "
                 f"chat_template.jinja again from the model's repository."
             ) from error
-        ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        ids = tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
         if ids.count(tokens.image) != 1:
             raise InputError(
                 f"the chat template in {hf_dir} does not write config.json's image_token_id "

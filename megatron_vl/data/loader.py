@@ -41,7 +41,7 @@ from megatron_vl.data.rows import empty_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
 from megatron_vl.data.shard_files import TarReaders
 from megatron_vl.data.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
-from megatron_vl.errors import InputError, check_bounds
+from megatron_vl.errors import InputError, check_bounds, shown
 from megatron_vl.models.spec import VLMSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
@@ -212,9 +212,12 @@ class RowLoader:
         try:
             self._restored, unknown = state_for(saved, self._made_for)
             self._loader.restore_state_rank(self._restored)
-        except (AssertionError, ValueError, KeyError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # energon looks for nothing before it takes it
+            words = shown(f"{type(error).__name__}: {error}", 200)
             raise InputError(
-                f"the checkpoint's data state does not fit this energon ({error}); {ANEW}."
+                f"the checkpoint's data state does not fit this energon ({words}); {ANEW}."
             ) from error
         return unknown
 

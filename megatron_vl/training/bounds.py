@@ -25,7 +25,7 @@ BOUNDS = DATA | {
     "lr": _SCALE, "min_lr": _SCALE, "vit_lr": _SCALE, "merger_lr": _SCALE,
     "lr_warmup_iters": _STEPS_OR_NONE, "lr_warmup_fraction": _BELOW_ONE, "lr_decay_iters": _STEPS,
     "weight_decay": _SCALE, "adam_beta1": _BELOW_ONE, "adam_beta2": _BELOW_ONE,
-    "adam_eps": Bounds(above=0, most=1), "clip_grad": Bounds(least=0, most=1e30),
+    "adam_eps": Bounds(above=0, most=1), "clip_grad": Bounds(least=0, most=10**12),
     "optimizer_offload_fraction": Bounds(least=0, most=1),
     "initial_loss_scale": Bounds(above=0, most=2**32),
     "recompute_num_layers": _LAYERS, "vit_recompute_num_layers": _LAYERS,

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import Count, Name, Shape, Size, typed
@@ -56,6 +58,15 @@ class _Noted(Shape):
     @property
     def stages(self) -> StageSplit | None:
         return None if self.split is None else StageSplit.from_dict(self.split.model_dump())
+
+    @property
+    def sizes(self) -> Layout:
+        return Layout(**self.layout.model_dump())
+
+    @model_validator(mode="after")
+    def _is_one(self) -> _Noted:
+        assert self.sizes and (self.split is None or self.stages)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +269,7 @@ def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
     args = _arguments(saved.get("args"))
     ours = _noted(saved.get(ENTRY) or args.get(ENTRY), path)
     return CheckpointInfo(
-        **common, layout=Layout(**ours.layout.model_dump()), split=ours.stages,
+        **common, layout=ours.sizes, split=ours.stages,
         model_type=ours.model_type, dtype=ours.dtype, padded_vocab=None, args=args,
     )
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
+from dataclasses import fields
+from datetime import timedelta
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from megatron_vl.errors import InputError
-from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.bounds import BOUNDS
+from megatron_vl.training.config import TrainConfig, kind_of
 from megatron_vl.training.config_sources import add_arguments, load_config
+from megatron_vl.training.options import GROUPS
 
 
 def from_flags(*words: str, yaml_file=None) -> TrainConfig:
@@ -215,3 +222,42 @@ def test_a_run_is_as_long_as_its_samples_and_the_schedule_follows(words, wanted,
 def test_lengths_that_contradict_one_another_are_refused(words, sentence):
     with pytest.raises(InputError, match=sentence):
         from_flags(*words.split())
+
+
+# ---- bounds -----------------------------------------------------------------------------------
+
+
+NUMBERS = {f.name: f for group in GROUPS.values() for f in fields(group)
+           if kind_of(f) in (int, float)}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_bounds_and_is_refused_beyond_them(name):
+    flag, bounds = name.replace("_", "-"), BOUNDS[name]
+    beyond = [10**30, float("nan")] if kind_of(NUMBERS[name]) is float else [10**30]
+    for value in (*beyond, -(10**30), "1e20"):
+        with pytest.raises(InputError, match=f"{flag} is .*; (it must be|give a)") as refused:
+            TrainConfig.from_dict({name: value})
+        assert len(str(refused.value)) < 300
+    assert bounds.most is not None or bounds.below is not None
+
+
+def test_what_is_bounded_by_libraries_is_taken_by_them_up_to_the_bound():
+    seed = BOUNDS["seed"].most
+    np.random.default_rng(seed)
+    np.random.RandomState(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed + 100 * BOUNDS["pipeline_model_parallel_size"].most)
+    minutes = BOUNDS["distributed_timeout_minutes"]
+    for value in (minutes.least, minutes.most):
+        assert 0 < timedelta(minutes=value) / timedelta(milliseconds=1) < 2**31
+    faulthandler.dump_traceback_later(BOUNDS["hang_timeout"].most)
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.parametrize("line", ["wandb-project: 1.10", "save: 007", "save: 2024-01-01",
+                                  "save: true", "save: !!binary aGk="])
+def test_a_text_that_yaml_reads_as_something_else_is_not_guessed(line, tmp_path):
+    (tmp_path / "run.yaml").write_text(line)
+    with pytest.raises(InputError, match=r"give (a text, in quotes|one text)"):
+        from_flags(yaml_file=str(tmp_path / "run.yaml"))
