@@ -8,6 +8,7 @@ have is another question: see `typed`.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
 from pathlib import Path
@@ -21,18 +22,24 @@ MAX_NODES = 1_000_000  # values of a YAML text, an alias counted as all that it 
 MAX_DEPTH = 200  # lists and tables within one another, far from what Python can call
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without the mark that some editors begin it with.
+def read_text(path: Path, *, marked: bool = True) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        marked: whether it may begin with the mark that some editors write, which others who read
+            the file do not take.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is in another encoding, or the path is none.
     """
     data = path.read_bytes()
+    if not marked and data.startswith(codecs.BOM_UTF8):
+        raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise ValueError(
             "it is in UTF-16; save it as UTF-8" if utf16 else
             f"byte {error.start} is not UTF-8; save it as UTF-8"

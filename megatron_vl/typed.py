@@ -52,19 +52,22 @@ def typed(kind: Any, value: object, at: str = "") -> Any:
         raise ValueError(_fault(error.errors(include_url=False)[0], at)) from None
 
 
-def read_file(path: Path, kind: Any = Any, *, mend: str, what: str = "") -> Any:
+def read_file(
+    path: Path, kind: Any = Any, *, mend: str, what: str = "", marked: bool = False
+) -> Any:
     """The value of a JSON or YAML file, which its suffix tells apart.
 
     Args:
         mend: what to do about a file that cannot be used.
         what: words that come before its path in the message.
+        marked: whether JSON may begin with a mark: see `read_text`.
 
     Raises:
         InputError: it cannot be read, or is not of the type `kind`.
     """
     name, is_json = f"{what}{shown(path, 200)}", path.suffix == ".json"
     try:
-        text = read_text(path)
+        text = read_text(path, marked=marked or not is_json)
     except FileNotFoundError as error:
         raise InputError(f"{name} is missing; {mend}.") from error
     except (OSError, ValueError) as error:

@@ -9,10 +9,10 @@ import re
 import struct
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import braceexpand
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.typed import Count, Shape, Text, read_file
@@ -45,11 +45,14 @@ class _Info(_Energons):
     shard_counts: dict[Text, Count]
 
 
+_Excluded = Annotated[Text, Field(pattern=r"\.tar(/|$)")]  # a shard, or one of its samples
+
+
 class _Splits(_Energons):
     """split.yaml"""
 
     split_parts: dict[Text, list[Text]]
-    exclude: list[Text] = []  # noqa: RUF012 - pydantic copies it
+    exclude: list[_Excluded] = Field(default_factory=list)
 
 
 def check_dataset(path: Path, split: str) -> int:
@@ -168,13 +171,13 @@ def _split_parts(path: Path) -> dict[str, list[str]]:
             for split, entries in config.split_parts.items()
         }
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is damaged ({error}); {_PREPARE}.") from error
+        raise InputError(f"{file} is damaged ({shown(error, 200)}); {_PREPARE}.") from error
     for name in (name for names in parts.values() for name in names):
         # energon opens what is named here and indexes nothing else.
         if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
             raise InputError(f"{file} names the shard {shown(name)}, outside {path}; {_PREPARE}.")
-        if "\0" in name or len(name.encode()) > _MAX_NAME:
-            raise InputError(f"{file} names {shown(repr(name))}, no file; {_PREPARE}.")
+        if not name.endswith(".tar") or "\0" in name or len(name.encode()) > _MAX_NAME:
+            raise InputError(f"{file} names {shown(repr(name))}, no shard; {_PREPARE}.")
     return parts
 
 

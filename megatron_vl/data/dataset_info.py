@@ -121,7 +121,7 @@ def _read(path: Path) -> dict:
         raise InputError(
             f"{path} does not exist; give the directory that holds it, or no --dataset."
         )
-    return read_file(path, dict[Text, Any], mend="check the file")
+    return read_file(path, dict[Text, Any], mend="check the file", marked=True)
 
 
 def _refuse(info: dict, where: str) -> None:

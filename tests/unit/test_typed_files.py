@@ -16,6 +16,9 @@ import pytest
 import torch
 import yaml
 from megatron.energon import SkipSample
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
+from megatron.energon.source_info import SourceInfo
 from mutations import mutated, mutated_bytes
 from test_cluster import FOUND
 from tiny_hf import make
@@ -97,16 +100,20 @@ def loader_of(wds: Path, hf_dir: Path, spec):
     return build_train_loader(config, hf_dir=hf_dir, spec=spec)
 
 
-def read_dataset(wds: Path, hf_dir: Path, spec) -> None:
-    check_dataset(wds, "train")
+def read_dataset(wds: Path) -> None:
+    """What is taken, energon takes too."""
+    count = check_dataset(wds, "train")
     contents_of(wds, split_shards(wds, "train"))
+    found = WebdatasetMeta.from_config(EPath(wds), split_part="train")
+    assert sum(shard.count for shard in found.shards) == count
 
 
 def make_kind(name: str, tmp_path: Path, request) -> Kind:
     at = request.getfixturevalue
     if name in ("dataset.yaml", ".info.json", "split.yaml", "digests.json"):
         wds = at("wds")
-        return Kind(file=wds / ".nv-meta" / name, read=lambda: read_dataset(wds, None, None))
+        return Kind(file=wds / ".nv-meta" / name, says=(".nv-meta", "split"),
+                    read=lambda: read_dataset(wds))
     if name == "config.json":
         hf = at("hf")
         return Kind(file=hf / name, read=lambda: load_spec(hf))
@@ -308,9 +315,6 @@ STORED = {
 
 def encode(encoder: SampleEncoder, data: bytes) -> bool:
     """Whether a sample of this JSON is one; else it is counted with its reason."""
-    from megatron.energon.epathlib import EPath
-    from megatron.energon.source_info import SourceInfo
-
     source = SourceInfo(dataset_path=EPath("/data"), index=0, shard_name="a.tar",
                         file_names=("7.json",))
     before = len(encoder.skipped)
