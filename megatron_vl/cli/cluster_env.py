@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_vl.errors import InputError
-from megatron_vl.inputs import read_text
 from megatron_vl.parallel.cluster import ClusterEnv, cluster_env, hostfile_env
 from megatron_vl.parallel.hosts import Host, parse_hostfile
 
@@ -51,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """Raises InputError: no such file, or see `parse_hostfile`."""
+    from megatron_vl.inputs import read_text  # and PyYAML, for which no other field waits
+
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
