@@ -72,7 +72,7 @@ def changed(hf, tmp_path, change) -> object:
     (["--to", "hf", "--format", "torch"], "--format is for a Megatron-Core DST"),
     (["--format", "torch_dist", "--pp", "2"], "--pp is for --format torch"),
     (["--to", "hf", "--max-shard-size", "big"], "write 5GB or 500MB"),
-    (["--workers", "0"], "--workers is 0; give 1 or more"),
+    (["--workers", "0"], "--workers is 0; it must be at least 1"),
 ])
 def test_arguments_that_do_not_fit_the_model(options, says, hf, refused):
     refused(hf, *options, says=says)
