@@ -516,7 +516,7 @@ BROKEN = {
         lambda wds: _shorten(wds / f"{TRAIN[3]}.idx", 4), "3.tar.idx tells of 40.5 samples but"
     ),
     "other counts": (lambda wds: _recount(wds, 400), "3.tar.idx .* 41 samples but .* of 400;"),
-    "counts as text": (lambda wds: _recount(wds, "41"), "XXX"),
+    "counts as text": (lambda wds: _recount(wds, "41"), "is .41.: it must be a valid integer"),
 }
 
 
@@ -566,9 +566,9 @@ def test_more_readers_than_samples_are_refused(loaders):
     ("options", "what"),
     [
         ({"seq_length": 0}, "seq-length is 0"),
-        ({"num_workers": -1}, "num_workers is -1"),
+        ({"num_workers": -1}, "num-workers is -1"),
         ({"max_padding_length": 257}, "padding length 257 is above the sequence length 256"),
-        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ({"micro_batch_size": 0}, "micro-batch-size is 0"),
     ],
 )
 def test_unusable_settings_are_refused(loaders, options, what):
