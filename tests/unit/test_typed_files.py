@@ -21,6 +21,7 @@ from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 from megatron.energon.source_info import SourceInfo
 from mutations import mutated, mutated_bytes
 from test_cluster import FOUND
+from test_tools import TEMPLATE
 from tiny_hf import make
 
 from megatron_vl.cli.cluster_env import read_hostfile
@@ -46,7 +47,7 @@ from megatron_vl.weights.hf_io import open_hf
 from megatron_vl.weights.mcore_io import inspect_checkpoint
 
 TIMES = 200
-LONGEST = 600  # letters of a sentence, its paths aside
+LONGEST = 1000  # letters of a sentence, its paths aside
 QUESTION = (Turn(role="user", parts=(Part(media="image"), Part(text="What?"))),
             Turn(role="assistant", parts=(Part(text="A dog."),)))
 
@@ -290,10 +291,13 @@ def test_any_change_of_a_file_is_read_or_refused_by_its_name(name, tmp_path, req
     kind.read()
 
 
-@pytest.fixture(scope="module")
-def encoder(hf_dir, spec):
+def encoder_of(hf_dir: Path, spec, template: str | None) -> SampleEncoder:
+    chat = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    if template is not None:
+        chat.tokenizer.chat_template = template
+        chat = ChatTokenizer(chat.tokenizer, tokens=spec.tokens)
     return SampleEncoder(
-        chat=ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens),
+        chat=chat,
         media=MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision),
         rules=RowRules(length=4096, packs=True, length_mend="cut it", max_skipped=10**9),
     )
@@ -350,17 +354,24 @@ def encode(encoder: SampleEncoder, data: bytes) -> bool:
         return False
 
 
-def test_any_change_of_a_prepared_sample_is_encoded_or_counted(encoder):
-    whole = json.dumps(STORED).encode()
-    assert encode(encoder, whole)
+@pytest.mark.parametrize(("sample", "template"), [(STORED, None), (ALL, TEMPLATE)],
+                         ids=["as always", "all that there is"])
+def test_any_change_of_a_prepared_sample_is_encoded_or_counted(sample, template, hf_dir, spec):
+    encoder = encoder_of(hf_dir, spec, template)
+    whole = json.dumps(sample).encode()
+    assert encode(encoder, whole), encoder.skipped
     bad = 0
     for seed in range(TIMES):
         draw = Random(f"sample {seed}")
-        data = (json.dumps(mutated(STORED, draw)).encode() if draw.random() < 0.75
+        data = (json.dumps(mutated(sample, draw)).encode() if draw.random() < 0.75
                 else mutated_bytes(whole, draw))
         encoder.known_bad.clear()
         encoder._in_vain.clear()
-        bad += not encode(encoder, data)
+        try:
+            bad += not encode(encoder, data)
+        except Exception as error:
+            error.add_note(f"change {seed}: {data[:2000]!r}")
+            raise
     assert TIMES // 3 < bad < TIMES
     assert all(len(one.message) < LONGEST and one.sample.endswith("a.tar/7")
                for one in encoder.skipped)
