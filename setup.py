@@ -24,6 +24,7 @@ setup(
         "transformers>=5,<6",
         "jinja2>=3.1.6,<4",
         "pillow>=10",
+        "pydantic>=2.10,<3",
         "numpy",
         "psutil>=5.9",
         "pyyaml>=6",

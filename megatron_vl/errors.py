@@ -1,10 +1,14 @@
-"""The one error a person's input raises: a sentence that says what is wrong, where, the mend."""
+"""The one error a person's input raises: a sentence that says what is wrong, where, the mend; and
+the bounds of numbers, which most of it is about."""
+
+from __future__ import annotations
 
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 OPTIONS = "MEGATRON_VL_"  # with an option's name behind it, a variable that gives it
 # What a script that takes options as arguments of its own calls them, `seq-length=SEQ_LEN;..`.
@@ -93,3 +97,38 @@ def printable(text: str) -> str:
         one.encode("unicode_escape").decode("ascii")
         for one in text
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """Between which numbers an option, an argument or a variable may be."""
+
+    least: float | None = None
+    above: float | None = None  # instead of `least`
+    most: float | None = None
+    below: float | None = None  # instead of `most`
+
+    def check(self, name: str, value: float) -> None:
+        """Raises InputError: `value` is out of bounds, or NaN."""
+        low = value >= self.least if self.above is None else value > self.above
+        high = value <= self.most if self.below is None else value < self.below
+        if not (low and high):
+            raise InputError(f"{name} is {shown(value)}; it must be {self}.")
+
+    def __str__(self) -> str:
+        low = f"at least {self.least}" if self.above is None else f"above {self.above}"
+        return low + (f" and at most {self.most}" if self.below is None else
+                      f" and less than {self.below}")
+
+
+def check_bounds(values: object, bounds: Mapping[str, Bounds]) -> None:
+    """Whether the attributes that `bounds` names are within them; None passes, as unset.
+
+    Raises:
+        InputError: one is not, or one of several that it holds.
+    """
+    for name, bound in bounds.items():
+        value = getattr(values, name, None)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                bound.check(name.replace("_", "-"), one)

@@ -50,10 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """Raises InputError: no such file, or see `parse_hostfile`."""
+    from megatron_vl.inputs import read_text  # and PyYAML, for which no other field waits
+
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the hostfile {path} cannot be read; give a text file.") from error
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the hostfile {path} cannot be read ({error}); give a text file."
+        ) from error
     return parse_hostfile(text, str(path))
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from megatron_vl.data.model_files import missing_files
-from megatron_vl.errors import InputError
+from megatron_vl.errors import Bounds, InputError, shown
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import DTYPES, VLMSpec
 from megatron_vl.parallel import Layout
@@ -108,8 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_workers(workers: int) -> None:
-    if workers < 1:
-        raise InputError(f"--workers is {workers}; give 1 or more.")
+    Bounds(least=1, most=1024).check("--workers", workers)
 
 
 def describe(directory: Path, hf_config: Path | None):
@@ -178,10 +177,10 @@ def _target(args: argparse.Namespace, kind: str, spec: VLMSpec, work):
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?B)?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise InputError(f"--max-shard-size {text!r} is no size; write 5GB or 500MB.")
+        raise InputError(f"--max-shard-size {shown(repr(text))} is no size; write 5GB or 500MB.")
     return size
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_vl.cli.worker import started_by_torchrun
-from megatron_vl.errors import InputError
+from megatron_vl.errors import Bounds, InputError
 from megatron_vl.parallel.cluster import MACHINE, ClusterEnv, check_one_launcher, cluster_env
 from megatron_vl.training.config_sources import add_arguments, load_config
 
@@ -114,10 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _nodes(args: argparse.Namespace) -> ClusterEnv:
     """What the flags say; what they leave out, from the scheduler; else this machine alone."""
-    if not args.rendezvous_timeout > 0:
-        raise InputError(
-            f"rendezvous-timeout is {args.rendezvous_timeout}; give a number of seconds above 0."
-        )
+    Bounds(above=0, most=1_200_000).check("rendezvous-timeout", args.rendezvous_timeout)
     look = args.nnodes is None if args.cluster_env is None else args.cluster_env
     env = ClusterEnv()
     if look:

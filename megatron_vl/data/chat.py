@@ -16,9 +16,9 @@ from megatron_vl.data.model_files import TOKENIZER
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import json_value
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import TokenIds
+from megatron_vl.typed import Name, Shape, Text, read_file
 
 _PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
@@ -26,6 +26,24 @@ _PROBE = [
 ]
 SHORT = 128  # characters of a text that others may repeat: a common question; -1 remembers none
 _MAX_REMEMBERED = 4096  # such texts, and what a template writes around them
+
+
+_COPY = "copy it again from the model's Hugging Face repository"
+
+
+class _Named(Shape):
+    name: Name
+    template: Text
+
+
+class _TokenizerConfig(Shape):
+    chat_template: Text | list[_Named] | None = None
+
+
+class _Legacy(Shape):
+    """chat_template.json"""
+
+    chat_template: Text
 
 
 class ChatTokenizer:
@@ -73,25 +91,19 @@ class ChatTokenizer:
                 raise InputError(
                     f"{hf_dir / name} is missing; copy it from the model's Hugging Face repository."
                 )
+        read_file(hf_dir / "tokenizer_config.json", _TokenizerConfig, mend=_COPY)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(hf_dir), use_fast=True, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # transformers and tokenizers raise many kinds for a bad file
             raise InputError(
-                f"the tokenizer in {hf_dir} cannot be read ({str(error).strip().splitlines()[0]}); "
-                f"copy tokenizer.json and tokenizer_config.json again from the model's repository."
+                f"the tokenizer in {hf_dir} cannot be read ({_first_line(error)}); copy "
+                f"tokenizer.json and tokenizer_config.json again from the model's repository."
             ) from error
         legacy = hf_dir / "chat_template.json"  # where processors kept it before the .jinja file
         if not tokenizer.chat_template and legacy.is_file():
-            try:
-                template = json_value(legacy.read_text(encoding="utf-8"))["chat_template"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{legacy} cannot be read or has no chat_template; copy it again from the "
-                    f"model's Hugging Face repository."
-                ) from error
-            tokenizer.chat_template = template
+            tokenizer.chat_template = read_file(legacy, _Legacy, mend=_COPY).chat_template
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer in {hf_dir} has no chat template; copy chat_template.jinja or a "
@@ -106,12 +118,11 @@ class ChatTokenizer:
         try:
             probe = chat.template.render(_PROBE)
         except Exception as error:  # jinja2's, its sandbox's too, and what a template raises
-            words = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
-                f"the chat template in {hf_dir} cannot be used ({words[0].rstrip('.')}); copy "
+                f"the chat template in {hf_dir} cannot be used ({_first_line(error)}); copy "
                 f"chat_template.jinja again from the model's repository."
             ) from error
-        ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        ids = tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
         if ids.count(tokens.image) != 1:
             raise InputError(
                 f"the chat template in {hf_dir} does not write config.json's image_token_id "
@@ -201,3 +212,8 @@ class ChatTokenizer:
             tokens[at : at + 1] = [placeholder] * count
             labels[at : at + 1] = [IGNORE] * count
             at += count
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).strip().splitlines() or [type(error).__name__]
+    return shown(words[0].rstrip("."))

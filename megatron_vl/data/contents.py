@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_vl.data.dataset_dir import read_meta
 from megatron_vl.errors import InputError
+from megatron_vl.typed import Text, read_file
 
 DIGESTS = "digests.json"  # of .nv-meta: every shard's SHA-256, by its name
 
@@ -58,9 +58,9 @@ def contents_of(dataset: Path, shards: Sequence[str]) -> dict[str, str | None]:
                 f"again with `megatron-vl prepare`."
             ) from error
     noted = Path(dataset) / ".nv-meta" / DIGESTS
-    known = read_meta(noted) if noted.is_file() else {}
-    if not isinstance(known, dict):
-        raise InputError(f"{noted} is damaged; prepare the dataset again, or remove it.")
+    known = {}
+    if noted.is_file():
+        known = read_file(noted, dict[Text, Text], mend="prepare the dataset again, or remove it")
     digests = [known.get(name) for name in shards]
     return {
         "index": index.hexdigest()[:16],

@@ -9,11 +9,13 @@ import re
 import struct
 from math import prod
 from pathlib import Path
+from typing import Annotated, Any
 
 import braceexpand
+from pydantic import ConfigDict, Field
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import json_value, yaml_value
+from megatron_vl.errors import InputError, shown
+from megatron_vl.typed import Count, Shape, Text, read_file
 
 _PREPARE = "prepare the dataset again with `megatron-vl prepare`"
 _ENERGON = "megatron.energon"  # the one module that a dataset's YAML may name
@@ -26,7 +28,31 @@ SAMPLE_TYPES = {
     "MultiChoiceVQASample": ("image", "context", "choices", "correct_choice_idx"),
 }
 _MAX_SHARDS = 1_000_000  # that one pattern may stand for
+_MAX_NAME = 4096  # bytes of a path that a system takes
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
+
+
+class _Energons(Shape):
+    """A file that energon reads too, and refuses with other keys."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Info(_Energons):
+    """.info.json"""
+
+    energon_version: Text | None = None
+    shard_counts: dict[Text, Count]
+
+
+_Excluded = Annotated[Text, Field(pattern=r"\.tar(/|$)")]  # a shard, or one of its samples
+
+
+class _Splits(_Energons):
+    """split.yaml"""
+
+    split_parts: dict[Text, list[Text]]
+    exclude: list[_Excluded] = Field(default_factory=list)
 
 
 def check_dataset(path: Path, split: str) -> int:
@@ -40,9 +66,10 @@ def check_dataset(path: Path, split: str) -> int:
             and the metadata disagree, or the split is empty.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(
-            f"the dataset {path} does not exist; give the directory `megatron-vl prepare` wrote."
+            f"the dataset {shown(path)} does not exist; give the directory `megatron-vl "
+            f"prepare` wrote."
         )
     meta = path / ".nv-meta"
     if not meta.is_dir():
@@ -51,39 +78,35 @@ def check_dataset(path: Path, split: str) -> int:
             f"give the directory it writes."
         )
     info_path = _info_path(path)
-    info = read_meta(info_path)
-    dataset = read_meta(meta / "dataset.yaml")
+    counts = read_meta(info_path, _Info).shard_counts
+    dataset = read_meta(meta / "dataset.yaml", dict | None) or {}
     for suffix in ("yaml", "yml", "json"):
         for config in sorted(meta.glob(f"*.{suffix}")):
             check_names_no_code(read_meta(config), config)
     _check_sample_type(dataset, meta / "dataset.yaml")
     shards = split_shards(path, split)
-    counts = info.get("shard_counts") if isinstance(info, dict) else None
-    if not isinstance(counts, dict):
-        raise InputError(f"{info_path} has no shard_counts; {_PREPARE}.")
     for shard in shards:
         if shard not in counts:
-            raise InputError(f"{info_path} does not list shard {shard}; {_PREPARE}.")
+            raise InputError(f"{info_path} does not list shard {shown(shard)}; {_PREPARE}.")
         _check_shard(path / shard, counts[shard], info_path)
     return sum(counts[shard] for shard in shards)
 
 
-def _check_sample_type(config: object, file: Path) -> None:
+def _check_sample_type(config: dict, file: Path) -> None:
     """Whether what dataset.yaml makes of a sample can be trained on.
 
     Raises:
         InputError: a type without a question and an answer, or fields that are missing.
     """
-    config = config if isinstance(config, dict) else {}
     own, named = config.get("__class__"), config.get("sample_type")
     if own == "CrudeWebdataset":
         return  # as `prepare` writes it
-    name = named.get("__class__") if isinstance(named, dict) else (
+    name = str(named.get("__class__")) if isinstance(named, dict) else (
         str(own).replace("Webdataset", "Sample")  # as older versions of energon wrote it
     )
     if name not in SAMPLE_TYPES:
         raise InputError(
-            f"{file} names the sample type {str(name)[:80]}, of which no question and answer can "
+            f"{file} names the sample type {shown(name)}, of which no question and answer can "
             f"be made; name one of {', '.join(SAMPLE_TYPES)} with a field_map, or write the "
             f"conversations as JSON and run `megatron-vl prepare`."
         )
@@ -140,21 +163,21 @@ def _info_path(path: Path) -> Path:
 
 def _split_parts(path: Path) -> dict[str, list[str]]:
     file = Path(path) / ".nv-meta" / "split.yaml"
-    config = read_meta(file)
-    config = config if isinstance(config, dict) else {}
+    config = read_meta(file, _Splits)
     try:
-        excluded = {name for entry in config.get("exclude") or () for name in _expand(entry)}
+        excluded = {name for entry in config.exclude for name in _expand(entry)}
         parts = {
-            split: [name for entry in entries or () for name in _expand(entry)
-                    if name not in excluded]
-            for split, entries in (config.get("split_parts") or {}).items()
+            split: [name for entry in entries for name in _expand(entry) if name not in excluded]
+            for split, entries in config.split_parts.items()
         }
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file} is damaged; {_PREPARE}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({shown(error)}); {_PREPARE}.") from error
     for name in (name for names in parts.values() for name in names):
         # energon opens what is named here and indexes nothing else.
         if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
-            raise InputError(f"{file} names the shard {name}, outside {path}; {_PREPARE}.")
+            raise InputError(f"{file} names the shard {shown(name)}, outside {path}; {_PREPARE}.")
+        if not name.endswith(".tar") or "\0" in name or len(name.encode()) > _MAX_NAME:
+            raise InputError(f"{file} names {shown(repr(name))}, no shard; {_PREPARE}.")
     return parts
 
 
@@ -170,7 +193,7 @@ def _expand(entry: str) -> list[str]:
         elif letter == "}" and commas:
             number *= commas.pop() + 1
     if number > _MAX_SHARDS:
-        raise ValueError(f"{entry} is more than {_MAX_SHARDS:,} shards")
+        raise ValueError(f"{shown(entry)} is more than {_MAX_SHARDS:,} shards")
     return list(braceexpand.braceexpand(entry))
 
 
@@ -196,47 +219,43 @@ def check_names_no_code(value: object, file: Path) -> None:
         )
         if not own:
             raise InputError(
-                f"{file} asks for Python code to be run ({key}: {str(one)[:80]}), which data may "
-                f"not; use energon's own classes with a field_map, or {_PREPARE}."
+                f"{file} asks for Python code to be run ({shown(key)}: {shown(one)}), which data "
+                f"may not; use energon's own classes with a field_map, or {_PREPARE}."
             )
         if key in _META_FILES and os.path.basename(str(one)) != one:
             raise InputError(
-                f"{file} names {str(one)[:80]} as {key}, no file of .nv-meta; put it there."
+                f"{file} names {shown(one)} as {key}, no file of .nv-meta; put it there."
             )
         check_names_no_code(one, file)
 
 
-def read_meta(path: Path) -> object:
-    """The content of a YAML or JSON of energon's. Raises InputError: it is missing or damaged."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json_value(text, twins=False) if path.suffix == ".json" else yaml_value(text)
-    except OSError as error:
-        raise InputError(f"{path} is missing or unreadable; {_PREPARE}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged; {_PREPARE}.") from error
+def read_meta(path: Path, kind: Any = Any) -> Any:
+    """A YAML or JSON of energon's. Raises InputError: it is missing, damaged, or no `kind`."""
+    return read_file(path, kind, mend=_PREPARE)
 
 
-def _check_shard(shard: Path, count: object, info_path: Path) -> None:
+def _check_shard(shard: Path, count: int, info_path: Path) -> None:
     """Whether a shard is whole and its index tells of the `count` samples of `info_path`."""
     index = shard.with_suffix(".tar.idx")
     try:
         size = shard.stat().st_size
     except OSError as error:
-        raise InputError(f"the shard {shard} is missing; restore it, or {_PREPARE}.") from error
+        raise InputError(
+            f"the shard {shown(shard)} is missing; restore it, or {_PREPARE}."
+        ) from error
     try:
         with index.open("rb") as file:
             length = file.seek(-8, 2) + 8
             (end,) = struct.unpack("Q", file.read(8))
     except OSError as error:
         raise InputError(
-            f"the shard index {index} is missing or empty; restore it, or {_PREPARE}."
+            f"the shard index {shown(index)} is missing or empty; restore it, or {_PREPARE}."
         ) from error
     # A place for the beginning of each sample, and one for the end of the last.
-    if length % 8 or type(count) is not int or count != length // 8 - 1:
+    if length % 8 or count != length // 8 - 1:
         raise InputError(
             f"the shard index {index} tells of {(length / 8 - 1):g} samples but {info_path} of "
-            f"{repr(count)[:80]}; copy the dataset again, or {_PREPARE}."
+            f"{count}; copy the dataset again, or {_PREPARE}."
         )
     if size < end:
         raise InputError(

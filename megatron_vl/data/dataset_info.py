@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from megatron_vl.data.formats import Fields
-from megatron_vl.data.source_files import not_utf8
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
+from megatron_vl.typed import Shape, Text, read_file, typed
 
 NAME = "dataset_info.json"
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
@@ -24,6 +25,15 @@ _KNOWN = (
     "file_name", "formatting", "columns", "tags", "ranking", "script_url", "subset", "split",
     "folder", "num_samples", "revision", *_HUBS,
 )  # fmt: skip
+
+
+class _Entry(Shape):
+    """What of a dataset's entry is followed."""
+
+    file_name: Text | None = None
+    formatting: Text | None = None
+    columns: dict[Text, Text | None] | None = None
+    tags: dict[Text, Text | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +54,22 @@ def read_dataset_info(directory: Path, name: str) -> DatasetInfo:
     path = directory / NAME
     datasets = _read(path)
     if name not in datasets:
-        raise InputError(f"{path} has no dataset {name!r}; {_choices(name, datasets)}.")
-    info, where = datasets[name], f"dataset {name!r} of {path}"
-    if not isinstance(info, dict):
-        raise InputError(f"{where} is no object; give it a file_name, formatting and columns.")
-    _refuse(info, where)
-    formatting = info.get("formatting") or "alpaca"
-    if not isinstance(formatting, str) or formatting not in _FORMATS:
         raise InputError(
-            f"{where} has the formatting {formatting!r}; it must be one of: {', '.join(_FORMATS)}."
+            f"{path} has no dataset {shown(repr(name))}; {_choices(name, datasets)}."
         )
-    columns = _names(info, "columns", (*_COLUMNS, *_PREFERENCES, *_UNREAD_COLUMNS), where)
+    info, where = datasets[name], f"dataset {shown(repr(name))} of {path}"
+    try:
+        entry = typed(_Entry, info)
+    except ValueError as error:
+        raise InputError(f"{where} cannot be read ({error}); correct it.") from error
+    _refuse(info, where)
+    formatting = entry.formatting or "alpaca"
+    if formatting not in _FORMATS:
+        raise InputError(
+            f"{where} has the formatting {shown(repr(formatting))}; it must be one of: "
+            f"{', '.join(_FORMATS)}."
+        )
+    columns = _names(entry.columns, "columns", (*_COLUMNS, *_PREFERENCES, *_UNREAD_COLUMNS), where)
     for column in _PREFERENCES:
         if column in columns:
             raise InputError(
@@ -67,14 +82,14 @@ def read_dataset_info(directory: Path, name: str) -> DatasetInfo:
                 f"{where} names the column {column}, but {what} cannot be trained on; remove it "
                 f"from columns to read the rest."
             )
-    tags = _names(info, "tags", _TAGS, where)
-    file_name = info.get("file_name")
-    if not isinstance(file_name, str) or not file_name:
+    tags = _names(entry.tags, "tags", _TAGS, where)
+    if not entry.file_name:
         raise InputError(f"{where} has no file_name; give the name of its file.")
-    if not (directory / file_name).exists():
-        raise InputError(f"{directory / file_name}, the file_name of {where}, does not exist.")
+    file = directory / entry.file_name
+    if not os.path.exists(file):
+        raise InputError(f"{shown(file)}, the file_name of {where}, does not exist.")
     return DatasetInfo(
-        format=_FORMATS[formatting], path=directory / file_name,
+        format=_FORMATS[formatting], path=file,
         fields=Fields(**_unread(columns), **columns, **tags),
     )
 
@@ -102,29 +117,21 @@ def dataset_names(directory: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict:
-    data = b""
-    try:
-        data = path.read_bytes()
-        datasets = json.loads(data.decode("utf-8-sig"))
-    except FileNotFoundError as error:
+    if not os.path.exists(path):
         raise InputError(
             f"{path} does not exist; give the directory that holds it, or no --dataset."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} {not_utf8(data)}.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}); check the file.") from error
-    if not isinstance(datasets, dict):
-        raise InputError(f"{path} is no object of datasets; check the file.")
-    return datasets
+        )
+    return read_file(path, dict[Text, Any], mend="check the file", marked=True)
 
 
 def _refuse(info: dict, where: str) -> None:
     """Refuse what would be read other than it is meant."""
     for key in info:
-        close = get_close_matches(key, _KNOWN, n=1, cutoff=0.8) if key not in _KNOWN else []
-        if close:
-            raise InputError(f"{where} has {key!r}; did you mean {close[0]!r}? Correct it.")
+        close = get_close_matches(key[:80], _KNOWN, n=1, cutoff=0.8)
+        if key not in _KNOWN and close:
+            raise InputError(
+                f"{where} has {shown(repr(key))}; did you mean {close[0]!r}? Correct it."
+            )
     if info.get("ranking"):
         raise InputError(
             f"{where} is a preference dataset (ranking), which is not trained on; take a dataset "
@@ -138,8 +145,8 @@ def _refuse(info: dict, where: str) -> None:
     hub = next((key for key in _HUBS if info.get(key)), None)
     if hub is not None and not info.get("file_name"):
         raise InputError(
-            f"{where} is not on this machine ({hub}: {info[hub]}); download it and give its file "
-            f"as file_name."
+            f"{where} is not on this machine ({hub}: {shown(info[hub])}); download it and give its "
+            f"file as file_name."
         )
     if info.get("num_samples") is not None:
         raise InputError(
@@ -148,24 +155,23 @@ def _refuse(info: dict, where: str) -> None:
         )
 
 
-def _names(info: dict, key: str, known: Iterable[str], where: str) -> dict[str, str]:
+def _names(
+    given: dict[str, str | None] | None, key: str, known: Iterable[str], where: str
+) -> dict[str, str]:
     """`columns` or `tags`: known name -> the dataset's own, without those that are null."""
-    given = info.get(key) or {}
-    if not isinstance(given, dict):
-        raise InputError(f'{where} has {key} that are no object; give {{"name": "its name"}}.')
-    known = tuple(known)
-    for name, value in given.items():
+    known, given = tuple(known), given or {}
+    for name in given:
         if name not in known:
-            raise InputError(f"{where} has {name!r} in {key}; {_choices(name, known)}.")
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{where} has the {key} {name}: {value!r}; give its name as text.")
+            raise InputError(
+                f"{where} has {shown(repr(name))} in {key}; {_choices(name, known)}."
+            )
     return {name: value for name, value in given.items() if value}
 
 
 def _choices(name: str, names: Iterable[str]) -> str:
     """What `name` may have been meant to be."""
     names = list(names)
-    close = get_close_matches(name, names, n=1)
+    close = get_close_matches(name[:80], names, n=1)
     meant = f"did you mean {close[0]!r}? " if close else ""
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"{meant}it must be one of: {shown}" if shown else "it is empty"
+    listed = ", ".join(shown(one) for one in names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"{meant}it must be one of: {listed}" if listed else "it is empty"

@@ -33,7 +33,7 @@ from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.mixture import Mixture
-from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.data.options import BOUNDS, MediaLimits, TrainedText
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.read_ahead import ReadAhead
 from megatron_vl.data.resume import ANEW, CONTENT, DATA, state_for
@@ -41,7 +41,7 @@ from megatron_vl.data.rows import empty_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
 from megatron_vl.data.shard_files import TarReaders
 from megatron_vl.data.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, check_bounds, shown
 from megatron_vl.models.spec import VLMSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
@@ -73,15 +73,7 @@ class DataConfig:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("seq_length", 1), ("micro_batch_size", 1), ("num_workers", 0),
-            ("max_padding_length", 1), ("row_multiple", 1), ("packing_buffer_size", 0),
-            ("shuffle_buffer_size", 0), ("max_samples_per_sequence", 1),
-            ("max_patches_per_row", 1), ("max_skipped_samples", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; give at least {least}.")
+        check_bounds(self, BOUNDS)
         if self.max_padding_length is not None and self.max_padding_length > self.seq_length:
             raise InputError(
                 f"the padding length {self.max_padding_length} is above the sequence length "
@@ -223,9 +215,12 @@ class RowLoader:
         try:
             self._restored, unknown = state_for(saved, self._made_for)
             self._loader.restore_state_rank(self._restored)
-        except (AssertionError, ValueError, KeyError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # energon looks for nothing before it takes it
+            words = shown(f"{type(error).__name__}: {error}")
             raise InputError(
-                f"the checkpoint's data state does not fit this energon ({error}); {ANEW}."
+                f"the checkpoint's data state does not fit this energon ({words}); {ANEW}."
             ) from error
         return unknown
 

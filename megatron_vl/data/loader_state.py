@@ -21,12 +21,47 @@ from megatron.energon.savable_loader import (
     SavableDatasetState,
 )
 from megatron.energon.state import FlexState
+from pydantic import InstanceOf
 
-_CLASSES = {one.__name__: one for one in (
-    SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState,
-    SliceState,
-)}
+from megatron_vl.inputs import json_value
+from megatron_vl.typed import Count, Shape, typed
+
 _KIND = "~"
+
+
+class _Loader(Shape):
+    worker_states: list[InstanceOf[SavableDatasetCheckpoint] | InstanceOf[FlexState]]
+    next_worker_id: Count
+    micro_batch_size: Count | None
+
+
+class _Checkpoint(Shape):
+    state: InstanceOf[SavableDatasetState] | None
+    offset: Count
+
+
+class _Dataset(Shape):
+    rng: InstanceOf[SystemRngState]
+    dataset_state: InstanceOf[FlexState]
+    sample_index: Count
+
+
+class _Random(Shape):
+    torch: InstanceOf[torch.Tensor]
+    numpy: tuple | dict
+    random: tuple
+
+
+class _Slice(Shape):
+    index: Count
+    current: Count
+
+
+# energon's classes by their names, and the types of their fields, which it does not look at.
+_CLASSES = {one.__name__: (one, shape) for one, shape in (
+    (SavableDataLoaderState, _Loader), (SavableDatasetCheckpoint, _Checkpoint),
+    (SavableDatasetState, _Dataset), (SystemRngState, _Random), (SliceState, _Slice),
+)}
 
 
 def to_json(state: dict) -> str:
@@ -45,8 +80,8 @@ def from_json(text: str) -> dict:
         ValueError: the text is no such state.
     """
     try:
-        state = _object(json.loads(text))
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        state = _object(json_value(text))
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError("it is not the state of a loader")
@@ -71,7 +106,7 @@ def _plain(value: Any) -> Any:
         return {_KIND: "array", "dtype": value.dtype.str, "shape": list(value.shape),
                 "of": base64.b64encode(value.tobytes()).decode()}
     name = type(value).__name__
-    if is_dataclass(value) and _CLASSES.get(name) is type(value):
+    if is_dataclass(value) and _CLASSES.get(name, (None,))[0] is type(value):
         return {_KIND: name, "of": {f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
     raise TypeError(f"the loader's state holds a {type(value)}")
 
@@ -94,4 +129,7 @@ def _object(value: Any) -> Any:
     if kind == "array":
         numbers = np.frombuffer(base64.b64decode(held, validate=True), np.dtype(value["dtype"]))
         return numbers.reshape(value["shape"]).copy()
-    return _CLASSES[kind](**{name: _object(one) for name, one in held.items()})
+    made, shape = _CLASSES[kind]
+    values = {name: _object(one) for name, one in held.items()}
+    typed(shape, values, kind)
+    return made(**values)

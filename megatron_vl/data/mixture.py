@@ -19,8 +19,8 @@ from megatron_vl.data.dataset_dir import (
     fingerprint,
     split_shards,
 )
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import yaml_value
+from megatron_vl.errors import InputError, shown
+from megatron_vl.typed import read_file
 
 _YAML = (".yaml", ".yml")
 
@@ -40,8 +40,10 @@ class Mixture:
     def __post_init__(self) -> None:
         assert self.weights is None or len(self.weights) == len(self.paths)
         for path, weight in zip(self.paths, self.weights or (), strict=False):
-            if not 0 < weight < float("inf"):
-                raise InputError(f"the weight of {path} is {weight}; give a number above 0.")
+            if not 1e-9 <= weight <= 1e9:
+                raise InputError(
+                    f"the weight of {path} is {weight}; give a number above 0, up to 1e9."
+                )
         if self.max_samples is not None and self.max_samples < 1:
             raise InputError(f"max-samples is {self.max_samples}; give at least 1.")
         if self.max_samples is not None and self.metadataset is not None:
@@ -61,7 +63,7 @@ class Mixture:
             InputError: a list that is neither all paths nor weights and paths in turn.
         """
         words = [word.strip() for word in text.split(",")]
-        if Path(text).exists():
+        if os.path.exists(text):
             words = [text]
         if not all(words):
             raise InputError(f"the dataset list {text!r} has an empty entry; remove a comma.")
@@ -174,7 +176,7 @@ class Mixture:
             return [(path, split) for path in self.paths]
         from megatron.energon.metadataset.loader import traverse_metadataset
 
-        if not self.metadataset.is_file():
+        if not os.path.isfile(self.metadataset):
             raise InputError(f"the metadataset {self.metadataset} does not exist; check the path.")
         _check_metadataset(self.metadataset, set())
         try:
@@ -183,20 +185,17 @@ class Mixture:
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
                 f"the metadataset {self.metadataset} cannot be used for its split {split!r} "
-                f"({words[0]}); see energon's MetadatasetV2."
+                f"({shown(words[0])}); see energon's MetadatasetV2."
             ) from error
         return [(Path(str(leaf.path)), leaf.split_part or split) for leaf in leaves]
 
 
 def _check_metadataset(path: Path, known: set[Path]) -> None:
     """Raises InputError: it, or another that it names, asks for code to be run."""
-    if path in known or not path.is_file():
+    if path in known or not os.path.isfile(path):
         return
     known.add(path)
-    try:
-        value = yaml_value(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the metadataset {path} cannot be read ({error}); correct it.") from error
+    value = read_file(path, mend="correct it", what="the metadataset ")
     check_names_no_code(value, path)
     for name in _texts(value):
         if name.endswith(_YAML):

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import Bounds, InputError, check_bounds
+
+_PIXELS = Bounds(least=1, most=2**31 - 1)
+_TOKENS = Bounds(least=1, most=2**24)
+BOUNDS = {  # of the numbers that this room is told
+    "image_min_pixels": _PIXELS, "image_max_pixels": _PIXELS,
+    "video_min_pixels": _PIXELS, "video_max_pixels": _PIXELS,
+    "video_fps": Bounds(above=0, most=10**6),
+    "video_maxlen": Bounds(least=1, most=10**6),
+    "seq_length": _TOKENS, "max_padding_length": _TOKENS,
+    "row_multiple": _TOKENS,
+    "micro_batch_size": Bounds(least=1, most=2**20),
+    "num_workers": Bounds(least=0, most=1024),
+    "packing_buffer_size": Bounds(least=0, most=10**6),
+    "shuffle_buffer_size": Bounds(least=0, most=10**9),
+    "max_samples_per_sequence": Bounds(least=1, most=10**9),
+    "max_patches_per_row": Bounds(least=1, most=2**31 - 1),
+    "max_skipped_samples": Bounds(least=0, most=10**12),
+    "max_samples": Bounds(least=1, most=10**12),
+    "seed": Bounds(least=0, most=2**32 - 1),  # torch takes more, numpy does not
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,19 +44,13 @@ class MediaLimits:
     video_positions: str = "published"  # of text after a video: see megatron_vl.models.common.mrope
 
     def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS)
         for kind in ("image", "video"):
             least, most = (getattr(self, f"{kind}_{end}_pixels") for end in ("min", "max"))
-            for end, value in (("min", least), ("max", most)):
-                if value is not None and value < 1:
-                    raise InputError(f"{kind}-{end}-pixels is {value}; give at least 1.")
             if least is not None and most is not None and least > most:
                 raise InputError(
                     f"{kind}-min-pixels {least} is above {kind}-max-pixels {most}; swap them."
                 )
-        if not self.video_fps > 0 or math.isinf(self.video_fps):
-            raise InputError(f"video-fps is {self.video_fps}; give a number above 0.")
-        if self.video_maxlen < 1:
-            raise InputError(f"video-maxlen is {self.video_maxlen}; give at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

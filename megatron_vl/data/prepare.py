@@ -22,7 +22,7 @@ from megatron_vl.data.conversation import VIDEO, BadEntry, Conversation
 from megatron_vl.data.formats import FORMATS, Fields
 from megatron_vl.data.grounding import measured
 from megatron_vl.data.notes import Notes
-from megatron_vl.data.options import MediaLimits
+from megatron_vl.data.options import BOUNDS, MediaLimits
 from megatron_vl.data.raw_media import Library, Measured, RawMedia, measure_all
 from megatron_vl.data.refusals import MENDS, Refusal, counted, other_formats
 from megatron_vl.data.shards import (
@@ -35,7 +35,7 @@ from megatron_vl.data.shards import (
     write_shards,
 )
 from megatron_vl.data.sources import Source, open_source
-from megatron_vl.errors import InputError
+from megatron_vl.errors import Bounds, InputError, check_bounds, shown
 from megatron_vl.outputs import check_target, replacing
 
 if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
@@ -43,6 +43,10 @@ if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
 
 REFUSED = "refused.jsonl"
 MARKS = ("mend", "strict")  # of marks and media that do not pair off: read them, or refuse
+_OWN_BOUNDS = {
+    "samples_per_shard": Bounds(least=1, most=10**9), "num_workers": Bounds(least=1, most=1024),
+    "max_length": Bounds(least=1, most=2**24),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,10 +79,7 @@ class PrepareConfig:
             )
         if self.marks not in MARKS:
             raise InputError(f"--marks is {self.marks!r}; it must be one of: {', '.join(MARKS)}.")
-        for name in ("samples_per_shard", "num_workers", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; give at least 1.")
+        check_bounds(self, BOUNDS | _OWN_BOUNDS)
         if (self.lengths is None) != (self.max_length is None):
             raise InputError("give both --tokenizer and --max-length, or neither.")
         self.shares  # noqa: B018  (raises for a bad split)
@@ -87,13 +88,15 @@ class PrepareConfig:
     def shares(self) -> tuple[Fraction, ...]:
         """Train's, validation's and test's part of the whole."""
         try:
+            if not re.fullmatch(r"[\d./, ]{1,99}", self.split, re.ASCII):
+                raise ValueError  # of 1e999999999 a fraction would be made
             shares = [Fraction(share.strip()) for share in self.split.split(",")]
             if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
                 raise ValueError
         except (ValueError, ZeroDivisionError) as error:
             raise InputError(
-                f"--split is {self.split!r}; give the shares of train, validation and test, such "
-                f"as 9,1,0."
+                f"--split is {shown(repr(self.split))}; give the shares of train, validation and "
+                f"test, such as 9,1,0."
             ) from error
         return tuple(share / sum(shares) for share in shares)
 

@@ -14,13 +14,26 @@ from megatron.energon.savable_loader import (
     SavableDatasetState,
 )
 from megatron.energon.state import FlexState
+from pydantic import InstanceOf
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
+from megatron_vl.typed import Shape, Text, typed
 
 DATA = "the training data"  # counts of samples and how they are mixed, as a mark
 CONTENT = "content"  # of every dataset by its path; a state without is of endless buffers too
 READERS = ("num_workers", "data-parallel size", "data-parallel rank")
 ANEW = "--load the checkpoint with another --save, where the data begins anew"
+
+
+class _MadeFor(Shape):
+    """What is looked at by its name; the rest is compared as it is."""
+
+    content: dict[Text, dict[Text, Text | None]] | None = None
+
+
+class _Saved(Shape):
+    made_for: _MadeFor
+    state: InstanceOf[SavableDataLoaderState] | None
 
 
 def state_for(
@@ -39,15 +52,18 @@ def state_for(
         InputError: they were saved for another dataset, other settings or another number of
             reading processes; they are named.
     """
-    if not all(isinstance(one, dict) and "made_for" in one for one in saved):
+    try:
+        for one in saved:
+            typed(_Saved, one)
+    except ValueError as error:
         raise InputError(
             f"the checkpoint's data state does not say which dataset and settings it was made "
-            f"for; {ANEW}."
-        )
+            f"for ({error}); {ANEW}."
+        ) from error
     rank, dealt = made_for["data-parallel rank"], len(saved) != made_for["data-parallel size"]
     was = saved[0 if dealt else rank]["made_for"]
     differ = other_data(was, made_for) + [
-        f"{name} was {was[name]} and is {now}"
+        f"{name} was {shown(was[name])} and is {now}"
         for name, now in made_for.items()
         if name not in (DATA, CONTENT) and name in was and was[name] != now
         and not (dealt and name in READERS)
@@ -84,12 +100,13 @@ def other_data(was: Mapping[str, object], now: Mapping[str, object]) -> list[str
                 continue
             found.append(
                 f"the samples of {path} are others than they were" if before == path else
-                f"the samples of {path} are not those of {before}, which it read"
+                f"the samples of {path} are not those of {shown(before)}, which it read"
             )
     if not found and was.get(DATA) != now[DATA]:
         paths = ", ".join(new)
         found.append(
-            f"it read {', '.join(old)} and is to read {paths}, or in other shares" if old else
+            f"it read {shown(', '.join(old))} and is to read {paths}, or in other shares"
+            if old else
             f"{paths} holds other numbers of samples than it read, or is mixed in another way"
         )
     return found

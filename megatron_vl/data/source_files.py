@@ -6,7 +6,6 @@ one after another, and `count` how many there are, or None where counting means 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tarfile
 import zlib
@@ -18,6 +17,7 @@ from megatron_vl.data.conversation import BadEntry
 from megatron_vl.data.formats.chatml import PARTS
 from megatron_vl.data.formats.pickled import MAX_BYTES
 from megatron_vl.errors import InputError
+from megatron_vl.inputs import not_utf8
 
 LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
@@ -280,17 +280,6 @@ def open_file(path: Path) -> SourceFile:
 def is_other(path: Path) -> bool:
     """Whether a file is by its name of a kind that people keep data in and that is not read."""
     return path.suffix.lower() in OTHERS
-
-
-def not_utf8(data: bytes) -> str:
-    """Why a text cannot be read, and the mend; `data` is all of it, or the first four bytes."""
-    encoding = json.detect_encoding(data[:4])
-    looks = "" if encoding.startswith("utf-8") else f" (it looks like {encoding.upper()[:6]})"
-    if not looks:
-        with contextlib.suppress(UnicodeDecodeError):
-            data.decode("gb18030")
-            looks = " (it may be GBK)"
-    return f"is not UTF-8{looks}; save it as UTF-8"
 
 
 def _object(entry) -> dict | BadEntry:

@@ -35,7 +35,7 @@ from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import RepeatDataset
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, from_json
+from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry
 from megatron_vl.data.energon_samples import SERVED, conversation_of
 from megatron_vl.data.epochs import RowPacking, WholeEpochs
 from megatron_vl.data.media import BadMedia
@@ -51,6 +51,7 @@ from megatron_vl.data.samples import (
     sample_name,
 )
 from megatron_vl.data.shard_files import PLACES, ShardFiles, TarReaders
+from megatron_vl.data.stored import read_stored
 from megatron_vl.errors import InputError, printable
 from megatron_vl.inputs import json_value
 from megatron_vl.models.common.mrope import rope_of
@@ -123,7 +124,7 @@ class SampleEncoder(TaskEncoder):
             SkipSample: it holds none.
         """
         try:
-            turns, media, tools = from_json(sample["json"])
+            turns, media, tools = read_stored(sample["json"])
         except (KeyError, ValueError) as error:
             self._skip(sample, "wrong shape", str(error))
         dataset = sample["__sources__"][0].dataset_path

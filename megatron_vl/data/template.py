@@ -84,7 +84,7 @@ class ChatTemplate:
         """
         try:
             return self._write(turns, json.loads(tools) if tools else None)
-        except BadEntry:
+        except (BadEntry, InputError):
             raise
         except _TEMPLATE_ERRORS as error:
             words = str(error).strip().splitlines() or [type(error).__name__]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from megatron_vl.errors import InputError
-from megatron_vl.inputs import json_value
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import VLMSpec
+from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen2_vl": "qwen2_vl",
@@ -73,9 +73,10 @@ def known_families() -> list[str]:
 
 def family(model_type: str) -> Family:
     """The family of a config.json's model_type. Raises InputError for an unknown one."""
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(
-            f"model_type {model_type!r} is not supported; known are: {', '.join(known_families())}."
+            f"model_type {shown(repr(model_type))} is not supported; known are: "
+            f"{', '.join(known_families())}."
         )
     return Family(
         model_type=model_type, package=f"megatron_vl.models.{_FAMILIES[model_type]}"
@@ -96,13 +97,7 @@ def read_config_json(directory: str | Path) -> dict:
         raise InputError(
             f"{directory} has no config.json; give a directory that holds the model's own one."
         )
-    try:
-        config = json_value(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); copy it again.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object; copy it again.")
-    return config
+    return read_file(path, dict, mend="copy it again")
 
 
 def load_spec(directory: str | Path) -> VLMSpec:

@@ -7,16 +7,20 @@ are variables that tell of several nodes where no row applies. An empty variable
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import Bounds, InputError, shown
 from megatron_vl.parallel.hosts import Host, expand_nodelist
 from megatron_vl.parallel.node_counts import check_alone, check_counts, check_node
-from megatron_vl.parallel.variables import Variables, contradiction
+from megatron_vl.parallel.variables import (
+    MOST_NODES,
+    MOST_PROCESSES,
+    Variables,
+    contradiction,
+)
 
 PORT = 29500  # where node 0 is met when nobody says otherwise, as torchrun has it
 MACHINE = "this machine"  # the source when no row applies
@@ -40,11 +44,10 @@ class ClusterEnv:
 
     def __post_init__(self) -> None:
         processes = 1 if self.nproc_per_node is None else self.nproc_per_node
-        if min(processes, self.nnodes) < 1:
-            raise InputError(
-                f"nproc-per-node is {self.nproc_per_node} and nnodes {self.nnodes}; give at "
-                f"least 1."
-            )
+        Bounds(least=1, most=MOST_NODES).check("the number of nodes (nnodes)", self.nnodes)
+        Bounds(least=1, most=MOST_PROCESSES).check(
+            "the number of a node's processes (nproc-per-node)", processes
+        )
         if not 0 <= self.node_rank < self.nnodes:
             raise InputError(
                 f"node-rank {self.node_rank} is not one of the {self.nnodes} node(s); number them "
@@ -94,8 +97,8 @@ def check_one_launcher(environ: Mapping[str, str], env: ClusterEnv) -> None:
         if any(re.sub(r"\(x\d+\)$", "", part) != "1" for part in tasks_per_node.split(",")):
             raise InputError(
                 f"srun started several tasks a node (SLURM_STEP_TASKS_PER_NODE is "
-                f"{tasks_per_node}); start one with --ntasks-per-node=1, it starts the ranks "
-                f"itself."
+                f"{shown(tasks_per_node)}); start one with --ntasks-per-node=1, it starts the "
+                f"ranks itself."
             )
         if env.nnodes > 1 and variables.text("SLURM_STEP_ID") is None:
             raise InputError(
@@ -147,10 +150,12 @@ def _kubeflow(v: Variables, source: str) -> ClusterEnv:
 def _kubeflow_nodes(v: Variables, processes: int | None, source: str) -> int:
     """PET_NNODES; of a range the number that WORLD_SIZE, in nodes or in processes, leaves."""
     text = v.need("PET_NNODES", source, v.text)
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", text, re.ASCII)
+    found = re.fullmatch(r"(\d{1,18})(?::(\d{1,18}))?", text, re.ASCII)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= least <= most:
-        raise InputError(f"PET_NNODES is {text!r}; it must be a number of nodes as 2, or as 1:3.")
+        raise InputError(
+            f"PET_NNODES is {shown(repr(text))}; it must be a number of nodes as 2, or as 1:3."
+        )
     world = v.number("WORLD_SIZE", 1)
     if world is None:
         if least < most:
@@ -186,16 +191,20 @@ def _volcengine(v: Variables, source: str) -> ClusterEnv:
 
 def _afo(v: Variables, source: str) -> ClusterEnv:
     name = "AFO_ENV_CLUSTER_SPEC"
+    from megatron_vl.inputs import json_value  # and PyYAML, for which the other rows do not wait
+
     try:
-        spec = json.loads(v.text(name))
-        hosts, index = [str(host) for host in spec[spec["role"]]], int(spec["index"])
+        spec = json_value(v.text(name))
+        hosts, index = spec[spec["role"]], spec["index"]
         # A host may have several ports, as in host:1,2.
         address, _, ports = hosts[0].rpartition(":")
-        port = int(ports.split(",")[0])
+        port, index = int(ports.split(",")[0]), int(str(index))
+        if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+            raise TypeError("hosts are a list of texts")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
-            f'{name} is {v.text(name)!r}; it must be like {{"role": "worker", "index": 0, '
-            f'"worker": ["host:port"]}}.'
+            f'{name} is {shown(repr(v.text(name)))}; it must be like {{"role": "worker", '
+            f'"index": 0, "worker": ["host:port"]}}.'
         ) from error
     if not 0 <= index < len(hosts):
         contradiction(f"index of {name}", index, f"the number of hosts in {name}", len(hosts))
@@ -246,7 +255,8 @@ def _volcano(v: Variables, source: str) -> ClusterEnv:
         )
         if mine is None:
             raise InputError(
-                f"HOSTNAME is {name!r}, which is in none of VC_{'_HOSTS, VC_'.join(tasks)}_HOSTS; "
+                f"HOSTNAME is {shown(repr(name))}, which is in none of "
+                f"{shown(', '.join(f'VC_{task}_HOSTS' for task in tasks))}; "
                 f"give --nnodes, --node-rank, --master-addr and --master-port."
             )
     nnodes = sum(map(len, hosts))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
+from megatron_vl.parallel.variables import MOST_NODES
 
 
 def expand_nodelist(text: str, name: str = "SLURM_JOB_NODELIST") -> list[str]:
@@ -14,27 +15,33 @@ def expand_nodelist(text: str, name: str = "SLURM_JOB_NODELIST") -> list[str]:
     Raises:
         InputError: it is no such list.
     """
+    is_text = f"{name} is {shown(repr(text))}"
     parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
     if not parts or ",".join(parts) != text:
-        raise InputError(f"{name} is {text!r}, which is no list of hosts as n[001-004].")
+        raise InputError(f"{is_text}, which is no list of hosts as n[001-004].")
     hosts = []
     for part in parts:
         names = [""]
         for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", part):
-            tails = [plain] if plain else _range(ranges, text, name)
+            tails = [plain] if plain else _numbers(ranges, is_text)
+            if len(hosts) + len(names) * len(tails) > MOST_NODES:
+                raise InputError(f"{is_text}, which is more than {MOST_NODES:,} hosts.")
             names = [head + tail for head in names for tail in tails]
         hosts += names
     return hosts
 
 
-def _range(ranges: str, text: str, name: str) -> list[str]:
-    found = []
+def _numbers(ranges: str, is_text: str) -> list[str]:
+    found: list[str] = []
     for one in ranges.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", one, re.ASCII)
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", one, re.ASCII)
         first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
         if int(first) > int(last):
-            raise InputError(f"{name} is {text!r}; [{ranges}] is no range of hosts as [001-004].")
-        found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+            raise InputError(f"{is_text}; [{shown(ranges)}] is no range of hosts as [001-004].")
+        numbers = range(int(first), int(last) + 1)
+        if len(found) + len(numbers) > MOST_NODES:
+            raise InputError(f"{is_text}, which is more than {MOST_NODES:,} hosts.")
+        found += [str(number).zfill(len(first)) for number in numbers]
     return found
 
 
@@ -57,23 +64,27 @@ def parse_hostfile(text: str, where: str) -> tuple[Host, ...]:
         InputError: a line that is neither, a host twice, unequal slots, or no host at all.
     """
     hosts: list[Host] = []
+    addresses: set[str] = set()
     for number, line in enumerate(text.splitlines(), 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
         # A name that begins with a dash would be an option of ssh.
-        found = re.fullmatch(r"([\w][\w.:@%-]*)(?:\s+slots=(\d+))?", line, re.ASCII)
-        if found is None or found[2] == "0":
+        found = re.fullmatch(r"([\w][\w.:@%-]*)(?:\s+slots=(\d{1,4}))?", line, re.ASCII)
+        slots = int(found[2]) if found and found[2] else None
+        if found is None or slots == 0:
             raise InputError(
-                f"line {number} of {where} is {line!r}; write a host as `10.0.0.1`, or "
+                f"line {number} of {where} is {shown(repr(line))}; write a host as `10.0.0.1`, or "
                 f"`10.0.0.1 slots=8`."
             )
-        host = Host(name=found[1], slots=int(found[2]) if found[2] else None)
-        if host.address in [other.address for other in hosts]:
-            raise InputError(f"{where} names {host.address} twice; one line a host.")
+        host = Host(name=found[1], slots=slots)
+        if host.address in addresses:
+            raise InputError(f"{where} names {shown(host.address)} twice; one line a host.")
+        addresses.add(host.address)
         if hosts and host.slots != hosts[0].slots:
             raise InputError(
-                f"{where} gives {hosts[0].name} slots={hosts[0].slots} but {host.name} "
+                f"{where} gives {shown(hosts[0].name)} slots={hosts[0].slots} but "
+                f"{shown(host.name)} "
                 f"slots={host.slots}; every node needs as many processes."
             )
         hosts.append(host)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
+
+MOST = 2**20  # ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +42,10 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vp", "cp", "dp"):
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise InputError(f"{name} is {size!r}; give a whole number of at least 1.")
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST:
+                raise InputError(
+                    f"{name} is {shown(repr(size))}; give a whole number from 1 to {MOST}."
+                )
         if self.vp > 1 and self.pp == 1:
             raise InputError(f"vp {self.vp} needs a pipeline; give pp of at least 2, or vp 1.")
         if self.tp == 1:

@@ -8,11 +8,11 @@ the model that loads it can never disagree about where a layer is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
+from megatron_vl.inputs import json_value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,27 +30,29 @@ class StageSplit:
     def __post_init__(self) -> None:
         for name, rows in (("llm", self.llm), ("vit", self.vit)):
             if not rows or any(len(row) != len(rows[0]) or not row for row in rows):
-                raise InputError(f"{name} layer list {rows} needs one number per pipeline stage.")
+                raise InputError(
+                    f"{name} layer list {shown(rows)} needs one number per pipeline stage."
+                )
             if any(count < 0 for row in rows for count in row):
-                raise InputError(f"{name} layer list {rows} holds a negative number.")
+                raise InputError(f"{name} layer list {shown(rows)} holds a negative number.")
         if len(self.llm) != len(self.vit) or len(self.llm[0]) != len(self.vit[0]):
             raise InputError(
-                f"the vision list {self.vit} and the language list {self.llm} must have the same "
-                f"stages and chunks."
+                f"the vision list {shown(self.vit)} and the language list {shown(self.llm)} must "
+                f"have the same stages and chunks."
             )
         llm_flat, vit_flat = self.flat("llm"), self.flat("vit")
         if any(vit_flat) and not vit_flat[0]:
             raise InputError(
-                f"vision layers {vit_flat} leave stage 0 without one, but pixels enter there; put "
-                f"at least one vision layer on stage 0."
+                f"vision layers {shown(vit_flat)} leave stage 0 without one, but pixels enter "
+                f"there; put at least one vision layer on stage 0."
             )
         last_vit = max((i for i, n in enumerate(vit_flat) if n), default=0)
         first_llm = min((i for i, n in enumerate(llm_flat) if n), default=len(llm_flat))
         if last_vit > first_llm:
             raise InputError(
-                f"vision layers {vit_flat} reach stage {last_vit} but language layers {llm_flat} "
-                f"start on stage {first_llm}; the vision tower must end where the language model "
-                f"starts, or before."
+                f"vision layers {shown(vit_flat)} reach stage {last_vit} but language layers "
+                f"{shown(llm_flat)} start on stage {first_llm}; the vision tower must end where "
+                f"the language model starts, or before."
             )
 
     # ---- construction -------------------------------------------------------------------------
@@ -198,13 +200,13 @@ def _rows(given: Sequence, pp: int, vp: int, name: str, total: int) -> tuple[tup
         rows = tuple(rows[0][i * pp : (i + 1) * pp] for i in range(vp))
     if len(rows) != vp or any(len(row) != pp for row in rows):
         raise InputError(
-            f"the {name} layer list {list(given)} needs {vp} row(s) of {pp} numbers "
+            f"the {name} layer list {shown(list(given))} needs {vp} row(s) of {pp} numbers "
             f"(vp {vp}, pp {pp})."
         )
     if sum(map(sum, rows)) != total:
         raise InputError(
-            f"the {name} layer list {list(given)} sums to {sum(map(sum, rows))} but config.json "
-            f"has {total} {name} layers."
+            f"the {name} layer list {shown(list(given))} sums to {sum(map(sum, rows))} but "
+            f"config.json has {total} {name} layers."
         )
     return rows
 
@@ -214,13 +216,15 @@ def layer_list(text: str | None, option: str) -> list | None:
     if text is None:
         return None
     try:
-        rows = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
-    except json.JSONDecodeError as error:
+        rows = json_value(text if text.lstrip().startswith("[") else f"[{text}]")
+    except ValueError as error:
         raise InputError(
-            f"{option} {text!r} is no list; write 1,10,10,7 or [[0,1],[4,3]]."
+            f"{option} {shown(repr(text))} is no list; write 1,10,10,7 or [[0,1],[4,3]]."
         ) from error
     flat = [n for row in rows for n in (row if isinstance(row, list) else [row])]
     even = len({isinstance(row, list) for row in rows}) == 1
     if not even or not all(isinstance(n, int) and not isinstance(n, bool) for n in flat):
-        raise InputError(f"{option} {text!r} is no list of whole numbers; write 1,10,10,7.")
+        raise InputError(
+            f"{option} {shown(repr(text))} is no list of whole numbers; write 1,10,10,7."
+        )
     return rows

@@ -6,8 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
 
+MOST_NODES = 2**16
+MOST_PROCESSES = 1024  # of a node
+_DIGITS = 18  # of a number that is an id and no count
 MEND = "correct one of them, or give --nnodes, --node-rank, --master-addr and --master-port"
 
 
@@ -24,8 +27,10 @@ class Variables:
         text = self.text(name)
         if text is None:
             return None
-        if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < least:
-            raise InputError(f"{name} is {text!r}; it must be a whole number of at least {least}.")
+        if not re.fullmatch(rf"\d{{1,{_DIGITS}}}", text, re.ASCII) or int(text) < least:
+            raise InputError(
+                f"{name} is {shown(repr(text))}; it must be a whole number of at least {least}."
+            )
         return int(text)
 
     def port(self, name: str) -> int | None:
@@ -78,4 +83,4 @@ class Variables:
 
 
 def contradiction(one: str, value, other: str, instead) -> NoReturn:
-    raise InputError(f"{one} is {value} but {other} is {instead}; {MEND}.")
+    raise InputError(f"{one} is {shown(value)} but {other} is {shown(instead)}; {MEND}.")

@@ -25,7 +25,8 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadSt
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_vl.data.loader_state import from_json, to_json
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
+from megatron_vl.inputs import read_text
 from megatron_vl.platform import barrier, select_platform
 from megatron_vl.training.checkpoint_files import faults, read_checksums
 from megatron_vl.training.plan import Plan, weights_alone
@@ -246,11 +247,11 @@ def read_loader_state(path: Path) -> dict:
         InputError: the file is damaged.
     """
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return from_json(read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}, where a rank stood in its data, cannot be read ({error}); restore it, or go "
-            f"on from an earlier iteration by writing its number into "
+            f"{path}, where a rank stood in its data, cannot be read ({shown(error)}); "
+            f"restore it, or go on from an earlier iteration by writing its number into "
             f"{path.parent.parent / LATEST}."
         ) from error
 

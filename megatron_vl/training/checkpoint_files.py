@@ -16,9 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_vl.errors import InputError
-from megatron_vl.weights.found import LATEST
-from megatron_vl.weights.mcore_io import RELEASE
+from megatron_vl.weights.found import LATEST, RELEASE, iterations, latest
 
 SUMS = "SHA256SUMS"
 _BLOCK = 2**22  # bytes read at once
@@ -33,12 +31,6 @@ def partial_folder(root: Path, iteration: int) -> Path:
     return root / f".iter_{iteration:07d}.partial"
 
 
-def iterations(root: Path) -> list[int]:
-    """Of the complete checkpoints, in order."""
-    found = (re.fullmatch(r"iter_(\d{7,})", one.name) for one in root.glob("iter_*"))
-    return sorted(int(match[1]) for match in found if match)
-
-
 def candidates(root: Path) -> list[Path]:
     """What may be gone on from: the checkpoint that the file says, then the earlier ones.
 
@@ -48,18 +40,13 @@ def candidates(root: Path) -> list[Path]:
     Raises:
         InputError: the file says none that is there.
     """
-    there, latest = iterations(root), root / LATEST
-    if not latest.is_file():
+    there = iterations(root)
+    if not (root / LATEST).is_file():
         return [folder(root, one) for one in reversed(there)]
-    text = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if text == RELEASE:
+    says = latest(root)
+    if says is None:
         return [root / RELEASE]
-    if not text.isdigit() or int(text) not in there:
-        has = ", ".join(map(str, there)) or "no iteration at all"
-        raise InputError(
-            f"{latest} says {text!r} but {root} has {has}; write one of these into the file."
-        )
-    return [folder(root, one) for one in reversed(there) if one <= int(text)]
+    return [folder(root, one) for one in reversed(there) if one <= says]
 
 
 def publish(root: Path, iteration: int) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.training.options import (
     GROUPS,
@@ -26,6 +26,7 @@ from megatron_vl.training.spellings import answer, key_of
 
 LISTS = ("pp-layers", "vit-pp-layers")  # that a YAML file may write as lists
 LENGTHS = ("train_samples", "num_train_epochs")  # options that stand for train-iters
+NAMES = {str: "text", int: "whole number", float: "number"}  # of the types of values
 DATASETS = ("train-data-path", "valid-data-path")  # of which one text may name several
 
 
@@ -134,10 +135,12 @@ class TrainConfig:
         chosen: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
         for key, value in values.items():
             if key not in known:
-                near = difflib.get_close_matches(key.lower(), known, n=1)
+                near = difflib.get_close_matches(key.lower()[:80], known, n=1)
                 mend = f"did you mean {near[0]}?" if near else "see megatron-vl train --help."
                 says = answer(key)
-                raise InputError(f"option {key!r} is unknown; {f'{says}.' if says else mend}")
+                raise InputError(
+                    f"option {shown(repr(key))} is unknown; {f'{says}.' if says else mend}"
+                )
             group, f = known[key]
             chosen[group][key] = _typed(f, value)
         lengths = [name for name in ("train_iters", *LENGTHS) if values.get(name) is not None]
@@ -171,33 +174,35 @@ def _typed(f, value):
     if isinstance(f.default, tuple):  # one or several, in YAML `0` or `[0, 1]`
         several = value if isinstance(value, (list, tuple)) else [value]
         if not several:
-            raise InputError(f"option {name} is empty; give at least one {kind.__name__}.")
+            raise InputError(f"option {name} is empty; give at least one {NAMES[kind]}.")
         return tuple(_value(f, one, kind, name) for one in several)
     return _value(f, value, kind, name)
 
 
 def _value(f, value, kind: type, name: str):
+    refused = f"option {name} is {shown(repr(value))}"
     if kind is bool and not isinstance(value, bool):
-        raise InputError(f"option {name} is {value!r}; give true or false.")
-    if isinstance(value, bool) and kind is not bool:
-        raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.")
+        raise InputError(f"{refused}; give true or false.")
     if name in LISTS and isinstance(value, list):
-        value = json.dumps(value)
-    if kind is str and (value is None or isinstance(value, (list, tuple, dict))):
+        value = json.dumps(value, default=str)  # YAML has dates too
+    if isinstance(value, (list, tuple, dict, set, bytes)) or (kind is str and value is None):
         several = ", several datasets as A,B" if name in DATASETS else ""
-        raise InputError(f"option {name} is {value!r}; give one text{several}.")
-    if kind is str and not str(value).strip():
+        raise InputError(f"{refused}; give one {NAMES[kind]}{several}.")
+    # YAML reads 1.10 and 007 as numbers, which are other texts.
+    if kind is str and not isinstance(value, str):
+        raise InputError(f"{refused}; give a text, in quotes.")
+    if isinstance(value, bool) and kind is not bool:
+        raise InputError(f"{refused}; give a {NAMES[kind]}.")
+    if kind is str and not value.strip():
         raise InputError(f"option {name} is empty; give a text, or leave it out.")
     try:
         typed = kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"option {name} is {value!r}; give a {kind.__name__}.") from None
+        raise InputError(f"{refused}; give a {NAMES[kind]}.") from None
     if kind is float and math.isinf(typed):
-        raise InputError(f"option {name} is {value!r}; give a finite number.")
+        raise InputError(f"{refused}; give a finite number.")
     if kind is int and isinstance(value, float) and typed != value:
-        raise InputError(f"option {name} is {value!r}; give a whole number.")
+        raise InputError(f"{refused}; give a whole number.")
     if f.metadata["choices"] and typed not in f.metadata["choices"]:
-        raise InputError(
-            f"option {name} is {value!r}; use one of {', '.join(f.metadata['choices'])}."
-        )
+        raise InputError(f"{refused}; use one of {', '.join(f.metadata['choices'])}.")
     return typed

@@ -11,8 +11,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_vl.errors import NO_OPTIONS, OPTIONS, InputError
-from megatron_vl.inputs import yaml_value
+from megatron_vl.errors import NO_OPTIONS, OPTIONS, InputError, shown
+from megatron_vl.inputs import read_text, yaml_value
 from megatron_vl.training.config import TrainConfig, kind_of
 from megatron_vl.training.options import GROUPS
 from megatron_vl.training.spellings import answer, flags_of, key_of
@@ -72,12 +72,14 @@ def load_config(
     values: dict[str, Any] = {}
     if yaml_file is not None:
         path = Path(yaml_file)
-        if not path.is_file():
-            raise InputError(f"--config {path} does not exist; give a YAML file of options.")
+        if not os.path.isfile(path):
+            raise InputError(
+                f"--config {shown(path)} does not exist; give a YAML file of options."
+            )
         try:
-            read = yaml_value(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"--config {path} is not valid YAML: {error}") from error
+            read = yaml_value(read_text(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--config {path} is not valid YAML: {error}.") from error
         if not isinstance(read, dict):
             raise InputError(f"--config {path} must hold `option: value` lines.")
         spelled: dict[str, str] = {}
@@ -85,7 +87,8 @@ def load_config(
             twin = spelled.setdefault(key_of(key), key)
             if twin != key:
                 raise InputError(
-                    f"--config {path} has both {twin} and {key}, which are one option; keep one."
+                    f"--config {path} has both {shown(twin)} and {shown(key)}, which are one "
+                    f"option; keep one."
                 )
         values.update({key_of(str(key)): value for key, value in read.items()})
     values.update(_from_environment(os.environ if environ is None else environ))
@@ -106,11 +109,12 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         key = key_of(name.removeprefix(OPTIONS).lower())
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(key[:80], known, n=1)
             mend = f"did you mean {OPTIONS}{near[0].upper()}?" if near else "unset it."
             says = answer(key)
             raise InputError(
-                f"the environment variable {name} is no option's; {f'{says}.' if says else mend}"
+                f"the environment variable {shown(name)} is no option's; "
+                f"{f'{says}.' if says else mend}"
             )
         if key in values:
             raise InputError(f"{name} and another environment variable are both {key}; unset one.")
@@ -118,6 +122,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             values[key] = text if kind_of(known[key]) is str else yaml_value(text)
         except ValueError as error:
             raise InputError(
-                f"the environment variable {name} is {text!r}, which is no YAML value; quote it."
+                f"the environment variable {name} is {shown(repr(text))}, which is no YAML value; "
+                f"quote it."
             ) from error
     return values

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vl.errors import InputError
-from megatron_vl.training.option import above_zero as _above_zero
-from megatron_vl.training.option import at_least as _at_least
+from megatron_vl.errors import InputError, check_bounds
+from megatron_vl.training.bounds import BOUNDS
 from megatron_vl.training.option import option
 
 
@@ -45,8 +44,7 @@ class LogOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "log_interval", "profile_step_start")
-        _above_zero(self, *(["device_peak_tflops"] if self.device_peak_tflops is not None else []))
+        check_bounds(self, BOUNDS)
         if self.profile_step_end <= self.profile_step_start:
             raise InputError(
                 f"profile-step-end {self.profile_step_end} must be above profile-step-start "

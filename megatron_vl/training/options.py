@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, check_bounds
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import Layout
+from megatron_vl.training.bounds import BOUNDS
 from megatron_vl.training.log_options import LogOptions
-from megatron_vl.training.option import above_zero as _above_zero
-from megatron_vl.training.option import at_least as _at_least
 from megatron_vl.training.option import option
 
 
@@ -47,8 +46,7 @@ class ParallelOptions:
     )
 
     def __post_init__(self) -> None:
-        # The sizes are checked where they are multiplied: see Layout.
-        _above_zero(self, "distributed_timeout_minutes")
+        check_bounds(self, BOUNDS)
 
     @property
     def layout_size(self) -> int:
@@ -106,20 +104,15 @@ class BatchOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "micro_batch_size", "global_batch_size", "seq_length", "train_iters",
-                  "train_samples", "exit_interval")
-        if self.exit_duration_in_mins is not None:
-            _above_zero(self, "exit_duration_in_mins")
+        check_bounds(self, BOUNDS)
         # Megatron-LM has a third loss, whose weight of a token depends on its microbatch.
         if self.calculate_per_token_loss is self.calculate_per_sample_loss:
             raise InputError(
                 "calculate-per-token-loss and calculate-per-sample-loss are the two losses there "
                 "are; give one of them."
             )
-        if self.num_train_epochs is not None:
-            _above_zero(self, "num_train_epochs")
         pad = self.max_padding_length
-        if pad is not None and not 0 < pad <= self.seq_length:
+        if pad is not None and pad > self.seq_length:
             raise InputError(
                 f"max-padding-length {pad} must be between 1 and seq-length "
                 f"{self.seq_length}."
@@ -176,32 +169,13 @@ class OptimizerOptions:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_lr <= self.lr:
+        check_bounds(self, BOUNDS)
+        if self.min_lr > self.lr:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
-        _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad", "vit_lr", "merger_lr")
-        _at_least(self, 1, "lr_decay_iters")
-        if self.lr_warmup_fraction is not None:
-            if not 0 <= self.lr_warmup_fraction < 1:
-                raise InputError(
-                    f"lr-warmup-fraction is {self.lr_warmup_fraction}; it must be at least 0 and "
-                    f"less than 1."
-                )
-            if self.lr_warmup_iters:
-                raise InputError(
-                    "lr-warmup-iters and lr-warmup-fraction exclude one another; give one of them."
-                )
-        _above_zero(self, "adam_eps", "initial_loss_scale")
-        if not 0 <= self.optimizer_offload_fraction <= 1:
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise InputError(
-                f"optimizer-offload-fraction is "
-                f"{self.optimizer_offload_fraction}; it must be between 0 and 1."
+                "lr-warmup-iters and lr-warmup-fraction exclude one another; give one of them."
             )
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 "
-                    f"and less than 1."
-                )
         for name in ("vit_lr", "merger_lr"):
             if getattr(self, name) and not self.lr:
                 raise InputError(
@@ -278,6 +252,7 @@ class ModelRunOptions:
     seed: int = option(1234, "of weights, data order and everything else random")
 
     def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS)
         given = [name for name in PRECISIONS if getattr(self, name)]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude one another; give one of them.")
@@ -295,9 +270,6 @@ class ModelRunOptions:
                 "cpu-offloading and recompute-granularity exclude one "
                 "another; use recompute-granularity full alone, which needs the least memory."
             )
-        _at_least(self, 1, "recompute_num_layers", "vit_recompute_num_layers",
-                  "cpu_offloading_num_layers")
-        _at_least(self, 0, "seed", "init_method_std")
 
     @property
     def dtype(self) -> str | None:
@@ -369,9 +341,7 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "num_workers", "packing_buffer_size", "shuffle_buffer_size",
-                  "eval_interval", "eval_iters", "max_skipped_samples")
-        _at_least(self, 1, "max_samples_per_sequence", "max_samples", "max_patches_per_row")
+        check_bounds(self, BOUNDS)
 
     @property
     def validates(self) -> bool:
@@ -413,7 +383,7 @@ class CheckpointOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "save_interval", "save_total_limit")
+        check_bounds(self, BOUNDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -438,7 +408,7 @@ class FaultOptions:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "max_restarts", "hang_timeout", "max_skipped_steps")
+        check_bounds(self, BOUNDS)
         if self.skip_grad_spikes and not self.skip_grad_spikes > 1:
             raise InputError(
                 f"skip-grad-spikes is {self.skip_grad_spikes}; give a factor above 1, as 10, or 0 "

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_vl.errors import InputError
 from megatron_vl.outputs import check_target, replacing
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.typed import read_file
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.found import is_mcore_directory, no_checkpoint
@@ -253,7 +254,7 @@ def run_conversion(
 
 def _name_dtype(path: Path, dtype: str) -> None:
     """config.json names the weights' dtype; after a cast it must name the new one."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_file(path, dict, mend="copy it again")
     changed = False
     for section in (config, config.get("text_config"), config.get("vision_config")):
         for key in ("torch_dtype", "dtype"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
+from megatron_vl.inputs import read_text
 from megatron_vl.weights.hf_io import is_hf_directory
 
 LATEST = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # the word in it, and the folder's name, of a converted checkpoint
 Wanted = Literal["hf", "mcore", "either"]
 KINDS = {"hf": "a Hugging Face directory with weights", "mcore": "a Megatron-Core checkpoint",
          "either": "a Hugging Face or Megatron-Core checkpoint"}
@@ -49,6 +52,38 @@ def _look(path: Path, wanted: Wanted) -> tuple[str, str]:
     if (path / "config.json").is_file():
         return "has a config.json but no weights", give
     return (f"is no checkpoint: it has neither config.json with weights nor {LATEST}", give)
+
+
+def iterations(root: Path) -> list[int]:
+    """Of the complete checkpoints, in order."""
+    found = (re.fullmatch(r"iter_(\d{7,15})", one.name, re.ASCII) for one in root.glob("iter_*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest(root: Path) -> int | None:
+    """The iteration that `root`'s LATEST says, which is there; None: RELEASE.
+
+    Raises:
+        InputError: it cannot be read, or says none that is there.
+    """
+    path = root / LATEST
+    there = {str(one): one for one in iterations(root)}
+    if (root / RELEASE).is_dir():
+        there[RELEASE] = None
+    has = ", ".join(there) or "no iteration at all"
+    try:
+        text = read_text(path).strip()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}) and {root} has {has}; write one of these into it."
+        ) from error
+    # Zeros before a number are some people's way to write it.
+    number = text.lstrip("0") or text[:1]
+    if number not in there:
+        raise InputError(
+            f"{path} says {shown(repr(text))} but {root} has {has}; write one of these into it."
+        )
+    return there[number]
 
 
 def is_mcore_directory(path: Path) -> bool:

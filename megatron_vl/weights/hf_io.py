@@ -13,9 +13,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from megatron_vl.errors import InputError
+from pydantic import Field
+
+from megatron_vl.errors import InputError, shown
 from megatron_vl.inputs import json_value
+from megatron_vl.typed import Count, Name, Shape, Text, read_file, typed
 from megatron_vl.weights.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from megatron_vl.weights.files import TensorAt, reserve
 from megatron_vl.weights.inert_pickle import Record
@@ -38,6 +42,20 @@ _DTYPES = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+class _Index(Shape):
+    """A weight index."""
+
+    weight_map: dict[Text, Name]  # published key -> file
+
+
+class _Entry(Shape):
+    """A tensor in a safetensors header."""
+
+    dtype: Name
+    shape: list[Count]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold a Hugging Face directory's weights.
 
@@ -47,12 +65,9 @@ def weight_files(directory: Path) -> list[Path]:
     for name in INDEXES:
         index = directory / name
         if index.is_file():
-            try:
-                mapped = json_value(index.read_text(encoding="utf-8"))["weight_map"]
-                names = sorted(set(mapped.values()))
-                outside = [name for name in names if Path(name).name != name or "\0" in name]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index} is not a weight index; copy it again.") from error
+            mapped = read_file(index, _Index, mend="copy it again").weight_map
+            names = sorted(set(mapped.values()))
+            outside = [name for name in names if Path(name).name != name or "\0" in name]
             if outside:
                 raise InputError(
                     f"{index} names {listed(outside)}, no file(s) of {directory}; copy it again."
@@ -116,33 +131,23 @@ def open_safetensors(path: Path) -> dict[str, TensorAt]:
             raise InputError(_broken(path, "its header does not fit the file"))
         try:
             header = json_value(file.read(length), twins=False)
+            if isinstance(header, dict):
+                header.pop("__metadata__", None)
+            found = typed(dict[Text, _Entry], header)
         except ValueError as error:
             raise InputError(_broken(path, f"its header is unreadable ({error})")) from error
-    if not isinstance(header, dict):
-        raise InputError(_broken(path, "its header is not a table"))
-    header.pop("__metadata__", None)
     base, tensors, end = 8 + length, {}, 0
-    try:
-        entries = sorted(
-            (entry["data_offsets"][0], entry["data_offsets"][1], name, entry["dtype"],
-             tuple(entry["shape"]))
-            for name, entry in header.items()
-        )
-        numbers = [number for start, stop, *_, shape in entries for number in (start, stop, *shape)]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise TypeError("it is no number of bytes")
-        hash(tuple(dtype for *_, dtype, _ in entries))
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(_broken(path, "its header lacks a tensor's place")) from error
+    entries = sorted((*one.data_offsets, name, one.dtype, tuple(one.shape))
+                     for name, one in found.items())
     for start, stop, name, dtype, shape in entries:
         if dtype not in _DTYPES:
             raise InputError(
-                f"{path}: {name} has dtype {dtype}; only {', '.join(_DTYPES)} are supported, "
-                f"convert it first."
+                f"{path}: {shown(name)} has dtype {shown(dtype)}; only {', '.join(_DTYPES)} are "
+                f"supported, convert it first."
             )
         nbytes = volume(shape) * _DTYPES[dtype].itemsize
         if start != end or stop - start != nbytes:
-            raise InputError(_broken(path, f"its header gives {name} a wrong place"))
+            raise InputError(_broken(path, f"its header gives {shown(name)} a wrong place"))
         end = stop
         tensors[name] = TensorAt(path=path, offset=base + start, dtype=_DTYPES[dtype], shape=shape)
     if base + end != size:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
 from megatron_vl.parallel import StageSplit
 from megatron_vl.weights.rules import Piece, Rule, Vocab
 
@@ -294,7 +294,7 @@ def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(shown(name) for name in names[:SHOWN]) + more
 
 
 def volume(shape: Iterable[int]) -> int:

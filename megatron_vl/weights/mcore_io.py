@@ -18,20 +18,62 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.typed import Count, Name, Shape, Size, typed
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
-from megatron_vl.weights.found import LATEST, Wanted, mcore_format, no_checkpoint
+from megatron_vl.weights.found import (
+    LATEST,
+    RELEASE,
+    Wanted,
+    latest,
+    mcore_format,
+    no_checkpoint,
+)
 from megatron_vl.weights.map import Chunk, Stored, WeightMap, rank_file
 from megatron_vl.weights.torch_dist import lay_out_torch_dist, open_torch_dist, read_common
 from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_torch_file
 
-RELEASE = "release"
 ENTRY = "megatron_vl"  # of a checkpoint's `args`, or of torch_dist's common.pt: our own description
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _LAYER = re.compile(r"(language_model|vision_model)\.decoder\.layers\.(\d+)\.")
+
+
+class _Sizes(Shape):
+    tp: Size = 1
+    pp: Size = 1
+    vp: Size = 1
+
+
+class _Rows(Shape):
+    llm: list[list[Count]]
+    vit: list[list[Count]]
+
+
+class _Noted(Shape):
+    """A checkpoint's ENTRY; empty in those of other tools."""
+
+    model_type: Name | None = None
+    dtype: Name | None = None
+    layout: _Sizes = _Sizes()
+    split: _Rows | None = None
+
+    @property
+    def stages(self) -> StageSplit | None:
+        return None if self.split is None else StageSplit.from_dict(self.split.model_dump())
+
+    @property
+    def sizes(self) -> Layout:
+        return Layout(**self.layout.model_dump())
+
+    @model_validator(mode="after")
+    def _is_one(self) -> _Noted:
+        assert self.sizes and (self.split is None or self.stages)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,23 +239,12 @@ def lay_out_sharded(
 
 
 def _locate(directory: Path, wanted: Wanted) -> tuple[Path, Path]:
-    latest = directory / LATEST
-    if not latest.is_file():
+    if not (directory / LATEST).is_file():
         if mcore_format(directory) is None and not re.fullmatch(r"iter_\d+", directory.name):
             raise no_checkpoint(directory, wanted)
         return directory.parent, directory
-    text = latest.read_text().strip()
-    if text != RELEASE and not text.isdigit():
-        raise InputError(
-            f"{latest} holds {text!r}; write 'release' or an iteration's number in it."
-        )
-    path = directory / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
-    if not path.is_dir():
-        raise InputError(
-            f"{latest} names {path.name} but {directory} has no such directory; copy it, or write "
-            f"the iteration that is there into the file."
-        )
-    return directory, path
+    says = latest(directory)
+    return directory, directory / (RELEASE if says is None else f"iter_{says:07d}")
 
 
 def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
@@ -229,16 +260,16 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
                 raise InputError(f"{path} lacks {missing}; copy the missing rank's file.")
     stages = [open_torch_file(_rank_path(path, 0, stage, pp)) for stage in range(pp)]
     args = _arguments(stages[0].get("args"))
-    ours = args.get(ENTRY) or {}
+    ours = _noted(args.get(ENTRY), path)
     split = _split_of(stages, path)
-    if "split" in ours and StageSplit.from_dict(ours["split"]) != split:
+    if ours.stages not in (None, split):
         raise InputError(
-            f"{path} says its layers are split {StageSplit.from_dict(ours['split'])} but its files "
-            f"hold {split}; convert it again."
+            f"{path} says its layers are split {ours.stages} but its files hold {split}; convert "
+            f"it again."
         )
     return CheckpointInfo(
         **common, layout=Layout(tp=tp, pp=pp, vp=split.vp), split=split,
-        model_type=ours.get("model_type"), dtype=ours.get("dtype"),
+        model_type=ours.model_type, dtype=ours.dtype,
         padded_vocab=_padded_vocab(stages, tp), args=args,
     )
 
@@ -246,14 +277,22 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
 def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
     saved = read_common(path)
     args = _arguments(saved.get("args"))
-    ours = saved.get(ENTRY) or args.get(ENTRY) or {}
-    sizes = ours.get("layout") or {}
+    ours = _noted(saved.get(ENTRY) or args.get(ENTRY), path)
     return CheckpointInfo(
-        **common,
-        layout=Layout(**{name: sizes.get(name, 1) for name in ("tp", "pp", "vp")}),
-        split=StageSplit.from_dict(ours["split"]) if "split" in ours else None,
-        model_type=ours.get("model_type"), dtype=ours.get("dtype"), padded_vocab=None, args=args,
+        **common, layout=ours.sizes, split=ours.stages,
+        model_type=ours.model_type, dtype=ours.dtype, padded_vocab=None, args=args,
     )
+
+
+def _noted(entry: Any, path: Path) -> _Noted:
+    """What a checkpoint notes of itself as ENTRY. Raises InputError: it is none of ours."""
+    try:
+        return typed(_Noted, entry or {})
+    except ValueError as error:
+        raise InputError(
+            f"{path} does not describe itself as a checkpoint of ours does ({error}); copy it "
+            f"again, or convert the Hugging Face checkpoint again."
+        ) from error
 
 
 def _split_of(stages: Sequence[Mapping[str, Any]], path: Path) -> StageSplit:

@@ -48,12 +48,13 @@ def test_a_run_goes_on_from_what_the_file_says_and_else_from_those_before(says, 
 @pytest.mark.parametrize("says", ["40\n", "15", "newest", ""])
 def test_an_iteration_that_is_not_there_is_answered_with_those_that_are(says, run):
     (run / LATEST).write_text(says)
-    with pytest.raises(InputError, match="has 10, 20, 30; write one of these into the file"):
+    with pytest.raises(InputError, match="has 10, 20, 30; write one of these into it"):
         candidates(run)
 
 
 def test_a_converted_checkpoint_is_its_only_one(run):
     (run / LATEST).write_text("release")
+    (run / "release").mkdir()
     assert candidates(run) == [run / "release"]
 
 

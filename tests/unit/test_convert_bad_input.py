@@ -99,7 +99,7 @@ def test_a_model_without_tokenizer_or_processor_is_converted_with_a_warning_and_
     (["--to", "hf", "--format", "torch"], "--format is for a Megatron-Core DST"),
     (["--format", "torch_dist", "--pp", "2"], "--pp is for --format torch"),
     (["--to", "hf", "--max-shard-size", "big"], "write 5GB or 500MB"),
-    (["--workers", "0"], "--workers is 0; give 1 or more"),
+    (["--workers", "0"], "--workers is 0; it must be at least 1"),
 ])
 def test_arguments_that_do_not_fit_the_model(options, says, hf, refused):
     refused(hf, *options, says=says)
@@ -196,7 +196,7 @@ def test_a_missing_shard_a_broken_index_and_a_key_in_two_shards(hf, tmp_path, re
     shutil.copy(shards[0], shards[1])
     refused(source, says="and again in")
     (source / "model.safetensors.index.json").write_text("{}")
-    refused(source, says="is not a weight index")
+    refused(source, says="weight_map is")
 
 
 def test_a_broken_bin_file(hf, tmp_path, refused):
@@ -213,9 +213,9 @@ def test_a_megatron_checkpoint_that_is_not_whole(mcore, tmp_path, refused):
     shutil.copytree(mcore, source)
     latest = source / "latest_checkpointed_iteration.txt"
     latest.write_text("100")
-    refused(source, says="no such directory")
+    refused(source, says="has release; write one of these")
     latest.write_text("newest")
-    refused(source, says="write 'release' or an iteration")
+    refused(source, says="says 'newest' but")
     latest.write_text("release")
     rank = source / "release" / "mp_rank_01_001" / "model_optim_rng.pt"
     kept = rank.read_bytes()

@@ -7,6 +7,7 @@ import pickle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import places
 from raw_entries import (
     DATA_URL,
     PNG,
@@ -66,14 +67,6 @@ MANY_TIMES = settings(
     max_examples=100, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-
-
-def places(value, at=()):
-    """The way to every part of a value."""
-    yield at
-    if isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(part, (*at, key))
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -188,7 +188,7 @@ def test_without_a_model_sizes_and_kinds_are_counted(lint, mixed_dir, capsys):
 BAD = {
     "no dataset": ("nowhere", [], "the dataset nowhere does not exist"),
     "no samples": (None, ["--samples", -1], "samples is -1"),
-    "no row": (None, ["--seq-length", 0], "seq_length is 0"),
+    "no row": (None, ["--seq-length", 0], "seq-length is 0"),
     "no split": (None, ["--split", "val"], "nothing in its split 'val'"),
     "both masks": (None, ["--train-on-prompt", "--mask-history"], "exclude one another"),
     "decoding blindly": (None, ["--decode"], "decode needs the model's image settings"),

@@ -101,7 +101,7 @@ def test_a_missing_preprocessor_config_is_named(spec, tmp_path):
 
 def test_a_damaged_preprocessor_config_is_named(spec, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"preprocessor_config.json cannot be read"):
+    with pytest.raises(InputError, match=r"preprocessor_config.json is not valid JSON"):
         MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
 
 
@@ -138,12 +138,12 @@ def test_pixels_unlike_the_prepared_size_are_refused(media):
     [
         (dict(image_min_pixels=900, image_max_pixels=800), "image-min-pixels 900 is above image-m"),
         (dict(video_min_pixels=900, video_max_pixels=800), "video-min-pixels 900 is above video-m"),
-        (dict(image_min_pixels=0), "image-min-pixels is 0; give at least 1"),
-        (dict(video_max_pixels=-5), "video-max-pixels is -5; give at least 1"),
-        (dict(video_fps=0.0), "video-fps is 0.0; give a number above 0"),
-        (dict(video_fps=float("nan")), "video-fps is nan; give a number above 0"),
-        (dict(video_fps=float("inf")), "video-fps is inf; give a number above 0"),
-        (dict(video_maxlen=0), "video-maxlen is 0; give at least 1"),
+        (dict(image_min_pixels=0), "image-min-pixels is 0; it must be at least 1"),
+        (dict(video_max_pixels=-5), "video-max-pixels is -5; it must be at least 1"),
+        (dict(video_fps=0.0), "video-fps is 0.0; it must be above 0"),
+        (dict(video_fps=float("nan")), "video-fps is nan; it must be above 0"),
+        (dict(video_fps=float("inf")), "video-fps is inf; it must be above 0"),
+        (dict(video_maxlen=0), "video-maxlen is 0; it must be at least 1"),
         # With the model's own limits, 3136 to 1003520.
         (dict(image_max_pixels=3000), "images would have 3136 to 3000 pixels, with the model's"),
         (dict(video_min_pixels=2000000), "videos would have 2000000 to 1003520 pixels, with the"),

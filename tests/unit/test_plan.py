@@ -42,8 +42,7 @@ REFUSED = {
     "a backend nobody knows": (
         dict(attention_backend="flashy"), "attention-backend is 'flashy'; use one of auto"),
     "a share above the whole": (
-        dict(optimizer_offload_fraction=1.5),
-        "optimizer-offload-fraction is 1.5; it must be between 0"),
+        dict(optimizer_offload_fraction=1.5), "offload-fraction is 1.5; it must be at least 0"),
     "traces without a place": (
         dict(profile=True), "profile has no directory for its traces; give profile-dir"),
     "traces after the end": (

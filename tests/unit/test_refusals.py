@@ -197,7 +197,7 @@ def test_a_dataset_info_in_another_encoding_asks_for_utf8(tmp_path, capsys):
     text = '{"图片数据": {"file_name": "data.json"}}'
     write(tmp_path / "in" / "dataset_info.json", text.encode("gbk"))
     code, said = prepared(capsys, tmp_path / "in", "--dataset", "图片数据")
-    assert code == 2 and "dataset_info.json is not UTF-8 (it may be GBK); save it" in said
+    assert code == 2 and "dataset_info.json: it is not UTF-8 (it may be GBK); save it" in said
 
 
 @pytest.mark.parametrize("alone", [True, False])

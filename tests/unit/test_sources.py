@@ -331,15 +331,15 @@ def test_several_files_name_the_datasets_too(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "what"), [
-    ("a.json", "is no object; give it a file_name"),
+    ("a.json", "cannot be read (it is 'a.json': it must be a table"),
     ({}, "has no file_name"),
     ({"file_name": "no.json"}, "does not exist"),
     ({"file_name": "a.json", "formatting": "llava"}, "has the formatting 'llava'; it must be"),
     ({"file_name": "a.json", "formating": "alpaca"}, "has 'formating'; did you mean 'formatting'?"),
     ({"file_name": "a.json", "columns": {"mesages": "a"}},
      "has 'mesages' in columns; did you mean 'messages'?"),
-    ({"file_name": "a.json", "columns": {"messages": 7}}, "the columns messages: 7"),
-    ({"file_name": "a.json", "columns": ["a"]}, "has columns that are no object"),
+    ({"file_name": "a.json", "columns": {"messages": 7}}, "columns.messages is 7: it must be"),
+    ({"file_name": "a.json", "columns": ["a"]}, "columns is ['a']: it must be a table"),
     ({"file_name": "a.json", "tags": {"user": "a"}}, "has 'user' in tags; did you mean 'user"),
     ({"file_name": "a.json", "columns": {"audios": "a"}}, "audio cannot be trained on; remove it"),
     ({"file_name": "a.json", "columns": {"kto_tag": "a"}}, "preferences are not trained on"),
@@ -361,7 +361,7 @@ def test_a_dataset_that_is_not_there_has_a_neighbour(tmp_path):
     assert message.endswith("'cocoa'; did you mean 'coco'? it must be one of: coco, vqa.")
 
 
-@pytest.mark.parametrize(("text", "what"), [("{", "cannot be read ("), ("[]", "is no object of")])
+@pytest.mark.parametrize(("text", "what"), [("{", "is not valid JSON"), ("[]", "cannot be used")])
 def test_a_damaged_dataset_info_is_named(tmp_path, text, what):
     write(tmp_path / "dataset_info.json", text)
     assert refused(tmp_path, dataset="a").startswith(f"{tmp_path / 'dataset_info.json'} {what}")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
+from dataclasses import fields
+from datetime import timedelta
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from megatron_vl.errors import InputError
-from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.bounds import BOUNDS
+from megatron_vl.training.config import TrainConfig, kind_of
 from megatron_vl.training.config_sources import add_arguments, load_config
+from megatron_vl.training.options import GROUPS
 
 
 def from_flags(*words: str, yaml_file=None) -> TrainConfig:
@@ -48,7 +55,7 @@ def test_variables_beat_the_file_and_flags_beat_variables(tmp_path, monkeypatch)
      "MEGATRON_VL_TRAIN_ITERS"),
     ("ZZZ", "8", "MEGATRON_VL_ZZZ is no option's; unset it"),
     ("LR", "[", "MEGATRON_VL_LR is '\\['"),
-    ("LR", "fast", "MEGATRON_VL_LR is 'fast'; give a float"),
+    ("LR", "fast", "MEGATRON_VL_LR is 'fast'; give a number"),
 ])
 def test_a_variable_that_is_no_option_is_refused(name, value, sentence, monkeypatch):
     monkeypatch.setenv(f"MEGATRON_VL_{name}", value)
@@ -103,8 +110,9 @@ OUT_OF_RANGE = {
         "recompute-num-layers: 0", "vit-recompute-num-layers: 0", "cpu-offloading-num-layers: 0",
         "log-interval: 0", "profile-step-start: 0",
     ],
+    "must be at least 0.01": ["distributed-timeout-minutes: 0"],
     "less than 1": ["adam-beta1: 1", "adam-beta2: 1.5", "adam-beta2: .nan"],
-    "must be above 0": ["adam-eps: 0", "distributed-timeout-minutes: 0",
+    "must be above 0": ["adam-eps: 0",
                         "device-peak-tflops: 0"],
 }
 
@@ -129,10 +137,10 @@ def test_a_number_at_its_bound_is_taken(line, tmp_path):
 
 BAD = {
     "unknown key": ("trian-iters: 3", "did you mean train_iters"),
-    "a word for a number": ("train-iters: many", "train-iters is 'many'; give a int"),
+    "a word for a number": ("train-iters: many", "train-iters is 'many'; give a whole number"),
     "a fraction of a step": ("train-iters: 2.5", "give a whole number"),
     "a number for a switch": ("bf16: 1", "give true or false"),
-    "a switch for a number": ("lr: true", "give a float"),
+    "a switch for a number": ("lr: true", "give a number"),
     "a value outside the choices": ("lr-decay-style: steep", "use one of cosine"),
     "two precisions": ("bf16: true\nfp16: true", "exclude one another"),
     "min above max": ("lr: 1e-5\nmin-lr: 1e-3", "must be between 0 and lr"),
@@ -148,7 +156,7 @@ BAD = {
     "a table for a path": ("save: {a: b}", "option save is .*; give one text\\.$"),
     "nothing for a name": ("model-size: null", "option model-size is None; give one text"),
     "no end": ("distributed-timeout-minutes: .inf", "give a finite number"),
-    "no end of steps": ("train-iters: .inf", "train-iters is inf; give a int"),
+    "no end of steps": ("train-iters: .inf", "train-iters is inf; give a whole number"),
     "nothing to train": (
         "freeze-vit: true\nfreeze-merger: true\nfreeze-llm: true", "leave nothing to train"),
     "a rate for a frozen part": (
@@ -158,8 +166,8 @@ BAD = {
         "profile-step-start: 5\nprofile-step-end: 5", "must be above profile-step-start 5"),
     "a name for no tracker": (
         "wandb-exp-name: a", "wandb-exp-name is given without wandb-project"),
-    "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one int"),
-    "a word among ranks": ("profile-ranks: [0, all]", "profile-ranks is 'all'; give a int"),
+    "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one whole number"),
+    "a word among ranks": ("profile-ranks: [0, all]", "is 'all'; give a whole number"),
     "a negative spread": ("init-method-std: -0.02", "must be at least 0"),
 }
 
@@ -215,3 +223,42 @@ def test_a_run_is_as_long_as_its_samples_and_the_schedule_follows(words, wanted,
 def test_lengths_that_contradict_one_another_are_refused(words, sentence):
     with pytest.raises(InputError, match=sentence):
         from_flags(*words.split())
+
+
+# ---- bounds -----------------------------------------------------------------------------------
+
+
+NUMBERS = {f.name: f for group in GROUPS.values() for f in fields(group)
+           if kind_of(f) in (int, float)}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_bounds_and_is_refused_beyond_them(name):
+    flag, bounds = name.replace("_", "-"), BOUNDS[name]
+    beyond = [10**30, float("nan")] if kind_of(NUMBERS[name]) is float else [10**30]
+    for value in (*beyond, -(10**30), "1e20"):
+        with pytest.raises(InputError, match=f"{flag} is .*; (it must be|give a)") as refused:
+            TrainConfig.from_dict({name: value})
+        assert len(str(refused.value)) < 300
+    assert bounds.most is not None or bounds.below is not None
+
+
+def test_what_is_bounded_by_libraries_is_taken_by_them_up_to_the_bound():
+    seed = BOUNDS["seed"].most
+    np.random.default_rng(seed)
+    np.random.RandomState(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed + 100 * BOUNDS["pipeline_model_parallel_size"].most)
+    minutes = BOUNDS["distributed_timeout_minutes"]
+    for value in (minutes.least, minutes.most):
+        assert 0 < timedelta(minutes=value) / timedelta(milliseconds=1) < 2**31
+    faulthandler.dump_traceback_later(BOUNDS["hang_timeout"].most)
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.parametrize("line", ["wandb-project: 1.10", "save: 007", "save: 2024-01-01",
+                                  "save: true", "save: !!binary aGk="])
+def test_a_text_that_yaml_reads_as_something_else_is_not_guessed(line, tmp_path):
+    (tmp_path / "run.yaml").write_text(line)
+    with pytest.raises(InputError, match=r"give (a text, in quotes|one text)"):
+        from_flags(yaml_file=str(tmp_path / "run.yaml"))

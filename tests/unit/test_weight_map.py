@@ -150,7 +150,7 @@ def test_a_missing_directory_file_or_broken_json_is_refused_by_path(tmp_path):
     with pytest.raises(InputError, match="not valid JSON"):
         load_spec(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="not a JSON object"):
+    with pytest.raises(InputError, match=r"cannot be used \(it is \[\]: it must be a table\)"):
         load_spec(tmp_path)
 
 

@@ -19,7 +19,7 @@ from megatron_vl.data.loader import DataConfig
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.data.shards import show_progress
-from megatron_vl.errors import CheckFailed, InputError
+from megatron_vl.errors import Bounds, CheckFailed, InputError
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.outputs import check_target, replacing
 
@@ -52,8 +52,7 @@ class LintConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise InputError(f"samples is {self.samples}; give at least 1, or 0 for all.")
+        Bounds(least=0, most=10**12).check("samples", self.samples)
         if self.decode and self.hf_dir is None:
             raise InputError("decode needs the model's image settings; give --model too.")
         self.rows  # noqa: B018  (raises for bad sizes)

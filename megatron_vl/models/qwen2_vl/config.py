@@ -6,8 +6,13 @@ lie under `text_config`, rope under `rope_parameters`. Every number the model ne
 
 from __future__ import annotations
 
-from megatron_vl.errors import InputError
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import DecoderSpec, Grounding, TokenIds, VisionSpec, VLMSpec
+from megatron_vl.typed import Name, Number, Positive, Shape, Size, typed
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
     "2B": (28, 1536),
@@ -21,38 +26,91 @@ GROUNDING = Grounding(
     quad=("<|quad_start|>", "<|quad_end|>"), scale=1000,
 )
 
-_MISSING = object()
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class _Keys:
-    """Looks a key up in several sections of config.json, the first that has it wins."""
+class _Decoder(Shape):
+    """The decoder's keys, wherever they lie."""
 
-    def __init__(self, name: str, *sections: dict) -> None:
-        self.name, self.sections = name, [s for s in sections if isinstance(s, dict)]
+    hidden_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Width
+    num_key_value_heads: Width | None = None
+    intermediate_size: Width
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    rms_norm_eps: Positive
+    max_position_embeddings: Size
+    initializer_range: Number = 0.02
+    use_sliding_window: bool = False
+    hidden_act: Name = "silu"
 
-    def get(self, *names: str, default=_MISSING, kind: type | tuple = (int, float, str, list)):
-        for section in self.sections:
-            for name in names:
-                if section.get(name) is not None:
-                    value = section[name]
-                    if not isinstance(value, kind):
-                        raise InputError(f"{name} is {value!r}; copy the model's own config.json.")
-                    return value
-        if default is _MISSING:
-            raise InputError(
-                f"{names[0]} is missing{self.name}; copy the model's own config.json."
-            )
-        return default
 
-    def size(self, *names: str, default=_MISSING) -> int:
-        return self.get(*names, default=default, kind=int)
+class _Towers(Shape):
+    """The tables within."""
 
-    def number(self, *names: str, default=_MISSING) -> float:
-        value = self.get(*names, default=default, kind=(int, float, str))
-        try:
-            return float(value)
-        except ValueError as error:
-            raise InputError(f"{names[0]} is {value!r}; it must be a number.") from error
+    vision_config: dict
+    text_config: dict = Field(default_factory=dict)
+
+
+class _Whole(Shape):
+    """What stands beside the towers."""
+
+    dtype: Name = "bfloat16"
+    tie_word_embeddings: bool = False
+
+
+class _Rope(Shape):
+    """Of rope_parameters, of rope_scaling or of the decoder's own keys."""
+
+    rope_type: Name = "default"
+    type: Name = "default"
+    rope_theta: Positive
+    mrope_section: Annotated[list[Width], Field(min_length=3, max_length=3)]
+
+
+class _Vision(Shape):
+    """vision_config."""
+
+    embed_dim: Width
+    depth: Layers
+    num_heads: Width
+    mlp_ratio: Annotated[Positive, Field(le=1024)] = 4.0
+    in_channels: Annotated[int, Field(ge=1, le=1024)] = 3
+    patch_size: Annotated[int, Field(ge=1, le=1024)]
+    temporal_patch_size: Annotated[int, Field(ge=1, le=1024)] = 2
+    spatial_merge_size: Annotated[int, Field(ge=1, le=1024)] = 2
+    hidden_size: Width | None = None
+    hidden_act: Name = "quick_gelu"
+
+
+class _Tokens(Shape):
+    """The ids of special tokens."""
+
+    image_token_id: TokenId
+    video_token_id: TokenId
+    vision_start_token_id: TokenId
+    vision_end_token_id: TokenId
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | Annotated[list[TokenId], Field(min_length=1)] | None = None
+    pad_token_id: TokenId | None = None
+
+
+def _first(kind: type, *sections: object, at: str = "") -> Any:
+    """A `kind` of several tables of config.json; of a key the first that has it wins.
+
+    Raises:
+        InputError: a key is missing or not of its type.
+    """
+    found: dict = {}
+    for section in sections:
+        if isinstance(section, dict):
+            found = {k: v for k, v in section.items() if v is not None} | found
+    try:
+        return typed(kind, found, at)
+    except ValueError as error:
+        raise InputError(f"{error}; copy the model's own config.json.") from error
 
 
 def read_config(config: dict) -> VLMSpec:
@@ -61,100 +119,91 @@ def read_config(config: dict) -> VLMSpec:
     Raises:
         InputError: a key that is missing or unusable, named.
     """
-    text = _Keys("", config.get("text_config"), config)
+    towers = _first(_Towers, config)
+    text = towers.text_config
     decoder = _decoder(text, config)
-    if not isinstance(config.get("vision_config"), dict):
-        raise InputError("vision_config is missing; copy the model's own config.json.")
+    older = [{"dtype": section.get("torch_dtype")} for section in (config, text)]
     return VLMSpec(
         model_type=config["model_type"],
-        dtype=_dtype(config),
+        dtype=_first(_Whole, older[0], config, text, older[1]).dtype.removeprefix("torch."),
         decoder=decoder,
-        vision=_vision(_Keys(" from vision_config", config["vision_config"]), decoder.hidden_size),
-        tokens=_tokens(_Keys("", config, config.get("text_config"))),
+        vision=_vision(towers.vision_config, decoder.hidden_size),
+        tokens=_tokens(_first(_Tokens, config, text)),
     )
 
 
-def _decoder(text: _Keys, config: dict) -> DecoderSpec:
-    rope = _Keys(
-        " (rope_scaling or rope_parameters)",
-        *(section.get(name) for section in text.sections
-          for name in ("rope_parameters", "rope_scaling")),
-        *text.sections,
+def _decoder(*sections: dict) -> DecoderSpec:
+    keys = _first(_Decoder, *sections)
+    rope = _first(
+        _Rope, *(section.get(name) for section in sections
+                 for name in ("rope_parameters", "rope_scaling")), *sections,
     )
     for name in ("rope_type", "type"):
-        kind = rope.get(name, default="default", kind=str)
+        kind = getattr(rope, name)
         if kind not in ("default", "mrope"):
             raise InputError(
-                f"{name} of rope_scaling (or rope_parameters) is {kind!r}, which is not supported; "
-                f"train with the published 'mrope' and set it for inference."
+                f"{name} of rope_scaling (or rope_parameters) is {shown(repr(kind))}, which is not "
+                f"supported; train with the published 'mrope' and set it for inference."
             )
-    section = rope.get("mrope_section", kind=list)
-    if len(section) != 3 or not all(isinstance(n, int) for n in section):
-        raise InputError(f"mrope_section is {section}; it must be three whole numbers.")
-    if text.get("use_sliding_window", default=False, kind=bool):
+    if keys.use_sliding_window:
         raise InputError(
             "use_sliding_window is true, which is not supported; set it to false if the model "
             "was published so."
         )
-    activation = text.get("hidden_act", default="silu", kind=str)
-    if activation != "silu":
-        raise InputError(f"hidden_act is {activation!r}; Qwen2-VL's decoder has silu.")
-    hidden, heads = text.size("hidden_size"), text.size("num_attention_heads")
+    if keys.hidden_act != "silu":
+        raise InputError(
+            f"hidden_act is {shown(repr(keys.hidden_act))}; Qwen2-VL's decoder has silu."
+        )
+    hidden, heads = keys.hidden_size, keys.num_attention_heads
     if hidden % heads:
         raise InputError(f"hidden_size {hidden} is not a multiple of its {heads} heads.")
     # Older files of the nested form keep the tie under text_config; either place ties.
-    tied = any(s.get("tie_word_embeddings") is True for s in (config, *text.sections))
+    ties = [_first(_Whole, section).tie_word_embeddings for section in sections]
     return DecoderSpec(
-        num_layers=text.size("num_hidden_layers"),
+        num_layers=keys.num_hidden_layers,
         hidden_size=hidden,
-        ffn_hidden_size=text.size("intermediate_size"),
+        ffn_hidden_size=keys.intermediate_size,
         num_attention_heads=heads,
-        num_query_groups=text.size("num_key_value_heads", default=heads),
+        num_query_groups=keys.num_key_value_heads or heads,
         head_dim=hidden // heads,
-        vocab_size=text.size("vocab_size"),
-        tie_word_embeddings=tied,
-        norm_eps=text.number("rms_norm_eps"),
-        rope_theta=rope.number("rope_theta"),
-        mrope_section=tuple(section),
+        vocab_size=keys.vocab_size,
+        tie_word_embeddings=any(ties),
+        norm_eps=keys.rms_norm_eps,
+        rope_theta=rope.rope_theta,
+        mrope_section=tuple(rope.mrope_section),
         qkv_bias=True,
-        max_position_embeddings=text.size("max_position_embeddings"),
-        init_std=text.number("initializer_range", default=0.02),
+        max_position_embeddings=keys.max_position_embeddings,
+        init_std=keys.initializer_range,
     )
 
 
-def _vision(keys: _Keys, decoder_hidden: int) -> VisionSpec:
-    width = keys.size("embed_dim")
+def _vision(config: dict, decoder_hidden: int) -> VisionSpec:
+    channels = {"in_channels": config.get("in_chans")}
+    keys = _first(_Vision, config, channels, at="vision_config")
     return VisionSpec(
-        depth=keys.size("depth"),
-        hidden_size=width,
-        num_heads=keys.size("num_heads"),
-        ffn_hidden_size=int(width * keys.number("mlp_ratio", default=4)),
-        in_channels=keys.size("in_channels", "in_chans", default=3),
-        patch_size=keys.size("patch_size"),
-        temporal_patch_size=keys.size("temporal_patch_size", default=2),
-        spatial_merge_size=keys.size("spatial_merge_size", default=2),
+        depth=keys.depth,
+        hidden_size=keys.embed_dim,
+        num_heads=keys.num_heads,
+        ffn_hidden_size=int(keys.embed_dim * keys.mlp_ratio),
+        in_channels=keys.in_channels,
+        patch_size=keys.patch_size,
+        temporal_patch_size=keys.temporal_patch_size,
+        spatial_merge_size=keys.spatial_merge_size,
         norm_eps=1e-6,  # fixed in the published model; config.json has no key for it
-        out_hidden_size=keys.size("hidden_size", default=decoder_hidden),
-        activation=keys.get("hidden_act", default="quick_gelu", kind=str),
+        out_hidden_size=keys.hidden_size or decoder_hidden,
+        activation=keys.hidden_act,
     )
 
 
-def _tokens(keys: _Keys) -> TokenIds:
-    eos = keys.get("eos_token_id", default=None, kind=(int, list))
+def _tokens(keys: _Tokens) -> TokenIds:
+    eos = keys.eos_token_id
     return TokenIds(
-        image=keys.size("image_token_id"),
-        video=keys.size("video_token_id"),
-        vision_start=keys.size("vision_start_token_id"),
-        vision_end=keys.size("vision_end_token_id"),
-        bos=keys.size("bos_token_id", default=None),
+        image=keys.image_token_id,
+        video=keys.video_token_id,
+        vision_start=keys.vision_start_token_id,
+        vision_end=keys.vision_end_token_id,
+        bos=keys.bos_token_id,
         eos=eos[0] if isinstance(eos, list) else eos,
-        pad=keys.size("pad_token_id", default=None),
+        pad=keys.pad_token_id,
         grounding=GROUNDING,
     )
-
-
-def _dtype(config: dict) -> str:
-    name = config.get("torch_dtype") or config.get("dtype")
-    if name is None and isinstance(config.get("text_config"), dict):
-        name = config["text_config"].get("dtype") or config["text_config"].get("torch_dtype")
-    return str(name or "bfloat16").removeprefix("torch.")
