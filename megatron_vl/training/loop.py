@@ -18,7 +18,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import choose_backend
-from megatron_vl.platform import initialize
+from megatron_vl.platform import current_device, initialize
 from megatron_vl.training.checkpoint import (
     check_files,
     load_checkpoint,
@@ -113,7 +113,7 @@ class Trainer:
         self.stop, self.watch = stop, watch
         self.stopping = False  # some rank was asked to stop, and all know
         self.rank = torch.distributed.get_rank()
-        self.device = torch.device(torch.cuda.current_device())
+        self.device = current_device()
         self.started = time.perf_counter()
         self.done = self.saved = 0  # steps, and steps of the last checkpoint
         self.show = Show(plan, platform, self.device)
@@ -273,20 +273,21 @@ class Trainer:
         losses = self._run(self.streams, self.plan.num_microbatches, forward_only=False)
         loss, trained = mean_loss(losses, self.device)
         updated, grad_norm, fault = update(self.optimizer, loss, self.guard)
-        self.platform.synchronize()
         lr = self.scheduler.get_lr({})  # not of a group, which may be a part's own
         if updated:
             self.scheduler.step(increment=1)
         counts, *_ = [stream.take_counts() for stream in self.streams]  # chunks see the same rows
-        self.left_out += self.show.step(
+        left_out, stopping = self.show.step(
             iteration, counts, started=started, data_wait_seconds=self.exchange.wait_seconds,
+            asked_to_stop=bool(self.stop.reason),
             loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0), trained_tokens=trained,
             skipped=not updated, fault=fault,
         )
+        self.left_out += left_out
         if self.exchange.is_reader:
             self._tell(counts.skipped)
         self._check_left_out()
-        self.done, self.stopping = iteration, self._asked_to_stop()
+        self.done, self.stopping = iteration, stopping
         if fault:
             if self.guard.exhausted:
                 self.poll_saves(wait=True)
