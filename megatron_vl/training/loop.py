@@ -38,7 +38,7 @@ from megatron_vl.training.plan import (
 )
 from megatron_vl.training.record import write_options
 from megatron_vl.training.saver import Saved, Saver
-from megatron_vl.training.setup import build_model, build_optimizer
+from megatron_vl.training.setup import build_model, build_optimizer, whole_weights
 from megatron_vl.training.show import Show
 from megatron_vl.training.step import (
     RowStream,
@@ -338,6 +338,10 @@ class Trainer:
 
     def evaluate(self, iteration: int) -> None:
         """Mean loss over the validation split, or its first `eval_iters` batches."""
+        with torch.no_grad(), whole_weights(self.model):
+            self._evaluate(iteration)
+
+    def _evaluate(self, iteration: int) -> None:
         started = time.perf_counter()
         for chunk in self.model:
             chunk.eval()
@@ -363,8 +367,7 @@ class Trainer:
             if size == 0:
                 break
             streams = self._streams(iter(group) if reads else None)
-            with torch.no_grad():
-                losses += self._run(streams, size, forward_only=True)
+            losses += self._run(streams, size, forward_only=True)
             if reads:
                 left_out = streams[0].take_counts().skipped
                 skipped.update(one.reason for one in left_out)
@@ -393,10 +396,12 @@ class Trainer:
         """Save what is done, or begin to."""
         self.watch.beat(f"saving iteration {self.done}")
         state = self.loader.save_state_rank() if self.loader is not None else None
-        self._tell_saved(save_checkpoint(
-            self.saver, self.plan, self.done, self.model, self.optimizer, self.scheduler,
-            loader_state=state, guard=self.guard.state(), samples=self.show.samples,
-        ))
+        with whole_weights(self.model):
+            ended = save_checkpoint(
+                self.saver, self.plan, self.done, self.model, self.optimizer, self.scheduler,
+                loader_state=state, guard=self.guard.state(), samples=self.show.samples,
+            )
+        self._tell_saved(ended)
         self.saved = self.done
 
     def poll_saves(self, *, wait: bool = False) -> None:

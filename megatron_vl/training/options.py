@@ -145,6 +145,13 @@ class OptimizerOptions:
         1.0, "with optimizer-cpu-offload: the share of the state that is kept there, 0 to 1"
     )
     overlap_grad_reduce: bool = option(False, "reduce gradients while backward still runs")
+    overlap_param_gather: bool = option(
+        False, "gather updated weights while the next forward runs; with use-distributed-optimizer "
+        "and overlap-grad-reduce"
+    )
+    grad_reduce_in_bf16: bool = option(
+        False, "with bf16: sum gradients in bf16, in half the memory, and less exactly"
+    )
     override_opt_param_scheduler: bool = option(
         False, "take lr, its schedule, betas, eps and weight decay from the options, not from the "
         "checkpoint"
@@ -158,6 +165,13 @@ class OptimizerOptions:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
         _at_least(self, 0, "lr_warmup_iters", "weight_decay", "clip_grad", "vit_lr", "merger_lr")
         _at_least(self, 1, "lr_decay_iters")
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise InputError(
+                "overlap-param-gather needs use-distributed-optimizer (DO true) and "
+                "overlap-grad-reduce; give both, or leave it out."
+            )
         if self.lr_warmup_fraction is not None:
             if not 0 <= self.lr_warmup_fraction < 1:
                 raise InputError(

@@ -4,12 +4,15 @@
 
 runs the jobs of OUT/jobs.json as distributed/training_jobs.py does, and says of each how often the
 host waited for the device, by the line it did so: in the schedule of the last step, over all its
-microbatches; in the rest of that step; and in the latest microbatches of a validation.
+microbatches; in the rest of that step; and in the latest microbatches of a validation. `unasked`
+are the trained weights whose module did not run before they were used, so that one that is still
+being gathered would not have been waited for.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -33,7 +36,23 @@ def watch(trainer) -> dict:
         waits["step"] = device.waits - before - waits["schedule"]
 
     trainer._run, trainer.step = counted_run, counted_step
-    return {"waits": waits}
+    return {"waits": waits, "unasked": unasked(trainer.model)}
+
+
+def unasked(chunks: list) -> list[str]:
+    """All trained weights; each leaves the list when its module's hooks run."""
+    names = []
+
+    def asked(module, _, *, own: list[str]) -> None:
+        names[:] = [name for name in names if name not in own]
+
+    for number, chunk in enumerate(chunks):
+        for prefix, module in chunk.module.named_modules():
+            own = [f"{number}.{prefix}.{name}" for name, weight in
+                   module.named_parameters(recurse=False) if weight.requires_grad]
+            names += own
+            module.register_forward_pre_hook(partial(asked, own=own))
+    return names
 
 
 if __name__ == "__main__":

@@ -214,3 +214,15 @@ def test_a_run_is_as_long_as_its_samples_and_the_schedule_follows(words, wanted,
 def test_lengths_that_contradict_one_another_are_refused(words, sentence):
     with pytest.raises(InputError, match=sentence):
         from_flags(*words.split())
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    ("--overlap-param-gather", "needs use-distributed-optimizer .DO true. and overlap-grad-reduce"),
+    ("--overlap-param-gather --overlap-grad-reduce", "overlap-param-gather needs use-distributed"),
+    ("--overlap-param-gather --use-distributed-optimizer", "overlap-grad-reduce; give both"),
+    ("--grad-reduce-in-bf16", "is for bf16 training and this is float32; add bf16"),
+    ("--grad-reduce-in-bf16 --fp16", "is for bf16 training and this is float16; add bf16"),
+])
+def test_an_option_without_what_it_builds_on_is_refused(words, sentence):
+    with pytest.raises(InputError, match=sentence):
+        from_flags(*words.split())
