@@ -15,6 +15,7 @@ LONGEST_FIRST = (
     "test_a_run_killed_at_random_moments",
     "test_clusters.py",
     "test_training.py",
+    "test_shadow_device.py",
     "test_determinism.py",
     "test_faults.py",
     "test_memory.py",

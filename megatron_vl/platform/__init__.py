@@ -5,11 +5,14 @@ from megatron_vl.platform.init import (
     barrier,
     be_deterministic,
     connect,
+    current_device,
+    device_random_state,
     initialize,
     leave_layout,
+    set_device_random_state,
 )
 
 __all__ = [
-    "Platform", "barrier", "be_deterministic", "connect", "initialize", "leave_layout",
-    "select_platform",
+    "Platform", "barrier", "be_deterministic", "connect", "current_device", "device_random_state",
+    "initialize", "leave_layout", "select_platform", "set_device_random_state",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -43,16 +45,41 @@ class Platform(Protocol):
         """Of the device between two marks, once both have been passed: see `synchronize`."""
 
 
-def select_platform() -> Platform:
-    """The platform of this machine.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A row of the table of platforms.
 
-    `torch.cuda.is_available()` decides and nothing else: ROCm builds answer it too while their
-    `torch.version.cuda` is None.
+    Attributes:
+        is_here: whether this machine is one; asked before anything is loaded.
+        load: makes the platform; imports what it needs.
     """
-    if torch.cuda.is_available():
-        from megatron_vl.platform.cuda import CudaPlatform
 
-        return CudaPlatform()
+    name: str
+    is_here: Callable[[], bool]
+    load: Callable[[], Platform]
+
+
+def _cuda() -> Platform:
+    from megatron_vl.platform.cuda import CudaPlatform
+
+    return CudaPlatform()
+
+
+def _cpu() -> Platform:
     from megatron_vl.platform.cpu import CpuPlatform
 
     return CpuPlatform()
+
+
+# The first that is here is taken; one for another maker's devices stands before the CPU's.
+# `torch.cuda.is_available()` decides and nothing else: ROCm builds answer it too while their
+# `torch.version.cuda` is None.
+PLATFORMS: list[Kind] = [
+    Kind(name="cuda", is_here=lambda: torch.cuda.is_available(), load=_cuda),
+    Kind(name="cpu", is_here=lambda: True, load=_cpu),
+]
+
+
+def select_platform() -> Platform:
+    """The platform of this machine."""
+    return next(kind for kind in PLATFORMS if kind.is_here()).load()

@@ -89,12 +89,27 @@ def connect(*, timeout_minutes: float = 10.0) -> None:
     )
 
 
+def current_device() -> torch.device:
+    """The device that `Platform.device` has selected for this process."""
+    return torch.device(torch.cuda.current_device())
+
+
+def device_random_state() -> torch.Tensor:
+    """Of the device's own generator; on a CPU that is torch's only one."""
+    return torch.cuda.get_rng_state()
+
+
+def set_device_random_state(state: torch.Tensor) -> None:
+    """What `device_random_state` gave."""
+    torch.cuda.set_rng_state(state)
+
+
 def barrier() -> None:
     """Wait until every rank of the job is here.
 
     torch's own guesses which device NCCL is to use where none was bound, and warns of it.
     """
-    box = torch.zeros(1, device=torch.cuda.current_device())
+    box = torch.zeros(1, device=current_device())
     torch.distributed.all_reduce(box)
     box.item()  # on a device the sum is only queued
 

@@ -27,7 +27,13 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron_vl.data.loader_state import from_json, to_json
 from megatron_vl.errors import InputError, shown
 from megatron_vl.inputs import read_text
-from megatron_vl.platform import barrier, select_platform
+from megatron_vl.platform import (
+    barrier,
+    current_device,
+    device_random_state,
+    select_platform,
+    set_device_random_state,
+)
 from megatron_vl.training.checkpoint_files import faults, read_checksums
 from megatron_vl.training.plan import Plan, weights_alone
 from megatron_vl.training.saver import Saved, Saver
@@ -217,7 +223,7 @@ def _count_updates(optimizer_state: dict) -> None:
     """
     groups = _inner_state(optimizer_state)["param_groups"]
     done = max((group.get("step", 0) for group in groups), default=0)
-    box = torch.tensor([int(done)], device=torch.cuda.current_device())
+    box = torch.tensor([int(done)], device=current_device())
     torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
     for group in groups:
         group["step"] = int(box)
@@ -354,7 +360,7 @@ def _random_state() -> ShardedObject:
     state = {
         "platform": select_platform().name,
         "cpu": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
+        "device": device_random_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     pp, tp = (
@@ -377,5 +383,5 @@ def _set_random_state(state: dict, info: CheckpointInfo) -> None:
                   f"on {here}", flush=True)
         return
     torch.set_rng_state(state["cpu"])
-    torch.cuda.set_rng_state(state["device"])
+    set_device_random_state(state["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

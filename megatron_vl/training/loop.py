@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.samples import Skipped
 from megatron_vl.errors import InputError, as_called
-from megatron_vl.platform import initialize
+from megatron_vl.platform import current_device, initialize
 from megatron_vl.training.checkpoint import (
     check_files,
     load_checkpoint,
@@ -37,7 +37,12 @@ from megatron_vl.training.plan import (
 )
 from megatron_vl.training.record import write_options
 from megatron_vl.training.saver import Saved, Saver
-from megatron_vl.training.setup import build_model, build_optimizer, schedule_change
+from megatron_vl.training.setup import (
+    build_model,
+    build_optimizer,
+    schedule_change,
+    whole_weights,
+)
 from megatron_vl.training.show import Show
 from megatron_vl.training.step import (
     RowStream,
@@ -117,7 +122,7 @@ class Trainer:
         self.stopping = False  # some rank was asked to stop, and all know
         self.leaving = ""  # the option that ends this start after its step
         self.rank = torch.distributed.get_rank()
-        self.device = torch.device(torch.cuda.current_device())
+        self.device = current_device()
         self.started = time.perf_counter()
         self.done = self.saved = 0  # steps, and steps of the last checkpoint
         self.show = Show(plan, platform, self.device)
@@ -281,20 +286,21 @@ class Trainer:
         losses = self._run(self.streams, self.plan.num_microbatches, forward_only=False)
         loss, trained = mean_loss(losses, self.device)
         updated, grad_norm, fault = update(self.optimizer, loss, self.guard)
-        self.platform.synchronize()
         lr = self.scheduler.get_lr({})  # not of a group, which may be a part's own
         if updated:
             self.scheduler.step(increment=1)
         counts, *_ = [stream.take_counts() for stream in self.streams]  # chunks see the same rows
-        self.left_out += self.show.step(
+        left_out, stopping = self.show.step(
             iteration, counts, started=started, data_wait_seconds=self.exchange.wait_seconds,
+            asked_to_stop=bool(self.stop.reason),
             loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0), trained_tokens=trained,
             skipped=not updated, fault=fault,
         )
+        self.left_out += left_out
         if self.exchange.is_reader:
             self._tell(counts.skipped)
         self._check_left_out()
-        self.done, self.stopping = iteration, self._asked_to_stop()
+        self.done, self.stopping = iteration, stopping
         self.leaving = self._leaves()
         if fault:
             if self.guard.exhausted:
@@ -358,6 +364,10 @@ class Trainer:
 
     def evaluate(self, iteration: int) -> None:
         """Mean loss over the validation split, or its first `eval_iters` batches."""
+        with torch.no_grad(), whole_weights(self.model):
+            self._evaluate(iteration)
+
+    def _evaluate(self, iteration: int) -> None:
         started = time.perf_counter()
         for chunk in self.model:
             chunk.eval()
@@ -383,8 +393,7 @@ class Trainer:
             if size == 0:
                 break
             streams = self._streams(iter(group) if reads else None)
-            with torch.no_grad():
-                losses += self._run(streams, size, forward_only=True)
+            losses += self._run(streams, size, forward_only=True)
             if reads:
                 left_out = streams[0].take_counts().skipped
                 skipped.update(one.reason for one in left_out)
@@ -413,10 +422,12 @@ class Trainer:
         """Save what is done, or begin to."""
         self.watch.beat(f"saving iteration {self.done}")
         state = self.loader.save_state_rank() if self.loader is not None else None
-        self._tell_saved(save_checkpoint(
-            self.saver, self.plan, self.done, self.model, self.optimizer, self.scheduler,
-            loader_state=state, guard=self.guard.state(), samples=self.show.samples,
-        ))
+        with whole_weights(self.model):
+            ended = save_checkpoint(
+                self.saver, self.plan, self.done, self.model, self.optimizer, self.scheduler,
+                loader_state=state, guard=self.guard.state(), samples=self.show.samples,
+            )
+        self._tell_saved(ended)
         self.saved = self.done
 
     def poll_saves(self, *, wait: bool = False) -> None:

@@ -118,7 +118,7 @@ def rank_memory(plan: Plan, stage: int) -> RankMemory:
         chunks=chunks,
         weights=sum(one.weights for one in chunks),
         weight_bytes=(kept + moved) * itemsize,
-        gradient_bytes=moved * FP32,
+        gradient_bytes=moved * (itemsize if options.grad_reduce_in_bf16 else FP32),
         optimizer_bytes=round(state * (1 - offloaded)),
         # The hybrid optimizer copies the gradients of what it updates there as well.
         host_bytes=round((state + shared * FP32) * offloaded),

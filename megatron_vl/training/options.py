@@ -160,6 +160,13 @@ class OptimizerOptions:
         1.0, "with optimizer-cpu-offload: the share of the state that is kept there, 0 to 1"
     )
     overlap_grad_reduce: bool = option(False, "reduce gradients while backward still runs")
+    overlap_param_gather: bool = option(
+        False, "gather updated weights while the next forward runs; with use-distributed-optimizer "
+        "and overlap-grad-reduce"
+    )
+    grad_reduce_in_bf16: bool = option(
+        False, "with bf16: sum gradients in bf16, in half the memory, and less exactly"
+    )
     override_opt_param_scheduler: bool = option(
         False, "take lr, its schedule, betas, eps and weight decay from the options, not from the "
         "checkpoint"
@@ -172,6 +179,13 @@ class OptimizerOptions:
         check_bounds(self, BOUNDS)
         if self.min_lr > self.lr:
             raise InputError(f"min-lr {self.min_lr} must be between 0 and lr {self.lr}.")
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise InputError(
+                "overlap-param-gather needs use-distributed-optimizer and overlap-grad-reduce; "
+                "give both, or leave it out."
+            )
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise InputError(
                 "lr-warmup-iters and lr-warmup-fraction exclude one another; give one of them."

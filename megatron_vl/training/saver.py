@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vl.errors import InputError
+from megatron_vl.platform import current_device
 from megatron_vl.training.checkpoint_files import (
     checksum,
     delete_old,
@@ -159,7 +160,7 @@ class Saver:
             state, str(folder), ("torch_dist", 1), content_metadata=content,
             async_sharded_save=True,
         )
-        tensors = torch.tensor([_count(request)], device=torch.cuda.current_device())
+        tensors = torch.tensor([_count(request)], device=current_device())
         torch.distributed.all_reduce(tensors)
         size = _ROOM_BYTES + _ROOM_BYTES_A_TENSOR * int(tensors)
         self._together(self.first, lambda: _reserve(_room(folder), size))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 
 import torch
 from megatron.core.distributed import (
@@ -52,21 +54,26 @@ def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> 
     """This rank's chunks on its device, each wrapped for data parallelism."""
     options = model_options(plan, platform, initialize_weights=initialize_weights)
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
+    run = plan.config.optimizer
     return wrap_for_data_parallel(
         chunks,
         platform.device(int(os.environ.get("LOCAL_RANK", 0))),
-        overlap_grad_reduce=plan.config.optimizer.overlap_grad_reduce,
-        use_distributed_optimizer=plan.config.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=run.overlap_grad_reduce,
+        overlap_param_gather=run.overlap_param_gather,
+        use_distributed_optimizer=run.use_distributed_optimizer,
+        grad_reduce_in_fp32=not run.grad_reduce_in_bf16,
     )
 
 
 def wrap_for_data_parallel(
-    chunks: list, device, *, overlap_grad_reduce: bool, use_distributed_optimizer: bool = False
+    chunks: list, device, *, overlap_grad_reduce: bool, overlap_param_gather: bool = False,
+    use_distributed_optimizer: bool = False, grad_reduce_in_fp32: bool = True,
 ) -> list:
-    """The chunks on `device` with fp32 gradient buffers, and their hooks into the schedules."""
+    """The chunks on `device` with their gradient buffers, and their hooks into the schedules."""
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=grad_reduce_in_fp32,
         overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
         use_distributed_optimizer=use_distributed_optimizer,
     )
     model = [
@@ -106,6 +113,23 @@ def schedule_change(scheduler: OptimizerParamScheduler, saved: dict) -> str:
     )
 
 
+@contextlib.contextmanager
+def whole_weights(model: list) -> Iterator[None]:
+    """Every weight as the last update left it on every rank, and nothing gathered meanwhile.
+
+    With overlap-param-gather ranks have but their parts of the last update until the next forward
+    asks for a weight; data ranks that do not run the same forwards may not ask.
+    """
+    behind = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+    for chunk in behind:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in behind:
+            chunk.enable_forward_pre_hook()
+
+
 def _finalize_gradients(model: list, *args, **options) -> None:
     finalize_model_grads(model, *args, **options)
     chunks = [chunk.module for chunk in model]
@@ -132,6 +156,7 @@ def build_optimizer(plan: Plan, model: list, platform: Platform):
         fp16=run.fp16,
         params_dtype=getattr(torch, run.dtype),
         use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
         initial_loss_scale=options.initial_loss_scale,
         **_offload(options, platform),
     )

@@ -41,6 +41,10 @@ class Show:
         self.console = Console()
         self.clock = ForwardClock(platform)
         self.stragglers = Stragglers(plan.layout, host_names())
+        # Ranks that each saw a part of the rows, which together are the step's.
+        self.replicas = torch.distributed.get_process_group_ranks(
+            parallel_state.get_data_parallel_group()
+        )
         self.profiler = StepProfiler(plan.config.log, plan.profile_dir, self.rank)
         self.padding = PaddingWatch(plan.config.data.packing_buffer_size)
         self.log: MetricLog | None = None
@@ -93,20 +97,26 @@ class Show:
 
     def step(
         self, iteration: int, counts: StepCounts, *, started: float, data_wait_seconds: float,
-        **numbers,
-    ) -> int:
-        """Tell a step; returns how many samples it left out for the first time, over all ranks.
+        asked_to_stop: bool, **numbers,
+    ) -> tuple[int, bool]:
+        """Tell a step, of which all that ranks need of each other is gathered at once.
 
         Args:
             started: when, on `time.perf_counter`.
-            data_wait_seconds: of this rank.
+            data_wait_seconds, asked_to_stop: of this rank.
             numbers: what `StepMetrics` needs and is the same on every rank.
+
+        Returns:
+            how many samples were left out for the first time, over all ranks, and whether one of
+            the ranks was asked to stop.
         """
-        totals, new = self._totals(counts)
-        waits, forwards, memory = zip(*gather(
-            [data_wait_seconds, self.clock.take_seconds(), self.platform.peak_memory_bytes()],
-            self.device,
-        ), strict=True)
+        mine = [asked_to_stop, data_wait_seconds, self.clock.take_seconds(),
+                self.platform.peak_memory_bytes()]
+        everyone = gather([*mine, *self._counted(counts)], self.device)
+        asked, waits, forwards, memory = zip(
+            *(one[: len(mine)] for one in everyone), strict=True
+        )
+        totals, new = self._totals([everyone[rank][len(mine):] for rank in self.replicas])
         self.iteration, self.memory = iteration, list(memory)
         seconds = time.perf_counter() - started
         if iteration > self.first:  # the first also warms up
@@ -130,11 +140,10 @@ class Show:
             self.console.step(metrics.loss)
             if iteration % RANKS_EVERY == 0:
                 self._tell_ranks()
-        return new
+        return new, any(asked)
 
-    def _totals(self, counts: StepCounts) -> tuple[dict, int]:
-        """Counts over data-parallel ranks, and how many samples were left out for the first time.
-        """
+    def _counted(self, counts: StepCounts) -> list[float]:
+        """This rank's part of what `_totals` adds up."""
         spec, layout = self.plan.spec, self.plan.layout
         reasons = Counter(skipped.reason for skipped in counts.skipped)
         new = sum(skipped.first for skipped in counts.skipped)
@@ -144,21 +153,24 @@ class Show:
             spec, grids=[grid for grids in counts.grids for grid in grids],
             lengths=counts.lengths, trained=counts.trained, frozen=self.plan.config.model.frozen,
         )
-        sums = torch.tensor(
-            [counts.rows, counts.positions, counts.tokens, counts.samples, counts.images, new,
-             vision, language,
-             sum(map(sum, per_microbatch)) / layout.media_ranks,
-             sum(max(loads(one, layout.media_ranks)) for one in per_microbatch),
-             *(reasons[reason] for reason in REASONS)],
-            dtype=torch.float64, device=self.device,
+        return [
+            counts.rows, counts.positions, counts.tokens, counts.samples, counts.images, new,
+            vision, language,
+            sum(map(sum, per_microbatch)) / layout.media_ranks,
+            sum(max(loads(one, layout.media_ranks)) for one in per_microbatch),
+            *(reasons[reason] for reason in REASONS),
+        ]
+
+    def _totals(self, counted: list[list[float]]) -> tuple[dict, int]:
+        """Over the ranks of `counted`, and how many samples were left out for the first time."""
+        rows, positions, tokens, samples, images, new, *rest = (
+            int(sum(column)) for column in zip(*counted, strict=True)
         )
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        rows, positions, tokens, samples, images, new, *rest = map(int, sums.tolist())
         vision, language, mean, busiest, *left_out = rest
         return dict(
             rows=rows, positions=positions, tokens=tokens, samples=samples, images=images,
             vision_flops=vision, llm_flops=language,
-            vision_balance=mean / busiest if busiest and layout.media_ranks > 1 else None,
+            vision_balance=mean / busiest if busiest and self.plan.layout.media_ranks > 1 else None,
             skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},
         ), new
 

@@ -41,14 +41,14 @@ class ForwardClock:
         self._spans.append((start, self.platform.mark()))
 
     def take_seconds(self) -> float:
-        """Everything queued must have run: see `Platform.synchronize`."""
+        """The passes must have run, as they have once the loss they led to was read."""
         spans, self._spans = self._spans, []
         return sum(self.platform.seconds_between(*span) for span in spans)
 
 
 def gather(values: list[float], device: torch.device) -> list[list[float]]:
-    """Every rank's `values`, in the order of ranks, on every rank."""
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    """Every rank's `values`, in the order of ranks, on every rank; waits for what is queued."""
+    mine = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
     world = torch.distributed.get_world_size()
     everyone = mine.new_empty(world * len(values))
     torch.distributed.all_gather_into_tensor(everyone, mine)

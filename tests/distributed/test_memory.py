@@ -25,8 +25,11 @@ LAYOUTS = {  # on two ranks
     "dp2 bf16": {"bf16": True},
     "dp2 distributed": DISTRIBUTED,
     "dp2 distributed bf16": DISTRIBUTED | {"bf16": True},
+    "dp2 distributed bf16, reduced in bf16": DISTRIBUTED | {
+        "bf16": True, "grad_reduce_in_bf16": True},
     "dp2 distributed fp16, overlapped": DISTRIBUTED | {
-        "fp16": True, "initial_loss_scale": 64.0, "overlap_grad_reduce": True},
+        "fp16": True, "initial_loss_scale": 64.0, "overlap_grad_reduce": True,
+        "overlap_param_gather": True},
     "cp2 distributed": DISTRIBUTED | {"context_parallel_size": 2},
     "tp2": TP2,
     "tp2 bf16, whole towers": TP2 | {"bf16": True, "vit_data_parallel": True},

@@ -5,7 +5,8 @@
 reads OUT/jobs.json, {name: options of megatron-vl train}, with `save` OUT/name, and trains on the
 rows of a parity case, two of whose four microbatches have no image. Rank R leaves OUT/name.R.json.
 With an option `resume` [other, iteration] the job goes on where OUT/other was, with an option
-`slow` [rank, seconds] that rank sleeps in each of its forward passes.
+`slow` [rank, seconds] that rank sleeps in each of its forward passes. With an `eval_interval` it
+validates as often.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_vl.training.loop import Trainer
 
 CASE = 3  # of parity.CASES
 
 
-def main(out: Path) -> None:
+def main(out: Path, watch: Callable[[Trainer], dict] = lambda _: {}) -> None:
+    """`watch` is given each job's trainer before its first step; what it returns, and fills, goes
+    into the job's file."""
     import torch
 
     from megatron_vl.platform import leave_layout
@@ -35,12 +43,12 @@ def main(out: Path) -> None:
             (out / name / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        found = run(options, world, slow[1] if slow[0] == rank else 0)
+        found = run(options, world, watch, slow[1] if slow[0] == rank else 0)
         (out / f"{name}.{rank}.json").write_text(json.dumps(found))
         leave_layout()
 
 
-def run(options: dict, world: int, sleep: float = 0) -> dict:
+def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: float = 0) -> dict:
     from megatron.core import parallel_state
 
     from megatron_vl.platform import initialize
@@ -66,7 +74,7 @@ def run(options: dict, world: int, sleep: float = 0) -> dict:
                 lambda _, __, output: graphs.append(output.requires_grad)
             )
     dp_rank = parallel_state.get_data_parallel_rank()
-    rates = []
+    watched, rates = watch(trainer), []
     for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
         batches = make_batches(plan.spec, CASES[CASE], make_samples(plan.spec, CASES[CASE]))
         # A data rank has images in one step and none in the next.
@@ -76,9 +84,14 @@ def run(options: dict, world: int, sleep: float = 0) -> dict:
         trainer.step(step)
         if not step % plan.config.checkpoint.save_interval:
             trainer.save()
+        evals = plan.config.data.eval_interval
+        if evals and not step % evals:
+            trainer.poll_saves(wait=True)
+            trainer.evaluate(step)
     held = what_is_held(trainer)
     trainer.close()
-    return {"said": describe(plan, platform), "rates": rates, "vision graph": any(graphs), **held}
+    return {"said": describe(plan, platform), "rates": rates, "vision graph": any(graphs), **held,
+            **watched}
 
 
 def what_is_held(trainer) -> dict:

@@ -169,6 +169,47 @@ def test_the_table_is_read_as_it_is_written(room, module, may):
     assert allowed(room, module) is may
 
 
+# ---- which device it is ------------------------------------------------------------------------
+
+# What other rooms may ask of torch.cuda: whether a library that is CUDA's alone can run.
+QUESTIONS = {"is_available", "device_count", "get_device_capability"}
+
+
+def cuda_named(text: str) -> set[str]:
+    """How a source names CUDA, its questions aside."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
+            found.add(f"torch.cuda.{node.attr}" if node.attr not in QUESTIONS else "")
+        elif isinstance(node, ast.Call):
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            found.add(".cuda()" if method == "cuda" else "")
+            device = [one.value for one in node.keywords if one.arg == "device"]
+            moved = node.args[:1] if method in ("to", "device") else []
+            found |= {f"{one.value!r}" for one in (*device, *moved)
+                      if str(getattr(one, "value", "")).startswith("cuda")}
+    return found - {""}
+
+
+def test_only_the_platform_names_the_device():
+    found = {str(path.relative_to(ROOT)): cuda_named(path.read_text(encoding="utf-8"))
+             for path in modules() if room_of(path) != "platform"}
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("torch.cuda.current_device()", {"torch.cuda.current_device"}),
+    ("with torch.cuda.stream(side): pass", {"torch.cuda.stream"}),
+    ("x.cuda()", {".cuda()"}),
+    ("x.to('cuda:0')", {"'cuda:0'"}),
+    ("torch.zeros(1, device='cuda')", {"'cuda'"}),
+    ("torch.device('cuda', 0)", {"'cuda'"}),
+    ("torch.cuda.is_available() and x.to(device)", set()),
+])
+def test_every_way_to_name_it_is_seen(text, found):
+    assert cuda_named(text) == found
+
+
 # ---- what an import does ----------------------------------------------------------------------
 
 

@@ -56,10 +56,10 @@ ABSENT = ("transformer_engine", "flash_attn", "triton", "torch_npu")
 
 
 def import_all() -> None:
-    from megatron_vl.platform import cpu
+    from megatron_vl.platform.stand_in import import_megatron_core
 
     # As a rank does it, before anything else imports Megatron-Core; but nothing is installed.
-    cpu._import_megatron_core()
+    import_megatron_core()
     import megatron_vl
 
     for module in pkgutil.walk_packages(megatron_vl.__path__, "megatron_vl."):

@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import distributed
 
 from megatron_vl.parallel import Layout
+from megatron_vl.platform import current_device
 
 
 class MediaShare:
@@ -114,7 +115,7 @@ def make_whole(tower: torch.nn.Module) -> None:
     still on the host then, where NCCL sends nothing from.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    for parameter in tower.to(torch.cuda.current_device()).parameters():
+    for parameter in tower.to(current_device()).parameters():
         parameter.tensor_model_parallel = False
         distributed.broadcast(
             parameter.data, distributed.get_global_rank(group, 0), group=group

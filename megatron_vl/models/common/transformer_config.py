@@ -154,6 +154,8 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         # stages; batched, those messages are matched by order and silently swapped.
         overlap_p2p_comm=layout.vp > 1,
         batch_p2p_comm=layout.vp == 1,
+        # The host would wait for the device at every message, for torch before 2.
+        batch_p2p_sync=False,
         gradient_accumulation_fusion=options.fused_ops,
     )
     return shared

@@ -27,21 +27,29 @@ from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
 
 
+class PatchProjection(torch.nn.Conv3d):
+    """A convolution whose kernel equals its stride: one matrix product over flattened patches.
+
+    A Conv3d so that the weight has the published name and shape.
+    """
+
+    def forward(self, patches_PC: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches_PC.to(self.weight.dtype), self.weight.flatten(1))
+
+
 class PatchEmbed(torch.nn.Module):
-    """A convolution whose kernel equals its stride: one matrix product over flattened patches."""
+    """Patches to the tower's width."""
 
     def __init__(self, spec: VisionSpec, dtype: torch.dtype, init_method):
         super().__init__()
         kernel = (spec.temporal_patch_size, spec.patch_size, spec.patch_size)
-        # Kept as a Conv3d so that the weight has the published name and shape.
-        self.proj = torch.nn.Conv3d(
+        self.proj = PatchProjection(
             spec.in_channels, spec.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype
         )
         init_method(self.proj.weight)
 
     def forward(self, patches_PC: torch.Tensor) -> torch.Tensor:
-        weight = self.proj.weight
-        return F.linear(patches_PC.to(weight.dtype), weight.flatten(1))
+        return self.proj(patches_PC)
 
 
 class VisionTower(MegatronModule):

@@ -69,6 +69,8 @@ class LanguageModel(GPTModel):
                 hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
             )
         weight = self.output_layer.weight
+        for wait_for_weight in self.output_layer._forward_pre_hooks.values():
+            wait_for_weight(self.output_layer, ())  # which does not run itself
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         # What ColumnParallelLinear does around its product: the gradient of the replicated input

@@ -1,0 +1,216 @@
+"""What Megatron-Core asks CUDA, answered for a device of another kind.
+
+Megatron-Core names CUDA in four ways; each gets its meaning for the device here, once, for the life
+of the process, and only when no CUDA device is available:
+
+1. the `torch.cuda` state calls: the current device answers the device, synchronisation, streams and
+   profiler ranges do nothing, `Tensor.cuda()` moves there;
+2. the random-number calls: the CUDA generator is torch's default CPU generator;
+3. factory calls with `device="cuda"`: the device becomes the one given;
+4. dtype names: `Tensor.type()` answers the CUDA name that Megatron-Core compares with.
+
+That is all a device needs whose operators run in order and draw their numbers on the CPU; one with
+streams and generators of its own puts them in the places of 1 and 2 afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+
+import torch
+
+_FACTORIES = (
+    "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "rand_like",
+    "randint", "randn", "randn_like", "tensor", "zeros", "zeros_like",
+)
+
+
+def install_stand_in(device: torch.device) -> None:
+    """Let Megatron-Core find `device` wherever it looks for CUDA; imports it. Not to be repeated.
+
+    Raises:
+        AssertionError: there is a CUDA device.
+    """
+    if torch.cuda.is_available():
+        raise AssertionError("nothing may stand in for CUDA where CUDA is available")
+    import_megatron_core()
+    _install_device_calls(device)
+    _install_random_calls()
+    _install_factories(device)
+    _install_type_names(device)
+
+
+# ---- 1. device calls --------------------------------------------------------------------------
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: the device's work is in order already."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, *args):
+        return self
+
+    def wait(self, *args):
+        pass
+
+    wait_event = wait_stream = synchronize = record_event = wait
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        raise NotImplementedError("CUDA event timing has no CPU meaning; use time.perf_counter")
+
+
+def _nothing():
+    """A new function that does nothing: torch.compile's tables want every name its own object."""
+    return lambda *args, **kwargs: None
+
+
+def import_megatron_core() -> None:
+    """Import it with its fused helpers left as plain functions.
+
+    They are wrapped in torch.compile when their modules are imported, which would start a C++
+    compiler in the first step of every process.
+    """
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda f: f)
+    try:
+        with warnings.catch_warnings():
+            # "Apex is not installed", "Falling back to Torch optimizers": known, and mended below.
+            warnings.simplefilter("ignore")
+            import megatron.core.distributed
+            import megatron.core.models.gpt
+            import megatron.core.optimizer
+            import megatron.core.pipeline_parallel
+            import megatron.core.tensor_parallel
+            import megatron.core.transformer.transformer_block  # noqa: F401
+    finally:
+        torch.compile = compile_
+
+
+def _is_cuda(device) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def _install_device_calls(device: torch.device) -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: device
+    for name in (
+        "synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "_lazy_init"
+    ):
+        setattr(cuda, name, _nothing())
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda *args: 0)
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = _NoStream
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _nothing(), _nothing()
+
+    tensor_to, module_to = torch.Tensor.to, torch.nn.Module.to
+
+    def there(one):
+        return device if _is_cuda(one) else one
+
+    @functools.wraps(tensor_to)
+    def to(self, *args, **kwargs):
+        if "device" in kwargs:
+            kwargs["device"] = there(kwargs["device"])
+        return tensor_to(self, *map(there, args), **kwargs)
+
+    torch.Tensor.to = to
+    torch.Tensor.cuda = lambda self, *args, **kwargs: tensor_to(self, device)
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: module_to(self, device)
+
+
+# ---- 2. random numbers ------------------------------------------------------------------------
+
+
+def _install_random_calls() -> None:
+    generator = torch.default_generator
+
+    def get_state(device=None):
+        return generator.get_state()
+
+    def set_state(state, device=None):
+        generator.set_state(state)
+
+    # torch.manual_seed itself calls torch.cuda.manual_seed_all: going through the generator ends
+    # what would otherwise recurse for ever.
+    def manual_seed(seed):
+        generator.manual_seed(int(seed))
+
+    cuda = torch.cuda
+    for module in (cuda, cuda.random):
+        module.get_rng_state, module.set_rng_state = get_state, set_state
+        module.manual_seed = manual_seed
+        # torch.manual_seed has just seeded the one generator there is.
+        module.manual_seed_all = _nothing()
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_tracked(device="cuda", clone=False, graph_safe=False):
+        return generator.get_state()
+
+    def set_tracked(new_state, device=-1, graph_safe=False):
+        generator.set_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_tracked
+    megatron_random._set_cuda_rng_state = set_tracked
+    # `fork` warns when the CPU generator moved inside a CUDA fork; here they are one generator.
+    megatron_random.logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+# ---- 3. factories -----------------------------------------------------------------------------
+
+
+def _install_factories(target: torch.device) -> None:
+    # `with torch.device(...)` knows factories by identity and remembers them at its first use. It
+    # must remember torch's own: else models built on the meta device would be left unset.
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
+
+    def not_on_cuda(factory):
+        @functools.wraps(factory)
+        def make(*args, **kwargs):
+            device = kwargs.get("device")
+            if device is not None and _is_cuda(device):
+                kwargs["device"] = target
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False  # page-locking is for copies to a GPU
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in _FACTORIES:
+        setattr(torch, name, not_on_cuda(getattr(torch, name)))
+
+
+# ---- 4. type names ----------------------------------------------------------------------------
+
+
+def _install_type_names(device: torch.device) -> None:
+    tensor_type = torch.Tensor.type
+    own = "torch." if device.type == "cpu" else f"torch.{device.type}."
+
+    @functools.wraps(tensor_type)
+    def type_name(self, dtype=None, *args, **kwargs):
+        if dtype is not None:
+            return tensor_type(self, dtype, *args, **kwargs)
+        name = tensor_type(self)
+        # Only the asking side inside Megatron-Core sees the CUDA name.
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("megatron.core") and name.startswith(own):
+            return name.replace(own, "torch.cuda.", 1)
+        return name
+
+    torch.Tensor.type = type_name

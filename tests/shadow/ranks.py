@@ -1,0 +1,66 @@
+"""Ranks of a job on the shadow device.
+
+    torchrun --nproc-per-node N ranks.py OUT
+
+runs the jobs of OUT/jobs.json as distributed/training_jobs.py does, and says of each how often the
+host waited for the device, by the line it did so: in the schedule of the last step, over all its
+microbatches; in the rest of that step; and in the latest microbatches of a validation. `unasked`
+are the trained weights whose module did not run before they were used, so that one that is still
+being gathered would not have been waited for.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
+
+
+def watch(trainer) -> dict:
+    """The latest waits, as long as the trainer goes on."""
+    waits = {"schedule": {}, "step": {}, "validation": {}}
+    run, step = trainer._run, trainer.step
+
+    def counted_run(streams, num_microbatches, forward_only):
+        before = +device.waits
+        out = run(streams, num_microbatches, forward_only)
+        waits["validation" if forward_only else "schedule"] = device.waits - before
+        return out
+
+    def counted_step(iteration: int) -> None:
+        before = +device.waits
+        step(iteration)
+        waits["step"] = device.waits - before - waits["schedule"]
+
+    trainer._run, trainer.step = counted_run, counted_step
+    return {"waits": waits, "unasked": unasked(trainer.model)}
+
+
+def unasked(chunks: list) -> list[str]:
+    """All trained weights; each leaves the list when its module's hooks run."""
+    names = []
+
+    def asked(module, _, *, own: list[str]) -> None:
+        names[:] = [name for name in names if name not in own]
+
+    for number, chunk in enumerate(chunks):
+        for prefix, module in chunk.module.named_modules():
+            own = [f"{number}.{prefix}.{name}" for name, weight in
+                   module.named_parameters(recurse=False) if weight.requires_grad]
+            names += own
+            module.register_forward_pre_hook(partial(asked, own=own))
+    return names
+
+
+if __name__ == "__main__":
+    import training_jobs
+
+    from megatron_vl.cli.worker import run_worker
+    from shadow import device
+    from shadow.machine import use_it
+
+    use_it()
+    run_worker(lambda: training_jobs.main(Path(sys.argv[1]), watch), command="jobs", debug=True)
