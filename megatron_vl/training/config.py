@@ -47,7 +47,8 @@ class TrainConfig:
         # What epochs come to in steps is not known yet: see `with_steps`.
         if self.batch.num_train_epochs is None:
             self.check_warmup()
-        if self.optimizer.grad_reduce_in_bf16 and not self.model.bf16:
+        # Where no option says the precision, it is looked at again when config.json has.
+        if self.optimizer.grad_reduce_in_bf16 and self.model.dtype not in (None, "bfloat16"):
             raise InputError(
                 f"grad-reduce-in-bf16 is for bf16 training and this is {self.model.dtype}; add "
                 f"bf16, or leave it out."

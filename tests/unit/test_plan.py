@@ -39,6 +39,8 @@ REFUSED = {
         dict(cpu_offloading=True, **FULL), "use recompute-granularity full alone"),
     "offload and recompute of the vision tower": (
         dict(cpu_offloading=True, vit_recompute_granularity="full"), "exclude one another"),
+    "gradients in bf16 of a float32 model": (
+        dict(grad_reduce_in_bf16=True), "is for bf16 training and this is float32; add bf16"),
     "a backend nobody knows": (
         dict(attention_backend="flashy"), "attention-backend is 'flashy'; use one of auto"),
     "a share above the whole": (

@@ -268,7 +268,7 @@ def test_a_text_that_yaml_reads_as_something_else_is_not_guessed(line, tmp_path)
     ("--overlap-param-gather", "needs use-distributed-optimizer and overlap-grad-reduce"),
     ("--overlap-param-gather --overlap-grad-reduce", "overlap-param-gather needs use-distributed"),
     ("--overlap-param-gather --use-distributed-optimizer", "overlap-grad-reduce; give both"),
-    ("--grad-reduce-in-bf16", "is for bf16 training and this is float32; add bf16"),
+    ("--grad-reduce-in-bf16 --fp32", "is for bf16 training and this is float32; add bf16"),
     ("--grad-reduce-in-bf16 --fp16", "is for bf16 training and this is float16; add bf16"),
 ])
 def test_an_option_without_what_it_builds_on_is_refused(words, sentence):
