@@ -24,6 +24,7 @@ import warnings
 
 import torch
 
+from megatron_vl.platform.checkpoints import install_common_reader
 from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.write_results import install_write_results
 
@@ -52,6 +53,7 @@ class CpuPlatform:
         _install_type_names()
         install_optimizer()
         install_write_results()
+        install_common_reader()
         _installed = True
 
     def device(self, local_rank: int) -> torch.device:
