@@ -53,10 +53,12 @@ def _takes(function, argument: str) -> bool:
 
 
 def _read_object(folder: Path) -> dict:
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import FileSystemReader
 
-    held = {_OBJECT: io.BytesIO()}
-    checkpoint.load(held, storage_reader=checkpoint.FileSystemReader(folder), no_dist=True)
-    held[_OBJECT].seek(0)
-    (found,) = torch.load(held[_OBJECT], map_location="cpu", weights_only=True)
+    places = FileSystemReader(folder).read_metadata().storage_data
+    place = next(place for index, place in places.items() if index.fqn == _OBJECT)
+    with (folder / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        held = io.BytesIO(file.read(place.length))
+    (found,) = torch.load(held, map_location="cpu", weights_only=True)
     return found
