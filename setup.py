@@ -16,8 +16,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_vl", "megatron_vl.*"]),
     install_requires=[
-        "torch>=2.8,<2.14",
-        "megatron-core>=0.16.1,<0.17",
+        "torch>=2.8,<2.15",
+        "megatron-core>=0.16.1,<0.20",
         "megatron-energon>=7.4.1,<8",
         "braceexpand>=0.1.7",
         "safetensors>=0.5",

@@ -9,6 +9,7 @@ outlives the ranks: a rank may be ended by it between claiming the file and prin
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,14 @@ from megatron_vl.errors import FAILURE_FILE, InputError
 
 # Files beside it: the launcher was asked to stop; the run has got past its first step.
 STOP, STEPPED = "stop", "stepped"
+# What a user can do nothing about, by the logger that says it: how it begins.
+_NOTICES = {
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # a CUDA build without a GPU
+}
 
 
 def beside_failure(name: str) -> Path | None:
@@ -89,6 +98,9 @@ def _quiet_libraries() -> None:
     """Hide what torch and Megatron-Core tell each other about their next versions."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|megatron\.core")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    for name, beginning in _NOTICES.items():
+        logging.getLogger(name).addFilter(
+            lambda record, known=beginning: not record.getMessage().startswith(known))
 
 
 def fail(code: int, message: str) -> int:

@@ -12,6 +12,7 @@ import time
 
 import torch
 
+from megatron_vl.platform.checkpoints import install_common_reader
 from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.stand_in import install_stand_in
 from megatron_vl.platform.write_results import install_write_results
@@ -31,6 +32,7 @@ class CpuPlatform:
         install_stand_in(self.device(0))
         install_optimizer()
         install_write_results()
+        install_common_reader()
         _installed = True
 
     def device(self, local_rank: int) -> torch.device:

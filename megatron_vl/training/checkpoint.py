@@ -12,7 +12,6 @@ SAVE/
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_vl.data.loader_state import from_json, to_json
@@ -41,7 +39,7 @@ from megatron_vl.training.weights import Loaded, load_weights
 from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.mcore_io import CheckpointInfo
-from megatron_vl.weights.torch_dist import check_data_only, common_section
+from megatron_vl.weights.torch_dist import check_data_only
 
 LOADER = "loader_dp{}.json"
 
@@ -149,10 +147,7 @@ def load_checkpoint(
     if with_optimizer:
         # The groups are this run's own, whose rates may be others; see what is taken of the file's.
         del _inner_state(state["optimizer"])["param_groups"]
-    loaded = dist_checkpointing.load(
-        state, str(info.path), ("torch_dist", 1),
-        None if (info.path / "common.pt").is_file() else _CommonInside(),
-    )
+    loaded = dist_checkpointing.load(state, str(info.path))
     for number, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[_model_key(number, model)], strict=True)
     if with_optimizer:
@@ -169,18 +164,6 @@ def load_checkpoint(
         samples=loaded.get("megatron_vl", {}).get("samples"),
         schedule=loaded["opt_param_scheduler"],
     )
-
-
-class _CommonInside(TorchCommonLoadStrategy):
-    """What Megatron-Core 0.19 keeps in a `.distcp` file; before, it looks for common.pt."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict:
-        section = common_section(Path(checkpoint_dir))
-        with section.file:
-            (found,) = torch.load(
-                io.BytesIO(section.read()), map_location="cpu", weights_only=True
-            )
-        return found
 
 
 def _load_optimizer(optimizer, loaded: dict) -> None:

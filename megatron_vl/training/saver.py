@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vl.errors import InputError
 from megatron_vl.platform import current_device
+from megatron_vl.platform.checkpoints import begin_save
 from megatron_vl.training.checkpoint_files import (
     checksum,
     delete_old,
@@ -145,8 +145,8 @@ class Saver:
         _clear(folder)
         folder.mkdir(parents=True)
         begin(folder)
-        # Megatron-Core writes common.pt on rank 0 alone, where a failure would leave the other
-        # ranks waiting: a disk that has no room for it has to be noticed here.
+        # Megatron-Core up to 0.18 writes common.pt on rank 0 alone, where a failure would leave the
+        # other ranks waiting: a disk that has no room for it has to be noticed here.
         _room(folder).write_bytes(b"")
         _reserve(_room(folder), 2 * _ROOM_BYTES)
         _reserve(_room(folder), _ROOM_BYTES)
@@ -156,10 +156,7 @@ class Saver:
     ) -> AsyncRequest:
         """Megatron-Core's request to write, with our hashing behind the writing, and what is to
         follow on all ranks when everyone has written."""
-        request = dist_checkpointing.save(
-            state, str(folder), ("torch_dist", 1), content_metadata=content,
-            async_sharded_save=True,
-        )
+        request = begin_save(state, folder, content)
         tensors = torch.tensor([_count(request)], device=current_device())
         torch.distributed.all_reduce(tensors)
         size = _ROOM_BYTES + _ROOM_BYTES_A_TENSOR * int(tensors)
@@ -197,7 +194,7 @@ class Saver:
                 sums |= part
                 (folder / _PART.format(rank)).unlink()
             mine = [one.name for one in folder.iterdir() if one.name not in sums]
-            for name in mine:  # common.pt and the tables, by rank 0
+            for name in mine:  # the tables, and common.pt where there is one, by rank 0
                 with (folder / name).open("rb") as file:
                     os.fsync(file.fileno())
                 sums[name] = checksum(folder / name)

@@ -14,8 +14,8 @@ from collections import Counter
 
 import pytest
 from commands import ROOT, megatron_vl
+from common_forms import in_the_other_form
 from distributed_launch import Workshop
-from mcore19 import as_of_0_19
 
 RUN = {  # of a run on the mixed dataset
     "--seq-length": 512, "--packing-buffer-size": 32, "--shuffle-buffer-size": 30,
@@ -107,19 +107,19 @@ def test_a_run_goes_on_with_another_number_of_data_ranks(runs, two_data_ranks, c
     assert again == pytest.approx({i: two_data_ranks[i]["loss"] for i in (3, 4)}, rel=1e-5)
 
 
-def test_a_run_goes_on_from_a_checkpoint_in_the_form_of_megatron_core_0_19(runs, two_data_ranks):
+def test_a_run_goes_on_from_a_checkpoint_in_the_form_of_another_megatron_core(runs, two_data_ranks):
     """Its layout, options and random state lie elsewhere; the optimizer goes on as it was."""
-    save = shutil.copytree(runs.root / "mixed dp2", runs.root / "of 0.19")
+    save = shutil.copytree(runs.root / "mixed dp2", runs.root / "other form")
     (save / "latest_checkpointed_iteration.txt").write_text("2\n")
     shutil.rmtree(save / "iter_0000004")
-    as_of_0_19(save / "iter_0000002")
-    done = runs.train("of 0.19", dp=2)
+    in_the_other_form(save / "iter_0000002")
+    done = runs.train("other form", dp=2)
     assert "2 steps done" in done.out
     want = {i: two_data_ranks[i] for i in (3, 4)}
-    found = runs.steps("of 0.19")
+    found = runs.steps("other form")
     assert losses(found) == losses(want)
     assert {i: found[i]["lr"] for i in found} == {i: want[i]["lr"] for i in want}
-    done = runs.train("of 0.19", dp=2, lr="2e-3", train_iters=6, code=2)
+    done = runs.train("other form", dp=2, lr="2e-3", train_iters=6, code=2)
     assert "was trained with lr 0.001 but this run has 0.002" in done.err
 
 

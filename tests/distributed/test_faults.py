@@ -213,7 +213,7 @@ def test_a_run_without_any_whole_checkpoint_says_what_is_wrong_with_each(
 ):
     shutil.copytree(undisturbed.save, tmp_path / "save")
     run = Run(tmp_path, workshop)
-    for one in run.save.glob("iter_*/common.pt"):
+    for one in run.save.glob("iter_*/.metadata"):
         os.truncate(one, 100)
     done = run.finish()
     assert done.code == 2, done.text

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mcore19 import as_of_0_19
+from common_forms import as_of_0_18, as_of_0_19, without_common
 from safetensors.torch import load_file, save_file
 from tiny_hf import ROOT, assert_equal, make, read, read_mcore, reference_ranks
 
@@ -268,18 +268,19 @@ def test_a_checkpoint_of_megatron_core_0_19_says_as_much_as_one_of_0_16(
     torch_dist, tied, tmp_path
 ):
     """It has no common.pt; layout, split, dtype and arguments are an object in a .distcp file."""
-    new = shutil.copytree(torch_dist["tied"], tmp_path / "new")
+    old, new = (shutil.copytree(torch_dist["tied"], tmp_path / name) for name in ("old", "new"))
+    as_of_0_18(old / "iter_0000007")
     as_of_0_19(new / "iter_0000007")
-    old, info = inspect_checkpoint(torch_dist["tied"]), inspect_checkpoint(new)
-    assert info == replace(old, root=new, path=new / "iter_0000007")
+    info = inspect_checkpoint(new)
+    assert info == replace(inspect_checkpoint(old), root=new, path=new / "iter_0000007")
     assert info.layout.tp == 2 and info.args == {"lr": 1e-4} and info.dtype
     convert(new, tmp_path / "back", "--hf-config", tied)
     assert_equal(read(tmp_path / "back"), read(tied))
 
 
 WITHOUT_COMMON = {  # what is done to a checkpoint, and what is said
-    "neither": (lambda iteration: (iteration / "common.pt").unlink(), "has neither common.pt nor "
-                "common_state/shard_0_1 in its .metadata, so its layout, arguments"),
+    "neither": (without_common, "has neither common.pt nor common_state/shard_0_1 in its "
+                ".metadata, so its layout, arguments"),
     "another object": (lambda iteration: as_of_0_19(iteration, ["text"]),
                        "distcp does not say the checkpoint's arguments and layout"),
     "several": (lambda iteration: as_of_0_19(iteration, [{}, {}]),

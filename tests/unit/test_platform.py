@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 
 import pytest
@@ -169,3 +170,37 @@ def test_a_gpu_without_transformer_engine_gets_the_optimizer_that_resumes(found,
                PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert done.code == 0, done.text
     assert done.out.split() == [str(found is None), "True", "64"]
+
+
+def replaced(folder) -> list[tuple[str, str]]:
+    """(module of Megatron-Core, name in it) of what the platform's files assign to."""
+    found = []
+    for path in sorted(folder.glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        modules = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in nodes if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names if node.module.startswith("megatron.core")
+        }
+        found += [
+            (modules[target.value.id], target.attr)
+            for node in nodes if isinstance(node, ast.Assign) for target in node.targets
+            if isinstance(target, ast.Attribute) and getattr(target.value, "id", None) in modules
+        ]
+    return found
+
+
+def test_what_is_replaced_in_megatron_core_is_there():
+    """Of a release that has renamed it, its own would go on working instead, and nobody know."""
+    names = replaced(ROOT / "megatron_vl/platform")
+    assert len(names) > 10
+    code = f"""
+import importlib
+from megatron_vl.platform.cpu import _import_megatron_core
+_import_megatron_core()
+print([one for one in {names} if not hasattr(importlib.import_module(one[0]), one[1])])
+"""
+    done = run([sys.executable, "-W", "ignore", "-c", code])
+    # Apex's alone, beside a name that says whether it is there.
+    assert done.out.strip() == str(
+        [("megatron.core.tensor_parallel.layers", "fused_weight_gradient_mlp_cuda")]), done.text

@@ -68,7 +68,7 @@ def write(source: Path, out: Path, *, tp: int, padded: int) -> None:
     state["extra"] = ShardedObject("vision_model.decoder._extra_state", {"x": 1}, (1,), (0,))
     iteration = out / "iter_0000007"
     iteration.mkdir(parents=True)
-    save(state, str(iteration), ("torch_dist", 1))
+    save(state, str(iteration))
     (out / "latest_checkpointed_iteration.txt").write_text("7")
     (out / "config.json").write_text(json.dumps(config))
 

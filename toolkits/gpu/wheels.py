@@ -12,6 +12,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # pip's own copy: where there is pip there is this, and every requirement is read as pip does.
 from pip._vendor.packaging.requirements import Requirement
@@ -24,10 +25,10 @@ UNUSED = {"s3fs"}  # energon asks for it and imports it for data on S3 alone: 16
 
 def wanted(setup_py: str, video: bool) -> list[str]:
     """setup.py's install_requires, and the kit's."""
-    import setuptools
-
     said: dict = {}
-    setuptools.setup = lambda **words: said.update(words)
+    # In setuptools' place: Python 3.12 has none, and older ones do not bear pip imported before.
+    sys.modules["setuptools"] = SimpleNamespace(
+        setup=said.update, find_packages=lambda **_: [])
     runpy.run_path(setup_py)
     names = [word for word in said["install_requires"] if video or Requirement(word).name != "av"]
     return [*names, *KIT]

@@ -1,0 +1,64 @@
+"""Megatron-Core's checkpoints, written and read alike by its releases from 0.16 to 0.19.
+
+They differ in what `save` and `load` take, which their signatures say, and in where they keep what
+of a checkpoint is not sharded: in common.pt up to 0.18, and from 0.19 on, where common.pt is still
+read, as one more object among the tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+from pathlib import Path
+
+import torch
+
+_FILE = "common.pt"
+_OBJECT = "common_state/shard_0_1"
+
+
+def install_common_reader() -> None:
+    """Let a Megatron-Core that knows common.pt alone find the object too, before its first load."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common
+
+    if not _takes(serialization.load, "common_strategy"):
+        return  # 0.19: it looks for both
+    holder = getattr(common, "TorchCommonLoadStrategy", serialization)  # of 0.16; of 0.17 and 0.18
+    from_file = holder.load_common
+
+    def load_common(*args):
+        folder = Path(args[-1])
+        return from_file(*args) if (folder / _FILE).is_file() else _read_object(folder)
+
+    holder.load_common = load_common
+
+
+def begin_save(state: dict, folder: Path, content: dict):
+    """Megatron-Core's AsyncRequest to write the sharded `state` into `folder`; all ranks call it.
+
+    `content`: what Megatron-Core is to say of it, as `content_metadata`.
+    """
+    from megatron.core import dist_checkpointing
+
+    # Its own writer. The default from 0.17 on is that of nvidia-resiliency-ext.
+    own = {"async_strategy": "mcore"} if _takes(dist_checkpointing.save, "async_strategy") else {}
+    return dist_checkpointing.save(
+        state, str(folder), content_metadata=content, async_sharded_save=True, **own
+    )
+
+
+def _takes(function, argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
+
+
+def _read_object(folder: Path) -> dict:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    places = FileSystemReader(folder).read_metadata().storage_data
+    place = next(place for index, place in places.items() if index.fqn == _OBJECT)
+    with (folder / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        held = io.BytesIO(file.read(place.length))
+    (found,) = torch.load(held, map_location="cpu", weights_only=True)
+    return found
