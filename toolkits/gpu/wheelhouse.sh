@@ -4,7 +4,8 @@
 #   --python  version of Python over there (default: 3.12)
 #   --has     names of the packages it has, one a line (default: has.txt beside this script)
 #   --video   with PyAV, 34 MiB, which only videos need
-# Versions are those that pip resolves from setup.py today. x86-64 Linux.
+# Versions are those that pip resolves from setup.py today, by PYTHON (default: python3): an older one
+# than over there gives an older megatron-core. x86-64 Linux.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
