@@ -204,3 +204,32 @@ print([one for one in {names} if not hasattr(importlib.import_module(one[0]), on
     # Apex's alone, beside a name that says whether it is there.
     assert done.out.strip() == str(
         [("megatron.core.tensor_parallel.layers", "fused_weight_gradient_mlp_cuda")]), done.text
+
+
+LEAVE = """
+import gc, os
+from megatron.core import parallel_state
+from megatron_vl.parallel import Layout
+from megatron_vl.platform import initialize, leave_layout
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+gc.disable()
+initialize(Layout())
+leave_layout()
+before = threads()
+initialize(Layout())
+model = [parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()]
+model.append(model)
+del model
+leave_layout()
+assert threads() == before, (before, threads())
+"""
+
+
+def test_the_threads_of_a_layout_that_was_left_end():
+    """Though its model refers to itself."""
+    done = run([sys.executable, "-W", "ignore", "-c", "from megatron_vl.platform import "
+                "select_platform; select_platform().install()\n" + LEAVE])
+    assert done.code == 0, done.text
