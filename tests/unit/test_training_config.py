@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from megatron_vl.errors import InputError
+from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.bounds import BOUNDS
 from megatron_vl.training.config import TrainConfig, kind_of
 from megatron_vl.training.config_sources import add_arguments, load_config
@@ -274,3 +275,15 @@ def test_a_text_that_yaml_reads_as_something_else_is_not_guessed(line, tmp_path)
 def test_an_option_without_what_it_builds_on_is_refused(words, sentence):
     with pytest.raises(InputError, match=sentence):
         from_flags(*words.split())
+
+
+@pytest.mark.parametrize(("rows", "what"), [
+    ("[2024-01-01]", "no list of whole numbers"), ("[1, [2]]", "no list of whole numbers"),
+    (f"'{'[' * 50_000}'", "is no list"), (f"'{'9' * 6000}'", "is no list"),
+])
+def test_a_list_of_layers_that_yaml_reads_as_something_else_is_refused(rows, what, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"pp-layers: {rows}")
+    text = from_flags(yaml_file=str(tmp_path / "run.yaml")).parallel.pp_layers
+    with pytest.raises(InputError, match=what) as refused:
+        layer_list(text, "--pp-layers")
+    assert len(str(refused.value)) < 400
