@@ -16,7 +16,8 @@ CALLED = "MEGATRON_VL_CALLED"
 FAILURE_FILE = "MEGATRON_VL_FAILURE_FILE"  # what the launcher tells its ranks
 NO_OPTIONS = (CALLED, FAILURE_FILE)
 # Options that are words of their own: only `--save` and `option save` name them.
-_WORDS = ("load", "save", "report", "profile", "seed", "to", "from", "dtype", "overwrite")
+_WORDS = ("load", "save", "report", "profile", "seed", "to", "from", "dtype", "overwrite",
+          "deterministic")
 _STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _KEPT = "\n\t\u200c\u200d"  # the last two join and part letters in several scripts
 MAX_VALUE = 200  # characters of one value in a message
@@ -76,13 +77,17 @@ def as_called(text: str, environ: Mapping[str, str] = os.environ) -> str:
     typed = {word.partition("=")[0] for word in sys.argv}
     for variable in environ:
         flag = variable.removeprefix(OPTIONS).lower().replace("_", "-")
-        if variable.startswith(OPTIONS) and variable not in NO_OPTIONS and f"--{flag}" not in typed:
+        if not variable.startswith(OPTIONS) or variable in NO_OPTIONS or not environ[variable]:
+            continue
+        if f"--{flag}" not in typed:
             names.setdefault(flag, variable)
     if not names:
         return text
     words = {re.escape(name): name for name in names.values()}  # such as stand there already
     for flag, name in names.items():
-        words[f"(?:--|option ){'' if flag.split()[0] in _WORDS else '?'}{re.escape(flag)}"] = name
+        # argparse calls an option by all its flags, `--tensor-model-parallel-size/--tp`.
+        words[f"(?:--|option ){'' if flag.split()[0] in _WORDS else '?'}{re.escape(flag)}"
+              r"(?:/--[\w-]+)*"] = name
     longest_first = sorted(words, key=len, reverse=True)
     found = re.compile(rf"(?<![\w./-])(?:{'|'.join(f'({one})' for one in longest_first)})"
                        r"(?![\w-]|[./]\w)")

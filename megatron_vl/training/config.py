@@ -47,6 +47,12 @@ class TrainConfig:
         # What epochs come to in steps is not known yet: see `with_steps`.
         if self.batch.num_train_epochs is None:
             self.check_warmup()
+        for name in ("exit_interval", "exit_duration_in_mins"):
+            if getattr(self.batch, name) is not None and self.checkpoint.save is None:
+                raise InputError(
+                    f"{name.replace('_', '-')} ends a start whose steps another goes on from, and "
+                    f"there is no save to keep them; give save."
+                )
         # Where no option says the precision, it is looked at again when config.json has.
         if self.optimizer.grad_reduce_in_bf16 and self.model.dtype not in (None, "bfloat16"):
             raise InputError(

@@ -15,7 +15,7 @@ from megatron_vl.errors import NO_OPTIONS, OPTIONS, InputError, shown
 from megatron_vl.inputs import read_text, yaml_value
 from megatron_vl.training.config import TrainConfig, kind_of
 from megatron_vl.training.options import GROUPS
-from megatron_vl.training.spellings import answer, flags_of, key_of
+from megatron_vl.training.spellings import PRECISIONS, answer, flags_of, key_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +70,13 @@ def load_config(
         InputError: an unreadable file, an unknown key or variable, an unusable value.
     """
     values: dict[str, Any] = {}
+
+    def put(given: dict[str, Any]) -> None:
+        if any(given.get(name) for name in PRECISIONS):  # instead of another that said it before
+            for name in PRECISIONS:
+                values.pop(name, None)
+        values.update(given)
+
     if yaml_file is not None:
         path = Path(yaml_file)
         if not os.path.isfile(path):
@@ -90,9 +97,9 @@ def load_config(
                     f"--config {path} has both {shown(twin)} and {shown(key)}, which are one "
                     f"option; keep one."
                 )
-        values.update({key_of(str(key)): value for key, value in read.items()})
-    values.update(_from_environment(os.environ if environ is None else environ))
-    values.update(flags)
+        put({key_of(str(key)): value for key, value in read.items()})
+    put(_from_environment(os.environ if environ is None else environ))
+    put(flags)
     return TrainConfig.from_dict(values)
 
 

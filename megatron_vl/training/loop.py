@@ -80,6 +80,8 @@ def train(
     trainer.say(trainer.described)
     if config.checkpoint.save is None:
         trainer.say("warning: no --save is given, so nothing of this run will be kept")
+    if config.data.eval_iters == 0 and config.data.eval_interval:
+        trainer.say("eval-iters is 0, so nothing is validated; leave it out for the whole split")
     watch.beat("loading")
     trainer.restore()
     if trainer.rank == 0:

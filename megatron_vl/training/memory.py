@@ -3,7 +3,8 @@
 Three kinds of tensors stay from step to step, as `training.setup` has Megatron-Core 0.16 make them:
 
 - weights, in the dtype of training;
-- gradients, in fp32 whatever that dtype is, in one buffer a model chunk (`ParamAndGradBuffer`);
+- gradients, in fp32, or in bf16 with grad-reduce-in-bf16, in one buffer a model chunk
+  (`ParamAndGradBuffer`);
 - the optimizer's: Adam's two moments in fp32 and, under bf16 and fp16, the weights in fp32.
 
 With the distributed optimizer the buffer is padded so that data and context ranks share it evenly,

@@ -16,6 +16,7 @@ from megatron_vl.parallel import Layout
 from megatron_vl.training.bounds import BOUNDS
 from megatron_vl.training.log_options import LogOptions
 from megatron_vl.training.option import option
+from megatron_vl.training.spellings import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,8 @@ class ParallelOptions:
         "[[0,1],[4,3]]; default: those of the checkpoint, else evenly", kind=str
     )
     vit_pp_layers: str | None = option(
-        None, "the same of the vision layers; default: all on stage 0", kind=str
+        None, "the same of the vision layers; default: those of the checkpoint, else all on stage "
+        "0", kind=str
     )
     distributed_timeout_minutes: float = option(
         10.0, "minutes a collective may take before the job is given up"
@@ -203,10 +205,6 @@ class OptimizerOptions:
         return 1.0 if own is None or own == self.lr else own / self.lr
 
 
-# Options of which one says the precision -> dtypes.
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRunOptions:
     """Precision, memory, and what is trained."""
@@ -288,9 +286,10 @@ class ModelRunOptions:
     @property
     def dtype(self) -> str | None:
         """Of parameters and activations; None where no option says it."""
-        if all(getattr(self, name) is None for name in PRECISIONS):
-            return None
-        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+        given = [dtype for name, dtype in PRECISIONS.items() if getattr(self, name)]
+        if given:
+            return given[0]
+        return None if self.bf16 is None else "float32"  # no-bf16 has always said so
 
     def with_dtype(self, dtype: str) -> ModelRunOptions:
         """The same with its precision said."""

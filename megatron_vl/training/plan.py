@@ -21,7 +21,7 @@ from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import METRICS, page_of
 from megatron_vl.training.machine import check_machine
-from megatron_vl.training.options import PRECISIONS
+from megatron_vl.training.spellings import PRECISIONS
 from megatron_vl.training.trackers import check_trackers
 from megatron_vl.weights.convert import inspect_weights, open_weights
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
@@ -230,7 +230,8 @@ def _check_log(plan: Plan) -> None:
 
 
 def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
-    """The split that was asked for; when none was, the checkpoint's own, if it is for this layout.
+    """The split that was asked for; of a tower of which nothing was said, the checkpoint's own, if
+    that is for this layout.
 
     So nobody need repeat the first-stage-layers of the conversion: the checkpoint carries it.
     """
@@ -240,21 +241,22 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
         "llm": layer_list(parallel.pp_layers, "pp-layers"),
         "vit": layer_list(parallel.vit_pp_layers, "vit-pp-layers"),
     }
-    if first is None and not any(lists.values()):
-        info = _source(config)
-        if info is not None and info.split is not None and not _fits_all(info):
-            here = (layout.pp, layout.vp)
-            if (info.split.pp, info.split.vp) == here:
-                return info.split
+    info = None if first is not None else _source(config)[0]
+    if info is not None and info.split is not None and not _fits_all(info):
+        if (info.split.pp, info.split.vp) == (layout.pp, layout.vp):
+            lists = {name: lists[name] or rows for name, rows in info.split.to_dict().items()}
     return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first, **lists)
 
 
-def _source(config: TrainConfig) -> CheckpointInfo | None:
-    """What SAVE holds, else what `load` does."""
-    info = _own(config, {})
-    if info is None and config.checkpoint.load is not None:
-        info = inspect_weights(config.checkpoint.load)
-    return info
+def _source(
+    config: TrainConfig, damaged: dict[Path, str] | None = None
+) -> tuple[CheckpointInfo | None, bool]:
+    """What SAVE holds, else what `load` does; and whether it is SAVE's."""
+    info = _own(config, {} if damaged is None else damaged)
+    if info is not None:
+        return info, True
+    load = config.checkpoint.load
+    return (None if load is None else inspect_weights(load)), False
 
 
 def _with_precision(config: TrainConfig, spec: VLMSpec) -> tuple[TrainConfig, str]:
@@ -262,9 +264,8 @@ def _with_precision(config: TrainConfig, spec: VLMSpec) -> tuple[TrainConfig, st
     that is resumed, else config.json."""
     if config.model.dtype is not None:
         return config, config.model.dtype
-    info, dtype, says = _source(config), spec.dtype, "config.json"
-    finetune = config.checkpoint.finetune and _own(config, {}) is None
-    if info is not None and not info.release and not finetune:
+    (info, own), dtype, says = _source(config), spec.dtype, "config.json"
+    if info is not None and not weights_alone(config, info, own):
         had = [name for name in PRECISIONS if info.args.get(name)]
         if had or "bf16" in info.args:
             dtype, says = PRECISIONS[had[0]] if had else "float32", "the checkpoint"
@@ -366,14 +367,10 @@ def find_checkpoint(
         InputError: LOAD holds no checkpoint, or one that cannot be used with these options; or all
             of SAVE's are damaged.
     """
-    info = _own(plan.config, {} if damaged is None else damaged)
-    own = info is not None
-    if not own:
-        if plan.config.checkpoint.load is None:
-            return None, False
-        info = inspect_weights(plan.config.checkpoint.load)
-    resumes = info.format == "torch_dist" and not info.release
-    if resumes and (own or not plan.config.checkpoint.finetune):
+    info, own = _source(plan.config, damaged)
+    if info is None:
+        return None, False
+    if not weights_alone(plan.config, info, own):
         _check_options(plan.config, info)
     return _checked(plan, info), own
 

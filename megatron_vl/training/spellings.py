@@ -16,7 +16,7 @@ ALSO = {
 }
 _KEYS = {other: name for name, others in ALSO.items() for other in others}
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # options -> dtypes
 
 
 def key_of(word: str) -> str:
@@ -34,7 +34,7 @@ def flags_of(name: str) -> tuple[str, ...]:
 
 def dtype_of(word: str) -> str:
     """`bf16` -> `bfloat16`; another word as it is."""
-    return DTYPES.get(word, word)
+    return PRECISIONS.get(word, word)
 
 
 # ---- words that are no option's ------------------------------------------------------------------
@@ -76,7 +76,7 @@ _SAYS = {
         "max_position_embeddings rotary_base normalization vocab_size padded_vocab_size swiglu "
         "position_embedding_type disable_bias_linear untie_embeddings_and_output_weights "
         "use_rotary_position_embeddings group_query_attention",
-    "give load a directory that megatron-vl convert made of the model":
+    "give load the model's Hugging Face directory":
         "model model_name_or_path model_id_or_path model_path pretrained_checkpoint",
     "the tokenizer comes with the checkpoint; hf-config names another directory of it":
         "tokenizer_model tokenizer_type tokenizer tokenizer_name_or_path processor_path",

@@ -97,6 +97,8 @@ PRECISIONS = {
     "another config.json's": ("float16", {}, "float16, as config.json says"),
     "fp32": ("bfloat16", dict(fp32=True), "float32"),
     "not bf16": ("bfloat16", dict(bf16=False), "float32"),
+    "not fp16": ("bfloat16", dict(fp16=False), "bfloat16, as config.json says"),
+    "not fp32": ("bfloat16", dict(fp32=False), "bfloat16, as config.json says"),
     "bf16": ("float32", dict(bf16=True), "bfloat16"),
     "fp8": ("bfloat16", dict(bf16=True, fp8_format="hybrid"), "bfloat16"),
 }

@@ -66,12 +66,38 @@ def test_explicit_layers_are_taken_by_train_as_by_convert(model_dir):
             plan_run(TrainConfig.from_dict(given | lists), 2)
 
 
+def test_of_a_tower_of_which_nothing_is_said_the_checkpoint_has_the_layers(model_dir, tmp_path):
+    from megatron_vl.training.plan import plan_run
+
+    words = ["--pp", "2", "--pp-layers", "0,4", "--vit-pp-layers", "1,1"]
+    assert run(["convert", str(model_dir), str(tmp_path / "m"), *words]) == 0
+    given = dict(load=str(tmp_path / "m"), train_data_path="x", pp=2, global_batch_size=2)
+    for lists, split in (
+        ({}, "llm 0-4, vision 1-1"), (dict(vit_pp_layers="2,0"), "llm 0-4, vision 2-0"),
+        (dict(pp_layers="0,4"), "llm 0-4, vision 1-1"),
+        (dict(first_stage_layers=1), "llm 1-3, vision 2-0"),
+    ):
+        assert str(plan_run(TrainConfig.from_dict(given | lists), 2).split) == split
+
+
+def test_a_precision_takes_the_place_of_one_that_was_said_before(tmp_path):
+    (tmp_path / "run.yaml").write_text("bf16: true\nfp16: false\nfp32: false\n")
+    for flags, environ, dtype in (
+        ({}, {}, "bfloat16"), ({"fp32": True}, {}, "float32"),
+        ({}, {"MEGATRON_VL_FP16": "true"}, "float16"),
+    ):
+        config = load_config(flags, str(tmp_path / "run.yaml"), environ)
+        assert config.model.dtype == dtype
+
+
 # ---- Megatron-LM's flags -------------------------------------------------------------------------
 
 TAKEN = {
-    "exit-interval": (["--exit-interval", "5"], lambda c: c.batch.exit_interval == 5),
+    "exit-interval": (
+        ["--exit-interval", "5", "--save", "s"], lambda c: c.batch.exit_interval == 5),
     "exit-duration": (
-        ["--exit-duration-in-mins", "30"], lambda c: c.batch.exit_duration_in_mins == 30),
+        ["--exit-duration-in-mins", "30", "--save", "s"],
+        lambda c: c.batch.exit_duration_in_mins == 30),
     "ckpt-format": (["--ckpt-format", "torch_dist"], lambda c: True),
     "per token": (
         ["--calculate-per-token-loss"], lambda c: not c.batch.calculate_per_sample_loss),
@@ -87,6 +113,8 @@ def test_megatron_lms_flags_are_taken(words, holds):
 
 
 @pytest.mark.parametrize(("options", "says"), [
+    (dict(exit_interval=5), "there is no save to keep them; give save"),
+    (dict(exit_duration_in_mins=5), "there is no save to keep them; give save"),
     (dict(exit_interval=0), "exit-interval is 0; it must be at least 1"),
     (dict(exit_duration_in_mins=0), "exit-duration-in-mins is 0.0; it must be above 0"),
     (dict(calculate_per_token_loss=True, calculate_per_sample_loss=True), "give one of them"),
@@ -176,6 +204,7 @@ MESSAGES = [
     ("give another --save; save often", "give another OUTPUT_BASEPATH; save often"),
     ("/data/seq-length/x.json, no-seq-length-here, seq-length.json",) * 2,
     ("sets vit-lr", "sets vit-lr"),
+    ("argument --tensor-model-parallel-size/--tp: invalid", "argument TP: invalid"),
 ]
 
 
@@ -188,9 +217,11 @@ def test_a_message_calls_options_as_the_script_does(text, reads):
 
 
 def test_a_message_names_the_variable_to_whoever_set_it():
-    environ = {"MEGATRON_VL_MIN_LR": "1", "MEGATRON_VL_FAILURE_FILE": "f"}
+    environ = {"MEGATRON_VL_MIN_LR": "1", "MEGATRON_VL_FAILURE_FILE": "f", "MEGATRON_VL_LR": "",
+               "MEGATRON_VL_DETERMINISTIC": "true"}
     said = as_called("min-lr 1.0 must be between 0 and lr 1e-05; see failure-file", environ)
     assert said == "MEGATRON_VL_MIN_LR 1.0 must be between 0 and lr 1e-05; see failure-file"
+    assert as_called("no deterministic kernels", environ) == "no deterministic kernels"
 
 
 def sentences():
