@@ -242,9 +242,9 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
         "vit": layer_list(parallel.vit_pp_layers, "vit-pp-layers"),
     }
     info = None if first is not None else _source(config)[0]
-    if info is not None and info.split is not None and not _fits_all(info):
-        if (info.split.pp, info.split.vp) == (layout.pp, layout.vp):
-            lists = {name: lists[name] or rows for name, rows in info.split.to_dict().items()}
+    saved = None if info is None or _fits_all(info) else info.split
+    if saved is not None and (saved.pp, saved.vp) == (layout.pp, layout.vp):
+        lists = {name: lists[name] or rows for name, rows in saved.to_dict().items()}
     return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first, **lists)
 
 
