@@ -21,6 +21,8 @@ RUN = {
     "save_interval": 9, "lr": 1e-3, "min_lr": 1e-4, "eval_interval": 0, "num_workers": 0,
     "use_distributed_optimizer": True, "overlap_grad_reduce": True, "async_save": True,
     "report": False,
+    # Rows of one length. Of others stages tell each other theirs, for which the host waits.
+    "packing_buffer_size": 8,
 }
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 VP2 = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}

@@ -59,7 +59,9 @@ def test_facts_change_with_every_file_that_matters_and_with_no_other(hf_dir, wds
         was = file.read_bytes()
         file.write_bytes(was.replace(b"e", b"f", 1))  # as long as it was
         changed = {name for name, value in facts(config).items() if before.get(name) != value}
-        assert changed == {str(file)}
+        # A damaged index says nothing of its shards either.
+        shards = {name for name in changed if name.startswith("what the shards of")}
+        assert changed - shards == {str(file)} and bool(shards) == (file.name == "split.yaml")
         file.write_bytes(was)
     # A shard of other samples, under an index that another node wrote alike.
     file = data / "shard-000000.tar.idx"
