@@ -48,7 +48,7 @@ class CheckFailed(Exception):
     """A check that ran to its end and found a difference; the command line exits with 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(shortened(message))
+        super().__init__(shortened(printable(message)))
 
 
 def shortened(message: str) -> str:

@@ -136,7 +136,7 @@ class ChatTokenizer:
         """Tokens and labels of one conversation.
 
         Trained are, unless `TrainedText` says otherwise, the assistant's turns, up to and with
-        their end token, not the newline after it. Turns that say they are not trained never are,
+        their end token, not the newline after it. Answers that say they are not trained never are,
         nor what a tool gives, nor a placeholder of an image or video.
 
         Args:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from megatron_vl.data.media_settings import MediaSettings
-from megatron_vl.errors import shortened
+from megatron_vl.errors import printable, shortened
 
 IMAGE, VIDEO = "image", "video"
 MEDIA_KINDS = (IMAGE, VIDEO)
@@ -30,7 +30,7 @@ class BadEntry(ValueError):
     """
 
     def __init__(self, reason: str, message: str):
-        super().__init__(shortened(message))
+        super().__init__(shortened(printable(message)))
         assert reason in REASONS, reason
         self.reason = reason
 

@@ -108,6 +108,8 @@ class MediaSettings:
         count = math.floor(min(max(wanted, least), most, total) / factor) * factor
         if total < factor:
             return first, last, total
+        if count == 0 and self.max_frames is None:  # the run's own bound, as the run takes it
+            return first, last, min(total, limits.video_maxlen)
         if count == 0:
             raise ValueError(f"it asks for at most {self.max_frames} frames, less than a patch has")
         return first, last, count

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
     from megatron_vl.data.lengths import LengthCounter
 
 REFUSED = "refused.jsonl"
+SHAPES = ("wrong shape", "unknown role")  # reasons of entries of another format
 MARKS = ("mend", "strict")  # of marks and media that do not pair off: read them, or refuse
 _OWN_BOUNDS = {
     "samples_per_shard": Bounds(least=1, most=10**9), "num_workers": Bounds(least=1, most=1024),
@@ -222,7 +223,7 @@ class _Preparation:
                     _check_marks(conversation)
                 media = tuple(library.locate(source) for source in conversation.media)
             except BadEntry as error:
-                if self.misfit is None and error.reason in ("wrong shape", "unknown role"):
+                if self.misfit is None and error.reason in SHAPES:
                     self.misfit = entry
                 self._refuse(number, name, error)
                 continue
@@ -311,9 +312,10 @@ class _Preparation:
         others = []
         if isinstance(self.misfit, dict):
             others = other_formats(self.misfit, self.source.format, self.source.fields)
-        if others:
+        reasons = Counter(refusal.reason for refusal in self.refused)
+        if others and reasons.most_common(1)[0][0] in SHAPES:
             return (
-                f" as {self.source.format}, but the first can be read with --format "
+                f" as {self.source.format}, but some can be read with --format "
                 f"{' or '.join(others)}"
             )
         return "".join(f": {line}" if not at else f"; and {line}" for at, line in

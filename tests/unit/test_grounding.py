@@ -38,6 +38,10 @@ def _entry(*said, ref=("sheep",), bbox=(), **objects):
     (_entry("<image>?", "Yes.", ref=[]), ["user: [image]|?", "assistant: Yes."]),
     # Without objects a question may speak of a mark.
     ({"messages": openai("Answer as <bbox>.", "ok")}, ["user: Answer as <bbox>.", "assistant: ok"]),
+    # Without a mark they are others' notes, and no place is missed.
+    ({"messages": openai("a", "b"), "objects": ["cat"]}, ["user: a", "assistant: b"]),
+    ({"messages": openai("a", "b"), "objects": {"bbox": [[1, 2, 3, 4]], "category": [3]}},
+     ["user: a", "assistant: b"]),
     ({"messages": openai("a", "b"), "objects": None}, ["user: a", "assistant: b"]),
 ])  # fmt: skip
 def test_marks_are_the_places_of_objects(format, entry, said):

@@ -17,7 +17,8 @@ from PIL import Image
 from raw_entries import PNG, TEXT, media, openai, read, reason, talk
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.conversation import StoredMedia, from_json, to_json
+from megatron_vl.data.conversation import BadEntry, StoredMedia, from_json, to_json
+from megatron_vl.data.formats.media_columns import media_source, with_settings
 from megatron_vl.data.lengths import LengthCounter
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.media_settings import MediaSettings
@@ -242,3 +243,21 @@ def test_one_image_and_video_may_be_asked_for_in_several_ways(tmp_path, hf_dir, 
         frames.append(grid[0])
         lengths.append(counter.num_tokens(turns, stored) - counter.media.num_tokens(grid))
     assert frames == [4, 2, 2, 2] and len(set(lengths)) == 1
+
+
+def test_what_stands_beside_a_medium_and_beside_its_path_is_asked_together():
+    inner = media_source({"path": "a.jpg", "max_pixels": 3136, "min_pixels": 5}, "image")
+    both = with_settings(inner, {"min_pixels": 784})
+    assert both.settings.to_dict() == {"min_pixels": 784, "max_pixels": 3136}
+    with pytest.raises(BadEntry, match="write them beside the list, for the video"):
+        media_source([{"path": "a.jpg", "max_pixels": 3136}, "b.jpg"], "video")
+
+
+def test_a_run_of_few_frames_bounds_a_video_with_a_rate_of_its_own():
+    asked = MediaSettings(fps=1.0)
+    assert asked.frames(100, 30.0, MediaLimits(video_maxlen=1), 2) == (0, 99, 1)
+
+
+def test_no_name_in_an_entry_steers_the_terminal():
+    said = str(BadEntry("missing media", "there is no \x1b[31mx.jpg"))
+    assert said == r"there is no \x1b[31mx.jpg"

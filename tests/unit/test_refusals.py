@@ -88,7 +88,7 @@ def test_the_summary_has_a_mend_for_each_reason(tmp_path, capsys):
 ])  # fmt: skip
 def test_the_format_that_is_meant_is_named(entry, format, meant, tmp_path, capsys):
     code, said = prepared(capsys, write(tmp_path / "a.json", [entry]), "--format", format)
-    assert code == 2 and said.endswith(f"but the first can be read with --format {meant}.\n"), said
+    assert code == 2 and said.endswith(f"but some can be read with --format {meant}.\n"), said
 
 
 # ---- long values ------------------------------------------------------------------------------

@@ -116,8 +116,11 @@ def with_settings(source: MediaSource, keys: dict) -> MediaSource:
             source = replace(source, fps=positive(fps))
             if source.fps is None:
                 raise BadEntry("wrong shape", "the fps of one of its videos is no rate")
+    before = source.settings.to_dict() if source.settings else {}
+    given = {name: keys.get(name) for name in names}
+    given = before | {name: value for name, value in given.items() if value is not None}
     try:
-        return replace(source, settings=settings_of(keys, names) or source.settings)
+        return replace(source, settings=settings_of(given, tuple(given)))
     except ValueError as error:
         raise BadEntry(
             "wrong shape", f"one of its {source.kind}s cannot be as it asks: {error}"
@@ -125,6 +128,11 @@ def with_settings(source: MediaSource, keys: dict) -> MediaSource:
 
 
 def _frames(frames: Sequence[MediaSource]) -> MediaSource:
+    if any(frame.settings for frame in frames):
+        raise BadEntry(
+            "wrong shape", "frames of one of its videos ask for sizes of their own; write them "
+                           "beside the list, for the video"
+        )
     if all(frame.data for frame in frames):
         return MediaSource(kind=VIDEO, data=tuple(frame.data[0] for frame in frames))
     if all(frame.path for frame in frames):

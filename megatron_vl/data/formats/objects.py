@@ -39,13 +39,11 @@ def place_objects(
     Raises:
         BadEntry: no such objects, or other marks than objects.
     """
+    if not any(_MARK.search(part.text or "") for turn in turns for part in turn.parts):
+        return tuple(turns)  # `objects` are then others' notes, counted as a key that is not read
     refs, boxes = [], []
     if "objects" in entry:
         refs, boxes = _objects(entry.get("objects"), [m.kind for m in media])
-    if not refs and not boxes and not any(
-        "<" in (part.text or "") for turn in turns for part in turn.parts
-    ):
-        return tuple(turns)
     queues = {"ref-object": iter(refs), "bbox": iter(boxes)}
     given = {"ref-object": len(refs), "bbox": len(boxes)}
     marks = dict.fromkeys(given, 0)

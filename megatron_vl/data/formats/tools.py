@@ -19,6 +19,7 @@ from dataclasses import replace
 from megatron_vl.data.conversation import BadEntry, Call, Turn
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.turns import column, describe
+from megatron_vl.inputs import json_value
 
 
 def read_tools(entry: dict, fields: Fields) -> str:
@@ -109,11 +110,9 @@ def join_calls(turns: Iterable[Turn]) -> tuple[Turn, ...]:
 
 def parsed(value, what: str):
     """Plain values: JSON is read, and an object is as it was before anything was noted of it."""
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no JSON")
-
     try:
-        text = value if isinstance(value, str) else json.dumps(value)
-        return json.loads(text, parse_constant=refuse)
+        read = json_value(value if isinstance(value, str) else json.dumps(value))
+        json.dumps(read, allow_nan=False)  # NaN is no JSON
+        return read
     except (ValueError, TypeError, RecursionError) as error:
         raise BadEntry("wrong shape", f"{what} is not valid JSON ({str(error)[:100]})") from error
