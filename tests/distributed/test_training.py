@@ -100,15 +100,17 @@ def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path)
     assert "decoder num_layers 4 and 2" in done.err, done.err
     done = megatron_vl(*given, "--save", save, "--load", workshop.weights(1, 1), "--dry-run")
     assert "was trained with lr 0.001" in done.err, done.text  # the next thing that is looked at
-    # Rows of one sample over two stages; what ends a start early loses nothing.
+    # Rows of one sample over two stages.
     run = (*given, "--load", other, "--pp", 2, "--micro-batch-size", 2, "--global-batch-size", 4,
            "--no-report", "--num-workers", 0, "--nproc-per-node", 2)
-    done = megatron_vl(*run, "--eval-iters", 1, "--train-iters", 3, "--exit-duration-in-mins",
-                       "1e-6")
+    done = megatron_vl(*run, "--eval-iters", 1, "--train-iters", 1)
     assert done.code == 0 and "nothing of this run will be kept" in done.out, done.text
     assert "at most 256 tokens, no longer than a microbatch needs" in done.out, done.out
     assert "steps; bfloat16, as config.json says" in done.out, done.out
-    assert "exit-duration-in-mins is 1e-06; 1 steps are done" in done.out, done.out
+    early = ("--train-iters", 3, "--exit-duration-in-mins", "1e-6", "--eval-iters", 0)
+    done = megatron_vl(*run, *early, "--save", tmp_path / "early")
+    assert "exit-duration-in-mins is 1e-06; 1 steps are done" in done.out, done.text
+    assert "so nothing is validated" in done.out and (tmp_path / "early/iter_0000001").is_dir()
 
 
 def test_whole_vision_towers_start_alike_and_resume_alike_and_elsewhere(workshop):
