@@ -42,7 +42,8 @@ RESUMED = {
     one: f"{one} again"
     for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
 }
-EXACT = LAYOUTS | {one: LAYOUTS[one] | {"save_interval": 1} for one in RESUMED} | {
+SAVED = (*RESUMED, "dp2")
+EXACT = LAYOUTS | {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED} | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
@@ -116,6 +117,13 @@ def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
 def test_weights_that_are_gathered_when_they_are_asked_for_give_the_same_numbers_to_the_bit(runs):
     assert numbers(runs["shadow"], "dp2, weights gathered behind") == numbers(
         runs["shadow"], "dp2")
+
+
+def test_weights_are_gathered_before_they_are_saved(runs):
+    whole, gathered = (str(runs["shadow"] / one / "iter_0000001")
+                       for one in ("dp2", "dp2, weights gathered behind"))
+    config = str(runs["shadow"] / "weights")
+    assert command(["verify", whole, gathered, "--hf-config", config]) == 0
 
 
 @pytest.mark.parametrize("device", PROGRAMS)

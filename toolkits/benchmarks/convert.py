@@ -39,17 +39,23 @@ SHARD = 4 * 10**9  # bytes of a published file
 NAIVE = ("naive to mcore", "naive to hf")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(document: str, *, steps: tuple[str, ...]) -> argparse.ArgumentParser:
+    """The arguments of a measurement on a checkpoint of published shapes; `steps` are its own."""
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
     parser.add_argument("--model-size", choices=PUBLISHED, default="2B")
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks (default: 2)")
     parser.add_argument("--pp", type=int, default=2, help="pipeline stages (default: 2)")
     parser.add_argument("--work", type=Path, help="directory on the disk to measure")
     parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--cold", action="store_true", help="read the sources from the disk")
+    parser.add_argument("--step", choices=("write", *steps), help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of(__doc__, steps=NAIVE)
     parser.add_argument("--workers", type=int, default=2, help="converter's processes (default: 2)")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive way out")
-    parser.add_argument("--cold", action="store_true", help="read the sources from the disk")
-    parser.add_argument("--step", choices=("write", *NAIVE), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -11,7 +11,6 @@ the files counted. `--cold` takes the files out of the machine's memory before e
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -21,19 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from convert import PUBLISHED, evict, write_checkpoint
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model-size", choices=PUBLISHED, default="2B")
-    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks (default: 2)")
-    parser.add_argument("--pp", type=int, default=2, help="pipeline stages (default: 2)")
-    parser.add_argument("--work", type=Path, help="directory on the disk to measure")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--cold", action="store_true", help="read the files from the disk")
-    parser.add_argument("--step", choices=("write", "load"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+from convert import evict, parser_of, write_checkpoint
 
 
 def load(args) -> None:
@@ -114,7 +101,7 @@ def measure(args, hf: Path) -> int:
 
 
 def main() -> int:
-    args = parse_arguments()
+    args = parser_of(__doc__, steps=("load",)).parse_args()
     if args.step == "write":
         write_checkpoint(args.work, args.model_size)
     elif args.step == "load":
