@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron_vl.data.conversation import Conversation
 from megatron_vl.data.shards import Entry
@@ -16,59 +17,76 @@ _MAX_NAMED = 20  # keys
 _BORDER = re.compile(r"(?m:^)\s*<(?:image|video)>|<(?:image|video)>\s*(?m:$)")
 
 
+class _Note(NamedTuple):
+    """Of one entry."""
+
+    where: str
+    unmarked: bool  # it has media that no mark places
+    as_text: bool  # it has marks as text
+    alike: bool  # a mark as text stands where an image would
+    unread: tuple[str, ...]  # keys, by their places
+
+
 @dataclass
 class Notes:
     """Kept entries whose marks and media do not pair off, or with keys that are not read."""
 
-    unmarked: int = 0  # entries with media that no mark places
-    as_text: int = 0  # entries with marks as text
-    alike: int = 0  # of these, entries whose mark stands where an image would
-    example: str = ""  # where the first of them is
-    unread: Counter = field(default_factory=Counter)  # a key, by its place -> entries
+    by_entry: dict[int, _Note] = field(default_factory=dict)
 
-    def add(self, conversation: Conversation, where: str) -> None:
-        """`where`: the entry's place, such as "entry 2 of data.json"."""
-        self.unread.update(conversation.unread)
-        self.unmarked += conversation.unmarked > 0
-        if conversation.marks_as_text:
-            self.as_text += 1
-            self.example = self.example or where
-            self.alike += not conversation.media and any(
+    def add(self, number: int, conversation: Conversation, where: str) -> None:
+        """`number`: the entry's; `where`: its place, such as "entry 2 of data.json"."""
+        as_text = conversation.marks_as_text > 0
+        if conversation.unmarked or as_text or conversation.unread:
+            alike = as_text and not conversation.media and any(
                 turn.role == "user" and part.text and _BORDER.search(part.text)
                 for turn in conversation.turns for part in turn.parts
             )
+            self.by_entry[number] = _Note(
+                where, conversation.unmarked > 0, as_text, alike, tuple(conversation.unread)
+            )
+
+    def drop(self, number: int) -> None:
+        """The entry is refused after all."""
+        self.by_entry.pop(number, None)
 
     def check(self, entries: Sequence[Entry]) -> None:
         """Raises InputError: all that should be shown is under a key that is not read."""
-        if 2 * self.alike > len(entries) and not any(entry.media for entry in entries):
-            keys = f" (not read: {self._keys()})" if self.unread else ""
+        alike = [note for note in self.by_entry.values() if note.alike]
+        if 2 * len(alike) > len(entries) and not any(entry.media for entry in entries):
+            unread = self._unread()
+            keys = f" (not read: {_named(unread)})" if unread else ""
             raise InputError(
-                f"{self.alike} of {len(entries)} entries have <image> or <video> where an image or "
-                f"video is meant, as {self.example} has, but none has any; name the key they are "
+                f"{len(alike)} of {len(entries)} entries have <image> or <video> where an image or "
+                f"video is meant, as {alike[0].where} has, but none has any; name the key they are "
                 f"under, such as --columns images=KEY{keys}."
             )
 
     def lines(self) -> Iterator[str]:
         """A line for each kind of note."""
-        if self.unmarked:
+        if unmarked := sum(note.unmarked for note in self.by_entry.values()):
             yield (
-                f"entries with images or videos but no mark for them: {self.unmarked}; they were "
+                f"entries with images or videos but no mark for them: {unmarked}; they were "
                 f"put before the first question (--marks strict refuses such entries)"
             )
-        if self.as_text:
+        if as_text := [note for note in self.by_entry.values() if note.as_text]:
             yield (
                 f"entries with <image> or <video> as text, for want of images or videos: "
-                f"{self.as_text}, such as {self.example} (where they are under another key, name "
-                f"it with --columns; --marks strict refuses such entries)"
+                f"{len(as_text)}, such as {as_text[0].where} (where they are under another key, "
+                f"name it with --columns; --marks strict refuses such entries)"
             )
-        if self.unread:
-            yield f"keys that are not read: {self._keys()}"
+        if unread := self._unread():
+            yield f"keys that are not read: {_named(unread)}"
 
-    def _keys(self) -> str:
-        """The most frequent of them."""
-        named = self.unread.most_common(_MAX_NAMED)
-        shown = ", ".join(
-            f"{key} in {count} {'entry' if count == 1 else 'entries'}" for key, count in named
-        )
-        more = len(self.unread) - len(named)
-        return f"{shown}{f', and {more} other keys' if more else ''}"
+    def _unread(self) -> Counter[str]:
+        """A key, by its place -> entries."""
+        return Counter(key for note in self.by_entry.values() for key in note.unread)
+
+
+def _named(unread: Counter[str]) -> str:
+    """The most frequent of the keys."""
+    named = unread.most_common(_MAX_NAMED)
+    shown = ", ".join(
+        f"{key} in {count} {'entry' if count == 1 else 'entries'}" for key, count in named
+    )
+    more = len(unread) - len(named)
+    return f"{shown}{f', and {more} other keys' if more else ''}"

@@ -227,7 +227,7 @@ class _Preparation:
                     self.misfit = entry
                 self._refuse(number, name, error)
                 continue
-            self.notes.add(conversation, f"{where} of {file.name}")
+            self.notes.add(number, conversation, f"{where} of {file.name}")
             self.entries.append(Entry(
                 number=number, name=name, turns=conversation.turns, media=media,
                 settings=tuple(source.settings for source in conversation.media),
@@ -343,6 +343,7 @@ class _Preparation:
 
     def _refuse(self, number: int, name: str | None, error: BadEntry) -> None:
         """Lone surrogates are escaped: what is refused must be writable."""
+        self.notes.drop(number)
         file, where = self.places[number]
         name, message = (
             None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -214,6 +214,10 @@ def _call(value, tools=None):
     ({"conversations": [*_call("x")["conversations"][:1], {"from": "gpt", "value": "a"},
                         {"from": "tool_call", "value": '{"name": "f"}', "loss": False}]},
      "not served: turn 3 is a call that belongs to the answer before it"),
+    ({"messages": [{"role": "user", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+                   {"role": "assistant", "content": "a"}]},
+     "not served: turn 1 of user calls a function; calls are answers'"),
+    (_call('{"name": "f"}', "[" * 300 + "]" * 300), "wrong shape: its `tools` is not valid JSON"),
 ])  # fmt: skip
 def test_calls_that_cannot_be_read_say_why(entry, what):
     assert reason("sharegpt", entry).startswith(what)

@@ -81,10 +81,14 @@ def test_the_summary_counts_them_by_place(tmp_path, capsys):
                for _ in range(3)]
     entries[0]["conversations"][1]["emotion"] = "calm"
     entries.append({"conversations": chat("?", "x"), **{f"k{n:02d}": 1 for n in range(30)}})
-    entries.append({"conversations": [], "lost": 1})  # refused and listed, not counted
+    # Refused and listed, not counted: for its turns, or for an image that is found to be none.
+    entries.append({"conversations": [], "lost": 1})
+    (source / "none.png").write_bytes((source / "0.png").read_bytes()[:40])
+    entries.append({"image": "none.png", "conversations": chat("?", "x"), "lost": 1})
     (source / "a.json").write_text(json.dumps(entries))
     assert run(["prepare", str(source), str(tmp_path / "out"), "--split", "1,0,0", "--quiet"]) == 0
     shown = capsys.readouterr().out
     assert ("keys that are not read: entry key 'source' in 3 entries, turn key 'emotion' in 1 entry"
             in shown)
     assert "and 12 other keys" in shown and "lost" not in shown
+    assert "no mark" not in shown and "none.png is unusable" in shown

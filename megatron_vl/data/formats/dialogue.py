@@ -48,6 +48,10 @@ def make_turn(turn: dict, role: str, number: int, text, parts: tuple[Part, ...])
     elif role == "assistant":
         calls = calls_of(turn, number)
         parts = () if calls and parts == (Part(text=""),) else parts
+    elif calls_of(turn, number):
+        raise BadEntry(
+            "not served", f"turn {number} of {role} calls a function; calls are answers'"
+        )
     else:
         calls = ()
     trained = is_trained(turn, role, number)
