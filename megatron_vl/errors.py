@@ -69,11 +69,21 @@ def _cut(text: str, length: int) -> str:
     return text[: length - len(left_out) - tail] + left_out + text[-tail:]
 
 
+_typed: dict[str, str] = {}  # an option's name -> the flag of another name that was typed
+
+
+def call_as_typed(flags: Mapping[str, str]) -> None:
+    """What `as_called` is to call options that were typed by another name: `--tp`."""
+    _typed.clear()
+    _typed.update(flags)
+
+
 def as_called(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """A text that calls options as they were given: by a script's arguments, which it lists in
-    CALLED, or by their variables."""
+    """A text that calls options as they were given: by a flag of another name, by a script's
+    arguments, which it lists in CALLED, or by their variables."""
     names = dict(one.strip().partition("=")[::2] for one in environ.get(CALLED, "").split(";"))
     names.pop("", None)
+    names |= _typed
     typed = {word.partition("=")[0] for word in sys.argv}
     for variable in environ:
         flag = variable.removeprefix(OPTIONS).lower().replace("_", "-")

@@ -20,8 +20,15 @@ from typing import NoReturn
 import megatron_vl
 from megatron_vl.cli import interrupts
 from megatron_vl.cli.worker import FAILURE_FILE
-from megatron_vl.errors import CheckFailed, InputError, as_called, printable, shortened
-from megatron_vl.training.spellings import answer
+from megatron_vl.errors import (
+    CheckFailed,
+    InputError,
+    as_called,
+    call_as_typed,
+    printable,
+    shortened,
+)
+from megatron_vl.training.spellings import answer, key_of
 
 COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
@@ -94,6 +101,9 @@ def _reader_is_gone() -> bool:
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
     chosen = _chosen(argv)
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    named = {key_of(flag).replace("_", "-"): flag for flag in flags}  # of several the last counts
+    call_as_typed({name: flag for name, flag in named.items() if flag != f"--{name}"})
     try:
         return _run(chosen, argv)
     except CheckFailed as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import re
 
 import pytest
@@ -222,6 +223,21 @@ def test_a_message_names_the_variable_to_whoever_set_it():
     said = as_called("min-lr 1.0 must be between 0 and lr 1e-05; see failure-file", environ)
     assert said == "MEGATRON_VL_MIN_LR 1.0 must be between 0 and lr 1e-05; see failure-file"
     assert as_called("no deterministic kernels", environ) == "no deterministic kernels"
+
+
+@pytest.mark.parametrize(("words", "reads"), [
+    (["--tp", "0"], "--tp is 0; it must be"),
+    (["--tp=0"], "--tp is 0; it must be"),
+    (["--tensor-model-parallel-size", "1", "--tp", "0"], "--tp is 0; it must be"),
+    (["--tensor-model-parallel-size", "0"], "tensor-model-parallel-size is 0; it must be"),
+    (["--tp", "x"], "argument --tp: invalid int value: 'x'"),
+])
+def test_a_message_calls_an_option_by_the_flag_that_was_typed(words, reads, capsys, monkeypatch):
+    monkeypatch.setenv("MEGATRON_VL_TENSOR_MODEL_PARALLEL_SIZE", "4")  # which a flag beats
+    monkeypatch.setattr("sys.argv", ["megatron-vl", "train", *words])
+    with contextlib.suppress(SystemExit):
+        assert run(["train", *words]) == 2
+    assert f"megatron-vl train: {reads}" in capsys.readouterr().err
 
 
 def sentences():
