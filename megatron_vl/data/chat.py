@@ -154,10 +154,13 @@ class ChatTokenizer:
         answers = [turn for turn in turns if turn.role == "assistant"]
         if not all(turn.says for turn in answers):
             raise BadEntry("empty answer", "its answer is empty")
-        if self.trained.mask_history:
-            answers = answers[-1:]
-        if not any(turn.trained for turn in answers):
-            raise BadEntry("no answer", "it has no answer to train on")
+        last = answers[-1:] if self.trained.mask_history else answers
+        if not any(turn.trained for turn in last):
+            raise BadEntry(
+                "no answer", "it has no answer to train on" if last == answers else
+                "its last answer, which mask-history alone trains, is not to be trained (loss "
+                "false, weight 0)",
+            )
         turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__)
         tokens, labels = [], []
         for stretch in self.template.write(turns, tools):

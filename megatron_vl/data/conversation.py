@@ -219,13 +219,13 @@ def check_conversation(conversation: Conversation) -> None:
             raise BadEntry("empty answer", f"the answer in turn {number} is empty")
         for part in turn.parts:
             if part.text or part.ref:
-                _check_text(part.text or part.ref, f"turn {number}")
+                check_text(part.text or part.ref, f"turn {number}")
         if turn.of_tools:
             called = (text for c in turn.calls for text in (c.name, c.arguments, c.id or ""))
             for text in (turn.call_id or "", *called):
-                _check_text(text, f"turn {number}")
+                check_text(text, f"turn {number}")
     if conversation.tools:
-        _check_text(conversation.tools, "its `tools`")
+        check_text(conversation.tools, "its `tools`")
     if turns[-1].role != "assistant":
         raise BadEntry("no answer", f"it ends with a turn of the {turns[-1].role}, not an answer")
     if not any(turn.trained for turn in turns if turn.role == "assistant"):
@@ -243,7 +243,8 @@ def check_conversation(conversation: Conversation) -> None:
         raise BadEntry("mark count", "its images and videos are not in the order of their marks")
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raises BadEntry: text that a shard cannot hold, or a mark of the tokenizer; `where` it is."""
     reserved = _RESERVED.search(text)
     if reserved is not None:
         raise BadEntry("reserved mark", f"{where} holds the reserved mark {reserved[0]}")
@@ -252,7 +253,7 @@ def _check_text(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise BadEntry(
             "bad text",
-            f"its text holds half a character (\\u{ord(error.object[error.start]):x}), which UTF-8 "
+            f"{where} holds half a character (\\u{ord(error.object[error.start]):x}), which UTF-8 "
             f"cannot write",
         ) from error
 

@@ -19,11 +19,11 @@ def measured(turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> tuple[T
     Raises:
         BadEntry: a box that is not within its image.
     """
-    def measure(number: int, part: Part) -> Part:
+    def measure(part: Part) -> Part:
         if part.box is None or part.box.image is None:
             return part
         box = replace(part.box, size=sizes[part.box.image], image=None)
-        in_parts(box, 1000, number)
+        in_parts(box, 1000)
         return replace(part, box=box)
 
     return _each(turns, measure)
@@ -31,19 +31,16 @@ def measured(turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> tuple[T
 
 def check_boxes(turns: Sequence[Turn]) -> None:
     """Raises BadEntry: a box that is not within its image, where that can be told already."""
-    for number, turn in enumerate(turns, start=1):
+    for turn in turns:
         for part in turn.parts:
             if part.box is not None and part.box.size is not None:
-                in_parts(part.box, 1000, number)
+                in_parts(part.box, 1000)
 
 
-def in_parts(box: Box, scale: int, number: int) -> list[tuple[int, int]]:
+def in_parts(box: Box, scale: int) -> list[tuple[int, int]]:
     """The points of a box in parts of its image's sides, from 0 up to and without `scale`.
 
     They are rounded; a point on the right or lower edge, `scale`, is in the last part.
-
-    Args:
-        number: of the turn, for the message.
 
     Raises:
         BadEntry: a point that is not within the image.
@@ -54,7 +51,7 @@ def in_parts(box: Box, scale: int, number: int) -> list[tuple[int, int]]:
         if not (0 <= x <= scale and 0 <= y <= scale):
             raise BadEntry(
                 "bad box",
-                f"turn {number} has the box {written(box.points)}, which is not within (0,0) and "
+                f"it has the box {written(box.points)}, which is not within (0,0) and "
                 f"({box.size[0]:g},{box.size[1]:g}), the corners of its image",
             )
         made.append((min(x, scale - 1), min(y, scale - 1)))
@@ -81,7 +78,7 @@ def render(
     if all(part.ref is None and part.box is None for turn in turns for part in turn.parts):
         return turns
 
-    def write(number: int, part: Part) -> Part:
+    def write(part: Part) -> Part:
         if part.ref is None and part.box is None:
             return part
         if form is None:
@@ -91,7 +88,7 @@ def render(
             marks, text = form.ref, part.ref
         else:
             marks = form.quad if len(part.box.points) == 4 else form.box
-            points = in_parts(part.box, form.scale, number)
+            points = in_parts(part.box, form.scale)
             text = ",".join(f"({x},{y})" for x, y in points)
         for mark in marks:
             if not known(mark):
@@ -103,12 +100,12 @@ def render(
 
 
 def _each(
-    turns: Sequence[Turn], change: Callable[[int, Part], Part], *, join: bool = False
+    turns: Sequence[Turn], change: Callable[[Part], Part], *, join: bool = False
 ) -> tuple[Turn, ...]:
     """The turns with every part changed; `join`: neighbours that are text become one."""
     made = []
-    for number, turn in enumerate(turns, start=1):
-        parts = [change(number, part) for part in turn.parts]
+    for turn in turns:
+        parts = [change(part) for part in turn.parts]
         if join:
             parts = [
                 part for is_text, run in groupby(parts, key=lambda part: part.text is not None)

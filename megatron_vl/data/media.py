@@ -19,7 +19,6 @@ from PIL import ExifTags, Image
 
 from megatron_vl.errors import InputError
 
-MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart_resize's limit
 FRAMES_AT_ONCE = 16  # of a video, decoded and held at their full size
 MAX_FRAME_PIXELS = 40_000_000  # of a video; 8K has 33 million
 # What PIL decodes by itself; for others it starts programs, as Ghostscript for PostScript.

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from megatron_vl.data.options import MediaLimits
 
 MIN_FRAMES = 4  # qwen-vl-utils' FPS_MIN_FRAMES, transformers' Qwen2VLVideoProcessor.min_frames
+MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart_resize's limit
+MAX_FPS = 10**6
 IMAGE_TOKENS = (4, 16384)  # least and most of what `resized_height` and `resized_width` ask for
 _MOST = 1 << 31  # of a whole number
 
@@ -44,6 +46,11 @@ class MediaSettings:
                 _check(field.name, value)
         if (self.resized_height is None) != (self.resized_width is None):
             raise ValueError("it has one of resized_height and resized_width; give both")
+        sides = self.resized_height or 1, self.resized_width or 1
+        if max(sides) > MAX_ASPECT_RATIO * min(sides):
+            raise ValueError(
+                f"its resized_height {sides[0]} and resized_width {sides[1]} are too long and thin"
+            )
         for least, most in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"),
                             ("video_start", "video_end")):
             one, other = getattr(self, least), getattr(self, most)
@@ -150,11 +157,20 @@ def settings_of(keys: Mapping, names: tuple[str, ...]) -> MediaSettings | None:
     return MediaSettings(**given) if given else None
 
 
+def rate(value) -> float | None:
+    """What some know as frames a second, or None if it cannot be that."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 < value <= MAX_FPS else None
+
+
 def _check(name: str, value) -> None:
     seconds = name in ("fps", "video_start", "video_end")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"its {name} is no number")
     if not (name == "video_start" and value == 0) and not 0 < value <= sys.float_info.max:
         raise ValueError(f"its {name} is not above 0")
+    if name == "fps" and value > MAX_FPS:
+        raise ValueError(f"its fps is above {MAX_FPS:,}")
     if not seconds and (value != int(value) or value > _MOST):
         raise ValueError(f"its {name} is no whole number up to {_MOST}")

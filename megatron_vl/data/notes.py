@@ -24,6 +24,7 @@ class _Note(NamedTuple):
     unmarked: bool  # it has media that no mark places
     as_text: bool  # it has marks as text
     alike: bool  # a mark as text stands where an image would
+    calls: bool  # it has functions to call, or calls
     unread: tuple[str, ...]  # keys, by their places
 
 
@@ -31,18 +32,20 @@ class _Note(NamedTuple):
 class Notes:
     """Kept entries whose marks and media do not pair off, or with keys that are not read."""
 
+    templated: bool  # whether a model's chat template is tried on every entry
     by_entry: dict[int, _Note] = field(default_factory=dict)
 
     def add(self, number: int, conversation: Conversation, where: str) -> None:
         """`number`: the entry's; `where`: its place, such as "entry 2 of data.json"."""
         as_text = conversation.marks_as_text > 0
-        if conversation.unmarked or as_text or conversation.unread:
+        calls = bool(conversation.tools) or any(turn.of_tools for turn in conversation.turns)
+        if conversation.unmarked or as_text or calls or conversation.unread:
             alike = as_text and not conversation.media and any(
                 turn.role == "user" and part.text and _BORDER.search(part.text)
                 for turn in conversation.turns for part in turn.parts
             )
             self.by_entry[number] = _Note(
-                where, conversation.unmarked > 0, as_text, alike, tuple(conversation.unread)
+                where, conversation.unmarked > 0, as_text, alike, calls, tuple(conversation.unread)
             )
 
     def drop(self, number: int) -> None:
@@ -73,6 +76,12 @@ class Notes:
                 f"entries with <image> or <video> as text, for want of images or videos: "
                 f"{len(as_text)}, such as {as_text[0].where} (where they are under another key, "
                 f"name it with --columns; --marks strict refuses such entries)"
+            )
+        calls = [note for note in self.by_entry.values() if note.calls]
+        if calls and not self.templated:
+            yield (
+                f"entries that call functions: {len(calls)}, such as {calls[0].where}; not every "
+                f"model's chat template writes calls: --tokenizer and --max-length try it now"
             )
         if unread := self._unread():
             yield f"keys that are not read: {_named(unread)}"

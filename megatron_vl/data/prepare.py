@@ -198,8 +198,11 @@ class _Preparation:
     entries: list[Entry] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     places: list[tuple[str, str]] = field(default_factory=list)  # of every entry read
-    notes: Notes = field(default_factory=Notes)
     misfit: object = None  # the first entry that is not of the format
+    notes: Notes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.notes = Notes(templated=self.config.lengths is not None)
 
     def read(self) -> None:
         """The entries whose text is usable and whose media are there."""

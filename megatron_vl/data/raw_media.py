@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,6 @@ from typing import NamedTuple
 
 from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, MediaSource
 from megatron_vl.data.media import (
-    MAX_ASPECT_RATIO,
     BadMedia,
     MediaInfo,
     image_size,
@@ -21,6 +21,7 @@ from megatron_vl.data.media import (
     video_frames,
     video_info,
 )
+from megatron_vl.data.media_settings import MAX_ASPECT_RATIO, MAX_FPS, rate
 from megatron_vl.errors import shown
 from megatron_vl.inputs import json_value
 from megatron_vl.workers import in_parallel
@@ -80,7 +81,6 @@ class Library:
         self.scratch = scratch
         self.prefers_frames = prefers_frames
         self._known: dict[MediaSource, RawMedia] = {}
-        self._written = 0
 
     def locate(self, source: MediaSource) -> RawMedia:
         """The files of one image or video.
@@ -156,26 +156,27 @@ class Library:
         told = folder.with_name(folder.name + ".json") if folder is not None else None
         if fps is None and told is not None and told.is_file():
             try:
-                fps = float(json_value(told.read_text(encoding="utf-8"))["fps"])
-                if not 0 < fps < float("inf"):
-                    raise ValueError(fps)
-            except (ValueError, KeyError, TypeError) as error:
+                fps = rate(json_value(told.read_text(encoding="utf-8"))["fps"])
+            except (ValueError, KeyError, TypeError):
+                fps = None
+            if fps is None:
                 raise BadEntry(
                     "unusable media", f"{told} does not give its video a number `fps`"
-                ) from error
+                )
         return RawMedia(kind=VIDEO, files=files, separate=True, fps=fps or FRAMES_FPS)
 
     def _write(self, source: MediaSource) -> RawMedia:
-        """Media that an entry carries, as files that live as long as the preparation."""
-        files = []
+        """Media that an entry carries, as files that live as long as the preparation.
+
+        What several entries carry is one file, and so one medium.
+        """
         separate = source.kind == VIDEO and (
             len(source.data) > 1 or _kind(source.data[0]).startswith("image/")
         )
-        for data in source.data:
-            path = self.scratch / f"{self._written:09d}"
-            path.write_bytes(data)
-            files.append(path)
-            self._written += 1
+        files = [self.scratch / hashlib.sha256(data).hexdigest() for data in source.data]
+        for path, data in zip(files, source.data, strict=True):
+            if not path.exists():
+                path.write_bytes(data)
         if not files:
             raise BadEntry("missing media", f"its {source.kind} is empty")
         if separate:
@@ -239,6 +240,8 @@ def measure(media: RawMedia) -> Measured | str:
         return str(error)
     if max(info.width, info.height) > MAX_ASPECT_RATIO * min(info.width, info.height):
         return f"it is {info.width} x {info.height} pixels, too long and thin"
+    if info.fps is not None and info.fps > MAX_FPS:
+        return f"it has {info.fps:,.0f} frames a second"
     return Measured(info=info, files=tuple(files))
 
 

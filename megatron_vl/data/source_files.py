@@ -17,7 +17,7 @@ from megatron_vl.data.conversation import BadEntry
 from megatron_vl.data.formats.chatml import PARTS
 from megatron_vl.data.formats.pickled import MAX_BYTES
 from megatron_vl.errors import InputError
-from megatron_vl.inputs import not_utf8
+from megatron_vl.inputs import json_value, not_utf8
 
 LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
@@ -72,18 +72,16 @@ class JsonList(SourceFile):
     def _list(self) -> list:
         try:
             data = self.path.read_bytes()
-            found = json.loads(data.decode("utf-8-sig"))
+            found = json_value(data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path} {not_utf8(data)}.") from error
-        except (OSError, RecursionError) as error:
+        except OSError as error:
             raise self._unreadable(error, "check the file") from error
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{self.path} is not valid JSON (line {error.lineno}, column {error.colno}: "
                 f"{error.msg}); download or write it again."
             ) from error
-        except ValueError as error:  # a number too long to read
-            raise self._unreadable(error, "check the file") from error
         if isinstance(found, dict):
             found = self._listed(found)
         if not isinstance(found, list) or not found:
@@ -288,10 +286,10 @@ def _object(entry) -> dict | BadEntry:
 
 def _line(line: bytes) -> dict | BadEntry:
     try:
-        return _object(json.loads(line.decode("utf-8")))
+        return _object(json_value(line.decode("utf-8")))
     except UnicodeDecodeError:
         return BadEntry("bad text", f"it {not_utf8(line)}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return BadEntry("wrong shape", f"it is not valid JSON ({error})")
 
 

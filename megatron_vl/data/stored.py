@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_vl.data.conversation import MEDIA_KINDS, ROLES, StoredMedia, Turn, from_json
+from megatron_vl.data.media_settings import MAX_FPS
 from megatron_vl.typed import Name, Shape, Text, typed
 
 _MAX_PIXELS = 2**28  # of an image or frame, more than PIL decodes
@@ -69,7 +70,7 @@ class _Media(Shape):
     height: _Side
     width: _Side
     num_frames: Annotated[int, Field(ge=1, le=10**7)] = 1
-    fps: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    fps: Annotated[float, Field(gt=0, le=MAX_FPS)] | None = None
     separate: bool = False
     settings: dict | None = None  # MediaSettings looks at them
 

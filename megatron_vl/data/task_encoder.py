@@ -35,7 +35,7 @@ from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import RepeatDataset
 
 from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry
+from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia
 from megatron_vl.data.energon_samples import SERVED, conversation_of
 from megatron_vl.data.epochs import RowPacking, WholeEpochs
 from megatron_vl.data.media import BadMedia
@@ -148,7 +148,7 @@ class SampleEncoder(TaskEncoder):
             tokens, labels = self.chat.encode(
                 sample.turns, [self.media.num_tokens(grid) for grid in grids], sample.tools
             )
-            self._check_size(tokens.numel(), grids, {media.kind for media in sample.media})
+            self._check_size(tokens.numel(), grids, sample.media)
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
         except BadEntry as error:
@@ -164,7 +164,9 @@ class SampleEncoder(TaskEncoder):
             read=sample.read,
         )
 
-    def _check_size(self, length: int, grids: Sequence[Grid], kinds: set[str]) -> None:
+    def _check_size(
+        self, length: int, grids: Sequence[Grid], media: Sequence[StoredMedia]
+    ) -> None:
         rules, patches = self.rules, sum(map(math.prod, grids))
         if length > rules.length:
             raise BadEntry(
@@ -173,7 +175,9 @@ class SampleEncoder(TaskEncoder):
             )
         if rules.max_patches is not None and patches > rules.max_patches:
             mends = {IMAGE: "image-max-pixels", VIDEO: "video-max-pixels or video-maxlen"}
-            mend = " or ".join(mends[kind] for kind in sorted(kinds))
+            mend = " or ".join(mends[kind] for kind in sorted({one.kind for one in media}))
+            if any(one.settings is not None for one in media):
+                mend += ", or what the entry itself asks for"
             raise BadEntry(
                 "too many patches",
                 f"its images and videos have {patches} patches but a row holds "

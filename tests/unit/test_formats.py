@@ -60,6 +60,7 @@ def test_a_system_prompt_may_be_a_column(format):
     assert lines(read(format, entry, system="rule")) == ["system: R", *said]
     assert lines(read(format, entry, system="")) == said
     assert reason(format, entry | {"system": 5}).startswith("wrong shape: its `system` is")
+    assert reason(format, entry | {"system": "\ud83d"}).startswith("bad text: its `system` holds")
 
 
 def test_a_dataset_names_its_columns_and_tags():
@@ -87,10 +88,11 @@ def test_a_dataset_names_its_columns_and_tags():
     (chat("a"), "no answer"),
     (chat("a", " "), "empty answer"),
     (chat("a <|video_pad|>", "b"), "reserved mark: turn 1"),
-    (chat("a", "\ud83d"), "bad text: its text holds half a character"),
+    (chat("a", "\ud83d"), "bad text: turn 2 holds half a character"),
 ])  # fmt: skip
 def test_a_turn_that_cannot_be_used_says_why(format, turns, what):
-    assert reason(format, {"conversations": turns}).startswith(what)
+    for beside in ({}, {"system": "S"}):  # which no turn's number counts
+        assert reason(format, {"conversations": turns} | beside).startswith(what)
 
 
 @pytest.mark.parametrize("format", ["llava", "sharegpt", "chatml"])
@@ -217,8 +219,8 @@ def test_a_tag_that_a_question_speaks_of_is_text(question):
 
 
 @pytest.mark.parametrize(("text", "what"), [
-    ("<box>(1,2),(3,1001)</box>", "bad box: turn 1 has the box (1,2),(3,1001), which is not with"),
-    ("<box>(-1,2),(3,4)</box>", "bad box: turn 1 has the box (-1,2),(3,4), which is not within"),
+    ("<box>(1,2),(3,1001)</box>", "bad box: it has the box (1,2),(3,1001), which is not within"),
+    ("<box>(-1,2),(3,4)</box>", "bad box: it has the box (-1,2),(3,4), which is not within"),
     ("<box>(1,2)</box>", "bad box: turn 1 has the box '(1,2)', not 2 points (x,y)"),
     ("<box>(1,2)(3,4),</box>", "bad box"),
     ("<box>(0.1,0.2),(0.5,1)</box>", "bad box: turn 1 has the box '(0.1,0.2),(0.5,1)', which may"),

@@ -66,7 +66,7 @@ def test_objects_are_counted_among_the_images_not_the_videos():
     (_entry(ASKED, "<bbox>", bbox=["1,2,3,4"]), "bad box"),
     (_entry(ASKED, "<bbox>", bbox=[[1, 2, 3, float("nan")]]), "bad box"),
     (_entry(ASKED, "<bbox>", bbox=[[0, 0, 1, 1.2]], bbox_type="norm1"),
-     "bad box: turn 2 has the box (0,0),(1,1.2), which is not within (0,0) and (1,1)"),
+     "bad box: it has the box (0,0),(1,1.2), which is not within (0,0) and (1,1)"),
     (_entry(ASKED, "<bbox>", bbox=[[1, 2, 3, 4]], bbox_type="norm1000"), "not served: the `bbox_t"),
     (_entry(ASKED, "<bbox>", bbox=[[1, 2, 3, 4]], image_id=[1]), "bad box: box 0 of its `objects`"),
     (_entry(ASKED, "<bbox>", bbox={"a": 1}, ref="sheep") | {"objects": {"bbox": {"a": 1}}},
@@ -138,7 +138,7 @@ def test_boxes_in_pixels_get_their_image_s_size_and_only_a_wrong_one_costs_its_e
     assert run(["prepare", str(source), str(tmp_path / "out"), "--format", "sharegpt", "--split",
                 "1,0,0", "--no-shuffle", "--quiet"]) == 0
     shown = capsys.readouterr().out
-    assert ("1 x bad box, such as: turn 2 has the box (4,3),(41,30), which is not within (0,0) and "
+    assert ("1 x bad box, such as: it has the box (4,3),(41,30), which is not within (0,0) and "
             "(40,30)") in shown
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         texts = [tar.extractfile(m).read().decode() for m in tar if m.name.endswith("json")]

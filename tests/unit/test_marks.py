@@ -92,6 +92,8 @@ def test_a_mark_for_an_image_that_is_not_there_is_refused(format, nothing):
         assert read(format, entry).marks_as_text == 1
     else:
         assert reason(format, entry).startswith("missing media: the text has <image>, but its list")
+        noted = said(format, "What?", images=nothing, note="of <image>")  # no text of the dialogue
+        assert read(format, noted).marks_as_text == 0
 
 
 # ---- an image's mark for a video --------------------------------------------------------------

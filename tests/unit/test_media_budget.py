@@ -171,6 +171,9 @@ def test_keys_beside_an_image_or_video_are_read(format, make, kind, keys):
     ("video", {"nframes": 10**400}, "its nframes is not above 0"),
     ("video", {"fps": float("nan")}, "its fps is not above 0"),
     ("video", {"fps": float("inf")}, "its fps is not above 0"),
+    ("video", {"fps": 2e6}, "its fps is above 1,000,000"),
+    ("image", {"resized_height": 28, "resized_width": 28 * 201},
+     "its resized_height 28 and resized_width 5628 are too long and thin"),
     ("video", {"video_start": -1}, "its video_start is not above 0"),
     ("video", {"video_start": 5, "video_end": 4}, "its video_start 5 is above its video_end 4"),
 ])  # fmt: skip

@@ -24,7 +24,8 @@ def entry(kind="image", medium="0.png"):
 
 
 def prepared(source, out, **more):
-    return prepare(PrepareConfig(source=source, output=out, split="1,0,0", progress=False, **more))
+    more = {"split": "1,0,0"} | more
+    return prepare(PrepareConfig(source=source, output=out, progress=False, **more))
 
 
 def names(wds):
@@ -81,6 +82,13 @@ def test_what_an_entry_carries_is_its_bytes(tmp_path):
     write(tmp_path / "in" / "data.json", json.dumps([entry(medium=url)]).encode())
     assert prepared(tmp_path / "in", tmp_path / "out").refused == ()
     assert names(tmp_path / "out") == ["0.ppm", "json"]
+
+
+def test_what_several_entries_carry_is_one_image(tmp_path):
+    url = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    write(tmp_path / "in" / "data.json", json.dumps([entry(medium=url)] * 6).encode())
+    made = prepared(tmp_path / "in", tmp_path / "out", split="1,1,0")
+    assert made.media == {"image": 1} and made.shared_media == 1
 
 
 @pytest.mark.parametrize(("kind", "medium", "what"), [

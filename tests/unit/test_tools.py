@@ -5,6 +5,7 @@ import json
 import pytest
 from raw_entries import read, reason
 
+from megatron_vl.cli.main import run
 from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import BadEntry, from_json, to_json
 from megatron_vl.data.options import TrainedText
@@ -191,6 +192,25 @@ def test_a_template_without_tools_refuses_them_in_one_sentence(hf_dir, spec, ent
                                        f"`{missing}`; take a model whose") as caught:
         chat.encode(made.turns, [], made.tools)
     assert caught.value.reason == "chat template"
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_prepare_says_that_a_template_may_not_have_them(tmp_path, capsys, hf_dir, tokenizer):
+    (tmp_path / "in.json").write_text(json.dumps([_openai(), *[{"messages": [
+        {"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}] * 2]))
+    words = ["--tokenizer", str(hf_dir), "--max-length", "999"] if tokenizer else []
+    assert run(["prepare", str(tmp_path / "in.json"), str(tmp_path / "out"), "--format", "messages",
+                "--split", "1,0,0", "--quiet", *words]) == 0
+    shown = capsys.readouterr().out
+    assert ("entries that call functions: 1, such as entry 0 of in.json" in shown) != tokenizer
+    assert ("1 x chat template" in shown) == tokenizer
+
+
+def test_a_call_may_be_written_in_pieces():
+    pieces = [{"type": "text", "text": '{"name": '}, {"type": "text", "text": '"f"}'}]
+    entry = {"messages": [{"role": "user", "content": "?"},
+                          {"role": "tool_call", "content": pieces}]}
+    assert read("messages", entry).turns[1].calls[0].name == "f"
 
 
 def _call(value, tools=None):

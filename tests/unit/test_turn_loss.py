@@ -78,7 +78,7 @@ def test_the_loss_leaves_them_out(hf_dir, spec, options, said):
     for turns, all_of_them in ((read("sharegpt", entry).turns, read("sharegpt", plain).turns),) * 3:
         # rendered the first time, of a remembered shape after that
         if said is BadEntry:
-            with pytest.raises(BadEntry, match="no answer to train on"):
+            with pytest.raises(BadEntry, match="last answer, which mask-history alone trains"):
                 chat_of.encode(turns, [])
             continue
         tokens, labels = chat_of.encode(turns, [])

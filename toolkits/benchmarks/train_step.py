@@ -1,9 +1,11 @@
 """Our training step against transformers' own, on the same weights and samples, in one run.
 
-    python train_step.py HF_DIR DATASET [--rows 4] [--seq-length 512] [--steps 10] [--threads 1]
+    python train_step.py HF_DIR DATASET [--rows 4] [--seq-length 512] [--no-pack] [--steps 10]
+                         [--threads 1]
 
 Ours is the step of `megatron-vl train` at TP1 PP1: packed rows, Megatron-Core's forward, backward,
-clipping and AdamW. Transformers gets the same samples as its users batch them, padded to the
+clipping and AdamW; with --no-pack a row is one sample, as long as the longest of its microbatch.
+Transformers gets the same samples as its users batch them, padded to the
 longest, one batch per microbatch: forward with labels, backward, clipping, torch's fused AdamW.
 It computes logits at all positions, ours at the trained ones; a third side is transformers with its
 head at the trained positions alone, the same work. All run in fp32 with the same number of threads,
@@ -38,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="packed rows of a step (default: 4)")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="rows at once (default: 2)")
     parser.add_argument("--seq-length", type=int, default=512, help="of a row (default: 512)")
+    parser.add_argument("--no-pack", action="store_true", help="one sample a row")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--only", choices=(OURS, THEIRS, EQUAL), help=argparse.SUPPRESS)
@@ -52,7 +55,7 @@ def read_batches(args) -> list:
 
     config = DataConfig(
         train=Mixture.parse(str(args.dataset)), seq_length=args.seq_length, num_workers=0,
-        micro_batch_size=args.micro_batch_size, packing_buffer_size=200,
+        micro_batch_size=args.micro_batch_size, packing_buffer_size=None if args.no_pack else 200,
     )
     batches = iter(build_train_loader(config, hf_dir=args.hf_dir, spec=load_spec(args.hf_dir)))
     return [next(batches) for _ in range(args.rows // args.micro_batch_size)]

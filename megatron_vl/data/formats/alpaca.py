@@ -11,7 +11,7 @@ from __future__ import annotations
 from megatron_vl.data.conversation import BadEntry, Conversation, Turn
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import conversation, listed_media, place_media
-from megatron_vl.data.formats.turns import MARK, column, describe, split_at_marks, with_system
+from megatron_vl.data.formats.turns import MARK, column, describe, split_at_marks
 
 
 def read(entry: dict, fields: Fields) -> Conversation:
@@ -34,7 +34,6 @@ def read(entry: dict, fields: Fields) -> Conversation:
         for pair in (*_history(entry, fields), last)
         for role, text in zip(("user", "assistant"), pair, strict=True)
     )
-    turns = with_system(turns, entry, fields)
     return conversation(turns, place_media(turns, media), entry, fields)
 
 

@@ -20,7 +20,6 @@ as they do where these shards are read for Qwen2-VL.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 from megatron_vl.data.conversation import (
@@ -39,11 +38,12 @@ from megatron_vl.data.formats.media_columns import (
     listed_media,
     media_source,
     place_media,
-    positive,
 )
 from megatron_vl.data.formats.pickled import read_pickled_list
 from megatron_vl.data.formats.tracked import track_like
-from megatron_vl.data.formats.turns import MARK, listed_turns, with_system
+from megatron_vl.data.formats.turns import MARK, listed_turns
+from megatron_vl.data.media_settings import rate
+from megatron_vl.inputs import json_value
 
 PARTS = ("jpgs", "videos", "json")  # of a sample of a shard
 _SECONDS_A_FRAME = 0.5  # where the sample does not say
@@ -60,7 +60,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
     else:
         said = listed_turns(entry, fields, "conversations", "messages")
         waiting = listed_media(entry, fields)
-    turns = with_system(read_turns(said, fields, MARK), entry, fields)
+    turns = read_turns(said, fields, MARK)
     made = conversation(turns, place_media(turns, waiting), entry, fields)
     return replace(made, turns=tuple(map(_without_margins, made.turns)))
 
@@ -70,10 +70,10 @@ def _sample(
 ) -> tuple[dict, list, dict[str, list[MediaSource]]]:
     """What stands beside the turns, the turns as written, and the media of a shard's sample."""
     try:
-        said = json.loads(entry["json"])
+        said = json_value(entry["json"])
     except UnicodeDecodeError as error:
         raise BadEntry("bad text", "its `json` is not UTF-8; save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadEntry("wrong shape", f"its `json` is not valid JSON ({error})") from error
     seconds, beside = None, {}
     if isinstance(said, dict):
@@ -94,8 +94,8 @@ def _sample(
 
 def _timed(video: MediaSource, seconds) -> MediaSource:
     """A video of frames so many seconds apart; a file's own rate is in the file."""
-    value = positive(seconds)
-    fps = positive(1 / value) if value else None
+    value = rate(seconds)
+    fps = rate(1 / value) if value else None
     if fps is None:
         raise BadEntry("wrong shape", "its second_per_grid_ts is no list of numbers above 0")
     return video if video.path is not None else replace(video, fps=fps)

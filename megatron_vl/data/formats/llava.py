@@ -17,12 +17,7 @@ from megatron_vl.data.conversation import IMAGE, Conversation, Part, Turn
 from megatron_vl.data.formats.dialogue import read_turns
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import conversation, listed_media, place_media
-from megatron_vl.data.formats.turns import (
-    MARK,
-    listed_turns,
-    split_at_marks,
-    with_system,
-)
+from megatron_vl.data.formats.turns import MARK, listed_turns, split_at_marks
 
 _MARK_AND_BREAK = re.compile(rf"\n?{MARK.pattern}\n?")
 
@@ -34,7 +29,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
         BadEntry: it is not of this format, or cannot be trained on.
     """
     said = listed_turns(entry, fields, "conversations", "messages")
-    turns = with_system(read_turns(said, fields, _MARK_AND_BREAK), entry, fields)
+    turns = read_turns(said, fields, _MARK_AND_BREAK)
     return conversation(
         turns, place_media(turns, listed_media(entry, fields)), entry, fields
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from urllib.parse import unquote
 
@@ -23,10 +22,10 @@ from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.marks import put_first, settle_marks
 from megatron_vl.data.formats.objects import place_objects
 from megatron_vl.data.formats.tools import join_calls, read_tools
-from megatron_vl.data.formats.turns import column, describe
+from megatron_vl.data.formats.turns import column, describe, with_system
 from megatron_vl.data.formats.unserved import refuse_unserved
 from megatron_vl.data.grounding import check_boxes
-from megatron_vl.data.media_settings import PIXEL_KEYS, VIDEO_KEYS, settings_of
+from megatron_vl.data.media_settings import PIXEL_KEYS, VIDEO_KEYS, rate, settings_of
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -37,39 +36,37 @@ def listed_media(entry: dict, fields: Fields) -> dict[str, list[MediaSource]]:
     A column holds one or a list of them, or nothing: null, or a list of null and "".
 
     Raises:
-        BadEntry: something that is no image or video, or nothing where the text has a mark.
+        BadEntry: something that is no image or video.
     """
-    columns = {IMAGE: fields.images, VIDEO: fields.videos}
-    found = {}
-    for kind, named in columns.items():
+    return {
+        kind: [] if all(map(_is_nothing, values)) else [media_source(one, kind) for one in values]
+        for kind, values in _columns(entry, fields)
+    }
+
+
+def _columns(entry: dict, fields: Fields) -> Iterator[tuple[str, list]]:
+    """Each kind, and what an entry lists of it."""
+    for kind, named in ((IMAGE, fields.images), (VIDEO, fields.videos)):
         value = column(entry, named, f"{kind}s", kind)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if values and all(map(_is_nothing, values)):
-            if _written(f"<{kind}>", entry):
-                raise BadEntry(
-                    "missing media",
-                    f"the text has <{kind}>, but its list of {kind}s holds only {values[0]!r}",
-                )
-            values = []
-        found[kind] = [media_source(one, kind) for one in values]
-    return found
+        yield kind, value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_given(turns: Sequence[Turn], entry: dict, fields: Fields) -> None:
+    """Raises BadEntry: the text has a mark for what an entry lists, which is nothing."""
+    for kind, values in _columns(entry, fields):
+        if values and all(map(_is_nothing, values)) and any(
+            f"<{kind}>" in part.text for turn in turns for part in turn.parts if part.text
+        ):
+            raise BadEntry(
+                "missing media",
+                f"the text has <{kind}>, but its list of {kind}s holds only {values[0]!r}",
+            )
 
 
 def _is_nothing(value) -> bool:
     """Whether a medium is not there: null, "", or a table's row that holds nothing else."""
     values = value.values() if isinstance(value, dict) else [value]
     return all(one is None or one in ("", b"") for one in values)
-
-
-def _written(mark: str, value) -> bool:
-    """Whether a text anywhere in a value has the mark."""
-    left = [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, str) and mark in one:
-            return True
-        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
-    return False
 
 
 def media_source(value, kind: str) -> MediaSource:
@@ -113,7 +110,7 @@ def with_settings(source: MediaSource, keys: dict) -> MediaSource:
         told = (keys.get("fps"), keys.get("sample_fps"))
         fps = next((one for one in told if one is not None), None)
         if fps is not None:
-            source = replace(source, fps=positive(fps))
+            source = replace(source, fps=rate(fps))
             if source.fps is None:
                 raise BadEntry("wrong shape", "the fps of one of its videos is no rate")
     before = source.settings.to_dict() if source.settings else {}
@@ -175,14 +172,6 @@ def _inline(url: str, kind: str) -> bytes:
     return data
 
 
-def positive(value) -> float | None:
-    """A number above 0 and below infinity, or None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    # JSON's whole numbers have no largest one; a float has.
-    return float(value) if 0 < value <= sys.float_info.max else None
-
-
 def place_media(
     turns: Iterable[Turn], waiting: dict[str, list[MediaSource]]
 ) -> tuple[MediaSource, ...]:
@@ -201,7 +190,8 @@ def conversation(
     turns: Sequence[Turn], media: Sequence[MediaSource], entry: dict, fields: Fields, *,
     marks_as_text: int = 0,
 ) -> Conversation:
-    """The checked conversation of `turns` and the media in them, each kind in order.
+    """The checked conversation of `turns` and the media in them, each kind in order, after the
+    entry's system prompt.
 
     Args:
         entry: what stands beside the turns: objects in the images, functions to call.
@@ -214,6 +204,7 @@ def conversation(
     waiting = {kind: [one for one in media if one.kind == kind] for kind in MEDIA_KINDS}
     counts = {kind: len(of_kind) for kind, of_kind in waiting.items()}
     turns, as_text = settle_marks(turns, counts)
+    _check_given(turns, entry, fields)
     turns, unmarked = put_first(turns, counts)
     media = place_media(turns, waiting)
     turns = join_calls(place_objects(turns, media, entry))
@@ -222,5 +213,5 @@ def conversation(
         turns=turns, media=media, tools=read_tools(entry, fields), unmarked=unmarked,
         marks_as_text=marks_as_text + as_text,
     )
-    check_conversation(made)
-    return made
+    check_conversation(made)  # before a turn is added: messages have the entry's own numbers
+    return replace(made, turns=with_system(turns, entry, fields))

@@ -50,7 +50,6 @@ from megatron_vl.data.formats.turns import (
     read_role,
     role_names,
     split_at_marks,
-    with_system,
 )
 
 _TYPES = ("text", *(f"{kind}{end}" for kind in MEDIA_KINDS for end in ("", "_url")))
@@ -76,6 +75,8 @@ def read(entry: dict, fields: Fields) -> Conversation:
             pieces = [_piece(piece, number) for piece in content]
             parts = tuple(part for part, _ in pieces)
             named += [source for part, source in pieces if part.media and role != CALL]
+            if role == CALL and all(part.text is not None for part in parts):
+                content = "".join(part.text for part in parts)  # else the list is of calls
         elif not content and calls_of(said, number):
             content, parts = "", ()
         else:
@@ -85,7 +86,6 @@ def read(entry: dict, fields: Fields) -> Conversation:
     given = {kind: len(waiting[kind]) + own[kind] for kind in MEDIA_KINDS}
     from_columns = any(waiting.values())  # else content that is text has no marks
     settled, as_text = settle_marks(turns, given if from_columns else {})
-    settled = with_system(settled, entry, fields)
     return conversation(
         settled, _fill(settled, named, waiting), entry, fields,
         marks_as_text=as_text if from_columns or not named else 0,

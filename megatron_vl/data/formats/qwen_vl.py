@@ -46,7 +46,6 @@ from megatron_vl.data.formats.turns import (
     describe,
     listed_turns,
     split_at_marks,
-    with_system,
 )
 
 _SIZE = (1000, 1000)  # of every image, in the units of its boxes
@@ -86,7 +85,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
             "mark count", "its text and its columns name different media; name each in one of them"
         )
     media = listed or media  # a column may also say what is asked for each
-    return conversation(with_system(tuple(made), entry, fields), media, entry, fields)
+    return conversation(made, media, entry, fields)
 
 
 def _split(

@@ -15,7 +15,7 @@ from megatron_vl.data.conversation import Conversation
 from megatron_vl.data.formats.dialogue import read_turns
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.media_columns import conversation, listed_media, place_media
-from megatron_vl.data.formats.turns import MARK, listed_turns, with_system
+from megatron_vl.data.formats.turns import MARK, listed_turns
 
 
 def read(entry: dict, fields: Fields) -> Conversation:
@@ -25,7 +25,7 @@ def read(entry: dict, fields: Fields) -> Conversation:
         BadEntry: it is not of this format, or cannot be trained on.
     """
     said = listed_turns(entry, fields, "messages", "conversations")
-    turns = with_system(read_turns(said, fields, MARK), entry, fields)
+    turns = read_turns(said, fields, MARK)
     return conversation(
         turns, place_media(turns, listed_media(entry, fields)), entry, fields
     )
