@@ -55,7 +55,9 @@ def read_batches(args) -> list:
 
     config = DataConfig(
         train=Mixture.parse(str(args.dataset)), seq_length=args.seq_length, num_workers=0,
-        micro_batch_size=args.micro_batch_size, packing_buffer_size=None if args.no_pack else 200,
+        micro_batch_size=args.micro_batch_size,
+        packing_buffer_size=None if args.no_pack else 200,
+        row_multiple=64,  # a plan's at TP1 PP1; packed rows are full
     )
     batches = iter(build_train_loader(config, hf_dir=args.hf_dir, spec=load_spec(args.hf_dir)))
     return [next(batches) for _ in range(args.rows // args.micro_batch_size)]
