@@ -16,6 +16,8 @@ import pytest
 from shared import Shared
 from warm import start as warm
 
+from megatron_vl.errors import call_as_typed
+
 ROOT = Path(__file__).resolve().parents[1]
 NURSERY = warm.Nursery()
 pytest_plugins = ["order"]
@@ -24,6 +26,7 @@ pytest_plugins = ["order"]
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     warm.use(None if item.get_closest_marker("cold") else NURSERY)
+    call_as_typed({})  # a command that a test ran in this process had flags of its own
 
 
 def pytest_sessionfinish():

@@ -76,6 +76,6 @@ def _devices() -> int:
     """
     if sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
         return 1
-    import torch
+    from megatron_vl.platform import select_platform
 
-    return torch.cuda.device_count() or 1
+    return select_platform().device_count() or 1

@@ -131,9 +131,9 @@ def _nodes(args: argparse.Namespace) -> ClusterEnv:
 
 
 def _processes(config) -> int:
-    import torch
+    from megatron_vl.platform import select_platform
 
-    return torch.cuda.device_count() or config.parallel.layout_size
+    return select_platform().device_count() or config.parallel.layout_size
 
 
 def _train(config, stop) -> None:

@@ -71,18 +71,17 @@ class Case:
         touch_device: bool = True,
     ) -> Case:
         """This process on this machine; with `touch_device` false no CUDA context is made."""
-        import torch
+        from megatron_vl.platform import select_platform  # imports torch
 
-        cuda = torch.cuda.is_available()
-        touched = cuda and touch_device
-        has_cudnn = touched and torch.version.hip is None  # on ROCm it would be MIOpen's version
+        platform = select_platform()
+        touched = platform.runs_cuda and touch_device
         return cls(
             dtype=str(dtype).removeprefix("torch."),
             head_dim=head_dim,
             deterministic=deterministic,
-            cuda=cuda,
-            capability=torch.cuda.get_device_capability() if touched else None,
-            cudnn=(torch.backends.cudnn.version() or 0) if has_cudnn else 0,
+            cuda=platform.runs_cuda,
+            capability=platform.capability() if touched else None,
+            cudnn=platform.cudnn_version() if touched else 0,
             versions=_installed(),
         )
 

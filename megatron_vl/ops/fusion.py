@@ -1,41 +1,113 @@
-"""Elementwise operations as one kernel each, on a device that gains by it.
+"""Elementwise operations: each in plain torch, the reference, and the kernels that equal it.
 
-Each is written once in plain torch, which runs everywhere and is the reference. What reads and
-writes most has a Triton kernel that equals it. torch.compile could make the same kernels, but its
-wrappers cost the host a tenth of a millisecond a call, more than the kernels take.
+| operation | kernels, in the order in which they are tried |
+|---|---|
+| `rotary` | Triton's |
+| `swiglu` | liger-kernel's, else Megatron-Core's, made by torch.compile |
+| `quick_gelu` | Triton's, with the bias |
+| `gelu`, `silu` | torch has one |
+
+The reference runs everywhere. A kernel runs on a device that gains by it, if what it is written
+with is installed. torch.compile could make all of them, but its wrappers cost the host a tenth of a
+millisecond a call, more than the kernels take.
+
+Letters: I inner width; x is [..., I], or [..., 2 I] where it holds gate and value side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn import functional as F
 
 from megatron_vl.ops.rotary import rotate
 
+REFERENCE = "torch"
 
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+
+def quick_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x * sigmoid(1.702 x), as CLIP's."""
+    x = _biased(x, bias)
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "silu": F.silu}
+def gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.gelu(_biased(x, bias))
 
 
-def choose_rotate(fused: bool) -> Callable:
-    """`rotary.rotate`, or the kernel that equals it."""
-    if not fused:
-        return rotate
-    from megatron_vl.ops.rotary_triton import rotate as fused_rotate
-
-    return fused_rotate
+def silu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.silu(_biased(x, bias))
 
 
-def choose_activation(function: Callable, fused: bool) -> Callable:
-    """`function` of ACTIVATIONS, or the kernel that equals it; torch has one for the others."""
-    if not fused or function is not quick_gelu:
-        return function
-    from megatron_vl.ops.activation_triton import quick_gelu as fused_quick_gelu
+def swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * value, [..., I] of [..., 2 I]."""
+    gate, value = _biased(x, bias).chunk(2, dim=-1)
+    return F.silu(gate) * value
 
-    return fused_quick_gelu
+
+def _biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x if bias is None else x + bias
+
+
+def _triton_rotary() -> Callable:
+    from megatron_vl.ops.rotary_triton import rotate
+
+    return rotate
+
+
+def _triton_quick_gelu() -> Callable:
+    from megatron_vl.ops.activation_triton import quick_gelu
+
+    return quick_gelu
+
+
+def _liger_swiglu() -> Callable:
+    from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
+
+    def liger_swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        x = _biased(x, bias)
+        out = LigerFusedGateUpSiLUMulFunction.apply(x.reshape(-1, x.shape[-1]), False)
+        return out.view(*x.shape[:-1], x.shape[-1] // 2)
+
+    return liger_swiglu
+
+
+def _compiled_swiglu() -> Callable:
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    return bias_swiglu_impl
+
+
+# Of each operation, by their names: what gives it, in the order in which they are tried. A loader
+# raises ImportError where what it needs is not installed.
+OPERATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
+    "rotary": {"triton": _triton_rotary, REFERENCE: lambda: rotate},
+    "swiglu": {"liger": _liger_swiglu, "compiled": _compiled_swiglu, REFERENCE: lambda: swiglu},
+    "quick_gelu": {"triton": _triton_quick_gelu, REFERENCE: lambda: quick_gelu},
+    "gelu": {REFERENCE: lambda: gelu},
+    "silu": {REFERENCE: lambda: silu},
+}
+ACTIVATIONS = ("quick_gelu", "gelu", "silu")  # of a layer without a gate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """Who computes an operation."""
+
+    name: str
+    function: Callable
+
+
+@cache
+def choose_kernel(operation: str, fused: bool) -> Kernel:
+    """The first of an operation's kernels that is installed; its reference if not `fused`."""
+    for name, load in OPERATIONS[operation].items():
+        if fused or name == REFERENCE:
+            try:
+                return Kernel(name=name, function=load())
+            except ImportError:
+                continue
+    raise AssertionError("the reference needs nothing but torch")

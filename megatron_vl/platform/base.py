@@ -16,15 +16,26 @@ class Platform(Protocol):
     Attributes:
         name: what the log calls it.
         collective_backend: torch.distributed backend for tensors on `device`.
+        runs_cuda: whether CUDA's own libraries can run, or ROCm's in their place.
         fuses_ops: whether kernels made at run time (torch.compile) pay here.
     """
 
     name: str
     collective_backend: str
+    runs_cuda: bool
     fuses_ops: bool
 
     def install(self) -> None:
         """Make Megatron-Core usable here. Idempotent; must run before a model is built."""
+
+    def device_count(self) -> int:
+        """Devices of this node, of which every rank takes one; 0 where ranks share the CPU."""
+
+    def capability(self) -> tuple[int, int] | None:
+        """The device's compute capability, if `runs_cuda`; makes a CUDA context."""
+
+    def cudnn_version(self) -> int:
+        """As cuDNN counts itself, 9.6.0 is 90600; 0 without cuDNN. Makes a CUDA context."""
 
     def device(self, local_rank: int) -> torch.device:
         """The device of the process with this local rank, selected for it."""

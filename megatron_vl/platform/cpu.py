@@ -14,6 +14,7 @@ import torch
 
 from megatron_vl.platform.checkpoints import install_common_reader
 from megatron_vl.platform.optimizer import install_optimizer
+from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.stand_in import install_stand_in
 from megatron_vl.platform.write_results import install_write_results
 
@@ -23,6 +24,7 @@ _installed = False
 class CpuPlatform:
     name = "cpu"
     collective_backend = "gloo"
+    runs_cuda = False
     fuses_ops = False  # every process would start a C++ compiler
 
     def install(self) -> None:
@@ -33,7 +35,17 @@ class CpuPlatform:
         install_optimizer()
         install_write_results()
         install_common_reader()
+        install_recompute()
         _installed = True
+
+    def device_count(self) -> int:
+        return 0
+
+    def capability(self) -> None:
+        """It has none."""
+
+    def cudnn_version(self) -> int:
+        return 0
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")

@@ -9,6 +9,7 @@ import torch
 from megatron_vl.errors import InputError
 from megatron_vl.platform.checkpoints import install_common_reader
 from megatron_vl.platform.optimizer import has_fused_optimizer, install_optimizer
+from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.weight_gradient import install_weight_gradient
 from megatron_vl.platform.write_results import install_write_results
 
@@ -16,6 +17,7 @@ from megatron_vl.platform.write_results import install_write_results
 class CudaPlatform:
     name = "cuda"
     collective_backend = "nccl"
+    runs_cuda = True
     fuses_ops = importlib.util.find_spec("triton") is not None  # torch for CUDA brings it
 
     def install(self) -> None:
@@ -25,12 +27,24 @@ class CudaPlatform:
         install_weight_gradient()
         install_write_results()
         install_common_reader()
+        install_recompute()
         # Of each fused operation a model needs more kernels than torch's 8: two towers, trained and
         # evaluated. What is above the limit would run unfused, and nobody would know.
         torch._dynamo.config.recompile_limit = 64
 
+    def device_count(self) -> int:
+        return torch.cuda.device_count()
+
+    def capability(self) -> tuple[int, int]:
+        return torch.cuda.get_device_capability()
+
+    def cudnn_version(self) -> int:
+        if torch.version.hip is not None:  # it would be MIOpen's
+            return 0
+        return torch.backends.cudnn.version() or 0
+
     def device(self, local_rank: int) -> torch.device:
-        count = torch.cuda.device_count()
+        count = self.device_count()
         if local_rank >= count:
             raise InputError(
                 f"process {local_rank} of this node has no GPU of its own, there are {count}; "

@@ -6,10 +6,13 @@ from collections import Counter
 
 import torch
 
+from megatron_vl.models.common.layer_spec import use_transformer_engine
 from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import choose_backend
+from megatron_vl.ops.fusion import choose_kernel
 from megatron_vl.training.plan import Plan
+from megatron_vl.training.setup import fuses
 
 
 def describe(plan: Plan, platform) -> str:
@@ -22,7 +25,7 @@ def describe(plan: Plan, platform) -> str:
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
         f"{config.batch.train_iters} steps; {plan.precision}"
         f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"
-        f"{describe_parts(plan)}\n{describe_attention(plan)}"
+        f"{describe_parts(plan)}\n{describe_attention(plan)}\n{describe_kernels(plan, platform)}"
         + ("" if platform.name != "cpu" or not config.optimizer.optimizer_cpu_offload else
            "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
     )
@@ -40,6 +43,16 @@ def describe_parts(plan: Plan) -> str:
         + ("frozen" if part in frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
         for part, title in PARTS.items()
     )
+
+
+def describe_kernels(plan: Plan, platform) -> str:
+    """Who computes the other operations on this rank."""
+    fused = fuses(plan, platform)
+    names = ("rotary", "swiglu", plan.spec.vision.activation)
+    chosen = [f"{name} {choose_kernel(name, fused).name}" for name in names]
+    norms = "transformer-engine" if use_transformer_engine() else "torch"
+    gradients = "added in its product" if fused else "added after its product"
+    return f"operations: {', '.join(chosen)}, norms {norms}; weight gradient {gradients}"
 
 
 def describe_attention(plan: Plan) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.ops.attention import Case, check_backend
@@ -16,12 +18,10 @@ def check_machine(config: TrainConfig, spec: VLMSpec) -> None:
 
 
 def _check_devices(config: TrainConfig) -> None:
-    import importlib.util
-
-    import torch
+    from megatron_vl.platform import select_platform  # imports torch
 
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-    if torch.cuda.is_available():
+    if select_platform().runs_cuda:
         _check_offload(config, transformer_engine)
         if transformer_engine:
             return

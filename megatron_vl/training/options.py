@@ -233,7 +233,8 @@ class ModelRunOptions:
         "device gains by it; off: by plain torch", choices=("auto", "off"),
     )
     recompute_granularity: str | None = option(
-        None, "recompute activations in backward: attention, or whole layers",
+        None, "recompute activations in backward: norms, activation functions and attention that "
+        "no flash kernel computes; or whole layers",
         choices=("selective", "full"), kind=str,
     )
     recompute_method: str = option("uniform", "with full: all layers in groups, or the first of a "

@@ -30,6 +30,11 @@ from megatron_vl.training.options import OptimizerOptions
 from megatron_vl.training.plan import Plan
 
 
+def fuses(plan: Plan, platform: Platform) -> bool:
+    """Whether elementwise operations are computed by kernels of their own."""
+    return plan.config.model.fused_ops == "auto" and platform.fuses_ops
+
+
 def model_options(
     plan: Plan, platform: Platform, *, initialize_weights: bool
 ) -> ModelOptions:
@@ -42,7 +47,7 @@ def model_options(
         fp8_format=run.fp8_format,
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
-        fused_ops=run.fused_ops == "auto" and platform.fuses_ops,
+        fused_ops=fuses(plan, platform),
         initialize_weights=initialize_weights,
         row_lengths_vary=plan.row_multiple is not None,
         deterministic=run.deterministic,

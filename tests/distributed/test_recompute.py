@@ -1,4 +1,4 @@
-"""Computed again or kept: the same gradients, bit by bit, in every kind of layout."""
+"""Computed again or kept: the same gradients in every kind of layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RANK = ROOT / "tests" / "distributed" / "recompute_ranks.py"
 
 
 @pytest.mark.parametrize(("ranks", "layouts"), [(1, 1), (2, 5)])
-def test_gradients_are_those_without_recompute_to_the_bit(ranks, layouts, model_dir):
+def test_gradients_are_those_without_recompute(ranks, layouts, model_dir):
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     done = run([sys.executable, *(start if ranks > 1 else []), RANK, model_dir])
     assert done.code == 0, done.text

@@ -33,7 +33,7 @@ LAYOUTS = {
     "tp2, images divided": TP2 | {"vit_data_parallel": True},
     "pp2": PP2,
     "vp2": VP2,
-    "cp2": {"context_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2, "recompute_granularity": "selective"},
 }
 # Other numbers than the CPU's, whose norms compute in fp32.
 BF16 = {"dp2 bf16": {"grad_reduce_in_bf16": True}}
@@ -149,7 +149,9 @@ def test_a_resumed_run_goes_on_to_the_bit(name, runs):
 def test_the_host_never_waits_for_the_device_in_a_microbatch_and_seldom_in_a_step(name, rank, runs):
     waits = json.loads((runs["shadow"] / f"{name}.{rank}.json").read_text())["waits"]
     chunks = 2 if name.startswith("vp2") else 1
-    assert waits == {"schedule": {AFTER_ALL: chunks}, "step": WAITS, "validation": {}}
+    # Megatron-Core 0.19 has none in the schedule either.
+    assert waits.pop("schedule") in ({AFTER_ALL: chunks}, {})
+    assert waits == {"step": WAITS, "validation": {}}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -7,6 +7,7 @@ import torch
 from megatron_vl.platform.base import PLATFORMS, Kind
 from megatron_vl.platform.cpu import CpuPlatform
 from megatron_vl.platform.optimizer import install_optimizer
+from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.stand_in import install_stand_in
 from megatron_vl.platform.write_results import install_write_results
 from shadow import device
@@ -29,6 +30,7 @@ class ShadowPlatform(CpuPlatform):
         torch.cuda.synchronize = torch.shadow.synchronize
         install_optimizer()
         install_write_results()
+        install_recompute()
         _installed = True
 
     def device(self, local_rank: int) -> torch.device:

@@ -33,20 +33,34 @@ for shape in [(33, 1, 3, 80), (16, 2, 4, 16), (5, 3, 1, 128), (0, 1, 2, 16)]:
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
-from megatron_vl.ops.activation_triton import quick_gelu as kernel
-from megatron_vl.ops.fusion import quick_gelu
-for shape in [0, 1, 5000, (3, 1, 7000)]:
-    torch.manual_seed(0)
-    x = torch.randn(shape, device=device, requires_grad=True)
-    gradient = torch.randn(shape, device=device)
-    found = []
-    for one in (quick_gelu, kernel):
-        x.grad = None
-        one(x).backward(gradient)
-        found.append((one(x).detach(), x.grad))
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-print("equal")
+from megatron_vl.ops.fusion import OPERATIONS, REFERENCE
+tried = []
+for operation in ("quick_gelu", "swiglu"):
+    reference = OPERATIONS[operation][REFERENCE]()
+    for name, load in OPERATIONS[operation].items():
+        if name == REFERENCE or (name == "compiled" and device == "cpu"):
+            continue
+        try:
+            kernel = load()
+        except ImportError:
+            continue
+        tried.append(f"{operation} {name}")
+        for shape in [(0, 1, 8), (5000,), (3, 1, 7000), (4, 2, 96)]:
+            for biased in (False, True):
+                torch.manual_seed(0)
+                x = torch.randn(shape, device=device, requires_grad=True)
+                bias = torch.randn(shape[-1], device=device, requires_grad=True) if biased else None
+                found = []
+                for one in (reference, kernel):
+                    x.grad = None
+                    if biased:
+                        bias.grad = None
+                    out = one(x, bias)
+                    out.backward(torch.linspace(-1, 1, out.numel(), device=device).view_as(out))
+                    found.append((out.detach(), x.grad, *([bias.grad] if biased else [])))
+                for a, b in zip(*found, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+print(*tried, "equal", sep=", ")
 """
 
 

@@ -130,9 +130,13 @@ def single_calls(results: Results, device: torch.device) -> None:
     import torch.nn.functional as F
 
     from megatron_vl.ops.attention import BACKENDS, Case
-    from megatron_vl.ops.fusion import choose_activation, choose_rotate, quick_gelu
-    from megatron_vl.ops.rotary import Rotary
+    from megatron_vl.ops.fusion import choose_kernel, quick_gelu
+    from megatron_vl.ops.rotary import Rotary, rotate
     from megatron_vl.ops.segments import Segments
+
+    fused = {
+        name: choose_kernel(name, True).function for name in ("rotary", "quick_gelu", "swiglu")
+    }
 
     def draw(*shape):
         return torch.randn(*shape, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -148,9 +152,10 @@ def single_calls(results: Results, device: torch.device) -> None:
         "rms_norm": lambda: F.rms_norm(x, (1536,), weight, 1e-6),
         "layer_norm": lambda: F.layer_norm(x, (1536,), weight, bias, 1e-6),
         "quick_gelu": lambda: quick_gelu(x),
-        "quick_gelu, fused": lambda: choose_activation(quick_gelu, True)(x),
-        "rotate": lambda: choose_rotate(False)(q[:, None], rotary.cos, rotary.sin),
-        "rotate, fused": lambda: choose_rotate(True)(q[:, None], rotary.cos, rotary.sin),
+        "quick_gelu, fused": lambda: fused["quick_gelu"](x),
+        "rotate": lambda: rotate(q[:, None], rotary.cos, rotary.sin),
+        "rotate, fused": lambda: fused["rotary"](q[:, None], rotary.cos, rotary.sin),
+        "SwiGLU, fused": lambda: fused["swiglu"](gate),
         "SwiGLU, Megatron-Core's fused": lambda: swiglu(gate),
     }
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl

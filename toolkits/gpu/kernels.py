@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from results import Results, first_line, read_fact
 from timing import Timer, copies_beyond_cache, relative_error
 
-from megatron_vl.ops.fusion import choose_activation, choose_rotate, quick_gelu
+from megatron_vl.ops.fusion import choose_kernel, quick_gelu, swiglu
 from megatron_vl.ops.rotary import rotate
 
 MADE_FOR_A_DEVICE = ("torch.compile", "liger", "Megatron-Core's fused", "megatron_vl's Triton",
@@ -70,17 +70,12 @@ def layer_norm(x, weight, bias):
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
 
 
-def swiglu(x):
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def bias_quick_gelu(x, bias):
-    return quick_gelu(x + bias)
+def swiglu_ours(x):
+    return choose_kernel("swiglu", True).function(x)
 
 
 def bias_ours(x, bias):
-    return choose_activation(quick_gelu, True)(x + bias)
+    return choose_kernel("quick_gelu", True).function(x, bias)
 
 
 def bias_residual(x, bias, residual):
@@ -96,7 +91,7 @@ def rotate_both(q, k, cos, sin):
 
 
 def rotate_ours(q, k, cos, sin):
-    turned = choose_rotate(True)
+    turned = choose_kernel("rotary", True).function
     return turned(q, cos, sin), turned(k, cos, sin)
 
 
@@ -195,8 +190,8 @@ def ops(device: torch.device, tiny: bool) -> dict[str, Callable[[], Op]]:
         "vision bias + quick_gelu": lambda: Op(
             inputs=[draw(patches, 1, 4 * vision), draw(4 * vision)],
             candidates={
-                "torch": bias_quick_gelu, "torch.compile": compiled(bias_quick_gelu),
-                "megatron_vl's, bias apart": bias_ours,
+                "torch": quick_gelu, "torch.compile": compiled(quick_gelu),
+                "megatron_vl's": bias_ours,
             },
         ),
         "vision rope": lambda: rope(patches, vision_heads, vision_heads, vision_width),
@@ -216,6 +211,7 @@ def ops(device: torch.device, tiny: bool) -> dict[str, Callable[[], Op]]:
             candidates={
                 "torch": swiglu, "torch.compile": compiled(swiglu),
                 "Megatron-Core's fused": mcore_swiglu, "liger": liger_swiglu,
+                "megatron_vl's choice": swiglu_ours,
             },
         ),
         "language rope": lambda: rope(tokens, heads, groups, width),

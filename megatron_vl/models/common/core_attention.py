@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.ops.attention import choose_backend
-from megatron_vl.ops.fusion import choose_rotate
+from megatron_vl.ops.fusion import choose_kernel
 from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
 
@@ -56,7 +56,7 @@ class VarlenCoreAttention(MegatronModule):
             head_dim=config.kv_channels,
             deterministic=config.deterministic_mode,
         ).attention
-        self.rotate = choose_rotate(config.fused_ops)
+        self.rotate = choose_kernel("rotary", config.fused_ops).function
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError("attention dropout is not part of variable-length attention; set 0.")

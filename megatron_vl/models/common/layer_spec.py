@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -16,10 +15,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_vl.models.common.core_attention import VarlenCoreAttention
+from megatron_vl.models.common.mlp import TowerLayer
 from megatron_vl.ops.norm import TorchNorm
+from megatron_vl.platform import select_platform
 
 FUSED_NORM_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -29,7 +30,9 @@ FUSED_NORM_NAMES = {
 
 def use_transformer_engine() -> bool:
     """Whether layers are TransformerEngine's: installed, and a CUDA device to run on."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return (
+        select_platform().runs_cuda and importlib.util.find_spec("transformer_engine") is not None
+    )
 
 
 def layer_spec(*, causal: bool) -> ModuleSpec:
@@ -57,7 +60,7 @@ def _layer(mask, column, row, norm=None) -> ModuleSpec:
         },
     }
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TowerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=SelfAttention,

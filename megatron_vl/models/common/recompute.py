@@ -14,7 +14,10 @@ from megatron_vl.parallel import StageSplit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recompute:
-    """What one tower computes again: nothing, its attention (selective), or whole layers (full)."""
+    """What one tower computes again: nothing, parts of layers (selective), or layers (full).
+
+    The parts are norms, activation functions, and attention where no flash kernel computes it.
+    """
 
     granularity: Literal["none", "selective", "full"] = "none"
     # For full: every layer, in groups of `num_layers` whose input alone is kept (uniform), or the

@@ -13,9 +13,11 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.layer_spec import use_transformer_engine
 from megatron_vl.models.common.recompute import NOTHING, Recompute
 from megatron_vl.models.spec import VLMSpec
-from megatron_vl.ops.fusion import ACTIVATIONS, choose_activation
+from megatron_vl.ops.attention import choose_backend
+from megatron_vl.ops.fusion import ACTIVATIONS
 from megatron_vl.parallel import Layout, StageSplit
 
 
@@ -43,6 +45,8 @@ class VLTransformerConfig(TransformerConfig):
 
     varlen_attention_backend: str = "auto"
     fused_ops: bool = False
+    activation: str = "gelu"  # of megatron_vl.ops.fusion.OPERATIONS
+    recompute_activation: bool = False  # of the MLPs
     # The word embedding is then not on the first stage, where Megatron-Core expects it.
     vision_spans_chunks: bool = False
 
@@ -62,8 +66,7 @@ def language_config(
         add_bias_linear=False,
         add_qkv_bias=decoder.qkv_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
-        bias_activation_fusion=options.fused_ops,  # Megatron-Core's own SwiGLU
+        activation="swiglu",
         normalization="RMSNorm",
         layernorm_epsilon=decoder.norm_eps,
         fp8=options.fp8_format,
@@ -76,7 +79,7 @@ def language_config(
         moe_token_dispatcher_type="alltoall",
         context_parallel_size=layout.cp,
         **_pipeline(layout, split, "llm"),
-        **_recompute(options.recompute),
+        **_recompute(options.recompute, options, decoder.head_dim),
         **_shared(layout, options, sequence_parallel=layout.sequence_parallel),
     )
 
@@ -94,12 +97,12 @@ def vision_config(
         kv_channels=vision.head_dim,
         add_bias_linear=True,
         add_qkv_bias=True,
-        activation_func=choose_activation(_activation(vision.activation), options.fused_ops),
+        activation=_activation(vision.activation),
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         **_initialization(options, spec.decoder.init_std),
         **(_pipeline(layout, split, "vit") if split.vision_spans_chunks else {}),
-        **_recompute(options.vit_recompute),
+        **_recompute(options.vit_recompute, options, vision.head_dim),
         # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
@@ -178,11 +181,16 @@ def _initialization(options: ModelOptions, std: float) -> dict:
     )
 
 
-def _recompute(recompute: Recompute) -> dict:
+def _recompute(recompute: Recompute, options: ModelOptions, head_dim: int) -> dict:
     if recompute.granularity == "none":
         return {}
     if recompute.granularity == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        return dict(
+            recompute_granularity="selective",
+            recompute_modules=_recomputed_modules(options, head_dim),
+            # TransformerEngine's layers keep their inputs in 8 bits then.
+            recompute_activation=options.fp8_format is None,
+        )
     return dict(
         recompute_granularity="full",
         recompute_method=recompute.method,
@@ -190,9 +198,23 @@ def _recompute(recompute: Recompute) -> dict:
     )
 
 
-def _activation(name: str):
+def _recomputed_modules(options: ModelOptions, head_dim: int) -> list[str]:
+    """What costs little to make again for what it takes to keep."""
+    modules = []
+    if not use_transformer_engine():  # whose norms are part of its linear layers
+        modules.append("layernorm")
+    attention = choose_backend(
+        options.attention_backend, dtype=options.params_dtype, head_dim=head_dim,
+        deterministic=options.deterministic,
+    )
+    if attention.name == "sdpa":  # a flash kernel keeps no scores, and computes them again anyway
+        modules.append("core_attn")
+    return modules
+
+
+def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise InputError(
             f"config.json names the vision activation {name!r}; known are {', '.join(ACTIVATIONS)}."
         )
-    return ACTIVATIONS[name]
+    return name
