@@ -38,7 +38,7 @@ class VarlenAttention(Protocol):
         """Returns [T, N, H] in the dtype of `q_TNH`; N is a multiple of G."""
 
 
-LIBRARIES = ("torch", "transformer-engine", "flash-attn", "flash-attn-3")
+LIBRARIES = ("torch", "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4")
 HALF = ("bfloat16", "float16")
 
 
@@ -162,6 +162,19 @@ def _why_not_flash2(case: Case) -> str | None:
     return _lacks(case, "flash-attn", (2, 7))
 
 
+def _why_not_flash4(case: Case) -> str | None:
+    """As flash_attn.cute's own checks have it."""
+    reason = _lacks(case, "flash-attn-4", (4, 0), capability=(9, 0))
+    if reason is not None or case.capability in (None, (9, 0)):
+        return reason
+    capability = f"on compute capability {_dotted(case.capability)}"
+    if case.head_dim > 128:
+        return f"head dim {case.head_dim} is above 128 {capability}"
+    if case.deterministic and case.capability >= (12, 0):
+        return f"not deterministic {capability}"
+    return None
+
+
 def _why_not_torch_varlen(case: Case) -> str | None:
     # The first that was tried.
     return _lacks(case, "torch", (2, 11))
@@ -187,9 +200,19 @@ def _load_te_flash(deterministic: bool) -> VarlenAttention:
 
 
 def _load_flash2(deterministic: bool) -> VarlenAttention:
+    from flash_attn import flash_attn_varlen_func
+
     from megatron_vl.ops.flash import attention
 
-    return partial(attention, deterministic=deterministic)
+    return partial(attention, kernel=flash_attn_varlen_func, deterministic=deterministic)
+
+
+def _load_flash4(deterministic: bool) -> VarlenAttention:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    from megatron_vl.ops.flash import attention
+
+    return partial(attention, kernel=flash_attn_varlen_func, deterministic=deterministic)
 
 
 def _load_torch_varlen(deterministic: bool) -> VarlenAttention:
@@ -215,6 +238,7 @@ BACKENDS: dict[str, Backend] = {
         Backend(name="te-fused", why_not=_why_not_te_fused, load=_load_te_fused),
         Backend(name="te-flash", why_not=_why_not_te_flash, load=_load_te_flash),
         Backend(name="flash2", why_not=_why_not_flash2, load=_load_flash2),
+        Backend(name="flash4", why_not=_why_not_flash4, load=_load_flash4),
         Backend(name="torch-varlen", why_not=_why_not_torch_varlen, load=_load_torch_varlen),
         Backend(name="sdpa", why_not=lambda case: None, load=_load_sdpa),
     )

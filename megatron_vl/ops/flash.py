@@ -1,9 +1,10 @@
-"""Variable-length attention by flash-attn 2 (Dao, arXiv 2307.08691)."""
+"""Variable-length attention by flash-attn 2 (Dao, arXiv 2307.08691) and 4."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from flash_attn import flash_attn_varlen_func
 
 from megatron_vl.ops.segments import Segments
 
@@ -16,10 +17,11 @@ def attention(
     *,
     causal: bool,
     scale: float,
+    kernel: Callable,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """See `megatron_vl.ops.attention.VarlenAttention`."""
-    return flash_attn_varlen_func(
+    """See `megatron_vl.ops.attention.VarlenAttention`. `kernel`: the library's function."""
+    out = kernel(
         q_TNH,
         k_TGH,
         v_TGH,
@@ -31,3 +33,4 @@ def attention(
         causal=causal,
         deterministic=deterministic,
     )
+    return out[0] if isinstance(out, tuple) else out  # that of 4 gives the softmax's sums too

@@ -105,10 +105,11 @@ def test_an_empty_segment_is_refused():
 
 HOPPER = Case(
     dtype="bfloat16", head_dim=128, cuda=True, capability=(9, 0), cudnn=91002,
-    versions={"torch": (2, 12, 0), "transformer-engine": (2, 11, 0), "flash-attn": (2, 8, 3)},
+    versions={"torch": (2, 12, 0), "transformer-engine": (2, 11, 0), "flash-attn": (2, 8, 3),
+              "flash-attn-4": (4, 0, 0)},
 )
-NO_TE = {"torch": (2, 12), "flash-attn": (2, 8, 3)}
-NO_FLASH = {"torch": (2, 12), "transformer-engine": (2, 11)}
+NO_TE = {"torch": (2, 12), "flash-attn": (2, 8, 3), "flash-attn-4": (4, 0)}
+NO_FLASH = {"torch": (2, 12), "transformer-engine": (2, 11), "flash-attn-4": (4, 0)}
 
 # What differs from HOPPER -> the backends that cannot run then, and why; all others can.
 CASES = {
@@ -146,14 +147,16 @@ CASES = {
         {"te-fused": "transformer-engine 1.13 is older than 2.4",
          "te-flash": "transformer-engine 1.13 is older than 2.4",
          "flash2": "flash-attn 2.6.3 is older than 2.7",
+         "flash4": "flash-attn-4 is not installed",
          "torch-varlen": "torch 2.8.0 is older than 2.11"},
     ),
     "Ampere": (
-        dict(capability=(8, 0)), {"te-fused": "compute capability 8.0 is below 9.0"},
+        dict(capability=(8, 0)),
+        dict.fromkeys(("te-fused", "flash4"), "compute capability 8.0 is below 9.0"),
     ),
     "Turing": (
         dict(capability=(7, 5)),
-        {"te-fused": "compute capability 7.5 is below 9.0",
+        {**dict.fromkeys(("te-fused", "flash4"), "compute capability 7.5 is below 9.0"),
          **dict.fromkeys(("te-flash", "flash2", "torch-varlen"),
                          "compute capability 7.5 is below 8.0")},
     ),
@@ -161,6 +164,16 @@ CASES = {
     "Blackwell, deterministic": (
         dict(capability=(10, 0), deterministic=True),
         {"te-fused": "not deterministic on compute capability 10.0"},
+    ),
+    "Blackwell, wide heads": (
+        dict(capability=(10, 0), head_dim=192),
+        {"te-fused": "head dim 192 is no multiple of 8 up to 128",
+         "flash4": "head dim 192 is above 128 on compute capability 10.0"},
+    ),
+    "Blackwell of a workstation, deterministic": (
+        dict(capability=(12, 0), deterministic=True),
+        {"te-fused": "compute capability 12.0 has no kernel for packed rows",
+         "flash4": "not deterministic on compute capability 12.0"},
     ),
     "Blackwell of a workstation": (
         dict(capability=(12, 0)),
@@ -178,7 +191,7 @@ CASES = {
     "odd heads": (
         dict(head_dim=36),
         {"te-fused": "head dim 36 is no multiple of 8 up to 128",
-         **dict.fromkeys(("te-flash", "flash2", "torch-varlen"),
+         **dict.fromkeys(("te-flash", "flash2", "flash4", "torch-varlen"),
                          "head dim 36 is no multiple of 8 up to 256")},
     ),
 }
