@@ -155,8 +155,8 @@ def test_the_table_of_schedulers_is_the_one_that_is_read():
     assert [row[0] for row in table] == [str(number + 1) for number in range(len(table))]
 
 
-def test_the_table_of_rooms_is_the_enforced_one():
-    table = next(t for t in tables("docs/architecture.md") if t[0][0] == "room")
+def test_the_table_of_packages_is_the_enforced_one():
+    table = next(t for t in tables("docs/architecture.md") if t[0][0] == "package")
     rooms = {row[0].strip("`/"): tuple(CODE.findall(row[2])) for row in table[1:]}
     modules = (*ALWAYS, "__main__")
     assert rooms == {room: may for room, may in ROOMS.items() if room not in modules}
