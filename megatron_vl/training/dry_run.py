@@ -96,7 +96,7 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
 def _look_around(plan: Plan, notes: list[str]) -> None:
     """Notes on this machine; a dataset that is here is checked as at a start."""
     config = plan.config
-    _note(notes, lambda: check_model_files(plan.hf_dir))
+    _note(notes, lambda: check_model_files(plan.hf_dir, plan.spec.vision))
     for mixture, split in datasets(config):
         missing = [path for path in mixture.paths if not path.exists()]
         notes += [f"the dataset {path} is not there yet." for path in missing]
