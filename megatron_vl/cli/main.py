@@ -110,9 +110,10 @@ def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
     chosen = _chosen(argv)
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    # Every name of an option that was typed; of several the last counts.
-    named = {name: flag for flag in flags for name in flags_of(key_of(flag))}
-    call_as_typed({name[2:]: flag for name, flag in named.items() if flag != name})
+    # Every long name of an option that was typed, for the short ones are words too; of several the
+    # last counts.
+    named = {name[2:]: flag for flag in flags for name in flags_of(key_of(flag)) if "-" in name[2:]}
+    call_as_typed({name: flag for name, flag in named.items() if flag != f"--{name}"})
     try:
         return _run(chosen, argv)
     except CheckFailed as error:

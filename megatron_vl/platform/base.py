@@ -40,6 +40,10 @@ class Platform(Protocol):
     def device(self, local_rank: int) -> torch.device:
         """The device of the process with this local rank, selected for it."""
 
+    def make_user_buffers(self, tokens: int, width: int, tp: int, *, fp8: bool) -> None:
+        """What tensor-parallel ranks send from while they compute, if `runs_cuda`: TransformerEngine's
+        for hidden states [tokens, width]."""
+
     def synchronize(self) -> None:
         """Wait until everything queued on the device has run."""
 
