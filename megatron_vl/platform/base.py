@@ -41,8 +41,8 @@ class Platform(Protocol):
         """The device of the process with this local rank, selected for it."""
 
     def make_user_buffers(self, tokens: int, width: int, tp: int, *, fp8: bool) -> None:
-        """What tensor-parallel ranks send from while they compute, if `runs_cuda`: TransformerEngine's
-        for hidden states [tokens, width]."""
+        """TransformerEngine's, which tensor-parallel ranks send hidden states [tokens, width] from
+        while they compute; if `runs_cuda`."""
 
     def synchronize(self) -> None:
         """Wait until everything queued on the device has run."""
