@@ -47,7 +47,8 @@ setup(
         ],
         "parquet": ["pyarrow>=15"],
         "trackers": ["wandb>=0.17", "swanlab>=0.6", "mlflow>=2.14"],
-        "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7", "triton>=3"],
+        "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7", "triton>=3",
+                 "liger-kernel>=0.8,<0.9"],
     },
     entry_points={"console_scripts": ["megatron-vl = megatron_vl.cli.main:main"]},
 )

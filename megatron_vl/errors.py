@@ -81,9 +81,9 @@ def call_as_typed(flags: Mapping[str, str]) -> None:
 def as_called(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """A text that calls options as they were given: by a flag of another name, by a script's
     arguments, which it lists in CALLED, or by their variables."""
-    names = dict(one.strip().partition("=")[::2] for one in environ.get(CALLED, "").split(";"))
+    called = dict(one.strip().partition("=")[::2] for one in environ.get(CALLED, "").split(";"))
+    names = _typed | called  # a script types flags of its own for its user's words
     names.pop("", None)
-    names |= _typed
     typed = {word.partition("=")[0] for word in sys.argv}
     for variable in environ:
         flag = variable.removeprefix(OPTIONS).lower().replace("_", "-")

@@ -28,7 +28,7 @@ from megatron_vl.errors import (
     printable,
     shortened,
 )
-from megatron_vl.training.spellings import answer, key_of
+from megatron_vl.training.spellings import answer, flags_of, key_of
 
 COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",
@@ -50,8 +50,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
 
+    def _dashed(self, word: str) -> str:
+        """`--save_interval` as `--save-interval`, if that is a flag."""
+        flag, equals, value = word.partition("=")
+        dashed = flag.replace("_", "-")
+        known = self._option_string_actions
+        return dashed + equals + value if flag not in known and dashed in known else word
+
     def parse_known_args(self, args=None, namespace=None):
         # Here, not in parse_args: a command's unknown flags would be reported as the program's.
+        args = [self._dashed(word) if word.startswith("--") else word for word in args or ()]
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown)
@@ -102,7 +110,9 @@ def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
     chosen = _chosen(argv)
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    named = {key_of(flag).replace("_", "-"): flag for flag in flags}  # of several the last counts
+    # Every long name of an option that was typed, for the short ones are words too; of several the
+    # last counts.
+    named = {name[2:]: flag for flag in flags for name in flags_of(key_of(flag)) if "-" in name[2:]}
     call_as_typed({name: flag for name, flag in named.items() if flag != f"--{name}"})
     try:
         return _run(chosen, argv)

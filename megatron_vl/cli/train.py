@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_vl.cli.worker import started_by_torchrun
-from megatron_vl.errors import Bounds, InputError
+from megatron_vl.errors import FAILURE_FILE, Bounds, InputError
 from megatron_vl.parallel.cluster import MACHINE, ClusterEnv, check_one_launcher, cluster_env
 from megatron_vl.training.config_sources import add_arguments, load_config
 
@@ -74,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
         print(dry_run(config, nnodes=env.nnodes, nproc_per_node=processes))
         return 0
     if started_by_torchrun():
+        ours = FAILURE_FILE in os.environ  # whose launcher has looked
+        if not ours and os.environ["RANK"] == "0" and args.cluster_env is not False:
+            cluster_env(os.environ)
         from megatron_vl.cli.worker import STOP, beside_failure, run_worker
         from megatron_vl.training.stop import StopRequest
 

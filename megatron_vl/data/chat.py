@@ -12,7 +12,7 @@ import torch
 
 from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
 from megatron_vl.data.grounding import render
-from megatron_vl.data.model_files import TOKENIZER
+from megatron_vl.data.model_files import COPY_AGAIN, TOKENIZER
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
@@ -27,8 +27,6 @@ _PROBE = [
 SHORT = 128  # characters of a text that others may repeat: a common question; -1 remembers none
 _MAX_REMEMBERED = 4096  # such texts, and what a template writes around them
 
-
-_COPY = "copy it again from the model's Hugging Face repository"
 
 
 class _Named(Shape):
@@ -91,7 +89,7 @@ class ChatTokenizer:
                 raise InputError(
                     f"{hf_dir / name} is missing; copy it from the model's Hugging Face repository."
                 )
-        read_file(hf_dir / "tokenizer_config.json", _TokenizerConfig, mend=_COPY)
+        read_file(hf_dir / "tokenizer_config.json", _TokenizerConfig, mend=COPY_AGAIN)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(hf_dir), use_fast=True, trust_remote_code=False, local_files_only=True
@@ -103,7 +101,7 @@ class ChatTokenizer:
             ) from error
         legacy = hf_dir / "chat_template.json"  # where processors kept it before the .jinja file
         if not tokenizer.chat_template and legacy.is_file():
-            tokenizer.chat_template = read_file(legacy, _Legacy, mend=_COPY).chat_template
+            tokenizer.chat_template = read_file(legacy, _Legacy, mend=COPY_AGAIN).chat_template
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer in {hf_dir} has no chat template; copy chat_template.jinja or a "

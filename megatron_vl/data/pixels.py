@@ -10,61 +10,33 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 
 from megatron_vl.data.conversation import VIDEO, StoredMedia
 from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
 from megatron_vl.data.media_settings import IMAGE_TOKENS, MIN_FRAMES
-from megatron_vl.data.model_files import IMAGE_SETTINGS, JOINT_SETTINGS, VIDEO_SETTINGS
+from megatron_vl.data.model_files import (
+    COPY_AGAIN,
+    JOINT_SETTINGS,
+    VIDEO_SETTINGS,
+    Edges,
+    JointFile,
+    MediaFile,
+    check_patches,
+    image_settings,
+)
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import Grid
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import VisionSpec
-from megatron_vl.typed import Number, Positive, Shape, Size, read_file
+from megatron_vl.typed import read_file
 
 # Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
 VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 _RESAMPLE = Image.Resampling.BICUBIC  # qwen-vl-utils'
-
-
-_COPY = "copy it again from the model's Hugging Face repository"
-
-
-class _Edges(Shape):
-    """Least and most pixels, under the names of one age or another."""
-
-    shortest_edge: Size | None = None
-    longest_edge: Size | None = None
-
-
-class _Settings(Shape):
-    """Of images or of videos; what is null or missing, transformers knows."""
-
-    size: _Edges | None = None
-    min_pixels: Size | None = None
-    max_pixels: Size | None = None
-    patch_size: Size | None = None
-    merge_size: Size | None = None
-    temporal_patch_size: Size | None = None
-    do_resize: bool | None = None
-    do_rescale: bool | None = None
-    do_normalize: bool | None = None
-    resample: Annotated[int, Field(ge=0, le=5)] | None = None
-    rescale_factor: Number | None = None
-    image_mean: list[Number] | None = None
-    image_std: list[Positive] | None = None
-
-
-class _Joint(Shape):
-    """processor_config.json"""
-
-    image_processor: _Settings | None = None
-    video_processor: _Settings | None = None
 
 
 class MediaProcessor:
@@ -113,22 +85,7 @@ class MediaProcessor:
         """
         from transformers import AutoImageProcessor
 
-        path, joint = (Path(hf_dir) / name for name in (IMAGE_SETTINGS, JOINT_SETTINGS))
-        if not path.is_file():
-            if not joint.is_file():
-                raise InputError(
-                    f"{path} is missing; copy it from the model's Hugging Face repository."
-                )
-            path = joint
-        settings = read_file(path, _Joint if path == joint else _Settings, mend=_COPY)
-        settings = settings.image_processor if path == joint else settings
-        for name in ("image_mean", "image_std"):
-            numbers = getattr(settings, name, None)
-            if numbers is not None and len(numbers) != vision.in_channels:
-                raise InputError(
-                    f"{path} has {len(numbers)} numbers as {name} but config.json has "
-                    f"{vision.in_channels} channels; take both files from the same model."
-                )
+        path = image_settings(Path(hf_dir), vision)
         try:
             processor = AutoImageProcessor.from_pretrained(
                 str(hf_dir), backend="pil", trust_remote_code=False, local_files_only=True
@@ -136,17 +93,8 @@ class MediaProcessor:
             least, most = (processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
         except Exception as error:  # transformers raises many kinds for a bad file
             words = str(error).strip().split("\n")[0].rstrip(".")
-            raise InputError(f"{path} cannot be read ({shown(words)}); {_COPY}.") from error
-        for name, want in (
-            ("patch_size", vision.patch_size),
-            ("merge_size", vision.spatial_merge_size),
-            ("temporal_patch_size", vision.temporal_patch_size),
-        ):
-            if getattr(processor, name, None) != want:
-                raise InputError(
-                    f"{path} has {name} {getattr(processor, name, None)} but config.json has "
-                    f"{want}; take both files from the same model."
-                )
+            raise InputError(f"{path} cannot be read ({shown(words)}); {COPY_AGAIN}.") from error
+        check_patches(path, processor, vision)
         if not 0 < least <= most:
             raise InputError(
                 f"{path} asks for images of {least} to {most} pixels; give a min_pixels above 0 "
@@ -314,18 +262,18 @@ def _chosen(kind: str, limits: MediaLimits, default: tuple[int, int]) -> tuple[i
 
 def _video_size(hf_dir: Path) -> tuple[int, int] | None:
     """The pixels of a frame that the model's video settings ask for; None without any."""
-    for name, kind in ((VIDEO_SETTINGS, _Settings), (JOINT_SETTINGS, _Joint)):
+    for name, kind in ((VIDEO_SETTINGS, MediaFile), (JOINT_SETTINGS, JointFile)):
         path = Path(hf_dir) / name
         if not path.is_file():
             continue
-        settings = read_file(path, kind, mend=_COPY)
-        settings = settings.video_processor if kind is _Joint else settings
+        settings = read_file(path, kind, mend=COPY_AGAIN)
+        settings = settings.video_processor if kind is JointFile else settings
         if settings is None:
             continue
-        edges = settings.size or _Edges()
+        edges = settings.size or Edges()
         least = settings.min_pixels or edges.shortest_edge or VIDEO_SIZE["shortest_edge"]
         most = settings.max_pixels or edges.longest_edge or VIDEO_SIZE["longest_edge"]
         if least > most:
-            raise InputError(f"{path} asks for frames of {least} to {most} pixels; {_COPY}.")
+            raise InputError(f"{path} asks for frames of {least} to {most} pixels; {COPY_AGAIN}.")
         return least, most
     return None

@@ -165,10 +165,17 @@ def prepare(config: PrepareConfig) -> Summary:
         if config.lengths is not None:
             preparation.refuse_long(sizes)
         entries, refused = preparation.result()
-        shards, parts = plan_shards(
-            entries, shares=config.shares, samples_per_shard=config.samples_per_shard,
-            seed=config.seed if config.shuffle else None,
-        )
+        try:
+            shards, parts = plan_shards(
+                entries, shares=config.shares, samples_per_shard=config.samples_per_shard,
+                seed=config.seed if config.shuffle else None,
+            )
+        except InputError as error:
+            if not refused:
+                raise
+            raise InputError(
+                f"{error} {len(refused)} entries were refused: {'; '.join(counted(refused))}."
+            ) from error
         digests = write_shards(
             shards, parts, sizes, partial, key=preparation.key, progress=config.progress
         )

@@ -11,7 +11,7 @@ from megatron_vl.data.formats import FORMATS, Fields
 
 MENDS = {  # of each reason that `prepare` refuses for: see REASONS
     "wrong shape": "correct it, or give the --format of the file, or its own keys with --columns",
-    "bad text": "save the text as UTF-8",
+    "bad text": "save it as UTF-8",
     "reserved mark": "write the mark otherwise",
     "unknown role": "name the roles, such as --columns user_tag=NAME,assistant_tag=NAME",
     "mark count": "let the marks say where each image, video and object stands",

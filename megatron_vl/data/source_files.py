@@ -288,7 +288,7 @@ def _line(line: bytes) -> dict | BadEntry:
     try:
         return _object(json_value(line.decode("utf-8")))
     except UnicodeDecodeError:
-        return BadEntry("bad text", f"it {not_utf8(line)}")
+        return BadEntry("bad text", f"it {not_utf8(line).partition(';')[0]}")
     except ValueError as error:
         return BadEntry("wrong shape", f"it is not valid JSON ({error})")
 

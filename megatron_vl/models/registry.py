@@ -94,9 +94,9 @@ def read_config_json(directory: str | Path) -> dict:
         raise InputError(f"{directory} is not a directory; give the model's directory.")
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(
-            f"{directory} has no config.json; give a directory that holds the model's own one."
-        )
+        from megatron_vl.weights.found import no_config  # which reads more than specs need
+
+        raise no_config(directory)
     return read_file(path, dict, mend="copy it again")
 
 

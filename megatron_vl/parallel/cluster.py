@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megatron_vl.errors import Bounds, InputError, shown
 from megatron_vl.parallel.hosts import Host, expand_nodelist
-from megatron_vl.parallel.node_counts import check_alone, check_counts, check_node
+from megatron_vl.parallel.node_counts import check_alone, check_counts, check_node, check_whole
 from megatron_vl.parallel.variables import (
     MOST_NODES,
     MOST_PROCESSES,
@@ -67,7 +67,9 @@ def cluster_env(environ: Mapping[str, str]) -> ClusterEnv:
     variables = Variables(environ)
     row = next((row for row in ROWS if row.applies(variables)), None)
     if row is not None and row.started_us:
-        return row.read(variables, row.source)
+        env = row.read(variables, row.source)
+        check_whole(variables, row.source, env.nnodes)
+        return env
     if row is not None:
         check_counts(variables, row.count)
         env = row.read(variables, row.source)

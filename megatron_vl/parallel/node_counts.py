@@ -17,7 +17,7 @@ _NODES = (
     ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
     ("NUM_NODES",), ("PBS_NUM_NODES",), ("NHOSTS",), ("FLUX_JOB_NNODES",),  # PBS, Grid Engine, Flux
     ("AWS_BATCH_JOB_NUM_NODES",), ("AZUREML_NODE_COUNT",), ("SKYPILOT_NUM_NODES",),
-    ("ARNOLD_WORKER_NUM",),
+    ("ARNOLD_WORKER_NUM",), ("PADDLE_TRAINERS_NUM",), ("N_NODES",),
 )  # fmt: skip
 # Count processes, which are as many on every node.
 _PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -55,6 +55,23 @@ def check_node(v: Variables, source: str, nnodes: int, node_rank: int) -> None:
         rank = v.number(name)
         if rank not in (None, node_rank):
             contradiction(f"this node's number as {source} tells it", node_rank, name, rank)
+
+
+def check_whole(v: Variables, source: str, nnodes: int) -> None:
+    """Whether ranks that another launcher started on one node are all there are.
+
+    On several it knows of others; which of a job's nodes they are is then its own affair.
+
+    Raises:
+        InputError: a variable counts more nodes; each would train alone.
+    """
+    for name, count in _counts(v) if nnodes == 1 else ():
+        if count > 1:
+            raise InputError(
+                f"{name} is {count}, but {source} started its ranks on this node alone (WORLD_SIZE "
+                f"is LOCAL_WORLD_SIZE), so each node would train by itself; start it with --nnodes "
+                f"{count} on all of them, or unset {name} where this node alone is meant."
+            )
 
 
 def check_alone(v: Variables) -> None:

@@ -96,7 +96,7 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
 def _look_around(plan: Plan, notes: list[str]) -> None:
     """Notes on this machine; a dataset that is here is checked as at a start."""
     config = plan.config
-    _note(notes, lambda: check_model_files(plan.hf_dir))
+    _note(notes, lambda: check_model_files(plan.hf_dir, plan.spec.vision))
     for mixture, split in datasets(config):
         missing = [path for path in mixture.paths if not path.exists()]
         notes += [f"the dataset {path} is not there yet." for path in missing]
@@ -104,7 +104,8 @@ def _look_around(plan: Plan, notes: list[str]) -> None:
             mixture.check(split)
     _note(notes, lambda: check_outputs(config))
     run = config.model
-    asks = (run.fp8_format, run.cpu_offloading, config.optimizer.optimizer_cpu_offload,
+    asks = (run.fp8_format, run.cpu_offloading, run.offload_modules,
+            config.parallel.tp_comm_overlap, config.optimizer.optimizer_cpu_offload,
             run.attention_backend not in (*ORDERS, "sdpa"))
     if any(asks):  # else every machine will do, and torch need not be imported
         _note(notes, lambda: check_machine(config, plan.spec))

@@ -187,6 +187,9 @@ class Trainer:
             verb = "resumed from" if self.own else "loaded"
             self.say(f"{verb} {self.source.path}: {self.done} steps done"
                      + (f"; {resumed.weights}" if resumed.weights else ""))
+            if self.own and self.config.checkpoint.load is not None:
+                self.say(f"load {self.config.checkpoint.load} is not read: the run goes on from "
+                         f"save")
             for name, count in (resumed.weights.not_finite if resumed.weights else {}).items():
                 self.say(f"WARNING: {count:,} numbers of {name} are NaN or infinite")
             if resumed.schedule and (told := schedule_change(self.scheduler, resumed.schedule)):

@@ -21,9 +21,11 @@ from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import METRICS, page_of
 from megatron_vl.training.machine import check_machine
+from megatron_vl.training.same_model import check_same_model
 from megatron_vl.training.spellings import PRECISIONS
 from megatron_vl.training.trackers import check_trackers
 from megatron_vl.weights.convert import inspect_weights, open_weights
+from megatron_vl.weights.found import others
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
 
 
@@ -112,7 +114,8 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             "or --hf-config a directory with config.json and the tokenizer."
         )
     spec = load_spec(hf_dir)
-    _check_same_model(config, load)
+    if load is not None and config.checkpoint.save is not None and not needs_load(config):
+        check_same_model(Path(config.checkpoint.save), Path(load))
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
@@ -149,6 +152,13 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             f"do not divide over {layout.row_parts} parts, as context parallelism and "
             f"sequence-parallel need; use a multiple of {layout.row_parts}."
         )
+    if config.parallel.tp_comm_overlap and not (
+        layout.tp > 1 and layout.sequence_parallel and plan.row_multiple is None
+    ):
+        raise InputError(
+            "tp-comm-overlap is for tensor parallelism with sequence-parallel and rows of one "
+            "length; give tp above 1, sequence-parallel and packing-buffer-size."
+        )
     _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
         raise InputError(
@@ -180,29 +190,6 @@ def hf_directory(config: TrainConfig) -> Path | None:
                and _own(config, {}) is not None)
     found = options.hf_config or (options.save if goes_on else options.load or options.save)
     return None if found is None else Path(found)
-
-
-def _check_same_model(config: TrainConfig, load: str | None) -> None:
-    """A run that goes on from SAVE does not read `load`, which must not be another model then.
-
-    Raises:
-        InputError: it is.
-    """
-    save = config.checkpoint.save
-    given = [Path(one) / "config.json" for one in (save, load) if one is not None]
-    if len(given) < 2 or not all(one.is_file() for one in given) or needs_load(config):
-        return
-    mine, other = (replace(load_spec(one.parent), dtype="float32") for one in given)
-    if mine == other:
-        return
-    parts = [(name, getattr(mine, name), getattr(other, name)) for name in ("decoder", "vision")]
-    names = [f"{part} {f.name} {getattr(a, f.name)} and {getattr(b, f.name)}"
-             for part, a, b in parts for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)]
-    raise InputError(
-        f"--save {save} holds checkpoints of another model than --load {load} "
-        f"({names[0] if names else 'their token ids differ'}); a run goes on from --save, so "
-        f"give another --save, or leave out --load."
-    )
 
 
 def _check_log(plan: Plan) -> None:
@@ -317,10 +304,11 @@ def check_paths(config: TrainConfig) -> None:
     Looks at every shard: one process does it for all.
 
     Raises:
-        InputError: no tokenizer or image settings, a dataset without the split that is read from
-            it, or an output that cannot be.
+        InputError: no tokenizer or image settings, or such as are not the model's, a dataset
+            without the split that is read from it, or an output that cannot be.
     """
-    check_model_files(hf_directory(config))
+    hf_dir = hf_directory(config)
+    check_model_files(hf_dir, load_spec(hf_dir).vision)
     for mixture, split in datasets(config):
         mixture.check(split)
     check_outputs(config)
@@ -335,6 +323,10 @@ def datasets(config: TrainConfig) -> list[tuple[Mixture, str]]:
 def check_outputs(config: TrainConfig) -> None:
     """Raises InputError: an output that cannot be written, or a tracker that is not installed."""
     check_trackers(config.log)
+    if config.checkpoint.save is not None and (what := others(Path(config.checkpoint.save))):
+        raise InputError(
+            f"--save {config.checkpoint.save} is {what}; give a directory of the run's own."
+        )
     for option, given in (
         ("save", config.checkpoint.save),
         ("tensorboard-dir", config.log.tensorboard_dir),

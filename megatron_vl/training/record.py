@@ -11,8 +11,7 @@ import yaml
 import megatron_vl
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.preflight import versions
-
-OPTIONS = "train_options.yaml"
+from megatron_vl.training.same_model import OPTIONS
 
 
 def facts_of(plan: Plan, **more) -> dict:

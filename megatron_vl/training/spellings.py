@@ -62,11 +62,12 @@ _SAYS = {
         "lora lora_rank lora_alpha lora_r lora_dropout lora_target lora_target_modules "
         "target_modules use_dora finetuning_type train_type tuner_type peft_type adapters",
     "there is no training of quantised weights here; see fp8-format":
-        "quantization_bit quant_bits load_in_4bit load_in_8bit qlora",
+        "quantization quantization_bit quant_bits load_in_4bit load_in_8bit qlora",
     "there is neither DeepSpeed nor FSDP here; use-distributed-optimizer shares the optimizer's "
     "state over data ranks, as ZeRO 1 does, and tp and pp cut the model":
         "deepspeed zero_stage zero fsdp fsdp_config use_torch_fsdp2 use_megatron_fsdp "
         "data_parallel_sharding_strategy",
+    "give offload-modules": "fine_grained_activation_offloading",
     "there are no experts in these models":
         "expert_model_parallel_size ep expert_tensor_parallel_size num_experts moe_router_topk",
     "training is supervised here, without preference or reinforcement learning":
@@ -85,6 +86,24 @@ _SAYS = {
     "give train-data-path a dataset that megatron-vl prepare made":
         "dataset datasets data_path dataset_dir train_data data",
     "data are always streamed from their shards": "streaming dataset_streaming",
+    "give bf16, fp16 or fp32": "dtype torch_dtype params_dtype precision mixed_precision",
+    "these models are trained without dropout": "attention_dropout hidden_dropout dropout",
+    "the data-parallel size is what processes are left over, processes / (tp x pp x cp)":
+        "data_parallel_size dp dp_size",
+    "the machine decides, NCCL on GPUs and gloo on a CPU": "distributed_backend ddp_backend",
+    "the batch stays as large as it is; give global-batch-size": "rampup_batch_size",
+    "schedules count steps; give lr-decay-iters": "lr_decay_samples",
+    "schedules count steps; give lr-warmup-iters or lr-warmup-fraction": "lr_warmup_samples",
+    "weight decay stays as it is; give weight-decay":
+        "weight_decay_incr_style start_weight_decay end_weight_decay",
+    "layers are Megatron-Core's, with TransformerEngine's where it and a CUDA device are":
+        "transformer_impl use_mcore_models use_legacy_models spec",
+    "data are read by energon": "dataloader_type",
+    "the vocabulary is padded to a multiple of tp": "make_vocab_size_divisible_by",
+    "see fused-ops": "gradient_accumulation_fusion no_gradient_accumulation_fusion "
+        "bias_swiglu_fusion no_bias_swiglu_fusion bias_gelu_fusion no_bias_gelu_fusion "
+        "rope_fusion no_rope_fusion masked_softmax_fusion no_masked_softmax_fusion",
+    "a dataset is split when it is prepared: megatron-vl prepare": "split",
     "give micro-batch-size, rows of a forward pass, and global-batch-size, rows of a step":
         "per_device_train_batch_size batch_size train_batch_size",
     "give global-batch-size, which is micro-batch-size x data-parallel ranks x accumulation":

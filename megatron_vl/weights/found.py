@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -17,6 +18,7 @@ RELEASE = "release"  # the word in it, and the folder's name, of a converted che
 Wanted = Literal["hf", "mcore", "either"]
 KINDS = {"hf": "a Hugging Face directory with weights", "mcore": "a Megatron-Core checkpoint",
          "either": "a Hugging Face or Megatron-Core checkpoint"}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 _DEPTH, _MOST = 3, 2000  # how far below, and how many folders, a checkpoint is looked for
 
 
@@ -24,6 +26,31 @@ def no_checkpoint(path: Path, wanted: Wanted) -> InputError:
     """The error that says what `path` is instead of what was wanted, and how to go on."""
     what, mend = _look(path, wanted)
     return InputError(f"{path} {what}; {mend}.")
+
+
+def no_config(path: Path) -> InputError:
+    """The error that says what a directory without config.json is, and how to go on."""
+    needed = "the model's config.json"
+    above = path.absolute().parent
+    if is_mcore_directory(path):
+        what = f"is a Megatron-Core checkpoint without {needed}"
+        mend = "copy it and the tokenizer's files there, or give --hf-config the directory of them"
+        if (above / LATEST).is_file() and (above / "config.json").is_file():
+            what, mend = f"is one iteration of the checkpoint {above}", f"give {above}"
+        return InputError(f"{path} {what}; {mend}.")
+    if path.is_dir() and ((path / "adapter_config.json").is_file() or (path / ".nv-meta").is_dir()
+                          or any(_below(path, "either"))):
+        return no_checkpoint(path, "either")
+    return InputError(f"{path} has no config.json; give a directory that has the model's own one.")
+
+
+def others(path: Path) -> str | None:
+    """What a directory is that no run may write its checkpoints into; None where one may."""
+    if (path / ".nv-meta").is_dir():
+        return "a prepared dataset"
+    if is_hf_directory(path) and not is_mcore_directory(path):
+        return "a Hugging Face directory with weights"
+    return None
 
 
 def _look(path: Path, wanted: Wanted) -> tuple[str, str]:
@@ -52,6 +79,19 @@ def _look(path: Path, wanted: Wanted) -> tuple[str, str]:
     if (path / "config.json").is_file():
         return "has a config.json but no weights", give
     return (f"is no checkpoint: it has neither config.json with weights nor {LATEST}", give)
+
+
+def weights_mark(path: Path) -> list[tuple[str, int, str]]:
+    """What tells the weights in a directory from others: their files' names, sizes and ends."""
+    found = []
+    for file in sorted(path.rglob("*")):
+        if file.suffix in _WEIGHTS and file.is_file():
+            size = file.stat().st_size
+            with file.open("rb") as opened:
+                opened.seek(max(0, size - 2**20))
+                digest = hashlib.sha256(opened.read()).hexdigest()
+            found.append((str(file.relative_to(path)), size, digest))
+    return found
 
 
 def iterations(root: Path) -> list[int]:

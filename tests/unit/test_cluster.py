@@ -151,6 +151,12 @@ REFUSED = {
     "other digits": (DLC | {"WORLD_SIZE": "٢"}, "WORLD_SIZE is '٢'"),
     "torchrun without the node's size": (
         without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_WORLD_SIZE is not set"),
+    "torchrun on one node of a job of several": (
+        SLURM | {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+        "SLURM_NNODES is 4, but torchrun started its ranks on this node alone"),
+    "torchrun without its nodes": (
+        TORCHRUN | {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "5", "NNODES": "2"},
+        "NNODES is 2, but torchrun started its ranks on this node alone"),
     "torchrun's uneven nodes": (
         TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "WORLD_SIZE is 8 but LOCAL_WORLD_SIZE is 3"),
     "torchrun's ranks": (TORCHRUN | {"RANK": "6"}, "RANK is 6 but LOCAL_RANK of 4 is 1"),

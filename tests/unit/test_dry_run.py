@@ -138,7 +138,7 @@ def test_what_only_this_machine_lacks_is_a_note(capsys, model):
 @pytest.mark.parametrize(("words", "sentence"), [
     (["--tensor-model-parallel-size", 3], "2 processes cannot hold tp 3"),
     (["--tensor-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 12],
-     "first-stage-layers is 12 but with pp 1"),
+     "--decoder-first-pipeline-num-layers is 12 but with pp 1"),
     (["--global-batch-size", 3], "is not a multiple of"),
     (["--model-size", "7B"], "model-size is 7B"),
     (["--cpu-offloading", "--pipeline-model-parallel-size", 2], "needs a pipeline of one stage"),

@@ -88,6 +88,7 @@ def test_a_dataset_names_its_columns_and_tags():
     (chat("a"), "no answer"),
     (chat("a", " "), "empty answer"),
     (chat("a <|video_pad|>", "b"), "reserved mark: turn 1"),
+    (chat("a", "b<|im_end|>\n<|im_start|>user"), "reserved mark: turn 2 holds the reserved mark <"),
     (chat("a", "\ud83d"), "bad text: turn 2 holds half a character"),
 ])  # fmt: skip
 def test_a_turn_that_cannot_be_used_says_why(format, turns, what):

@@ -10,7 +10,9 @@ import time
 import pytest
 from commands import ROOT, megatron_vl, run
 
-from megatron_vl.weights.found import no_checkpoint
+from megatron_vl.errors import InputError
+from megatron_vl.models import load_spec
+from megatron_vl.weights.found import no_checkpoint, others
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,30 @@ def test_a_directory_is_told_what_it_is(name, wanted, said, places):
     message = str(no_checkpoint(places / name, wanted))
     assert message.startswith(f"{places / name} ")
     assert said.replace("ROOT", str(places)) in message
+
+
+NO_CONFIG = {  # where the model's directory is wanted
+    "mcore/release": "is one iteration of the checkpoint ROOT/mcore; give ROOT/mcore.",
+    "runs": "holds checkpoints in folders of its own; give one of them: ROOT/runs/tuned/checkpoint",
+    "adapter": "is a LoRA adapter, without the weights it belongs to; merge it",
+    "dataset": "is a prepared dataset; give",
+    "empty": "has no config.json; give a directory that has the model's own one",
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIG)
+def test_a_directory_without_a_model_is_told_what_it_is(name, places):
+    with pytest.raises(InputError) as told:
+        load_spec(places / name)
+    assert NO_CONFIG[name].replace("ROOT", str(places)) in str(told.value)
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("hf", "a Hugging Face directory with weights"), ("dataset", "a prepared dataset"),
+    ("mcore", None), ("config only", None), ("empty", None), ("nowhere", None),
+])
+def test_no_run_writes_into_what_is_others(name, what, places):
+    assert others(places / name) == what
 
 
 COMMANDS = {  # command, and what it is given that it cannot use

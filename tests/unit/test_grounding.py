@@ -29,7 +29,7 @@ def _entry(*said, ref=("sheep",), bbox=(), **objects):
     (_entry("<image>?", "<ref-object><bbox> and <ref-object><bbox>", ref=["a", "b"],
             bbox=[[0, 0, 0.5, 1], [0.25, 0, 1, 1]], bbox_type="norm1"),
      ["user: [image]|?", "assistant: <a>|(0,0)-(0.5,1)/1| and |<b>|(0.25,0)-(1,1)/1"]),
-    (_entry("<image><image>?", "<bbox><bbox><bbox>", ref=[], image_id=[1, 0],
+    (_entry("<image><image>?", "<bbox><bbox><bbox>", ref=[], image_id=[1, 0, 0],
             bbox=[[1, 2, 3, 4], [5, 6], [1, 2, 3, 2, 3, 4, 1, 4]], bbox_type="real"),
      ["user: [image]|[image]|?", "assistant: (1,2)-(3,4)#1|(5,6)#0|(1,2)-(3,2)-(3,4)-(1,4)#0"]),
     # Corners the wrong way round are the same box.
@@ -68,6 +68,8 @@ def test_objects_are_counted_among_the_images_not_the_videos():
     (_entry(ASKED, "<bbox>", bbox=[[0, 0, 1, 1.2]], bbox_type="norm1"),
      "bad box: it has the box (0,0),(1,1.2), which is not within (0,0) and (1,1)"),
     (_entry(ASKED, "<bbox>", bbox=[[1, 2, 3, 4]], bbox_type="norm1000"), "not served: the `bbox_t"),
+    (_entry(ASKED, "<bbox><bbox>", bbox=[[1, 2, 3, 4]] * 2, image_id=[0]),
+     "bad box: the `image_id` of its `objects` has 1 images for 2 boxes"),
     (_entry(ASKED, "<bbox>", bbox=[[1, 2, 3, 4]], image_id=[1]), "bad box: box 0 of its `objects`"),
     (_entry(ASKED, "<bbox>", bbox={"a": 1}, ref="sheep") | {"objects": {"bbox": {"a": 1}}},
      "wrong shape: the `bbox` of its `objects` is an object, no list"),

@@ -1,6 +1,7 @@
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 
 from megatron_vl.data.conversation import StoredMedia
 from megatron_vl.data.formats.llava import question_and_answer
-from megatron_vl.data.media import MAX_ASPECT_RATIO, BadMedia, decode_rgb, image_size
+from megatron_vl.data.media import BadMedia, decode_rgb, image_size
+from megatron_vl.data.media_settings import MAX_ASPECT_RATIO
+from megatron_vl.data.model_files import check_model_files
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.errors import InputError
@@ -198,3 +201,24 @@ def test_a_question_is_asked_with_its_image_where_it_was_trained(evaluate_vqa, q
     assert evaluate_vqa.content_of(question) == question_and_answer(question, "")[0].message()[
         "content"
     ]
+
+
+@pytest.mark.parametrize(("changes", "what"), [
+    ({"max_pixels": "None"}, "max_pixels is 'None'"),
+    ({"image_mean": [1, 2]}, "has 2 numbers as image_mean but config.json has 3 channels"),
+    ({"image_std": [0, 0, 0]}, "image_std.0 is 0"),
+    ({"merge_size": 4}, "has merge_size 4 but config.json has 2"),
+    ({"patch_size": None}, None),  # transformers knows it
+])
+def test_image_settings_are_looked_at_before_anything_is_loaded(
+    hf_dir, spec, tmp_path, changes, what
+):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(hf_dir / name)
+    settings = json.loads((hf_dir / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | changes))
+    if what is None:
+        check_model_files(tmp_path, spec.vision)
+        return
+    with pytest.raises(InputError, match=re.escape(what)):
+        check_model_files(tmp_path, spec.vision)

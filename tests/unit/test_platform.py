@@ -228,6 +228,18 @@ assert threads() == before, (before, threads())
 """
 
 
+def test_the_world_is_bound_to_no_device():
+    """With a device NCCL splits it for every group: those of some ranks would wait for ever."""
+    done = run([sys.executable, "-W", "ignore", "-c", """
+from megatron_vl.platform import connect, select_platform
+select_platform().install()
+connect()
+from torch.distributed import distributed_c10d
+assert distributed_c10d._get_default_group().bound_device_id is None
+"""])
+    assert done.code == 0, done.text
+
+
 def test_the_threads_of_a_layout_that_was_left_end():
     """Though its model refers to itself."""
     done = run([sys.executable, "-W", "ignore", "-c", "from megatron_vl.platform import "

@@ -69,6 +69,14 @@ def test_a_reason_has_its_own_mend(reason, tmp_path, capsys):
     assert not [other for name, other in MENDS.items() if name != reason and other in said]
 
 
+def test_too_few_that_can_be_used_say_why_the_others_cannot(tmp_path, capsys):
+    source = write(tmp_path / "data.json", [GOOD] * 5 + [{**IMAGE, "image": "no.png"}] * 15)
+    code, said = prepared(capsys, source, "--split", "9,1,0")
+    assert code == 2 and "at least 10 samples but 5 are usable" in said
+    assert "15 entries were refused: 15 x missing media, such as: " in said
+    assert f"; {MENDS['missing media']}." in said
+
+
 def test_the_summary_has_a_mend_for_each_reason(tmp_path, capsys):
     bad = [{"conversations": chat("a", " ")}, {"conversations": chat("a")}]
     code, said = prepared(capsys, write(tmp_path / "data.json", [GOOD, *bad, *bad[:1]]))

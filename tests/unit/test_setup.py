@@ -23,7 +23,8 @@ def optional() -> set[str]:
     text = (ROOT / "setup.py").read_text()
     return {Requirement(one).name
             for extra in ("parquet", "trackers", "cuda")
-            for one in ast.literal_eval(re.search(rf'"{extra}": (\[.*\]),$', text, re.M)[1])}
+            for one in ast.literal_eval(
+                re.search(rf'"{extra}": (\[.*?\]),$', text, re.M | re.S)[1])}
 
 
 def imported() -> set[str]:

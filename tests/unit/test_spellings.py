@@ -10,7 +10,7 @@ from commands import ROOT
 from test_convert_shells import FAMILY, TRAINER, shell
 
 from megatron_vl.cli import convert, parity
-from megatron_vl.cli.main import run
+from megatron_vl.cli.main import Parser, run
 from megatron_vl.errors import CALLED, InputError, as_called
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.config_sources import add_arguments, load_config
@@ -276,3 +276,10 @@ def test_the_launcher_answers_in_its_own_words(changed, variables, says, model_d
                          "TP": "1", **changed})
     done = shell(TRAINER, *words, MP_HF_PATH=str(model_dir), MP_DRY_RUN="true", **variables)
     assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_a_flag_may_be_written_with_underscores():
+    parser = Parser()
+    parser.add_argument("--save-interval")
+    for words in (["--save_interval", "5_0"], ["--save_interval=5_0"]):
+        assert parser.parse_args(words).save_interval == "5_0"

@@ -22,7 +22,8 @@ _OF_ONE_MEDIUM = tuple(
     key for key in dict.fromkeys((*PIXEL_KEYS, *VIDEO_KEYS, *FRAME_KEYS)) if key != "fps"
 )
 _LABELS = ("label", "kto_tag")  # elsewhere `label` is what is in an image
-_ANY = frozenset((*_UNSERVED, *_OF_ONE_MEDIUM, *_LABELS))
+_LOSSES = ("loss", "loss_scale", "weight")  # of a turn; beside the turns they may be anything else
+_ANY = frozenset((*_UNSERVED, *_OF_ONE_MEDIUM, *_LABELS, *_LOSSES))
 
 
 def refuse_unserved(entry: dict, fields: Fields) -> None:
@@ -41,6 +42,13 @@ def refuse_unserved(entry: dict, fields: Fields) -> None:
         value = dict.get(entry, key)
         if key not in named and isinstance(value, bool):
             raise BadEntry("not served", f"its `{key}` is {str(value).lower()}, but {_PREFERENCES}")
+    for key in _LOSSES:
+        value = dict.get(entry, key)
+        if key not in named and isinstance(value, (bool, int, float)) and not value:
+            raise BadEntry(
+                "not served", f"its `{key}` beside the turns is {str(value).lower()}, as of what "
+                              f"is not to be trained; remove the entry, or the key"
+            )
     for key in _OF_ONE_MEDIUM:
         if key not in named and dict.get(entry, key) is not None:
             raise BadEntry(

@@ -99,7 +99,11 @@ def _summed(x: torch.Tensor, group) -> torch.Tensor:
 
 
 def vision_groups(layout: Layout) -> ProcessGroupCollection:
-    """The process groups of the vision tower's layers."""
+    """The process groups of the vision tower's layers.
+
+    Every rank of the job calls it, whether it has a tower or not, and as often as the others: from
+    torch 2.14 on it counts groups, of which the number is part of the next one's name.
+    """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if layout.vit_data_parallel:
         me = distributed.get_rank()

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch.nn import functional as F
@@ -120,6 +121,7 @@ class VisionLanguageModel(MegatronModule):
         layout: ranks in every direction.
         split: layers of every stage and chunk.
         options: precision, attention backend, recompute, frozen parts.
+        groups: the process groups of the vision tower: see `vision_groups`.
         pre_process, post_process: whether this chunk is the first, the last.
         vp_stage: this chunk's number on its stage, None without virtual stages.
     """
@@ -131,6 +133,7 @@ class VisionLanguageModel(MegatronModule):
         split: StageSplit,
         options: ModelOptions,
         *,
+        groups: ProcessGroupCollection,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
@@ -151,7 +154,7 @@ class VisionLanguageModel(MegatronModule):
                 spec.vision,
                 vision_config(spec, layout, split, options),
                 merger_config(spec, layout, options),
-                num_layers=vision_layers, groups=vision_groups(layout),
+                num_layers=vision_layers, groups=groups,
                 first=pre_process, last=self.ends_vision,
                 vp_stage=vp_stage if self.spans else None,
             )
@@ -422,14 +425,14 @@ def build_chunks(
     spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
 ) -> list[VisionLanguageModel]:
     """This rank's chunks of the model, first to last."""
-    chunks = []
+    chunks, groups = [], vision_groups(layout)
     for chunk in range(layout.vp):
         vp_stage = chunk if layout.vp > 1 else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunks.append(
             VisionLanguageModel(
-                spec, layout, split, options,
+                spec, layout, split, options, groups=groups,
                 pre_process=first, post_process=last, vp_stage=vp_stage,
             )
         )
