@@ -6,41 +6,33 @@ This room knows files and layouts but no model; a caller brings the family's `We
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_vl.errors import InputError
 from megatron_vl.outputs import check_target, replacing
-from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.typed import read_file
+from megatron_vl.parallel import Layout
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.found import is_mcore_directory, no_checkpoint
 from megatron_vl.weights.hf_io import (
     copy_side_files,
     is_hf_directory,
-    lay_out_hf,
     open_hf,
-    shard,
-    shard_names,
 )
-from megatron_vl.weights.map import Chunk, Stored, WeightMap, rank_file
+from megatron_vl.weights.map import Stored, WeightMap
 from megatron_vl.weights.mcore_io import (
     CheckpointInfo,
     check_tensors,
     inspect_checkpoint,
-    lay_out_mcore,
-    lay_out_sharded,
     open_mcore,
 )
 from megatron_vl.weights.plan import Plan, make_plan
 from megatron_vl.weights.reshard import Written, run_plan, target_dtypes
+from megatron_vl.weights.targets import Files, HFTarget, Ids, McoreTarget, ShardedTarget, Target
 
-Ids = tuple[str, str, str]
 HF = "hf"  # the `format` of a Hugging Face directory
 
 
@@ -54,33 +46,6 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HFTarget:
-    """Published names in safetensors of at most `max_shard_bytes`."""
-
-    max_shard_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class McoreTarget:
-    """One torch-format file a (TP, PP) rank."""
-
-    layout: Layout
-    split: StageSplit
-    args: Callable[[str], Mapping[str, Any]]  # dtype name -> the checkpoint's `args`
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardedTarget:
-    """A torch_dist checkpoint, which has no layout, in files of at most `max_shard_bytes`."""
-
-    max_shard_bytes: int
-    args: Callable[[str], Mapping[str, Any]]
-
-
-Target = HFTarget | McoreTarget | ShardedTarget
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
     """A conversion that was thought through and can be printed or run."""
 
@@ -88,8 +53,8 @@ class Conversion:
     source: Source
     target: Target
     dtypes: Mapping[Ids, DType]  # of the target's tensors
-    files: Mapping[str, Sequence[Stored]]  # of the target
-    chunks: Mapping[str, Chunk]  # of a ShardedTarget, by the names of what is stored
+    files: Files  # of the target
+    weights: WeightMap
 
     @property
     def nbytes(self) -> int:
@@ -176,30 +141,12 @@ def plan_conversion(
     Raises:
         InputError: the target cannot be filled from the source, or dtypes are mixed.
     """
-    chunks: dict[str, Chunk] = {}
-    if isinstance(target, HFTarget):
-        wanted = weights.hf_inventory()
-    elif isinstance(target, ShardedTarget):
-        chunks = {chunk.stored.name: chunk for chunk in weights.global_chunks()}
-        wanted = [chunk.stored for chunk in chunks.values()]
-    else:
-        wanted = weights.mcore_inventory(split=target.split, tp=target.layout.tp)
+    wanted = target.wanted(weights)
     plan = make_plan(source.inventory, wanted)
     dtypes = target_dtypes(plan, source.dtypes, WEIGHTS[dtype] if dtype else None)
-    if isinstance(target, HFTarget):
-        groups = shard(wanted, dtypes, target.max_shard_bytes)
-        files = dict(zip(shard_names(len(groups)), groups, strict=True))
-    elif isinstance(target, ShardedTarget):
-        groups = shard(wanted, dtypes, target.max_shard_bytes)
-        files = {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
-    else:
-        # A rank without weights has its file too: the loader looks for every rank's.
-        files = {rank_file(tp=rank, pp=stage, pp_size=target.split.pp): []
-                 for stage in range(target.split.pp) for rank in range(target.layout.tp)}
-        for stored in wanted:
-            files[stored.file].append(stored)
     return Conversion(
-        plan=plan, source=source, target=target, dtypes=dtypes, files=files, chunks=chunks
+        plan=plan, source=source, target=target, dtypes=dtypes, weights=weights,
+        files=target.files(wanted, dtypes),
     )
 
 
@@ -234,34 +181,15 @@ def run_conversion(
                 f"{directory.parent} has {free:,} bytes free but {conversion.nbytes:,} are needed; "
                 f"free space or choose another target."
             )
-        if isinstance(target, HFTarget):
-            tensors = lay_out_hf(new, conversion.files, conversion.dtypes)
-        elif isinstance(target, ShardedTarget):
-            tensors = lay_out_sharded(new, conversion.files, conversion.dtypes, conversion.chunks,
-                                      target.args(conversion.dtype))
-        else:
-            tensors = lay_out_mcore(
-                new, conversion.files, conversion.dtypes, target.args(conversion.dtype)
-            )
+        tensors = target.lay_out(
+            new, conversion.files, conversion.dtypes, conversion.dtype, conversion.weights
+        )
         written = run_plan(
             conversion.plan, conversion.source.tensors, tensors, workers=workers, progress=progress
         )
         copy_side_files(side_files, new)
-        if isinstance(target, HFTarget):
-            _name_dtype(new / "config.json", conversion.dtype)
+        target.finish(new, conversion.dtype)
     return written
-
-
-def _name_dtype(path: Path, dtype: str) -> None:
-    """config.json names the weights' dtype; after a cast it must name the new one."""
-    config = read_file(path, dict, mend="copy it again")
-    changed = False
-    for section in (config, config.get("text_config"), config.get("vision_config")):
-        for key in ("torch_dtype", "dtype"):
-            if isinstance(section, dict) and section.get(key) not in (None, dtype):
-                section[key], changed = dtype, True
-    if changed:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from true_sizes import PARAMETERS, write
 from megatron_vl.models import family, load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.weights import convert, torch_dist, torch_file
-from megatron_vl.weights.mcore_io import lay_out_mcore, lay_out_sharded
+from megatron_vl.weights.mcore_io import lay_out_mcore
 
 FOLDER = "examples/qwen2_vl/"
 README, CHINESE = FOLDER + "README.md", FOLDER + "README_zh.md"
@@ -148,7 +148,7 @@ def filled(tmp_path_factory) -> Path:
         (there,) = [Path(words[3].replace("/mnt/", f"{root}/")) for _, words in
                     map(given, lines(README)) if "/checkpoint/" in words[min(3, len(words) - 1)]]
         write(there, "7B")
-        lay_out_sharded(there, one.files, one.dtypes, one.chunks, args("bfloat16"))
+        one.target.lay_out(there, one.files, one.dtypes, "bfloat16", weights)
     held = sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
     assert held < 10**8, "the numbers are holes"
     return root

@@ -1,0 +1,85 @@
+"""GPTModel with a loss head that works only where a token is trained.
+
+Letters: s row length, b rows, n trained positions, E language width, V vocabulary (per tp rank).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from torch.nn import functional as F
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose training head works only where a token is trained.
+
+    A visual instruction row trains its answers, often a twentieth of its tokens; logits over
+    150,000 words for the others would be computed, stored and thrown away.
+    """
+
+    real_vocab_size: int  # without the rows that pad it for tensor parallelism
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Marks the weights; where the embedding is not on the first stage, its copies are tied by
+        `sum_tied`, for Megatron-Core looks for them on the first and the last stage."""
+        if not self.config.vision_spans_chunks:
+            super().setup_embeddings_and_output_layer()
+            return
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+        if self.post_process and self.output_layer.weight is not None:
+            self.output_layer.weight.is_embedding_or_output_parameter = True
+        weight = self.shared_embedding_or_output_weight()
+        if not self.share_embeddings_and_output_weights or weight is None:
+            return
+        if self.pre_process and self.post_process:
+            weight.zero_out_wgrad = True  # two layers add their gradients to it
+            return
+        weight.shared_embedding = True  # alike over data ranks on both stages
+        if self.post_process:
+            weight.shared = True  # a copy, which the gradient norm leaves out
+            weight.data.zero_()
+
+    def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
+        if not self.post_process or labels is None:
+            return super()._postprocess(
+                hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
+            )
+        weight = self.output_layer.weight
+        for wait_for_weight in self.output_layer._forward_pre_hooks.values():
+            wait_for_weight(self.output_layer, ())  # which does not run itself
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        # What ColumnParallelLinear does around its product: the gradient of the replicated input
+        # is summed over tensor-parallel ranks (and scattered again under sequence parallelism).
+        if self.config.sequence_parallel:
+            hidden_sbE = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True
+            )
+        else:
+            hidden_sbE = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+        weights_sb = loss_mask.transpose(0, 1)
+        trained_sb = weights_sb > 0
+
+        def on_device(x: torch.Tensor) -> torch.Tensor:
+            return x.to(hidden_sbE.device, non_blocking=True)
+
+        places_n = on_device(trained_sb.flatten().nonzero().flatten())
+        hidden_nE = hidden_sbE.flatten(0, 1).index_select(0, places_n)
+        logits_nV = F.linear(hidden_nE, weight).float()
+        padding = self.vocab_size - self.real_vocab_size
+        if padding and _is_last_tensor_parallel_rank():
+            # Rows added so that TP divides the vocabulary are no words: none may be predicted.
+            no_word = torch.arange(logits_nV.shape[1], device=logits_nV.device)
+            no_word = no_word >= logits_nV.shape[1] - padding
+            logits_nV = logits_nV.masked_fill(no_word, float("-inf"))
+        loss_n = tensor_parallel.vocab_parallel_cross_entropy(
+            logits_nV, on_device(labels.transpose(0, 1)[trained_sb])
+        )
+        return loss_n * on_device(weights_sb[trained_sb])
+
+
+def _is_last_tensor_parallel_rank() -> bool:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_rank() == size - 1
