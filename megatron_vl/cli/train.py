@@ -74,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
         print(dry_run(config, nnodes=env.nnodes, nproc_per_node=processes))
         return 0
     if started_by_torchrun():
-        ours = FAILURE_FILE in os.environ  # whose launcher has looked
-        if not ours and os.environ["RANK"] == "0" and args.cluster_env is not False:
+        # Our own launcher has looked; another than torchrun may not say how many a node has.
+        looks = FAILURE_FILE not in os.environ and "LOCAL_WORLD_SIZE" in os.environ
+        if looks and os.environ["RANK"] == "0" and args.cluster_env is not False:
             cluster_env(os.environ)
         from megatron_vl.cli.worker import STOP, beside_failure, run_worker
         from megatron_vl.training.stop import StopRequest
