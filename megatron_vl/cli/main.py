@@ -52,6 +52,8 @@ class Parser(argparse.ArgumentParser):
 
     def _dashed(self, word: str) -> str:
         """`--save_interval` as `--save-interval`, if that is a flag."""
+        if not word.startswith("--"):
+            return word
         flag, equals, value = word.partition("=")
         dashed = flag.replace("_", "-")
         known = self._option_string_actions
@@ -59,7 +61,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         # Here, not in parse_args: a command's unknown flags would be reported as the program's.
-        args = [self._dashed(word) if word.startswith("--") else word for word in args or ()]
+        if args is None:
+            args = sys.argv[1:]
+        end = args.index("--") if "--" in args else len(args)  # behind it words are another's
+        args = [*map(self._dashed, args[:end]), *args[end:]]
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown)

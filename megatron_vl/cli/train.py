@@ -13,7 +13,13 @@ from pathlib import Path
 
 from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import FAILURE_FILE, Bounds, InputError
-from megatron_vl.parallel.cluster import MACHINE, ClusterEnv, check_one_launcher, cluster_env
+from megatron_vl.parallel.cluster import (
+    MACHINE,
+    ClusterEnv,
+    check_one_launcher,
+    check_started,
+    cluster_env,
+)
 from megatron_vl.training.config_sources import add_arguments, load_config
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
@@ -74,10 +80,8 @@ def run(args: argparse.Namespace) -> int:
         print(dry_run(config, nnodes=env.nnodes, nproc_per_node=processes))
         return 0
     if started_by_torchrun():
-        # Our own launcher has looked; another than torchrun may not say how many a node has.
-        looks = FAILURE_FILE not in os.environ and "LOCAL_WORLD_SIZE" in os.environ
-        if looks and os.environ["RANK"] == "0" and args.cluster_env is not False:
-            cluster_env(os.environ)
+        if FAILURE_FILE not in os.environ and _looks(args):  # our own launcher has looked
+            check_started(os.environ)
         from megatron_vl.cli.worker import STOP, beside_failure, run_worker
         from megatron_vl.training.stop import StopRequest
 
@@ -119,9 +123,8 @@ def run(args: argparse.Namespace) -> int:
 def _nodes(args: argparse.Namespace) -> ClusterEnv:
     """What the flags say; what they leave out, from the scheduler; else this machine alone."""
     Bounds(above=0, most=1_200_000).check("rendezvous-timeout", args.rendezvous_timeout)
-    look = args.nnodes is None if args.cluster_env is None else args.cluster_env
     env = ClusterEnv()
-    if look:
+    if _looks(args):
         env = cluster_env(os.environ)
         check_one_launcher(os.environ, env)
     if args.cluster_env and env.source == MACHINE:
@@ -132,6 +135,11 @@ def _nodes(args: argparse.Namespace) -> ClusterEnv:
         )
     given = {name: getattr(args, name) for name in NODES if getattr(args, name) is not None}
     return replace(env, **given)
+
+
+def _looks(args: argparse.Namespace) -> bool:
+    """Whether the scheduler's variables are asked."""
+    return args.nnodes is None if args.cluster_env is None else args.cluster_env
 
 
 def _processes(config) -> int:

@@ -201,8 +201,11 @@ class Conversation:
     marks_as_text: int = 0  # marks for which there are no media
 
 
-def check_conversation(conversation: Conversation) -> None:
+def check_conversation(conversation: Conversation, first: int = 1) -> None:
     """What every format asks of an entry.
+
+    Args:
+        first: the number of the first turn; 0: it is the entry's system prompt.
 
     Raises:
         BadEntry: no turn, a system turn that is not the first, no answer at the end, an answer
@@ -212,16 +215,17 @@ def check_conversation(conversation: Conversation) -> None:
     turns = conversation.turns
     if not turns:
         raise BadEntry("wrong shape", "it has no turn")
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in enumerate(turns, start=first):
         if turn.role not in ROLES:
             raise BadEntry("unknown role", f"turn {number} is from {turn.role!r}")
-        if turn.role == "system" and number > 1:
+        if turn.role == "system" and number > first:
             raise BadEntry("unknown role", f"turn {number} is a system turn, but not the first")
         if turn.role == "assistant" and not turn.says:
             raise BadEntry("empty answer", f"the answer in turn {number} is empty")
         for part in turn.parts:
             if part.text or part.ref:
-                check_text(part.text or part.ref, f"turn {number}")
+                where = f"turn {number}" if number else "its system prompt"
+                check_text(part.text or part.ref, where)
         if turn.of_tools:
             called = (text for c in turn.calls for text in (c.name, c.arguments, c.id or ""))
             for text in (turn.call_id or "", *called):

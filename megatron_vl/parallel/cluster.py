@@ -81,6 +81,14 @@ def cluster_env(environ: Mapping[str, str]) -> ClusterEnv:
     )
 
 
+def check_started(environ: Mapping[str, str]) -> None:
+    """Raises InputError: torchrun started ranks on this node alone, in a job of several."""
+    variables = Variables(environ)
+    here = variables.text("LOCAL_WORLD_SIZE")  # which other launchers may not set
+    if here is not None and here == variables.text("WORLD_SIZE"):
+        check_whole(variables, "torchrun", 1)
+
+
 def check_one_launcher(environ: Mapping[str, str], env: ClusterEnv) -> None:
     """Raises InputError when the scheduler starts several of us on a node, or not all nodes'.
 

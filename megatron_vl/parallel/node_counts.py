@@ -70,7 +70,7 @@ def check_whole(v: Variables, source: str, nnodes: int) -> None:
             raise InputError(
                 f"{name} is {count}, but {source} started its ranks on this node alone (WORLD_SIZE "
                 f"is LOCAL_WORLD_SIZE), so each node would train by itself; start it with --nnodes "
-                f"{count} on all of them, or unset {name} where this node alone is meant."
+                f"{count} on all of them, or give --no-cluster-env where this node alone is meant."
             )
 
 

@@ -40,10 +40,6 @@ class Platform(Protocol):
     def device(self, local_rank: int) -> torch.device:
         """The device of the process with this local rank, selected for it."""
 
-    def make_user_buffers(self, tokens: int, width: int, tp: int, *, fp8: bool) -> None:
-        """TransformerEngine's, which tensor-parallel ranks send hidden states [tokens, width] from
-        while they compute; if `runs_cuda`."""
-
     def synchronize(self) -> None:
         """Wait until everything queued on the device has run."""
 

@@ -50,9 +50,6 @@ class CpuPlatform:
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
 
-    def make_user_buffers(self, tokens: int, width: int, tp: int, *, fp8: bool) -> None:
-        raise NotImplementedError("TransformerEngine's, which needs a CUDA device")
-
     def synchronize(self) -> None:
         """The CPU runs in order; there is nothing to wait for."""
 

@@ -54,13 +54,6 @@ class CudaPlatform:
         torch.cuda.set_device(device)
         return device
 
-    def make_user_buffers(self, tokens: int, width: int, tp: int, *, fp8: bool) -> None:
-        from transformer_engine.pytorch.module import base
-
-        base.initialize_ub(
-            shape=[tokens, width], tp_size=tp, use_fp8=fp8, bootstrap_backend="nccl"
-        )
-
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 

@@ -104,8 +104,7 @@ def _look_around(plan: Plan, notes: list[str]) -> None:
             mixture.check(split)
     _note(notes, lambda: check_outputs(config))
     run = config.model
-    asks = (run.fp8_format, run.cpu_offloading, run.offload_modules,
-            config.parallel.tp_comm_overlap, config.optimizer.optimizer_cpu_offload,
+    asks = (run.fp8_format, run.cpu_offloading, config.optimizer.optimizer_cpu_offload,
             run.attention_backend not in (*ORDERS, "sdpa"))
     if any(asks):  # else every machine will do, and torch need not be imported
         _note(notes, lambda: check_machine(config, plan.spec))

@@ -29,8 +29,6 @@ def _check_devices(config: TrainConfig) -> None:
         ("fp8-format", config.model.fp8_format, "bf16"),
         ("cpu-offloading", config.model.cpu_offloading,
          "recompute-granularity full"),
-        ("offload-modules", config.model.offload_modules, "recompute-granularity selective"),
-        ("tp-comm-overlap", config.parallel.tp_comm_overlap, "sequence-parallel alone"),
     ):
         if asked:
             raise InputError(

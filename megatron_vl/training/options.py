@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_vl.errors import InputError, check_bounds, shown
+from megatron_vl.errors import InputError, check_bounds
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import Layout
@@ -17,10 +17,6 @@ from megatron_vl.training.bounds import BOUNDS
 from megatron_vl.training.log_options import LogOptions
 from megatron_vl.training.option import option
 from megatron_vl.training.spellings import PRECISIONS
-
-# Of Megatron-Core's offload_modules those that these layers have: TransformerEngine's norms are
-# part of the products behind them.
-OFFLOADABLE = ("qkv_linear", "core_attn", "attn_proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +28,6 @@ class ParallelOptions:
     num_virtual_stages_per_pipeline_rank: int = option(1, "model chunks per stage (VP)")
     context_parallel_size: int = option(1, "ranks that share one row's tokens (CP)")
     sequence_parallel: bool = option(False, "split norms and residuals over TP; no effect at TP 1")
-    tp_comm_overlap: bool = option(
-        False, "send between TP ranks while products are computed, by TransformerEngine's user "
-        "buffers; needs it on CUDA devices, sequence-parallel and packed rows"
-    )
     vit_data_parallel: bool = option(
         False, "divide the images over TP ranks, each with a whole vision tower, instead of "
         "cutting the tower; no effect at TP 1"
@@ -259,10 +251,6 @@ class ModelRunOptions:
         False, "keep activations in host memory; needs TransformerEngine on a CUDA device"
     )
     cpu_offloading_num_layers: int = option(1, "layers whose activations are offloaded")
-    offload_modules: str | None = option(
-        None, "keep the inputs of these parts of language layers in host memory, as in "
-        "core_attn,attn_proj; needs TransformerEngine on a CUDA device", kind=str
-    )
     freeze_vit: bool = option(False, "leave the vision tower as it is, but for the merger")
     freeze_merger: bool = option(False, "leave the merger, the MLP behind the tower, as it is")
     freeze_llm: bool = option(
@@ -283,6 +271,13 @@ class ModelRunOptions:
             raise InputError(f"{' and '.join(given)} exclude one another; give one of them.")
         if self.fp8_format and self.dtype not in (None, "bfloat16"):
             raise InputError("fp8-format is for bf16 training; add bf16.")
+        if self.fp8_format and "selective" in (
+            self.recompute_granularity, self.vit_recompute_granularity
+        ):
+            raise InputError(
+                "recompute-granularity selective has nothing to recompute with fp8-format, where "
+                "TransformerEngine keeps the inputs of its layers in 8 bits; use full."
+            )
         if len(self.frozen) == len(PARTS):
             raise InputError(
                 "freeze-vit, freeze-merger and freeze-llm together leave nothing to train; leave "
@@ -294,31 +289,6 @@ class ModelRunOptions:
             raise InputError(
                 "cpu-offloading and recompute-granularity exclude one "
                 "another; use recompute-granularity full alone, which needs the least memory."
-            )
-
-        self._check_offload_modules()
-
-    @property
-    def offloaded(self) -> tuple[str, ...]:
-        """The names in `offload_modules`."""
-        return tuple(name.strip() for name in (self.offload_modules or "").split(",") if name)
-
-    def _check_offload_modules(self) -> None:
-        for name in self.offloaded:
-            if name not in OFFLOADABLE:
-                raise InputError(
-                    f"offload-modules has {shown(repr(name))}; use some of "
-                    f"{', '.join(OFFLOADABLE)}."
-                )
-        if "attn_proj" in self.offloaded and "core_attn" not in self.offloaded:
-            raise InputError(
-                "offload-modules has attn_proj, whose input core_attn keeps; add core_attn, or "
-                "leave it out."
-            )
-        if self.offloaded and (self.cpu_offloading or self.recompute_granularity == "full"):
-            raise InputError(
-                "offload-modules excludes cpu-offloading and recompute-granularity full, which "
-                "keep no such inputs; leave out the one or the other."
             )
 
     @property

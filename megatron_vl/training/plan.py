@@ -152,13 +152,6 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             f"do not divide over {layout.row_parts} parts, as context parallelism and "
             f"sequence-parallel need; use a multiple of {layout.row_parts}."
         )
-    if config.parallel.tp_comm_overlap and not (
-        layout.tp > 1 and layout.sequence_parallel and plan.row_multiple is None
-    ):
-        raise InputError(
-            "tp-comm-overlap is for tensor parallelism with sequence-parallel and rows of one "
-            "length; give tp above 1, sequence-parallel and packing-buffer-size."
-        )
     _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
         raise InputError(

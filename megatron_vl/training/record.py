@@ -11,7 +11,8 @@ import yaml
 import megatron_vl
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.preflight import versions
-from megatron_vl.training.same_model import OPTIONS
+
+OPTIONS = "train_options.yaml"
 
 
 def facts_of(plan: Plan, **more) -> dict:

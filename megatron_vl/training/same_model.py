@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,13 +13,24 @@ from megatron_vl.models.registry import load_spec
 from megatron_vl.typed import Shape, Text, read_file
 from megatron_vl.weights.found import weights_mark
 
-OPTIONS = "train_options.yaml"  # in SAVE; every start writes it anew
+BEGINNING = "began_with.json"  # in SAVE
 
 
-class _Began(Shape):
-    """OPTIONS, as far as it is asked."""
+class _Beginning(Shape):
+    """BEGINNING: what a run was first started with."""
 
-    load: Text | None = None
+    load: Text  # an absolute path
+    weights: dict[Text, Text]  # see `weights_mark`
+
+
+def note_beginning(save: Path, load: Path) -> None:
+    """Write down which weights a new run in SAVE begins with. One rank calls it.
+
+    That it cannot be written, as on a full disk, ends nothing.
+    """
+    noted = _Beginning(load=os.path.abspath(load), weights=weights_mark(load))
+    with contextlib.suppress(OSError):
+        (save / BEGINNING).write_text(json.dumps(noted.model_dump(), indent=1), encoding="utf-8")
 
 
 def check_same_model(save: Path, load: Path) -> None:
@@ -27,7 +40,9 @@ def check_same_model(save: Path, load: Path) -> None:
     Raises:
         InputError: it is.
     """
-    if not all((one / "config.json").is_file() for one in (save, load)):
+    if os.path.realpath(load) == os.path.realpath(save) or not all(
+        (one / "config.json").is_file() for one in (save, load)
+    ):
         return
     mine, other = (replace(load_spec(one), dtype="float32") for one in (save, load))
     if mine != other:
@@ -40,21 +55,22 @@ def check_same_model(save: Path, load: Path) -> None:
             f"({names[0] if names else 'their token ids differ'}); a run goes on from --save, so "
             f"give another --save, or leave out --load."
         )
-    began = _began_with(save)
-    if began is None or not began.is_dir() or os.path.realpath(began) == os.path.realpath(load):
+    began = _beginning(save)
+    if began is None or os.path.realpath(began.load) == os.path.realpath(load):
         return
-    if weights_mark(began) != weights_mark(load):
+    now = weights_mark(load)
+    # Of another format, or another iteration, they have other names and cannot be compared.
+    if now.keys() == began.weights.keys() and now != began.weights:
         raise InputError(
-            f"--save {save} holds a run that began with --load {began}, which has other weights "
-            f"than --load {load}; a run goes on from --save, so give another --save, or the --load "
-            f"that it began with."
+            f"--save {save} holds a run that began with --load {began.load}, which has other "
+            f"weights than --load {load}; a run goes on from --save, so give another --save, or "
+            f"leave out --load."
         )
 
 
-def _began_with(save: Path) -> Path | None:
-    """What a run was last started with as `load`; None where that is not known."""
+def _beginning(save: Path) -> _Beginning | None:
+    """None where it is not known: it is a note, and no run depends on it."""
     try:
-        began = read_file(save / OPTIONS, _Began, mend="").load
+        return read_file(save / BEGINNING, _Beginning, mend="")
     except InputError:
-        return None  # it is a note for people, and no run depends on it
-    return None if began is None else Path(began)
+        return None

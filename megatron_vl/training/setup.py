@@ -47,8 +47,6 @@ def model_options(
         fp8_format=run.fp8_format,
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
-        offload_modules=run.offloaded,
-        tp_comm_overlap=plan.config.parallel.tp_comm_overlap,
         fused_ops=fuses(plan, platform),
         initialize_weights=initialize_weights,
         row_lengths_vary=plan.row_multiple is not None,
@@ -60,11 +58,6 @@ def model_options(
 def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> list:
     """This rank's chunks on its device, each wrapped for data parallelism."""
     options = model_options(plan, platform, initialize_weights=initialize_weights)
-    if options.tp_comm_overlap:
-        rows = plan.config.batch.micro_batch_size * plan.row_length // plan.layout.cp
-        platform.make_user_buffers(
-            rows, plan.spec.decoder.hidden_size, plan.layout.tp, fp8=options.fp8_format is not None
-        )
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
     run = plan.config.optimizer
     return wrap_for_data_parallel(

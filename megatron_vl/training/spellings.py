@@ -67,7 +67,10 @@ _SAYS = {
     "state over data ranks, as ZeRO 1 does, and tp and pp cut the model":
         "deepspeed zero_stage zero fsdp fsdp_config use_torch_fsdp2 use_megatron_fsdp "
         "data_parallel_sharding_strategy",
-    "give offload-modules": "fine_grained_activation_offloading",
+    "sums over the ranks of tp are not overlapped with products, as TransformerEngine's user "
+    "buffers would do it": "tp_comm_overlap tp_comm_overlap_cfg",
+    "parts of layers are not kept in host memory here; give recompute-granularity selective, or "
+    "cpu-offloading for whole layers": "fine_grained_activation_offloading offload_modules",
     "there are no experts in these models":
         "expert_model_parallel_size ep expert_tensor_parallel_size num_experts moe_router_topk",
     "training is supervised here, without preference or reinforcement learning":

@@ -18,7 +18,7 @@ RELEASE = "release"  # the word in it, and the folder's name, of a converted che
 Wanted = Literal["hf", "mcore", "either"]
 KINDS = {"hf": "a Hugging Face directory with weights", "mcore": "a Megatron-Core checkpoint",
          "either": "a Hugging Face or Megatron-Core checkpoint"}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
+_SLICES, _SLICE = 64, 2**14  # of a file, spread over it, and bytes of each
 _DEPTH, _MOST = 3, 2000  # how far below, and how many folders, a checkpoint is looked for
 
 
@@ -81,17 +81,27 @@ def _look(path: Path, wanted: Wanted) -> tuple[str, str]:
     return (f"is no checkpoint: it has neither config.json with weights nor {LATEST}", give)
 
 
-def weights_mark(path: Path) -> list[tuple[str, int, str]]:
-    """What tells the weights in a directory from others: their files' names, sizes and ends."""
-    found = []
-    for file in sorted(path.rglob("*")):
-        if file.suffix in _WEIGHTS and file.is_file():
-            size = file.stat().st_size
+def weights_mark(path: Path) -> dict[str, str]:
+    """What tells the weights in a checkpoint from others: of each of their files, by its name, the
+    size and a digest of some of it. Of several iterations the latest counts.
+
+    Raises:
+        InputError: LATEST says none that is there.
+    """
+    marks, root = {}, path
+    if (path / LATEST).is_file():
+        iteration = latest(path)
+        root = path / (RELEASE if iteration is None else f"iter_{iteration:07d}")
+    for file in sorted(root.rglob("*")):
+        if (file.suffix == ".safetensors" or file.suffix == ".distcp"
+                or file.match("pytorch_model*.bin") or file.match("mp_rank_*/*.pt")):
+            digest, size = hashlib.sha256(), file.stat().st_size
             with file.open("rb") as opened:
-                opened.seek(max(0, size - 2**20))
-                digest = hashlib.sha256(opened.read()).hexdigest()
-            found.append((str(file.relative_to(path)), size, digest))
-    return found
+                for part in range(_SLICES):
+                    opened.seek(part * max(0, size - _SLICE) // (_SLICES - 1))
+                    digest.update(opened.read(_SLICE))
+            marks[str(file.relative_to(path))] = f"{size} bytes {digest.hexdigest()[:16]}"
+    return marks
 
 
 def iterations(root: Path) -> list[int]:

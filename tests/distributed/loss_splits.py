@@ -17,8 +17,8 @@ from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.parallel import Layout
+from megatron_vl.parity.cases import CASES, Case, make_samples
 from megatron_vl.platform import initialize, leave_layout
-from megatron_vl.training.parity import CASES, Case, make_samples
 from megatron_vl.training.setup import wrap_for_data_parallel
 from megatron_vl.training.step import forward_step, mean_loss, run_batches
 from megatron_vl.training.weights import load_weights

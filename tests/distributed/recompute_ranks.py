@@ -24,8 +24,8 @@ from megatron_vl.models.common.recompute import recompute_of  # noqa: E402
 from megatron_vl.models.common.transformer_config import ModelOptions  # noqa: E402
 from megatron_vl.models.registry import family, load_spec  # noqa: E402
 from megatron_vl.parallel import Layout  # noqa: E402
+from megatron_vl.parity.cases import CASES, make_batches, make_samples  # noqa: E402
 from megatron_vl.platform.init import seed_everything  # noqa: E402
-from megatron_vl.training.parity import CASES, make_batches, make_samples  # noqa: E402
 from megatron_vl.training.setup import wrap_for_data_parallel  # noqa: E402
 from megatron_vl.training.step import run_batches  # noqa: E402
 

@@ -226,7 +226,8 @@ def test_two_updates_with_three_rates_are_those_of_torch_and_transformers(
     from safetensors.torch import save_file
 
     from megatron_vl.models import load_spec
-    from megatron_vl.training.parity import CASES, run_transformers
+    from megatron_vl.parity.cases import CASES
+    from megatron_vl.parity.judge import run_transformers
 
     spec = load_spec(model_dir)
     weights = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in jobs.start.items()}

@@ -13,7 +13,8 @@ from commands import run
 
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.models import load_spec
-from megatron_vl.training.parity import make_samples, vision_arguments
+from megatron_vl.parity.cases import make_samples
+from megatron_vl.parity.judge import vision_arguments
 
 NAMES = {  # tensors that are stored as published
     "language_model.decoder.final_layernorm.weight": "model.language_model.norm.weight",

@@ -100,6 +100,7 @@ def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path)
     assert "decoder num_layers 4 and 2" in done.err, done.err
     done = megatron_vl(*given, "--save", save, "--load", workshop.weights(1, 1), "--dry-run")
     assert "was trained with lr 0.001" in done.err, done.text  # the next thing that is looked at
+    assert json.loads((save / "began_with.json").read_text())["load"] == str(workshop.weights(1, 1))
     copied = tmp_path / "copied"
     shutil.copytree(workshop.weights(1, 1), copied)
     done = megatron_vl(*given, "--save", save, "--load", copied, "--dry-run")
@@ -108,6 +109,9 @@ def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path)
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     done = megatron_vl(*given, "--save", save, "--load", copied, "--dry-run")
     assert done.code == 2 and "which has other weights than --load" in done.err, done.text
+    for same in (save, workshop.model_dir):  # the run itself; the same weights in another format
+        done = megatron_vl(*given, "--save", save, "--load", same, "--dry-run")
+        assert "was trained with lr 0.001" in done.err, done.text
     # Rows of one sample over two stages.
     run = (*given, "--load", other, "--pp", 2, "--micro-batch-size", 2, "--global-batch-size", 4,
            "--no-report", "--num-workers", 0, "--nproc-per-node", 2)

@@ -51,12 +51,12 @@ def main(out: Path, watch: Callable[[Trainer], dict] = lambda _: {}) -> None:
 def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: float = 0) -> dict:
     from megatron.core import parallel_state
 
+    from megatron_vl.parity.cases import CASES, make_batches, make_samples
     from megatron_vl.platform import initialize
     from megatron_vl.training.config import TrainConfig
     from megatron_vl.training.describe import describe
     from megatron_vl.training.hang import HangWatch
     from megatron_vl.training.loop import Trainer
-    from megatron_vl.training.parity import CASES, make_batches, make_samples
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.step import RowStream
     from megatron_vl.training.stop import StopRequest

@@ -1,5 +1,6 @@
 """Every scheduler's variables give the right node; contradictions and bad numbers are named."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -14,6 +15,7 @@ from megatron_vl.parallel.cluster import (
     ROWS,
     ClusterEnv,
     check_one_launcher,
+    check_started,
     cluster_env,
     hostfile_env,
 )
@@ -296,6 +298,17 @@ NOT_ONE_A_NODE = {
         "--ntasks-per-node=1"),
     "a batch script": (SLURM, "start the command on all of them with srun"),
 }
+
+
+@pytest.mark.parametrize("world", [
+    {"WORLD_SIZE": "8"}, {"WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "8"},
+    {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"},
+])
+def test_ranks_of_another_launcher_are_refused_only_where_they_are_alone_among_several(world):
+    check_started(world)
+    alone = world["WORLD_SIZE"] == world.get("LOCAL_WORLD_SIZE")
+    with pytest.raises(InputError, match="NNODES is 2") if alone else contextlib.nullcontext():
+        check_started(world | {"NNODES": "2"})
 
 
 @pytest.mark.parametrize(("environ", "sentence"), NOT_ONE_A_NODE.values(), ids=NOT_ONE_A_NODE)

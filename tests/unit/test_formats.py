@@ -60,7 +60,7 @@ def test_a_system_prompt_may_be_a_column(format):
     assert lines(read(format, entry, system="rule")) == ["system: R", *said]
     assert lines(read(format, entry, system="")) == said
     assert reason(format, entry | {"system": 5}).startswith("wrong shape: its `system` is")
-    assert reason(format, entry | {"system": "\ud83d"}).startswith("bad text: its `system` holds")
+    assert reason(format, entry | {"system": "\ud83d"}).startswith("bad text: its system prompt h")
 
 
 def test_a_dataset_names_its_columns_and_tags():

@@ -28,7 +28,8 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "models": ("parallel", "platform", "ops", "weights"),
     "data": ("parallel", "models.spec", "models.common.mrope"),
     "training": ("parallel", "platform", "ops", "weights", "models", "data"),
-    "cli": ("parallel", "platform", "ops", "weights", "models", "data", "training"),
+    "parity": ("parallel", "platform", "ops", "weights", "models", "data", "training"),
+    "cli": ("parallel", "platform", "ops", "weights", "models", "data", "training", "parity"),
     "__main__": ("cli",),
 }
 OUTSIDE = ("toolkits", "examples")  # they call the command line

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_vl.cli.parity import FP32, _bounds, _too_far
-from megatron_vl.training.parity_compare import Apart, Outcome, compare, worst_parameters
+from megatron_vl.parity import FP32
+from megatron_vl.parity.compare import Apart, Outcome, compare, worst_parameters
+from megatron_vl.parity.report import bounds_of, too_far
 
 
 def outcome(**changes) -> Outcome:
@@ -22,7 +23,7 @@ def outcome(**changes) -> Outcome:
 def test_equal_outcomes_differ_by_nothing():
     same = compare("one", outcome(), outcome())
     assert same.logits == same.loss == same.gradient == Apart(0.0, 0.0)
-    assert len(same.gradients) == 7 and not _too_far(same, _bounds(None, []))
+    assert len(same.gradients) == 7 and not too_far(same, bounds_of(None, []))
 
 
 @pytest.mark.parametrize("where", ["logits", "loss", "gradient"])
@@ -36,7 +37,7 @@ def test_a_nan_anywhere_is_infinitely_far_off(where):
         ours = outcome(loss=math.nan)
     different = compare("one", ours, outcome())
     assert getattr(different, where) == Apart(math.inf, math.inf)
-    assert _too_far(different, {"logits": 1e9, "loss": 1e9, "gradient": 1e9})
+    assert too_far(different, {"logits": 1e9, "loss": 1e9, "gradient": 1e9})
     if where == "gradient":
         assert different.worst == "b"
 
@@ -61,8 +62,8 @@ def test_sixteen_bits_may_be_twice_as_far_off_as_transformers_own():
     own = [compare("one", outcome(loss=1.5, logits=[torch.full((2, 3), 1.01)] * 2,
                                      gradients={**outcome().gradients, "c": torch.full((2,), 1.1)}),
                    outcome())]
-    bounds = _bounds(None, own)
+    bounds = bounds_of(None, own)
     assert bounds == pytest.approx({"logits": 0.02, "loss": 0.02, "gradient": 0.2}, rel=1e-5)
-    assert _too_far(own[0], bounds)  # by its loss
-    assert set(_bounds(1e-3, own).values()) == {1e-3}
-    assert set(_bounds(None, []).values()) == {FP32}
+    assert too_far(own[0], bounds)  # by its loss
+    assert set(bounds_of(1e-3, own).values()) == {1e-3}
+    assert set(bounds_of(None, []).values()) == {FP32}

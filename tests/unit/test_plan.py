@@ -41,12 +41,9 @@ REFUSED = {
         dict(cpu_offloading=True, vit_recompute_granularity="full"), "exclude one another"),
     "gradients in bf16 of a float32 model": (
         dict(grad_reduce_in_bf16=True), "is for bf16 training and this is float32; add bf16"),
-    "a part that is not offloaded": (
-        dict(offload_modules="mlp"), "offload-modules has 'mlp'; use some of qkv_linear, core"),
-    "an offloaded part whose input another keeps": (
-        dict(offload_modules="attn_proj"), "whose input core_attn keeps; add core_attn"),
-    "parts offloaded of layers that are recomputed": (
-        dict(offload_modules="core_attn", **FULL), "offload-modules excludes cpu-offloading and"),
+    "selective recompute of layers in 8 bits": (
+        dict(fp8_format="hybrid", bf16=True, recompute_granularity="selective"),
+        "selective has nothing to recompute with fp8-format"),
     "a backend nobody knows": (
         dict(attention_backend="flashy"), "attention-backend is 'flashy'; use one of auto"),
     "a share above the whole": (
@@ -64,10 +61,6 @@ REFUSED = {
         "metrics-file or save"),
 }
 WITHOUT_GPU = {
-    "parts offloaded": (
-        dict(offload_modules="core_attn"), "offload-modules needs TransformerEngine on a CUDA dev"),
-    "overlap": (dict(tp_comm_overlap=True),
-                "tp-comm-overlap needs TransformerEngine on a CUDA device and this machine"),
     "offload": (dict(cpu_offloading=True), "TransformerEngine on a CUDA device and this machine"),
     "fp8": (dict(bf16=True, fp8_format="hybrid"), "this machine has none; use bf16."),
 }

@@ -281,5 +281,7 @@ def test_the_launcher_answers_in_its_own_words(changed, variables, says, model_d
 def test_a_flag_may_be_written_with_underscores():
     parser = Parser()
     parser.add_argument("--save-interval")
+    parser.add_argument("words", nargs="*")
     for words in (["--save_interval", "5_0"], ["--save_interval=5_0"]):
-        assert parser.parse_args(words).save_interval == "5_0"
+        assert parser.parse_args([*words, "--", "--save_interval"]) == argparse.Namespace(
+            save_interval="5_0", words=["--save_interval"])  # behind -- words are another's

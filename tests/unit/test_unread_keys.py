@@ -65,6 +65,7 @@ def test_an_entry_is_left_as_it_was():
     ({"kto_tag": True}, "its `kto_tag` is true, but preferences"),
     ({"negative_messages": [[]]}, "it has `negative_messages`, but positive and negative"),
     ({"loss": False}, "its `loss` beside the turns is false, as of what is not to be trained"),
+    ({"train": False}, "its `train` beside the turns is false"),
     ({"weight": 0}, "its `weight` beside the turns is 0, as of what"),
     ({"audios": ["a.wav"]}, "it has `audios`, but audio is not trained on; remove it"),
     ({"audio": "a.wav"}, "it has `audio`, but audio"),

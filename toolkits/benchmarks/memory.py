@@ -122,7 +122,7 @@ class Meter:
 def make_batch(spec, seq_length: int, rows: int):
     from megatron_vl.data.rows import make_batch, make_row
     from megatron_vl.models.common.mrope import rope_of
-    from megatron_vl.training.parity import Case, make_samples
+    from megatron_vl.parity.cases import Case, make_samples
 
     tokens = GRID[1] * GRID[2] // spec.vision.spatial_merge_size**2
     samples = make_samples(spec, Case(name="one", images=((GRID,),) * (seq_length // tokens)))

@@ -207,11 +207,14 @@ def conversation(
     _check_given(turns, entry, fields)
     turns, unmarked = put_first(turns, counts)
     media = place_media(turns, waiting)
-    turns = join_calls(place_objects(turns, media, entry))
+    own = len(turns)
+    turns = place_objects(with_system(turns, entry, fields), media, entry)
+    first = 1 + own - len(turns)  # messages number turns as the entry does
+    turns = join_calls(turns, first)
     check_boxes(turns)
     made = Conversation(
         turns=turns, media=media, tools=read_tools(entry, fields), unmarked=unmarked,
         marks_as_text=marks_as_text + as_text,
     )
-    check_conversation(made)  # before a turn is added: messages have the entry's own numbers
-    return replace(made, turns=with_system(turns, entry, fields))
+    check_conversation(made, first)
+    return made

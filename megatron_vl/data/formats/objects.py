@@ -111,10 +111,10 @@ def _objects(objects, kinds: list[str]) -> tuple[list[Part], list[Part]]:
             "not served", f"the `bbox_type` of its `objects` is {describe(kind)}; boxes are read "
                           f"as real (pixels) or norm1 (parts of 1)"
         )
-    if images and len(images) != len(boxes):
+    if len(images) > len(boxes):
         raise BadEntry(
             "bad box", f"the `image_id` of its `objects` has {len(images)} images for "
-                       f"{len(boxes)} boxes; give one a box, or none"
+                       f"{len(boxes)} boxes"
         )
     places = [number for number, one in enumerate(kinds) if one == IMAGE]
     made = []
@@ -123,7 +123,7 @@ def _objects(objects, kinds: list[str]) -> tuple[list[Part], list[Part]]:
         if kind == "norm1":
             made.append(Part(box=box_of(numbers, size=(1, 1))))
             continue
-        which = images[number] if images else 0
+        which = images[number] if number < len(images) else 0
         if isinstance(which, bool) or not isinstance(which, int) or not 0 <= which < len(places):
             raise BadEntry(
                 "bad box", f"box {number} of its `objects` is in image {str(which)[:20]}, but it "

@@ -87,14 +87,14 @@ def calls_of(turn: dict, number: int) -> tuple[Call, ...]:
     return read_calls(value, number) if value else ()
 
 
-def join_calls(turns: Iterable[Turn]) -> tuple[Turn, ...]:
-    """The turns with each call in the answer before it.
+def join_calls(turns: Iterable[Turn], first: int = 1) -> tuple[Turn, ...]:
+    """The turns with each call in the answer before it. `first`: the number of the first turn.
 
     Raises:
         BadEntry: of the two one is trained and the other is not.
     """
     made: list[Turn] = []
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in enumerate(turns, start=first):
         before = made[-1] if made else None
         if before is None or before.role != "assistant" or not turn.calls or turn.parts:
             made.append(turn)

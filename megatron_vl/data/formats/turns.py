@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_vl.data.conversation import BadEntry, Part, Turn, check_text
+from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.formats.fields import Fields
 from megatron_vl.data.formats.tracked import call_keys
 
@@ -100,14 +100,13 @@ def with_system(turns: tuple[Turn, ...], entry: dict, fields: Fields) -> tuple[T
     """The turns after the entry's system prompt; a system turn of their own comes before it.
 
     Raises:
-        BadEntry: the system prompt is no text, or one that cannot be stored.
+        BadEntry: the system prompt is no text.
     """
     system, name = column(entry, fields.system, "system"), fields.system or "system"
     if system is None or (turns and turns[0].role == "system"):
         return turns
     if not isinstance(system, str):
         raise BadEntry("wrong shape", f"its `{name}` is {describe(system)}, not text")
-    check_text(system, f"its `{name}`")
     return Turn(role="system", parts=(Part(text=system),)), *turns
 
 

@@ -22,7 +22,8 @@ _OF_ONE_MEDIUM = tuple(
     key for key in dict.fromkeys((*PIXEL_KEYS, *VIDEO_KEYS, *FRAME_KEYS)) if key != "fps"
 )
 _LABELS = ("label", "kto_tag")  # elsewhere `label` is what is in an image
-_LOSSES = ("loss", "loss_scale", "weight")  # of a turn; beside the turns they may be anything else
+# Of a turn; beside the turns other values may be anything else's.
+_LOSSES = ("loss", "loss_scale", "train", "training", "weight")
 _ANY = frozenset((*_UNSERVED, *_OF_ONE_MEDIUM, *_LABELS, *_LOSSES))
 
 

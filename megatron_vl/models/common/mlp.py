@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -22,11 +25,13 @@ class TowerMLP(MLP):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, width] to the same, and the bias that is to be added to it, if there is one."""
         assert per_token_scale is None  # of experts
-        activate = choose_kernel(self.config.activation, self.config.fused_ops).function
+        config = self.config
+        activate = choose_kernel(config.activation, config.fused_ops).function
+        if config.cpu_offloading and config.activation == "swiglu":
+            # Marks what it keeps for backward, as TransformerEngine's offloading looks for it.
+            activate = partial(bias_swiglu_impl, cpu_offload_input=True)
         inner, bias = self.linear_fc1(hidden_states)
-        if self.config.cpu_offloading:
-            inner.activation_offloading = True  # what TransformerEngine's offloading looks for
-        if not (self.config.recompute_activation and torch.is_grad_enabled()):
+        if not (config.recompute_activation and torch.is_grad_enabled()):
             return self.linear_fc2(activate(inner, bias))
         again = CheckpointWithoutOutput()
         output, bias = self.linear_fc2(again.checkpoint(activate, inner, bias))

@@ -32,8 +32,6 @@ class ModelOptions:
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
     cpu_offloading: bool = False  # keep the decoder's activations in host memory
     cpu_offloading_num_layers: int = 1
-    offload_modules: tuple[str, ...] = ()  # whose inputs wait in host memory, of the decoder
-    tp_comm_overlap: bool = False  # send while products are computed, in the decoder
     fused_ops: bool = False  # elementwise operations by kernels made at run time
     deterministic: bool = False  # only kernels that give the same bits at every run
     initialize_weights: bool = True  # False when a checkpoint fills them right after
@@ -74,9 +72,6 @@ def language_config(
         fp8=options.fp8_format,
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
-        fine_grained_activation_offloading=bool(options.offload_modules),
-        offload_modules=list(options.offload_modules),
-        tp_comm_overlap=options.tp_comm_overlap,
         **_initialization(options, decoder.init_std),
         vision_spans_chunks=split.vision_spans_chunks,
         variable_seq_lengths=options.row_lengths_vary,

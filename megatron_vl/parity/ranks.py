@@ -1,35 +1,25 @@
-"""The same weights and samples through transformers and through Megatron-Core, in any layout.
+"""Ours: samples packed into rows, rows into microbatches, spread over the ranks of a layout.
 
-Transformers is the judge: it gets each sample by itself, unpadded, and works out positions from the
-token types on its own. Ours gets the samples packed into rows, rows into microbatches, spread over
-the ranks of the layout. Compared are the logits of every token, the mean loss of a trained token
-over the whole batch, and the gradient of every parameter under its Hugging Face name.
-
-Letters: L tokens of a sample, V vocabulary.
+Letters: s row length, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_vl.data.rows import least_length, make_batch, make_row
-from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
-from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parity.cases import ROW_LENGTH, Case, cases, make_batches, make_samples
+from megatron_vl.parity.compare import Outcome
 from megatron_vl.platform import barrier
-from megatron_vl.training.parity_compare import Outcome
-
-ROW_LENGTH = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,193 +48,6 @@ class Setting:
         elif self.recompute != "none":
             words += [f"{self.recompute} recompute"]
         return ", ".join(words)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """A batch to compare on."""
-
-    name: str
-    images: tuple[tuple[tuple[int, int, int], ...], ...]  # per sample the grids of its media
-    samples_per_row: int = 1
-    rows_per_microbatch: int = 1
-
-    @property
-    def num_microbatches(self) -> int:
-        """As many for every case, so that a layout fits all of them or none."""
-        return len(self.images) // (self.samples_per_row * self.rows_per_microbatch)
-
-    def unpacked(self) -> Case:
-        """The same microbatches with a row for every sample."""
-        rows = self.samples_per_row * self.rows_per_microbatch
-        return replace(self, samples_per_row=1, rows_per_microbatch=rows)
-
-
-SMALL, WIDE, TALL, LARGE = (1, 4, 4), (1, 4, 8), (1, 10, 2), (1, 8, 8)
-CLIP = (3, 4, 4)  # a video; longer than its sides, where rules for positions differ
-
-CASES = (
-    Case(name="one image", images=((SMALL,),) * 4),
-    Case(
-        name="images and videos",
-        images=((SMALL, WIDE), (TALL,), (LARGE,), (CLIP, SMALL), (WIDE,), (TALL, TALL), (LARGE,),
-                (SMALL, SMALL, SMALL)) * 2,
-        samples_per_row=2, rows_per_microbatch=2,
-    ),
-    Case(name="text only", images=((),) * 8, samples_per_row=2),
-    Case(
-        name="a microbatch without images",
-        images=((SMALL,), (WIDE, SMALL), (), (), (LARGE,), (), (), ()),
-        rows_per_microbatch=2,
-    ),
-)
-
-
-MICROBATCHES = 4
-assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
-
-
-def cases(packed: bool) -> tuple[Case, ...]:
-    """The cases, with several samples a row where they have it, or with one."""
-    return CASES if packed else tuple(case.unpacked() for case in CASES)
-
-
-# ---- samples ----------------------------------------------------------------------------------
-
-
-def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
-    """Random text and pixels around the grids of `case`; half of each sample's tail is trained."""
-    generator = torch.Generator().manual_seed(seed)
-    # No padding token either: transformers' embedding keeps its gradient at zero on purpose.
-    tokens = spec.tokens
-    reserved = {tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.pad}
-    low = min(spec.decoder.vocab_size, min(reserved - {None}))
-    merge = spec.vision.spatial_merge_size
-
-    def text(count: int) -> list[int]:
-        return torch.randint(0, low, (count,), generator=generator).tolist()
-
-    samples = []
-    for number, grids in enumerate(case.images):
-        tokens = text(3 + number % 3)
-        for grid in grids:
-            tokens += [spec.tokens.vision_start]
-            tokens += [_placeholder(spec, grid)] * (math.prod(grid) // merge**2)
-            tokens += [spec.tokens.vision_end, *text(2)]
-        prompt = len(tokens)
-        tokens = torch.tensor(tokens + text(5 + number))
-        labels = torch.full_like(tokens, IGNORE)
-        labels[prompt - 1 : -1] = tokens[prompt:]
-        labels[-2] = IGNORE  # a hole, as a turn's newline leaves one
-        patches = sum(map(math.prod, grids))
-        samples.append(EncodedSample(
-            __key__=str(number), __restore_key__=(), name=str(number), tokens=tokens,
-            labels=labels, grids=tuple(grids), media=(), read=None,
-            patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
-            if grids else None,
-        ))
-    return samples
-
-
-def _is_video(grid: Sequence[int]) -> bool:
-    return grid[0] > 1
-
-
-def _placeholder(spec: VLMSpec, grid: Sequence[int]) -> int:
-    return spec.tokens.video if _is_video(grid) else spec.tokens.image
-
-
-def make_batches(
-    spec: VLMSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int = ROW_LENGTH
-) -> list[RowBatch]:
-    """The samples of `case` as microbatches of packed rows.
-
-    Args:
-        multiple: a microbatch's rows have the least multiple of it that holds them.
-    """
-    per_batch = case.samples_per_row * case.rows_per_microbatch
-    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
-    batches = []
-    for start in range(0, len(samples), per_batch):
-        group = samples[start : start + per_batch]
-        rows = [make_row(group[i : i + case.samples_per_row])
-                for i in range(0, per_batch, case.samples_per_row)]
-        length = least_length(rows, multiple=multiple, most=ROW_LENGTH)
-        batches.append(make_batch(rows, row_length=length, pad_token=0, rope=rope))
-    return batches
-
-
-# ---- the judge --------------------------------------------------------------------------------
-
-
-def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case, dtype: str = "float32") -> Outcome:
-    """Each sample alone through transformers' own model."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        hf_dir, dtype=getattr(torch, dtype), attn_implementation="eager", trust_remote_code=False,
-        local_files_only=True,
-    )
-    samples = make_samples(spec, case)
-    logits, total, trained = [], 0.0, sum(int((s.labels != IGNORE).sum()) for s in samples)
-    for sample in samples:
-        out = model(
-            input_ids=sample.tokens[None], use_cache=False, **vision_arguments(spec, sample)
-        ).logits[0].float()
-        logits.append(out.detach())
-        loss = torch.nn.functional.cross_entropy(
-            out, sample.labels, ignore_index=IGNORE, reduction="sum"
-        )
-        (loss / trained).backward()
-        total += float(loss.detach())
-    return Outcome(
-        logits=logits,
-        loss=total / trained,
-        gradients={
-            published_name(name): torch.zeros_like(p) if p.grad is None else p.grad.float()
-            for name, p in model.named_parameters()
-        },
-    )
-
-
-def vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
-    """A sample's media as transformers' model takes them: images and videos apart.
-
-    With our positions: its own differ after a video, from one of its major versions to the next.
-    """
-    if sample.patches is None:
-        return {}
-    kinds = {
-        ("pixel_values", "image_grid_thw"): [], ("pixel_values_videos", "video_grid_thw"): [],
-    }  # fmt: skip
-    images, videos = kinds.values()
-    for grid, patches in zip(
-        sample.grids, sample.patches.split([*map(math.prod, sample.grids)]), strict=True
-    ):
-        (videos if _is_video(grid) else images).append((patches, grid))
-    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
-    arguments = {
-        "position_ids": rope(sample.tokens, sample.grids)[:, None],
-        "mm_token_type_ids": (
-            (sample.tokens == spec.tokens.image).int()
-            + 2 * (sample.tokens == spec.tokens.video).int()
-        )[None]
-    }
-    for (pixels, grids), found in kinds.items():
-        if found:
-            arguments[pixels] = torch.cat([patches for patches, _ in found])
-            arguments[grids] = torch.tensor([grid for _, grid in found])
-    return arguments
-
-
-def published_name(name: str) -> str:
-    """transformers' in-memory name -> the name in published checkpoints."""
-    name = name.replace("model.visual.", "visual.", 1)
-    return name.replace("model.language_model.", "model.", 1)
-
-
-# ---- ours -------------------------------------------------------------------------------------
 
 
 def run_ranks(

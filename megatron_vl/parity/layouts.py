@@ -9,7 +9,7 @@ from itertools import product
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.training.parity import MICROBATCHES
+from megatron_vl.parity.cases import MICROBATCHES
 
 
 def check_microbatches(layout: Layout) -> None:

@@ -1,0 +1,127 @@
+"""Random samples that differ in what can go wrong, and the microbatches that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_vl.data.rows import least_length, make_batch, make_row
+from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
+from megatron_vl.models.common.mrope import rope_of
+from megatron_vl.models.spec import VLMSpec
+
+ROW_LENGTH = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A batch to compare on."""
+
+    name: str
+    images: tuple[tuple[tuple[int, int, int], ...], ...]  # per sample the grids of its media
+    samples_per_row: int = 1
+    rows_per_microbatch: int = 1
+
+    @property
+    def num_microbatches(self) -> int:
+        """As many for every case, so that a layout fits all of them or none."""
+        return len(self.images) // (self.samples_per_row * self.rows_per_microbatch)
+
+    def unpacked(self) -> Case:
+        """The same microbatches with a row for every sample."""
+        rows = self.samples_per_row * self.rows_per_microbatch
+        return replace(self, samples_per_row=1, rows_per_microbatch=rows)
+
+
+SMALL, WIDE, TALL, LARGE = (1, 4, 4), (1, 4, 8), (1, 10, 2), (1, 8, 8)
+CLIP = (3, 4, 4)  # a video; longer than its sides, where rules for positions differ
+
+CASES = (
+    Case(name="one image", images=((SMALL,),) * 4),
+    Case(
+        name="images and videos",
+        images=((SMALL, WIDE), (TALL,), (LARGE,), (CLIP, SMALL), (WIDE,), (TALL, TALL), (LARGE,),
+                (SMALL, SMALL, SMALL)) * 2,
+        samples_per_row=2, rows_per_microbatch=2,
+    ),
+    Case(name="text only", images=((),) * 8, samples_per_row=2),
+    Case(
+        name="a microbatch without images",
+        images=((SMALL,), (WIDE, SMALL), (), (), (LARGE,), (), (), ()),
+        rows_per_microbatch=2,
+    ),
+)
+
+
+MICROBATCHES = 4
+assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
+
+
+def cases(packed: bool) -> tuple[Case, ...]:
+    """The cases, with several samples a row where they have it, or with one."""
+    return CASES if packed else tuple(case.unpacked() for case in CASES)
+
+
+def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
+    """Random text and pixels around the grids of `case`; half of each sample's tail is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    # No padding token either: transformers' embedding keeps its gradient at zero on purpose.
+    tokens = spec.tokens
+    reserved = {tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.pad}
+    low = min(spec.decoder.vocab_size, min(reserved - {None}))
+    merge = spec.vision.spatial_merge_size
+
+    def text(count: int) -> list[int]:
+        return torch.randint(0, low, (count,), generator=generator).tolist()
+
+    samples = []
+    for number, grids in enumerate(case.images):
+        tokens = text(3 + number % 3)
+        for grid in grids:
+            tokens += [spec.tokens.vision_start]
+            tokens += [_placeholder(spec, grid)] * (math.prod(grid) // merge**2)
+            tokens += [spec.tokens.vision_end, *text(2)]
+        prompt = len(tokens)
+        tokens = torch.tensor(tokens + text(5 + number))
+        labels = torch.full_like(tokens, IGNORE)
+        labels[prompt - 1 : -1] = tokens[prompt:]
+        labels[-2] = IGNORE  # a hole, as a turn's newline leaves one
+        patches = sum(map(math.prod, grids))
+        samples.append(EncodedSample(
+            __key__=str(number), __restore_key__=(), name=str(number), tokens=tokens,
+            labels=labels, grids=tuple(grids), media=(), read=None,
+            patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
+            if grids else None,
+        ))
+    return samples
+
+
+def is_video(grid: Sequence[int]) -> bool:
+    return grid[0] > 1
+
+
+def _placeholder(spec: VLMSpec, grid: Sequence[int]) -> int:
+    return spec.tokens.video if is_video(grid) else spec.tokens.image
+
+
+def make_batches(
+    spec: VLMSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int = ROW_LENGTH
+) -> list[RowBatch]:
+    """The samples of `case` as microbatches of packed rows.
+
+    Args:
+        multiple: a microbatch's rows have the least multiple of it that holds them.
+    """
+    per_batch = case.samples_per_row * case.rows_per_microbatch
+    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
+    batches = []
+    for start in range(0, len(samples), per_batch):
+        group = samples[start : start + per_batch]
+        rows = [make_row(group[i : i + case.samples_per_row])
+                for i in range(0, per_batch, case.samples_per_row)]
+        length = least_length(rows, multiple=multiple, most=ROW_LENGTH)
+        batches.append(make_batch(rows, row_length=length, pad_token=0, rope=rope))
+    return batches
