@@ -19,6 +19,7 @@ setup(
         "torch>=2.8,<2.15",
         "megatron-core>=0.16.1,<0.20",
         "megatron-energon>=7.4.1,<8",
+        "webdataset>=0.2.86,<2",
         "braceexpand>=0.1.7",
         "safetensors>=0.5",
         "transformers>=5,<6",

@@ -24,7 +24,6 @@ from megatron_vl.cli import interrupts
 from megatron_vl.cli.cluster_env import DRIVERS, read_hostfile
 from megatron_vl.cli.hosts import run_on_hosts
 from megatron_vl.cli.meeting import agree, meet, meet_alone, no_meeting
-from megatron_vl.cli.streams import outlast_full_disks
 from megatron_vl.cli.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.cluster import PORT
@@ -133,7 +132,6 @@ def launch(
         InputError: the nodes did not meet at `master_addr`:`master_port` within
             `rendezvous_timeout` seconds, or do not fit together.
     """
-    outlast_full_disks()
     import_module("torch.distributed.launcher.api")  # before there is anything to tidy up
     interrupts.heed()
     os.environ.setdefault(

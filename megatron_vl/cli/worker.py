@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_vl.cli.streams import outlast_full_disks
 from megatron_vl.errors import FAILURE_FILE, InputError
 
 # Files beside it: the launcher was asked to stop; the run has got past its first step.
@@ -55,7 +54,6 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     # Whatever a shell has set: no checkpoint's pickle is run.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
-        outlast_full_disks()
         _quiet_libraries()
         _die_together()
         # Before Megatron-Core is imported by anything else: see the CPU platform.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,6 @@ _PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
 ]
-SHORT = 128  # characters of a text that others may repeat: a common question; -1 remembers none
-_MAX_REMEMBERED = 4096  # such texts, and what a template writes around them
-
 
 
 class _Named(Shape):
@@ -47,10 +43,9 @@ class _Legacy(Shape):
 class ChatTokenizer:
     """A Hugging Face tokenizer and its chat template.
 
-    Tokens are those of the whole text, as transformers' processor makes them; where they do not
-    depend on one another it is tokenised in stretches (`ChatTemplate`). Each turn is found in it by
-    rendering a conversation of its shape up to that turn: no marker is searched in what a person
-    wrote, and no system prompt is assumed.
+    Tokens are those of the whole text, as transformers' processor makes them. Each turn is found in
+    it by rendering the conversation up to that turn (`ChatTemplate`): no marker is searched in what
+    a person wrote, and no system prompt is assumed.
     """
 
     def __init__(self, tokenizer, *, tokens: TokenIds, trained: TrainedText | None = None):
@@ -67,7 +62,6 @@ class ChatTokenizer:
         self._own_tokens = frozenset(
             token.content for token in tokenizer.added_tokens_decoder.values()
         )
-        self._remembered = lru_cache(_MAX_REMEMBERED)(self._tokens)
 
     @classmethod
     def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds,
@@ -160,22 +154,15 @@ class ChatTokenizer:
                 "false, weight 0)",
             )
         turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__)
-        tokens, labels = [], []
-        for stretch in self.template.write(turns, tools):
-            short = stretch.fixed or len(stretch.text) <= SHORT
-            ids, targets = (self._remembered if short else self._tokens)(
-                stretch.text, stretch.spans
-            )
-            tokens += ids
-            labels += targets
+        tokens, labels = self._tokens(*self.template.write(turns, tools))
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)
         labels = [*labels[1:], IGNORE]
         # By way of numpy: torch looks at every number of a list, several times.
         return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, labels))
 
-    def _tokens(self, text: str, spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
-        """Tokens of a stretch, and what is trained of them."""
+    def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and what is trained of them."""
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         tokens = encoded.ids
         ignored = [IGNORE] * len(tokens)

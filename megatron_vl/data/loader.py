@@ -39,7 +39,7 @@ from megatron_vl.data.read_ahead import ReadAhead
 from megatron_vl.data.resume import ANEW, CONTENT, DATA, state_for
 from megatron_vl.data.rows import empty_row
 from megatron_vl.data.samples import EncodedSample, RowBatch
-from megatron_vl.data.shard_files import TarReaders
+from megatron_vl.data.shard_files import note_places
 from megatron_vl.data.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError, check_bounds, shown
 from megatron_vl.models.spec import VLMSpec
@@ -268,7 +268,7 @@ def build_train_loader(
             max_samples_per_sequence=config.max_samples_per_sequence,
             task_encoder=encoder,
         )
-    encoder.tar_readers = TarReaders(dataset, encoder.files)
+    note_places(dataset)
     loader = SavableDataLoader(dataset, **_housekeeping(config))
     return RowLoader(loader, _made_for(config, dp_rank, dp_size), encoder.epoch)
 
@@ -310,7 +310,7 @@ def build_valid_loader(
             batch_size=None,
             task_encoder=encoder,
         )
-    encoder.tar_readers = TarReaders(samples, encoder.files)
+    note_places(samples)
     rows = _OwnRows(
         samples, encoder=encoder, config=config, dp_rank=dp_rank, dp_size=dp_size,
         max_batches=max_batches,

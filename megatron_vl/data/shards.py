@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import random
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,9 @@ DATASET = {  # .nv-meta/dataset.yaml: our cooker reads the JSON, and the media w
     "__class__": "CrudeWebdataset",
     "part_filter": ["json"],
 }
+# Of every file in a shard: the same data give the same bytes.
+_ALWAYS = {"mtime": 0, "user": "", "group": "", "mode": 0o644}
+_BLOCK = 512  # bytes that a file in a tar is rounded up to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +171,8 @@ def write_shards(
     Raises:
         OSError: something cannot be read or written.
     """
+    from webdataset import TarWriter  # imports torch
+
     from megatron_vl.data.shard_index import IndexedFile, ShardIndex  # imports energon
 
     digests = {}
@@ -182,13 +185,12 @@ def write_shards(
             name = _shard(number)
             with (
                 (output / name).open("wb") as opened, index.shard(name) as indexed,
-                tarfile.open(fileobj=(file := Digested(opened)), mode="w",
-                             format=tarfile.USTAR_FORMAT) as tar,
+                TarWriter(file := Digested(opened), encoder=False, **_ALWAYS) as writer,
             ):
                 for _ in shard:
                     entry = next(entries)
                     stored, files = store(entry, sizes)
-                    begin, name_of = tar.offset, key(entry)
+                    begin, name_of = writer.tarstream.offset, key(entry)
                     members = [("json", to_json(entry.turns, stored, entry.tools), None, False)]
                     members += [
                         (extension, path.read_bytes(), metadata, is_image)
@@ -196,9 +198,12 @@ def write_shards(
                     ]
                     added = []
                     for extension, data, metadata, is_image in members:
-                        offset = _add(tar, f"{name_of}.{extension}", data)
+                        # One at a time: of several it would sort the JSON behind the media.
+                        writer.write({"__key__": name_of, extension: data})
+                        end = writer.tarstream.offset
+                        offset = end - -(-len(data) // _BLOCK) * _BLOCK
                         added.append(IndexedFile(extension, offset, len(data), metadata, is_image))
-                    indexed.add(name_of, begin, tar.offset, added)
+                    indexed.add(name_of, begin, end, added)
             digests[name] = file.digest
         next(entries, None)  # lets the progress bar finish
     index.finish({split: list(map(_shard, part)) for split, part in parts.items()}, DATASET)
@@ -229,15 +234,6 @@ def store(
             settings=entry.settings[place] if entry.settings else None,
         ))
     return tuple(stored), files
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Add a file; returns where its bytes begin."""
-    info = tarfile.TarInfo(name)  # no times, no owners: the same data gives the same bytes
-    info.size = len(data)
-    begin = tar.offset + tarfile.BLOCKSIZE  # after its header
-    tar.addfile(info, io.BytesIO(data))
-    return begin
 
 
 def read_back(path: Path, expected: int) -> dict[str, int]:

@@ -50,7 +50,7 @@ from megatron_vl.data.samples import (
     Skipped,
     sample_name,
 )
-from megatron_vl.data.shard_files import PLACES, ShardFiles, TarReaders
+from megatron_vl.data.shard_files import PLACES, ShardFiles
 from megatron_vl.data.stored import read_stored
 from megatron_vl.errors import InputError, printable
 from megatron_vl.inputs import json_value
@@ -112,7 +112,6 @@ class SampleEncoder(TaskEncoder):
         self.files = ShardFiles()
         self.cookers = [Cooker(self.cook)]
         self.skipped: list[Skipped] = []  # since the last batch
-        self.tar_readers: TarReaders | None = None  # of the dataset that this encoder reads
         self.known_bad: set[str] = set()  # samples left out so far: an epoch brings them again
         self._in_vain: Counter[str] = Counter()  # left out since one was encoded, one decoded
 
@@ -127,10 +126,9 @@ class SampleEncoder(TaskEncoder):
             turns, media, tools = read_stored(sample["json"])
         except (KeyError, ValueError) as error:
             self._skip(sample, "wrong shape", str(error))
-        dataset = sample["__sources__"][0].dataset_path
         return ConversationSample(
             **basic_sample_keys(sample), turns=turns, media=media, tools=tools,
-            read=self.files.reader(dataset, sample["__key__"], sample.get(PLACES)),
+            read=self.files.reader(sample["__key__"], sample[PLACES]),
         )
 
     @stateless
@@ -226,8 +224,6 @@ class SampleEncoder(TaskEncoder):
             ),
         )
         batch.skipped, self.skipped = tuple(self.skipped), []
-        if self.tar_readers is not None:
-            self.tar_readers.forget()
         return batch
 
     def select(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_vl.data.model_files import check_model_files
 from megatron_vl.errors import InputError
 from megatron_vl.ops.attention import ORDERS
+from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.machine import check_machine
@@ -139,19 +140,25 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     )
 
 
-def _layer_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:
-    vp = plan.layout.vp
-    per_stage = plan.layout.world_size // plan.layout.pp
-    yield "stage", *(("chunk",) if vp > 1 else ()), "ranks", "vision layers", "language layers", \
-        "and"
-    for stage in stages:
-        first = stage.stage * per_stage
-        for chunk in stage.chunks:
+def stage_rows(layout: Layout, split: StageSplit) -> Iterable[tuple[str, ...]]:
+    """What every chunk of every stage holds, below a header; layers count from 0."""
+    vp, per_stage = split.vp, layout.world_size // layout.pp
+    yield "stage", *(("chunk",) if vp > 1 else ()), "ranks", "vision layers", "language layers"
+    for stage in range(layout.pp):
+        ranks = range(stage * per_stage, (stage + 1) * per_stage)
+        for chunk in range(vp):
             yield (
-                str(stage.stage), *((str(chunk.chunk),) if vp > 1 else ()),
-                _span(range(first, first + per_stage)), _span(chunk.vision_layers),
-                _span(chunk.language_layers), ", ".join(_ends(chunk)) or "-",
+                str(stage), *((str(chunk),) if vp > 1 else ()), _span(ranks),
+                *(_span(split.layers(tower, stage, chunk)) for tower in ("vit", "llm")),
             )
+
+
+def _layer_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:
+    header, *rows = stage_rows(plan.layout, plan.split)
+    yield *header, "and"
+    chunks = [chunk for stage in stages for chunk in stage.chunks]
+    for row, chunk in zip(rows, chunks, strict=True):
+        yield *row, ", ".join(_ends(chunk)) or "-"
 
 
 def _ends(chunk: ChunkMemory) -> list[str]:

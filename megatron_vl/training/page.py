@@ -15,8 +15,8 @@ from pathlib import Path
 from megatron_vl.outputs import replacing_file
 from megatron_vl.pages import escape, page, picture, table
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.training.dry_run import stage_rows
 from megatron_vl.training.history import History, names_of, page_of, read_history, total
-from megatron_vl.training.layout_picture import draw_layout, talks
 from megatron_vl.training.options import GROUPS
 from megatron_vl.training.report import plot_runs
 
@@ -103,19 +103,9 @@ def _plots(run: History) -> str:
 
 
 def _layout(start: dict) -> list[str]:
-    layout, split = Layout(**start["layout"]), StageSplit.from_dict(start["split"])
-    told = talks(
-        layout, split, distributed_optimizer=start["options"]["use_distributed_optimizer"],
-        tied=start["tied"],
-    )
-    return [
-        f"<h2>layout: {escape(str(layout))}</h2>\n",
-        '<p class=small>Numbers are ranks. In a box tensor-parallel ranks stand side by side, '
-        "context-parallel ones below each other.</p>\n",
-        f"<div class=wide>{draw_layout(layout, split)}</div>\n",
-        table(told, header=("who talks to whom", "what", "ranks")) if told else
-        "<p>One rank: nobody talks.</p>\n",
-    ]
+    layout = Layout(**start["layout"])
+    header, *rows = stage_rows(layout, StageSplit.from_dict(start["split"]))
+    return [f"<h2>layout: {escape(str(layout))}</h2>\n", table(rows, header=header)]
 
 
 def _data(run: History) -> list[str]:

@@ -19,8 +19,8 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_vl.errors import InputError
+from megatron_vl.pickles import refuse_state
 from megatron_vl.weights.dtypes import DType
-from megatron_vl.weights.inert_pickle import refuse_state
 from megatron_vl.weights.rules import box
 
 # Filled at once: a page fault for every few pages would take longer than the copy. Not on systems

@@ -19,10 +19,10 @@ from pydantic import Field
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.inputs import json_value
+from megatron_vl.pickles import Record
 from megatron_vl.typed import Count, Name, Shape, Text, read_file, typed
 from megatron_vl.weights.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from megatron_vl.weights.files import TensorAt, reserve
-from megatron_vl.weights.inert_pickle import Record
 from megatron_vl.weights.map import Stored, listed, volume
 from megatron_vl.weights.torch_file import open_torch_file
 

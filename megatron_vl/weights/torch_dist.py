@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.errors import InputError
+from megatron_vl.pickles import DataOnly, Unpickler
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt, reserve
-from megatron_vl.weights.inert_pickle import DataOnly, Unpickler
 from megatron_vl.weights.map import Chunk, Stored, WeightMap
 from megatron_vl.weights.rules import Piece
 from megatron_vl.weights.torch_file import (

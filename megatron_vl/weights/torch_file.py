@@ -2,7 +2,7 @@
 
 Such a file is a zip archive of uncompressed records, all under one folder: `data.pkl`, a pickle of
 the objects in which every storage is a persistent id, `data/N`, the bytes of storage N, and
-`version`. The pickle is read as data (`inert_pickle`), so no code of a checkpoint runs. The bytes
+`version`. The pickle is read as data (`pickles`), so no code of a checkpoint runs. The bytes
 are little-endian and start at a multiple of 64, as torch writes them, so that they can be mapped.
 """
 
@@ -24,9 +24,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_vl.errors import InputError
+from megatron_vl.pickles import Unpickler, refuse_state
 from megatron_vl.weights.dtypes import DType
 from megatron_vl.weights.files import TensorAt, reserve
-from megatron_vl.weights.inert_pickle import Unpickler, refuse_state
 
 _DTYPES = {  # torch's storage classes
     "DoubleStorage": DType("float64", 8), "FloatStorage": DType("float32", 4),

@@ -116,7 +116,7 @@ TRIMS = (
 )
 
 
-def test_a_template_that_changes_texts_is_rendered_every_time(hf_dir, spec, tmp_path):
+def test_of_a_template_that_changes_texts_the_changed_text_is_trained(hf_dir, spec, tmp_path):
     copy = _copy(hf_dir, tmp_path / "hf", chat_template=TRIMS)
     chat = ChatTokenizer.from_hf_dir(copy, tokens=spec.tokens)
     for answer in (" red ", "blue\n"):

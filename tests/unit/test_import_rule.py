@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_vl"
 
-ALWAYS = ("errors", "inputs", "outputs", "pages", "typed", "workers")
+ALWAYS = ("errors", "inputs", "outputs", "pages", "pickles", "typed", "workers")
 ROOMS = {  # room -> rooms or modules it may import; itself and the modules of ALWAYS always
     "errors": (),
     "inputs": (),
     "outputs": (),
     "pages": (),
+    "pickles": (),
     "typed": (),
     "workers": (),
     "parallel": (),

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import os
@@ -68,6 +69,20 @@ def test_every_question_is_a_sample_with_the_image_s_own_bytes(llava_dir, wds_di
             ],
             "media": [{"kind": "image", "files": ["0.png"], "height": 64, "width": 64}],
         }
+
+
+def test_the_same_data_give_the_same_bytes_and_their_digests_are_noted(
+    llava_dir, tmp_path, monkeypatch
+):
+    shards = []
+    for name, now in (("one", 1e9), ("two", 2e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        out = tmp_path / name
+        assert run(["prepare", str(llava_dir), str(out), "--json", "train.json", "--quiet"]) == 0
+        shards.append({path.name: path.read_bytes() for path in out.glob("*.tar")})
+    assert len(shards[0]) == 10 and shards[0] == shards[1]
+    noted = json.loads((out / ".nv-meta" / "digests.json").read_text())
+    assert noted == {name: hashlib.sha256(data).hexdigest() for name, data in shards[0].items()}
 
 
 def test_energon_s_metadata_has_the_media_s_sizes_and_a_validation_split(wds_dir):

@@ -1,25 +1,20 @@
-"""Samples read from shards as bytes, against energon's own reader of the same shards."""
+"""Samples read without their media, against energon's own reader of the same shards."""
 
 import io
 import os
-import random
 import resource
 import shutil
-import sqlite3
 import struct
 import tarfile
 
 import pytest
-import torch
 from energon_prepare import energon_prepare
-from megatron.energon import WorkerConfig
 from megatron.energon.epathlib import EPath
-from megatron.energon.rng import WorkerRng
 
-from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.loader import DataConfig, build_train_loader
 from megatron_vl.data.media import BadMedia
 from megatron_vl.data.mixture import Mixture
-from megatron_vl.data.shard_files import PLACES, LocalShards, ShardFiles, SliceRng, TarReaders
+from megatron_vl.data.shard_files import PLACES, SampleReader, ShardFiles, note_places
 from megatron_vl.errors import InputError
 
 SHARD = "shard-000000.tar"
@@ -36,7 +31,7 @@ def readers(wds, part_filter=None):
         EPath(wds), shards, part_filter=part_filter,
         sample_filter=lambda name: not name.endswith("/excluded"),
     )
-    return theirs, LocalShards(theirs, ShardFiles())
+    return theirs, SampleReader(theirs)
 
 
 def pack(wds, *shards):
@@ -84,7 +79,6 @@ def test_samples_are_those_of_energons_reader(wds_dir, part_filter):
                 data = file.read(size)
                 assert data == want.get(extension, data) and len(data) == size
         assert {"json"} <= {*places} and len(places) == 2
-    assert not ours.itar_files_cache, "energon's way was taken"
 
 
 def test_shards_of_every_kind_are_read_alike(tmp_path):
@@ -100,14 +94,18 @@ def test_shards_of_every_kind_are_read_alike(tmp_path):
         (ustar, [("a.json", b"{}"), ("excluded.json", b"{}"), ("z.json", b"{}")]),
         (ustar, [("L.json", b" " * 70_000 + b"1"), ("L.0.png", b"y" * 70_000), ("M.txt", b"")]),
     ))
-    quick = []
+    keys = []
     for index in range(len(theirs)):
         want, have = theirs[index], ours[index]
         assert (have is None) == (want is None)
         if have is not None:
-            quick += [have["__key__"]] * (have.pop(PLACES, None) is not None)
+            shard, places = have.pop(PLACES)
             assert have == want
-    assert quick == ["plain", "d/a", "d/b", "\u00e9", "a", "z", "L", "M"]
+            keys.append(key := want["__key__"])
+            for extension in (one for one in want if not one.startswith("__")):
+                assert ShardFiles().read(key, (shard, places), extension) == want[extension]
+    assert keys == ["plain", f"{LONG}1", f"{LONG}2", f"{'d' * 60}/{'k' * 60}", "d/a", "d/b",
+                    "\u00e9", "a", "z", "L", "M"]
 
 
 def _overwrite(wds, at, data):
@@ -190,10 +188,10 @@ def test_what_is_no_damage_is_not_called_so(wds, monkeypatch):
         ours[0]
 
 
-def test_a_member_named_as_what_energon_adds_is_left_to_energon(tmp_path):
-    theirs, ours = readers(pack(tmp_path / "wds", (tarfile.USTAR_FORMAT, [
+def test_a_member_may_be_named_as_what_is_added_to_a_sample(tmp_path):
+    _, ours = readers(pack(tmp_path / "wds", (tarfile.USTAR_FORMAT, [
         ("0.json", b"{}"), (f"0.{PLACES}", b"x"), ("1.json", b"{}"), ("1.__key__", b"x")])))
-    assert ours[0] == theirs[0]
+    assert ours[0][PLACES][1].keys() == {"json", PLACES}
     with pytest.raises(InputError, match="sample 1 .* cannot be read"):
         ours[1]
 
@@ -211,140 +209,76 @@ def test_a_run_names_the_shard_that_is_damaged(wds_dir, hf_dir, spec, tmp_path):
                 pass
 
 
-def test_a_place_beyond_its_sample_is_not_believed(wds):
-    _header(wds, 1024, size=b"00000100000\0")
-    _, ours = readers(wds, lambda part: part == "json")
-    assert PLACES not in ours[0] and ours[0]["json"] == b'{"a": 0}'
-    assert PLACES in ours[1]
+def test_a_reader_remembers_no_header_it_has_passed(wds_dir):
+    """Python's tarfile keeps every one."""
+    _, ours = readers(wds_dir)
+    for index in range(len(ours)):
+        ours[index]
+    assert ours.itar_files_cache
+    assert sum(len(tar.members) for tar in ours.itar_files_cache.values()) < 20
 
 
-def test_a_reader_of_long_names_remembers_no_header_it_has_passed(tmp_path):
-    """What is left to energon goes through Python's tarfile, which keeps every header."""
-    members = [(f"{LONG}{number}.json", b"{}") for number in range(50)]
-    theirs, _ = readers(pack(tmp_path / "wds", (tarfile.PAX_FORMAT, members)))
-
+def test_readers_of_many_datasets_share_the_files_that_may_be_open(wds):
     class End:
-        join_readers = (theirs,)
+        def __init__(self):
+            self.join_readers = [readers(wds)[0]]
 
-    readers_ = TarReaders(End, ShardFiles())
-    (reader,) = readers_.readers
-    assert End.join_readers == [reader] and isinstance(reader, LocalShards)
-    for index in range(50):
-        assert reader[index]["json"] == b"{}"
-    (tar,) = reader.itar_files_cache.values()
-    assert len(tar.members) >= 50
-    readers_.forget()
-    assert not tar.members
+    class Mixture:
+        datasets = tuple(End() for _ in range(10))
 
-
-@pytest.mark.parametrize("build", [build_train_loader, build_valid_loader])
-def test_loaders_read_no_shard_through_tarfile(build, wds_dir, hf_dir, spec, monkeypatch):
-    monkeypatch.setattr(tarfile.TarFile, "next", None)
-    config = DataConfig(train=Mixture.parse(str(wds_dir)), valid=Mixture.parse(str(wds_dir)),
-                        seq_length=512, num_workers=0, packing_buffer_size=64)
-    batch = next(iter(build(config, hf_dir=hf_dir, spec=spec)))
-    assert batch.num_samples == batch.num_images > 3
-
-
-def test_a_loader_has_its_readers_forget_the_headers_they_have_passed(
-    wds_dir, hf_dir, spec, tmp_path
-):
-    shards = []
-    for path in sorted(wds_dir.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            shards.append((tarfile.PAX_FORMAT, [
-                (LONG + one.name, tar.extractfile(one).read()) for one in tar]))
-    wds = pack(tmp_path / "wds", *shards)
-    config = DataConfig(train=Mixture.parse(str(wds)), seq_length=512, num_workers=0,
-                        packing_buffer_size=64)
-    loader = build_train_loader(config, hf_dir=hf_dir, spec=spec)
-    batches = iter(loader)
-    assert sum(next(batches).num_samples for _ in range(40)) > 300
-    (reader,) = TarReaders(loader._loader.dataset, ShardFiles()).readers
-    assert reader.itar_files_cache
-    kept = sum(len(tar.members) for tar in reader.itar_files_cache.values())
-    assert kept < 150  # headers of the samples read ahead for the packing buffer
-
-
-def test_slices_are_drawn_as_energon_draws_them():
-    workers = WorkerConfig(rank=0, world_size=1, num_workers=0, seed_offset=7)
-    workers.worker_activate(0)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, before[1]))
     try:
-        theirs, ours = WorkerRng(workers), SliceRng(workers)
-        sizes = random.Random(0)
-        for _ in range(300):
-            # New sizes in the old tensor's memory, as an epoch's end may leave them.
-            probs = torch.tensor([float(sizes.choice((0, 1, 3, 100, 99_999))) for _ in range(16)])
-            probs[sizes.randrange(16)] = 1
-            for _ in range(8):
-                assert ours.choice_idx(probs) == theirs.choice_idx(probs)
-                probs[sizes.randrange(16)] += sizes.choice((0, 5))
-        with torch.inference_mode():
-            inferred = probs.clone()
-            assert ours.choice_idx(inferred) == theirs.choice_idx(inferred)
-        assert ours.choice_idx(probs[:1]) == theirs.choice_idx(probs[:1]) == 0
-        again = SliceRng(workers)
-        again.restore_state(theirs.save_state())
-        assert ours.save_state() == theirs.save_state()
-        assert again.choice_idx(probs) == theirs.choice_idx(probs)
+        note_places(Mixture)
     finally:
-        workers.worker_deactivate()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for end in Mixture.datasets:
+        (reader,) = end.join_readers
+        assert isinstance(reader, SampleReader) and reader.itar_cache_size == 2
 
 
 # ---- single files --------------------------------------------------------------------------------
 
 
-def test_a_file_is_read_by_its_place_and_by_energons_index(wds):
+def test_a_file_is_read_by_its_place(wds):
     _, ours = readers(wds)
-    for number in range(3):
-        places = ours[number][PLACES]
-        for given in (places, None):
-            read = ShardFiles(max_open=1).reader(EPath(wds), str(number), given)
-            assert read("0.png") == bytes([number]) * 9_000
+    files = ShardFiles(max_open=1)
+    reads = [files.reader(str(number), ours[number][PLACES]) for number in range(3)]
+    assert [read("0.png") for read in reads] == [bytes([number]) * 9_000 for number in range(3)]
 
 
-@pytest.mark.parametrize("by_place", [True, False])
-def test_a_file_that_is_not_there_is_named(wds, by_place):
-    places = readers(wds)[1][0][PLACES] if by_place else None
-    with pytest.raises(BadMedia, match=r"its file 0\.1\.png is not in"):
-        ShardFiles().read(EPath(wds), "0", places, "1.png")
-
-
-@pytest.mark.parametrize("size", [2**62, 2**40])
-@pytest.mark.parametrize("by_place", [True, False])
-def test_who_asks_for_all_memory_gets_what_is_there(wds, size, by_place):
-    shard, places = readers(wds)[1][0][PLACES]
-    if by_place:
-        places = shard, {"0.png": (places["0.png"][0], size)}
-    else:
-        places = None
-        with sqlite3.connect(wds / ".nv-meta" / "index.sqlite") as index:
-            (table,) = (name for name, in index.execute(
-                "select name from sqlite_master where type = 'table' and name like '%parts%'"))
-            index.execute(f"update {table} set content_byte_size = {size}")
+def test_a_file_of_a_shard_that_is_elsewhere_is_read_through_energon(wds):
+    shard, places = readers(wds)[1][1][PLACES]
+    assert ShardFiles().read("1", (EPath(shard), places), "0.png") == b"\1" * 9_000
     with pytest.raises(BadMedia, match="the shard .* ends within its file"):
-        ShardFiles().read(EPath(wds), "0", places, "0.png")
+        ShardFiles().read("1", (EPath(shard), {"0.png": (0, 2**40)}), "0.png")
+
+
+def test_a_file_that_is_not_there_is_named(wds):
+    places = readers(wds)[1][0][PLACES]
+    with pytest.raises(BadMedia, match=r"its file 0\.1\.png is not in"):
+        ShardFiles().read("0", places, "1.png")
+
+
+@pytest.mark.parametrize("size", [2**62, 2**40, -5])
+def test_who_asks_for_all_memory_gets_what_is_there(wds, size):
+    shard, places = readers(wds)[1][0][PLACES]
+    with pytest.raises(BadMedia, match="the shard .* ends within its file"):
+        ShardFiles().read("0", (shard, {"0.png": (places["0.png"][0], size)}), "0.png")
+
+
+@pytest.mark.parametrize("offset", [2**62, 2**80])
+def test_a_place_behind_the_shard_is_named(wds, offset):
+    shard, _ = readers(wds)[1][0][PLACES]
+    with pytest.raises(BadMedia, match=r"0\.0\.png"):
+        ShardFiles().read("0", (shard, {"0.png": (offset, 5)}), "0.png")
 
 
 def test_a_shard_that_is_gone_is_named(wds):
     places = readers(wds)[1][0][PLACES]
     (wds / SHARD).unlink()
     with pytest.raises(BadMedia, match=r"its file 0\.0\.png cannot be read"):
-        ShardFiles().read(EPath(wds), "0", places, "0.png")
-
-
-def test_a_forked_process_opens_files_of_its_own(wds):
-    files = ShardFiles()
-    read = files.reader(EPath(wds), "0")
-    assert read("0.png") == bytes(9_000)
-    before = dict(files._indices)
-    child = os.fork()
-    if child == 0:
-        right = read("0.png") == bytes(9_000)
-        (name,) = files._indices
-        os._exit(0 if right and files._indices[name] is not before[name] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert read("0.png") == bytes(9_000) and files._indices == before
+        ShardFiles().read("0", places, "0.png")
 
 
 def test_files_are_closed_with_who_opened_them_and_no_more_are_open_than_told(wds):
@@ -354,9 +288,7 @@ def test_files_are_closed_with_who_opened_them_and_no_more_are_open_than_told(wd
 
     files = ShardFiles(max_open=2)
     for part in (SHARD, f"{SHARD}.idx", ".nv-meta/split.yaml", ".nv-meta/dataset.yaml", SHARD):
-        assert files.pread(str(wds / part), 4, 0)
-        assert 1 <= opened() <= 2
-    files.expect(10**9)
-    assert 2 < files.max_open < 10**9
+        assert files.read("0", (wds / part, {"x": (0, 4)}), "x")
+        assert opened() <= 2
     del files
     assert opened() == 0

@@ -75,21 +75,20 @@ def test_the_loss_leaves_them_out(hf_dir, spec, options, said):
     chat_of = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=TrainedText(**options))
     entry = _entry("sharegpt", ({"loss": False}, {}, {"weight": 0}))
     plain = _entry("sharegpt", ({}, {}, {}))
-    for turns, all_of_them in ((read("sharegpt", entry).turns, read("sharegpt", plain).turns),) * 3:
-        # rendered the first time, of a remembered shape after that
-        if said is BadEntry:
-            with pytest.raises(BadEntry, match="last answer, which mask-history alone trains"):
-                chat_of.encode(turns, [])
-            continue
-        tokens, labels = chat_of.encode(turns, [])
-        decode = chat_of.tokenizer.decode
-        want, trained = chat_of.encode(all_of_them, [])
-        assert tokens.tolist() == want.tolist()
-        if said is not None:
-            assert decode(labels[labels != IGNORE]) == "".join(said)
-        else:
-            masked = (labels == IGNORE) & (trained != IGNORE)
-            assert decode(trained[masked]) == "one<|im_end|>three<|im_end|>"
-        assert (labels[labels != IGNORE] == trained[labels != IGNORE]).all()
+    turns, all_of_them = read("sharegpt", entry).turns, read("sharegpt", plain).turns
+    if said is BadEntry:
+        with pytest.raises(BadEntry, match="last answer, which mask-history alone trains"):
+            chat_of.encode(turns, [])
+        return
+    tokens, labels = chat_of.encode(turns, [])
+    decode = chat_of.tokenizer.decode
+    want, trained = chat_of.encode(all_of_them, [])
+    assert tokens.tolist() == want.tolist()
+    if said is not None:
+        assert decode(labels[labels != IGNORE]) == "".join(said)
+    else:
+        masked = (labels == IGNORE) & (trained != IGNORE)
+        assert decode(trained[masked]) == "one<|im_end|>three<|im_end|>"
+    assert (labels[labels != IGNORE] == trained[labels != IGNORE]).all()
 
 

@@ -34,6 +34,7 @@ from megatron_vl.data.loader import DataConfig, build_train_loader
 from megatron_vl.data.loader_state import to_json
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.shard_files import PLACES
 from megatron_vl.data.task_encoder import RowRules, SampleEncoder, TextDecoder
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
@@ -345,7 +346,8 @@ def encode(encoder: SampleEncoder, data: bytes) -> bool:
         return False  # `stop_on_error` names the sample: see test_hostile_files
     try:
         cooked = encoder.cook({"__key__": "7", "__restore_key__": (), "__subflavors__": {},
-                               "__sources__": (source,), "json": value})
+                               "__sources__": (source,), PLACES: (Path("a.tar"), {}),
+                               "json": value})
         encoded = encoder.preencode_sample(cooked)
         assert encoded.num_tokens <= 4096 and encoded.num_patches > 0
         return True

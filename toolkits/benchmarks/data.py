@@ -1,12 +1,10 @@
 """The data loader against its floor: decoding and transformers' image processor alone, same images.
 
     python data.py HF_DIR DATASET [--samples 1000] [--rounds 9] [--memory-samples 20000]
-                   [--new-texts]
 
 HF_DIR is a model's directory, DATASET what `megatron-vl prepare` wrote. One process with one thread
 takes turns: the floor decodes the samples' images with PIL and hands them to transformers' PIL
 image processor; the loader reads, tokenises, packs, decodes and lays out rows of the same samples.
-Short texts that come again are remembered; `--new-texts` tokenises each anew, as if none ever did.
 Given are samples a second of both, their ratio, how full the packed rows are, and the resident
 memory of a data worker while it reads `--memory-samples`.
 """
@@ -28,7 +26,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from PIL import Image
 
-from megatron_vl.data import chat
 from megatron_vl.data.loader import DataConfig, build_train_loader
 from megatron_vl.data.mixture import Mixture
 from megatron_vl.models import load_spec
@@ -42,7 +39,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--seq-length", type=int, default=2048, help="(default: 2048)")
     parser.add_argument("--memory-samples", type=int, default=20_000, help="0 leaves it out")
-    parser.add_argument("--new-texts", action="store_true", help="remember no text")
     return parser.parse_args()
 
 
@@ -52,8 +48,6 @@ def main() -> int:
     from transformers import AutoImageProcessor
 
     torch.set_num_threads(1)
-    if args.new_texts:
-        chat.SHORT = -1
     spec = load_spec(args.hf_dir)
     config = DataConfig(
         train=Mixture.parse(str(args.dataset)), seq_length=args.seq_length, num_workers=0,

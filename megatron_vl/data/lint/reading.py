@@ -7,7 +7,6 @@ shards, its dataset.yaml the parts of the sample. Only the order is another.
 from __future__ import annotations
 
 import random
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 from megatron_vl.data.epochs import epoch_length, samples_of
 from megatron_vl.data.loader import field_map_errors
 from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.shard_files import SampleReader
 from megatron_vl.data.task_encoder import TextDecoder, stop_on_error
-from megatron_vl.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +33,7 @@ class Leaf:
     share: float  # of the samples a run reads; all leaves' sum to 1
     epoch: float  # samples read in an epoch: a part or a multiple of `places`, where it says so
     _factory: Any
-    _reader: ShardInfosITarReader
+    _reader: SampleReader
 
     def read(self, place: int) -> dict | None:
         """A sample's parts as their own bytes; None if split.yaml excludes it by name.
@@ -42,13 +41,7 @@ class Leaf:
         Raises:
             InputError: they cannot be read from the shard.
         """
-        try:
-            return self._reader[place]
-        except (OSError, ValueError, tarfile.TarError) as error:
-            raise InputError(
-                f"its shard cannot be read there ({error}); copy the shard again, or prepare the "
-                f"dataset again."
-            ) from error
+        return self._reader[place]
 
     def load(self, raw: dict) -> dict | Sample:
         """What dataset.yaml makes of a sample's parts.
@@ -96,11 +89,10 @@ def open_leaves(mixture: Mixture, split: str) -> list[Leaf]:
         Leaf(
             path=Path(str(one.dataset.path)), places=read, share=amount / sum(amounts),
             epoch=len(read) if weighs else amount, _factory=one.dataset,
-            _reader=ShardInfosITarReader(
+            _reader=SampleReader(ShardInfosITarReader(
                 one.dataset.path, one.dataset.shards, part_filter=one.dataset.part_filter,
                 sample_filter=one.dataset.sample_filter,
-                itar_cache_size=1,  # an open shard remembers all that was read of it
-            ),
+            )),
         )
         for one, read, amount in zip(found.datasets, places, amounts, strict=True)
     ]  # fmt: skip
