@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import megatron_vl
-from megatron_vl.cli import interrupts
-from megatron_vl.cli.worker import FAILURE_FILE
 from megatron_vl.errors import (
     CheckFailed,
     InputError,
@@ -28,6 +26,8 @@ from megatron_vl.errors import (
     printable,
     shortened,
 )
+from megatron_vl.launch import interrupts
+from megatron_vl.launch.worker import FAILURE_FILE
 from megatron_vl.training.spellings import answer, flags_of, key_of
 
 COMMANDS = {

@@ -9,8 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import InputError
+from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.parity import FP32
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tolerance is not None and not args.tolerance > 0:
         raise InputError(f"--tolerance is {args.tolerance}; give a number above 0, as 1e-5.")
     if started_by_torchrun():
-        from megatron_vl.cli.worker import run_worker
+        from megatron_vl.launch.worker import run_worker
 
         run_worker(
             lambda: run_ranks(args.work_dir, args.hf_dir, layouts, setting),
@@ -143,7 +143,7 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
 
 
 def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
-    from megatron_vl.cli.launch import launch
+    from megatron_vl.launch.launcher import launch
     from megatron_vl.parity.cases import cases, make_samples
     from megatron_vl.parity.compare import compare
     from megatron_vl.parity.judge import run_transformers

@@ -11,15 +11,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_vl.cli.worker import started_by_torchrun
 from megatron_vl.errors import FAILURE_FILE, Bounds, InputError
-from megatron_vl.parallel.cluster import (
+from megatron_vl.launch.cluster import (
     MACHINE,
     ClusterEnv,
     check_one_launcher,
     check_started,
     cluster_env,
 )
+from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.training.config_sources import add_arguments, load_config
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if started_by_torchrun():
         if FAILURE_FILE not in os.environ and _looks(args):  # our own launcher has looked
             check_started(os.environ)
-        from megatron_vl.cli.worker import STOP, beside_failure, run_worker
-        from megatron_vl.training.stop import StopRequest
+        from megatron_vl.launch.stop import StopRequest
+        from megatron_vl.launch.worker import STOP, beside_failure, run_worker
 
         stop = StopRequest(beside_failure(STOP))
         if config.checkpoint.save is not None:  # without it there is nothing to do but to end
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     check_paths(config)
     if config.checkpoint.save is not None and env.node_rank == 0:
         check_free(Path(config.checkpoint.save))
-    from megatron_vl.cli.launch import launch
+    from megatron_vl.launch.launcher import launch
 
     if env.source != MACHINE:
         print(f"node {env.node_rank} of {env.nnodes}, {processes} processes each, node 0 is "
@@ -149,7 +149,7 @@ def _processes(config) -> int:
 
 
 def _train(config, stop) -> None:
-    from megatron_vl.cli.worker import STEPPED, beside_failure, fail
+    from megatron_vl.launch.worker import STEPPED, beside_failure, fail
     from megatron_vl.platform import be_deterministic, connect
     from megatron_vl.training.epochs import with_steps_of_rank_0
     from megatron_vl.training.loop import train

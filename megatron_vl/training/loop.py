@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.samples import Skipped
 from megatron_vl.errors import InputError, as_called
+from megatron_vl.launch.stop import StopRequest
 from megatron_vl.platform import current_device, initialize
 from megatron_vl.training.checkpoint import (
     check_files,
@@ -54,7 +55,6 @@ from megatron_vl.training.step import (
     naming_rows,
     run_schedule,
 )
-from megatron_vl.training.stop import StopRequest
 from megatron_vl.weights.mcore_io import CheckpointInfo
 
 TOLD = 10  # samples left out for one reason that a rank names; all are counted

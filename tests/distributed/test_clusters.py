@@ -18,8 +18,8 @@ import pytest
 from commands import ROOT, Done, environment_with, executed_by
 from distributed_launch import LAUNCHER, words
 
-import megatron_vl.cli.hosts
-from megatron_vl.cli.hosts import host_script
+import megatron_vl.launch.hosts
+from megatron_vl.launch.hosts import host_script
 
 HOST = socket.gethostname()
 
@@ -259,8 +259,8 @@ def test_the_hosts_commands_end_when_the_launcher_is_killed(hosts, tmp_path):
 
 
 def test_a_hosts_command_that_does_not_end_when_told_to_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(megatron_vl.cli.hosts, "_SAVE_SECONDS", 1)
-    monkeypatch.setattr(megatron_vl.cli.hosts, "_CLOSE_SECONDS", 1)
+    monkeypatch.setattr(megatron_vl.launch.hosts, "_SAVE_SECONDS", 1)
+    monkeypatch.setattr(megatron_vl.launch.hosts, "_CLOSE_SECONDS", 1)
     deaf = "trap 'echo told >> told' TERM; touch ready; while :; do sleep 0.1; done"
     script = host_script(["sh", "-c", deaf], directory=str(tmp_path), variables={"A": "b"})
     with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as job:

@@ -77,8 +77,8 @@ class Here:
         on_ctrl_c = signal.getsignal(signal.SIGINT)
         with self.monkeypatch.context() as patch:
             patch.chdir(ROOT)
-            patch.setattr("megatron_vl.cli.interrupts._ours", [])
-            patch.setattr("megatron_vl.cli.launch.launch", would_start)
+            patch.setattr("megatron_vl.launch.interrupts._ours", [])
+            patch.setattr("megatron_vl.launch.launcher.launch", would_start)
             for name, value in environment.items():
                 patch.setenv(name, str(value))
             try:

@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 RANK = """#!{python}
 import os, signal, sys, time
-from megatron_vl.cli.worker import FAILURE_FILE, STEPPED, STOP, beside_failure, fail
+from megatron_vl.launch.worker import FAILURE_FILE, STEPPED, STOP, beside_failure, fail
 rank = int(os.environ["RANK"])
 attempt = int(os.environ["TORCHELASTIC_RUN_ID"].rpartition("-")[2])
 def say(*words): os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one go
@@ -32,7 +32,7 @@ def say(*words): os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in
 LAUNCHER = """
 import sys
 sys.executable = {rank!r}
-from megatron_vl.cli.launch import launch
+from megatron_vl.launch.launcher import launch
 sys.exit(launch(["train"], nproc_per_node=2, {settings}))
 """
 
@@ -125,7 +125,7 @@ def test_a_signal_ends_the_ranks_of_a_run_that_does_not_save(start):
 
 
 WAIT_FOR_STOP = """
-from megatron_vl.training.stop import StopRequest
+from megatron_vl.launch.stop import StopRequest
 stop = StopRequest(beside_failure(STOP))
 stop.listen()
 say(os.getpid())

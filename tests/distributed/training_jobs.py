@@ -51,6 +51,7 @@ def main(out: Path, watch: Callable[[Trainer], dict] = lambda _: {}) -> None:
 def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: float = 0) -> dict:
     from megatron.core import parallel_state
 
+    from megatron_vl.launch.stop import StopRequest
     from megatron_vl.parity.cases import CASES, make_batches, make_samples
     from megatron_vl.platform import initialize
     from megatron_vl.training.config import TrainConfig
@@ -59,7 +60,6 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
     from megatron_vl.training.loop import Trainer
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.step import RowStream
-    from megatron_vl.training.stop import StopRequest
 
     plan = plan_run(TrainConfig.from_dict(options), world)
     platform = initialize(plan.layout, embedding_stage=plan.split.last_vision_chunk[0])
@@ -138,6 +138,6 @@ def held_bytes(trainer) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    from megatron_vl.cli.worker import run_worker
+    from megatron_vl.launch.worker import run_worker
 
     run_worker(lambda: main(Path(sys.argv[1])), command="jobs", debug=True)

@@ -58,7 +58,7 @@ def unasked(chunks: list) -> list[str]:
 if __name__ == "__main__":
     import training_jobs
 
-    from megatron_vl.cli.worker import run_worker
+    from megatron_vl.launch.worker import run_worker
     from shadow import device
     from shadow.machine import use_it
 

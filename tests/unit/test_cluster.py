@@ -11,7 +11,7 @@ from commands import ROOT, run
 
 from megatron_vl.cli.main import run as cli
 from megatron_vl.errors import InputError
-from megatron_vl.parallel.cluster import (
+from megatron_vl.launch.cluster import (
     ROWS,
     ClusterEnv,
     check_one_launcher,
@@ -19,7 +19,7 @@ from megatron_vl.parallel.cluster import (
     cluster_env,
     hostfile_env,
 )
-from megatron_vl.parallel.hosts import expand_nodelist, parse_hostfile
+from megatron_vl.launch.hostfile import expand_nodelist, parse_hostfile
 
 DLC = {"MASTER_ADDR": "dlc1-master-0", "MASTER_PORT": "23456", "WORLD_SIZE": "2", "RANK": "1"}
 TORCHRUN = {
@@ -424,9 +424,9 @@ def test_cluster_env_counts_this_machines_devices_when_nobody_says(on, capsys):
 
 COUNTS = """
 import sys
-from megatron_vl.cli import cluster_env
-cluster_env.DRIVERS = sys.argv[1:]
-print(cluster_env._devices() >= 1, "torch" in sys.modules)
+from megatron_vl.launch import devices
+devices.DRIVERS = sys.argv[1:]
+print(devices.devices() >= 1, "torch" in sys.modules)
 """
 
 

@@ -12,7 +12,7 @@ import yaml
 from test_import_rule import ALWAYS, ROOMS
 
 from megatron_vl.cli.main import COMMANDS
-from megatron_vl.parallel.cluster import ROWS as SCHEDULERS
+from megatron_vl.launch.cluster import ROWS as SCHEDULERS
 from megatron_vl.training.config_sources import load_config
 
 ROOT = Path(__file__).resolve().parents[2]

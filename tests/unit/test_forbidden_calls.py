@@ -21,7 +21,7 @@ ARGUMENTS = {  # (keyword, its value) of any call
 VARIABLES = re.compile("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD|HF_TRUST_REMOTE_CODE")
 ALLOWED = {
     # Taken out of a rank's environment, whatever a shell has set.
-    "megatron_vl/cli/worker.py": {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"},
+    "megatron_vl/launch/worker.py": {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"},
     # From a process this one has forked, through memory that only they share.
     "megatron_vl/platform/write_results.py": {"pickle.loads()"},
     # Rows that ranks of one job send each other, as torch's own collectives of objects are: see

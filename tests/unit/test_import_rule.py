@@ -24,13 +24,15 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "workers": (),
     "parallel": (),
     "platform": ("parallel",),
+    "launch": ("platform",),
     "ops": ("parallel", "platform"),
     "weights": ("parallel",),
     "models": ("parallel", "platform", "ops", "weights"),
     "data": ("parallel", "models.spec", "models.common.mrope"),
-    "training": ("parallel", "platform", "ops", "weights", "models", "data"),
+    "training": ("parallel", "platform", "launch", "ops", "weights", "models", "data"),
     "parity": ("parallel", "platform", "ops", "weights", "models", "data", "training"),
-    "cli": ("parallel", "platform", "ops", "weights", "models", "data", "training", "parity"),
+    "cli": ("parallel", "platform", "launch", "ops", "weights", "models", "data", "training",
+            "parity"),
     "__main__": ("cli",),
 }
 OUTSIDE = ("toolkits", "examples")  # they call the command line

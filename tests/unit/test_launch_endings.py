@@ -15,9 +15,9 @@ from commands import environment_with
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_vl.cli.launch import _stopping, end_of
-from megatron_vl.cli.worker import FAILURE_FILE, STEPPED, STOP, fail, read_failure
-from megatron_vl.training.stop import AGAIN
+from megatron_vl.launch.launcher import _stopping, end_of
+from megatron_vl.launch.stop import AGAIN
+from megatron_vl.launch.worker import FAILURE_FILE, STEPPED, STOP, fail, read_failure
 
 NO_DATA = "megatron-vl train: no data; give some."
 BROKE = "Traceback\nKeyError: 3\n"
@@ -97,7 +97,7 @@ CLAIM = """
 import sys, time
 from pathlib import Path
 import os
-from megatron_vl.cli.worker import FAILURE_FILE, fail
+from megatron_vl.launch.worker import FAILURE_FILE, fail
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 for turn in range(20):
     os.environ[FAILURE_FILE] = str(folder / f"failure-{turn}")

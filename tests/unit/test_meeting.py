@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_vl.cli.launch import End, _together, judge, starts_again
-from megatron_vl.cli.meeting import agree, meet
 from megatron_vl.errors import InputError
+from megatron_vl.launch.launcher import End, _together, judge, starts_again
+from megatron_vl.launch.meeting import agree, meet
 
 HOST = socket.gethostname()
 

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from megatron_vl.cli.launch import End, decide, judge, starts_again
+from megatron_vl.launch.launcher import End, decide, judge, starts_again
 
 KILLED, ENDED = -signal.SIGKILL, -signal.SIGTERM
 ENDS = {  # code, exits of the failed ranks, what was done before -> hopeful, final

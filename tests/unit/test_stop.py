@@ -10,7 +10,7 @@ import pytest
 
 RANK = """
 import os, pathlib, signal, sys, time
-from megatron_vl.training.stop import StopRequest
+from megatron_vl.launch.stop import StopRequest
 file, (name, asked, pauses) = pathlib.Path(sys.argv[1]), sys.argv[2:]
 asked = asked == "True"
 stop = StopRequest(file)

@@ -24,7 +24,6 @@ from test_cluster import FOUND
 from test_tools import TEMPLATE
 from tiny_hf import make
 
-from megatron_vl.cli.cluster_env import read_hostfile
 from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.contents import contents_of
 from megatron_vl.data.conversation import BadEntry, Part, StoredMedia, Turn
@@ -37,9 +36,9 @@ from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.data.shard_files import PLACES
 from megatron_vl.data.task_encoder import RowRules, SampleEncoder, TextDecoder
 from megatron_vl.errors import InputError
+from megatron_vl.launch.cluster import check_one_launcher, cluster_env, hostfile_env
+from megatron_vl.launch.hostfile import parse_hostfile, read_hostfile
 from megatron_vl.models import load_spec
-from megatron_vl.parallel.cluster import check_one_launcher, cluster_env, hostfile_env
-from megatron_vl.parallel.hosts import parse_hostfile
 from megatron_vl.training.checkpoint import read_loader_state
 from megatron_vl.training.checkpoint_files import candidates
 from megatron_vl.training.config_sources import load_config

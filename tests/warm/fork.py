@@ -13,7 +13,7 @@ import platform
 import signal
 import sys
 
-from megatron_vl.cli.cluster_env import DRIVERS
+from megatron_vl.launch.devices import DRIVERS
 
 _SYS_CLONE = 56
 _PR_GET_TID_ADDRESS = 40

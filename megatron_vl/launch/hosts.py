@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from megatron_vl.errors import InputError
-from megatron_vl.parallel.hosts import Host
+from megatron_vl.launch.hostfile import Host
 
 END_SECONDS = 60  # what a command may take to end when it is told to
 _SAVE_SECONDS, _CLOSE_SECONDS = 45, 5  # of them: to save, then to end without

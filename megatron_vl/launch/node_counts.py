@@ -8,7 +8,7 @@ otherwise, one of the two is wrong. Where no row applies, they tell that this ma
 from __future__ import annotations
 
 from megatron_vl.errors import InputError
-from megatron_vl.parallel.variables import Variables, contradiction
+from megatron_vl.launch.variables import Variables, contradiction
 
 # Each line is one number: the first that is set is it.
 _NODES = (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.parallel.variables import MOST_NODES
+from megatron_vl.launch.variables import MOST_NODES
 
 
 def expand_nodelist(text: str, name: str = "SLURM_JOB_NODELIST") -> list[str]:
@@ -91,3 +92,16 @@ def parse_hostfile(text: str, where: str) -> tuple[Host, ...]:
     if not hosts:
         raise InputError(f"{where} names no host; write one a line, node 0 first.")
     return tuple(hosts)
+
+
+def read_hostfile(path: Path) -> tuple[Host, ...]:
+    """Raises InputError: no such file, or see `parse_hostfile`."""
+    from megatron_vl.inputs import read_text  # and PyYAML, for which no other field waits
+
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the hostfile {path} cannot be read ({error}); give a text file."
+        ) from error
+    return parse_hostfile(text, str(path))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_vl.errors import Bounds, InputError, shown
-from megatron_vl.parallel.hosts import Host, expand_nodelist
-from megatron_vl.parallel.node_counts import check_alone, check_counts, check_node, check_whole
-from megatron_vl.parallel.variables import (
+from megatron_vl.launch.hostfile import Host, expand_nodelist
+from megatron_vl.launch.node_counts import check_alone, check_counts, check_node, check_whole
+from megatron_vl.launch.variables import (
     MOST_NODES,
     MOST_PROCESSES,
     Variables,
