@@ -201,9 +201,11 @@ import_megatron_core()
 print([one for one in {names} if not hasattr(importlib.import_module(one[0]), one[1])])
 """
     done = run([sys.executable, "-W", "ignore", "-c", code])
+    absent = set(ast.literal_eval(done.out))
+    # One release has it and another has not, which the platform asks before it replaces it.
+    absent.discard(("megatron.core.tensor_parallel.random", "_get_share_storage"))
     # Apex's alone, beside a name that says whether it is there.
-    assert done.out.strip() == str(
-        [("megatron.core.tensor_parallel.layers", "fused_weight_gradient_mlp_cuda")]), done.text
+    assert absent == {("megatron.core.tensor_parallel.layers", "fused_weight_gradient_mlp_cuda")}
 
 
 LEAVE = """
