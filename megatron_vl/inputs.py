@@ -50,13 +50,18 @@ def read_text(path: Path, *, marked: bool = True) -> str:
 
 def not_utf8(data: bytes) -> str:
     """Why a text cannot be read, and the mend; `data` is all of it, or the first four bytes."""
+    return f"{why_not_utf8(data)}; save it as UTF-8"
+
+
+def why_not_utf8(data: bytes) -> str:
+    """The same without the mend."""
     encoding = json.detect_encoding(data[:4])
     looks = "" if encoding.startswith("utf-8") else f" (it looks like {encoding.upper()[:6]})"
     if not looks:
         with contextlib.suppress(UnicodeDecodeError):
             data.decode("gb18030")
             looks = " (it may be GBK)"
-    return f"is not UTF-8{looks}; save it as UTF-8"
+    return f"is not UTF-8{looks}"
 
 
 def json_value(text: str | bytes, *, twins: bool = True) -> Any:

@@ -11,27 +11,18 @@ import torch
 
 from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
 from megatron_vl.data.grounding import render
-from megatron_vl.data.model_files import COPY_AGAIN, TOKENIZER
+from megatron_vl.data.model_files import COPY_AGAIN, TOKENIZER, check_tokenizer
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.samples import IGNORE
 from megatron_vl.data.template import ChatTemplate, Span
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import TokenIds
-from megatron_vl.typed import Name, Shape, Text, read_file
+from megatron_vl.typed import Shape, Text, read_file
 
 _PROBE = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
 ]
-
-
-class _Named(Shape):
-    name: Name
-    template: Text
-
-
-class _TokenizerConfig(Shape):
-    chat_template: Text | list[_Named] | None = None
 
 
 class _Legacy(Shape):
@@ -83,7 +74,7 @@ class ChatTokenizer:
                 raise InputError(
                     f"{hf_dir / name} is missing; copy it from the model's Hugging Face repository."
                 )
-        read_file(hf_dir / "tokenizer_config.json", _TokenizerConfig, mend=COPY_AGAIN)
+        check_tokenizer(hf_dir)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(hf_dir), use_fast=True, trust_remote_code=False, local_files_only=True

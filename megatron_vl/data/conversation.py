@@ -225,13 +225,13 @@ def check_conversation(conversation: Conversation, first: int = 1) -> None:
         for part in turn.parts:
             if part.text or part.ref:
                 where = f"turn {number}" if number else "its system prompt"
-                check_text(part.text or part.ref, where)
+                _check_text(part.text or part.ref, where)
         if turn.of_tools:
             called = (text for c in turn.calls for text in (c.name, c.arguments, c.id or ""))
             for text in (turn.call_id or "", *called):
-                check_text(text, f"turn {number}")
+                _check_text(text, f"turn {number}")
     if conversation.tools:
-        check_text(conversation.tools, "its `tools`")
+        _check_text(conversation.tools, "its `tools`")
     if turns[-1].role != "assistant":
         raise BadEntry("no answer", f"it ends with a turn of the {turns[-1].role}, not an answer")
     if not any(turn.trained for turn in turns if turn.role == "assistant"):
@@ -249,7 +249,7 @@ def check_conversation(conversation: Conversation, first: int = 1) -> None:
         raise BadEntry("mark count", "its images and videos are not in the order of their marks")
 
 
-def check_text(text: str, where: str) -> None:
+def _check_text(text: str, where: str) -> None:
     """Raises BadEntry: text that a shard cannot hold, or a mark of the tokenizer; `where` it is."""
     reserved = _RESERVED.search(text)
     if reserved is not None:

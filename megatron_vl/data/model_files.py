@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VisionSpec
-from megatron_vl.typed import Number, Positive, Shape, Size, read_file
+from megatron_vl.typed import Name, Number, Positive, Shape, Size, Text, read_file
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"
@@ -24,6 +24,8 @@ def missing_files(hf_dir: Path) -> list[str]:
     return names
 
 
+# Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
+VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 COPY_AGAIN = "copy it again from the model's Hugging Face repository"
 
 
@@ -57,6 +59,20 @@ class JointFile(Shape):
 
     image_processor: MediaFile | None = None
     video_processor: MediaFile | None = None
+
+
+class Named(Shape):
+    name: Name
+    template: Text
+
+
+class TokenizerFile(Shape):
+    chat_template: Text | list[Named] | None = None
+
+
+def check_tokenizer(hf_dir: Path) -> None:
+    """Raises InputError: tokenizer_config.json cannot be used."""
+    read_file(hf_dir / "tokenizer_config.json", TokenizerFile, mend=COPY_AGAIN)
 
 
 def image_settings(hf_dir: Path, vision: VisionSpec) -> Path:
@@ -106,6 +122,29 @@ def check_patches(path: Path, settings, vision: VisionSpec, *, whole: bool = Tru
             )
 
 
+def video_size(hf_dir: Path) -> tuple[int, int] | None:
+    """Least and most pixels of a frame that the model's video settings ask for; None without any.
+
+    Raises:
+        InputError: they cannot be used.
+    """
+    for name, kind in ((VIDEO_SETTINGS, MediaFile), (JOINT_SETTINGS, JointFile)):
+        path = hf_dir / name
+        if not path.is_file():
+            continue
+        settings = read_file(path, kind, mend=COPY_AGAIN)
+        settings = settings.video_processor if kind is JointFile else settings
+        if settings is None:
+            continue
+        edges = settings.size or Edges()
+        least = settings.min_pixels or edges.shortest_edge or VIDEO_SIZE["shortest_edge"]
+        most = settings.max_pixels or edges.longest_edge or VIDEO_SIZE["longest_edge"]
+        if least > most:
+            raise InputError(f"{path} asks for frames of {least} to {most} pixels; {COPY_AGAIN}.")
+        return least, most
+    return None
+
+
 def check_model_files(hf_dir: Path, vision: VisionSpec) -> None:
     """Raises InputError: one is missing, or it can be told already that it cannot be used."""
     if missing := missing_files(hf_dir):
@@ -115,3 +154,5 @@ def check_model_files(hf_dir: Path, vision: VisionSpec) -> None:
             f"another directory."
         )
     image_settings(hf_dir, vision)
+    video_size(hf_dir)
+    check_tokenizer(hf_dir)

@@ -20,22 +20,15 @@ from megatron_vl.data.media import BadMedia, decode_rgb, video_frames
 from megatron_vl.data.media_settings import IMAGE_TOKENS, MIN_FRAMES
 from megatron_vl.data.model_files import (
     COPY_AGAIN,
-    JOINT_SETTINGS,
-    VIDEO_SETTINGS,
-    Edges,
-    JointFile,
-    MediaFile,
     check_patches,
     image_settings,
+    video_size,
 )
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.samples import Grid
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import VisionSpec
-from megatron_vl.typed import read_file
 
-# Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
-VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 _RESAMPLE = Image.Resampling.BICUBIC  # qwen-vl-utils'
 
 
@@ -100,7 +93,7 @@ class MediaProcessor:
                 f"{path} asks for images of {least} to {most} pixels; give a min_pixels above 0 "
                 f"and no larger than max_pixels."
             )
-        return cls(processor, vision=vision, limits=limits, video_size=_video_size(hf_dir))
+        return cls(processor, vision=vision, limits=limits, video_size=video_size(Path(hf_dir)))
 
     # ---- sizes, without a pixel ---------------------------------------------------------------
 
@@ -258,22 +251,3 @@ def _chosen(kind: str, limits: MediaLimits, default: tuple[int, int]) -> tuple[i
             f"{default[0]} to {default[1]}; give both {kind}-min-pixels and {kind}-max-pixels."
         )
     return chosen
-
-
-def _video_size(hf_dir: Path) -> tuple[int, int] | None:
-    """The pixels of a frame that the model's video settings ask for; None without any."""
-    for name, kind in ((VIDEO_SETTINGS, MediaFile), (JOINT_SETTINGS, JointFile)):
-        path = Path(hf_dir) / name
-        if not path.is_file():
-            continue
-        settings = read_file(path, kind, mend=COPY_AGAIN)
-        settings = settings.video_processor if kind is JointFile else settings
-        if settings is None:
-            continue
-        edges = settings.size or Edges()
-        least = settings.min_pixels or edges.shortest_edge or VIDEO_SIZE["shortest_edge"]
-        most = settings.max_pixels or edges.longest_edge or VIDEO_SIZE["longest_edge"]
-        if least > most:
-            raise InputError(f"{path} asks for frames of {least} to {most} pixels; {COPY_AGAIN}.")
-        return least, most
-    return None

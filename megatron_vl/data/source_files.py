@@ -17,7 +17,7 @@ from megatron_vl.data.conversation import BadEntry
 from megatron_vl.data.formats.chatml import PARTS
 from megatron_vl.data.formats.pickled import MAX_BYTES
 from megatron_vl.errors import InputError
-from megatron_vl.inputs import json_value, not_utf8
+from megatron_vl.inputs import json_value, not_utf8, why_not_utf8
 
 LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
@@ -288,7 +288,7 @@ def _line(line: bytes) -> dict | BadEntry:
     try:
         return _object(json_value(line.decode("utf-8")))
     except UnicodeDecodeError:
-        return BadEntry("bad text", f"it {not_utf8(line).partition(';')[0]}")
+        return BadEntry("bad text", f"it {why_not_utf8(line)}")
     except ValueError as error:
         return BadEntry("wrong shape", f"it is not valid JSON ({error})")
 

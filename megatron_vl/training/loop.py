@@ -36,8 +36,7 @@ from megatron_vl.training.plan import (
     mixtures,
     trained_text,
 )
-from megatron_vl.training.record import write_options
-from megatron_vl.training.same_model import note_beginning
+from megatron_vl.training.record import write_beginning, write_options
 from megatron_vl.training.saver import Saved, Saver
 from megatron_vl.training.setup import (
     build_model,
@@ -87,9 +86,8 @@ def train(
     trainer.restore()
     if trainer.rank == 0:
         write_options(plan, platform.name)
-        save, load = config.checkpoint.save, config.checkpoint.load
-        if save is not None and load is not None and not trainer.own:
-            note_beginning(Path(save), Path(load))
+        if not trainer.own:
+            write_beginning(plan)
     begun = trainer.done
     saves = config.checkpoint.save is not None
     while not trainer.ended and not trainer.stopping:

@@ -26,13 +26,13 @@ from megatron_vl.errors import InputError
 from megatron_vl.platform.init import ranks
 from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.plan import datasets
+from megatron_vl.weights.files import fingerprint
 from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import SIDE_FILES, WEIGHT_FILES
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers")
 MISSING = "missing"
 CLOCK_SECONDS = 2.0  # clocks may differ by so much; NTP keeps them within hundredths
-WHOLE_BYTES = 16 * 2**20  # a larger file is known by its size and its ends
 TOLD = 4  # differences that a message tells, and hosts; all are counted
 
 
@@ -196,18 +196,9 @@ def _matches(directory: Path, pattern: str) -> list[Path]:
 
 
 def _content(path: Path) -> str:
-    """A fingerprint of a file, wherever it lies."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            if size <= WHOLE_BYTES:
-                content = file.read()
-            else:
-                content = file.read(2**20)
-                file.seek(size - 2**20)
-                content += file.read()
+        return fingerprint(path)
     except FileNotFoundError:
         return MISSING
     except OSError as error:
         return f"unreadable ({error.strerror})"
-    return f"{size} bytes {hashlib.sha256(content).hexdigest()[:12]}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,21 +14,11 @@ from megatron_vl.weights.found import weights_mark
 BEGINNING = "began_with.json"  # in SAVE
 
 
-class _Beginning(Shape):
+class Beginning(Shape):
     """BEGINNING: what a run was first started with."""
 
     load: Text  # an absolute path
     weights: dict[Text, Text]  # see `weights_mark`
-
-
-def note_beginning(save: Path, load: Path) -> None:
-    """Write down which weights a new run in SAVE begins with. One rank calls it.
-
-    That it cannot be written, as on a full disk, ends nothing.
-    """
-    noted = _Beginning(load=os.path.abspath(load), weights=weights_mark(load))
-    with contextlib.suppress(OSError):
-        (save / BEGINNING).write_text(json.dumps(noted.model_dump(), indent=1), encoding="utf-8")
 
 
 def check_same_model(save: Path, load: Path) -> None:
@@ -68,9 +56,9 @@ def check_same_model(save: Path, load: Path) -> None:
         )
 
 
-def _beginning(save: Path) -> _Beginning | None:
+def _beginning(save: Path) -> Beginning | None:
     """None where it is not known: it is a note, and no run depends on it."""
     try:
-        return read_file(save / BEGINNING, _Beginning, mend="")
+        return read_file(save / BEGINNING, Beginning, mend="")
     except InputError:
         return None

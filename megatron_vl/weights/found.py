@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -11,14 +10,14 @@ from typing import Literal
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.inputs import read_text
-from megatron_vl.weights.hf_io import is_hf_directory
+from megatron_vl.weights.files import fingerprint
+from megatron_vl.weights.hf_io import WEIGHT_FILES, is_hf_directory
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # the word in it, and the folder's name, of a converted checkpoint
 Wanted = Literal["hf", "mcore", "either"]
 KINDS = {"hf": "a Hugging Face directory with weights", "mcore": "a Megatron-Core checkpoint",
          "either": "a Hugging Face or Megatron-Core checkpoint"}
-_SLICES, _SLICE = 64, 2**14  # of a file, spread over it, and bytes of each
 _DEPTH, _MOST = 3, 2000  # how far below, and how many folders, a checkpoint is looked for
 
 
@@ -82,26 +81,22 @@ def _look(path: Path, wanted: Wanted) -> tuple[str, str]:
 
 
 def weights_mark(path: Path) -> dict[str, str]:
-    """What tells the weights in a checkpoint from others: of each of their files, by its name, the
-    size and a digest of some of it. Of several iterations the latest counts.
+    """What tells the weights in a checkpoint from others: the fingerprint of each of their files,
+    by its name. Of several iterations the latest counts.
 
     Raises:
         InputError: LATEST says none that is there.
+        OSError: a file cannot be read.
     """
-    marks, root = {}, path
-    if (path / LATEST).is_file():
-        iteration = latest(path)
-        root = path / (RELEASE if iteration is None else f"iter_{iteration:07d}")
-    for file in sorted(root.rglob("*")):
-        if (file.suffix == ".safetensors" or file.suffix == ".distcp"
-                or file.match("pytorch_model*.bin") or file.match("mp_rank_*/*.pt")):
-            digest, size = hashlib.sha256(), file.stat().st_size
-            with file.open("rb") as opened:
-                for part in range(_SLICES):
-                    opened.seek(part * max(0, size - _SLICE) // (_SLICES - 1))
-                    digest.update(opened.read(_SLICE))
-            marks[str(file.relative_to(path))] = f"{size} bytes {digest.hexdigest()[:16]}"
-    return marks
+    if is_mcore_directory(path):
+        root = path
+        if (path / LATEST).is_file():
+            iteration = latest(path)
+            root = path / (RELEASE if iteration is None else f"iter_{iteration:07d}")
+        files = [*root.glob("mp_rank_*/*.pt"), *root.glob("*.distcp")]
+    else:
+        files = [file for pattern in WEIGHT_FILES for file in path.glob(pattern)]
+    return {str(file.relative_to(path)): fingerprint(file) for file in sorted(files)}
 
 
 def iterations(root: Path) -> list[int]:

@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,22 +204,31 @@ def test_a_question_is_asked_with_its_image_where_it_was_trained(evaluate_vqa, q
     ]
 
 
-@pytest.mark.parametrize(("changes", "what"), [
-    ({"max_pixels": "None"}, "max_pixels is 'None'"),
-    ({"image_mean": [1, 2]}, "has 2 numbers as image_mean but config.json has 3 channels"),
-    ({"image_std": [0, 0, 0]}, "image_std.0 is 0"),
-    ({"merge_size": 4}, "has merge_size 4 but config.json has 2"),
-    ({"patch_size": None}, None),  # transformers knows it
+IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
+
+
+@pytest.mark.parametrize(("file", "changes", "what"), [
+    (IMAGES, {"max_pixels": "None"}, "max_pixels is 'None'"),
+    (IMAGES, {"image_mean": [1, 2]}, "has 2 numbers as image_mean but config.json has 3 channels"),
+    (IMAGES, {"image_std": [0, 0, 0]}, "image_std.0 is 0"),
+    (IMAGES, {"merge_size": 4}, "has merge_size 4 but config.json has 2"),
+    (IMAGES, {"patch_size": None}, None),  # transformers knows it
+    (VIDEOS, {"min_pixels": "9"}, "min_pixels is '9'"),
+    (VIDEOS, {"min_pixels": 9000, "max_pixels": 4000}, "asks for frames of 9000 to 4000 pixels"),
+    ("processor_config.json", {"video_processor": {"size": 7}}, "video_processor.size is 7"),
+    ("tokenizer_config.json", {"chat_template": 5}, "chat_template"),
 ])
-def test_image_settings_are_looked_at_before_anything_is_loaded(
-    hf_dir, spec, tmp_path, changes, what
+def test_a_model_s_files_are_looked_at_before_anything_is_loaded(
+    hf_dir, spec, tmp_path, file, changes, what
 ):
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).symlink_to(hf_dir / name)
-    settings = json.loads((hf_dir / "preprocessor_config.json").read_text())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | changes))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", IMAGES):
+        shutil.copy(hf_dir / name, tmp_path)
+    there = tmp_path / file
+    settings = json.loads(there.read_text()) if there.is_file() else {}
+    there.write_text(json.dumps(settings | changes))
     if what is None:
         check_model_files(tmp_path, spec.vision)
         return
-    with pytest.raises(InputError, match=re.escape(what)):
+    with pytest.raises(InputError, match=re.escape(what)) as told:
         check_model_files(tmp_path, spec.vision)
+    assert str(there) in str(told.value)
