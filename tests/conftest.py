@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -128,6 +130,43 @@ def model_dir(shared) -> Path:
         "make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks", 1500,
         "--dtype", "float32",
     ))
+
+
+@pytest.fixture
+def loaders(hf_dir, spec, wds_dir):
+    """Builds the train or validation loader of a small configuration."""
+    from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
+    from megatron_vl.data.mixture import Mixture
+
+    def build(kind="train", path=wds_dir, rank=0, size=1, hf=hf_dir, limit=None,
+              max_samples=None, **options):
+        data = None if path is None else Mixture.parse(str(path), max_samples=max_samples)
+        settings = {
+            "train": data, "valid": data, "seq_length": 256, "micro_batch_size": 2,
+            "num_workers": 0, "packing_buffer_size": 64, "shuffle_buffer_size": 20,
+        }  # fmt: skip
+        config = DataConfig(**(settings | options))
+        where = {"hf_dir": hf, "spec": spec, "dp_rank": rank, "dp_size": size}
+        if kind == "train":
+            return build_train_loader(config, **where)
+        return build_valid_loader(config, max_batches=limit, **where)
+
+    return build
+
+
+@pytest.fixture
+def canary(tmp_path) -> Path:
+    """What a payload would make."""
+    return tmp_path / "canary"
+
+
+@pytest.fixture
+def quick_and_small():
+    """No test may take long, nor this process more than a gigabyte."""
+    started, before = sum(os.times()[:4]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert sum(os.times()[:4]) - started < 60, "of the processor, whoever else uses it"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "in KiB"
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from test_show import fill
+from test_full_disk import fill
 
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from raw_sources import entry_about, members_of, write_source
 
 from megatron_vl.cli.main import run
 from megatron_vl.data import raw_media
@@ -25,36 +26,12 @@ from megatron_vl.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _entry(image="0.png", question="<image>\nWhat?", answer="red", **more):
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": "a", "image": image, "conversations": turns, **more}
-
-
-def _source(path, entries, images=("0.png",)):
-    path.mkdir(parents=True, exist_ok=True)
-    for name in images:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30), (255, 0, 0)).save(path / name)
-    (path / "data.json").write_text(json.dumps(entries))
-    return path
-
-
-def _members(wds):
-    found = {}
-    for shard in sorted(wds.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                assert member.name not in found
-                found[member.name] = tar.extractfile(member).read()
-    return found
-
-
 # ---- the whole command ------------------------------------------------------------------------
 
 
 def test_every_question_is_a_sample_with_the_image_s_own_bytes(llava_dir, wds_dir):
     entries = json.loads((llava_dir / "train.json").read_text())
-    members = _members(wds_dir)
+    members = members_of(wds_dir)
     assert len(members) == 2 * len(entries)
     for number, entry in enumerate(entries):
         key = f"{number:03d}-{entry['id']}"
@@ -91,7 +68,7 @@ def test_energon_s_metadata_has_the_media_s_sizes_and_a_validation_split(wds_dir
     assert dataset["__class__"] == "CrudeWebdataset" and dataset["part_filter"] == ["json"]
     with sqlite3.connect(meta / "index.sqlite") as index:
         sizes = index.execute("SELECT metadata_type, metadata_json FROM media_metadata").fetchall()
-    assert len(sizes) == len(_members(wds_dir)) // 2
+    assert len(sizes) == len(members_of(wds_dir)) // 2
     assert {(kind, json.loads(text)["width"]) for kind, text in sizes} == {("image", 64)}
     counts = json.loads((meta / ".info.json").read_text())["shard_counts"]
     splits = yaml.safe_load((meta / "split.yaml").read_text())["split_parts"]
@@ -113,19 +90,19 @@ def test_no_image_is_both_trained_and_validated_on(llava_dir, wds_dir):
 
 
 def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
-    good = [_entry(f"sub.dir/{n}.JPG", id=f"x.{n}/é") for n in range(10)]
+    good = [entry_about(f"sub.dir/{n}.JPG", id=f"x.{n}/é") for n in range(10)]
     bad = [
-        _entry("absent.png"),
-        _entry("cut.png", id=7),
-        _entry(answer=" "),
-        _entry(question="<image><image>"),
+        entry_about("absent.png"),
+        entry_about("cut.png", id=7),
+        entry_about(answer=" "),
+        entry_about(question="<image><image>"),
         {"id": "b"},
         "text",
-        _entry("thin.png"),
-        _entry("x" * 300),
-        _entry("\ud800.png", id="\ud800"),
+        entry_about("thin.png"),
+        entry_about("x" * 300),
+        entry_about("\ud800.png", id="\ud800"),
     ]
-    source = _source(tmp_path / "in", [*good[:5], *bad, *good[5:]],
+    source = write_source(tmp_path / "in", [*good[:5], *bad, *good[5:]],
                      ["0.png", *(e["image"] for e in good)])
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -148,7 +125,7 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
         assert refusal["file"].endswith("data.json")
         assert refusal["where"] == f"entry {refusal['entry']}"
     assert refused[1]["id"] == "7"
-    names = _members(tmp_path / "out")
+    names = members_of(tmp_path / "out")
     assert len(names) == 20
     assert "00-x-0-.0.jpg" in names and "18-x-9-.0.jpg" in names
     said = capsys.readouterr().out
@@ -159,7 +136,7 @@ def test_refused_entries_are_listed_and_the_rest_is_kept(tmp_path, capsys):
 
 @pytest.mark.parametrize("words", [[], ["--json", "data.json", "in"], ["--output", "out", "in"]])
 def test_the_known_command_without_its_directory_first_prints_its_usage(tmp_path, words):
-    _source(tmp_path / "in", [_entry()] * 10)
+    write_source(tmp_path / "in", [entry_about()] * 10)
     done = _convert(tmp_path, *words)
     assert done.returncode == 2
     assert "convert_llava_pretrain_to_wds.py LLAVA_DIR" in done.stderr
@@ -167,11 +144,11 @@ def test_the_known_command_without_its_directory_first_prints_its_usage(tmp_path
 
 
 def test_the_known_command_writes_where_it_is_told(tmp_path):
-    source = _source(tmp_path / "in", [_entry()] * 10)
+    source = write_source(tmp_path / "in", [entry_about()] * 10)
     (source / "other.json").write_text("[]")
     done = _convert(tmp_path, "in", "--json", "data.json", "--quiet", "--output", "out")
     assert done.returncode == 0, done.stderr
-    assert len(_members(tmp_path / "out")) == 20
+    assert len(members_of(tmp_path / "out")) == 20
 
 
 def _convert(cwd, *words):
@@ -194,14 +171,14 @@ def test_a_missing_source_is_named(tmp_path):
 
 
 def test_a_media_root_that_is_not_there_is_named(tmp_path):
-    source = _source(tmp_path / "in", [_entry()] * 10)
+    source = write_source(tmp_path / "in", [entry_about()] * 10)
     _refuses({"source": source, "output": tmp_path / "out", "media_root": tmp_path / "no"},
              "--media-root .*/no is no directory; give")
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_told_to_end_it_leaves_nothing_half_written(tmp_path, again):
-    source, out = _source(tmp_path / "in", [_entry()] * 2000), tmp_path / "out"
+    source, out = write_source(tmp_path / "in", [entry_about()] * 2000), tmp_path / "out"
     command = [sys.executable, "-m", "megatron_vl", "prepare", source, out, "--quiet"]
     if again:
         subprocess.run(command, check=True)
@@ -217,7 +194,7 @@ def test_told_to_end_it_leaves_nothing_half_written(tmp_path, again):
 
 
 def test_several_json_files_ask_for_a_name(tmp_path):
-    source = _source(tmp_path / "in", [_entry()])
+    source = write_source(tmp_path / "in", [entry_about()])
     (source / "other.json").write_text("[]")
     _refuses({"source": source, "output": tmp_path / "out"}, "data.json, other.json; name the one")
     config = {"source": source, "output": tmp_path / "out", "json_name": "x.json"}
@@ -234,7 +211,7 @@ def test_several_json_files_ask_for_a_name(tmp_path):
     ],
 )
 def test_damaged_json_is_named(tmp_path, text, what):
-    source = _source(tmp_path / "in", [])
+    source = write_source(tmp_path / "in", [])
     (source / "data.json").write_text(text)
     _refuses({"source": source, "output": tmp_path / "out"}, what)
 
@@ -249,7 +226,7 @@ def test_an_existing_output_is_not_touched(tmp_path):
 @pytest.mark.parametrize("output", ["in", ".", "in/images"])
 @pytest.mark.parametrize("prepared", [True, False])
 def test_overwriting_never_deletes_what_is_read(tmp_path, output, prepared):
-    source = _source(tmp_path / "in", [_entry()] * 10, ["images/0.png"])
+    source = write_source(tmp_path / "in", [entry_about()] * 10, ["images/0.png"])
     if prepared:
         (tmp_path / output / ".nv-meta").mkdir()
     config = {"source": source / "data.json", "output": tmp_path / output, "overwrite": True,
@@ -259,7 +236,7 @@ def test_overwriting_never_deletes_what_is_read(tmp_path, output, prepared):
 
 
 def test_the_current_directory_is_not_overwritten(tmp_path, monkeypatch):
-    source = _source(tmp_path / "in", [_entry()] * 10)
+    source = write_source(tmp_path / "in", [entry_about()] * 10)
     (tmp_path / "here/.nv-meta").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     _refuses({"source": source, "output": Path(".")}, "exists and is not empty")
@@ -267,8 +244,8 @@ def test_the_current_directory_is_not_overwritten(tmp_path, monkeypatch):
 
 
 def test_only_a_prepared_dataset_is_overwritten(tmp_path):
-    source = _source(tmp_path / "in", [_entry()] * 10)
-    _source(tmp_path / "other", [])
+    source = write_source(tmp_path / "in", [entry_about()] * 10)
+    write_source(tmp_path / "other", [])
     _refuses({"source": source, "output": tmp_path / "other", "overwrite": True},
              "other holds no prepared dataset")
     assert (tmp_path / "other/0.png").exists()
@@ -276,14 +253,14 @@ def test_only_a_prepared_dataset_is_overwritten(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path, overwrite):
-    source = _source(tmp_path / "in", [_entry()] * 10)
+    source = write_source(tmp_path / "in", [entry_about()] * 10)
     config = {"source": source, "overwrite": overwrite}
     _refuses(config | {"output": source / "data.json"}, "data.json is a file; give a directory")
     _refuses(config | {"output": source / "data.json/wds"}, "wds cannot be written .*; free space")
 
 
 def test_a_full_disk_leaves_the_old_dataset(tmp_path, monkeypatch):
-    source, out = _source(tmp_path / "in", [_entry()] * 10), tmp_path / "out"
+    source, out = write_source(tmp_path / "in", [entry_about()] * 10), tmp_path / "out"
     (out / ".nv-meta").mkdir(parents=True)
 
     def full(*_, **__):
@@ -296,7 +273,7 @@ def test_a_full_disk_leaves_the_old_dataset(tmp_path, monkeypatch):
 
 
 def test_nothing_usable_names_the_first_reason(tmp_path):
-    source = _source(tmp_path / "in", [_entry("absent.png")])
+    source = write_source(tmp_path / "in", [entry_about("absent.png")])
     _refuses({"source": source, "output": tmp_path / "out"}, "none of the 1 entries .*absent.png")
 
 
@@ -307,20 +284,21 @@ def _killed(media):
 def test_a_killed_process_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(raw_media, "measure", _killed)
     monkeypatch.setattr(raw_media, "_CHUNK", 1)
-    source = _source(tmp_path / "in", [_entry(), _entry("1.png")], ["0.png", "1.png"])
+    source = write_source(tmp_path / "in", [entry_about(), entry_about("1.png")],
+                          ["0.png", "1.png"])
     _refuses({"source": source, "output": tmp_path / "out"},
              "was killed at .*0.png or after it, .* fewer --num-workers")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_strict_refuses_the_whole_for_one_entry(tmp_path):
-    source = _source(tmp_path / "in", [_entry(), _entry("absent.png")])
+    source = write_source(tmp_path / "in", [entry_about(), entry_about("absent.png")])
     _refuses({"source": source, "output": tmp_path / "out", "strict": True}, "1 of 2 entries")
     assert not (tmp_path / "out").exists()
 
 
 def test_too_few_samples_for_the_split_is_an_error(tmp_path):
-    source = _source(tmp_path / "in", [_entry()] * 9)
+    source = write_source(tmp_path / "in", [entry_about()] * 9)
     _refuses({"source": source, "output": tmp_path / "out"}, "at least 10 samples but 9")
 
 
@@ -392,161 +370,3 @@ def test_entries_that_share_any_image_stay_together(tmp_path):
     entries = [_shown(10 * chain + n, tmp_path / f"{chain}-{n}", tmp_path / f"{chain}-{n + 1}")
                for chain in range(30) for n in range(10)]
     assert count_shared_media(*_plan(entries, config)) == 0
-
-
-# ---- every format -----------------------------------------------------------------------------
-
-
-def _said(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-def _messages(*texts):
-    return [{"role": ("user", "assistant")[i % 2], "content": text}
-            for i, text in enumerate(texts)]
-
-
-def _png():
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (255, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-FORMATS = {  # format -> an entry about the image 0.png
-    "llava": _entry(),
-    "sharegpt": {"conversations": _said("<image>What?", "red"), "images": ["0.png"]},
-    "chatml": {"conversations": _said("<image>What?", "red"), "images": ["0.png"]},
-    "messages": {"messages": _messages(
-        [{"type": "image_url", "image_url": {"url": "0.png"}}, {"type": "text", "text": "What?"}],
-        [{"type": "text", "text": "red"}],
-    )},
-    "qwen_vl": {"conversations": _said("Picture 1: <img>0.png</img>\nWhat?", "red")},
-    "alpaca": {"instruction": "<image>What?", "output": "red", "images": ["0.png"]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "kind"), [
-    *((name, "json") for name in FORMATS), ("sharegpt", "jsonl"), ("messages", "parquet"),
-])
-def test_every_format_of_every_file_gives_the_same_shards(tmp_path, name, kind):
-    source = _source(tmp_path / "in", [])
-    entries = [FORMATS[name]] * 10
-    (source / "data.json").unlink()
-    if kind == "json":
-        (source / "data.json").write_text(json.dumps(entries))
-    elif kind == "jsonl":
-        (source / "data.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    else:
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), source / "data.parquet")
-    prepare(PrepareConfig(source=source, output=tmp_path / "out", format=name, progress=False))
-    members = _members(tmp_path / "out")
-    stored = [json.loads(data) for file, data in members.items() if file.endswith(".json")]
-    assert len(stored) == 10
-    for sample in stored:
-        assert sample["messages"] == [
-            {"role": "user",
-             "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
-        ]  # fmt: skip
-        assert sample["media"] == [
-            {"kind": "image", "files": ["0.png"], "height": 30, "width": 40}
-        ]
-    assert {data for file, data in members.items() if file.endswith(".png")} == {_png()}
-
-
-def test_images_inside_a_parquet_are_written_with_their_own_bytes(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    entry = {"messages": _messages("<image>What?", "red"),
-             "images": [{"bytes": _png(), "path": None}]}
-    (tmp_path / "in").mkdir()
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([entry] * 10), tmp_path / "in/train-00000-of-00001.parquet"
-    )
-    prepare(PrepareConfig(source=tmp_path / "in", output=tmp_path / "out", format="sharegpt",
-                          progress=False))
-    members = _members(tmp_path / "out")
-    assert {data for file, data in members.items() if file.endswith(".0.png")} == {_png()}
-    assert not (tmp_path / "out/.media").exists()
-
-
-def test_a_chatml_shard_with_pickled_media_becomes_one_without(tmp_path):
-    import pickle
-
-    source = tmp_path / "in"
-    source.mkdir()
-    with tarfile.open(source / "pretrain-0.tar", "w") as tar:
-        for number in range(10):
-            parts = {
-                "jpgs": pickle.dumps([_png()]), "videos": pickle.dumps([[_png()] * 4]),
-                "json": json.dumps(_said("<image><video>What?", "red")).encode(),
-            }
-            for kind, data in parts.items():
-                info = tarfile.TarInfo(f"{number}.{kind}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    prepare(PrepareConfig(source=source, output=tmp_path / "out", format="chatml", progress=False))
-    members = _members(tmp_path / "out")
-    assert not [name for name in members if not name.endswith((".json", ".png"))]
-    first = json.loads(next(data for name, data in members.items() if name.endswith(".json")))
-    assert first["media"][1] == {
-        "kind": "video", "files": [f"1.{n:05d}.png" for n in range(4)], "height": 30, "width": 40,
-        "num_frames": 4, "fps": 2.0, "separate": True,
-    }
-
-
-def test_a_dataset_info_names_files_and_columns(tmp_path, capsys):
-    source = _source(tmp_path / "in", [])
-    entries = [{"talk": _messages("<image>What?", "red"), "pictures": ["0.png"]}] * 10
-    (source / "mine.json").write_text(json.dumps(entries))
-    (source / "dataset_info.json").write_text(json.dumps({"mine": {
-        "file_name": "mine.json", "formatting": "sharegpt",
-        "columns": {"messages": "talk", "images": "pictures"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
-                 "assistant_tag": "assistant"},
-    }}))  # fmt: skip
-    assert run(["prepare", str(source), str(tmp_path / "a"), "--dataset", "mine", "--quiet"]) == 0
-    given = ["--format", "sharegpt", "--json", "mine.json", "--quiet"]
-    columns = ["--columns", "messages=talk,images=pictures"]
-    assert run(["prepare", str(source), str(tmp_path / "b"), *given, *columns]) == 0
-    assert _members(tmp_path / "a") == _members(tmp_path / "b")
-    assert run(["prepare", str(source), str(tmp_path / "c"), "--columns", "image=x"]) == 2
-    assert "did you mean images?" in capsys.readouterr().err
-
-
-def test_the_known_chatml_command_reads_folders_of_frames(tmp_path):
-    source = _source(tmp_path / "in", [], [f"clips/walk/{n:05d}.png" for n in range(5)])
-    (source / "clips/walk.json").write_text('{"fps": 4}')
-    entries = [{"conversations": _said("<video>What?", "red"), "film": ["clips/walk.mp4"]}] * 10
-    (source / "dataset.json").write_text(json.dumps(entries))
-    script = ROOT / "toolkits/pretrain_data_preprocessing/convert_custom_dataset_to_wds_chatml.py"
-    command = [sys.executable, script, "--dataset-root", "in", "--videos-key", "film",
-               "--train-split", "8", "--val-split", "2", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "kept 10 samples in 5 shards (8 train, 2 val); 1 video\n" in done.stdout
-    first = next(d for n, d in _members(source / "wds").items() if n.endswith(".json"))
-    assert json.loads(first)["media"][0]["num_frames"] == 5
-    assert json.loads(first)["media"][0]["fps"] == 4
-
-
-@pytest.mark.parametrize("image", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])
-def test_media_outside_their_root_are_refused(tmp_path, image):
-    source = _source(tmp_path / "in", [*[_entry()] * 10, _entry(image)], ["0.png"])
-    Image.new("RGB", (40, 30)).save(tmp_path / "secret.png")
-    done = prepare(PrepareConfig(source=source, output=tmp_path / "out", progress=False))
-    (refused,) = done.refused
-    assert refused.reason == "missing media" and "lies outside" in refused.message
-
-
-def test_samples_above_a_length_are_refused_as_the_model_counts(tmp_path, hf_dir):
-    source = _source(tmp_path / "in", [*[_entry()] * 10, _entry(answer="red " * 50)])
-    assert run(["prepare", str(source), str(tmp_path / "out"), "--quiet", "--tokenizer",
-                str(hf_dir), "--max-length", "60"]) == 0
-    (refused,) = map(json.loads, (tmp_path / "out/refused.jsonl").read_text().splitlines())
-    assert refused["entry"] == 10 and refused["reason"] == "too long"
-    assert "tokens, above 60" in refused["message"]

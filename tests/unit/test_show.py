@@ -1,4 +1,4 @@
-"""What is shown of a run: the line, the files, the totals, the bar, the slowest rank, trackers."""
+"""What is shown of a run: the line, the files, the totals, the bar, the slowest rank."""
 
 import ast
 import fcntl
@@ -13,41 +13,19 @@ import sys
 import termios
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
+from metric_log import STEP, Kept, line, log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout
-from megatron_vl.training import trackers
-from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.history import read_history
-from megatron_vl.training.metrics import MetricLog, StepMetrics, duration
-from megatron_vl.training.options import LogOptions
+from megatron_vl.training.metrics import MetricLog, duration
 from megatron_vl.training.padding import PaddingWatch
-from megatron_vl.training.plan import plan_run
-from megatron_vl.training.profile import StepProfiler
-from megatron_vl.training.record import OPTIONS, write_options
 from megatron_vl.training.report import smoothed
 from megatron_vl.training.stragglers import Straggler, Stragglers
 from megatron_vl.training.throughput import Throughput
-from megatron_vl.training.trackers import Trackers, check_trackers
-
-STEP = StepMetrics(
-    iteration=1, loss=3.0, lr=1e-3, grad_norm=1.0, step_seconds=0.5, data_wait_seconds=0.05, rows=4,
-    positions=1200, tokens=1000, trained_tokens=100, samples=20, images=30, vision_flops=1e12,
-    llm_flops=3e12, memory_bytes=2**30, skipped=False,
-)
-
-
-def log(**changes) -> MetricLog:
-    return MetricLog(2, **{"jsonl": None, "tensorboard_dir": None, **changes})
-
-
-def line(log: MetricLog, step: StepMetrics = STEP) -> str:
-    return log.line(step)
-
 
 # ---- the line ---------------------------------------------------------------------------------
 
@@ -149,19 +127,6 @@ def test_durations_read_like_clocks():
 
 
 # ---- the files --------------------------------------------------------------------------------
-
-
-class Kept:
-    """A tracker that keeps what it got."""
-
-    def __init__(self):
-        self.got = []
-
-    def log(self, values, iteration):
-        self.got.append((iteration, values))
-
-    def close(self):
-        self.got.append("closed")
 
 
 def test_every_step_goes_to_the_files_and_every_line_to_trackers(tmp_path):
@@ -283,94 +248,6 @@ def test_tensorboard_shows_a_step_that_was_made_twice_once(tmp_path):
     assert shown == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
-# ---- a full disk ------------------------------------------------------------------------------
-
-FULL = "cannot be written (No space left on device); its lines are kept in memory until it can"
-
-
-def fill(disk):
-    """A file that leaves nothing of it free."""
-    filler = disk / "filler"
-    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    return filler
-
-
-def test_a_file_that_takes_nothing_costs_its_lines_and_not_the_run():
-    said = []
-    one = log(jsonl="/dev/full", say=said.append)
-    one.step(STEP)
-    one.step(replace(STEP, iteration=2))
-    one.close()
-    assert [text for text in said if not text.startswith("iteration")] == [
-        f"warning: /dev/full {FULL}",
-        "warning: /dev/full: 2 lines could not be written and are lost",
-    ]
-
-
-def test_lines_wait_for_room_and_a_half_written_one_is_finished(small_disk):
-    file, said = small_disk / "log" / "metrics.jsonl", []
-    filler = fill(small_disk)
-    one = log(jsonl=file, say=said.append)
-    one.step(STEP)
-    filler.unlink()
-    one.step(replace(STEP, iteration=2))
-    filler = fill(small_disk)
-    for i in range(3, 21):
-        one.step(replace(STEP, iteration=i))
-    assert file.read_bytes()[-1:] != b"\n", "the page that was begun holds half a line"
-    half = len(read_history(file).steps)
-    assert 2 <= half < 20
-    filler.unlink()
-    one.step(replace(STEP, iteration=21))
-    assert [json.loads(text)["iteration"] for text in file.read_text().splitlines()] == [
-        *range(1, 22)]
-    fill(small_disk)
-    for i in range(22, 42):
-        one.step(replace(STEP, iteration=i))
-    one.close()
-    lost = 41 - len(read_history(file).steps)
-    assert [text for text in said if text.startswith("warning")] == [
-        *[f"warning: {file} {FULL}"] * 3,
-        f"warning: {file}: {lost} lines could not be written and are lost",
-    ]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("when", ["at the start", "later"])
-def test_a_board_that_cannot_be_written_says_so_once(when, small_disk):
-    said = []
-    if when == "at the start":
-        fill(small_disk)
-    one = log(tensorboard_dir=str(small_disk / "board"), say=said.append)
-    if when == "later":
-        fill(small_disk)
-    for i in range(1, 40):
-        one.step(replace(STEP, iteration=i))
-    one.close()
-    (warning,) = [text for text in said if text.startswith("warning")]
-    assert warning.startswith("warning: TensorBoard failed and gets no more numbers: OSError: ")
-
-
-def test_a_trace_and_the_options_that_cannot_be_written_are_named(small_disk, model_dir, capsys):
-    plan = plan_run(TrainConfig.from_dict({
-        "hf_config": str(model_dir), "train_data_path": "x", "save": str(small_disk / "save"),
-        "profile": True, "profile_step_start": 1, "profile_step_end": 2,
-    }), 1)
-    write_options(plan, "cpu")
-    before = sorted(small_disk.rglob("*")), (small_disk / "save" / OPTIONS).read_text()
-    filler = fill(small_disk)
-    write_options(plan, "gloo")
-    assert capsys.readouterr().out.startswith(f"warning: {small_disk}/save/{OPTIONS} was not wri")
-    profiler = StepProfiler(plan.config.log, small_disk, 0)
-    profiler.before(1)
-    said = profiler.after(1, last=False)
-    assert said.startswith(f"warning: rank 0 could not write {small_disk}/rank0.steps1-1.pt")
-    filler.unlink()
-    assert before == (sorted(small_disk.rglob("*")), (small_disk / "save" / OPTIONS).read_text())
-
-
 # ---- totals -----------------------------------------------------------------------------------
 
 
@@ -477,76 +354,3 @@ def test_a_bar_stays_below_the_lines_on_a_terminal_and_is_nowhere_else():
     assert re.search(r"\r *\rline 3\r\n", said) and re.search(r"\r *\rline 4\r\n", said)
     piped = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True, check=True)
     assert (piped.stdout, piped.stderr) == ("line 3\nline 4\ndone\n", "")
-
-
-# ---- trackers ---------------------------------------------------------------------------------
-
-ASKED = {
-    "wandb": {"wandb_project": "tests", "wandb_exp_name": "one"},
-    "swanlab": {"swanlab_project": "tests", "swanlab_exp_name": "one"},
-    "mlflow": {"mlflow_experiment": "tests", "mlflow_run_name": "one"},
-}
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(name, monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
-    check_trackers(LogOptions())
-    with pytest.raises(InputError, match=f"{name}, which is not installed; run pip install {name}"):
-        check_trackers(LogOptions(**ASKED[name]))
-
-
-def test_a_tracker_that_fails_says_so_once_and_stops_nothing(monkeypatch):
-    class Broken(Kept):
-        def __init__(self, log, options):
-            super().__init__()
-
-        def log(self, values, iteration):
-            raise ConnectionError("no route to host\nand more")
-
-    monkeypatch.setitem(trackers.KINDS, "wandb", Broken)
-    said = []
-    running = Trackers(LogOptions(**ASKED["wandb"]), {}, said.append)
-    for i in (1, 2):
-        running.log({"train/loss": 1.0}, i)
-    running.close()
-    assert said == ["warning: wandb failed and gets no more numbers: ConnectionError: no route to "
-                    "host"]
-
-
-TRACKED = """
-import sys
-from megatron_vl.training.options import LogOptions
-from megatron_vl.training.trackers import Trackers
-running = Trackers(LogOptions(**{asked!r}), {{"lr": 1e-3, "profile_ranks": (0,), "save": None}})
-assert running.running
-for i in (1, 2, 3):
-    running.log({{"train/loss": 3.0 / i}}, i)
-assert running.running
-running.close()
-"""
-PLACES = {  # what keeps each on this machine, and what it then leaves there
-    "wandb": ({"WANDB_MODE": "offline", "WANDB_DIR": "{}"}, "wandb/offline-run-*/*.wandb"),
-    "swanlab": ({"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": "{}"}, "run-*/*.swanlab"),
-    "mlflow": ({"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": "file:{}"},
-               "*/*/metrics/train/loss"),
-}
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_a_real_tracker_keeps_the_numbers(name, tmp_path):
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
-    environment, left = PLACES[name]
-    environment = {key: value.format(tmp_path) for key, value in environment.items()}
-    done = subprocess.run(
-        [sys.executable, "-c", TRACKED.format(asked=ASKED[name])], cwd=tmp_path, text=True,
-        env={**os.environ, **environment}, capture_output=True, timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob(left)
-    assert file.stat().st_size > 0
-    if name == "mlflow":
-        assert [row.split()[1:] for row in file.read_text().splitlines()] == [
-            ["3.0", "1"], ["1.5", "2"], ["1.0", "3"]
-        ]

@@ -342,7 +342,7 @@ def encode(encoder: SampleEncoder, data: bytes) -> bool:
     try:
         value = TextDecoder().decode("json", data)
     except ValueError:
-        return False  # `stop_on_error` names the sample: see test_hostile_files
+        return False  # `stop_on_error` names the sample: see test_hostile_data
     try:
         cooked = encoder.cook({"__key__": "7", "__restore_key__": (), "__subflavors__": {},
                                "__sources__": (source,), PLACES: (Path("a.tar"), {}),
