@@ -5,7 +5,8 @@
 JOBS holds jobs.json: {name: {"hf", "layout", "split", "source", "made", "whole", ..}}; `source` is
 what is loaded, `made` the checkpoint that was converted for just this layout, `whole` the same at
 TP 1. Rank R leaves NAME.R.json:
-the parameters that are not equal to it bit by bit, and how many were compared.
+the parameters that are not equal to it bit by bit, how many were compared, and how many process
+groups it made for the model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 
 def main(jobs: Path) -> None:
@@ -40,10 +42,12 @@ def compared(job: dict) -> dict:
     spec, layout = load_spec(Path(job["hf"])), Layout(**job["layout"])
     split = StageSplit.from_dict(job["split"])
     platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
-    chunks = family(spec.model_type).build_model(
-        spec, layout, split, ModelOptions(initialize_weights=False,
-                                          params_dtype=getattr(torch, job["dtype"]))
-    )
+    new_group = torch.distributed.new_group
+    with patch.object(torch.distributed, "new_group", side_effect=new_group) as groups:
+        chunks = family(spec.model_type).build_model(
+            spec, layout, split, ModelOptions(initialize_weights=False,
+                                              params_dtype=getattr(torch, job["dtype"]))
+        )
     model = wrap_for_data_parallel(chunks, platform.device(0), overlap_grad_reduce=False)
     loaded = load_weights(inspect_weights(job["source"]), model, spec, layout, split)
     tp = parallel_state.get_tensor_model_parallel_rank()
@@ -61,7 +65,8 @@ def compared(job: dict) -> dict:
             if not torch.equal(parameter.detach(), want):
                 differ.append(name)
     leave_layout()
-    return {"differ": differ, "seen": seen, "not finite": dict(loaded.not_finite)}
+    return {"differ": differ, "seen": seen, "not finite": dict(loaded.not_finite),
+            "groups": groups.call_count}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ GRID = {
     "tp2 in bfloat16": ("tied", dict(tp=2), ["--dtype", "bfloat16"], "hf"),
     "tp2 pp2 vp2 of torch_dist": ("tied", dict(tp=2, pp=2, vp=2), [], "torch_dist"),
     "tp4 of two stages": ("untied", dict(tp=4), [], "other"),
-    "tp2 pp2 with whole towers": (
+    "tp2 pp2 with whole towers": ("tied", dict(tp=2, pp=2, vit_data_parallel=True), [], "hf"),
+    "tp2 pp2 with whole towers over both": (
         "tied", dict(tp=2, pp=2, vit_data_parallel=True), SPAN, "hf"),
 }
 
@@ -90,13 +91,24 @@ def found(shared) -> Path:
     return shared.made("loaded", load)
 
 
+def ranks_found(found: Path, name: str) -> list[dict]:
+    _, layout, _, _ = GRID[name]
+    return [json.loads((found / f"{name}.{rank}.json").read_text())
+            for rank in range(ranks_of(layout))]
+
+
 @pytest.mark.parametrize("name", GRID)
 def test_weights_of_any_kind_are_to_the_bit_those_of_a_conversion(name, found):
-    _, layout, _, _ = GRID[name]
-    for rank in range(ranks_of(layout)):
-        one = json.loads((found / f"{name}.{rank}.json").read_text())
+    for one in ranks_found(found, name):
         assert one["seen"] and not one["differ"], one
         assert not one["not finite"]
+
+
+def test_every_rank_makes_equally_many_process_groups_for_its_model(found):
+    """Whether it has a vision tower or not: torch's name of the next group is their number."""
+    made = {name: [one["groups"] for one in ranks_found(found, name)] for name in GRID}
+    assert made["tp2 pp2 with whole towers"] == [1, 1, 1, 1]
+    assert all(len(set(groups)) == 1 for groups in made.values()), made
 
 
 def test_numbers_that_are_none_are_counted_once_however_many_ranks_read_them(workshop, tmp_path):
