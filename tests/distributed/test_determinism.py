@@ -24,12 +24,13 @@ def test_two_runs_and_a_resumed_one_give_the_same_bits(workshop):
     for name in ("once", "twice"):
         done = workshop.train(name, **changes)
         assert done.code == 0, done.text
-        assert "float32, deterministic" in done.out
+        assert "float32, deterministic" in done.out and "is not read" not in done.out
     once = bits(workshop.steps("once"))
     assert once == bits(workshop.steps("twice"))
     go_back(workshop.checkpoint("twice"), 2)
     done = workshop.train("twice", **changes)
     assert done.code == 0 and "2 steps done" in done.out, done.text
+    assert "is not read: the run goes on from save" in done.out, "the weights it began with"
     assert once == bits(workshop.steps("twice"))
 
 

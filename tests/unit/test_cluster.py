@@ -289,6 +289,15 @@ def test_a_training_does_not_start_alone_where_there_are_others(flags, says, mon
     assert says in capsys.readouterr().err
 
 
+def test_ranks_of_another_launcher_do_not_train_alone_where_there_are_others(monkeypatch, capsys):
+    for name, value in {"NNODES": "2", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8",
+                        "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli(["train", "--hf-config", "none", "--train-data-path", "none",
+                "--distributed-timeout-minutes", "0.05"]) == 2
+    assert "NNODES is 2" in capsys.readouterr().err
+
+
 NOT_ONE_A_NODE = {
     "mpirun with a process a rank": (
         MPI | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",

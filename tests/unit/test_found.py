@@ -88,6 +88,15 @@ def test_no_run_writes_into_what_is_others(name, what, places):
     assert others(places / name) == what
 
 
+def test_training_refuses_to_save_into_a_dataset(places, hf_dir, wds_dir):
+    save = places / "dataset"
+    before = sorted(save.rglob("*"))
+    done = megatron_vl("train", "--hf-config", hf_dir, "--train-data-path", wds_dir, "--save", save)
+    said = f"--save {save} is a prepared dataset; give a directory of the run's own.\n"
+    assert (done.code, done.err) == (2, f"megatron-vl train: {said}"), done.text
+    assert sorted(save.rglob("*")) == before
+
+
 COMMANDS = {  # command, and what it is given that it cannot use
     "convert": (["convert", "P", "T"], "empty"),
     "verify": (["verify", "P", "P"], "adapter"),
