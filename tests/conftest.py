@@ -135,8 +135,8 @@ def model_dir(shared) -> Path:
 @pytest.fixture
 def loaders(hf_dir, spec, wds_dir):
     """Builds the train or validation loader of a small configuration."""
-    from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
-    from megatron_vl.data.mixture import Mixture
+    from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
+    from megatron_vl.data.load.mixture import Mixture
 
     def build(kind="train", path=wds_dir, rank=0, size=1, hf=hf_dir, limit=None,
               max_samples=None, **options):

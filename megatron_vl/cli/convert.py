@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_vl.data.model_files import missing_files
+from megatron_vl.data.encode.model_files import missing_files
 from megatron_vl.errors import Bounds, InputError, shown
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import DTYPES, VLMSpec
 from megatron_vl.parallel import Layout
 from megatron_vl.parallel.stages import layer_list
-from megatron_vl.training.spellings import dtype_of, flags_of
+from megatron_vl.training.options.spellings import dtype_of, flags_of
 from megatron_vl.weights.map import listed
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_vl.data.options import MediaLimits, TrainedText
-from megatron_vl.training.config_sources import add_some_arguments
-from megatron_vl.training.options import DataOptions
+from megatron_vl.training.options.config_sources import add_some_arguments
+from megatron_vl.training.options.groups import DataOptions
 
 AS_IN_TRAINING = (
     "max_samples", "max_patches_per_row",
@@ -64,7 +64,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from megatron_vl.data.lint import LintConfig, lint
-    from megatron_vl.data.mixture import Mixture
+    from megatron_vl.data.load.mixture import Mixture
     from megatron_vl.models.registry import load_spec
 
     given = {name: getattr(args, name) for name in AS_IN_TRAINING if hasattr(args, name)}

@@ -28,7 +28,7 @@ from megatron_vl.errors import (
 )
 from megatron_vl.launch import interrupts
 from megatron_vl.launch.worker import FAILURE_FILE
-from megatron_vl.training.spellings import answer, flags_of, key_of
+from megatron_vl.training.options.spellings import answer, flags_of, key_of
 
 COMMANDS = {
     "convert": "Hugging Face <-> Megatron-Core checkpoints, any TP x PP layout",

@@ -14,7 +14,7 @@ from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.parity import FP32
-from megatron_vl.training.spellings import dtype_of, flags_of
+from megatron_vl.training.options.spellings import dtype_of, flags_of
 
 DTYPES = ("float32", "bfloat16")
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from megatron_vl.outputs import with_suffix
-from megatron_vl.training.history import names_of, read_history
-from megatron_vl.training.report import plot_runs
+from megatron_vl.training.reporting.history import names_of, read_history
+from megatron_vl.training.reporting.report import plot_runs
 
 
 def add_parser(commands) -> None:

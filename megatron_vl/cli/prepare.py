@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from pathlib import Path
 
-from megatron_vl.data.formats import Fields
+from megatron_vl.data.raw.formats import Fields
 from megatron_vl.errors import InputError
 
 
@@ -99,11 +99,11 @@ def read_columns(text: str) -> Fields:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_vl.data.prepare import PrepareConfig, prepare
+    from megatron_vl.data.raw.prepare import PrepareConfig, prepare
 
     lengths = None
     if args.tokenizer is not None:
-        from megatron_vl.data.lengths import LengthCounter
+        from megatron_vl.data.raw.lengths import LengthCounter
         from megatron_vl.models.registry import load_spec
 
         lengths = LengthCounter.from_hf_dir(args.tokenizer, load_spec(args.tokenizer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_vl.outputs import with_suffix
-from megatron_vl.training.page import write_page
+from megatron_vl.training.reporting.page import write_page
 
 
 def add_parser(commands) -> None:

@@ -20,7 +20,7 @@ from megatron_vl.launch.cluster import (
     cluster_env,
 )
 from megatron_vl.launch.worker import started_by_torchrun
-from megatron_vl.training.config_sources import add_arguments, load_config
+from megatron_vl.training.options.config_sources import add_arguments, load_config
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 LAUNCH = (*NODES, "cluster_env", "rendezvous_timeout")
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if config.checkpoint.save is not None:  # without it there is nothing to do but to end
             stop.listen()
         run_worker(lambda: _train(config, stop), command="train", debug=args.debug)
+    from megatron_vl.training.checkpoint.lock import check_free
     from megatron_vl.training.epochs import with_steps
     from megatron_vl.training.plan import (
         check_paths,
@@ -96,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
         find_checkpoint,
         plan_run,
     )
-    from megatron_vl.training.save_lock import check_free
 
     config = with_steps(config)
     env = _nodes(args)
@@ -154,7 +154,7 @@ def _train(config, stop) -> None:
     from megatron_vl.training.epochs import with_steps_of_rank_0
     from megatron_vl.training.loop import train
     from megatron_vl.training.plan import check_paths, plan_run
-    from megatron_vl.training.preflight import preflight
+    from megatron_vl.training.resilience.preflight import preflight
 
     if config.model.deterministic:
         be_deterministic()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_vl.data.rows import least_length, make_batch, make_row
-from megatron_vl.data.samples import IGNORE, EncodedSample, RowBatch
+from megatron_vl.data.encode.rows import least_length, make_batch, make_row
+from megatron_vl.data.encode.samples import IGNORE, EncodedSample, RowBatch
 from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.spec import VLMSpec
 

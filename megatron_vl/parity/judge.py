@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vl.data.samples import IGNORE, EncodedSample
+from megatron_vl.data.encode.samples import IGNORE, EncodedSample
 from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parity.cases import Case, is_video, make_samples

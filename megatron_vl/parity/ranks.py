@@ -83,9 +83,9 @@ def _run_layout(
 
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
+    from megatron_vl.training.checkpoint.weights import load_weights
     from megatron_vl.training.setup import wrap_for_data_parallel
     from megatron_vl.training.step import mean_loss, run_batches
-    from megatron_vl.training.weights import load_weights
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     spec = load_spec(hf_dir)
@@ -182,7 +182,7 @@ def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int]
                 chunk: int) -> dict[str, torch.Tensor]:
     """A whole tower's gradients as the checkpoint of rank, size `tp` has its shards."""
     from megatron_vl.models.registry import family
-    from megatron_vl.training.weights import vision_inventory
+    from megatron_vl.training.checkpoint.weights import vision_inventory
     from megatron_vl.weights.recut import recut
 
     weights, (rank, size) = family(spec.model_type).weight_map(spec), tp

@@ -12,14 +12,14 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from megatron_vl.data.model_files import check_model_files
+from megatron_vl.data.encode.model_files import check_model_files
 from megatron_vl.errors import InputError
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.machine import check_machine
 from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import (
     Plan,
     check_outputs,

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import load_spec
-from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import hf_directory, media_limits, mixtures, trained_text
 
 LOOKED_AT = 2000  # samples that a forecast is made of
@@ -72,7 +72,7 @@ def _packed_rows(config: TrainConfig) -> int:
     from megatron_vl.data.lint.forecast import Forecaster
     from megatron_vl.data.lint.look import Looker, build_encoder
     from megatron_vl.data.lint.reading import choose, open_leaves
-    from megatron_vl.data.loader import DataConfig
+    from megatron_vl.data.load.loader import DataConfig
 
     hf_dir, (train, _) = hf_directory(config), mixtures(config)
     rules = DataConfig(

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_vl.data.samples import RowBatch
+from megatron_vl.data.encode.samples import RowBatch
 from megatron_vl.parallel import Coordinates, Layout
 
 

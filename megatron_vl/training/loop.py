@@ -13,22 +13,20 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
-from megatron_vl.data.samples import Skipped
+from megatron_vl.data.encode.samples import Skipped
+from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.errors import InputError, as_called
 from megatron_vl.launch.stop import StopRequest
 from megatron_vl.platform import current_device, initialize
-from megatron_vl.training.checkpoint import (
+from megatron_vl.training.checkpoint.record import write_beginning, write_options
+from megatron_vl.training.checkpoint.saver import Saved, Saver
+from megatron_vl.training.checkpoint.state import (
     check_files,
     load_checkpoint,
     read_loader_state,
     save_checkpoint,
 )
-from megatron_vl.training.describe import describe
 from megatron_vl.training.exchange import RowExchange
-from megatron_vl.training.guard import StepGuard, update
-from megatron_vl.training.hang import HangWatch
-from megatron_vl.training.metrics import duration
 from megatron_vl.training.plan import (
     Plan,
     find_checkpoint,
@@ -36,15 +34,17 @@ from megatron_vl.training.plan import (
     mixtures,
     trained_text,
 )
-from megatron_vl.training.record import write_beginning, write_options
-from megatron_vl.training.saver import Saved, Saver
+from megatron_vl.training.reporting.describe import describe
+from megatron_vl.training.reporting.metrics import duration
+from megatron_vl.training.reporting.show import Show
+from megatron_vl.training.resilience.guard import StepGuard, update
+from megatron_vl.training.resilience.hang import HangWatch
 from megatron_vl.training.setup import (
     build_model,
     build_optimizer,
     schedule_change,
     whole_weights,
 )
-from megatron_vl.training.show import Show
 from megatron_vl.training.step import (
     RowStream,
     StepCounts,

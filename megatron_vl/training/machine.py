@@ -7,7 +7,7 @@ import importlib.util
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.ops.attention import Case, check_backend
-from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.options.config import TrainConfig
 
 
 def check_machine(config: TrainConfig, spec: VLMSpec) -> None:

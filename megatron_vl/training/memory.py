@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
-from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.map import Place, volume
 from megatron_vl.weights.rules import Vocab

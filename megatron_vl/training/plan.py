@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from megatron_vl.data.mixture import Mixture
-from megatron_vl.data.model_files import check_model_files
+from megatron_vl.data.encode.model_files import check_model_files
+from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
@@ -17,13 +17,13 @@ from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
-from megatron_vl.training.checkpoint_files import candidates
-from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.history import METRICS, page_of
+from megatron_vl.training.checkpoint.files import candidates
+from megatron_vl.training.checkpoint.same_model import check_same_model
 from megatron_vl.training.machine import check_machine
-from megatron_vl.training.same_model import check_same_model
-from megatron_vl.training.spellings import PRECISIONS
-from megatron_vl.training.trackers import check_trackers
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.options.spellings import PRECISIONS
+from megatron_vl.training.reporting.history import METRICS, page_of
+from megatron_vl.training.reporting.trackers import check_trackers
 from megatron_vl.weights.convert import inspect_weights, open_weights
 from megatron_vl.weights.found import others
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint

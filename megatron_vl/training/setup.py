@@ -26,7 +26,7 @@ from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.common.vlm import sum_tied, sum_vision
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
-from megatron_vl.training.options import OptimizerOptions
+from megatron_vl.training.options.groups import OptimizerOptions
 from megatron_vl.training.plan import Plan
 
 

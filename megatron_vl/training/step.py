@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_vl.data.samples import IGNORE, RowBatch, Skipped
+from megatron_vl.data.encode.samples import IGNORE, RowBatch, Skipped
 from megatron_vl.errors import InputError
 from megatron_vl.ops.segments import Segments
 

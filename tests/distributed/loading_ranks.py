@@ -34,8 +34,8 @@ def compared(job: dict) -> dict:
     from megatron_vl.models.registry import family, load_spec
     from megatron_vl.parallel import Layout, StageSplit
     from megatron_vl.platform import initialize, leave_layout
+    from megatron_vl.training.checkpoint.weights import load_weights
     from megatron_vl.training.setup import wrap_for_data_parallel
-    from megatron_vl.training.weights import load_weights
     from megatron_vl.weights import load_rank
     from megatron_vl.weights.convert import inspect_weights
 

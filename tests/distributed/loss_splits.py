@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_vl.data.rows import make_batch, make_row
+from megatron_vl.data.encode.rows import make_batch, make_row
 from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.parity.cases import CASES, Case, make_samples
 from megatron_vl.platform import initialize, leave_layout
+from megatron_vl.training.checkpoint.weights import load_weights
 from megatron_vl.training.setup import wrap_for_data_parallel
 from megatron_vl.training.step import forward_step, mean_loss, run_batches
-from megatron_vl.training.weights import load_weights
 from megatron_vl.weights.mcore_io import inspect_checkpoint
 
 CASE = Case(name="splits", images=CASES[1].images * 2)

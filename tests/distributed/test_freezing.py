@@ -20,7 +20,7 @@ from training_jobs import CASE
 
 from megatron_vl.cli.main import run as command
 from megatron_vl.errors import InputError
-from megatron_vl.training.config import TrainConfig
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import find_checkpoint, plan_run
 
 PARTS = ("vit", "merger", "llm")

@@ -11,7 +11,7 @@ import torch
 import transformers
 from commands import run
 
-from megatron_vl.data.samples import IGNORE
+from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.models import load_spec
 from megatron_vl.parity.cases import make_samples
 from megatron_vl.parity.judge import vision_arguments

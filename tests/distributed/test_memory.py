@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from commands import ROOT, run
 
-from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.memory import copies, rank_memory
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import plan_run
 
 RUN = {

@@ -57,7 +57,7 @@ AFTER_ALL = (
 WAITS = {
     "megatron_vl/training/step.py:mean_loss: copy between host and device": 1,
     "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32: _local_scalar_dense": 1,
-    "megatron_vl/training/stragglers.py:gather: copy between host and device": 1,
+    "megatron_vl/training/resilience/stragglers.py:gather: copy between host and device": 1,
 }
 PROGRAMS = {
     "shadow": ROOT / "tests" / "shadow" / "ranks.py",

@@ -9,7 +9,7 @@ import sys
 import pytest
 from commands import ROOT, megatron_vl, run
 
-from megatron_vl.training.history import read_history
+from megatron_vl.training.reporting.history import read_history
 
 
 @pytest.fixture(scope="module")

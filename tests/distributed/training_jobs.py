@@ -54,11 +54,11 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
     from megatron_vl.launch.stop import StopRequest
     from megatron_vl.parity.cases import CASES, make_batches, make_samples
     from megatron_vl.platform import initialize
-    from megatron_vl.training.config import TrainConfig
-    from megatron_vl.training.describe import describe
-    from megatron_vl.training.hang import HangWatch
     from megatron_vl.training.loop import Trainer
+    from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
+    from megatron_vl.training.reporting.describe import describe
+    from megatron_vl.training.resilience.hang import HangWatch
     from megatron_vl.training.step import RowStream
 
     plan = plan_run(TrainConfig.from_dict(options), world)

@@ -11,13 +11,13 @@ from qwen2_vl_reference import load_processor
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import Part, StoredMedia, Turn
-from megatron_vl.data.formats.llava import question_and_answer
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.pixels import MediaProcessor
+from megatron_vl.data.encode.samples import IGNORE, ConversationSample
+from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder
 from megatron_vl.data.options import MediaLimits, TrainedText
-from megatron_vl.data.pixels import MediaProcessor
-from megatron_vl.data.samples import IGNORE, ConversationSample
-from megatron_vl.data.task_encoder import RowRules, SampleEncoder
+from megatron_vl.data.raw.formats.llava import question_and_answer
 
 IMAGE, VIDEO = Part(media="image"), Part(media="video")
 

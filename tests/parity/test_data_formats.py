@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.loader import DataConfig, build_train_loader
-from megatron_vl.data.mixture import Mixture
-from megatron_vl.data.samples import IGNORE
+from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.mixture import Mixture
 
 SIZES = {"0.png": (64, 90), "1.png": (120, 61)}  # rows, columns
 RULE, ASKED, ANSWER = "请用中文回答。", "What, 哪个?", "红色的圆形 🔴。"

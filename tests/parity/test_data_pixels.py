@@ -13,9 +13,9 @@ from qwen2_vl_reference import load_processor
 from transformers import AutoImageProcessor
 
 from megatron_vl.data.conversation import StoredMedia
-from megatron_vl.data.media import image_size
+from megatron_vl.data.encode.media import image_size
+from megatron_vl.data.encode.pixels import MediaProcessor
 from megatron_vl.data.options import MediaLimits
-from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.errors import InputError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_vl.data.shards import DATASET
+from megatron_vl.data.raw.shards import DATASET
 
 
 def energon_prepare(wds: Path, parts: dict[str, range]) -> None:

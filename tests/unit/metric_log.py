@@ -1,6 +1,6 @@
 """A step's numbers and a log of them, and a tracker that keeps what it got."""
 
-from megatron_vl.training.metrics import MetricLog, StepMetrics
+from megatron_vl.training.reporting.metrics import MetricLog, StepMetrics
 
 STEP = StepMetrics(
     iteration=1, loss=3.0, lr=1e-3, grad_norm=1.0, step_seconds=0.5, data_wait_seconds=0.05, rows=4,

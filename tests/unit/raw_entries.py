@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from megatron_vl.data.conversation import REASONS, BadEntry, Conversation
-from megatron_vl.data.formats import FORMATS, Fields
+from megatron_vl.data.raw.formats import FORMATS, Fields
 
 TEXT = {"type": "text", "text": "What?"}
 PNG = b"\x89PNG\r\n\x1a\n..."

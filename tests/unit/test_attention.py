@@ -302,7 +302,7 @@ NO_GPU = ", ".join(f"{name}: no CUDA device" for name in BACKENDS if name != "sd
 @pytest.fixture
 def plan_with(hf_dir):
     """Plans a run of the tiny model with these options."""
-    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
 
     def plan_with(**options):
@@ -315,7 +315,7 @@ def plan_with(hf_dir):
 @without_gpu
 def test_a_run_says_once_what_computes_attention_and_why(plan_with):
     from megatron_vl.platform import select_platform
-    from megatron_vl.training.describe import describe
+    from megatron_vl.training.reporting.describe import describe
 
     platform = select_platform()
     lines = describe(plan_with(bf16=True), platform).splitlines()

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import REASONS, BadEntry, Part, Turn
-from megatron_vl.data.formats.llava import question_and_answer, split_marks
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.options import TrainedText
-from megatron_vl.data.samples import IGNORE
+from megatron_vl.data.raw.formats.llava import question_and_answer, split_marks
 from megatron_vl.errors import InputError
 
 

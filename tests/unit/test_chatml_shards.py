@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from raw_entries import PNG, chat, lines, media, read, reason, sample
 
-from megatron_vl.data.formats import pickled
+from megatron_vl.data.raw.formats import pickled
 
 ROOT = Path(__file__).resolve().parents[2]
 

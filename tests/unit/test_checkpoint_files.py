@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from megatron_vl.errors import InputError
-from megatron_vl.training.checkpoint_files import (
+from megatron_vl.training.checkpoint.files import (
     LATEST,
     candidates,
     checksum,

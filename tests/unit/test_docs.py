@@ -13,7 +13,7 @@ from test_import_rule import ALWAYS, ROOMS
 
 from megatron_vl.cli.main import COMMANDS
 from megatron_vl.launch.cluster import ROWS as SCHEDULERS
-from megatron_vl.training.config_sources import load_config
+from megatron_vl.training.options.config_sources import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README_zh.md")

@@ -13,7 +13,7 @@ from mixed_data import write_video
 
 from megatron_vl.data.conversation import BadEntry
 from megatron_vl.data.dataset_dir import SAMPLE_TYPES, check_dataset
-from megatron_vl.data.energon_samples import SERVED, conversation_of
+from megatron_vl.data.load.energon_samples import SERVED, conversation_of
 from megatron_vl.errors import InputError
 
 

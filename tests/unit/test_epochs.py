@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.loader import DataConfig, build_train_loader
-from megatron_vl.data.loader_state import from_json, to_json
-from megatron_vl.data.mixture import Mixture
-from megatron_vl.data.resume import DATA
+from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.loader_state import from_json, to_json
+from megatron_vl.data.load.mixture import Mixture
+from megatron_vl.data.load.resume import DATA
 
 FIFTY, THIRTY = 50, 30
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vl.models import load_spec
 from megatron_vl.platform.peaks import peak_tflops
-from megatron_vl.training.flops import step_flops, utilization
+from megatron_vl.training.reporting.flops import step_flops, utilization
 
 LENGTHS, GRIDS = [20, 7, 13], [(1, 4, 4), (2, 8, 6)]
 

@@ -278,7 +278,7 @@ def test_alpaca_s_unusable_entries_say_why(entry, what):
 
 def test_formats_need_the_standard_library_alone():
     script = (
-        "import sys, megatron_vl.data.formats\n"
+        "import sys, megatron_vl.data.raw.formats\n"
         "heavy = {'torch', 'megatron', 'transformers', 'PIL', 'numpy', 'pyarrow'}\n"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )

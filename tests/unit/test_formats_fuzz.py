@@ -21,7 +21,7 @@ from raw_entries import (
     usable_or_refused,
 )
 
-from megatron_vl.data.formats import FORMATS
+from megatron_vl.data.raw.formats import FORMATS
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

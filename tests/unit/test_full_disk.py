@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from metric_log import STEP, log
 
-from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.history import read_history
+from megatron_vl.training.checkpoint.record import OPTIONS, write_options
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import plan_run
-from megatron_vl.training.profile import StepProfiler
-from megatron_vl.training.record import OPTIONS, write_options
+from megatron_vl.training.reporting.history import read_history
+from megatron_vl.training.reporting.profile import StepProfiler
 
 FULL = "cannot be written (No space left on device); its lines are kept in memory until it can"
 

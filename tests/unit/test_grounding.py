@@ -10,8 +10,8 @@ from PIL import Image
 from raw_entries import chat, lines, openai, qwen, read, reason, talk
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import BadEntry, Box, Part, Turn, from_json, to_json
+from megatron_vl.data.encode.chat import ChatTokenizer
 
 ASKED = "<image>Find the <ref-object>"
 

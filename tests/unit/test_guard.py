@@ -7,7 +7,7 @@ import math
 import pytest
 
 from megatron_vl.errors import InputError
-from megatron_vl.training.guard import LEAST, NORMS, StepGuard
+from megatron_vl.training.resilience.guard import LEAST, NORMS, StepGuard
 
 
 def guard(spike: float = 10.0, norms=(1.0,) * LEAST, **changes) -> StepGuard:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 
-from megatron_vl.training.hang import _delete_if_empty, _set_aside, _takes
+from megatron_vl.training.resilience.hang import _delete_if_empty, _set_aside, _takes
 
 
 def test_the_stacks_of_an_earlier_start_are_kept(tmp_path):

@@ -22,11 +22,12 @@ from commands import megatron_vl
 from energon_prepare import energon_prepare
 from hostile import DEEP, Payload, refusal
 
-from megatron_vl.data import media, source_files
 from megatron_vl.data.dataset_dir import check_dataset
-from megatron_vl.data.loader import DataConfig, build_train_loader
-from megatron_vl.data.media import BadMedia, decode_rgb, video_info
-from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.encode import media
+from megatron_vl.data.encode.media import BadMedia, decode_rgb, video_info
+from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.mixture import Mixture
+from megatron_vl.data.raw import source_files
 from megatron_vl.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_and_small")

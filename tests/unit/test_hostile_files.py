@@ -18,8 +18,8 @@ from hostile import DEEP, Payload, refusal
 from tiny_hf import make
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.chat import ChatTokenizer
-from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.pixels import MediaProcessor
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value, yaml_value
 

@@ -35,6 +35,13 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
             "parity"),
     "__main__": ("cli",),
 }
+WITHIN = {  # room within a room -> those beside it that it may import; what lies loose is for all
+    "data": {
+        "encode": (), "raw": ("encode",), "load": ("encode", "raw"), "lint": ("encode", "raw", "load"),
+    },
+    "training": {"options": (), "resilience": ("options",), "checkpoint": ("options", "resilience"),
+                 "reporting": ("options", "resilience", "checkpoint")},
+}
 OUTSIDE = ("toolkits", "examples")  # they call the command line
 MAY_IMPORT_THE_PACKAGE = ("toolkits/benchmarks", "toolkits/gpu")  # they time what no command shows
 
@@ -43,9 +50,9 @@ HEAVY = ("megatron.core", "transformer_engine", "flash_attn", "apex")
 LIGHT = (
     "parallel", "models", "models.spec", "models.registry", "models.qwen2_vl.config",
     "models.qwen2_vl.weight_map", "weights", "weights.convert", "weights.torch_dist",
-    "data.formats", "data.sources", "data.options", "data.prepare", "data.lint",
-    "training.config", "training.plan", "training.memory", "training.dry_run", "training.report",
-    "training.history", "training.page",
+    "data.raw.formats", "data.raw.sources", "data.options", "data.raw.prepare", "data.lint",
+    "training.options.config", "training.plan", "training.memory", "training.dry_run",
+    "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",
     "cli.train",
@@ -113,6 +120,20 @@ def test_a_room_imports_only_the_rooms_the_table_allows():
     assert not wrong, wrong
 
 
+@pytest.mark.parametrize("outer", WITHIN)
+def test_a_room_within_a_room_imports_only_those_the_table_allows(outer):
+    folder, rooms = ROOT / PACKAGE / outer, WITHIN[outer]
+    assert {path.parent.name for path in folder.glob("*/__init__.py")} == set(rooms)
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for room, may in rooms.items() for path in sorted((folder / room).rglob("*.py"))
+        for module, line in imports(path)
+        if module.split(".")[1:2] == [outer]
+        and {*module.split(".")[2:3]} & ({*rooms} - {room, *may})
+    ]
+    assert not wrong, wrong
+
+
 def test_the_package_itself_imports_no_room():
     assert imports(ROOT / PACKAGE / "__init__.py") == []
 
@@ -165,7 +186,7 @@ def test_every_way_to_import_is_seen(tmp_path, text, found):
     ("data", "megatron_vl.models.common.vlm", False),
     ("data", "megatron_vl.models.registry", False),
     ("weights", "megatron_vl.models.spec", False),
-    ("models", "megatron_vl.training.config", False),
+    ("models", "megatron_vl.training.options.config", False),
     ("parallel", "megatron_vl.errors.InputError", True),
     ("parallel", "megatron_vl.errorsome", False),
 ])

@@ -17,10 +17,10 @@ from megatron_vl.data.lint.mask import pieces
 from megatron_vl.data.lint.page import choose as choose_shown
 from megatron_vl.data.lint.reading import Leaf, choose, open_leaves
 from megatron_vl.data.lint.run import LintConfig
-from megatron_vl.data.loader import DataConfig, build_train_loader
-from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.mixture import Mixture
+from megatron_vl.data.load.task_encoder import SampleEncoder
 from megatron_vl.data.options import TrainedText
-from megatron_vl.data.task_encoder import SampleEncoder
 from megatron_vl.errors import printable
 
 HOSTILE = (

@@ -7,8 +7,8 @@ import pytest
 import torch
 from loader_batches import TRAIN, VALID, same, samples, take
 
-from megatron_vl.data import pixels
-from megatron_vl.data.samples import IGNORE
+from megatron_vl.data.encode import pixels
+from megatron_vl.data.encode.samples import IGNORE
 
 # ---- rows -------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from loader_batches import TRAIN, copy, rewrite, same, samples, take
 
-from megatron_vl.data.task_encoder import stop_on_error
+from megatron_vl.data.load.task_encoder import stop_on_error
 from megatron_vl.errors import InputError
 
 

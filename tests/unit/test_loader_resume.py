@@ -14,9 +14,9 @@ import pytest
 from loader_batches import TRAIN, copy, rewrite, same, take
 from torch.utils.data import get_worker_info
 
-from megatron_vl.data import pixels
-from megatron_vl.data.loader_state import from_json, to_json
-from megatron_vl.data.media import BadMedia
+from megatron_vl.data.encode import pixels
+from megatron_vl.data.encode.media import BadMedia
+from megatron_vl.data.load.loader_state import from_json, to_json
 from megatron_vl.data.options import MediaLimits
 from megatron_vl.errors import InputError
 
@@ -79,8 +79,8 @@ def test_a_program_that_keeps_its_loader_can_end(hf_dir, wds_dir):
     program = """
         import sys
         from pathlib import Path
-        from megatron_vl.data.loader import DataConfig, build_train_loader
-        from megatron_vl.data.mixture import Mixture
+        from megatron_vl.data.load.loader import DataConfig, build_train_loader
+        from megatron_vl.data.load.mixture import Mixture
         from megatron_vl.models import load_spec
         hf = Path(sys.argv[1])
         config = DataConfig(train=Mixture.parse(sys.argv[2]), seq_length=256, num_workers=1)

@@ -17,7 +17,7 @@ from megatron.energon.savable_loader import (
 )
 from megatron.energon.state import FlexState
 
-from megatron_vl.data.loader_state import from_json, to_json
+from megatron_vl.data.load.loader_state import from_json, to_json
 
 
 @pytest.fixture

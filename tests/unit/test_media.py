@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from megatron_vl.data.conversation import StoredMedia
-from megatron_vl.data.formats.llava import question_and_answer
-from megatron_vl.data.media import BadMedia, decode_rgb, image_size
+from megatron_vl.data.encode.media import BadMedia, decode_rgb, image_size
+from megatron_vl.data.encode.model_files import check_model_files
+from megatron_vl.data.encode.pixels import MediaProcessor
 from megatron_vl.data.media_settings import MAX_ASPECT_RATIO
-from megatron_vl.data.model_files import check_model_files
 from megatron_vl.data.options import MediaLimits
-from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.raw.formats.llava import question_and_answer
 from megatron_vl.errors import InputError
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

@@ -18,12 +18,12 @@ from raw_entries import PNG, TEXT, media, openai, read, reason, talk
 
 from megatron_vl.cli.main import run
 from megatron_vl.data.conversation import BadEntry, StoredMedia, from_json, to_json
-from megatron_vl.data.formats.media_columns import media_source, with_settings
-from megatron_vl.data.lengths import LengthCounter
-from megatron_vl.data.media import BadMedia
+from megatron_vl.data.encode.media import BadMedia
+from megatron_vl.data.encode.pixels import MediaProcessor
 from megatron_vl.data.media_settings import MediaSettings
 from megatron_vl.data.options import MediaLimits
-from megatron_vl.data.pixels import MediaProcessor
+from megatron_vl.data.raw.formats.media_columns import media_source, with_settings
+from megatron_vl.data.raw.lengths import LengthCounter
 
 NAMES = {"image": "0.jpg", "video": "a.mp4"}
 

@@ -9,7 +9,7 @@ import pytest
 from mixed_data import write_video
 from PIL import Image
 
-from megatron_vl.data.prepare import PrepareConfig, prepare
+from megatron_vl.data.raw.prepare import PrepareConfig, prepare
 
 
 def picture(format="PNG", mode="RGB"):

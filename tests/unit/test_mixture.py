@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from megatron_vl.data.dataset_dir import split_shards
-from megatron_vl.data.loader import DataConfig, build_train_loader, build_valid_loader
-from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.errors import InputError
 
 

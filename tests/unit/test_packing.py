@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from megatron_vl.data.packing import pack
+from megatron_vl.data.encode.packing import pack
 
 
 def _mixes():

@@ -8,10 +8,10 @@ from test_full_disk import fill
 
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
-from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.history import names_of, read_history
-from megatron_vl.training.page import write_page
-from megatron_vl.training.report import COLORS, plot_runs
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.reporting.history import names_of, read_history
+from megatron_vl.training.reporting.page import write_page
+from megatron_vl.training.reporting.report import COLORS, plot_runs
 
 EVIL = "<script>alert('x')</script>"
 

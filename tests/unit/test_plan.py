@@ -12,8 +12,8 @@ from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
 from megatron_vl.parallel import Layout
-from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.machine import _check_offload
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import _check_options, _recompute, find_checkpoint, plan_run
 from megatron_vl.weights.mcore_io import CheckpointInfo
 

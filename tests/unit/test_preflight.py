@@ -4,8 +4,8 @@ import os
 import shutil
 
 from megatron_vl.platform.init import ranks
-from megatron_vl.training.config_sources import load_config
-from megatron_vl.training.preflight import (
+from megatron_vl.training.options.config_sources import load_config
+from megatron_vl.training.resilience.preflight import (
     CLOCK_SECONDS,
     clock_warning,
     differences,

@@ -17,10 +17,10 @@ from PIL import Image
 from raw_sources import entry_about, members_of, write_source
 
 from megatron_vl.cli.main import run
-from megatron_vl.data import raw_media
-from megatron_vl.data.prepare import PrepareConfig, Summary, prepare
-from megatron_vl.data.raw_media import RawMedia
-from megatron_vl.data.shards import Entry, count_shared_media, plan_shards
+from megatron_vl.data.raw import media as raw_media
+from megatron_vl.data.raw.media import RawMedia
+from megatron_vl.data.raw.prepare import PrepareConfig, Summary, prepare
+from megatron_vl.data.raw.shards import Entry, count_shared_media, plan_shards
 from megatron_vl.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_old_dataset(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_vl.data.prepare.write_shards", full)
+    monkeypatch.setattr("megatron_vl.data.raw.prepare.write_shards", full)
     _refuses({"source": source, "output": out, "overwrite": True}, "No space left on device")
     assert (out / ".nv-meta").is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

@@ -13,7 +13,7 @@ from raw_entries import chat, openai
 from raw_sources import entry_about, members_of, write_source
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.prepare import PrepareConfig, prepare
+from megatron_vl.data.raw.prepare import PrepareConfig, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_vl.data.read_ahead import ReadAhead
+from megatron_vl.data.load.read_ahead import ReadAhead
 
 
 class Numbers(Dataset):

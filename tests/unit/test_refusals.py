@@ -9,8 +9,8 @@ from raw_entries import chat, openai, qwen
 
 from megatron_vl.cli.main import Parser, run
 from megatron_vl.data.conversation import REASONS, BadEntry
-from megatron_vl.data.refusals import MENDS
-from megatron_vl.data.source_files import OTHERS
+from megatron_vl.data.raw.refusals import MENDS
+from megatron_vl.data.raw.source_files import OTHERS
 from megatron_vl.errors import MAX_VALUE, CheckFailed, InputError, shortened
 
 GOOD = {"conversations": chat("What?", "x")}

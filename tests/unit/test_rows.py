@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_vl.data.rows import empty_row, least_length, make_batch, make_row
-from megatron_vl.data.samples import IGNORE, EncodedSample
+from megatron_vl.data.encode.rows import empty_row, least_length, make_batch, make_row
+from megatron_vl.data.encode.samples import IGNORE, EncodedSample
 
 
 def _sample(key, length, images=0):

@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_vl.errors import InputError
-from megatron_vl.training.config import TrainConfig
 from megatron_vl.training.dry_run import dry_run
 from megatron_vl.training.epochs import with_steps
+from megatron_vl.training.options.config import TrainConfig
 
 
 @pytest.fixture

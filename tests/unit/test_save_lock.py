@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from megatron_vl.errors import InputError
-from megatron_vl.training import save_lock
+from megatron_vl.training.checkpoint import lock as save_lock
 
 OTHER = """
 import os, pathlib, sys, time
-from megatron_vl.training.save_lock import hold
+from megatron_vl.training.checkpoint.lock import hold
 held = hold(pathlib.Path(sys.argv[1]))
 if os.fork() == 0:
     time.sleep(60)

@@ -20,12 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout
-from megatron_vl.training.history import read_history
-from megatron_vl.training.metrics import MetricLog, duration
-from megatron_vl.training.padding import PaddingWatch
-from megatron_vl.training.report import smoothed
-from megatron_vl.training.stragglers import Straggler, Stragglers
-from megatron_vl.training.throughput import Throughput
+from megatron_vl.training.reporting.history import read_history
+from megatron_vl.training.reporting.metrics import MetricLog, duration
+from megatron_vl.training.reporting.padding import PaddingWatch
+from megatron_vl.training.reporting.report import smoothed
+from megatron_vl.training.reporting.throughput import Throughput
+from megatron_vl.training.resilience.stragglers import Straggler, Stragglers
 
 # ---- the line ---------------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ def test_without_another_replica_nobody_is_named():
 # ---- the bar ----------------------------------------------------------------------------------
 
 BAR = """
-from megatron_vl.training.progress import Console
+from megatron_vl.training.reporting.progress import Console
 console = Console()
 console.start(2, 4)
 for i in (3, 4):

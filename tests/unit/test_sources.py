@@ -9,10 +9,10 @@ import tarfile
 
 import pytest
 
-from megatron_vl.data import source_files
 from megatron_vl.data.conversation import BadEntry
-from megatron_vl.data.formats import Fields
-from megatron_vl.data.sources import open_source
+from megatron_vl.data.raw import source_files
+from megatron_vl.data.raw.formats import Fields
+from megatron_vl.data.raw.sources import open_source
 from megatron_vl.errors import InputError
 
 TURNS = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]

@@ -12,10 +12,10 @@ from test_convert_shells import FAMILY, TRAINER, shell
 from megatron_vl.cli import convert, parity
 from megatron_vl.cli.main import Parser, run
 from megatron_vl.errors import CALLED, InputError, as_called
-from megatron_vl.training.config import TrainConfig
-from megatron_vl.training.config_sources import add_arguments, load_config
-from megatron_vl.training.options import GROUPS
-from megatron_vl.training.spellings import ALSO, ANSWERS
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.options.config_sources import add_arguments, load_config
+from megatron_vl.training.options.groups import GROUPS
+from megatron_vl.training.options.spellings import ALSO, ANSWERS
 
 OPTIONS = {name for group in GROUPS.values() for name in group.__dataclass_fields__}
 

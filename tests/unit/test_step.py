@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_vl.data.rows import make_batch, make_row
-from megatron_vl.data.samples import IGNORE, EncodedSample
+from megatron_vl.data.encode.rows import make_batch, make_row
+from megatron_vl.data.encode.samples import IGNORE, EncodedSample
 from megatron_vl.errors import InputError
 from megatron_vl.training.step import RowStream, naming_rows
 

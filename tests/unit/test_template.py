@@ -5,11 +5,11 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import BadEntry, Part, Turn
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.data.encode.template import ChatTemplate
 from megatron_vl.data.options import TrainedText
-from megatron_vl.data.samples import IGNORE
-from megatron_vl.data.template import ChatTemplate
 from megatron_vl.errors import InputError
 
 MASKS = {

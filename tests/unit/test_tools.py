@@ -6,10 +6,10 @@ import pytest
 from raw_entries import read, reason
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import BadEntry, from_json, to_json
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.options import TrainedText
-from megatron_vl.data.samples import IGNORE
 
 # Qwen2.5's and Qwen3-VL's way of writing tools (Hermes'), for content that is text or a list.
 TEMPLATE = """\

@@ -9,9 +9,9 @@ import pytest
 from metric_log import Kept
 
 from megatron_vl.errors import InputError
-from megatron_vl.training import trackers
-from megatron_vl.training.options import LogOptions
-from megatron_vl.training.trackers import Trackers, check_trackers
+from megatron_vl.training.options.groups import LogOptions
+from megatron_vl.training.reporting import trackers
+from megatron_vl.training.reporting.trackers import Trackers, check_trackers
 
 ASKED = {
     "wandb": {"wandb_project": "tests", "wandb_exp_name": "one"},
@@ -48,8 +48,8 @@ def test_a_tracker_that_fails_says_so_once_and_stops_nothing(monkeypatch):
 
 TRACKED = """
 import sys
-from megatron_vl.training.options import LogOptions
-from megatron_vl.training.trackers import Trackers
+from megatron_vl.training.options.groups import LogOptions
+from megatron_vl.training.reporting.trackers import Trackers
 running = Trackers(LogOptions(**{asked!r}), {{"lr": 1e-3, "profile_ranks": (0,), "save": None}})
 assert running.running
 for i in (1, 2, 3):

@@ -14,10 +14,10 @@ import yaml
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.stages import layer_list
-from megatron_vl.training.bounds import BOUNDS
-from megatron_vl.training.config import TrainConfig, kind_of
-from megatron_vl.training.config_sources import add_arguments, load_config
-from megatron_vl.training.options import GROUPS
+from megatron_vl.training.options.bounds import BOUNDS
+from megatron_vl.training.options.config import TrainConfig, kind_of
+from megatron_vl.training.options.config_sources import add_arguments, load_config
+from megatron_vl.training.options.groups import GROUPS
 
 
 def from_flags(*words: str, yaml_file=None) -> TrainConfig:

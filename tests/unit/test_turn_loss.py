@@ -5,10 +5,10 @@ import json
 import pytest
 from raw_entries import chat, openai, read, reason
 
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import BadEntry, from_json, to_json
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.options import TrainedText
-from megatron_vl.data.samples import IGNORE
 
 SAID = ("A?", "one", "B?", "two", "C?", "three")
 

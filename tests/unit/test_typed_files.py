@@ -24,24 +24,24 @@ from test_cluster import FOUND
 from test_tools import TEMPLATE
 from tiny_hf import make
 
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.contents import contents_of
 from megatron_vl.data.conversation import BadEntry, Part, StoredMedia, Turn
 from megatron_vl.data.dataset_dir import check_dataset, split_shards
-from megatron_vl.data.dataset_info import dataset_names, read_dataset_info
-from megatron_vl.data.loader import DataConfig, build_train_loader
-from megatron_vl.data.loader_state import to_json
-from megatron_vl.data.mixture import Mixture
-from megatron_vl.data.pixels import MediaProcessor
-from megatron_vl.data.shard_files import PLACES
-from megatron_vl.data.task_encoder import RowRules, SampleEncoder, TextDecoder
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.pixels import MediaProcessor
+from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.loader_state import to_json
+from megatron_vl.data.load.mixture import Mixture
+from megatron_vl.data.load.shard_files import PLACES
+from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder, TextDecoder
+from megatron_vl.data.raw.dataset_info import dataset_names, read_dataset_info
 from megatron_vl.errors import InputError
 from megatron_vl.launch.cluster import check_one_launcher, cluster_env, hostfile_env
 from megatron_vl.launch.hostfile import parse_hostfile, read_hostfile
 from megatron_vl.models import load_spec
-from megatron_vl.training.checkpoint import read_loader_state
-from megatron_vl.training.checkpoint_files import candidates
-from megatron_vl.training.config_sources import load_config
+from megatron_vl.training.checkpoint.files import candidates
+from megatron_vl.training.checkpoint.state import read_loader_state
+from megatron_vl.training.options.config_sources import load_config
 from megatron_vl.typed import Name, Text, typed
 from megatron_vl.weights.hf_io import open_hf
 from megatron_vl.weights.mcore_io import inspect_checkpoint

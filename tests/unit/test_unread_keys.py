@@ -7,7 +7,7 @@ from PIL import Image
 from raw_entries import chat, openai, read, reason, sample, talk
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.formats import FORMATS
+from megatron_vl.data.raw.formats import FORMATS
 
 TALK = {"conversations": chat("?", "x")}
 

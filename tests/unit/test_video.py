@@ -10,11 +10,11 @@ from mixed_data import gray_of, write_video
 from qwen2_vl_reference import load_processor
 from transformers.video_utils import VideoMetadata
 
-from megatron_vl.data import media
 from megatron_vl.data.conversation import StoredMedia
-from megatron_vl.data.media import FRAMES_AT_ONCE, BadMedia, video_frames, video_info
+from megatron_vl.data.encode import media
+from megatron_vl.data.encode.media import FRAMES_AT_ONCE, BadMedia, video_frames, video_info
+from megatron_vl.data.encode.pixels import MediaProcessor
 from megatron_vl.data.options import MediaLimits
-from megatron_vl.data.pixels import MediaProcessor
 from megatron_vl.errors import InputError
 
 FRAMES = 60

@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from PIL import Image
 
-from megatron_vl.data.loader import DataConfig, build_train_loader
-from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.models import load_spec
 
 

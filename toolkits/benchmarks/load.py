@@ -31,8 +31,8 @@ def load(args) -> None:
     from megatron_vl.models.registry import family, load_spec
     from megatron_vl.parallel import Layout
     from megatron_vl.platform import initialize
+    from megatron_vl.training.checkpoint.weights import load_weights
     from megatron_vl.training.setup import wrap_for_data_parallel
-    from megatron_vl.training.weights import load_weights
     from megatron_vl.weights.convert import inspect_weights
 
     spec, layout = load_spec(args.work), Layout(tp=args.tp, pp=args.pp)

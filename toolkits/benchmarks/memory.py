@@ -120,7 +120,7 @@ class Meter:
 
 
 def make_batch(spec, seq_length: int, rows: int):
-    from megatron_vl.data.rows import make_batch, make_row
+    from megatron_vl.data.encode.rows import make_batch, make_row
     from megatron_vl.models.common.mrope import rope_of
     from megatron_vl.parity.cases import Case, make_samples
 
@@ -143,7 +143,7 @@ def measure(args) -> None:
 
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
     from megatron_vl.training.step import mean_loss, run_batches

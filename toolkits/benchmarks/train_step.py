@@ -49,8 +49,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_batches(args) -> list:
     """The microbatches of one step, from the dataset as the trainer reads it."""
-    from megatron_vl.data.loader import DataConfig, build_train_loader
-    from megatron_vl.data.mixture import Mixture
+    from megatron_vl.data.load.loader import DataConfig, build_train_loader
+    from megatron_vl.data.load.mixture import Mixture
     from megatron_vl.models import load_spec
 
     config = DataConfig(
@@ -68,11 +68,11 @@ def our_step(args, batches):
     import torch
 
     from megatron_vl.platform import initialize
-    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.checkpoint.weights import load_weights
+    from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
     from megatron_vl.training.step import mean_loss, run_batches
-    from megatron_vl.training.weights import load_weights
     from megatron_vl.weights.mcore_io import inspect_checkpoint
 
     config = TrainConfig.from_dict({

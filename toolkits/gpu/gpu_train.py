@@ -60,7 +60,7 @@ def command(args, options: list[str], scratch: Path) -> list[str]:
 
 def knows(option: str) -> bool:
     """Whether `megatron-vl train` has this option."""
-    from megatron_vl.training.options import GROUPS
+    from megatron_vl.training.options.groups import GROUPS
 
     field = option.removeprefix("--").replace("-", "_")
     return any(field in group.__dataclass_fields__ for group in GROUPS.values())

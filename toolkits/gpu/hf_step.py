@@ -32,9 +32,9 @@ WARMUP = 2  # steps left out
 
 def read_batches(args) -> tuple[list, object]:
     """The microbatches of one step as the trainer reads them, and the model's `VLMSpec`."""
-    from megatron_vl.data.loader import DataConfig, build_train_loader
+    from megatron_vl.data.load.loader import DataConfig, build_train_loader
     from megatron_vl.models import load_spec
-    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import mixtures
 
     hf_dir, data = args.inputs / args.model, str(args.inputs / "data")
@@ -75,7 +75,7 @@ def split(batch):
 
 def needed_flops(batches: list, spec) -> int:
     """As megatron-vl counts them: of the samples, forward and backward."""
-    from megatron_vl.training.flops import step_flops
+    from megatron_vl.training.reporting.flops import step_flops
 
     return sum(
         sum(step_flops(

@@ -49,7 +49,7 @@ def python_speed() -> float:
 def build(args):
     """The model as a run has it, and a function that trains one microbatch."""
     from megatron_vl.platform import initialize
-    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
     from megatron_vl.training.step import run_batches
@@ -223,9 +223,9 @@ def main() -> None:
 
 def beside(args, results: Results, clock: Clock, work) -> None:
     """Again while reading processes fill their buffers, as at the start of a run."""
-    from megatron_vl.data.loader import DataConfig, build_train_loader
+    from megatron_vl.data.load.loader import DataConfig, build_train_loader
     from megatron_vl.models import load_spec
-    from megatron_vl.training.config import TrainConfig
+    from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import mixtures
 
     hf_dir, data = args.inputs / args.model, str(args.inputs / "data")

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from megatron_vl.data.encode.packing import pack
 from megatron_vl.data.lint.look import Look
 from megatron_vl.data.lint.reading import Leaf
-from megatron_vl.data.packing import pack
 
 BUFFER = 1024  # samples rows are packed from, as in training
 _BUFFERS = 2  # packed where there are so many: with few kinds of samples, no two fill alike

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from megatron.energon import SkipSample
 
-from megatron_vl.data.chat import ChatTokenizer
 from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia
-from megatron_vl.data.energon_samples import SERVED, conversation_of
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.media import BadMedia
+from megatron_vl.data.encode.pixels import MediaProcessor
+from megatron_vl.data.encode.samples import IGNORE, ConversationSample, EncodedSample, Grid
 from megatron_vl.data.lint.reading import Leaf
-from megatron_vl.data.loader import DataConfig
-from megatron_vl.data.media import BadMedia
-from megatron_vl.data.pixels import MediaProcessor
-from megatron_vl.data.samples import IGNORE, ConversationSample, EncodedSample, Grid
-from megatron_vl.data.task_encoder import RowRules, SampleEncoder, stop_on_error
+from megatron_vl.data.load.energon_samples import SERVED, conversation_of
+from megatron_vl.data.load.loader import DataConfig
+from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
 

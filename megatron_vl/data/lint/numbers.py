@@ -14,9 +14,9 @@ from megatron_vl.data.dataset_dir import check_dataset, split_shards, splits
 from megatron_vl.data.lint.forecast import Forecaster, least_length, lengths_around
 from megatron_vl.data.lint.look import Look
 from megatron_vl.data.lint.reading import Leaf
-from megatron_vl.data.loader import DataConfig
-from megatron_vl.data.prepare import REFUSED
-from megatron_vl.data.shards import show_progress
+from megatron_vl.data.load.loader import DataConfig
+from megatron_vl.data.raw.prepare import REFUSED
+from megatron_vl.data.raw.shards import show_progress
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value
 

@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vl.data.encode.media import BadMedia
 from megatron_vl.data.lint.look import Look, Looker
 from megatron_vl.data.lint.mask import Piece, pieces, thumbnail
 from megatron_vl.data.lint.tables import Table, count, headline, notes, tables
-from megatron_vl.data.media import BadMedia
 from megatron_vl.pages import escape, page, picture, table
 
 _LISTED = 20  # refused samples that are listed, of each reason

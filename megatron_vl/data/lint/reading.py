@@ -17,11 +17,11 @@ from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDatasetList
 
-from megatron_vl.data.epochs import epoch_length, samples_of
-from megatron_vl.data.loader import field_map_errors
-from megatron_vl.data.mixture import Mixture
-from megatron_vl.data.shard_files import SampleReader
-from megatron_vl.data.task_encoder import TextDecoder, stop_on_error
+from megatron_vl.data.load.epochs import epoch_length, samples_of
+from megatron_vl.data.load.loader import field_map_errors
+from megatron_vl.data.load.mixture import Mixture
+from megatron_vl.data.load.shard_files import SampleReader
+from megatron_vl.data.load.task_encoder import TextDecoder, stop_on_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,10 +15,10 @@ from megatron_vl.data.lint.page import write_page
 from megatron_vl.data.lint.plots import draw
 from megatron_vl.data.lint.reading import choose, open_leaves
 from megatron_vl.data.lint.tables import as_text, headline, notes, tables
-from megatron_vl.data.loader import DataConfig
-from megatron_vl.data.mixture import Mixture
+from megatron_vl.data.load.loader import DataConfig
+from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
-from megatron_vl.data.shards import show_progress
+from megatron_vl.data.raw.shards import show_progress
 from megatron_vl.errors import Bounds, CheckFailed, InputError
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.outputs import check_target, replacing

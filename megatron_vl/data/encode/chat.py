@@ -1,0 +1,198 @@
+"""Conversations to tokens, through the model's own chat template and tokenizer."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
+from megatron_vl.data.encode.model_files import COPY_AGAIN, TOKENIZER, check_tokenizer
+from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.data.encode.template import ChatTemplate, Span
+from megatron_vl.data.grounding import render
+from megatron_vl.data.options import TrainedText
+from megatron_vl.errors import InputError, shown
+from megatron_vl.models.spec import TokenIds
+from megatron_vl.typed import Shape, Text, read_file
+
+_PROBE = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+]
+
+
+class _Legacy(Shape):
+    """chat_template.json"""
+
+    chat_template: Text
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer and its chat template.
+
+    Tokens are those of the whole text, as transformers' processor makes them. Each turn is found in
+    it by rendering the conversation up to that turn (`ChatTemplate`): no marker is searched in what
+    a person wrote, and no system prompt is assumed.
+    """
+
+    def __init__(self, tokenizer, *, tokens: TokenIds, trained: TrainedText | None = None):
+        """`tokenizer` is a fast tokenizer of transformers; `from_hf_dir` loads it."""
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.trained = trained or TrainedText()
+        self._placeholders = {kind: getattr(tokens, kind) for kind in MEDIA_KINDS}
+        self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
+        self.template = ChatTemplate(
+            tokenizer, last_answer_only=self.trained.mask_history,
+            everything=self.trained.train_on_prompt,
+        )
+        self._own_tokens = frozenset(
+            token.content for token in tokenizer.added_tokens_decoder.values()
+        )
+
+    @classmethod
+    def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds,
+                    trained: TrainedText | None = None) -> ChatTokenizer:
+        """Read the tokenizer files of a Hugging Face directory.
+
+        Raises:
+            InputError: files missing or unreadable, no chat template, or ids unlike config.json's.
+        """
+        from transformers import AutoTokenizer
+
+        hf_dir = Path(hf_dir)
+        if not hf_dir.is_dir():
+            raise InputError(
+                f"{hf_dir} is not a directory; give the model's Hugging Face directory."
+            )
+        for name in TOKENIZER:
+            if not (hf_dir / name).is_file():
+                raise InputError(
+                    f"{hf_dir / name} is missing; copy it from the model's Hugging Face repository."
+                )
+        check_tokenizer(hf_dir)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(hf_dir), use_fast=True, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers and tokenizers raise many kinds for a bad file
+            raise InputError(
+                f"the tokenizer in {hf_dir} cannot be read ({_first_line(error)}); copy "
+                f"tokenizer.json and tokenizer_config.json again from the model's repository."
+            ) from error
+        legacy = hf_dir / "chat_template.json"  # where processors kept it before the .jinja file
+        if not tokenizer.chat_template and legacy.is_file():
+            tokenizer.chat_template = read_file(legacy, _Legacy, mend=COPY_AGAIN).chat_template
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"the tokenizer in {hf_dir} has no chat template; copy chat_template.jinja or a "
+                f"tokenizer_config.json with chat_template from the model's repository."
+            )
+        if tokenizer.pad_token_id is None and tokens.pad is None:
+            raise InputError(
+                f"the tokenizer in {hf_dir} has no pad token; add pad_token to its "
+                f"tokenizer_config.json."
+            )
+        chat = cls(tokenizer, tokens=tokens, trained=trained)
+        try:
+            probe = chat.template.render(_PROBE)
+        except Exception as error:  # jinja2's, its sandbox's too, and what a template raises
+            raise InputError(
+                f"the chat template in {hf_dir} cannot be used ({_first_line(error)}); copy "
+                f"chat_template.jinja again from the model's repository."
+            ) from error
+        ids = tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
+        if ids.count(tokens.image) != 1:
+            raise InputError(
+                f"the chat template in {hf_dir} does not write config.json's image_token_id "
+                f"{tokens.image} for an image; take both files from the same model."
+            )
+        return chat
+
+    def encode(
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = ""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and labels of one conversation.
+
+        Trained are, unless `TrainedText` says otherwise, the assistant's turns, up to and with
+        their end token, not the newline after it. Answers that say they are not trained never are,
+        nor what a tool gives, nor a placeholder of an image or video.
+
+        Args:
+            media_tokens: placeholders each image and video takes, in order.
+            tools: a JSON list of the functions that may be called.
+
+        Returns:
+            tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
+            IGNORE.
+
+        Raises:
+            BadEntry: no turn to train, an empty answer, placeholders unlike the media, the
+                template refuses it or writes no tools, or the model has no form for its objects.
+        """
+        answers = [turn for turn in turns if turn.role == "assistant"]
+        if not all(turn.says for turn in answers):
+            raise BadEntry("empty answer", "its answer is empty")
+        last = answers[-1:] if self.trained.mask_history else answers
+        if not any(turn.trained for turn in last):
+            raise BadEntry(
+                "no answer", "it has no answer to train on" if last == answers else
+                "its last answer, which mask-history alone trains, is not to be trained (loss "
+                "false, weight 0)",
+            )
+        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__)
+        tokens, labels = self._tokens(*self.template.write(turns, tools))
+        self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
+                          tokens, labels)
+        labels = [*labels[1:], IGNORE]
+        # By way of numpy: torch looks at every number of a list, several times.
+        return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, labels))
+
+    def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and what is trained of them."""
+        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        tokens = encoded.ids
+        ignored = [IGNORE] * len(tokens)
+        elsewhere, inside = (
+            (tokens, ignored) if self.trained.train_on_prompt else (ignored, tokens)
+        )
+        labels = list(elsewhere)
+        if spans:
+            begins, ends = zip(*encoded.offsets, strict=True) if tokens else ((), ())
+            for begin, end in spans:
+                # A token across the edge of an answer is part of the prompt.
+                first, last = bisect_left(begins, begin), bisect_right(ends, end)
+                labels[first:last] = inside[first:last]
+        return tokens, labels
+
+    def _fill_places(self, kinds: list[str], counts: Sequence[int], tokens: list[int],
+                     labels: list[int]) -> None:
+        """Repeat every placeholder as often as its image or video has tokens."""
+        for kind, placeholder in self._placeholders.items():
+            # What a person wrote may hold the tokenizer's own mark.
+            if tokens.count(placeholder) != kinds.count(kind):
+                raise BadEntry(
+                    "mark count",
+                    f"its text has {tokens.count(placeholder)} {kind} marks for "
+                    f"{kinds.count(kind)} {kind}s",
+                )
+        if len(kinds) != len(counts):
+            raise BadEntry(
+                "mark count", f"it has {len(kinds)} marks for {len(counts)} images and videos"
+            )
+        at = 0
+        for kind, count in zip(kinds, counts, strict=True):
+            placeholder = self._placeholders[kind]
+            at = tokens.index(placeholder, at)
+            tokens[at : at + 1] = [placeholder] * count
+            labels[at : at + 1] = [IGNORE] * count
+            at += count
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).strip().splitlines() or [type(error).__name__]
+    return shown(words[0].rstrip("."))

@@ -1,0 +1,101 @@
+"""Encoded samples to rows, and rows of one length to a `RowBatch`.
+
+S tokens a row, B rows, P patches, D numbers a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from megatron.energon import Sample
+from megatron.energon.edataclass import edataclass
+
+from megatron_vl.data.encode.samples import IGNORE, EncodedSample, RowBatch
+from megatron_vl.models.common.mrope import Rope
+
+
+@edataclass
+class Row(Sample):
+    """Samples that share one row."""
+
+    samples: list[EncodedSample]
+    patches: torch.Tensor | None = None  # float32 [P, D] of the samples' media, in order
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sample.tokens.numel() for sample in self.samples)
+
+
+def make_row(samples: Sequence[EncodedSample], patches: torch.Tensor | None = None) -> Row:
+    """The row of `samples`; its patches are theirs, where they are not given."""
+    own = [sample.patches for sample in samples if sample.patches is not None]
+    return Row(
+        __key__=",".join(sample.__key__ for sample in samples),
+        __restore_key__=(),
+        samples=list(samples),
+        patches=torch.cat(own) if own else patches,
+    )
+
+
+def empty_row() -> Row:
+    """A row of padding: evens out batches, trains and counts nothing."""
+    return Row(__key__="", __restore_key__=(), samples=[])
+
+
+def least_length(rows: Sequence[Row], *, multiple: int, most: int) -> int:
+    """Tokens of the shortest rows that hold `rows`: a multiple of `multiple`, but `most` at most.
+    """
+    longest = max(row.num_tokens for row in rows)
+    return min(most, max(1, -(-longest // multiple)) * multiple)
+
+
+def make_batch(
+    rows: Sequence[Row], *, row_length: int, pad_token: int, rope: Rope
+) -> RowBatch:
+    """Lay rows out as the tensors of a `RowBatch`.
+
+    Args:
+        row_length: S; no row's samples hold more tokens.
+        pad_token: the token that fills a row's tail.
+        rope: the positions of a sample, of its tokens and grids.
+    """
+    shape = (len(rows), row_length)
+    tokens = np.full(shape, pad_token, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    position_ids = np.empty((3, *shape), dtype=np.int64)
+    bounds = [0]
+    for number, row in enumerate(rows):
+        at = 0
+        for sample in row.samples:
+            end = at + sample.tokens.numel()
+            assert end <= row_length, f"{sample.name} ends at {end} of a row of {row_length}"
+            tokens[number, at:end] = sample.tokens.numpy()
+            labels[number, at:end] = sample.labels.numpy()
+            position_ids[:, number, at:end] = rope(sample.tokens, sample.grids)
+            bounds.append(number * row_length + end)
+            at = end
+        if at < row_length:
+            # The tail counts from 0 like any sample: its positions stay within the model's range.
+            position_ids[:, number, at:] = np.arange(row_length - at)
+            bounds.append((number + 1) * row_length)
+    samples = [sample for row in rows for sample in row.samples]
+    grids = [grid for sample in samples for grid in sample.grids]
+    patches = [row.patches for row in rows if row.patches is not None]
+    return RowBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy((labels != IGNORE).astype(np.float32)),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        pixel_patches=_joined(patches),
+        grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        sample_keys=[sample.name for sample in samples],
+        sample_lengths=[sample.num_tokens for sample in samples],
+    )
+
+
+def _joined(patches: list[torch.Tensor]) -> torch.Tensor | None:
+    """One row's patches as they are: they may be a hundred megabytes."""
+    return torch.cat(patches) if len(patches) > 1 else patches[0] if patches else None

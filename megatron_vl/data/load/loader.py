@@ -1,0 +1,448 @@
+"""Loaders: a prepared dataset and a Hugging Face directory to batches of rows.
+
+Rows depend on the data-parallel rank and the number of workers, never on the layout of a model
+replica. The trainer builds one loader a replica, on the stage with the vision tower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import torch.distributed
+from megatron.energon import (
+    SavableDataLoader,
+    SavableDataset,
+    WorkerConfig,
+    get_train_dataset,
+    get_val_dataset,
+)
+from megatron.energon.errors import SampleException
+from megatron.energon.savable_loader import (
+    BasicDataLoader,
+    SavableDataLoaderState,
+    SavableDatasetCheckpoint,
+)
+from megatron.energon.wrappers.base import BaseWrapperDataset
+from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
+
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.pixels import MediaProcessor
+from megatron_vl.data.encode.rows import empty_row
+from megatron_vl.data.encode.samples import EncodedSample, RowBatch
+from megatron_vl.data.load.mixture import Mixture
+from megatron_vl.data.load.read_ahead import ReadAhead
+from megatron_vl.data.load.resume import ANEW, CONTENT, DATA, state_for
+from megatron_vl.data.load.shard_files import note_places
+from megatron_vl.data.load.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
+from megatron_vl.data.options import BOUNDS, MediaLimits, TrainedText
+from megatron_vl.errors import InputError, check_bounds, shown
+from megatron_vl.models.spec import VLMSpec
+
+_ERROR_MARK = f"{InputError.__name__}: "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What to read and how to lay it out.
+
+    Raises:
+        InputError: sizes that contradict one another.
+    """
+
+    train: Mixture | None  # datasets `megatron-vl prepare` wrote
+    valid: Mixture | None = None  # their validation splits are read; None: nothing to validate on
+    seq_length: int  # tokens of a row when samples are packed
+    max_padding_length: int | None = None  # tokens of a row at most when not; None: seq_length
+    row_multiple: int | None = None  # not packed, a batch's rows end behind the longest, at a
+    # multiple of this; None: all have max_padding_length
+    micro_batch_size: int = 1  # rows
+    num_workers: int = 1  # processes that read for one rank; 0 reads in the training process
+    packing_buffer_size: int | None = 1024  # samples to pack rows from; None or 0: one a row
+    shuffle_buffer_size: int = 100  # samples to draw from; 0 keeps the shards' order
+    max_samples_per_sequence: int | None = 100  # neighbours read in one go before changing place
+    max_patches_per_row: int | None = None  # evens the vision tower's cost out; None: no limit
+    max_skipped_samples: int = 0  # unusable samples a reading process skips before it is an error
+    media: MediaLimits = field(default_factory=MediaLimits)
+    trained: TrainedText = field(default_factory=TrainedText)
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS)
+        if self.max_padding_length is not None and self.max_padding_length > self.seq_length:
+            raise InputError(
+                f"the padding length {self.max_padding_length} is above the sequence length "
+                f"{self.seq_length}; give at most {self.seq_length}."
+            )
+
+    @property
+    def packs(self) -> bool:
+        return bool(self.packing_buffer_size)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a row holds."""
+        if self.packs or self.max_padding_length is None:
+            return self.seq_length
+        return self.max_padding_length
+
+    @property
+    def rules(self) -> RowRules:
+        """What makes a row."""
+        return RowRules(
+            length=self.row_length, packs=self.packs, length_mend=self.length_mend,
+            multiple=None if self.packs else self.row_multiple,
+            max_patches=self.max_patches_per_row, max_skipped=self.max_skipped_samples,
+        )
+
+    @property
+    def length_mend(self) -> str:
+        what = "sequence length" if self.packs else "padding length"
+        return (
+            f"raise the {what}, lower image-max-pixels or video-maxlen, or remove the sample"
+        )
+
+
+class RowLoader:
+    """Iterates `RowBatch`es; a worker's `InputError` arrives here as the same one sentence.
+
+    Iterating again goes on where the last iteration stopped in training, and starts over in
+    validation.
+    """
+
+    def __init__(self, loader: SavableDataLoader | BasicDataLoader, made_for: dict | None = None,
+                 epoch: int | None = None):
+        """Of training loaders only: `made_for`, what a saved state is bound to; `epoch`, samples of
+        one over all ranks, None where datasets are mixed by weight."""
+        self._loader, self.epoch = loader, epoch
+        self._made_for = made_for
+        self._started = False
+        self._restored: SavableDataLoaderState | None = None
+        self._taken = 0  # batches, since then or since the beginning
+        self._ahead: ReadAhead | None = None
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        with _without_pin_memory_warning():
+            batches = iter(self._loader)
+        while True:
+            try:
+                with _sentences(), _without_pin_memory_warning(), self._starting():
+                    batch = next(batches, None)
+            except InputError:
+                self.close()  # now: the error's traceback keeps this loader alive
+                raise
+            if batch is None:
+                return
+            self._taken += 1
+            yield batch
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Fork the workers with a frozen heap.
+
+        energon looks at every object the garbage collector knows, and collects, in each new worker:
+        seconds of work that also copies the trainer's memory.
+        """
+        if self._started or not self._loader.num_workers:
+            yield
+            return
+        self._started = True
+        gc.collect()
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+        if ReadAhead.fits(self._loader._iterator):
+            self._ahead = ReadAhead(self._loader._iterator)
+
+    def close(self) -> None:
+        """End the workers. Left to the garbage collector, torch waits five seconds for each."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def save_state_rank(self) -> dict:
+        """The state of this rank, to pickle beside a checkpoint; training loaders only.
+
+        It stands before the first batch not yet taken from the iterator.
+        """
+        state = self._loader.save_state_rank()
+        if state is not None and self._loader.num_workers:
+            state.worker_states = [
+                self._began(worker) if self._is_unused(worker) else found
+                for worker, found in enumerate(state.worker_states)
+            ]
+        return {"state": state, "made_for": self._made_for}
+
+    def _is_unused(self, worker: int) -> bool:
+        """Whether no batch of this reading process has been taken since the loader began."""
+        first = 0 if self._restored is None else self._restored.next_worker_id
+        return (worker - first) % self._loader.num_workers >= self._taken
+
+    def _began(self, worker: int) -> SavableDatasetCheckpoint:
+        """Where a reading process began.
+
+        Asked itself, one that has not handed over a batch forgets how many it had to skip, and one
+        that is still starting skips a batch too many (energon 7.4).
+        """
+        if self._restored is None:
+            return SavableDatasetCheckpoint(state=None, offset=0)
+        return self._restored.worker_states[worker]
+
+    def restore_state(self, saved: Sequence[dict]) -> str:
+        """Go on from what the loaders of all data-parallel ranks saved, in the order of the ranks.
+
+        Call before the first iteration.
+
+        Returns:
+            A sentence about what could not be compared with the checkpoint's; empty if all was.
+
+        Raises:
+            InputError: see `state_for`.
+        """
+        try:
+            self._restored, unknown = state_for(saved, self._made_for)
+            self._loader.restore_state_rank(self._restored)
+        except InputError:
+            raise
+        except Exception as error:  # energon looks for nothing before it takes it
+            words = shown(f"{type(error).__name__}: {error}")
+            raise InputError(
+                f"the checkpoint's data state does not fit this energon ({words}); {ANEW}."
+            ) from error
+        return unknown
+
+
+def build_train_loader(
+    config: DataConfig,
+    *,
+    hf_dir: Path,
+    spec: VLMSpec,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    data_parallel_group: torch.distributed.ProcessGroup | None = None,
+) -> RowLoader:
+    """An endless, shuffled, resumable loader over the training split.
+
+    Args:
+        hf_dir: the model's tokenizer and preprocessor_config.json.
+        spec: its `vision` and `tokens` are read.
+        dp_rank, dp_size: the pure data-parallel coordinates, not counting context parallelism.
+
+    Raises:
+        InputError: a dataset, tokenizer or image settings that cannot be used.
+    """
+    if config.train is None:
+        raise InputError("there is no training dataset; give its directory.")
+    readers = dp_size * max(1, config.num_workers)
+    for path, samples in config.train.check("train").items():
+        if samples < readers:
+            raise InputError(
+                f"the training split of {path} has {samples} samples for {readers} reading "
+                f"processes (data-parallel size x workers); ask for fewer workers."
+            )
+    datasets = config.train.names("train")
+    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec), datasets=datasets)
+    workers = _workers(config, dp_rank, dp_size, config.num_workers, datasets, data_parallel_group)
+    with field_map_errors(config.train):
+        dataset = get_train_dataset(
+            config.train.as_energon("train"),
+            split_part="train",
+            worker_config=workers,
+            batch_size=config.micro_batch_size,
+            batch_drop_last=True,
+            packing_buffer_size=config.packing_buffer_size or None,
+            shuffle_buffer_size=config.shuffle_buffer_size or None,
+            max_samples_per_sequence=config.max_samples_per_sequence,
+            task_encoder=encoder,
+        )
+    note_places(dataset)
+    loader = SavableDataLoader(dataset, **_housekeeping(config))
+    return RowLoader(loader, _made_for(config, dp_rank, dp_size), encoder.epoch)
+
+
+def build_valid_loader(
+    config: DataConfig,
+    *,
+    hf_dir: Path,
+    spec: VLMSpec,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    max_batches: int | None = None,
+) -> RowLoader:
+    """One pass over the validation split, in order, each time it is iterated.
+
+    The rows are the same for every data-parallel size: every rank reads the integers of the whole
+    split, and decodes and yields the rows that are its own. All ranks yield the same number of
+    batches, all of `micro_batch_size` rows, without a word between them; where rows run out, rows
+    of padding that train nothing fill the last batch.
+
+    Args:
+        max_batches: stop after so many batches a rank; None reads the whole split.
+
+    Raises:
+        InputError: as `build_train_loader`.
+    """
+    if config.valid is None:
+        raise InputError("there is no validation dataset; give its directory.")
+    config.valid.check("val")
+    datasets = config.valid.names("val")
+    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec), datasets=datasets)
+    # One process reads in order; the split into ranks comes after packing.
+    workers = _workers(config, 0, 1, min(1, config.num_workers), datasets)
+    with field_map_errors(config.valid):
+        samples = get_val_dataset(
+            config.valid.as_energon("val"),
+            split_part="val",
+            worker_config=workers,
+            batch_size=None,
+            task_encoder=encoder,
+        )
+    note_places(samples)
+    rows = _OwnRows(
+        samples, encoder=encoder, config=config, dp_rank=dp_rank, dp_size=dp_size,
+        max_batches=max_batches,
+    )  # fmt: skip
+    return RowLoader(BasicDataLoader(rows, **_housekeeping(config)))
+
+
+class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
+    """The batches of one data-parallel rank: row r belongs to rank r modulo the ranks."""
+
+    def __init__(self, samples: SavableDataset, *, encoder: SampleEncoder, config: DataConfig,
+                 dp_rank: int, dp_size: int, max_batches: int | None):
+        super().__init__(samples, worker_config=samples.worker_config)
+        self.encoder = encoder
+        self.settings = config
+        self.dp_rank, self.dp_size, self.max_batches = dp_rank, dp_size, max_batches
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        size = self.settings.micro_batch_size
+        rows, count, batches = [], 0, 0
+        for group in self._groups():
+            if count % self.dp_size == self.dp_rank:
+                rows.append(self.encoder.make_row(group) or empty_row())
+            count += 1
+            # A batch goes out once every rank has its rows for it, so that all stop alike.
+            if count % (size * self.dp_size) == 0:
+                yield self.encoder.make_batch(rows)
+                rows, batches = [], batches + 1
+                if batches == self.max_batches:
+                    return
+        if count % (size * self.dp_size):
+            rows += [empty_row()] * (size - len(rows))
+            yield self.encoder.make_batch(rows)
+
+    def _groups(self) -> Iterator[list[EncodedSample]]:
+        """Samples of one row after the other, over all ranks."""
+        size = self.settings.packing_buffer_size or 1
+        window = []
+        for sample in self.dataset:
+            window.append(sample)
+            if len(window) == size:
+                yield from self.encoder.select(window)
+                window = []
+        yield from self.encoder.select(window)
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        return self.dataset.len_worker(worker_idx)  # an upper bound, as energon's own packing's
+
+    def reset_state_own(self) -> None:
+        pass
+
+    def config(self) -> dict:
+        return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
+
+
+def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec) -> dict:
+    return {
+        "chat": ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
+        "media": MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
+        "rules": config.rules,
+    }
+
+
+def _made_for(config: DataConfig, dp_rank: int, dp_size: int) -> dict:
+    """All that decides which samples come when, by the names of the options where there are."""
+    return {
+        DATA: config.train.fingerprint(),
+        CONTENT: config.train.contents("train"),
+        "row length": config.row_length,
+        "packing_buffer_size": config.packing_buffer_size or 0,
+        "micro_batch_size": config.micro_batch_size,
+        "num_workers": config.num_workers,
+        "shuffle_buffer_size": config.shuffle_buffer_size,
+        "max_samples_per_sequence": config.max_samples_per_sequence,
+        "max_patches_per_row": config.max_patches_per_row,
+        **{f.name: getattr(config.media, f.name) for f in fields(config.media)},
+        "seed": config.seed,
+        "data-parallel size": dp_size,
+        "data-parallel rank": dp_rank,
+    }
+
+
+def _workers(
+    config: DataConfig, rank: int, size: int, num_workers: int, datasets: dict[str, str],
+    group: torch.distributed.ProcessGroup | None = None,
+) -> WorkerConfig:
+    return WorkerConfig(
+        rank=rank,
+        world_size=size,
+        num_workers=num_workers,
+        data_parallel_group=group,
+        seed_offset=config.seed,
+        global_error_handler=partial(stop_on_error, datasets=datasets),
+    )
+
+
+def _housekeeping(config: DataConfig) -> dict:
+    """energon collects garbage every few batches: right in a worker, a stall in the trainer."""
+    return {
+        "gc_collect_every_n_steps": GC_DEFAULT_EVERY_N_ITER if config.num_workers else 0,
+        "watchdog_timeout_seconds": None,
+    }
+
+
+@contextlib.contextmanager
+def field_map_errors(mixture: Mixture) -> Iterator[None]:
+    """energon's complaints about dataset.yaml as one sentence."""
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise InputError(
+            f"the .nv-meta/dataset.yaml of {mixture} cannot be used ({str(error).strip()}); it "
+            f"must be as `megatron-vl prepare` writes it, or name sample_type VQASample and a "
+            f"field_map of image, context and answers."
+        ) from error
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Take the worker's traceback off an `InputError`: torch puts it into the message."""
+    try:
+        yield
+    except (InputError, SampleException) as error:
+        _, mark, sentence = str(error).rpartition(_ERROR_MARK)
+        if not mark:
+            raise
+        raise InputError(sentence.strip()) from None
+
+
+@contextlib.contextmanager
+def _without_pin_memory_warning() -> Iterator[None]:
+    """energon always asks for pinned memory; without an accelerator torch warns about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        yield

@@ -1,0 +1,1 @@
+"""What a run keeps: its checkpoints, and what it began with."""

@@ -1,0 +1,228 @@
+"""The numbers of a run: one line an iteration, TensorBoard, trackers, and a JSONL of the same."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron_vl.training.reporting.flops import utilization
+from megatron_vl.training.reporting.metrics_file import MetricsFile
+from megatron_vl.training.reporting.trackers import attempt
+from megatron_vl.training.resilience.stragglers import Straggler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One optimizer step, over all ranks."""
+
+    iteration: int
+    epoch: float | None = None  # times that the data were read; None where that is not known
+    loss: float  # mean over trained tokens
+    lr: float
+    grad_norm: float  # before clipping
+    step_seconds: float
+    data_wait_seconds: float  # for the loader, longest of any reading rank
+    rows: int
+    positions: int  # of rows: what the language model went through, with padding
+    tokens: int  # of samples, without padding
+    trained_tokens: int
+    samples: int
+    images: int  # and videos
+    vision_flops: float  # needed forward and backward: see `step_flops`
+    llm_flops: float
+    memory_bytes: float  # peak so far of the rank that held most
+    vision_balance: float | None = None  # of the vision tower's ranks: mean FLOPs / the busiest's
+    slowest: Straggler | None = None
+    skipped: bool  # the weights were kept
+    fault: str = ""  # why; empty for a gradient too large for fp16's loss scale
+    skipped_samples: dict[str, int] = field(default_factory=dict)  # left out by the data, by reason
+
+    @property
+    def mean_sequence_length(self) -> float:
+        """Tokens of a sample."""
+        return self.tokens / self.samples if self.samples else 0.0
+
+    def rates(self) -> dict[str, float]:
+        """What the counts come to in a second."""
+        return {
+            f"{name}_per_second": value / self.step_seconds
+            for name, value in (
+                ("llm_tokens", self.positions), ("tokens", self.tokens),
+                ("samples", self.samples), ("images", self.images),
+                ("vision_flops", self.vision_flops), ("llm_flops", self.llm_flops),
+            )
+        }
+
+
+class MetricLog:
+    """Writes every step where the user asked for it; only rank 0 makes one.
+
+    Nothing that cannot be written ends the run: it is said, and training goes on.
+
+    Args:
+        train_iters: the run's last step.
+        done: steps that were done before this start.
+        jsonl: file to append to, None for no file.
+        tensorboard_dir: directory, None for none.
+        log_interval: steps between printed lines, and between what trackers get.
+        say: prints a line.
+        trackers: get the same numbers.
+        ranks: devices of the run.
+        peak_flops: of one of them in a second, for MFU; None where it is not known.
+    """
+
+    def __init__(
+        self, train_iters: int, *, done: int = 0, jsonl: str | Path | None,
+        tensorboard_dir: str | None, log_interval: int = 1, say: Callable[[str], None] = print,
+        trackers=None, ranks: int = 1, peak_flops: float | None = None,
+    ):
+        self.train_iters = train_iters
+        self.log_interval = log_interval
+        self.say, self.trackers = say, trackers
+        self.ranks, self.peak_flops = ranks, peak_flops
+        self.first: tuple[int, float] | None = None  # iteration of the first step, and its end
+        self.file = None if jsonl is None else MetricsFile(Path(jsonl), say)
+        self.board = None
+        if tensorboard_dir is not None:
+            self._board(lambda: self._open_board(tensorboard_dir, done))
+
+    # ---- what is told -------------------------------------------------------------------------
+
+    def start(self, facts: dict) -> None:
+        """What runs where with which options, for the file alone."""
+        self._write("run", facts)
+
+    def step(self, step: StepMetrics, *, last: bool = False) -> None:
+        """`last`: of a run that ends by what it read."""
+        self.first = self.first or (step.iteration, time.perf_counter())
+        shown = last or step.iteration % self.log_interval == 0 or (
+            step.iteration == self.train_iters
+        )
+        if shown:
+            self.say(self.line(step))
+        values = asdict(step) | step.rates() | {"mean_sequence_length": step.mean_sequence_length}
+        vision, language = self._mfu(step)
+        values |= {} if vision is None else {"vision_mfu": vision, "llm_mfu": language}
+        self._record("train", step.iteration, values, track=shown)
+
+    def line(self, step: StepMetrics) -> str:
+        """One line for people, in which programs find what they know from others.
+
+        `'loss': 1.2345` and its neighbours stand as transformers' Trainer prints them, iteration
+        and elapsed time as Megatron-LM does, tokens per sample as MindSpeed-MM.
+        """
+        width, rates = len(str(self.train_iters)), step.rates()
+        vision, language = self._mfu(step)
+        epoch = "" if step.epoch is None else f", 'epoch': {step.epoch:.2f}"
+        parts = [
+            f"iteration {step.iteration:>{width}}/{self.train_iters}",
+            f"{{'loss': {step.loss:.4f}, 'grad_norm': {step.grad_norm:.3f}, "
+            f"'learning_rate': {step.lr:.3e}{epoch}}}",
+            f"{rates['llm_tokens_per_second']:,.0f} tokens/s, "
+            f"{rates['tokens_per_second']:,.0f} without padding",
+            f"{rates['images_per_second']:,.1f} images/s",
+            f"tokens per sample: {step.mean_sequence_length:.1f}",
+            *([] if vision is None else
+              [f"MFU {vision + language:.1%} = vision {vision:.1%} + LLM {language:.1%}"]),
+            f"data wait {step.data_wait_seconds / step.step_seconds:.1%}",
+            *([] if step.vision_balance is None else
+              [f"vision balance {step.vision_balance:.0%}"]),
+            f"memory {step.memory_bytes / 2**30:.2f} GiB",
+            f"elapsed time per iteration (ms): {1000 * step.step_seconds:.1f}",
+            f"ETA {duration(self._seconds_left(step))}",
+        ]
+        if step.slowest:
+            parts.append(str(step.slowest))
+        if step.skipped_samples:
+            parts.append(left_out(step.skipped_samples))
+        if step.skipped:
+            parts.append(f"SKIPPED: {step.fault or 'the gradient is too large for the loss scale'}")
+        return " | ".join(parts)
+
+    def evaluation(
+        self, iteration: int, loss: float, trained_tokens: int, seconds: float,
+        skipped_samples: dict[str, int] | None = None,
+    ) -> None:
+        perplexity = math.exp(min(loss, 50.0)) if trained_tokens else float("nan")
+        self.say(
+            f"validation at iteration {iteration} | {{'eval_loss': {loss:.4f}}} | "
+            f"perplexity {perplexity:.3f} | {trained_tokens:,} trained tokens | {seconds:.1f} s"
+            + (f" | {left_out(skipped_samples)}" if skipped_samples else "")
+        )
+        self._record("validation", iteration, {
+            "iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens,
+            "skipped_samples": skipped_samples or {},
+        })
+
+    def ranks_seen(self, iteration: int, ranks: dict[str, list]) -> None:
+        """Every rank's own numbers, for the file alone: they are many."""
+        self._write("ranks", {"iteration": iteration, **ranks})
+
+    def _seconds_left(self, step: StepMetrics) -> float:
+        """At the pace of this start so far, with all that happens between its steps."""
+        first, ended = self.first or (step.iteration, 0.0)
+        seconds = step.step_seconds
+        if step.iteration > first:
+            seconds = (time.perf_counter() - ended) / (step.iteration - first)
+        return seconds * max(0, self.train_iters - step.iteration)
+
+    # ---- where it goes ------------------------------------------------------------------------
+
+    def _mfu(self, step: StepMetrics) -> tuple[float | None, float | None]:
+        """The part of the devices' peak that the vision part and the language model used."""
+        of = dict(seconds=step.step_seconds, ranks=self.ranks, peak=self.peak_flops)
+        return utilization(step.vision_flops, **of), utilization(step.llm_flops, **of)
+
+    def _record(self, kind: str, iteration: int, values: dict, *, track: bool = True) -> None:
+        self._write(kind, values)
+        numbers = {
+            f"{kind}/{name}": value for name, value in values.items()
+            if name != "iteration" and isinstance(value, (int, float))
+        }
+        if self.board is not None:
+            self._board(lambda: self._draw(numbers, iteration))
+        if self.trackers is not None and track:
+            self.trackers.log({name: float(v) for name, v in numbers.items()}, iteration)
+
+    def _write(self, kind: str, values: dict) -> None:
+        if self.file is not None:
+            self.file.write(kind, values)
+
+    def _open_board(self, directory: str, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What the steps to come have shown there before is hidden.
+        self.board = SummaryWriter(directory, purge_step=done + 1)
+
+    def _draw(self, numbers: dict, iteration: int) -> None:
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, iteration)
+
+    def _board(self, call: Callable[[], None]) -> None:
+        if not attempt("TensorBoard", call, self.say):
+            self.board = None
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self._board(self.board.close)
+        if self.trackers is not None:
+            self.trackers.close()
+
+
+def left_out(skipped_samples: dict[str, int]) -> str:
+    """`3 samples left out (2 too long, 1 unusable media)`."""
+    total = sum(skipped_samples.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped_samples.items())
+    return f"{total} sample{'s' if total > 1 else ''} left out ({reasons})"
+
+
+def duration(seconds: float) -> str:
+    """95 -> 1:35, 7265 -> 2:01:05."""
+    whole = int(seconds + 0.5)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

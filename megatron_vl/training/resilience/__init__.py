@@ -1,0 +1,1 @@
+"""What keeps a run alive, or ends it in time."""
