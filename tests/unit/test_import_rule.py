@@ -37,7 +37,8 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
 }
 WITHIN = {  # room within a room -> those beside it that it may import; what lies loose is for all
     "data": {
-        "encode": (), "raw": ("encode",), "load": ("encode", "raw"), "lint": ("encode", "raw", "load"),
+        "encode": (), "raw": ("encode",), "load": ("encode", "raw"),
+        "lint": ("encode", "raw", "load"),
     },
     "training": {"options": (), "resilience": ("options",), "checkpoint": ("options", "resilience"),
                  "reporting": ("options", "resilience", "checkpoint")},
