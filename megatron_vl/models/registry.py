@@ -13,9 +13,11 @@ from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.spec import VLMSpec
+from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
+    "qwen2": "qwen2",
     "qwen2_vl": "qwen2_vl",
 }
 
@@ -55,15 +57,12 @@ class Family:
                 f"{next((name for name, known in sizes.items() if known == have), 'auto')}."
             )
 
-    @property
-    def builder_path(self) -> str:
-        """Of the function that builds the Megatron-Core model; see `build_model`."""
-        return f"{self.package}.model:build_model"
+    def build_model(self, spec: VLMSpec, layout: Layout, split: StageSplit, options) -> list:
+        """This rank's chunks of the Megatron-Core model, first to last; this imports it."""
+        from megatron_vl.models.common.vlm import build_chunks
 
-    def build_model(self, *args, **kwargs):
-        """Calls the family's model builder; this imports Megatron-Core."""
-        module, _, name = self.builder_path.partition(":")
-        return getattr(import_module(module), name)(*args, **kwargs)
+        build_tower = None if spec.vision is None else self._part("tower", "build_tower")
+        return build_chunks(spec, layout, split, options, build_tower)
 
 
 def known_families() -> list[str]:

@@ -67,7 +67,7 @@ def run_ranks(
 
     for number, (layout, split) in enumerate(layouts):
         started = time.monotonic()
-        platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
+        platform = initialize(layout, embedding_stage=split.embedding_chunk[0])
         _run_layout(work_dir / str(number), hf_dir, layout, split, platform, setting)
         barrier()
         if torch.distributed.get_rank() == 0:

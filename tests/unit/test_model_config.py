@@ -30,7 +30,8 @@ def options(**changes):
 
 
 def test_an_uneven_first_stage_cannot_touch_the_vision_tower(model):
-    from megatron_vl.models.common.transformer_config import language_config, vision_config
+    from megatron_vl.models.common.transformer_config import language_config
+    from megatron_vl.models.qwen2_vl.tower import vision_config
 
     layout = Layout(pp=2)
     split = model.split(pp=2, first_stage_layers=1)
@@ -44,7 +45,8 @@ def test_an_uneven_first_stage_cannot_touch_the_vision_tower(model):
 
 
 def test_sizes_come_from_config_json_alone(model):
-    from megatron_vl.models.common.transformer_config import language_config, vision_config
+    from megatron_vl.models.common.transformer_config import language_config
+    from megatron_vl.models.qwen2_vl.tower import vision_config
 
     language = language_config(model, Layout(), model.split(), options())
     assert (language.num_layers, language.hidden_size, language.ffn_hidden_size) == (4, 64, 96)
@@ -69,7 +71,8 @@ def test_recompute_is_checked_against_every_stage_and_fitted_to_the_vision_tower
 
 
 def test_each_tower_recomputes_what_is_asked_of_it(model):
-    from megatron_vl.models.common.transformer_config import language_config, vision_config
+    from megatron_vl.models.common.transformer_config import language_config
+    from megatron_vl.models.qwen2_vl.tower import vision_config
 
     language, vision = recompute_of(model.split(), granularity="selective", vit_granularity="full")
     chosen = options(recompute=language, vit_recompute=vision)
@@ -82,7 +85,7 @@ def test_each_tower_recomputes_what_is_asked_of_it(model):
 def test_an_unknown_vision_activation_is_named(model):
     from dataclasses import replace
 
-    from megatron_vl.models.common.transformer_config import vision_config
+    from megatron_vl.models.qwen2_vl.tower import vision_config
 
     strange = replace(model, vision=replace(model.vision, activation="swish9"))
     with pytest.raises(InputError, match="'swish9'; known are"):
