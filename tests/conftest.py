@@ -137,6 +137,7 @@ def loaders(hf_dir, spec, wds_dir):
     """Builds the train or validation loader of a small configuration."""
     from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
     from megatron_vl.data.load.mixture import Mixture
+    from megatron_vl.models import family
 
     def build(kind="train", path=wds_dir, rank=0, size=1, hf=hf_dir, limit=None,
               max_samples=None, **options):
@@ -146,7 +147,8 @@ def loaders(hf_dir, spec, wds_dir):
             "num_workers": 0, "packing_buffer_size": 64, "shuffle_buffer_size": 20,
         }  # fmt: skip
         config = DataConfig(**(settings | options))
-        where = {"hf_dir": hf, "spec": spec, "dp_rank": rank, "dp_size": size}
+        where = {"hf_dir": hf, "spec": spec, "family": family(spec.model_type),
+                 "dp_rank": rank, "dp_size": size}
         if kind == "train":
             return build_train_loader(config, **where)
         return build_valid_loader(config, max_batches=limit, **where)

@@ -65,17 +65,19 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     from megatron_vl.data.lint import LintConfig, lint
     from megatron_vl.data.load.mixture import Mixture
-    from megatron_vl.models.registry import load_spec
+    from megatron_vl.models.registry import family, load_spec
 
     given = {name: getattr(args, name) for name in AS_IN_TRAINING if hasattr(args, name)}
 
     def chosen(kind: type):
         return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
 
+    spec = None if args.model is None else load_spec(args.model)
     print(lint(LintConfig(
         data=Mixture.parse(args.data, max_samples=given.get("max_samples")),
         hf_dir=args.model,
-        spec=None if args.model is None else load_spec(args.model),
+        spec=spec,
+        family=None if spec is None else family(spec.model_type),
         split=args.split,
         samples=args.samples,
         seq_length=args.seq_length,

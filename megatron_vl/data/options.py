@@ -41,7 +41,7 @@ class MediaLimits:
     video_max_pixels: int | None = None
     video_fps: float = 2.0  # frames taken from a second of video
     video_maxlen: int = 128  # frames taken from one video at most
-    video_positions: str = "published"  # of text after a video: see megatron_vl.models.common.mrope
+    video_positions: str = "published"  # of text after a video: see Family.positions
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
+from megatron_vl.models.family import Positions
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
@@ -39,6 +40,10 @@ class Family:
     def weight_map(self, spec: VLMSpec):
         """The family's `megatron_vl.weights.WeightMap` for these sizes."""
         return self._part("weight_map", "weight_map")(spec)
+
+    def positions(self, spec: VLMSpec, video_positions: str = "published") -> Positions:
+        """See `megatron_vl.models.family.Family`; this imports torch."""
+        return self._part("positions", "positions")(spec, video_positions)
 
     def check_size(self, spec: VLMSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.

@@ -10,7 +10,7 @@ import torch
 
 from megatron_vl.data.encode.rows import least_length, make_batch, make_row
 from megatron_vl.data.encode.samples import IGNORE, EncodedSample, RowBatch
-from megatron_vl.models.common.mrope import rope_of
+from megatron_vl.models.registry import family
 from megatron_vl.models.spec import VLMSpec
 
 ROW_LENGTH = 128
@@ -116,12 +116,12 @@ def make_batches(
         multiple: a microbatch's rows have the least multiple of it that holds them.
     """
     per_batch = case.samples_per_row * case.rows_per_microbatch
-    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
+    positions = family(spec.model_type).positions(spec)
     batches = []
     for start in range(0, len(samples), per_batch):
         group = samples[start : start + per_batch]
         rows = [make_row(group[i : i + case.samples_per_row])
                 for i in range(0, per_batch, case.samples_per_row)]
         length = least_length(rows, multiple=multiple, most=ROW_LENGTH)
-        batches.append(make_batch(rows, row_length=length, pad_token=0, rope=rope))
+        batches.append(make_batch(rows, row_length=length, pad_token=0, positions=positions))
     return batches

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_vl.data.encode.samples import IGNORE, EncodedSample
-from megatron_vl.models.common.mrope import rope_of
+from megatron_vl.models.registry import family
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parity.cases import Case, is_video, make_samples
 from megatron_vl.parity.compare import Outcome
@@ -63,9 +63,9 @@ def vision_arguments(spec: VLMSpec, sample: EncodedSample) -> dict:
         sample.grids, sample.patches.split([*map(math.prod, sample.grids)]), strict=True
     ):
         (videos if is_video(grid) else images).append((patches, grid))
-    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
+    positions = family(spec.model_type).positions(spec)
     arguments = {
-        "position_ids": rope(sample.tokens, sample.grids)[:, None],
+        "position_ids": positions(sample.tokens, sample.grids)[:, None],
         "mm_token_type_ids": (
             (sample.tokens == spec.tokens.image).int()
             + 2 * (sample.tokens == spec.tokens.video).int()

@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.registry import load_spec
+from megatron_vl.models.registry import family, load_spec
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import hf_directory, media_limits, mixtures, trained_text
 
@@ -81,7 +81,9 @@ def _packed_rows(config: TrainConfig) -> int:
         seed=config.model.seed,
     )
     leaves = open_leaves(train, "train")
-    looker = Looker(leaves, build_encoder(rules, hf_dir, load_spec(hf_dir), split="train"))
+    spec = load_spec(hf_dir)
+    encoder = build_encoder(rules, hf_dir, spec, family(spec.model_type), split="train")
+    looker = Looker(leaves, encoder)
     looks = [
         look for place in choose(leaves, LOOKED_AT, seed=rules.seed)
         if (look := looker.look(*place)) is not None

@@ -17,6 +17,7 @@ from megatron_vl.data.encode.samples import Skipped
 from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.errors import InputError, as_called
 from megatron_vl.launch.stop import StopRequest
+from megatron_vl.models.registry import family
 from megatron_vl.platform import current_device, initialize
 from megatron_vl.training.checkpoint.record import write_beginning, write_options
 from megatron_vl.training.checkpoint.saver import Saved, Saver
@@ -256,6 +257,7 @@ class Trainer:
         return dict(
             hf_dir=self.plan.hf_dir,
             spec=self.plan.spec,
+            family=family(self.plan.spec.model_type),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
         )

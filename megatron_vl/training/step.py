@@ -136,7 +136,7 @@ def blank_like(batch: RowBatch) -> RowBatch:
         tokens=torch.zeros_like(batch.tokens),
         labels=torch.full_like(batch.labels, IGNORE),
         loss_mask=torch.zeros_like(batch.loss_mask),
-        position_ids=torch.arange(length).expand(3, rows, length).contiguous(),
+        position_ids=torch.arange(length).expand_as(batch.position_ids).contiguous(),
         cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * length,
         pixel_patches=None,
         grid_thw=batch.grid_thw[:0],

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from megatron_vl.data.encode.rows import make_batch, make_row
-from megatron_vl.models.common.mrope import rope_of
 from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.parallel import Layout
@@ -50,7 +49,7 @@ def main(hf_dir: Path, weights: Path, out: Path) -> None:
         groups = [make_row(samples[i : i + per_row]) for i in range(0, len(samples), per_row)]
         batches = [
             make_batch(groups[i : i + rows], row_length=ROW_LENGTH, pad_token=0,
-                       rope=rope_of(spec.tokens, spec.vision.spatial_merge_size))
+                       positions=family(spec.model_type).positions(spec))
             for i in range(0, len(groups), rows)
         ]
         mine = layout.coordinates(torch.distributed.get_rank()).dp

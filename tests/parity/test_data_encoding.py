@@ -18,6 +18,7 @@ from megatron_vl.data.encode.samples import IGNORE, ConversationSample
 from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.data.raw.formats.llava import question_and_answer
+from megatron_vl.models import family
 
 IMAGE, VIDEO = Part(media="image"), Part(media="video")
 
@@ -180,7 +181,7 @@ def _labels(text, answers, tokenizer, mask):
 
 
 @pytest.mark.parametrize(("name", "mask"), product(CONVERSATIONS, MASKS))
-def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model, media, chat):
+def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model, spec, media, chat):
     turns = CONVERSATIONS[name]
     stored, files, asked = _material(turns)
     tokenizer = reference.tokenizer
@@ -191,6 +192,7 @@ def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model,
 
     encoder = SampleEncoder(
         chat=ChatTokenizer(chat.tokenizer, tokens=chat.tokens, trained=MASKS[mask]), media=media,
+        positions=family(spec.model_type).positions(spec, "transformers5"),  # it is the judge
         rules=RowRules(length=want["input_ids"].shape[1], packs=False, length_mend=""),
     )
     sample = ConversationSample(__key__="a", __restore_key__=(), turns=turns, media=stored,

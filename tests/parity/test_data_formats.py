@@ -14,6 +14,7 @@ from megatron_vl.cli.main import run
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.mixture import Mixture
+from megatron_vl.models import family
 
 SIZES = {"0.png": (64, 90), "1.png": (120, 61)}  # rows, columns
 RULE, ASKED, ANSWER = "请用中文回答。", "What, 哪个?", "红色的圆形 🔴。"
@@ -98,7 +99,9 @@ def test_a_row_of_a_raw_file_equals_what_transformers_makes(format, hf_dir, spec
 
     config = DataConfig(train=Mixture.parse(str(tmp_path / "wds")), num_workers=0,
                         seq_length=want["input_ids"].shape[1], packing_buffer_size=None)
-    batch = next(iter(build_train_loader(config, hf_dir=hf_dir, spec=spec)))
+    batch = next(iter(build_train_loader(
+        config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type)
+    )))
     assert torch.equal(batch.tokens, want["input_ids"])
     with torch.device("meta"):
         model = Qwen2VLModel(AutoConfig.from_pretrained(hf_dir))

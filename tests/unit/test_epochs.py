@@ -12,6 +12,7 @@ from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.loader_state import from_json, to_json
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.resume import DATA
+from megatron_vl.models import family
 
 FIFTY, THIRTY = 50, 30
 
@@ -39,7 +40,8 @@ def load(hf_dir, spec, sets):
         text = data.replace("fifty", str(sets / "fifty")).replace("thirty", str(sets / "thirty"))
         settings = dict(seq_length=256, num_workers=0, packing_buffer_size=0) | options
         config = DataConfig(train=Mixture.parse(text, max_samples=max_samples), **settings)
-        return build_train_loader(config, hf_dir=hf_dir, spec=spec, dp_rank=rank, dp_size=size)
+        return build_train_loader(config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type),
+                                  dp_rank=rank, dp_size=size)
 
     return load
 

@@ -29,6 +29,7 @@ from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.raw import source_files
 from megatron_vl.errors import InputError
+from megatron_vl.models import family
 
 pytestmark = pytest.mark.usefixtures("quick_and_small")
 
@@ -160,7 +161,9 @@ def repacked(wds: Path, change) -> None:
 def first_batch(wds: Path, hf_dir: Path, spec, **options):
     config = DataConfig(train=Mixture.parse(str(wds)), seq_length=512, num_workers=0,
                         packing_buffer_size=None, shuffle_buffer_size=0, **options)
-    return next(iter(build_train_loader(config, hf_dir=hf_dir, spec=spec)))
+    return next(iter(build_train_loader(
+        config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type)
+    )))
 
 
 @pytest.mark.parametrize("filtered", [True, False], ids=["as prepared", "every member read"])

@@ -28,7 +28,7 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "ops": ("parallel", "platform"),
     "weights": ("parallel",),
     "models": ("parallel", "platform", "ops", "weights"),
-    "data": ("parallel", "models.spec", "models.common.mrope"),
+    "data": ("parallel", "models.spec", "models.family"),
     "training": ("parallel", "platform", "launch", "ops", "weights", "models", "data"),
     "parity": ("parallel", "platform", "ops", "weights", "models", "data", "training"),
     "cli": ("parallel", "platform", "launch", "ops", "weights", "models", "data", "training",
@@ -183,8 +183,9 @@ def test_every_way_to_import_is_seen(tmp_path, text, found):
 
 @pytest.mark.parametrize(("room", "module", "may"), [
     ("data", "megatron_vl.models.spec.VLMSpec", True),
-    ("data", "megatron_vl.models.common.mrope.rope_index", True),
+    ("data", "megatron_vl.models.family.Positions", True),
     ("data", "megatron_vl.models.common.vlm", False),
+    ("data", "megatron_vl.models.qwen2_vl.positions", False),
     ("data", "megatron_vl.models.registry", False),
     ("weights", "megatron_vl.models.spec", False),
     ("models", "megatron_vl.training.options.config", False),

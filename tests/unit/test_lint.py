@@ -22,6 +22,7 @@ from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.task_encoder import SampleEncoder
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import printable
+from megatron_vl.models import family
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\" '> </div> & &lt; \u202eevil \x1b[2J"
@@ -54,7 +55,8 @@ def looker(hf_dir, spec):
     def build(data, split="train", decode=False, **options):
         config = DataConfig(**{"train": Mixture.parse(str(data)), "seq_length": 2048} | options)
         leaves = open_leaves(config.train, split)
-        found = Looker(leaves, build_encoder(config, hf_dir, spec, split="train"), decode=decode)
+        encoder = build_encoder(config, hf_dir, spec, family(spec.model_type), split="train")
+        found = Looker(leaves, encoder, decode=decode)
         found.config = config
         found.looks = [found.look(*place) for place in choose(leaves, 0, seed=0)]
         return found
@@ -380,7 +382,9 @@ def test_rows_are_foretold_as_training_makes_them(looker, mixed_dir, hf_dir, spe
     config = DataConfig(train=found.config.train, seq_length=256, max_patches_per_row=limit,
                         num_workers=0)
     rows, samples, patches, tokens = 0, 0, [], 0
-    for batch in build_train_loader(config, hf_dir=hf_dir, spec=spec):
+    for batch in build_train_loader(
+        config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type)
+    ):
         rows, samples = rows + 1, samples + batch.num_samples
         patches.append(int(batch.grid_thw.prod(-1).sum()))
         tokens += batch.num_tokens

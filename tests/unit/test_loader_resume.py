@@ -81,10 +81,11 @@ def test_a_program_that_keeps_its_loader_can_end(hf_dir, wds_dir):
         from pathlib import Path
         from megatron_vl.data.load.loader import DataConfig, build_train_loader
         from megatron_vl.data.load.mixture import Mixture
-        from megatron_vl.models import load_spec
+        from megatron_vl.models import family, load_spec
         hf = Path(sys.argv[1])
         config = DataConfig(train=Mixture.parse(sys.argv[2]), seq_length=256, num_workers=1)
-        loader = build_train_loader(config, hf_dir=hf, spec=load_spec(hf))
+        spec = load_spec(hf)
+        loader = build_train_loader(config, hf_dir=hf, spec=spec, family=family(spec.model_type))
         print(next(iter(loader)).tokens.shape)
     """
     ended = subprocess.run([sys.executable, "-c", dedent(program), hf_dir, wds_dir],

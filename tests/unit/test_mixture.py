@@ -14,6 +14,7 @@ from megatron_vl.data.dataset_dir import split_shards
 from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.errors import InputError
+from megatron_vl.models import family
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def read(hf_dir, spec):
         config = DataConfig(train=mixture, valid=mixture, seq_length=512, num_workers=0,
                             packing_buffer_size=None, shuffle_buffer_size=0, **options)
         build = build_train_loader if count else build_valid_loader
-        loader = build(config, hf_dir=hf_dir, spec=spec)
+        loader = build(config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type))
         return [key for batch in islice(loader, count) for key in batch.sample_keys]
 
     return read
@@ -134,7 +135,7 @@ def test_samples_of_one_name_in_two_datasets_are_two(hf_dir, spec, wds_dir, tmp_
     copies = [shutil.copytree(wds_dir, tmp_path / name) for name in ("one", "two")]
     config = DataConfig(train=Mixture(paths=tuple(copies)), seq_length=46, num_workers=0,
                         max_skipped_samples=1000)
-    loader = build_train_loader(config, hf_dir=hf_dir, spec=spec)
+    loader = build_train_loader(config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type))
     skipped = [one for batch in islice(loader, 1000) for one in batch.skipped]
     first = Counter(one.sample for one in skipped if one.first)
     assert set(first.values()) == {1} and len(skipped) > len(first), "more than an epoch"

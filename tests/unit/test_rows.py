@@ -23,15 +23,19 @@ def _sample(key, length, images=0):
     )
 
 
-def _rope(tokens, grids):
-    """Of a text, whatever it holds."""
-    return torch.arange(len(tokens)).expand(3, -1)
+class Counting:
+    """Positions of a text, whatever it holds."""
+
+    axes = 3
+
+    def __call__(self, tokens, grids):
+        return torch.arange(len(tokens)).expand(self.axes, -1)
 
 
 def _batch():
     rows = [make_row([_sample("a", 3), _sample("b", 4, images=2)]), make_row([_sample("c", 8)]),
             empty_row(), make_row([_sample("d", 1, images=1)])]
-    return make_batch(rows, row_length=8, pad_token=99, rope=_rope)
+    return make_batch(rows, row_length=8, pad_token=99, positions=Counting())
 
 
 def test_every_sample_is_a_segment_and_so_is_a_tail():
@@ -69,7 +73,8 @@ def test_images_stand_in_the_order_of_their_tokens():
 
 
 def test_a_batch_without_images_has_no_patches_and_no_grids():
-    batch = make_batch([make_row([_sample("a", 3)])], row_length=3, pad_token=0, rope=_rope)
+    batch = make_batch([make_row([_sample("a", 3)])], row_length=3, pad_token=0,
+                       positions=Counting())
     assert batch.pixel_patches is None
     assert batch.grid_thw.shape == (0, 3)
     assert batch.cu_seqlens.tolist() == [0, 3]

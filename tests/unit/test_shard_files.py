@@ -16,6 +16,7 @@ from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.shard_files import PLACES, SampleReader, ShardFiles, note_places
 from megatron_vl.errors import InputError
+from megatron_vl.models import family
 
 SHARD = "shard-000000.tar"
 LONG = "a-key-longer-than-the-first-field-of-a-header-" * 3
@@ -205,7 +206,9 @@ def test_a_run_names_the_shard_that_is_damaged(wds_dir, hf_dir, spec, tmp_path):
     for workers in (0, 1):
         config = DataConfig(train=Mixture.parse(str(copy)), seq_length=512, num_workers=workers)
         with pytest.raises(InputError, match=r"sample 0 \(from 0\) of the shard .*bad checksum"):
-            for _ in build_train_loader(config, hf_dir=hf_dir, spec=spec):
+            for _ in build_train_loader(
+                config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type)
+            ):
                 pass
 
 

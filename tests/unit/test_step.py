@@ -9,6 +9,13 @@ from megatron_vl.errors import InputError
 from megatron_vl.training.step import RowStream, naming_rows
 
 
+class AllAtZero:
+    axes = 3
+
+    def __call__(self, tokens, grids):
+        return torch.zeros(self.axes, len(tokens), dtype=torch.long)
+
+
 def _batch(*names):
     samples = [
         EncodedSample(
@@ -18,7 +25,7 @@ def _batch(*names):
         for name in names
     ]  # fmt: skip
     return make_batch([make_row(samples)], row_length=8, pad_token=0,
-                      rope=lambda tokens, grids: torch.zeros(3, len(tokens), dtype=torch.long))
+                      positions=AllAtZero())
 
 
 def test_memory_that_does_not_suffice_names_the_samples_of_the_row_in_work():

@@ -38,7 +38,7 @@ from megatron_vl.data.raw.dataset_info import dataset_names, read_dataset_info
 from megatron_vl.errors import InputError
 from megatron_vl.launch.cluster import check_one_launcher, cluster_env, hostfile_env
 from megatron_vl.launch.hostfile import parse_hostfile, read_hostfile
-from megatron_vl.models import load_spec
+from megatron_vl.models import family, load_spec
 from megatron_vl.training.checkpoint.files import candidates
 from megatron_vl.training.checkpoint.state import read_loader_state
 from megatron_vl.training.options.config_sources import load_config
@@ -98,7 +98,7 @@ def wds(wds_dir, tmp_path) -> Path:
 def loader_of(wds: Path, hf_dir: Path, spec):
     config = DataConfig(train=Mixture.parse(str(wds)), seq_length=512, num_workers=0,
                         packing_buffer_size=4, shuffle_buffer_size=4)
-    return build_train_loader(config, hf_dir=hf_dir, spec=spec)
+    return build_train_loader(config, hf_dir=hf_dir, spec=spec, family=family(spec.model_type))
 
 
 def read_dataset(wds: Path) -> None:
@@ -299,6 +299,7 @@ def encoder_of(hf_dir: Path, spec, template: str | None) -> SampleEncoder:
     return SampleEncoder(
         chat=chat,
         media=MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision),
+        positions=family(spec.model_type).positions(spec),
         rules=RowRules(length=4096, packs=True, length_mend="cut it", max_skipped=10**9),
     )
 

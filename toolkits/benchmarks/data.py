@@ -28,7 +28,7 @@ from PIL import Image
 
 from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.mixture import Mixture
-from megatron_vl.models import load_spec
+from megatron_vl.models import family, load_spec
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +55,8 @@ def main() -> int:
     )
     processor = AutoImageProcessor.from_pretrained(args.hf_dir, backend="pil")
     images = read_images(args.dataset, args.samples)
-    loader = build_train_loader(config, hf_dir=args.hf_dir, spec=spec)
+    model = {"hf_dir": args.hf_dir, "spec": spec, "family": family(spec.model_type)}
+    loader = build_train_loader(config, **model)
     batches = iter(loader)
     next(batches)  # the first fills the packing buffer
     gc.collect()
@@ -115,7 +116,10 @@ def watch_memory(config: DataConfig, args, spec) -> None:
     """The resident memory of a worker process, as it reads."""
     from dataclasses import replace
 
-    loader = build_train_loader(replace(config, num_workers=1), hf_dir=args.hf_dir, spec=spec)
+    loader = build_train_loader(
+        replace(config, num_workers=1), hf_dir=args.hf_dir, spec=spec,
+        family=family(spec.model_type),
+    )
     seen, marks = 0, [args.memory_samples * part // 10 for part in range(1, 11)]
     print(f"\nresident memory of a worker over {args.memory_samples:,} samples")
     for batch in loader:

@@ -121,7 +121,7 @@ class Meter:
 
 def make_batch(spec, seq_length: int, rows: int):
     from megatron_vl.data.encode.rows import make_batch, make_row
-    from megatron_vl.models.common.mrope import rope_of
+    from megatron_vl.models import family
     from megatron_vl.parity.cases import Case, make_samples
 
     tokens = GRID[1] * GRID[2] // spec.vision.spatial_merge_size**2
@@ -130,8 +130,9 @@ def make_batch(spec, seq_length: int, rows: int):
     row = [sample for sample, end in zip(samples, ends, strict=True) if end <= seq_length]
     if not row:
         raise ValueError(f"--seq-length {seq_length} holds no image of {tokens} tokens; raise it.")
-    rope = rope_of(spec.tokens, spec.vision.spatial_merge_size)
-    return make_batch([make_row(row)] * rows, row_length=seq_length, pad_token=0, rope=rope)
+    positions = family(spec.model_type).positions(spec)
+    return make_batch([make_row(row)] * rows, row_length=seq_length, pad_token=0,
+                      positions=positions)
 
 
 def measure(args) -> None:

@@ -51,7 +51,7 @@ def read_batches(args) -> list:
     """The microbatches of one step, from the dataset as the trainer reads it."""
     from megatron_vl.data.load.loader import DataConfig, build_train_loader
     from megatron_vl.data.load.mixture import Mixture
-    from megatron_vl.models import load_spec
+    from megatron_vl.models import family, load_spec
 
     config = DataConfig(
         train=Mixture.parse(str(args.dataset)), seq_length=args.seq_length, num_workers=0,
@@ -59,7 +59,10 @@ def read_batches(args) -> list:
         packing_buffer_size=None if args.no_pack else 200,
         row_multiple=64,  # a plan's at TP1 PP1; packed rows are full
     )
-    batches = iter(build_train_loader(config, hf_dir=args.hf_dir, spec=load_spec(args.hf_dir)))
+    spec = load_spec(args.hf_dir)
+    batches = iter(build_train_loader(
+        config, hf_dir=args.hf_dir, spec=spec, family=family(spec.model_type)
+    ))
     return [next(batches) for _ in range(args.rows // args.micro_batch_size)]
 
 

@@ -33,7 +33,7 @@ WARMUP = 2  # steps left out
 def read_batches(args) -> tuple[list, object]:
     """The microbatches of one step as the trainer reads them, and the model's `VLMSpec`."""
     from megatron_vl.data.load.loader import DataConfig, build_train_loader
-    from megatron_vl.models import load_spec
+    from megatron_vl.models import family, load_spec
     from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import mixtures
 
@@ -42,7 +42,7 @@ def read_batches(args) -> tuple[list, object]:
     spec = load_spec(hf_dir)
     loader = build_train_loader(
         DataConfig(train=train, seq_length=args.seq_length, num_workers=0, packing_buffer_size=100),
-        hf_dir=hf_dir, spec=spec,
+        hf_dir=hf_dir, spec=spec, family=family(spec.model_type),
     )
     batches = iter(loader)
     return [next(batches) for _ in range(args.rows)], spec

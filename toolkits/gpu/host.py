@@ -224,16 +224,17 @@ def main() -> None:
 def beside(args, results: Results, clock: Clock, work) -> None:
     """Again while reading processes fill their buffers, as at the start of a run."""
     from megatron_vl.data.load.loader import DataConfig, build_train_loader
-    from megatron_vl.models import load_spec
+    from megatron_vl.models import family, load_spec
     from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import mixtures
 
     hf_dir, data = args.inputs / args.model, str(args.inputs / "data")
     train, _ = mixtures(TrainConfig.from_dict({"hf_config": str(hf_dir), "train_data_path": data}))
+    spec = load_spec(hf_dir)
     loader = build_train_loader(
         DataConfig(train=train, seq_length=args.seq_length, num_workers=8,
                    packing_buffer_size=100),
-        hf_dir=hf_dir, spec=load_spec(hf_dir),
+        hf_dir=hf_dir, spec=spec, family=family(spec.model_type),
     )
     rows = iter(loader)
     next(rows)

@@ -13,7 +13,7 @@ from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 
 from megatron_vl.data.encode.samples import IGNORE, EncodedSample, RowBatch
-from megatron_vl.models.common.mrope import Rope
+from megatron_vl.models.family import Positions
 
 
 @edataclass
@@ -52,19 +52,19 @@ def least_length(rows: Sequence[Row], *, multiple: int, most: int) -> int:
 
 
 def make_batch(
-    rows: Sequence[Row], *, row_length: int, pad_token: int, rope: Rope
+    rows: Sequence[Row], *, row_length: int, pad_token: int, positions: Positions
 ) -> RowBatch:
     """Lay rows out as the tensors of a `RowBatch`.
 
     Args:
         row_length: S; no row's samples hold more tokens.
         pad_token: the token that fills a row's tail.
-        rope: the positions of a sample, of its tokens and grids.
+        positions: those of a sample, of its tokens and grids.
     """
     shape = (len(rows), row_length)
     tokens = np.full(shape, pad_token, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
-    position_ids = np.empty((3, *shape), dtype=np.int64)
+    position_ids = np.empty((positions.axes, *shape), dtype=np.int64)
     bounds = [0]
     for number, row in enumerate(rows):
         at = 0
@@ -73,7 +73,7 @@ def make_batch(
             assert end <= row_length, f"{sample.name} ends at {end} of a row of {row_length}"
             tokens[number, at:end] = sample.tokens.numpy()
             labels[number, at:end] = sample.labels.numpy()
-            position_ids[:, number, at:end] = rope(sample.tokens, sample.grids)
+            position_ids[:, number, at:end] = positions(sample.tokens, sample.grids)
             bounds.append(number * row_length + end)
             at = end
         if at < row_length:

@@ -103,7 +103,7 @@ class RowBatch:
     tokens: torch.Tensor  # int64 [B, S]
     labels: torch.Tensor  # int64 [B, S], already shifted: the target of each position, or IGNORE
     loss_mask: torch.Tensor  # float32 [B, S]: 1 where the position is trained
-    position_ids: torch.Tensor  # int64 [3, B, S]: time, height, width; every sample starts at 0
+    position_ids: torch.Tensor  # int64 [axes, B, S], the family's axes; every sample starts at 0
     cu_seqlens: torch.Tensor  # int32 [segments + 1]: bounds over the B*S tokens, row after row
     pixel_patches: torch.Tensor | None  # float32 [P, D] of all images, in order of their tokens
     grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none

@@ -19,6 +19,7 @@ from megatron_vl.data.load.energon_samples import SERVED, conversation_of
 from megatron_vl.data.load.loader import DataConfig
 from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
+from megatron_vl.models.family import Family
 from megatron_vl.models.spec import VLMSpec
 
 STOPS = "stops training"  # beside the reasons for which training skips a sample
@@ -128,7 +129,8 @@ class _Encoder(SampleEncoder):
 
 
 def build_encoder(
-    config: DataConfig, hf_dir: Path | None, spec: VLMSpec | None, *, split: str
+    config: DataConfig, hf_dir: Path | None, spec: VLMSpec | None, family: Family | None, *,
+    split: str,
 ) -> _Encoder:
     """Training's encoder of `config`; one that only reads conversations without a model.
 
@@ -141,10 +143,11 @@ def build_encoder(
     )  # fmt: skip
     datasets = config.train.names(split)
     if hf_dir is None:
-        return _Encoder(chat=None, media=None, rules=rules, datasets=datasets)
+        return _Encoder(chat=None, media=None, positions=None, rules=rules, datasets=datasets)
     return _Encoder(
         chat=ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
         media=MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
+        positions=family.positions(spec, config.media.video_positions),
         rules=rules,
         datasets=datasets,
     )

@@ -20,6 +20,7 @@ from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.options import MediaLimits, TrainedText
 from megatron_vl.data.raw.shards import show_progress
 from megatron_vl.errors import Bounds, CheckFailed, InputError
+from megatron_vl.models.family import Family
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.outputs import check_target, replacing
 
@@ -39,6 +40,7 @@ class LintConfig:
     data: Mixture
     hf_dir: Path | None = None  # whose tokenizer and image settings count; None: no tokens
     spec: VLMSpec | None = None  # of that model
+    family: Family | None = None
     split: str = "train"
     samples: int = 2000  # looked at; 0: all
     seq_length: int = 2048  # tokens of a row
@@ -92,7 +94,8 @@ def lint(config: LintConfig) -> str:
     target = config.target
     _check_output(target, [*(leaf.path for leaf in leaves), *config.data.paths,
                            *([config.hf_dir] if config.hf_dir else []), Path.cwd()])
-    encoder = build_encoder(config.rows, config.hf_dir, config.spec, split=config.split)
+    encoder = build_encoder(config.rows, config.hf_dir, config.spec, config.family,
+                            split=config.split)
     looker = Looker(leaves, encoder, decode=config.decode)
     with replacing(target) as folder:
         looks = _look(looker, list(choose(leaves, config.samples, seed=config.seed)),

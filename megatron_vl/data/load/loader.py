@@ -42,6 +42,7 @@ from megatron_vl.data.load.shard_files import note_places
 from megatron_vl.data.load.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
 from megatron_vl.data.options import BOUNDS, MediaLimits, TrainedText
 from megatron_vl.errors import InputError, check_bounds, shown
+from megatron_vl.models.family import Family
 from megatron_vl.models.spec import VLMSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
@@ -230,6 +231,7 @@ def build_train_loader(
     *,
     hf_dir: Path,
     spec: VLMSpec,
+    family: Family,
     dp_rank: int = 0,
     dp_size: int = 1,
     data_parallel_group: torch.distributed.ProcessGroup | None = None,
@@ -238,7 +240,7 @@ def build_train_loader(
 
     Args:
         hf_dir: the model's tokenizer and preprocessor_config.json.
-        spec: its `vision` and `tokens` are read.
+        spec, family: the model's; of the spec `vision` and `tokens` are read.
         dp_rank, dp_size: the pure data-parallel coordinates, not counting context parallelism.
 
     Raises:
@@ -254,7 +256,7 @@ def build_train_loader(
                 f"processes (data-parallel size x workers); ask for fewer workers."
             )
     datasets = config.train.names("train")
-    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec), datasets=datasets)
+    encoder = RowEncoder(**_encoder_parts(config, hf_dir, spec, family), datasets=datasets)
     workers = _workers(config, dp_rank, dp_size, config.num_workers, datasets, data_parallel_group)
     with field_map_errors(config.train):
         dataset = get_train_dataset(
@@ -278,6 +280,7 @@ def build_valid_loader(
     *,
     hf_dir: Path,
     spec: VLMSpec,
+    family: Family,
     dp_rank: int = 0,
     dp_size: int = 1,
     max_batches: int | None = None,
@@ -299,7 +302,7 @@ def build_valid_loader(
         raise InputError("there is no validation dataset; give its directory.")
     config.valid.check("val")
     datasets = config.valid.names("val")
-    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec), datasets=datasets)
+    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec, family), datasets=datasets)
     # One process reads in order; the split into ranks comes after packing.
     workers = _workers(config, 0, 1, min(1, config.num_workers), datasets)
     with field_map_errors(config.valid):
@@ -366,10 +369,11 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
         return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
 
 
-def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec) -> dict:
+def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec, family: Family) -> dict:
     return {
         "chat": ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
         "media": MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
+        "positions": family.positions(spec, config.media.video_positions),
         "rules": config.rules,
     }
 

@@ -54,7 +54,7 @@ from megatron_vl.data.load.epochs import RowPacking, WholeEpochs
 from megatron_vl.data.load.shard_files import PLACES, ShardFiles
 from megatron_vl.errors import InputError, printable
 from megatron_vl.inputs import json_value
-from megatron_vl.models.common.mrope import rope_of
+from megatron_vl.models.family import Positions
 
 _ENCODE, _DECODE = "encode", "decode"
 _MANY_TIMES, _MANY = 10, 100  # all samples so often, and so many
@@ -102,11 +102,12 @@ class SampleEncoder(TaskEncoder):
 
     decoder = TextDecoder()
 
-    def __init__(self, *, chat: ChatTokenizer, media: MediaProcessor, rules: RowRules,
-                 datasets: Mapping[str, str] | None = None):
+    def __init__(self, *, chat: ChatTokenizer, media: MediaProcessor, positions: Positions,
+                 rules: RowRules, datasets: Mapping[str, str] | None = None):
         """`datasets`: names that tell datasets apart, by path: see `Mixture.names`."""
         self.chat = chat
         self.media = media
+        self.positions = positions
         self.rules = rules
         self.datasets = datasets or {}
         self.files = ShardFiles()
@@ -219,9 +220,7 @@ class SampleEncoder(TaskEncoder):
     def make_batch(self, rows: list[Row]) -> RowBatch:
         batch = make_batch(
             rows, row_length=self.rules.batch_length(rows), pad_token=self.chat.pad_token,
-            rope=rope_of(
-                self.chat.tokens, self.media.merge_size, self.media.limits.video_positions
-            ),
+            positions=self.positions,
         )
         batch.skipped, self.skipped = tuple(self.skipped), []
         return batch

@@ -9,17 +9,17 @@ the longest spatial side, so that text may come before the last frames of a long
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from megatron_vl.models.spec import TokenIds
+from megatron_vl.models.family import Grid
+from megatron_vl.models.spec import VLMSpec
 
-Grid = Sequence[int]  # (frames, rows, columns) in patches before merging, as image processors say
-Rope = Callable[[torch.Tensor, Sequence[Grid]], torch.Tensor]
 VideoPositions = Literal["published", "transformers5"]  # whether frames count, or sides alone
 _SMALL = 4096  # tokens of an image whose positions are remembered
 
@@ -87,11 +87,26 @@ def _counted(frames: int, rows: int, columns: int) -> np.ndarray:
 _remembered = lru_cache(128)(_counted)
 
 
-def rope_of(
-    tokens: TokenIds, merge_size: int, video_positions: VideoPositions = "published"
-) -> Rope:
-    """`rope_index` of one model: of a sample's tokens and grids."""
-    return partial(
-        rope_index, image_token=tokens.image, video_token=tokens.video, merge_size=merge_size,
-        video_positions=video_positions,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Positions:
+    """`rope_index` of one model: the family's `megatron_vl.models.family.Positions`."""
+
+    axes: ClassVar[int] = 3  # time, height, width
+    image_token: int
+    video_token: int
+    merge_size: int
+    video_positions: VideoPositions
+
+    def __call__(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        return rope_index(
+            tokens, grids, image_token=self.image_token, video_token=self.video_token,
+            merge_size=self.merge_size, video_positions=self.video_positions,
+        )
+
+
+def positions(spec: VLMSpec, video_positions: VideoPositions = "published") -> _Positions:
+    """Positions of a sample's tokens, of its tokens and grids."""
+    return _Positions(
+        image_token=spec.tokens.image, video_token=spec.tokens.video,
+        merge_size=spec.vision.spatial_merge_size, video_positions=video_positions,
     )
