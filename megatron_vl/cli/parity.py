@@ -165,7 +165,7 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
         return code
     print("running transformers", flush=True)
     differences, own = [[] for _ in layouts], []
-    for index, case in enumerate(cases(setting.packed)):
+    for index, case in enumerate(cases(spec, setting.packed)):
         theirs = run_transformers(args.hf_dir, spec, case)
         if setting.dtype != "float32":
             theirs_rounded = run_transformers(args.hf_dir, spec, case, setting.dtype)

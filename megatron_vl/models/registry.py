@@ -45,6 +45,14 @@ class Family:
         """See `megatron_vl.models.family.Family`; this imports torch."""
         return self._part("positions", "positions")(spec, video_positions)
 
+    def judge(self):
+        """transformers' class that loads a published directory of this family."""
+        return self._part("reference", "auto_class")()
+
+    def judge_inputs(self, *sample) -> dict:
+        """What the judge takes beside the tokens of a sample: see the family's `reference`."""
+        return self._part("reference", "inputs")(*sample)
+
     def check_size(self, spec: VLMSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
 

@@ -207,6 +207,11 @@ class VLMSpec:
             )
 
     @property
+    def towers(self) -> list[VisionSpec | DecoderSpec]:
+        """Their sizes, in the order they run."""
+        return [self.decoder] if self.vision is None else [self.vision, self.decoder]
+
+    @property
     def layers(self) -> dict[str, int]:
         """Of every tower of `StageSplit`, in the order they run."""
         return ({} if self.vision is None else {"vit": self.vision.depth}) | {
@@ -231,6 +236,11 @@ class VLMSpec:
                 raise InputError(
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
                 )
+        if vision is None and layout.vit_data_parallel:
+            raise InputError(
+                f"vit-data-parallel divides images over TP ranks, but {self.model_type} takes "
+                f"none; leave it out."
+            )
         for what, size in () if vision is None else (
             ("vision attention heads", vision.num_heads),
             ("vision ffn width", vision.ffn_hidden_size),

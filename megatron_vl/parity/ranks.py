@@ -104,7 +104,7 @@ def _run_layout(
     load_weights(source, model, spec, layout, split)
     dp_rank = parallel_state.get_data_parallel_rank()
 
-    for index, case in enumerate(cases(setting.packed)):
+    for index, case in enumerate(cases(spec, setting.packed)):
         # As in training, where rows of one sample are no longer than a microbatch needs.
         batches = make_batches(
             spec, case, make_samples(spec, case),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
-from megatron_vl.models.spec import VLMSpec
+
+class _Counted:
+    """The family's `megatron_vl.models.family.Positions`."""
+
+    axes: ClassVar[int] = 1
+
+    def __call__(self, tokens: torch.Tensor, grids: Sequence = ()) -> torch.Tensor:
+        return torch.arange(len(tokens))[None]
 
 
-def positions(spec: VLMSpec, video_positions: str = "published"):
-    """Of a sample's tokens int64 [S]: int64 [1, S]. There are no videos to have a rule for."""
-    return _counted
-
-
-def _counted(tokens: torch.Tensor, grids: Sequence = ()) -> torch.Tensor:
-    return torch.arange(len(tokens))[None]
+def positions(spec, video_positions: str = "published") -> _Counted:
+    """There are no videos to have a rule for."""
+    return _Counted()

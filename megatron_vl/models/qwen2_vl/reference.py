@@ -23,7 +23,7 @@ def inputs(spec, tokens, grids, patches, positions) -> dict:
         tokens: int64 [S].
         grids: of the media, in order.
         patches: float [P, D] of them all; None without any.
-        positions: int64 [3, S].
+        positions: the family's.
     """
     if patches is None:
         return {}
@@ -35,7 +35,7 @@ def inputs(spec, tokens, grids, patches, positions) -> dict:
         (videos if grid[0] > 1 else images).append((pixels, grid))
     is_image, is_video = tokens == spec.tokens.image, tokens == spec.tokens.video
     arguments = {
-        "position_ids": positions[:, None],
+        "position_ids": positions(tokens, grids)[:, None],
         "mm_token_type_ids": (is_image.int() + 2 * is_video.int())[None],
     }
     for (values, grid_thw), found in kinds.items():
