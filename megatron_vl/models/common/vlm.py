@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.language_model import LanguageModel
-from megatron_vl.models.common.layer_spec import block_spec
+from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
@@ -84,7 +84,7 @@ class VisionLanguageModel(MegatronModule):
             layers = split.layers("llm", stage, chunk)
             self.language_model = LanguageModel(
                 config=config,
-                transformer_layer_spec=block_spec(causal=True, num_layers=len(layers)),
+                transformer_layer_spec=block_spec([LayerKind(causal=True)] * len(layers)),
                 vocab_size=spec.padded_vocab_size(layout.tp),
                 max_sequence_length=spec.decoder.max_position_embeddings,
                 pre_process=self.embeds,
