@@ -9,10 +9,11 @@ from pathlib import Path
 
 from megatron_vl.data.encode.model_files import check_model_files
 from megatron_vl.data.load.mixture import Mixture
-from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.common.recompute import Recompute, recompute_of
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
@@ -325,7 +326,8 @@ def check_paths(config: TrainConfig) -> None:
             without the split that is read from it, or an output that cannot be.
     """
     hf_dir = hf_directory(config)
-    check_model_files(hf_dir, load_spec(hf_dir).vision)
+    spec = load_spec(hf_dir)
+    check_model_files(hf_dir, spec, family(spec.model_type))
     for mixture, split in datasets(config):
         mixture.check(split)
     check_outputs(config)

@@ -28,7 +28,7 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "ops": ("parallel", "platform"),
     "weights": ("parallel",),
     "models": ("parallel", "platform", "ops", "weights"),
-    "data": ("parallel", "models.spec", "models.family"),
+    "data": ("parallel", "models.spec", "models.family", "models.media"),
     "training": ("parallel", "platform", "launch", "ops", "weights", "models", "data"),
     "parity": ("parallel", "platform", "ops", "weights", "models", "data", "training"),
     "cli": ("parallel", "platform", "launch", "ops", "weights", "models", "data", "training",

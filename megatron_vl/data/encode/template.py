@@ -14,10 +14,11 @@ from functools import cached_property
 
 import jinja2
 
-from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
+from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import MEDIA_KINDS
 
-_ASKED = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+_ASKED = (Turn(role="user", parts=(Part(text="a"),)),)
 # What rendering raises: Jinja, its sandbox, and what a template does with what it finds.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
@@ -34,16 +35,19 @@ Span = tuple[int, int]  # the characters from one up to, and without, another
 class ChatTemplate:
     """The chat template of a fast tokenizer of transformers."""
 
-    def __init__(self, tokenizer, *, last_answer_only: bool = False, everything: bool = False):
+    def __init__(self, tokenizer, *, last_answer_only: bool = False, everything: bool = False,
+                 text_only: bool = False):
         """The characters told apart are those of answers that are trained.
 
         Args:
             last_answer_only: earlier answers are taken for prompts.
             everything: prompts are trained too; told apart are answers that are not, and what tools
                 give.
+            text_only: of a model without media, whose template takes contents as plain text.
         """
         self.tokenizer = tokenizer
         self.last_answer_only, self.everything = last_answer_only, everything
+        self.text_only = text_only
 
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, *,
@@ -53,6 +57,10 @@ class ChatTemplate:
         return self.tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+    def messages(self, turns: Sequence[Turn]) -> list[dict]:
+        """The turns as the template takes them."""
+        return [turn.message(plain=self.text_only) for turn in turns]
 
     def write(self, turns: Sequence[Turn], tools: str = "") -> tuple[str, list[Span]]:
         """The conversation's text, and the characters of it that are told apart, in order.
@@ -88,7 +96,7 @@ class ChatTemplate:
         self, turns: Sequence[Turn], tools: list[dict] | None
     ) -> tuple[str, dict[int, Span]]:
         """The rendered text, and where every answer is, by the number of its turn."""
-        messages = [turn.message() for turn in turns]
+        messages = self.messages(turns)
         text = self.render(messages, tools)
         spans = {}
         for number, message in enumerate(messages):
@@ -123,7 +131,8 @@ class ChatTemplate:
         if len(messages) > 1:
             return self.render(messages[:-1], tools, add_generation_prompt=True)
         # transformers renders no empty conversation; a template may write a system turn of its own.
-        request = self.render(_ASKED, add_generation_prompt=True).removeprefix(self.render(_ASKED))
+        asked = self.messages(_ASKED)
+        request = self.render(asked, add_generation_prompt=True).removeprefix(self.render(asked))
         text = self.render(messages, tools)
         if not request or request not in text:
             raise BadEntry(
