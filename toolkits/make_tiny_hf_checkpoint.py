@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a small random Qwen2-VL as a true Hugging Face directory.
+"""Write a small random Qwen2-VL, or Qwen2, as a true Hugging Face directory.
 
 config.json, safetensors with the published key names, Qwen2's tokenizer with the vision tokens and
 the chat template, preprocessor_config.json. Needs torch, safetensors and, for the BPE ranks, the
@@ -75,6 +75,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default,
                             help=f"{what} (default {default})")
+    parser.add_argument("--model-type", choices=("qwen2_vl", "qwen2"), default="qwen2_vl",
+                        help="qwen2 is the language model alone (default qwen2_vl)")
     parser.add_argument("--init-std", type=float, default=0.02,
                         help="standard deviation of the random weights (default 0.02)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
@@ -250,6 +252,15 @@ def model_config(args: argparse.Namespace, vocab_size: int, ids: dict[str, int])
     }
 
 
+def text_config(config: dict) -> dict:
+    """The same model without eyes: Qwen2's."""
+    vision = ("vision_config", "vision_token_id", "vision_start_token_id", "vision_end_token_id",
+              "image_token_id", "video_token_id", "rope_scaling")
+    return {name: value for name, value in config.items() if name not in vision} | {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+    }
+
+
 def preprocessor_config(args: argparse.Namespace) -> dict:
     return {
         "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
@@ -273,32 +284,18 @@ def preprocessor_config(args: argparse.Namespace) -> dict:
 
 def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every published tensor of the model and its shape, in the order of the model."""
-    vision, hidden = config["vision_config"], config["hidden_size"]
-    width, merged = vision["embed_dim"], vision["embed_dim"] * MERGE**2
-    ffn, heads = config["intermediate_size"], config["num_attention_heads"]
+    hidden, ffn, heads = (config[name] for name in ("hidden_size", "intermediate_size",
+                                                    "num_attention_heads"))
     group = hidden // heads * config["num_key_value_heads"]
-    patch = vision["patch_size"]
-    shapes = {"visual.patch_embed.proj.weight": (width, CHANNELS, TEMPORAL, patch, patch)}
+    shapes = {}
 
     def linear(name: str, rows: int, columns: int, bias: bool) -> None:
         shapes[f"{name}.weight"] = (rows, columns)
         if bias:
             shapes[f"{name}.bias"] = (rows,)
 
-    def layer_norm(name: str) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
-    for i in range(vision["depth"]):
-        block = f"visual.blocks.{i}"
-        layer_norm(f"{block}.norm1")
-        layer_norm(f"{block}.norm2")
-        linear(f"{block}.attn.qkv", 3 * width, width, True)
-        linear(f"{block}.attn.proj", width, width, True)
-        linear(f"{block}.mlp.fc1", width * vision["mlp_ratio"], width, True)
-        linear(f"{block}.mlp.fc2", width, width * vision["mlp_ratio"], True)
-    layer_norm("visual.merger.ln_q")
-    linear("visual.merger.mlp.0", merged, merged, True)
-    linear("visual.merger.mlp.2", hidden, merged, True)
+    if "vision_config" in config:
+        _vision_shapes(config["vision_config"], hidden, shapes, linear)
     shapes["model.embed_tokens.weight"] = (config["vocab_size"], hidden)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
@@ -315,6 +312,28 @@ def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return shapes
+
+
+def _vision_shapes(vision: dict, hidden: int, shapes: dict, linear) -> None:
+    """Add those of the tower and the merger."""
+    width, merged = vision["embed_dim"], vision["embed_dim"] * MERGE**2
+    patch = vision["patch_size"]
+    shapes["visual.patch_embed.proj.weight"] = (width, CHANNELS, TEMPORAL, patch, patch)
+
+    def layer_norm(name: str) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+    for i in range(vision["depth"]):
+        block = f"visual.blocks.{i}"
+        layer_norm(f"{block}.norm1")
+        layer_norm(f"{block}.norm2")
+        linear(f"{block}.attn.qkv", 3 * width, width, True)
+        linear(f"{block}.attn.proj", width, width, True)
+        linear(f"{block}.mlp.fc1", width * vision["mlp_ratio"], width, True)
+        linear(f"{block}.mlp.fc2", width, width * vision["mlp_ratio"], True)
+    layer_norm("visual.merger.ln_q")
+    linear("visual.merger.mlp.0", merged, merged, True)
+    linear("visual.merger.mlp.2", hidden, merged, True)
 
 
 def random_weights(config: dict, seed: int):
@@ -363,6 +382,8 @@ def write_checkpoint(args: argparse.Namespace) -> dict:
     else:
         vocab_size = math.ceil((len(vocab) + len(ids)) / 128) * 128
     config = model_config(args, vocab_size, ids)
+    if args.model_type == "qwen2":
+        config = text_config(config)
     weights = random_weights(config, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -375,7 +396,8 @@ def write_checkpoint(args: argparse.Namespace) -> dict:
         "bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
         "do_sample": False, "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
     })
-    write("preprocessor_config.json", preprocessor_config(args))
+    if "vision_config" in config:
+        write("preprocessor_config.json", preprocessor_config(args))
     write("tokenizer.json", tokenizer, indent=None)
     write("tokenizer_config.json", tokenizer_config(len(vocab), args.max_positions))
     write("vocab.json", vocab, indent=None)
@@ -395,9 +417,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {made['parameters']:,} parameters, {made['num_hidden_layers']} language "
-          f"and {made['vision_config']['depth']} vision layers, vocabulary "
-          f"{made['vocab_size']:,}, {args.dtype}")
+    vision = f" and {args.vision_depth} vision" if "vision_config" in made else ""
+    print(f"{args.out}: {made['parameters']:,} parameters, {made['num_hidden_layers']} language"
+          f"{vision} layers, vocabulary {made['vocab_size']:,}, {args.dtype}")
     return 0
 
 

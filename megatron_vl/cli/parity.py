@@ -155,8 +155,9 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     for number, (layout, split) in enumerate(layouts):
         options = ["--dtype", setting.dtype]
         options += ["--tp", layout.tp, "--pp", layout.pp, "--vp", layout.vp]
-        for option, rows in (("--pp-layers", split.llm), ("--vit-pp-layers", split.vit)):
-            options += [option, json.dumps(rows)]
+        for tower in split.towers:
+            option = "--pp-layers" if tower == "llm" else f"--{tower}-pp-layers"
+            options += [option, json.dumps(split.rows(tower))]
         _convert(args.hf_dir, work_dir / str(number) / "weights", *options)
     print("running Megatron-Core", flush=True)
     code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)
@@ -164,7 +165,7 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
         return code
     print("running transformers", flush=True)
     differences, own = [[] for _ in layouts], []
-    for index, case in enumerate(cases(setting.packed)):
+    for index, case in enumerate(cases(spec, setting.packed)):
         theirs = run_transformers(args.hf_dir, spec, case)
         if setting.dtype != "float32":
             theirs_rounded = run_transformers(args.hf_dir, spec, case, setting.dtype)

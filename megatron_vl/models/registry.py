@@ -16,9 +16,11 @@ from megatron_vl.errors import InputError, shown
 from megatron_vl.models.family import Positions, Processor, TemplateWriter
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import VLMSpec
+from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
+    "qwen2": "qwen2",
     "qwen2_vl": "qwen2_vl",
 }
 
@@ -70,6 +72,14 @@ class Family:
             return None
         return self._part("prompt", "template_writer")(source)
 
+    def judge(self):
+        """transformers' class that loads a published directory of this family."""
+        return self._part("reference", "auto_class")()
+
+    def judge_inputs(self, *sample) -> dict:
+        """What the judge takes beside the tokens of a sample: see the family's `reference`."""
+        return self._part("reference", "inputs")(*sample)
+
     def check_size(self, spec: VLMSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
 
@@ -87,15 +97,12 @@ class Family:
                 f"{next((name for name, known in sizes.items() if known == have), 'auto')}."
             )
 
-    @property
-    def builder_path(self) -> str:
-        """Of the function that builds the Megatron-Core model; see `build_model`."""
-        return f"{self.package}.model:build_model"
+    def build_model(self, spec: VLMSpec, layout: Layout, split: StageSplit, options) -> list:
+        """This rank's chunks of the Megatron-Core model, first to last; this imports it."""
+        from megatron_vl.models.common.vlm import build_chunks
 
-    def build_model(self, *args, **kwargs):
-        """Calls the family's model builder; this imports Megatron-Core."""
-        module, _, name = self.builder_path.partition(":")
-        return getattr(import_module(module), name)(*args, **kwargs)
+        build_tower = None if spec.vision is None else self._part("tower", "build_tower")
+        return build_chunks(spec, layout, split, options, build_tower)
 
 
 def known_families() -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel.stages import LANGUAGE, WORDS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,7 +35,7 @@ class DecoderSpec:
     tie_word_embeddings: bool  # the output layer is the embedding
     norm_eps: float
     rope_theta: float  # base of the rotary frequencies
-    mrope_section: tuple[int, int, int]  # half-head channels for time, height, width
+    rope_sections: tuple[int, ...]  # half-head channels that each axis of positions turns
     qkv_bias: bool
     max_position_embeddings: int  # tokens
     init_std: float  # standard deviation of freshly drawn weights
@@ -48,10 +49,10 @@ class DecoderSpec:
                 f"{self.num_query_groups} key/value heads; the first must be a multiple of the "
                 f"second."
             )
-        if 2 * sum(self.mrope_section) != self.head_dim:
+        if 2 * sum(self.rope_sections) != self.head_dim:
             raise InputError(
-                f"config.json's mrope_section {list(self.mrope_section)} sums to "
-                f"{sum(self.mrope_section)}; it must be half of the head width {self.head_dim}."
+                f"config.json's mrope_section {list(self.rope_sections)} sums to "
+                f"{sum(self.rope_sections)}; it must be half of the head width {self.head_dim}."
             )
 
     def forward_flops(self, lengths: Sequence[int], trained: int) -> int:
@@ -119,6 +120,21 @@ class VisionSpec:
         """Numbers in one flattened patch, as the image processor hands it over."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
+    # ---- what pipeline and fusion ask, whatever the tower is ----------------------------------
+
+    @property
+    def smallest_grid(self) -> tuple[int, int, int]:
+        """Of an image of one token."""
+        return 1, self.spatial_merge_size, self.spatial_merge_size
+
+    def num_tokens(self, grid: Sequence[int]) -> int:
+        """Tokens that the decoder sees of an image or video of t x h x w patches."""
+        return math.prod(grid) // self.spatial_merge_size**2
+
+    def states(self, grids: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Shape of the hidden states of these grids between layers: patches, width."""
+        return sum(map(math.prod, grids)), self.hidden_size
+
     def forward_flops(self, grid: tuple[int, int, int]) -> int:
         """FLOPs of a forward pass over one image or video of t x h x w patches.
 
@@ -159,10 +175,10 @@ class Grounding:
 class TokenIds:
     """Ids config.json gives; None where only the tokenizer knows."""
 
-    image: int
-    video: int
-    vision_start: int
-    vision_end: int
+    image: int | None = None  # None: the model takes none
+    video: int | None = None
+    vision_start: int | None = None
+    vision_end: int | None = None
     grounding: Grounding | None = None  # its marks are tokens; None: the family has no such form
     bos: int | None = None
     eos: int | None = None
@@ -176,19 +192,31 @@ class VLMSpec:
     model_type: str  # config.json's, and the registry's name of the family
     dtype: str  # of the published weights: one of DTYPES
     decoder: DecoderSpec
-    vision: VisionSpec
     tokens: TokenIds
+    vision: VisionSpec | None = None  # None: the model takes text alone
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(
                 f"config.json's dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}."
             )
-        if self.vision.out_hidden_size != self.decoder.hidden_size:
+        if self.vision is not None and self.vision.out_hidden_size != self.decoder.hidden_size:
             raise InputError(
                 f"config.json's vision tower ends {self.vision.out_hidden_size} wide but the "
                 f"language model is {self.decoder.hidden_size} wide; make them equal."
             )
+
+    @property
+    def towers(self) -> list[VisionSpec | DecoderSpec]:
+        """Their sizes, in the order they run."""
+        return [self.decoder] if self.vision is None else [self.vision, self.decoder]
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Of every tower of `StageSplit`, in the order they run."""
+        return ({} if self.vision is None else {"vit": self.vision.depth}) | {
+            LANGUAGE: self.decoder.num_layers
+        }
 
     def check_layout(self, layout: Layout, split: StageSplit) -> None:
         """Whether this model can be spread over `layout` with the layers of `split`.
@@ -208,7 +236,12 @@ class VLMSpec:
                 raise InputError(
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
                 )
-        for what, size in (
+        if vision is None and layout.vit_data_parallel:
+            raise InputError(
+                f"vit-data-parallel divides images over TP ranks, but {self.model_type} takes "
+                f"none; leave it out."
+            )
+        for what, size in () if vision is None else (
             ("vision attention heads", vision.num_heads),
             ("vision ffn width", vision.ffn_hidden_size),
             ("merger width", vision.merged_size),
@@ -241,27 +274,21 @@ class VLMSpec:
                 f"the layer split ({split}) is for PP {split.pp} x VP {split.vp} but the layout is "
                 f"PP {layout.pp} x VP {layout.vp}; give one split for the layout."
             )
-        for what, have, want in (
-            ("language", split.num_layers, decoder.num_layers),
-            ("vision", split.vision_layers, vision.depth),
-        ):
+        for tower in dict.fromkeys((LANGUAGE, *self.layers, *split.towers)):
+            have, want = split.count(tower), self.layers.get(tower, 0)
             if have != want:
                 raise InputError(
-                    f"the layer split ({split}) holds {have} {what} layers but config.json has "
-                    f"{want}."
+                    f"the layer split ({split}) holds {have} {WORDS.get(tower, tower)} layers but "
+                    f"config.json has {want}."
                 )
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding under tensor parallelism: the next multiple of `tp`."""
         return -(-self.decoder.vocab_size // tp) * tp
 
-    def split(self, *, pp: int = 1, vp: int = 1, first_stage_layers: int | None = None,
-              llm=None, vit=None) -> StageSplit:
+    def split(self, **wanted) -> StageSplit:
         """`StageSplit.create` with this model's layer counts."""
-        return StageSplit.create(
-            num_layers=self.decoder.num_layers, vision_layers=self.vision.depth, pp=pp, vp=vp,
-            first_stage_layers=first_stage_layers, llm=llm, vit=vit,
-        )
+        return StageSplit.create(layers=self.layers, **wanted)
 
     def megatron_args(self, layout: Layout, split: StageSplit, dtype: str) -> dict:
         """The `args` of a checkpoint under Megatron's names, plain values only.
@@ -282,8 +309,7 @@ class VLMSpec:
             "padded_vocab_size": self.padded_vocab_size(layout.tp),
             "untie_embeddings_and_output_weights": not decoder.tie_word_embeddings,
             "max_position_embeddings": decoder.max_position_embeddings,
-            "position_embedding_type": "mrope",
-            "mrope_section": list(decoder.mrope_section),
+            **_position_args(decoder),
             "rotary_base": decoder.rope_theta,
             "normalization": "RMSNorm",
             "norm_epsilon": decoder.norm_eps,
@@ -291,8 +317,9 @@ class VLMSpec:
             "add_bias_linear": False,
             "add_qkv_bias": decoder.qkv_bias,
             "init_method_std": decoder.init_std,
-            "vision_num_layers": vision.depth,
-            "vision_hidden_size": vision.hidden_size,
+            **({} if vision is None else {
+                "vision_num_layers": vision.depth, "vision_hidden_size": vision.hidden_size,
+            }),
             "bf16": dtype == "bfloat16",
             "fp16": dtype == "float16",
             "params_dtype": dtype,
@@ -307,6 +334,12 @@ class VLMSpec:
                 "dtype": dtype,
             },
         }
+
+
+def _position_args(decoder: DecoderSpec) -> dict:
+    if len(decoder.rope_sections) == 1:
+        return {"position_embedding_type": "rope"}
+    return {"position_embedding_type": "mrope", "mrope_section": list(decoder.rope_sections)}
 
 
 def _positive(spec, *names: str) -> None:

@@ -60,9 +60,10 @@ MICROBATCHES = 4
 assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
 
 
-def cases(packed: bool) -> tuple[Case, ...]:
-    """The cases, with several samples a row where they have it, or with one."""
-    return CASES if packed else tuple(case.unpacked() for case in CASES)
+def cases(spec: VLMSpec, packed: bool) -> list[Case]:
+    """Those that the model can see, with several samples a row where they have it, or with one."""
+    seen = [case for case in CASES if spec.vision is not None or not any(case.images)]
+    return seen if packed else [case.unpacked() for case in seen]
 
 
 def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
@@ -71,8 +72,7 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
     # No padding token either: transformers' embedding keeps its gradient at zero on purpose.
     tokens = spec.tokens
     reserved = {tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.pad}
-    low = min(spec.decoder.vocab_size, min(reserved - {None}))
-    merge = spec.vision.spatial_merge_size
+    low = min(spec.decoder.vocab_size, *(reserved - {None}))
 
     def text(count: int) -> list[int]:
         return torch.randint(0, low, (count,), generator=generator).tolist()
@@ -82,7 +82,7 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
         tokens = text(3 + number % 3)
         for grid in grids:
             tokens += [spec.tokens.vision_start]
-            tokens += [_placeholder(spec, grid)] * (math.prod(grid) // merge**2)
+            tokens += [_placeholder(spec, grid)] * spec.vision.num_tokens(grid)
             tokens += [spec.tokens.vision_end, *text(2)]
         prompt = len(tokens)
         tokens = torch.tensor(tokens + text(5 + number))
@@ -99,12 +99,8 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
     return samples
 
 
-def is_video(grid: Sequence[int]) -> bool:
-    return grid[0] > 1
-
-
 def _placeholder(spec: VLMSpec, grid: Sequence[int]) -> int:
-    return spec.tokens.video if is_video(grid) else spec.tokens.image
+    return spec.tokens.video if grid[0] > 1 else spec.tokens.image
 
 
 def make_batches(

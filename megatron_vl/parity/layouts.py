@@ -50,11 +50,11 @@ def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
         found = [split for first in (None, *firsts)
                  if (split := _fitting(spec, layout, first_stage_layers=first))]
         splits = list(dict.fromkeys(found))[:2]
-        if pp > 1 and (tp == 1 or sequence_parallel):
+        if spec.vision is not None and pp > 1 and (tp == 1 or sequence_parallel):
             spread = _fitting(spec, layout, **_spread(spec, pp * vp))
             splits += [spread] if spread and not _has_an_empty_chunk(spread) else []
         yield from ((layout, split) for split in splits)
-        if sequence_parallel and splits:
+        if spec.vision is not None and sequence_parallel and splits:
             yield replace(layout, vit_data_parallel=True), splits[-1]
 
 

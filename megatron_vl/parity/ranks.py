@@ -67,7 +67,7 @@ def run_ranks(
 
     for number, (layout, split) in enumerate(layouts):
         started = time.monotonic()
-        platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
+        platform = initialize(layout, embedding_stage=split.embedding_chunk[0])
         _run_layout(work_dir / str(number), hf_dir, layout, split, platform, setting)
         barrier()
         if torch.distributed.get_rank() == 0:
@@ -104,7 +104,7 @@ def _run_layout(
     load_weights(source, model, spec, layout, split)
     dp_rank = parallel_state.get_data_parallel_rank()
 
-    for index, case in enumerate(cases(setting.packed)):
+    for index, case in enumerate(cases(spec, setting.packed)):
         # As in training, where rows of one sample are no longer than a microbatch needs.
         batches = make_batches(
             spec, case, make_samples(spec, case),

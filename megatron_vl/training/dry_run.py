@@ -17,6 +17,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel.stages import WORDS
 from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.machine import check_machine
 from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
@@ -145,13 +146,14 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
 def stage_rows(layout: Layout, split: StageSplit) -> Iterable[tuple[str, ...]]:
     """What every chunk of every stage holds, below a header; layers count from 0."""
     vp, per_stage = split.vp, layout.world_size // layout.pp
-    yield "stage", *(("chunk",) if vp > 1 else ()), "ranks", "vision layers", "language layers"
+    yield ("stage", *(("chunk",) if vp > 1 else ()), "ranks",
+           *(f"{WORDS.get(tower, tower)} layers" for tower in split.towers))
     for stage in range(layout.pp):
         ranks = range(stage * per_stage, (stage + 1) * per_stage)
         for chunk in range(vp):
             yield (
                 str(stage), *((str(chunk),) if vp > 1 else ()), _span(ranks),
-                *(_span(split.layers(tower, stage, chunk)) for tower in ("vit", "llm")),
+                *(_span(split.layers(tower, stage, chunk)) for tower in split.towers),
             )
 
 

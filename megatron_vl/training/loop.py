@@ -73,7 +73,7 @@ def train(
     """
     config = plan.config
     platform = initialize(
-        plan.layout, embedding_stage=plan.split.last_vision_chunk[0], seed=config.model.seed,
+        plan.layout, embedding_stage=plan.split.embedding_chunk[0], seed=config.model.seed,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     watch = HangWatch(config.hang_seconds, config.stacks_dir, give_up)

@@ -39,7 +39,7 @@ def _check_devices(config: TrainConfig) -> None:
 
 def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
     """What needs no look at a device; a rank sees the rest when it builds its layers."""
-    for tower in (spec.decoder, spec.vision):
+    for tower in reversed(spec.towers):
         case = Case.here(
             dtype=config.model.dtype, head_dim=tower.head_dim,
             deterministic=config.model.deterministic, touch_device=False,

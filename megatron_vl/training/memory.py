@@ -23,7 +23,7 @@ from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
-from megatron_vl.weights.map import Place, volume
+from megatron_vl.weights.map import EMBEDDING, LAST_COPY, volume
 from megatron_vl.weights.rules import Vocab
 
 FP32 = 4  # bytes of a number
@@ -134,7 +134,7 @@ def copies(plan: Plan) -> Copies:
             for weight, _, _ in _weights(plan, stage, chunk):
                 own = sum(map(volume, weight.rule.published().values()))
                 stored = volume(_shape(plan, weight)) * plan.layout.tp
-                if weight.place is Place.LAST_COPY:
+                if weight.place == LAST_COPY:
                     counts["tied"] += stored
                     continue
                 counts["model"] += own
@@ -174,12 +174,12 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
         kinds.setdefault(weight.name, weight)
     split = plan.split
     tied = (plan.spec.decoder.tie_word_embeddings
-            and split.last_vision_chunk != (split.pp - 1, split.vp - 1))
+            and split.embedding_chunk != (split.pp - 1, split.vp - 1))
     held = tuple(
         Held(
             name=name, shape=_shape(plan, weight), count=layers[name],
             trained=part_of(name) not in plan.config.model.frozen,
-            tied_over_stages=tied and weight.place in (Place.EMBEDDING, Place.LAST_COPY),
+            tied_over_stages=tied and weight.place in (EMBEDDING, LAST_COPY),
         )
         for name, weight in kinds.items()
     )

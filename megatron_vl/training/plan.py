@@ -118,6 +118,8 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     if load is not None and config.checkpoint.save is not None and not needs_load(config):
         check_same_model(Path(config.checkpoint.save), Path(load))
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
+    if spec.vision is None:
+        _check_text_only(config, spec)
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
             "cpu-offloading needs a pipeline of one stage; use "
@@ -160,6 +162,28 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             f"virtual stages need; change global-batch-size or micro-batch-size."
         )
     return plan
+
+
+def _check_text_only(config: TrainConfig, spec: VLMSpec) -> None:
+    """Raises InputError: an option is about a vision tower, which this model has not."""
+    for options, names in (
+        (config.parallel, ("vit_data_parallel", "vit_pp_layers")),
+        (config.model, ("freeze_vit", "freeze_merger", "vit_recompute_granularity",
+                        "vit_recompute_num_layers")),
+        (config.optimizer, ("vit_lr", "merger_lr")),
+        (config.data, ("max_patches_per_row", *(f.name for f in fields(MediaLimits)))),
+    ):
+        for field in fields(options):
+            if field.name in names and getattr(options, field.name) != field.default:
+                raise InputError(
+                    f"{field.name.replace('_', '-')} is {getattr(options, field.name)}, but "
+                    f"{spec.model_type} takes text alone; leave it out."
+                )
+    if config.model.freeze_llm:
+        raise InputError(
+            f"freeze-llm leaves nothing to train of {spec.model_type}, which is a language model "
+            f"alone; leave it out."
+        )
 
 
 def needs_load(config: TrainConfig) -> bool:

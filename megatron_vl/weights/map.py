@@ -15,21 +15,32 @@ from dataclasses import dataclass, replace
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.parallel import StageSplit
+from megatron_vl.parallel.stages import LANGUAGE
 from megatron_vl.weights.rules import Piece, Rule, Vocab
 
 SHOWN = 4  # keys an error message spells out
 
 
-class Place(enum.Enum):
-    """Which model chunk keeps a weight."""
+class Where(enum.Enum):
+    """Which model chunk keeps a weight of a tower."""
 
-    VISION_START = "where pixels enter: stage 0"
-    VISION_LAYER = "where its vision layer is"
-    VISION_END = "where the vision tower ends: its last norm and the merger"
-    EMBEDDING = "where vision features meet text: the chunk of VISION_END"
-    LLM_LAYER = "where its language layer is"
+    START = "where an encoder's input enters: stage 0"
+    LAYER = "where its layer is"
+    END = "where an encoder ends: its last norm and its projection"
+    EMBEDDING = "where the encoders' features meet text: the chunk of the last END"
     LAST = "the last chunk of the last stage"
     LAST_COPY = "as LAST, a copy that is left out where the embedding itself is"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which model chunk keeps a weight: `Where`, and of which tower."""
+
+    where: Where
+    tower: str = LANGUAGE
+
+
+EMBEDDING, LAST, LAST_COPY = map(Place, (Where.EMBEDDING, Where.LAST, Where.LAST_COPY))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +93,7 @@ class WeightMap:
     """
 
     source: str  # file a missing weight is to be added to, for error messages
-    num_layers: int
-    vision_layers: int
+    layers: Mapping[str, int]  # of every tower, in the order they run
     weights: tuple[Weight, ...]
     renamed: tuple[tuple[str, str], ...] = ()  # (prefix some files use, the published prefix)
     hf_copies: tuple[tuple[str, str], ...] = ()  # (key that may be there, key it is a copy of)
@@ -93,7 +103,7 @@ class WeightMap:
 
     def __post_init__(self) -> None:
         names = [w.name for w in self.weights]
-        keys = [key for w in self.weights if w.place is not Place.LAST_COPY
+        keys = [key for w in self.weights if w.place != LAST_COPY
                 for key in w.rule.published()]
         for what, found in (("Megatron-Core name", names), ("published key", keys)):
             twice = sorted({one for one in found if found.count(one) > 1})
@@ -105,7 +115,7 @@ class WeightMap:
     def published(self) -> dict[str, tuple[int, ...]]:
         """Shape of every published tensor, in the order of the model."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for place in Place:
+        for place in self.places:
             for i in self._layers(place):
                 for weight in self.at(place):
                     shapes.update(weight.rule.at_layer(i).published())
@@ -116,7 +126,7 @@ class WeightMap:
         return {
             weight.name: len(self._layers(weight.place))
             * sum(map(volume, weight.rule.published().values()))
-            for weight in self.weights if weight.place is not Place.LAST_COPY
+            for weight in self.weights if weight.place != LAST_COPY
         }
 
     def published_name(self, key: str) -> str:
@@ -179,19 +189,18 @@ class WeightMap:
     ) -> Iterator[tuple[Weight, int, int]]:
         """(weight, global layer, local layer) of one model chunk; layers are 0 where none."""
         here, last = (stage, chunk), (split.pp - 1, split.vp - 1)
-        end = split.last_vision_chunk
-        holds = {
-            Place.VISION_START: here == (0, 0),
-            Place.VISION_END: here == end,
-            Place.EMBEDDING: here == end,
-            Place.LAST: here == last,
-            Place.LAST_COPY: here == last and here != end,
-        }
-        for place in Place:
-            if place in _TOWERS:
-                layers = split.layers(_TOWERS[place], stage, chunk)
+        for place in self.places:
+            if place.where is Where.LAYER:
+                layers = split.layers(place.tower, stage, chunk)
             else:
-                layers = range(1) if holds[place] else range(0)
+                holds = {
+                    Where.START: here == (0, 0),
+                    Where.END: place.tower != LANGUAGE and here == split.end(place.tower),
+                    Where.EMBEDDING: here == split.embedding_chunk,
+                    Where.LAST: here == last,
+                    Where.LAST_COPY: here == last and here != split.embedding_chunk,
+                }
+                layers = range(holds[place.where])
             for local, layer in enumerate(layers):
                 for weight in self.at(place):
                     yield weight, layer, local
@@ -205,8 +214,8 @@ class WeightMap:
             InputError: gaps, surpluses or wrong shapes, named.
         """
         inventory, missing, used = [], [], set()
-        for place in Place:
-            if place is Place.LAST_COPY:  # tied: stored once, under the embedding's name
+        for place in self.places:
+            if place == LAST_COPY:  # tied: stored once, under the embedding's name
                 continue
             for weight in self.at(place):
                 stacked = weight.name.replace(".{i}.", ".")
@@ -234,11 +243,11 @@ class WeightMap:
         return [
             Chunk(
                 name=weight.name.replace(".{i}.", "."),
-                layer=i if place in _TOWERS else None,
+                layer=i if place.where is Where.LAYER else None,
                 layers=len(self._layers(place)),
                 stored=_of_rule(weight.name.replace("{i}", str(i)), weight.rule.at_layer(i)),
             )
-            for place in Place if place is not Place.LAST_COPY
+            for place in self.places if place != LAST_COPY
             for i in self._layers(place)
             for weight in self.at(place)
         ]
@@ -262,11 +271,17 @@ class WeightMap:
     # ---- parts --------------------------------------------------------------------------------
 
     def at(self, place: Place) -> list[Weight]:
-        return [weight for weight in self.weights if weight.place is place]
+        return [weight for weight in self.weights if weight.place == place]
+
+    @property
+    def places(self) -> list[Place]:
+        """In the order of the model."""
+        encoders = [Place(where, tower) for tower in self.layers if tower != LANGUAGE
+                    for where in (Where.START, Where.LAYER, Where.END)]
+        return [*encoders, EMBEDDING, Place(Where.LAYER), LAST, LAST_COPY]
 
     def _layers(self, place: Place) -> range:
-        counts = {Place.VISION_LAYER: self.vision_layers, Place.LLM_LAYER: self.num_layers}
-        return range(counts.get(place, 1))
+        return range(self.layers[place.tower] if place.where is Where.LAYER else 1)
 
     def _complain(self, kind: str, missing: list[str], extra: list[str]) -> None:
         if missing and not self.partial:
@@ -279,9 +294,6 @@ class WeightMap:
                 f"{len(extra)} {kind} key(s) are unmapped: {listed(extra)}; add them to "
                 f"{self.source} or remove them from the checkpoint."
             )
-
-
-_TOWERS = {Place.VISION_LAYER: "vit", Place.LLM_LAYER: "llm"}
 
 
 def rank_file(*, tp: int, pp: int, pp_size: int) -> str:

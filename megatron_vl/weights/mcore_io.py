@@ -51,7 +51,7 @@ class _Sizes(Shape):
 
 class _Rows(Shape):
     llm: list[list[Count]]
-    vit: list[list[Count]]
+    vit: list[list[Count]] | None = None  # of a model with a vision tower
 
 
 class _Noted(Shape):
@@ -64,7 +64,9 @@ class _Noted(Shape):
 
     @property
     def stages(self) -> StageSplit | None:
-        return None if self.split is None else StageSplit.from_dict(self.split.model_dump())
+        return None if self.split is None else StageSplit.from_dict(
+            self.split.model_dump(exclude_none=True)
+        )
 
     @property
     def sizes(self) -> Layout:
@@ -314,7 +316,8 @@ def _split_of(stages: Sequence[Mapping[str, Any]], path: Path) -> StageSplit:
                 rows[tower].append(sum(1 for one, _ in found if one == tower))
         for tower in counts:
             counts[tower].append(tuple(rows[tower]))
-    return StageSplit(llm=tuple(counts["language_model"]), vit=tuple(counts["vision_model"]))
+    llm, vit = (tuple(rows) for rows in counts.values())
+    return StageSplit(llm=llm, encoders=(("vit", vit),) if any(map(any, vit)) else ())
 
 
 def _padded_vocab(stages: Sequence[Mapping[str, Any]], tp: int) -> int | None:

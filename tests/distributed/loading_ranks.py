@@ -41,7 +41,7 @@ def compared(job: dict) -> dict:
 
     spec, layout = load_spec(Path(job["hf"])), Layout(**job["layout"])
     split = StageSplit.from_dict(job["split"])
-    platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
+    platform = initialize(layout, embedding_stage=split.embedding_chunk[0])
     new_group = torch.distributed.new_group
     with patch.object(torch.distributed, "new_group", side_effect=new_group) as groups:
         chunks = family(spec.model_type).build_model(

@@ -124,7 +124,7 @@ def main() -> None:
     spec = load_spec(Path(sys.argv[1]))
     for layout, layers in LAYOUTS[int(os.environ.get("WORLD_SIZE", 1))]:
         split = spec.split(pp=layout.pp, vp=layout.vp, **layers)
-        initialize(layout, embedding_stage=split.last_vision_chunk[0])
+        initialize(layout, embedding_stage=split.embedding_chunk[0])
         kept = None
         for mode, (options, again) in MODES.items():
             found = gradients(spec, layout, split, recompute_of(split, **options), again)

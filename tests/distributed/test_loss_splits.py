@@ -13,8 +13,8 @@ from commands import run
 
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.models import load_spec
+from megatron_vl.models.registry import family
 from megatron_vl.parity.cases import make_samples
-from megatron_vl.parity.judge import vision_arguments
 
 NAMES = {  # tensors that are stored as published
     "language_model.decoder.final_layernorm.weight": "model.language_model.norm.weight",
@@ -48,12 +48,14 @@ def transformers_loss(model_dir: Path, per_sample: bool):
         model_dir, dtype=torch.float32, attn_implementation="eager"
     )
     spec = load_spec(model_dir)
-    samples = make_samples(spec, loss_splits.CASE)
+    of, samples = family(spec.model_type), make_samples(spec, loss_splits.CASE)
     counts = [int((sample.labels != IGNORE).sum()) for sample in samples]
     total = 0.0
     for sample, count in zip(samples, counts, strict=True):
         logits = model(
-            input_ids=sample.tokens[None], use_cache=False, **vision_arguments(spec, sample)
+            input_ids=sample.tokens[None], use_cache=False,
+            **of.judge_inputs(spec, sample.tokens, sample.grids, sample.patches,
+                              of.positions(spec)),
         ).logits[0]
         loss = torch.nn.functional.cross_entropy(
             logits, sample.labels, ignore_index=IGNORE, reduction="sum"

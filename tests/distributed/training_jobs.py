@@ -62,7 +62,7 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
     from megatron_vl.training.step import RowStream
 
     plan = plan_run(TrainConfig.from_dict(options), world)
-    platform = initialize(plan.layout, embedding_stage=plan.split.last_vision_chunk[0])
+    platform = initialize(plan.layout, embedding_stage=plan.split.embedding_chunk[0])
     trainer = Trainer(plan, platform, StopRequest(), HangWatch(0, Path(), print))
     trainer.restore()
     graphs = []  # whether the vision layers' outputs had one

@@ -8,7 +8,8 @@ THREE_CHUNKS_LLM = [[0, 0, 0, 1], [4, 4, 4, 4], [4, 3, 2, 2]]
 
 
 def split(**wanted) -> StageSplit:
-    return StageSplit.create(**{"num_layers": 28, "vision_layers": 32, **wanted})
+    wanted = {"layers": {"vit": 32, "llm": wanted.pop("num_layers", 28)}, **wanted}
+    return StageSplit.create(**wanted)
 
 
 @pytest.mark.parametrize("vit, llm, vp", [
@@ -20,7 +21,7 @@ def split(**wanted) -> StageSplit:
 def test_published_layer_lists_are_accepted_flat_and_nested(vit, llm, vp):
     total = sum(n for row in llm for n in (row if isinstance(row, list) else [row]))
     made = split(num_layers=total, pp=4, vp=vp, llm=llm, vit=vit)
-    assert (made.num_layers, made.vision_layers, made.pp, made.vp) == (total, 32, 4, vp)
+    assert (made.num_layers, made.count("vit"), made.pp, made.vp) == (total, 32, 4, vp)
 
 
 @pytest.mark.parametrize("wanted, names", [
@@ -49,7 +50,7 @@ def test_an_uneven_first_stage_leaves_the_vision_tower_whole(first, stages):
     made = split(pp=4, first_stage_layers=first)
     assert made.flat("llm") == stages
     assert made.flat("vit") == [32, 0, 0, 0]
-    assert made.last_vision_chunk == (0, 0)
+    assert made.embedding_chunk == (0, 0)
 
 
 def test_layers_run_through_the_chunks_before_the_next_row():
@@ -58,7 +59,7 @@ def test_layers_run_through_the_chunks_before_the_next_row():
     assert list(made.layers("llm", 0, 1)) == [1, 2, 3, 4]
     assert list(made.layers("llm", 0, 2)) == [17, 18, 19, 20]
     assert list(made.layers("vit", 3, 0)) == [30, 31]
-    assert made.last_vision_chunk == (3, 0)
+    assert made.embedding_chunk == (3, 0)
     everything = [layer for c in range(3) for s in range(4) for layer in made.layers("llm", s, c)]
     assert everything == list(range(28))
 

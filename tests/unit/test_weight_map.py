@@ -10,7 +10,8 @@ from true_sizes import PARAMETERS, SIZES, published
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, known_families, load_spec
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.weights import Place, Weight, WeightMap, make_plan
+from megatron_vl.weights import Weight, WeightMap, make_plan
+from megatron_vl.weights.map import LAST
 from megatron_vl.weights.rules import Copy
 
 
@@ -45,7 +46,7 @@ def test_published_sizes_come_out_of_either_form_of_config_json(size, form, tmp_
         decoder.num_query_groups, decoder.ffn_hidden_size, decoder.vocab_size,
         decoder.tie_word_embeddings, decoder.norm_eps,
     ) == SIZES[size]
-    assert (decoder.head_dim, decoder.rope_theta, decoder.mrope_section) == (128, 1e6, (16, 24, 24))
+    assert (decoder.head_dim, decoder.rope_theta, decoder.rope_sections) == (128, 1e6, (16, 24, 24))
     assert decoder.qkv_bias and decoder.init_std == 0.02
     assert (vision.depth, vision.hidden_size, vision.num_heads, vision.ffn_hidden_size) == (
         32, 1280, 16, 5120)
@@ -114,7 +115,7 @@ def test_a_tied_model_keeps_a_copy_of_the_embedding_where_logits_are_made(tmp_pa
     spec = load_spec(write(tmp_path, published("2B")))
     weights = family("qwen2_vl").weight_map(spec)
     for llm, vit, copies in (([14, 14], [32, 0], 1), ([0, 28], [30, 2], 0), ([28], [32], 0)):
-        split = StageSplit.create(num_layers=28, vision_layers=32, pp=len(llm), llm=llm, vit=vit)
+        split = StageSplit.create(layers={"vit": 32, "llm": 28}, pp=len(llm), llm=llm, vit=vit)
         names = [one.name for one in weights.mcore_inventory(split=split, tp=1)]
         assert names.count("language_model.output_layer.weight") == copies
         assert names.count("language_model.embedding.word_embeddings.weight") == 1
@@ -183,7 +184,7 @@ def test_a_split_for_another_layout_or_model_is_refused(tmp_path):
     spec = load_spec(write(tmp_path, published("2B")))
     with pytest.raises(InputError, match="the layout is PP 4"):
         spec.check_layout(Layout(pp=4), spec.split(pp=2))
-    other = StageSplit.create(num_layers=26, vision_layers=32, pp=2)
+    other = StageSplit.create(layers={"vit": 32, "llm": 26}, pp=2)
     with pytest.raises(InputError, match="holds 26 language layers"):
         spec.check_layout(Layout(pp=2), other)
 
@@ -198,9 +199,9 @@ def test_a_size_that_disagrees_with_config_json_is_refused(tmp_path):
 
 def test_collisions_in_a_map_are_refused_by_name():
     def weight(name, key):
-        return Weight(place=Place.LAST, name=name, rule=Copy(key=key, shape=(2,)))
+        return Weight(place=LAST, name=name, rule=Copy(key=key, shape=(2,)))
 
-    sizes = {"source": "x.py", "num_layers": 1, "vision_layers": 1}
+    sizes = {"source": "x.py", "layers": {"vit": 1, "llm": 1}}
     with pytest.raises(InputError, match="a.weight appears twice"):
         WeightMap(weights=(weight("a.weight", "k"), weight("a.weight", "l")), **sizes)
     with pytest.raises(InputError, match="k appears twice"):

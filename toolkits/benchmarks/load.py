@@ -37,7 +37,7 @@ def load(args) -> None:
 
     spec, layout = load_spec(args.work), Layout(tp=args.tp, pp=args.pp)
     split = spec.split(pp=args.pp)
-    platform = initialize(layout, embedding_stage=split.last_vision_chunk[0])
+    platform = initialize(layout, embedding_stage=split.embedding_chunk[0])
     chunks = family(spec.model_type).build_model(
         spec, layout, split, ModelOptions(initialize_weights=False, params_dtype=torch.bfloat16)
     )

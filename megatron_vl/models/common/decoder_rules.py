@@ -6,11 +6,39 @@ that share the decoder share these lines.
 
 from __future__ import annotations
 
-from megatron_vl.models.spec import DecoderSpec
-from megatron_vl.weights.map import Place, Weight
+from megatron_vl.models.spec import DecoderSpec, VLMSpec
+from megatron_vl.weights.map import (
+    EMBEDDING,
+    LAST,
+    LAST_COPY,
+    Place,
+    Weight,
+    WeightMap,
+    Where,
+)
 from megatron_vl.weights.rules import QKV, Copy, GateUp, Row, Vocab
 
 MCORE = "language_model"
+
+
+def whole_map(
+    spec: VLMSpec, source: str, weights: list[Weight], *,
+    embedding: str = "model.embed_tokens.weight", head: str = "lm_head.weight",
+    renamed: tuple[tuple[str, str], ...] = (),
+) -> WeightMap:
+    """The map of a family whose `weights` are all of the model.
+
+    Args:
+        source: the family's file, for messages.
+        embedding, head: published names; of a tied model some files hold both.
+        renamed: see `WeightMap`.
+    """
+    return WeightMap(
+        source=source, layers=spec.layers, weights=tuple(weights), renamed=renamed,
+        hf_copies=((head, embedding),) if spec.decoder.tie_word_embeddings else (),
+        hf_ignored=(r".*rotary_emb\.inv_freq",),
+        mcore_ignored=(r".*\._extra_state\d*", r".*rotary_pos_emb\.inv_freq"),
+    )
 
 
 def decoder_weights(decoder: DecoderSpec, *, hf: str, head: str) -> list[Weight]:
@@ -30,10 +58,10 @@ def decoder_weights(decoder: DecoderSpec, *, hf: str, head: str) -> list[Weight]
         return QKV(q=q, k=k, v=v, heads=N, groups=G, head_dim=D, columns=columns)
 
     def at_layer(name: str, rule) -> Weight:
-        return Weight(place=Place.LLM_LAYER, name=name, rule=rule)
+        return Weight(place=Place(Where.LAYER), name=name, rule=rule)
 
     weights = [
-        Weight(place=Place.EMBEDDING, name=f"{MCORE}.embedding.word_embeddings.weight",
+        Weight(place=EMBEDDING, name=f"{MCORE}.embedding.word_embeddings.weight",
                rule=Vocab(key=f"{hf}.embed_tokens.weight", vocab=V, columns=H)),
         at_layer(f"{attention}.linear_qkv.layer_norm_weight",
                  Copy(key=f"{source}.input_layernorm.weight", shape=(H,))),
@@ -51,20 +79,18 @@ def decoder_weights(decoder: DecoderSpec, *, hf: str, head: str) -> list[Weight]
                         ffn=F, columns=H)),
         at_layer(f"{mlp}.linear_fc2.weight",
                  Row(key=f"{source}.mlp.down_proj.weight", shape=(H, F))),
-        Weight(place=Place.LAST, name=f"{MCORE}.decoder.final_layernorm.weight",
+        Weight(place=LAST, name=f"{MCORE}.decoder.final_layernorm.weight",
                rule=Copy(key=f"{hf}.norm.weight", shape=(H,))),
     ]
     output = f"{MCORE}.output_layer.weight"
     if decoder.tie_word_embeddings:
         # The stage that computes logits keeps its own copy unless it holds the embedding itself.
         weights.append(Weight(
-            place=Place.LAST_COPY, name=output,
+            place=LAST_COPY, name=output,
             rule=Vocab(key=f"{hf}.embed_tokens.weight", vocab=V, columns=H),
         ))
     else:
         weights.append(Weight(
-            place=Place.LAST, name=output, rule=Vocab(key=head, vocab=V, columns=H),
+            place=LAST, name=output, rule=Vocab(key=head, vocab=V, columns=H),
         ))
     return weights
-
-

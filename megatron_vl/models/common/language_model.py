@@ -23,7 +23,7 @@ class LanguageModel(GPTModel):
     def setup_embeddings_and_output_layer(self) -> None:
         """Marks the weights; where the embedding is not on the first stage, its copies are tied by
         `sum_tied`, for Megatron-Core looks for them on the first and the last stage."""
-        if not self.config.vision_spans_chunks:
+        if not self.config.embedding_moved:
             super().setup_embeddings_and_output_layer()
             return
         if self.pre_process:

@@ -1,6 +1,6 @@
-"""Megatron-Core configurations of the two towers, each built fresh from the model's own sizes.
+"""Megatron-Core configurations of the towers, each built fresh from the model's own sizes.
 
-The vision configuration never sees the language model's pipeline split: a shared or copied one
+An encoder's configuration never sees the language model's pipeline split: a shared or copied one
 would silently cut vision layers off.
 """
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.transformer import TransformerConfig
-from torch.nn import functional as F
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import use_transformer_engine
@@ -48,7 +47,7 @@ class VLTransformerConfig(TransformerConfig):
     activation: str = "gelu"  # of megatron_vl.ops.fusion.OPERATIONS
     recompute_activation: bool = False  # of the MLPs
     # The word embedding is then not on the first stage, where Megatron-Core expects it.
-    vision_spans_chunks: bool = False
+    embedding_moved: bool = False
 
 
 def language_config(
@@ -73,7 +72,7 @@ def language_config(
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
         **_initialization(options, decoder.init_std),
-        vision_spans_chunks=split.vision_spans_chunks,
+        embedding_moved=split.encoders_span,
         variable_seq_lengths=options.row_lengths_vary,
         # Megatron-Core asks for it together with the one above, also where there are no experts.
         moe_token_dispatcher_type="alltoall",
@@ -84,40 +83,43 @@ def language_config(
     )
 
 
-def vision_config(
-    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
+def encoder_config(
+    tower: str, spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions, *,
+    activation: str, kv_channels: int, **sizes,
 ) -> VLTransformerConfig:
-    """The vision tower's configuration, with a pipeline of its own where it spans stages."""
-    vision = spec.vision
+    """An encoder's configuration, with a pipeline of its own where it spans stages.
+
+    Args:
+        tower: its name in `split`.
+        sizes: Megatron-Core's own fields.
+
+    Raises:
+        InputError: an activation that is not known.
+    """
+    if activation not in ACTIVATIONS:
+        raise InputError(
+            f"config.json names the vision activation {activation!r}; known are "
+            f"{', '.join(ACTIVATIONS)}."
+        )
     return VLTransformerConfig(
-        num_layers=vision.depth,
-        hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.ffn_hidden_size,
-        num_attention_heads=vision.num_heads,
-        kv_channels=vision.head_dim,
-        add_bias_linear=True,
-        add_qkv_bias=True,
-        activation=_activation(vision.activation),
-        normalization="LayerNorm",
-        layernorm_epsilon=vision.norm_eps,
+        activation=activation,
+        kv_channels=kv_channels,
+        **sizes,
         **_initialization(options, spec.decoder.init_std),
-        **(_pipeline(layout, split, "vit") if split.vision_spans_chunks else {}),
-        **_recompute(options.vit_recompute, options, vision.head_dim),
+        **(_pipeline(layout, split, tower) if split.spans(tower) else {}),
+        **_recompute(options.vit_recompute, options, kv_channels),
         # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
 
 
-def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTransformerConfig:
-    """The merger's MLP: merged patches -> 4x vision width -> language width, with GELU."""
+def encoder_projector_config(
+    spec: VLMSpec, layout: Layout, options: ModelOptions, **sizes
+) -> VLTransformerConfig:
+    """Of the MLP between an encoder and the language model; `sizes`: Megatron-Core's own fields."""
     return VLTransformerConfig(
         num_layers=1,
-        num_attention_heads=spec.vision.num_heads,
-        hidden_size=spec.vision.out_hidden_size,
-        ffn_hidden_size=spec.vision.merged_size,
-        kv_channels=spec.vision.head_dim,
-        add_bias_linear=True,
-        activation_func=F.gelu,
+        **sizes,
         **_initialization(options, spec.decoder.init_std),
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )
@@ -210,11 +212,3 @@ def _recomputed_modules(options: ModelOptions, head_dim: int) -> list[str]:
     if attention.name == "sdpa":  # a flash kernel keeps no scores, and computes them again anyway
         modules.append("core_attn")
     return modules
-
-
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise InputError(
-            f"config.json names the vision activation {name!r}; known are {', '.join(ACTIVATIONS)}."
-        )
-    return name

@@ -6,6 +6,7 @@ Letters: s row length, b rows, n trained positions, E language width, V vocabula
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -18,16 +19,10 @@ from torch.nn import functional as F
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
 from megatron_vl.models.common.language_model import LanguageModel
-from megatron_vl.models.common.layer_spec import block_spec
+from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
 from megatron_vl.models.common.parts import part_of
-from megatron_vl.models.common.transformer_config import (
-    ModelOptions,
-    language_config,
-    merger_config,
-    vision_config,
-)
-from megatron_vl.models.common.vision_tower import VisionTower
+from megatron_vl.models.common.transformer_config import ModelOptions, language_config
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
@@ -37,10 +32,11 @@ from megatron_vl.parallel import Layout, StageSplit
 class VisionLanguageModel(MegatronModule):
     """One chunk of the model: its vision layers, its language layers, what joins the two.
 
-    Pixels enter the first chunk. The vision tower ends where the word embedding is; from there on
-    chunks hold language layers. Before, they pass vision hidden states on, as many as there are
-    patches; Megatron-Core's schedules send tensors of one shape alone, so these then travel in
-    tensors large enough for a row that is all image (`pipeline_length`).
+    Without a vision tower the word embedding is on the first chunk. With one, pixels enter there
+    and the tower ends where the word embedding is; from there on chunks hold language layers.
+    Before, they pass vision hidden states on, as many as there are patches. Megatron-Core's
+    schedules send tensors of one shape alone, so these travel in tensors large enough for a row
+    that is all image (`pipeline_length`).
 
     Args:
         spec: sizes, from the model's config.json.
@@ -48,6 +44,7 @@ class VisionLanguageModel(MegatronModule):
         split: layers of every stage and chunk.
         options: precision, attention backend, recompute, frozen parts.
         groups: the process groups of the vision tower: see `vision_groups`.
+        build_tower: makes a chunk's part of the family's vision tower; None: the model has none.
         pre_process, post_process: whether this chunk is the first, the last.
         vp_stage: this chunk's number on its stage, None without virtual stages.
     """
@@ -60,6 +57,7 @@ class VisionLanguageModel(MegatronModule):
         options: ModelOptions,
         *,
         groups: ProcessGroupCollection,
+        build_tower: Callable[..., MegatronModule] | None,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
@@ -69,30 +67,27 @@ class VisionLanguageModel(MegatronModule):
         self.spec = spec
         self.pre_process, self.post_process = pre_process, post_process
         self.vp_stage = vp_stage
-        self.spans = split.vision_spans_chunks
+        self.spans = split.encoders_span
         stage, chunk = parallel_state.get_pipeline_model_parallel_rank(), vp_stage or 0
-        self.ends_vision = (stage, chunk) == split.last_vision_chunk
-        vision_layers = len(split.layers("vit", stage, chunk))
+        self.embeds = (stage, chunk) == split.embedding_chunk
         self.vision_model = None
         # A chunk between two with vision layers, without any of its own, passes patches on.
-        if (chunk, stage) <= split.last_vision_chunk[::-1]:
-            self.vision_model = VisionTower(
-                spec.vision,
-                vision_config(spec, layout, split, options),
-                merger_config(spec, layout, options),
-                num_layers=vision_layers, groups=groups,
-                first=pre_process, last=self.ends_vision,
+        if build_tower is not None and (chunk, stage) <= split.embedding_chunk[::-1]:
+            self.vision_model = build_tower(
+                spec, layout, split, options,
+                num_layers=len(split.layers("vit", stage, chunk)), groups=groups,
+                first=pre_process, last=self.embeds,
                 vp_stage=vp_stage if self.spans else None,
             )
         self.language_model = None
-        if self.ends_vision or self.vision_model is None:
+        if self.embeds or self.vision_model is None:
             layers = split.layers("llm", stage, chunk)
             self.language_model = LanguageModel(
                 config=config,
-                transformer_layer_spec=block_spec(causal=True, num_layers=len(layers)),
+                transformer_layer_spec=block_spec([LayerKind(causal=True)] * len(layers)),
                 vocab_size=spec.padded_vocab_size(layout.tp),
                 max_sequence_length=spec.decoder.max_position_embeddings,
-                pre_process=self.ends_vision,
+                pre_process=self.embeds,
                 post_process=post_process,
                 parallel_output=True,
                 share_embeddings_and_output_weights=spec.decoder.tie_word_embeddings,
@@ -135,7 +130,7 @@ class VisionLanguageModel(MegatronModule):
         if not self.spans:
             return row_length
         vision = self.spec.vision
-        numbers = row_length * vision.spatial_merge_size**2 * vision.hidden_size
+        numbers = row_length * math.prod(vision.states([vision.smallest_grid]))
         return max(row_length, self._parts * -(-numbers // self.config.hidden_size))
 
     def set_input_tensor(self, input_tensor) -> None:
@@ -159,7 +154,7 @@ class VisionLanguageModel(MegatronModule):
 
         Args:
             input_ids: int64 [b, s]; on the host, as all but positions and pixels is.
-            position_ids: int64 [3, b, s], temporal, row and column positions.
+            position_ids: int64 [axes, b, s]; of three axes time, row and column.
             segments: of the b*s tokens, row after row.
             pixel_patches: float [P, C] on the first chunk, None without images.
             grid_thw: int64 [images, 3] in the order of their tokens, row after row.
@@ -174,12 +169,13 @@ class VisionLanguageModel(MegatronModule):
         Raises:
             ValueError: image tokens and image embeddings differ in number.
         """
-        decoder_input = None
+        decoder_input, vision, mine = None, None, []
         if self.vision_model is not None:
             mine = self._own_media(grid_thw)
             vision = self._see(pixel_patches, grid_thw, mine, position_ids.device)
-            if not self.ends_vision:
+            if not self.embeds:
                 return self._send(vision, input_ids.shape)
+        if self.embeds:
             decoder_input = self._embed(input_ids, vision, grid_thw, mine, position_ids.device)
         else:
             self.language_model.set_input_tensor(self._received_text(input_ids.shape[1]))
@@ -198,11 +194,11 @@ class VisionLanguageModel(MegatronModule):
         return output if self.post_process else self._send(output, input_ids.shape)
 
     def _rotary(self, position_ids: torch.Tensor) -> Rotary:
-        """Of int64 [3, b, t]."""
+        """Of int64 [axes, b, t]."""
         decoder = self.spec.decoder
         angles = section_angles(
             position_ids, base=decoder.rope_theta, head_dim=decoder.head_dim,
-            sections=decoder.mrope_section,
+            sections=decoder.rope_sections,
         )
         return Rotary.of(angles, self.config.params_dtype)
 
@@ -250,14 +246,10 @@ class VisionLanguageModel(MegatronModule):
         waited_for = self.training and not self.frozen >= {"vit", "merger"}
         if not given and not self.spans and not waited_for:
             return None
-        if not mine:
-            merge = self.spec.vision.spatial_merge_size
-            grids = torch.tensor([[1, merge, merge]])
-        else:
-            grids = grid_thw[mine]
-        patches = int(grids.prod(-1).sum())
+        vision = self.spec.vision
+        grids = grid_thw[mine] if mine else torch.tensor([vision.smallest_grid])
+        patches, width = vision.states(grids.tolist())
         if not self.pre_process:
-            width = self.spec.vision.hidden_size
             hidden_PD = self._received.flatten()[: patches * width].view(patches, width)
             if "vit" not in self.frozen:
                 return self.vision_model(hidden_PD, grids)
@@ -266,7 +258,7 @@ class VisionLanguageModel(MegatronModule):
                 self.vision_model(hidden_PD.detach(), grids), self._received
             )
         if not mine:
-            pixels = torch.zeros(patches, self.spec.vision.patch_dim, device=device)
+            pixels = torch.zeros(patches, vision.patch_dim, device=device)
         elif len(mine) == given:
             pixels = pixel_patches
         else:
@@ -292,7 +284,7 @@ class VisionLanguageModel(MegatronModule):
         hidden_tbE = self.language_model.embedding(
             input_ids=on_device(input_ids[:, columns]), position_ids=None
         )
-        is_vision = (input_ids == self.spec.tokens.image) | (input_ids == self.spec.tokens.video)
+        is_vision = self._is_media(input_ids)
         count = int(is_vision.sum())
         if grid_thw is not None and grid_thw.shape[0]:
             vision_ME = self._gathered(vision_ME, grid_thw, mine)
@@ -318,9 +310,17 @@ class VisionLanguageModel(MegatronModule):
             hidden_tbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_tbE)
         return hidden_tbE
 
+    def _is_media(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Where the tokens [b, s] stand for images and videos; nowhere in a text model."""
+        places = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in (self.spec.tokens.image, self.spec.tokens.video):
+            if token is not None:
+                places |= input_ids == token
+        return places
+
     def _gathered(self, vision_ME, grid_thw: torch.Tensor, mine: list[int]) -> torch.Tensor:
         """The embeddings of all the microbatch's media, from the ranks that encoded them."""
-        tokens = (grid_thw.prod(-1) // self.spec.vision.spatial_merge_size**2).tolist()
+        tokens = list(map(self.spec.vision.num_tokens, grid_thw.tolist()))
         if not mine:
             vision_ME = vision_ME[:0] + _nothing_of(vision_ME).to(vision_ME.dtype)
         return self.media_share.gather(vision_ME, mine, tokens)
@@ -348,9 +348,10 @@ def _nothing_of(blank_ME: torch.Tensor) -> torch.Tensor:
 
 
 def build_chunks(
-    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
+    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions,
+    build_tower: Callable[..., MegatronModule] | None,
 ) -> list[VisionLanguageModel]:
-    """This rank's chunks of the model, first to last."""
+    """This rank's chunks of the model, first to last; arguments as `VisionLanguageModel`'s."""
     chunks, groups = [], vision_groups(layout)
     for chunk in range(layout.vp):
         vp_stage = chunk if layout.vp > 1 else None
@@ -358,7 +359,7 @@ def build_chunks(
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunks.append(
             VisionLanguageModel(
-                spec, layout, split, options, groups=groups,
+                spec, layout, split, options, groups=groups, build_tower=build_tower,
                 pre_process=first, post_process=last, vp_stage=vp_stage,
             )
         )

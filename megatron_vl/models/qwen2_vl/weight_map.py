@@ -5,9 +5,9 @@ W vision width, M merged width (W x merge^2), A heads of the vision tower.
 
 from __future__ import annotations
 
-from megatron_vl.models.common.decoder_rules import decoder_weights
+from megatron_vl.models.common.decoder_rules import decoder_weights, whole_map
 from megatron_vl.models.spec import VisionSpec, VLMSpec
-from megatron_vl.weights.map import Place, Weight, WeightMap
+from megatron_vl.weights.map import Place, Weight, WeightMap, Where
 from megatron_vl.weights.rules import Column, Copy, FusedQKV, Row
 
 # transformers 4.52 and newer name the modules in memory so; published files keep the older names.
@@ -16,19 +16,10 @@ RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 def weight_map(spec: VLMSpec) -> WeightMap:
     """The map of a Qwen2-VL with these sizes."""
-    tied = spec.decoder.tie_word_embeddings
-    return WeightMap(
-        source="models/qwen2_vl/weight_map.py",
-        num_layers=spec.decoder.num_layers,
-        vision_layers=spec.vision.depth,
-        weights=tuple(
-            _vision_weights(spec.vision) + decoder_weights(spec.decoder, hf="model",
-                                                           head="lm_head.weight")
-        ),
+    decoder = decoder_weights(spec.decoder, hf="model", head="lm_head.weight")
+    return whole_map(
+        spec, "models/qwen2_vl/weight_map.py", _vision_weights(spec.vision) + decoder,
         renamed=RENAMED,
-        hf_copies=(("lm_head.weight", "model.embed_tokens.weight"),) if tied else (),
-        hf_ignored=(r".*rotary_emb\.inv_freq",),
-        mcore_ignored=(r".*\._extra_state\d*", r".*rotary_pos_emb\.inv_freq"),
     )
 
 
@@ -40,10 +31,10 @@ def _vision_weights(vision: VisionSpec) -> list[Weight]:
     patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
 
     def at_layer(name: str, rule) -> Weight:
-        return Weight(place=Place.VISION_LAYER, name=f"{layer}.{name}", rule=rule)
+        return Weight(place=Place(Where.LAYER, "vit"), name=f"{layer}.{name}", rule=rule)
 
     def at_end(name: str, rule) -> Weight:
-        return Weight(place=Place.VISION_END, name=name, rule=rule)
+        return Weight(place=Place(Where.END, "vit"), name=name, rule=rule)
 
     def norm(name: str, leaf: str) -> Weight:
         return at_layer(name, Copy(key=f"{block}.{leaf}", shape=(W,)))
@@ -54,7 +45,7 @@ def _vision_weights(vision: VisionSpec) -> list[Weight]:
     qkv_name, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1"
     return [
         Weight(
-            place=Place.VISION_START, name="vision_model.patch_embed.proj.weight",
+            place=Place(Where.START, "vit"), name="vision_model.patch_embed.proj.weight",
             rule=Copy(key="visual.patch_embed.proj.weight",
                       shape=(W, vision.in_channels, *patch)),
         ),

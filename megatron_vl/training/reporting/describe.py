@@ -41,14 +41,15 @@ def describe_parts(plan: Plan) -> str:
     return f"{trained:,} of {counts.total():,} parameters are trained: " + ", ".join(
         f"{title} {counts[part]:,} "
         + ("frozen" if part in frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
-        for part, title in PARTS.items()
+        for part, title in PARTS.items() if counts[part]
     )
 
 
 def describe_kernels(plan: Plan, platform) -> str:
     """Who computes the other operations on this rank."""
     fused = fuses(plan, platform)
-    names = ("rotary", "swiglu", plan.spec.vision.activation)
+    vision = plan.spec.vision
+    names = ("rotary", "swiglu", *(() if vision is None else (vision.activation,)))
     chosen = [f"{name} {choose_kernel(name, fused).name}" for name in names]
     norms = "transformer-engine" if use_transformer_engine() else "torch"
     gradients = "added in its product" if fused else "added after its product"
@@ -58,13 +59,13 @@ def describe_kernels(plan: Plan, platform) -> str:
 def describe_attention(plan: Plan) -> str:
     """The attention backend of each tower on this rank, and why."""
     run = plan.config.model
-    language, vision = (
-        choose_backend(
+    language, *vision = (
+        str(choose_backend(
             run.attention_backend, dtype=run.dtype, head_dim=tower.head_dim,
             deterministic=run.deterministic,
-        )
-        for tower in (plan.spec.decoder, plan.spec.vision)
+        ))
+        for tower in reversed(plan.spec.towers)
     )
-    if str(language) == str(vision):
-        return f"attention: {language}"
-    return f"attention: {language}\nattention of the vision tower: {vision}"
+    return f"attention: {language}" + "".join(
+        f"\nattention of the vision tower: {other}" for other in vision if other != language
+    )

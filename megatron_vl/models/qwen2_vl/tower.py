@@ -1,4 +1,4 @@
-"""The vision tower as a native, tensor-parallel Megatron-Core TransformerBlock.
+"""Qwen2-VL's vision tower as a native, tensor-parallel Megatron-Core TransformerBlock.
 
 Letters: P patches of all images, D vision width, C channels x frames x height x width of a patch,
 M merged patches (P / merge^2), E language width.
@@ -20,11 +20,61 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch.nn import functional as F
 
 from megatron_vl.models.common.core_attention import SegmentParams
-from megatron_vl.models.common.layer_spec import block_spec, projector_submodules
+from megatron_vl.models.common.layer_spec import LayerKind, block_spec, projector_submodules
 from megatron_vl.models.common.media_share import make_whole, mark_copies
-from megatron_vl.models.spec import VisionSpec
+from megatron_vl.models.common.transformer_config import (
+    ModelOptions,
+    VLTransformerConfig,
+    encoder_config,
+    encoder_projector_config,
+)
+from megatron_vl.models.spec import VisionSpec, VLMSpec
 from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
+from megatron_vl.parallel import Layout, StageSplit
+
+
+def build_tower(
+    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions, **chunk
+) -> VisionTower:
+    """One chunk's part of the tower; `chunk` as `VisionTower` has it."""
+    return VisionTower(
+        spec.vision, vision_config(spec, layout, split, options),
+        merger_config(spec, layout, options), **chunk,
+    )
+
+
+def vision_config(
+    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
+) -> VLTransformerConfig:
+    """The layers' configuration."""
+    vision = spec.vision
+    return encoder_config(
+        "vit", spec, layout, split, options,
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_heads,
+        kv_channels=vision.head_dim,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        activation=vision.activation,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.norm_eps,
+    )
+
+
+def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTransformerConfig:
+    """The merger's MLP: merged patches -> 4x vision width -> language width, with GELU."""
+    return encoder_projector_config(
+        spec, layout, options,
+        num_attention_heads=spec.vision.num_heads,
+        hidden_size=spec.vision.out_hidden_size,
+        ffn_hidden_size=spec.vision.merged_size,
+        kv_channels=spec.vision.head_dim,
+        add_bias_linear=True,
+        activation_func=F.gelu,
+    )
 
 
 class PatchProjection(torch.nn.Conv3d):
@@ -78,7 +128,7 @@ class VisionTower(MegatronModule):
             self.patch_embed = PatchEmbed(spec, config.params_dtype, config.init_method)
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(causal=False, num_layers=num_layers),
+            spec=block_spec([LayerKind(causal=False)] * num_layers),
             pre_process=True,
             post_process=last,
             vp_stage=vp_stage,

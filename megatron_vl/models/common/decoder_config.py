@@ -1,0 +1,141 @@
+"""What config.json says of a Qwen2 decoder, whichever family it is part of. No Megatron-Core.
+
+transformers wrote the keys in two forms: flat, with rope under `rope_theta` and `rope_scaling`, and
+since version 5 with rope under `rope_parameters`. A model with towers may have them in a table.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megatron_vl.errors import InputError, shown
+from megatron_vl.models.spec import DecoderSpec
+from megatron_vl.typed import Name, Number, Positive, Shape, Size, typed
+
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIdOrIds = TokenId | Annotated[list[TokenId], Field(min_length=1)]
+
+
+class _Decoder(Shape):
+    """The decoder's keys, wherever they lie."""
+
+    hidden_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Width
+    num_key_value_heads: Width | None = None
+    intermediate_size: Width
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    rms_norm_eps: Positive
+    max_position_embeddings: Size
+    initializer_range: Number = 0.02
+    use_sliding_window: bool = False
+    hidden_act: Name = "silu"
+
+
+class _Whole(Shape):
+    """What is said of the whole model."""
+
+    dtype: Name = "bfloat16"
+    tie_word_embeddings: bool = False
+
+
+class _Rope(Shape):
+    """Of rope_parameters, of rope_scaling or of the decoder's own keys."""
+
+    rope_type: Name = "default"
+    type: Name = "default"
+    rope_theta: Positive
+
+
+class _MultiRope(_Rope):
+    """With positions in three axes."""
+
+    mrope_section: Annotated[list[Width], Field(min_length=3, max_length=3)]
+
+
+def first(kind: type, *sections: object, at: str = "") -> Any:
+    """A `kind` of several tables of config.json; of a key the first that has it wins.
+
+    Raises:
+        InputError: a key is missing or not of its type.
+    """
+    found: dict = {}
+    for section in sections:
+        if isinstance(section, dict):
+            found = {k: v for k, v in section.items() if v is not None} | found
+    try:
+        return typed(kind, found, at)
+    except ValueError as error:
+        raise InputError(f"{error}; copy the model's own config.json.") from error
+
+
+def read_dtype(*sections: dict) -> str:
+    """Of the published weights, by the name that torch has for it."""
+    older = [{"dtype": section.get("torch_dtype")} for section in sections]
+    ordered = [older[0], *sections, *older[1:]]
+    return first(_Whole, *ordered).dtype.removeprefix("torch.")
+
+
+def one_id(ids: int | list[int] | None) -> int | None:
+    """The first of several."""
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def read_decoder(*sections: dict, multi_axis: bool) -> DecoderSpec:
+    """The decoder of config.json's tables; of a key the first that has it wins.
+
+    Args:
+        multi_axis: whether positions have three axes (`mrope_section`), or one.
+
+    Raises:
+        InputError: a key that is missing or unusable, named.
+    """
+    keys = first(_Decoder, *sections)
+    rope = first(
+        _MultiRope if multi_axis else _Rope,
+        *(section.get(name) for section in sections
+          for name in ("rope_parameters", "rope_scaling")), *sections,
+    )
+    known = ("default", "mrope") if multi_axis else ("default",)
+    for name in ("rope_type", "type"):
+        kind = getattr(rope, name)
+        if kind not in known:
+            raise InputError(
+                f"{name} of rope_scaling (or rope_parameters) is {shown(repr(kind))}, which is not "
+                f"supported; train with the published {known[-1]!r} and set it for inference."
+            )
+    if keys.use_sliding_window:
+        raise InputError(
+            "use_sliding_window is true, which is not supported; set it to false if the model "
+            "was published so."
+        )
+    if keys.hidden_act != "silu":
+        raise InputError(f"hidden_act is {shown(repr(keys.hidden_act))}; this decoder has silu.")
+    hidden, heads = keys.hidden_size, keys.num_attention_heads
+    if hidden % heads:
+        raise InputError(f"hidden_size {hidden} is not a multiple of its {heads} heads.")
+    head_dim = hidden // heads
+    if head_dim % 2:
+        raise InputError(f"the heads are {head_dim} wide; rotary embedding needs an even width.")
+    # Older files of the nested form keep the tie under text_config; either place ties.
+    ties = [first(_Whole, section).tie_word_embeddings for section in sections]
+    return DecoderSpec(
+        num_layers=keys.num_hidden_layers,
+        hidden_size=hidden,
+        ffn_hidden_size=keys.intermediate_size,
+        num_attention_heads=heads,
+        num_query_groups=keys.num_key_value_heads or heads,
+        head_dim=head_dim,
+        vocab_size=keys.vocab_size,
+        tie_word_embeddings=any(ties),
+        norm_eps=keys.rms_norm_eps,
+        rope_theta=rope.rope_theta,
+        rope_sections=tuple(rope.mrope_section) if multi_axis else (head_dim // 2,),
+        qkv_bias=True,
+        max_position_embeddings=keys.max_position_embeddings,
+        init_std=keys.initializer_range,
+    )

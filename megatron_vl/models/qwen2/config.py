@@ -1,0 +1,47 @@
+"""config.json of Qwen2 and Qwen2.5, which name themselves alike."""
+
+from __future__ import annotations
+
+from megatron_vl.models.common.decoder_config import (
+    TokenId,
+    TokenIdOrIds,
+    first,
+    one_id,
+    read_decoder,
+    read_dtype,
+)
+from megatron_vl.models.spec import TokenIds, VLMSpec
+from megatron_vl.typed import Shape
+
+SIZES = {  # published sizes: (layers, hidden size), to check a name against config.json
+    "0.5B": (24, 896),
+    "1.5B": (28, 1536),
+    "3B": (36, 2048),
+    "7B": (28, 3584),
+    "14B": (48, 5120),
+    "32B": (64, 5120),
+    "72B": (80, 8192),
+}
+
+
+class _Tokens(Shape):
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenIdOrIds | None = None
+    pad_token_id: TokenId | None = None
+
+
+def read_config(config: dict) -> VLMSpec:
+    """The spec of a parsed config.json.
+
+    Raises:
+        InputError: a key that is missing or unusable, named.
+    """
+    tokens = first(_Tokens, config)
+    return VLMSpec(
+        model_type=config["model_type"],
+        dtype=read_dtype(config),
+        decoder=read_decoder(config, multi_axis=False),
+        tokens=TokenIds(
+            bos=tokens.bos_token_id, eos=one_id(tokens.eos_token_id), pad=tokens.pad_token_id
+        ),
+    )

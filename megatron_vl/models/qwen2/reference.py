@@ -1,0 +1,15 @@
+"""transformers' Qwen2, the judge."""
+
+from __future__ import annotations
+
+
+def auto_class():
+    """transformers' class that loads a published directory."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def inputs(spec, tokens, grids, patches, positions) -> dict:
+    """What the model takes beside its tokens: nothing."""
+    return {}
