@@ -15,7 +15,8 @@ REASONS = (  # why an entry or a sample is left out
     "no answer", "bad box", "missing media", "unusable media", "too long", "too many patches",
     "chat template", "not served",
 )  # fmt: skip
-# A tokenizer takes these for images and videos, or for the bounds of turns, wherever they stand.
+# Qwen's tokenizers take these for images and videos, or for the bounds of turns, wherever they
+# stand. Preparing keeps to them: it is done for no family.
 _RESERVED = re.compile(
     r"<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|im_start|im_end|endoftext)\|>"
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_vl.models.spec import VLMSpec
 
 COPY_AGAIN = "copy it again from the model's Hugging Face repository"  # a file of it
+Span = tuple[int, int]  # the characters from one up to, and without, another
 Grid = tuple[int, int, int]  # frames, rows and columns of patches before any are merged
 
 
@@ -78,6 +79,30 @@ class Processor(Protocol):
         """
 
 
+class SaidPart(Protocol):
+    """A stretch of one turn: text, or the place of one image or video."""
+
+    text: str | None
+    media: str | None  # the kind
+
+
+class Said(Protocol):
+    """A turn of a conversation."""
+
+    role: str
+    parts: Sequence[SaidPart]
+
+
+class TemplateWriter(Protocol):
+    """What one chat template writes of turns without tools, faster than it is rendered."""
+
+    def __call__(self, turns: Sequence[Said]) -> tuple[str, dict[int, Span]]:
+        """The text, and where every answer is in it, by the number of its turn.
+
+        An answer begins where the template asks for one, and ends with its end token.
+        """
+
+
 class Family(Protocol):
     """A family as data sees it."""
 
@@ -106,3 +131,6 @@ class Family(Protocol):
         Args:
             video_positions: of text after a video; what `MediaLimits.video_positions` says.
         """
+
+    def template_writer(self, source: str) -> TemplateWriter | None:
+        """Of a chat template of this source; None: the family knows none, and it is rendered."""

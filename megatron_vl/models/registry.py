@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.family import Positions, Processor
+from megatron_vl.models.family import Positions, Processor, TemplateWriter
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
@@ -64,6 +65,12 @@ class Family:
     def positions(self, spec: VLMSpec, video_positions: str = "published") -> Positions:
         """See `megatron_vl.models.family.Family`; this imports torch."""
         return self._part("positions", "positions")(spec, video_positions)
+
+    def template_writer(self, source: str) -> TemplateWriter | None:
+        """See `megatron_vl.models.family.Family`; a folder without `prompt.py` knows none."""
+        if find_spec(f"{self.package}.prompt") is None:
+            return None
+        return self._part("prompt", "template_writer")(source)
 
     def judge(self):
         """transformers' class that loads a published directory of this family."""

@@ -108,7 +108,7 @@ def media(hf_dir, spec):
 
 @pytest.fixture(scope="module")
 def chat(hf_dir, spec):
-    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type))
 
 
 def _material(turns):
@@ -193,7 +193,8 @@ def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model,
 
     encoder = SampleEncoder(
         model=ModelEncoder(
-            chat=ChatTokenizer(chat.tokenizer, tokens=chat.tokens, trained=MASKS[mask]),
+            chat=ChatTokenizer(chat.tokenizer, tokens=chat.tokens, family=family(spec.model_type),
+                               trained=MASKS[mask]),
             processor=media,
             positions=family(spec.model_type).positions(spec, "transformers5"),  # it is the judge
         ),

@@ -273,7 +273,8 @@ def test_converting_and_preparing_need_no_megatron_core_and_no_gpu():
 
 
 def test_what_families_give_is_told_without_torch():
-    modules = "family", "media", "registry", "qwen2_vl.config", "qwen2_vl.media_files"
+    own = (f"qwen2_vl.{name}" for name in ("config", "media_files", "prompt"))
+    modules = ("family", "media", "registry", *own)
     named = ", ".join(f"megatron_vl.models.{name}" for name in modules)
     assert python(f"import sys, {named}\nprint('torch' in sys.modules)") == "False\n"
 

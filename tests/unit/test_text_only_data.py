@@ -44,6 +44,9 @@ class TextFamily:
     def positions(self, spec, video_positions="published"):
         return Counting()
 
+    def template_writer(self, source):
+        return None
+
 
 @pytest.fixture(scope="module")
 def model(hf_dir, spec, tmp_path_factory):

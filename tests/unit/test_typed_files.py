@@ -294,10 +294,10 @@ def test_any_change_of_a_file_is_read_or_refused_by_its_name(name, tmp_path, req
 
 
 def encoder_of(hf_dir: Path, spec, template: str | None) -> SampleEncoder:
-    chat = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    chat = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type))
     if template is not None:
         chat.tokenizer.chat_template = template
-        chat = ChatTokenizer(chat.tokenizer, tokens=spec.tokens)
+        chat = ChatTokenizer(chat.tokenizer, tokens=spec.tokens, family=family(spec.model_type))
     own = ModelEncoder.from_hf_dir(hf_dir, spec, family(spec.model_type))
     return SampleEncoder(
         model=replace(own, chat=chat),

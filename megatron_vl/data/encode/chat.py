@@ -12,11 +12,11 @@ import torch
 from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.encode.model_files import TOKENIZER, check_tokenizer
 from megatron_vl.data.encode.samples import IGNORE
-from megatron_vl.data.encode.template import ChatTemplate, Span
+from megatron_vl.data.encode.template import ChatTemplate
 from megatron_vl.data.grounding import render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.family import COPY_AGAIN
+from megatron_vl.models.family import COPY_AGAIN, Family, Span
 from megatron_vl.models.media import IMAGE, MEDIA_KINDS
 from megatron_vl.models.spec import TokenIds
 from megatron_vl.typed import Shape, Text, read_file
@@ -36,8 +36,13 @@ class ChatTokenizer:
     a person wrote, and no system prompt is assumed.
     """
 
-    def __init__(self, tokenizer, *, tokens: TokenIds, trained: TrainedText | None = None):
-        """`tokenizer` is a fast tokenizer of transformers; `from_hf_dir` loads it."""
+    def __init__(self, tokenizer, *, tokens: TokenIds, family: Family | None = None,
+                 trained: TrainedText | None = None):
+        """`tokenizer` is a fast tokenizer of transformers; `from_hf_dir` loads it.
+
+        Args:
+            family: that may know the chat template; None: it is rendered.
+        """
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.trained = trained or TrainedText()
@@ -46,7 +51,7 @@ class ChatTokenizer:
         }
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
         self.template = ChatTemplate(
-            tokenizer, last_answer_only=self.trained.mask_history,
+            tokenizer, family=family, last_answer_only=self.trained.mask_history,
             everything=self.trained.train_on_prompt, text_only=not self._placeholders,
         )
         self._own_tokens = frozenset(
@@ -54,7 +59,7 @@ class ChatTokenizer:
         )
 
     @classmethod
-    def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds,
+    def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds, family: Family | None = None,
                     trained: TrainedText | None = None) -> ChatTokenizer:
         """Read the tokenizer files of a Hugging Face directory.
 
@@ -96,7 +101,7 @@ class ChatTokenizer:
                 f"the tokenizer in {hf_dir} has no pad token; add pad_token to its "
                 f"tokenizer_config.json."
             )
-        chat = cls(tokenizer, tokens=tokens, trained=trained)
+        chat = cls(tokenizer, tokens=tokens, family=family, trained=trained)
         image = () if tokens.image is None else (Part(media=IMAGE),)
         turns = [Turn(role="user", parts=(*image, Part(text="a"))),
                  Turn(role="assistant", parts=(Part(text="b"),))]

@@ -44,7 +44,9 @@ class ModelEncoder:
         """
         limits = limits or MediaLimits()
         return cls(
-            chat=ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=trained),
+            chat=ChatTokenizer.from_hf_dir(
+                hf_dir, tokens=spec.tokens, family=family, trained=trained
+            ),
             processor=family.processor(hf_dir, spec, limits),
             positions=family.positions(spec, limits.video_positions),
         )
