@@ -90,19 +90,16 @@ def run(args: argparse.Namespace) -> int:
             stop.listen()
         run_worker(lambda: _train(config, stop), command="train", debug=args.debug)
     from megatron_vl.training.checkpoint.lock import check_free
+    from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint
     from megatron_vl.training.epochs import with_steps
-    from megatron_vl.training.plan import (
-        check_paths,
-        check_weights,
-        find_checkpoint,
-        plan_run,
-    )
+    from megatron_vl.training.paths import check_paths
+    from megatron_vl.training.plan import plan_run
 
     config = with_steps(config)
     env = _nodes(args)
     processes = _processes(config) if env.nproc_per_node is None else env.nproc_per_node
     plan = plan_run(config, processes * env.nnodes)
-    check_weights(plan, *find_checkpoint(plan))
+    check_weights(plan.config, plan.spec, *find_checkpoint(plan.config, plan.spec))
     check_paths(config)
     if config.checkpoint.save is not None and env.node_rank == 0:
         check_free(Path(config.checkpoint.save))
@@ -153,7 +150,8 @@ def _train(config, stop) -> None:
     from megatron_vl.platform import be_deterministic, connect
     from megatron_vl.training.epochs import with_steps_of_rank_0
     from megatron_vl.training.loop import train
-    from megatron_vl.training.plan import check_paths, plan_run
+    from megatron_vl.training.paths import check_paths
+    from megatron_vl.training.plan import plan_run
     from megatron_vl.training.resilience.preflight import preflight
 
     if config.model.deterministic:

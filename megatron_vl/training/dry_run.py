@@ -18,20 +18,13 @@ from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
+from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint, needs_load
 from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.machine import check_machine
 from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.plan import (
-    Plan,
-    check_outputs,
-    check_weights,
-    datasets,
-    find_checkpoint,
-    mixtures,
-    needs_load,
-    plan_run,
-)
+from megatron_vl.training.paths import check_outputs, datasets, mixtures
+from megatron_vl.training.plan import Plan, plan_run
 
 GIB = 2**30
 
@@ -45,9 +38,9 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
     notes: list[str] = []
     config = _with_steps(config, notes)
     plan = plan_run(_without_missing_checkpoint(config, notes), nnodes * nproc_per_node, here=False)
-    source, own = find_checkpoint(plan)
+    source, own = find_checkpoint(plan.config, plan.spec)
     if source is not None:
-        check_weights(plan, source, own)
+        check_weights(plan.config, plan.spec, source, own)
         notes.append(f"weights come from {source.path}, which fits this model.")
     _look_around(plan, notes)
     stages = [rank_memory(plan, stage) for stage in range(plan.layout.pp)]

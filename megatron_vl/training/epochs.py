@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family, load_spec
+from megatron_vl.training.checkpoint.start import hf_directory
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.plan import hf_directory, media_limits, mixtures, trained_text
+from megatron_vl.training.paths import media_limits, mixtures, trained_text
 
 LOOKED_AT = 2000  # samples that a forecast is made of
 

@@ -21,6 +21,7 @@ from megatron_vl.models.registry import family
 from megatron_vl.platform import current_device, initialize
 from megatron_vl.training.checkpoint.record import write_beginning, write_options
 from megatron_vl.training.checkpoint.saver import Saved, Saver
+from megatron_vl.training.checkpoint.start import find_checkpoint
 from megatron_vl.training.checkpoint.state import (
     check_files,
     load_checkpoint,
@@ -28,13 +29,8 @@ from megatron_vl.training.checkpoint.state import (
     save_checkpoint,
 )
 from megatron_vl.training.exchange import RowExchange
-from megatron_vl.training.plan import (
-    Plan,
-    find_checkpoint,
-    media_limits,
-    mixtures,
-    trained_text,
-)
+from megatron_vl.training.paths import media_limits, mixtures, trained_text
+from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.describe import describe
 from megatron_vl.training.reporting.metrics import duration
 from megatron_vl.training.reporting.show import Show
@@ -158,7 +154,7 @@ class Trainer:
         """What to start from, with a look at every byte of this run's own checkpoints."""
         damaged: dict[Path, str] = {}
         while True:
-            source, own = find_checkpoint(self.plan, damaged)
+            source, own = find_checkpoint(self.config, self.plan.spec, damaged)
             fault = ""
             if own and self.config.checkpoint.verify_checksums:
                 self.watch.beat(f"checking {source.path}")

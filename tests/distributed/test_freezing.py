@@ -20,8 +20,9 @@ from training_jobs import CASE
 
 from megatron_vl.cli.main import run as command
 from megatron_vl.errors import InputError
+from megatron_vl.training.checkpoint.start import find_checkpoint
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.plan import find_checkpoint, plan_run
+from megatron_vl.training.plan import plan_run
 
 PARTS = ("vit", "merger", "llm")
 COMBINATIONS = [set(some) for size in range(3) for some in combinations(PARTS, size)]
@@ -273,11 +274,15 @@ def test_a_run_with_frozen_parts_and_rates_resumes_exactly(name, jobs):
     assert jobs.held(f"{name} again", 1)["rates"] == jobs.held(name, 1)["rates"][2:]
 
 
+def find(options: dict) -> None:
+    plan = plan_run(TrainConfig.from_dict(options), 2)
+    find_checkpoint(plan.config, plan.spec)
+
+
 def test_other_rates_are_refused_on_resume_until_they_are_meant(jobs):
     options = jobs.options("bf16", *FURTHER["other rates"][:3])
     with pytest.raises(InputError, match="with vit-lr 0.0003 but this run has 0.001"):
-        find_checkpoint(plan_run(TrainConfig.from_dict(
-            options | {"override_opt_param_scheduler": False}), 2))
+        find(options | {"override_opt_param_scheduler": False})
     for rank in range(2):
         rates = jobs.held("other rates", rank)["rates"]
         for rate in (LR, VIT_LR):
@@ -289,5 +294,5 @@ def test_another_frozen_set_is_refused_on_resume(jobs):
     options = jobs.options("bf16", {"llm", "merger"}, UNEVEN | LONG | {"bf16": True}, "any")
     options["override_opt_param_scheduler"] = True
     with pytest.raises(InputError, match="freeze-merger false but this run has true; .*no-load"):
-        find_checkpoint(plan_run(TrainConfig.from_dict(options), 2))
-    find_checkpoint(plan_run(TrainConfig.from_dict(options | {"no_load_optim": True}), 2))
+        find(options)
+    find(options | {"no_load_optim": True})

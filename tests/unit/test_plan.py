@@ -12,9 +12,10 @@ from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
 from megatron_vl.parallel import Layout
+from megatron_vl.training.checkpoint.start import _check_options, find_checkpoint
 from megatron_vl.training.machine import _check_offload
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.plan import _check_options, _recompute, find_checkpoint, plan_run
+from megatron_vl.training.plan import _recompute, plan_run
 from megatron_vl.weights.mcore_io import CheckpointInfo
 
 FULL = dict(recompute_granularity="full")
@@ -127,7 +128,7 @@ def test_the_precision_is_config_jsons_where_no_option_says_it(
 ])
 def test_a_resumed_run_keeps_its_precision(had, finetune, says, model_dir, tmp_path, monkeypatch):
     info = checkpoint_of(had, tmp_path)
-    monkeypatch.setattr("megatron_vl.training.plan.inspect_weights", lambda _: info)
+    monkeypatch.setattr("megatron_vl.training.checkpoint.start.inspect_weights", lambda _: info)
     plan = plan_run(config(model_dir, load=str(model_dir), finetune=finetune), 1)
     assert plan.precision == says
 
@@ -199,7 +200,7 @@ def test_a_run_that_goes_on_from_save_takes_its_model_from_there(own, model_dir,
     for load in (tmp_path / "gone", model_dir):
         values = {"save": str(own), "load": str(load), "train_data_path": "x"}
         plan = plan_run(TrainConfig.from_dict(values), 1)
-        source, is_own = find_checkpoint(plan)
+        source, is_own = find_checkpoint(plan.config, plan.spec)
         assert plan.hf_dir == own and is_own and source.path == own / "release"
         given = TrainConfig.from_dict(values | {"hf_config": str(model_dir)})
         assert plan_run(given, 1).hf_dir == model_dir

@@ -226,7 +226,7 @@ def beside(args, results: Results, clock: Clock, work) -> None:
     from megatron_vl.data.load.loader import DataConfig, build_train_loader
     from megatron_vl.models import family, load_spec
     from megatron_vl.training.options.config import TrainConfig
-    from megatron_vl.training.plan import mixtures
+    from megatron_vl.training.paths import mixtures
 
     hf_dir, data = args.inputs / args.model, str(args.inputs / "data")
     train, _ = mixtures(TrainConfig.from_dict({"hf_config": str(hf_dir), "train_data_path": data}))

@@ -34,8 +34,9 @@ from megatron_vl.platform import (
 )
 from megatron_vl.training.checkpoint.files import faults, read_checksums
 from megatron_vl.training.checkpoint.saver import Saved, Saver
+from megatron_vl.training.checkpoint.start import weights_alone
 from megatron_vl.training.checkpoint.weights import Loaded, load_weights
-from megatron_vl.training.plan import Plan, weights_alone
+from megatron_vl.training.plan import Plan
 from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import copy_side_files
 from megatron_vl.weights.mcore_io import CheckpointInfo

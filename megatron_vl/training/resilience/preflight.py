@@ -25,7 +25,7 @@ from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.errors import InputError
 from megatron_vl.platform.init import ranks
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.plan import datasets
+from megatron_vl.training.paths import datasets
 from megatron_vl.weights.files import fingerprint
 from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.hf_io import SIDE_FILES, WEIGHT_FILES
