@@ -142,6 +142,15 @@ def text_model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def window_model_dir(shared) -> Path:
+    """The same with Qwen2.5-VL's tower: two layers, the first with windows of 2 x 2 tokens."""
+    return shared.made("window_model", lambda out: _toolkit(
+        "make_tiny_hf_checkpoint.py", out, "--model-type", "qwen2_5_vl", "--hidden-size", 64,
+        "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
 def text_wds_dir(shared) -> Path:
     """Sums to work out, prepared."""
     from megatron_vl.cli.main import run

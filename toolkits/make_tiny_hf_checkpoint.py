@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a small random Qwen2-VL, or Qwen2, as a true Hugging Face directory.
+"""Write a small random Qwen2-VL, Qwen2.5-VL or Qwen2 as a true Hugging Face directory.
 
 config.json, safetensors with the published key names, Qwen2's tokenizer with the vision tokens and
 the chat template, preprocessor_config.json. Needs torch, safetensors and, for the BPE ranks, the
@@ -75,7 +75,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default,
                             help=f"{what} (default {default})")
-    parser.add_argument("--model-type", choices=("qwen2_vl", "qwen2"), default="qwen2_vl",
+    parser.add_argument("--model-type", choices=("qwen2_vl", "qwen2_5_vl", "qwen2"),
+                        default="qwen2_vl",
                         help="qwen2 is the language model alone (default qwen2_vl)")
     parser.add_argument("--init-std", type=float, default=0.02,
                         help="standard deviation of the random weights (default 0.02)")
@@ -261,6 +262,26 @@ def text_config(config: dict) -> dict:
     }
 
 
+def windowed_config(config: dict) -> dict:
+    """The same model with Qwen2.5-VL's tower: windows of 2 x 2 tokens, but in the last layer."""
+    vision = config["vision_config"]
+    kept = ("depth", "num_heads", "in_chans", "patch_size", "spatial_merge_size",
+            "spatial_patch_size", "temporal_patch_size")
+    return config | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+        "vision_config": {name: vision[name] for name in kept} | {
+            "fullatt_block_indexes": [vision["depth"] - 1],
+            "hidden_act": "silu",
+            "hidden_size": vision["embed_dim"],
+            "intermediate_size": vision["embed_dim"] * vision["mlp_ratio"],
+            "model_type": "qwen2_5_vl",
+            "out_hidden_size": vision["hidden_size"],
+            "tokens_per_second": 2,
+            "window_size": 2 * MERGE * vision["patch_size"],
+        },
+    }
+
+
 def preprocessor_config(args: argparse.Namespace) -> dict:
     return {
         "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
@@ -316,22 +337,32 @@ def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 def _vision_shapes(vision: dict, hidden: int, shapes: dict, linear) -> None:
     """Add those of the tower and the merger."""
-    width, merged = vision["embed_dim"], vision["embed_dim"] * MERGE**2
+    windowed = "window_size" in vision
+    width = vision["hidden_size" if windowed else "embed_dim"]
+    merged = width * MERGE**2
     patch = vision["patch_size"]
     shapes["visual.patch_embed.proj.weight"] = (width, CHANNELS, TEMPORAL, patch, patch)
 
-    def layer_norm(name: str) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if not windowed:
+            shapes[f"{name}.bias"] = (width,)
 
     for i in range(vision["depth"]):
         block = f"visual.blocks.{i}"
-        layer_norm(f"{block}.norm1")
-        layer_norm(f"{block}.norm2")
+        norm(f"{block}.norm1")
+        norm(f"{block}.norm2")
         linear(f"{block}.attn.qkv", 3 * width, width, True)
         linear(f"{block}.attn.proj", width, width, True)
+        if windowed:
+            inner = vision["intermediate_size"]
+            linear(f"{block}.mlp.gate_proj", inner, width, True)
+            linear(f"{block}.mlp.up_proj", inner, width, True)
+            linear(f"{block}.mlp.down_proj", width, inner, True)
+            continue
         linear(f"{block}.mlp.fc1", width * vision["mlp_ratio"], width, True)
         linear(f"{block}.mlp.fc2", width, width * vision["mlp_ratio"], True)
-    layer_norm("visual.merger.ln_q")
+    norm("visual.merger.ln_q")
     linear("visual.merger.mlp.0", merged, merged, True)
     linear("visual.merger.mlp.2", hidden, merged, True)
 
@@ -382,8 +413,8 @@ def write_checkpoint(args: argparse.Namespace) -> dict:
     else:
         vocab_size = math.ceil((len(vocab) + len(ids)) / 128) * 128
     config = model_config(args, vocab_size, ids)
-    if args.model_type == "qwen2":
-        config = text_config(config)
+    change = {"qwen2": text_config, "qwen2_5_vl": windowed_config}.get(args.model_type)
+    config = config if change is None else change(config)
     weights = random_weights(config, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 

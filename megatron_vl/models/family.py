@@ -29,12 +29,15 @@ class Positions(Protocol):
     def axes(self) -> int:
         """Position ids a token has: 3 of time, height and width, 1 of a text alone."""
 
-    def __call__(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+    def __call__(
+        self, tokens: torch.Tensor, grids: Sequence[Grid], seconds: Sequence[float] = ()
+    ) -> torch.Tensor:
         """Position ids int64 [axes, S], from 0.
 
         Args:
             tokens: int64 [S], each image or video already as many placeholders as it has tokens.
             grids: one an image or video, in the order of their placeholders.
+            seconds: see `Processor.seconds`, of each of them.
 
         Raises:
             ValueError: the placeholders do not match the grids.
@@ -64,6 +67,9 @@ class Processor(Protocol):
 
     def num_tokens(self, grid: Grid) -> int:
         """Tokens that the decoder sees of an image or video with this grid."""
+
+    def seconds(self, media: StoredMedia) -> float:
+        """Of a video, from one frame of its grid to the next; 0 of an image."""
 
     def load(
         self, media: StoredMedia, frames: Iterable[Image.Image], out: torch.Tensor | None = None

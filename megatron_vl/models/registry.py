@@ -21,6 +21,7 @@ from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen2": "qwen2",
+    "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
 }
 

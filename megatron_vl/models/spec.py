@@ -96,6 +96,11 @@ class VisionSpec:
     norm_eps: float
     out_hidden_size: int  # the decoder's hidden size
     activation: str  # of the blocks' MLP: "quick_gelu", "gelu", "silu"
+    gated: bool = False  # the MLP has a gate
+    normalization: str = "LayerNorm"  # or "RMSNorm"
+    window_cells: int | None = None  # merged patches a side of a window; None: there are none
+    full_attention_layers: tuple[int, ...] = ()  # of a tower with windows, those without
+    tokens_per_second: float | None = None  # positions a second of video takes; None: one a frame
 
     def __post_init__(self) -> None:
         _positive(self, "depth", "hidden_size", "num_heads", "ffn_hidden_size", "in_channels",
@@ -139,19 +144,30 @@ class VisionSpec:
         """FLOPs of a forward pass over one image or video of t x h x w patches.
 
         Two for each multiply-add of the matrix products: a patch embedding, in every layer q, k, v
-        and the projection (4 D^2), the MLP (2 D F) and, within a frame of L = h w patches, scores
+        and the projection (4 D^2), the MLP (2 D F, with a gate 3 D F) and, within a frame of
+        L = h w patches or within windows, scores
         and sums (2 L D), and the merger; as Megatron-LM counts (arXiv 2104.04473, appendix), with D
         the width and F the MLP's.
         """
         width, patches = self.hidden_size, math.prod(grid)
-        layer = 4 * width**2 + 2 * width * self.ffn_hidden_size
+        layer = 4 * width**2 + (3 if self.gated else 2) * width * self.ffn_hidden_size
         matrices = 2 * patches * (self.patch_dim * width + self.depth * layer)
         return matrices + self.attention_flops(grid) + self.merger_flops(grid)
 
     def attention_flops(self, grid: tuple[int, int, int]) -> int:
         """Of them, scores and sums."""
-        _, h, w = grid
-        return 2 * math.prod(grid) * self.depth * 2 * h * w * self.hidden_size
+        t, h, w = grid
+        pairs = self.depth * t * (h * w) ** 2
+        if self.window_cells is not None:
+            full = len(self.full_attention_layers)
+            side = self.window_cells * self.spatial_merge_size  # patches
+
+            def squares(size: int) -> int:
+                """Of the windows' extents along one side, the sum."""
+                return size // side * side**2 + (size % side) ** 2
+
+            pairs = t * (full * (h * w) ** 2 + (self.depth - full) * squares(h) * squares(w))
+        return 2 * pairs * 2 * self.hidden_size
 
     def merger_flops(self, grid: tuple[int, int, int]) -> int:
         """Of them, the merger's."""

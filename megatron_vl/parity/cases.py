@@ -93,6 +93,7 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
         samples.append(EncodedSample(
             __key__=str(number), __restore_key__=(), name=str(number), tokens=tokens,
             labels=labels, grids=tuple(grids), media=(), read=None,
+            seconds=tuple(0.75 if grid[0] > 1 else 0.0 for grid in grids),
             patches=torch.randn(patches, spec.vision.patch_dim, generator=generator)
             if grids else None,
         ))

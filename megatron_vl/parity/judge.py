@@ -31,7 +31,8 @@ def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case, dtype: str = "floa
     for sample in samples:
         out = model(
             input_ids=sample.tokens[None], use_cache=False,
-            **of.judge_inputs(spec, sample.tokens, sample.grids, sample.patches, positions),
+            **of.judge_inputs(spec, sample.tokens, sample.grids, sample.patches,
+                              positions(sample.tokens, sample.grids, sample.seconds)),
         ).logits[0].float()
         logits.append(out.detach())
         loss = torch.nn.functional.cross_entropy(

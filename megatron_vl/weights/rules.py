@@ -206,7 +206,7 @@ class GateUp(Rule):
     gate: str
     up: str
     ffn: int
-    columns: int
+    columns: int | None  # None for a bias
 
     def rows(self, tp: int) -> list[Rows]:
         part = self._part(self.ffn, tp)
@@ -217,7 +217,8 @@ class GateUp(Rule):
         ]
 
     def published(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys((self.gate, self.up), (self.ffn, self.columns))
+        tail = () if self.columns is None else (self.columns,)
+        return dict.fromkeys((self.gate, self.up), (self.ffn, *tail))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,7 +55,7 @@ def transformers_loss(model_dir: Path, per_sample: bool):
         logits = model(
             input_ids=sample.tokens[None], use_cache=False,
             **of.judge_inputs(spec, sample.tokens, sample.grids, sample.patches,
-                              of.positions(spec)),
+                              of.positions(spec)(sample.tokens, sample.grids, sample.seconds)),
         ).logits[0]
         loss = torch.nn.functional.cross_entropy(
             logits, sample.labels, ignore_index=IGNORE, reduction="sum"

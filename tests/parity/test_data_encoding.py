@@ -19,8 +19,8 @@ from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.raw.formats.llava import question_and_answer
 from megatron_vl.models import family
+from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import StoredMedia
-from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 IMAGE, VIDEO = Part(media="image"), Part(media="video")
 

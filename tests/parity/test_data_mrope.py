@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from megatron_vl.models.qwen2_vl.positions import rope_index
+from megatron_vl.models.common.media_positions import rope_index
 
 SMALL, WIDE, TALL, CLIP, LONG = (1, 4, 4), (1, 2, 10), (1, 12, 2), (3, 4, 6), (8, 2, 2)
 

@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor
 from megatron_vl.data.encode.media import image_size
 from megatron_vl.data.encode.model import load_media
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import MediaLimits, StoredMedia
-from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 
 def _noise(*shape):

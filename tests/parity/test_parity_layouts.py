@@ -78,7 +78,8 @@ def of_text(layouts: str) -> list[str]:
             and "vision 1-1" not in line]
 
 
-MODELS = {"model_dir": ("81", with_vision), "text_model_dir": ("50", of_text)}
+MODELS = {"model_dir": ("81", with_vision), "window_model_dir": ("80", with_vision),
+          "text_model_dir": ("50", of_text)}
 CASES = ["one image", "images and videos", "text only", "a microbatch without images"]
 FIGURE = r"(\d\.\de[+-]\d+)"
 

@@ -11,14 +11,20 @@ from commands import megatron_vl
 from megatron_vl.models import family, known_families, load_spec
 from megatron_vl.models.registry import read_config_json
 
-TINY = {"qwen2": "text_model_dir", "qwen2_vl": "model_dir"}
-PUBLISHED = {  # what config.json of a published size has, and its parameters
-    "qwen2": ({  # Qwen2.5-7B
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    }, 7_615_616_512),
+TINY = {"qwen2": "text_model_dir", "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir"}
+PUBLISHED = {
+    # layers, width, heads, key/value heads, ffn, vocabulary, tied; the
+    # tower's ffn; billions of numbers
+    ("qwen2", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), None, 7.616),
+    ("qwen2_5_vl", "3B"): ((36, 2048, 16, 2, 11008, 151936, True), 3420, 3.755),
+    ("qwen2_5_vl", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), 3420, 8.292),
+    ("qwen2_5_vl", "32B"): ((64, 5120, 40, 8, 27648, 152064, False), 3456, 33.453),
+    ("qwen2_5_vl", "72B"): ((80, 8192, 64, 8, 29568, 152064, False), 3456, 73.411),
 }
+KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "vocab_size", "tie_word_embeddings")
+WINDOWS = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14, "window_size": 112,
+           "fullatt_block_indexes": [7, 15, 23, 31]}
 
 
 @pytest.fixture(params=sorted(TINY))
@@ -52,14 +58,23 @@ def test_a_sample_has_a_position_on_every_axis(tiny):
     assert torch.equal(made, torch.arange(7).expand(positions.axes, 7))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_size_is_counted_right(name, request, tmp_path):
-    sizes, parameters = PUBLISHED[name]
-    config = read_config_json(request.getfixturevalue(TINY[name]))
-    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_a_published_size_is_counted_right(name, size, request, tmp_path):
+    sizes, vision_ffn, billions = PUBLISHED[name, size]
+    config = read_config_json(request.getfixturevalue(TINY[name])) | dict(
+        zip(KEYS, sizes, strict=True)
+    )
+    if vision_ffn:
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
+        config["vision_config"] |= WINDOWS | {
+            "intermediate_size": vision_ffn, "out_hidden_size": config["hidden_size"],
+        }
+    (tmp_path / "config.json").write_text(json.dumps(config))
     spec = load_spec(tmp_path)
-    assert sum(family(name).weight_map(spec).counts().values()) == parameters
-    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", 4, "--pp", 2, "--dry-run")
+    family(name).check_size(spec, size)
+    numbers = sum(family(name).weight_map(spec).counts().values())
+    assert round(numbers / 1e9, 3) == billions
+    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", 4, "--pp", 4, "--dry-run")
     assert done.code == 0, done.text
 
 

@@ -50,7 +50,7 @@ MAY_IMPORT_THE_PACKAGE = ("toolkits/benchmarks", "toolkits/gpu")  # they time wh
 HEAVY = ("megatron.core", "transformer_engine", "flash_attn", "apex")
 LIGHT = (
     "parallel", "models", "models.spec", "models.family", "models.media", "models.registry",
-    "models.qwen2_vl.config", "models.qwen2_vl.media", "models.qwen2_vl.positions",
+    "models.qwen2_vl.config", "models.common.patch_media", "models.common.media_positions",
     "models.qwen2_vl.weight_map", "weights", "weights.convert", "weights.torch_dist",
     "data.raw.formats", "data.raw.sources", "data.options", "data.raw.prepare", "data.lint",
     "training.options.config", "training.paths", "training.plan", "training.memory",
@@ -188,7 +188,7 @@ def test_every_way_to_import_is_seen(tmp_path, text, found):
     ("data", "megatron_vl.models.family.Positions", True),
     ("data", "megatron_vl.models.common.vlm", False),
     ("data", "megatron_vl.models.media.StoredMedia", True),
-    ("data", "megatron_vl.models.qwen2_vl.positions", False),
+    ("data", "megatron_vl.models.common.media_positions", False),
     ("data", "megatron_vl.models.registry", False),
     ("weights", "megatron_vl.models.spec", False),
     ("models", "megatron_vl.training.options.config", False),

@@ -16,8 +16,8 @@ from megatron_vl.data.encode.model_files import check_model_files
 from megatron_vl.data.raw.formats.llava import question_and_answer
 from megatron_vl.errors import InputError
 from megatron_vl.models import family
+from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import MAX_ASPECT_RATIO, BadMedia, MediaLimits, StoredMedia
-from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]

@@ -22,8 +22,8 @@ from megatron_vl.data.encode.model import load_media
 from megatron_vl.data.raw.formats.media_columns import media_source, with_settings
 from megatron_vl.data.raw.lengths import LengthCounter
 from megatron_vl.models import family
+from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import BadMedia, MediaLimits, MediaSettings, StoredMedia
-from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 NAMES = {"image": "0.jpg", "video": "a.mp4"}
 

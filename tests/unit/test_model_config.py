@@ -30,13 +30,13 @@ def options(**changes):
 
 
 def test_an_uneven_first_stage_cannot_touch_the_vision_tower(model):
+    from megatron_vl.models.common.patch_tower import tower_config
     from megatron_vl.models.common.transformer_config import language_config
-    from megatron_vl.models.qwen2_vl.tower import vision_config
 
     layout = Layout(pp=2)
     split = model.split(pp=2, first_stage_layers=1)
     language = language_config(model, layout, split, options())
-    vision = vision_config(model, layout, split, options())
+    vision = tower_config(model, layout, split, options())
     assert language.pipeline_model_parallel_layout.get_num_layers_to_build(pp_rank=0) == 1
     assert vision.num_layers == model.vision.depth == 2
     assert vision.num_layers_in_first_pipeline_stage is None
@@ -45,13 +45,13 @@ def test_an_uneven_first_stage_cannot_touch_the_vision_tower(model):
 
 
 def test_sizes_come_from_config_json_alone(model):
+    from megatron_vl.models.common.patch_tower import tower_config
     from megatron_vl.models.common.transformer_config import language_config
-    from megatron_vl.models.qwen2_vl.tower import vision_config
 
     language = language_config(model, Layout(), model.split(), options())
     assert (language.num_layers, language.hidden_size, language.ffn_hidden_size) == (4, 64, 96)
     assert (language.num_query_groups, language.layernorm_epsilon) == (2, 1e-6)
-    vision = vision_config(model, Layout(), model.split(), options())
+    vision = tower_config(model, Layout(), model.split(), options())
     assert vision.normalization == "LayerNorm" and vision.add_qkv_bias
     assert not language.add_bias_linear and language.add_qkv_bias
 
@@ -71,13 +71,13 @@ def test_recompute_is_checked_against_every_stage_and_fitted_to_the_vision_tower
 
 
 def test_each_tower_recomputes_what_is_asked_of_it(model):
+    from megatron_vl.models.common.patch_tower import tower_config
     from megatron_vl.models.common.transformer_config import language_config
-    from megatron_vl.models.qwen2_vl.tower import vision_config
 
     language, vision = recompute_of(model.split(), granularity="selective", vit_granularity="full")
     chosen = options(recompute=language, vit_recompute=vision)
     made = [build(model, Layout(), model.split(), chosen)
-            for build in (language_config, vision_config)]
+            for build in (language_config, tower_config)]
     assert [one.recompute_granularity for one in made] == ["selective", "full"]
     assert made[1].recompute_method == "uniform" and made[1].recompute_num_layers == 1
 
@@ -85,11 +85,11 @@ def test_each_tower_recomputes_what_is_asked_of_it(model):
 def test_an_unknown_vision_activation_is_named(model):
     from dataclasses import replace
 
-    from megatron_vl.models.qwen2_vl.tower import vision_config
+    from megatron_vl.models.common.patch_tower import tower_config
 
     strange = replace(model, vision=replace(model.vision, activation="swish9"))
     with pytest.raises(InputError, match="'swish9'; known are"):
-        vision_config(strange, Layout(), strange.split(), options())
+        tower_config(strange, Layout(), strange.split(), options())
 
 
 def test_a_rope_that_is_not_the_published_one_is_refused(model_dir, tmp_path):
@@ -107,12 +107,12 @@ def test_layers_of_one_tower_may_differ(model):
 
     from megatron_vl.models.common.core_attention import SegmentParams
     from megatron_vl.models.common.layer_spec import LayerKind, block_spec
-    from megatron_vl.models.qwen2_vl.tower import vision_config
+    from megatron_vl.models.common.patch_tower import tower_config
     from megatron_vl.ops.norm import TorchNorm
     from megatron_vl.ops.rotary import Rotary
     from megatron_vl.ops.segments import Segments
 
-    config = vision_config(model, Layout(), model.split(), options())
+    config = tower_config(model, Layout(), model.split(), options())
     made = block_spec([LayerKind(causal=False, windowed=True), LayerKind(causal=False),
                        LayerKind(causal=False, qk_norm=True)])
     parts = [spec.submodules.self_attention.submodules for spec in made.layer_specs]

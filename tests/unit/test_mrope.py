@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_vl.models.qwen2_vl.positions import rope_index
+from megatron_vl.models.common.media_positions import rope_index
 
 IMAGE, VIDEO = 90, 91
 

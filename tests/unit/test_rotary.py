@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import run
 
-from megatron_vl.models.qwen2_vl.tower import grid_positions, patch_angles
+from megatron_vl.models.common.patch_tower import grid_positions, patch_angles
 from megatron_vl.ops.rotary import Rotary, rotate, section_angles
 
 KERNEL = """

@@ -17,6 +17,7 @@ def _sample(key, length, images=0):
         tokens=tokens,
         labels=torch.cat([tokens[1:], torch.tensor([IGNORE])]),
         grids=((1, 2, 2),) * images,
+        seconds=(0.0,) * images,
         media=(),
         read=None,
         patches=torch.full((4 * images, 6), float(length)) if images else None,
@@ -28,7 +29,7 @@ class Counting:
 
     axes = 3
 
-    def __call__(self, tokens, grids):
+    def __call__(self, tokens, grids, seconds=()):
         return torch.arange(len(tokens)).expand(self.axes, -1)
 
 

@@ -13,7 +13,7 @@ class AllAtZero:
     def __init__(self, axes=3):
         self.axes = axes
 
-    def __call__(self, tokens, grids):
+    def __call__(self, tokens, grids, seconds=()):
         return torch.zeros(self.axes, len(tokens), dtype=torch.long)
 
 
@@ -21,7 +21,7 @@ def _batch(*names, axes=3):
     samples = [
         EncodedSample(
             __key__=name, __restore_key__=(), name=name, tokens=torch.arange(3),
-            labels=torch.tensor([1, 2, IGNORE]), grids=(), media=(), read=None,
+            labels=torch.tensor([1, 2, IGNORE]), grids=(), seconds=(), media=(), read=None,
         )
         for name in names
     ]  # fmt: skip

@@ -39,8 +39,8 @@ from megatron_vl.errors import InputError
 from megatron_vl.launch.cluster import check_one_launcher, cluster_env, hostfile_env
 from megatron_vl.launch.hostfile import parse_hostfile, read_hostfile
 from megatron_vl.models import family, load_spec
+from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import StoredMedia
-from megatron_vl.models.qwen2_vl.media import MediaProcessor
 from megatron_vl.training.checkpoint.files import candidates
 from megatron_vl.training.checkpoint.state import read_loader_state
 from megatron_vl.training.options.config_sources import load_config

@@ -14,8 +14,8 @@ from megatron_vl.data.encode import media
 from megatron_vl.data.encode.media import FRAMES_AT_ONCE, video_frames, video_info
 from megatron_vl.data.encode.model import load_media
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import BadMedia, MediaLimits, StoredMedia
-from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 FRAMES = 60
 FINE = {"qmin": "1", "qmax": "1"}  # of mpeg4 and its kin: levels as they were written

@@ -76,6 +76,10 @@ class ModelEncoder:
         """Tokens of each image and video."""
         return [self.processor.num_tokens(grid) for grid in grids]
 
+    def seconds(self, media: Sequence[StoredMedia]) -> tuple[float, ...]:
+        """Of each: see `Processor.seconds`."""
+        return tuple(self.processor.seconds(one) for one in media)
+
     def load(
         self, media: Sequence[StoredMedia], grids: Sequence[Grid], read: Callable[[str], bytes],
         patches_PD: torch.Tensor,

@@ -46,6 +46,7 @@ class EncodedSample(Sample):
     tokens: torch.Tensor  # int64 [L]
     labels: torch.Tensor  # int64 [L], already shifted: the target of each position, or IGNORE
     grids: tuple[Grid, ...]  # of every image and video
+    seconds: tuple[float, ...]  # from one frame of each grid to the next: see `Processor.seconds`
     media: tuple[StoredMedia, ...]
     read: Callable[[str], bytes]
     patches: torch.Tensor | None = None  # float32 [P, D] once decoded, of all media in order

@@ -152,6 +152,7 @@ class SampleEncoder(TaskEncoder):
             tokens=tokens,
             labels=labels,
             grids=grids,
+            seconds=self.model.seconds(sample.media),
             media=sample.media,
             read=sample.read,
         )

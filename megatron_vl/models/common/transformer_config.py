@@ -85,24 +85,26 @@ def language_config(
 
 def encoder_config(
     tower: str, spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions, *,
-    activation: str, kv_channels: int, **sizes,
+    gated: bool, activation: str, kv_channels: int, **sizes,
 ) -> VLTransformerConfig:
     """An encoder's configuration, with a pipeline of its own where it spans stages.
 
     Args:
         tower: its name in `split`.
+        gated: whether the MLP has a gate; its activation is SiLU then.
         sizes: Megatron-Core's own fields.
 
     Raises:
         InputError: an activation that is not known.
     """
-    if activation not in ACTIVATIONS:
+    if activation not in (("silu",) if gated else ACTIVATIONS):
         raise InputError(
             f"config.json names the vision activation {activation!r}; known are "
-            f"{', '.join(ACTIVATIONS)}."
+            f"{'silu' if gated else ', '.join(ACTIVATIONS)}."
         )
     return VLTransformerConfig(
-        activation=activation,
+        activation="swiglu" if gated else activation,
+        gated_linear_unit=gated,
         kv_channels=kv_channels,
         **sizes,
         **_initialization(options, spec.decoder.init_std),

@@ -73,7 +73,7 @@ class VisionLanguageModel(MegatronModule):
         if build_tower is not None and (chunk, stage) <= split.embedding_chunk[::-1]:
             self.vision_model = build_tower(
                 spec, layout, split, options,
-                num_layers=len(split.layers("vit", stage, chunk)), groups=groups,
+                layers=split.layers("vit", stage, chunk), groups=groups,
                 first=pre_process, last=self.embeds,
                 vp_stage=vp_stage if self.spans else None,
             )

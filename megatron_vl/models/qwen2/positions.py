@@ -13,7 +13,9 @@ class _Counted:
 
     axes: ClassVar[int] = 1
 
-    def __call__(self, tokens: torch.Tensor, grids: Sequence = ()) -> torch.Tensor:
+    def __call__(
+        self, tokens: torch.Tensor, grids: Sequence = (), seconds: Sequence[float] = ()
+    ) -> torch.Tensor:
         return torch.arange(len(tokens))[None]
 
 

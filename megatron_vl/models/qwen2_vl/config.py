@@ -10,16 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_vl.models.common.decoder_config import (
-    Layers,
-    TokenId,
-    Width,
-    first,
-    read_decoder,
-    read_dtype,
-    read_text_tokens,
-)
-from megatron_vl.models.spec import Grounding, TokenIds, VisionSpec, VLMSpec
+from megatron_vl.models.common.decoder_config import Layers, Width, first
+from megatron_vl.models.common.media_config import GROUNDING, read_vision_language
+from megatron_vl.models.spec import VisionSpec, VLMSpec
 from megatron_vl.typed import Name, Positive, Shape
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
@@ -27,19 +20,6 @@ SIZES = {  # published sizes: (language layers, hidden size), to check a name ag
     "7B": (28, 3584),
     "72B": (80, 8192),
 }
-
-# arXiv 2409.12191, section 2.2.1: coordinates within [0, 1000).
-GROUNDING = Grounding(
-    ref=("<|object_ref_start|>", "<|object_ref_end|>"), box=("<|box_start|>", "<|box_end|>"),
-    quad=("<|quad_start|>", "<|quad_end|>"), scale=1000,
-)
-
-
-class _Towers(Shape):
-    """The tables within."""
-
-    vision_config: dict
-    text_config: dict = Field(default_factory=dict)
 
 
 class _Vision(Shape):
@@ -57,31 +37,13 @@ class _Vision(Shape):
     hidden_act: Name = "quick_gelu"
 
 
-class _Tokens(Shape):
-    """The ids of what stands for media."""
-
-    image_token_id: TokenId
-    video_token_id: TokenId
-    vision_start_token_id: TokenId
-    vision_end_token_id: TokenId
-
-
 def read_config(config: dict) -> VLMSpec:
     """The spec of a parsed config.json of Qwen2-VL.
 
     Raises:
         InputError: a key that is missing or unusable, named.
     """
-    towers = first(_Towers, config)
-    text = towers.text_config
-    decoder = read_decoder(text, config, multi_axis=True)
-    return VLMSpec(
-        model_type=config["model_type"],
-        dtype=read_dtype(config, text),
-        decoder=decoder,
-        vision=_vision(towers.vision_config, decoder.hidden_size),
-        tokens=_tokens(config, text),
-    )
+    return read_vision_language(config, _vision, GROUNDING)
 
 
 def _vision(config: dict, decoder_hidden: int) -> VisionSpec:
@@ -99,16 +61,4 @@ def _vision(config: dict, decoder_hidden: int) -> VisionSpec:
         norm_eps=1e-6,  # fixed in the published model; config.json has no key for it
         out_hidden_size=keys.hidden_size or decoder_hidden,
         activation=keys.hidden_act,
-    )
-
-
-def _tokens(*sections: dict) -> TokenIds:
-    keys = first(_Tokens, *sections)
-    return TokenIds(
-        image=keys.image_token_id,
-        video=keys.video_token_id,
-        vision_start=keys.vision_start_token_id,
-        vision_end=keys.vision_end_token_id,
-        grounding=GROUNDING,
-        **read_text_tokens(*sections),
     )

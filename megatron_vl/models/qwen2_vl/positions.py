@@ -1,112 +1,15 @@
-"""Three-dimensional rotary positions (time, height, width) of one sample.
-
-S tokens. Text advances all three axes together. An image or video starts at the position after the
-text before it, counts its merged patches along each axis, and the text after it goes on from the
-position after the largest of all three. The rule is Qwen2-VL's (arXiv:2409.12191, section 2.1), and
-that of its training, of vLLM and of transformers 4; transformers 5 goes on from the position after
-the longest spatial side, so that text may come before the last frames of a long video.
-"""
+"""Qwen2-VL's positions: frames of patches follow one another as rows and columns do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar, Literal
-
-import numpy as np
-import torch
-
-from megatron_vl.models.family import Grid
+from megatron_vl.models.common.media_positions import (
+    MediaPositions,
+    VideoPositions,
+    media_positions,
+)
 from megatron_vl.models.spec import VLMSpec
 
-VideoPositions = Literal["published", "transformers5"]  # whether frames count, or sides alone
-_SMALL = 4096  # tokens of an image whose positions are remembered
 
-
-def rope_index(
-    tokens: torch.Tensor,
-    grids: Sequence[Grid] = (),
-    *,
-    image_token: int,
-    video_token: int,
-    merge_size: int,
-    video_positions: VideoPositions = "published",
-) -> torch.Tensor:
-    """Position ids of one sample; with `transformers5` those of its `get_rope_index`.
-
-    Args:
-        tokens: int64 [S], each image or video already as many placeholders as it has merged
-            patches.
-        grids: one an image or video, in the order of their placeholders.
-        merge_size: patches a side that become one token.
-
-    Returns:
-        int64 [3, S]: time, height and width, from 0.
-
-    Raises:
-        ValueError: the placeholders do not match the grids.
-    """
-    ids = tokens.numpy()
-    length = ids.size
-    positions = np.empty((3, length), dtype=np.int64)
-    (media,) = ((ids == image_token) | (ids == video_token)).nonzero()
-    seen = 0  # placeholders
-    done = 0  # tokens
-    here = 0  # the next text token's position
-    for grid in grids:
-        if seen == media.size:
-            raise ValueError("there are more grids than placeholders")
-        start = int(media[seen])
-        frames, rows, columns = int(grid[0]), int(grid[1]) // merge_size, int(grid[2]) // merge_size
-        count = frames * rows * columns
-        end = start + count
-        if count == 0 or end > length or (ids[start:end] != ids[start]).any():
-            raise ValueError(
-                f"the grid {frames, int(grid[1]), int(grid[2])} needs {count} placeholders from "
-                f"token {start} on"
-            )
-        positions[:, done:start] = np.arange(here, here + start - done)
-        here += start - done
-        counted = _remembered if count <= _SMALL else _counted
-        np.add(counted(frames, rows, columns), here, out=positions[:, start:end])
-        here += max(rows, columns, frames if video_positions == "published" else 0)
-        done = end
-        seen += count
-    if seen < media.size:
-        raise ValueError(f"there is no grid for the placeholders from token {media[seen]} on")
-    positions[:, done:] = np.arange(here, here + length - done)
-    return torch.from_numpy(positions)
-
-
-def _counted(frames: int, rows: int, columns: int) -> np.ndarray:
-    """Time, height and width of merged patches from 0, int64 [3, frames * rows * columns]."""
-    return np.indices((frames, rows, columns)).reshape(3, -1)
-
-
-_remembered = lru_cache(128)(_counted)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Positions:
-    """`rope_index` of one model: the family's `megatron_vl.models.family.Positions`."""
-
-    axes: ClassVar[int] = 3  # time, height, width
-    image_token: int
-    video_token: int
-    merge_size: int
-    video_positions: VideoPositions
-
-    def __call__(self, tokens: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        return rope_index(
-            tokens, grids, image_token=self.image_token, video_token=self.video_token,
-            merge_size=self.merge_size, video_positions=self.video_positions,
-        )
-
-
-def positions(spec: VLMSpec, video_positions: VideoPositions = "published") -> _Positions:
-    """Positions of a sample's tokens, of its tokens and grids."""
-    return _Positions(
-        image_token=spec.tokens.image, video_token=spec.tokens.video,
-        merge_size=spec.vision.spatial_merge_size, video_positions=video_positions,
-    )
+def positions(spec: VLMSpec, video_positions: VideoPositions = "published") -> MediaPositions:
+    """See `megatron_vl.models.family.Family`."""
+    return media_positions(spec, video_positions)
