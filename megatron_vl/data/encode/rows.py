@@ -73,9 +73,8 @@ def make_batch(
             assert end <= row_length, f"{sample.name} ends at {end} of a row of {row_length}"
             tokens[number, at:end] = sample.tokens.numpy()
             labels[number, at:end] = sample.labels.numpy()
-            position_ids[:, number, at:end] = positions(
-                sample.tokens, sample.grids, sample.seconds
-            )
+            where = sample.tokens, sample.grids, sample.seconds
+            position_ids[:, number, at:end] = positions(*where)
             bounds.append(number * row_length + end)
             at = end
         if at < row_length:
