@@ -20,14 +20,14 @@ from megatron_vl.launch.stop import StopRequest
 from megatron_vl.models.registry import family
 from megatron_vl.platform import current_device, initialize
 from megatron_vl.training.checkpoint.record import write_beginning, write_options
-from megatron_vl.training.checkpoint.saver import Saved, Saver
-from megatron_vl.training.checkpoint.start import find_checkpoint
-from megatron_vl.training.checkpoint.state import (
+from megatron_vl.training.checkpoint.resume import (
     check_files,
     load_checkpoint,
     read_loader_state,
-    save_checkpoint,
 )
+from megatron_vl.training.checkpoint.saver import Saved, Saver
+from megatron_vl.training.checkpoint.start import find_checkpoint
+from megatron_vl.training.checkpoint.state import save_checkpoint
 from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.paths import media_limits, mixtures, trained_text
 from megatron_vl.training.plan import Plan
