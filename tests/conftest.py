@@ -132,6 +132,31 @@ def model_dir(shared) -> Path:
     ))
 
 
+@pytest.fixture(scope="session")
+def text_model_dir(shared) -> Path:
+    """The same without eyes: Qwen2."""
+    return shared.made("text_model", lambda out: _toolkit(
+        "make_tiny_hf_checkpoint.py", out, "--model-type", "qwen2", "--hidden-size", 64,
+        "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
+def text_wds_dir(shared) -> Path:
+    """Sums to work out, prepared."""
+    from megatron_vl.cli.main import run
+
+    def make(root: Path) -> None:
+        root.mkdir()
+        entries = [{"instruction": f"{a} + {b} = ?", "output": str(a + b)}
+                   for a in range(20) for b in range(20)]
+        (root / "sums.json").write_text(json.dumps(entries))
+        assert run(["prepare", str(root / "sums.json"), str(root / "wds"), "--format", "alpaca",
+                    "--quiet"]) == 0
+
+    return shared.made("sums", make) / "wds"
+
+
 @pytest.fixture
 def loaders(hf_dir, spec, wds_dir):
     """Builds the train or validation loader of a small configuration."""

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers, progress=progress,
         )
     _report(args, conversion, written, time.perf_counter() - started)
-    if missing := missing_files(config_dir):
+    if missing := missing_files(config_dir, spec, family(spec.model_type)):
         print(f"warning: {config_dir} has no {' and no '.join(missing)}, without which the "
               f"converted checkpoint can neither be trained nor served; copy what is missing into "
               f"{args.dst} from the model's Hugging Face repository", file=sys.stderr)

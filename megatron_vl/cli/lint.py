@@ -6,7 +6,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.data.options import TrainedText
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.training.options.config_sources import add_some_arguments
 from megatron_vl.training.options.groups import DataOptions
 

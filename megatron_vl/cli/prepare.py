@@ -104,9 +104,10 @@ def run(args: argparse.Namespace) -> None:
     lengths = None
     if args.tokenizer is not None:
         from megatron_vl.data.raw.lengths import LengthCounter
-        from megatron_vl.models.registry import load_spec
+        from megatron_vl.models.registry import family, load_spec
 
-        lengths = LengthCounter.from_hf_dir(args.tokenizer, load_spec(args.tokenizer))
+        spec = load_spec(args.tokenizer)
+        lengths = LengthCounter.from_hf_dir(args.tokenizer, spec, family(spec.model_type))
     summary = prepare(
         PrepareConfig(
             source=args.source,

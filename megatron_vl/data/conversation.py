@@ -6,18 +6,17 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from megatron_vl.data.media_settings import MediaSettings
 from megatron_vl.errors import printable, shortened
+from megatron_vl.models.media import MEDIA_KINDS, VIDEO, MediaSettings, StoredMedia
 
-IMAGE, VIDEO = "image", "video"
-MEDIA_KINDS = (IMAGE, VIDEO)
 ROLES = ("system", "user", "assistant", "tool")
 REASONS = (  # why an entry or a sample is left out
     "wrong shape", "bad text", "reserved mark", "unknown role", "mark count", "empty answer",
     "no answer", "bad box", "missing media", "unusable media", "too long", "too many patches",
     "chat template", "not served",
 )  # fmt: skip
-# A tokenizer takes these for images and videos, or for the bounds of turns, wherever they stand.
+# Qwen's tokenizers take these for images and videos, or for the bounds of turns, wherever they
+# stand. Preparing keeps to them: it is done for no family.
 _RESERVED = re.compile(
     r"<\|(?:vision_start|vision_end|vision_pad|image_pad|video_pad|im_start|im_end|endoftext)\|>"
 )
@@ -138,11 +137,16 @@ class Turn:
     def of_tools(self) -> bool:
         return bool(self.calls) or self.role == "tool"
 
-    def message(self) -> dict:
-        """The turn as a chat template takes it."""
+    def message(self, *, plain: bool = False) -> dict:
+        """The turn as a chat template takes it.
+
+        Args:
+            plain: text is a string: all that templates of models without media take, and some take
+                of tools.
+        """
         content: list | str = [part.piece() for part in self.parts]
-        if self.of_tools and all(part.text is not None for part in self.parts):
-            content = "".join(part.text for part in self.parts)  # all that some templates take
+        if (plain or self.of_tools) and all(part.text is not None for part in self.parts):
+            content = "".join(part.text for part in self.parts)
         message = {"role": self.role, "content": content}
         if self.calls:
             message["tool_calls"] = [call.to_dict() for call in self.calls]
@@ -265,23 +269,6 @@ def _check_text(text: str, where: str) -> None:
 
 
 # ---- in a shard ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredMedia:
-    """One image or video of a prepared sample: its files in the shard, and its sizes.
-
-    With the sizes here, rows are packed before a single media byte is read.
-    """
-
-    kind: str  # "image" or "video"
-    files: tuple[str, ...]  # extensions of the sample's entries: "0.jpg", or a video's "1.0000.jpg"
-    height: int  # pixels, upright
-    width: int
-    num_frames: int = 1
-    fps: float | None = None  # frames a second of a video; None for images
-    separate: bool = False  # a video whose frames are images, one a file
-    settings: MediaSettings | None = None  # what its entry asks for it
 
 
 _OF_VIDEOS = ("num_frames", "fps", "separate")

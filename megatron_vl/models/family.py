@@ -1,19 +1,24 @@
 """What a model's family gives to those who name none: protocols, without torch or Megatron-Core.
 
 `megatron_vl.models.registry.Family` is every family's; a folder under `megatron_vl/models/` holds
-what it calls. S tokens of a sample.
+what it calls. S tokens of a sample, P patches, D numbers a patch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
+    from megatron_vl.models.media import MediaLimits, StoredMedia
     from megatron_vl.models.spec import VLMSpec
 
+COPY_AGAIN = "copy it again from the model's Hugging Face repository"  # a file of it
+Span = tuple[int, int]  # the characters from one up to, and without, another
 Grid = tuple[int, int, int]  # frames, rows and columns of patches before any are merged
 
 
@@ -36,8 +41,89 @@ class Positions(Protocol):
         """
 
 
+class Processor(Protocol):
+    """Images and videos to grids, without a pixel, and to patches, of what data has decoded."""
+
+    @property
+    def patch_dim(self) -> int:
+        """D."""
+
+    def frames(self, media: StoredMedia) -> list[int]:
+        """Frames that are taken, by their numbers from 0, which ascend; [0] of an image.
+
+        Raises:
+            BadMedia: a video has not the frames that its entry asks for.
+        """
+
+    def shape(self, media: StoredMedia) -> Grid:
+        """The grid of its patches: P is their product.
+
+        Raises:
+            BadMedia: the family takes none of its sizes, or it has not what its entry asks for.
+        """
+
+    def num_tokens(self, grid: Grid) -> int:
+        """Tokens that the decoder sees of an image or video with this grid."""
+
+    def load(
+        self, media: StoredMedia, frames: Iterable[Image.Image], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Patches, float32 [P, D].
+
+        Args:
+            frames: those of `self.frames(media)` as upright RGB images, taken one by one.
+            out: where to write the patches.
+
+        Raises:
+            BadMedia: a frame is not of the size it was prepared with; and what `frames` raises.
+        """
+
+
+class SaidPart(Protocol):
+    """A stretch of one turn: text, or the place of one image or video."""
+
+    text: str | None
+    media: str | None  # the kind
+
+
+class Said(Protocol):
+    """A turn of a conversation."""
+
+    role: str
+    parts: Sequence[SaidPart]
+
+
+class TemplateWriter(Protocol):
+    """What one chat template writes of turns without tools, faster than it is rendered."""
+
+    def __call__(self, turns: Sequence[Said]) -> tuple[str, dict[int, Span]]:
+        """The text, and where every answer is in it, by the number of its turn.
+
+        An answer begins where the template asks for one, and ends with its end token.
+        """
+
+
 class Family(Protocol):
     """A family as data sees it."""
+
+    def processor(
+        self, hf_dir: Path, spec: VLMSpec, limits: MediaLimits | None = None
+    ) -> Processor | None:
+        """The media side of a Hugging Face directory; None of a model without vision.
+
+        Raises:
+            InputError: its settings of images or videos cannot be used, or not with `limits`.
+        """
+
+    def missing_media_files(self, hf_dir: Path, spec: VLMSpec) -> list[str]:
+        """Names of the files that `processor` needs and the directory lacks; without torch."""
+
+    def check_media_files(self, hf_dir: Path, spec: VLMSpec) -> None:
+        """Looks at those files, as far as it can be done without torch.
+
+        Raises:
+            InputError: one is missing, or cannot be used.
+        """
 
     def positions(self, spec: VLMSpec, video_positions: str = "published") -> Positions:
         """The positions of this model's samples.
@@ -45,3 +131,6 @@ class Family(Protocol):
         Args:
             video_positions: of text after a video; what `MediaLimits.video_positions` says.
         """
+
+    def template_writer(self, source: str) -> TemplateWriter | None:
+        """Of a chat template of this source; None: the family knows none, and it is rendered."""

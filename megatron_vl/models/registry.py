@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.family import Positions
+from megatron_vl.models.family import Positions, Processor, TemplateWriter
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
@@ -41,9 +43,34 @@ class Family:
         """The family's `megatron_vl.weights.WeightMap` for these sizes."""
         return self._part("weight_map", "weight_map")(spec)
 
+    def processor(
+        self, hf_dir: str | Path, spec: VLMSpec, limits: MediaLimits | None = None
+    ) -> Processor | None:
+        """See `megatron_vl.models.family.Family`; this imports torch and transformers."""
+        if spec.vision is None:
+            return None
+        return self._part("media", "processor")(Path(hf_dir), spec, limits)
+
+    def missing_media_files(self, hf_dir: str | Path, spec: VLMSpec) -> list[str]:
+        """See `megatron_vl.models.family.Family`."""
+        if spec.vision is None:
+            return []
+        return self._part("media_files", "missing_media_files")(Path(hf_dir))
+
+    def check_media_files(self, hf_dir: str | Path, spec: VLMSpec) -> None:
+        """See `megatron_vl.models.family.Family`."""
+        if spec.vision is not None:
+            self._part("media_files", "check_media_files")(Path(hf_dir), spec)
+
     def positions(self, spec: VLMSpec, video_positions: str = "published") -> Positions:
         """See `megatron_vl.models.family.Family`; this imports torch."""
         return self._part("positions", "positions")(spec, video_positions)
+
+    def template_writer(self, source: str) -> TemplateWriter | None:
+        """See `megatron_vl.models.family.Family`; a folder without `prompt.py` knows none."""
+        if find_spec(f"{self.package}.prompt") is None:
+            return None
+        return self._part("prompt", "template_writer")(source)
 
     def judge(self):
         """transformers' class that loads a published directory of this family."""

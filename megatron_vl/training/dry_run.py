@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_vl.data.encode.model_files import check_model_files
 from megatron_vl.errors import InputError
+from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
@@ -91,7 +92,8 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
 def _look_around(plan: Plan, notes: list[str]) -> None:
     """Notes on this machine; a dataset that is here is checked as at a start."""
     config = plan.config
-    _note(notes, lambda: check_model_files(plan.hf_dir, plan.spec.vision))
+    model = family(plan.spec.model_type)
+    _note(notes, lambda: check_model_files(plan.hf_dir, plan.spec, model))
     for mixture, split in datasets(config):
         missing = [path for path in mixture.paths if not path.exists()]
         notes += [f"the dataset {path} is not there yet." for path in missing]

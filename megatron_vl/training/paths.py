@@ -8,9 +8,10 @@ from pathlib import Path
 
 from megatron_vl.data.encode.model_files import check_model_files
 from megatron_vl.data.load.mixture import Mixture
-from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError
-from megatron_vl.models.registry import load_spec
+from megatron_vl.models.media import MediaLimits
+from megatron_vl.models.registry import family, load_spec
 from megatron_vl.training.checkpoint.start import hf_directory
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.reporting.trackers import check_trackers
@@ -28,7 +29,8 @@ def check_paths(config: TrainConfig) -> None:
             without the split that is read from it, or an output that cannot be.
     """
     hf_dir = hf_directory(config)
-    check_model_files(hf_dir, load_spec(hf_dir).vision)
+    spec = load_spec(hf_dir)
+    check_model_files(hf_dir, spec, family(spec.model_type))
     for mixture, split in datasets(config):
         mixture.check(split)
     check_outputs(config)

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from megatron_vl.data.options import MediaLimits
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.recompute import Recompute, recompute_of
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.parallel import Layout, StageSplit

@@ -11,14 +11,16 @@ from qwen2_vl_reference import load_processor
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from megatron_vl.data.conversation import Part, StoredMedia, Turn
+from megatron_vl.data.conversation import Part, Turn
 from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.data.encode.pixels import MediaProcessor
+from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.encode.samples import IGNORE, ConversationSample
 from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder
-from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.data.options import TrainedText
 from megatron_vl.data.raw.formats.llava import question_and_answer
 from megatron_vl.models import family
+from megatron_vl.models.media import StoredMedia
+from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 IMAGE, VIDEO = Part(media="image"), Part(media="video")
 
@@ -101,13 +103,12 @@ def meta_model(hf_dir):
 
 @pytest.fixture(scope="module")
 def media(hf_dir, spec):
-    limits = MediaLimits(video_positions="transformers5")  # it is the judge
-    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=limits)
+    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision)
 
 
 @pytest.fixture(scope="module")
 def chat(hf_dir, spec):
-    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type))
 
 
 def _material(turns):
@@ -191,8 +192,12 @@ def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model,
              for kind in ("image", "video")}
 
     encoder = SampleEncoder(
-        chat=ChatTokenizer(chat.tokenizer, tokens=chat.tokens, trained=MASKS[mask]), media=media,
-        positions=family(spec.model_type).positions(spec, "transformers5"),  # it is the judge
+        model=ModelEncoder(
+            chat=ChatTokenizer(chat.tokenizer, tokens=chat.tokens, family=family(spec.model_type),
+                               trained=MASKS[mask]),
+            processor=media,
+            positions=family(spec.model_type).positions(spec, "transformers5"),  # it is the judge
+        ),
         rules=RowRules(length=want["input_ids"].shape[1], packs=False, length_mend=""),
     )
     sample = ConversationSample(__key__="a", __restore_key__=(), turns=turns, media=stored,

@@ -12,11 +12,11 @@ from PIL import Image
 from qwen2_vl_reference import load_processor
 from transformers import AutoImageProcessor
 
-from megatron_vl.data.conversation import StoredMedia
 from megatron_vl.data.encode.media import image_size
-from megatron_vl.data.encode.pixels import MediaProcessor
-from megatron_vl.data.options import MediaLimits
+from megatron_vl.data.encode.model import load_media
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import MediaLimits, StoredMedia
+from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 
 def _noise(*shape):
@@ -81,10 +81,10 @@ FILES = {
 def test_every_kind_of_file_gives_the_processor_s_patches(name, processor, media):
     want = processor(images=[Image.open(io.BytesIO(FILES[name]))], return_tensors="pt")
     stored = _stored_image(FILES[name])
-    have = media.patches(stored, lambda _: FILES[name])
+    have = load_media(media, stored, lambda _: FILES[name])
     assert have.dtype == want["pixel_values"].dtype
     assert torch.equal(have, want["pixel_values"])
-    assert list(media.grid(stored)) == want["image_grid_thw"][0].tolist()
+    assert list(media.shape(stored)) == want["image_grid_thw"][0].tolist()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -99,8 +99,9 @@ def test_a_turned_photo_stands_upright_as_transformers_loads_it(orientation, pro
         (tmp_path / "image").write_bytes(data)
         want = processor(images=[load_image(str(tmp_path / "image"))], return_tensors="pt")
         stored = _stored_image(data)
-        assert torch.equal(media.patches(stored, lambda _, data=data: data), want["pixel_values"])
-        assert list(media.grid(stored)) == want["image_grid_thw"][0].tolist()
+        have = load_media(media, stored, lambda _, data=data: data)
+        assert torch.equal(have, want["pixel_values"])
+        assert list(media.shape(stored)) == want["image_grid_thw"][0].tolist()
 
 
 def test_the_pixel_budget_of_the_preprocessor_config_holds(hf_dir, spec, processor, tmp_path):
@@ -111,7 +112,7 @@ def test_the_pixel_budget_of_the_preprocessor_config_holds(hf_dir, spec, process
     media = MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)
     size = {"shortest_edge": media.image_size[0], "longest_edge": 28 * 28 * 16}
     want = processor(images=[Image.open(io.BytesIO(data))], size=size, return_tensors="pt")
-    assert torch.equal(media.patches(_stored_image(data), lambda _: data), want["pixel_values"])
+    assert torch.equal(load_media(media, _stored_image(data), lambda _: data), want["pixel_values"])
 
 
 # ---- videos --------------------------------------------------------------------------------------
@@ -178,10 +179,10 @@ def test_frames_give_the_video_processor_s_patches(name, hf_dir, spec, reference
     pixels = _noise(frames, height, width, 3)
     want = _wanted(reference.video_processor, pixels, fps, limits, size=size)
     stored, read = _frames_as_files(pixels, fps)
-    have = media.patches(stored, read)
+    have = load_media(media, stored, read)
     assert have.dtype == want["pixel_values_videos"].dtype
     assert torch.equal(have, want["pixel_values_videos"])
-    assert list(media.grid(stored)) == want["video_grid_thw"][0].tolist()
+    assert list(media.shape(stored)) == want["video_grid_thw"][0].tolist()
 
 
 @pytest.mark.parametrize(("frames", "maxlen"), [(1, 128), (40, 1)])
@@ -192,14 +193,15 @@ def test_one_frame_fills_the_time_of_its_patches(frames, maxlen, hf_dir, spec, r
     limits = MediaLimits(video_maxlen=maxlen)
     media = MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=limits)
     stored, read = _frames_as_files(pixels, 5.0)
-    assert torch.equal(media.patches(stored, read), want["pixel_values_videos"])
-    assert list(media.grid(stored)) == want["video_grid_thw"][0].tolist()
+    assert torch.equal(load_media(media, stored, read), want["pixel_values_videos"])
+    assert list(media.shape(stored)) == want["video_grid_thw"][0].tolist()
 
 
 def test_a_lossless_file_gives_the_patches_of_its_frames(media):
     pixels = _noise(50, 70, 84, 3)
     stored, read = _frames_in_a_file(pixels, 5, "ffv1", "bgr0")
-    assert torch.equal(media.patches(stored, read), media.patches(*_frames_as_files(pixels, 5.0)))
+    want = load_media(media, *_frames_as_files(pixels, 5.0))
+    assert torch.equal(load_media(media, stored, read), want)
 
 
 def test_a_lossy_file_gives_the_patches_of_what_it_decodes_to(media, reference):
@@ -207,7 +209,7 @@ def test_a_lossy_file_gives_the_patches_of_what_it_decodes_to(media, reference):
     with av.open(io.BytesIO(read("0.mkv"))) as container:
         pixels = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     want = _wanted(reference.video_processor, pixels, 5.0)
-    assert torch.equal(media.patches(stored, read), want["pixel_values_videos"])
+    assert torch.equal(load_media(media, stored, read), want["pixel_values_videos"])
 
 
 # ---- budgets -------------------------------------------------------------------------------------
@@ -241,9 +243,9 @@ def test_a_budget_gives_the_grids_that_transformers_resizes_to(budget, hf_dir, s
         image = StoredMedia(kind="image", files=("0.png",), height=height, width=width)
         video = StoredMedia(kind="video", files=("0.mp4",), height=height, width=width,
                             num_frames=2, fps=2.0)
-        assert list(media.grid(image)) == images["image_grid_thw"][0].tolist()
-        assert list(media.grid(video)) == videos["video_grid_thw"][0].tolist()
-        if media.grid(image) != media.grid(video):
+        assert list(media.shape(image)) == images["image_grid_thw"][0].tolist()
+        assert list(media.shape(video)) == videos["video_grid_thw"][0].tolist()
+        if media.shape(image) != media.shape(video):
             changed.add((height, width))
     assert bool(changed) == bool(budget), "a budget is of images or of videos"
 
@@ -267,9 +269,9 @@ def test_videos_have_the_sizes_of_their_own_config_where_there_is_one(hf_dir, sp
     pixels = _noise(4, 300, 200, 3)
     want = _wanted(load_processor(tmp_path).video_processor, pixels, 2.0)
     stored, read = _frames_as_files(pixels, 2.0)
-    assert list(media.grid(stored)) == want["video_grid_thw"][0].tolist()
-    assert media.grid(stored)[1:] != media.grid(replace(stored, kind="image"))[1:]
-    assert torch.equal(media.patches(stored, read), want["pixel_values_videos"])
+    assert list(media.shape(stored)) == want["video_grid_thw"][0].tolist()
+    assert media.shape(stored)[1:] != media.shape(replace(stored, kind="image"))[1:]
+    assert torch.equal(load_media(media, stored, read), want["pixel_values_videos"])
 
 
 def test_the_one_file_that_transformers_5_saves_is_read(hf_dir, spec, tmp_path):
@@ -291,7 +293,7 @@ def test_the_one_file_that_transformers_5_saves_is_read(hf_dir, spec, tmp_path):
     image = Image.fromarray(_noise(1, 300, 200, 3)[0])
     want = processor(images=[image], return_tensors="pt")
     data = _file(image, "PNG")
-    assert torch.equal(media.patches(_stored_image(data), lambda _: data), want["pixel_values"])
+    assert torch.equal(load_media(media, _stored_image(data), lambda _: data), want["pixel_values"])
     (tmp_path / "processor_config.json").write_text(json.dumps(joint | {"video_processor": 5}))
     with pytest.raises(InputError, match="processor_config.json cannot be used"):
         MediaProcessor.from_hf_dir(tmp_path, vision=spec.vision)

@@ -65,6 +65,20 @@ LAYOUTS = {
 }
 
 
+
+
+def with_vision(layouts: str) -> list[str]:
+    return [line.strip() for line in layouts.strip().splitlines()]
+
+
+def of_text(layouts: str) -> list[str]:
+    """The same without a tower: no language layer makes room for one, no image is divided."""
+    return [line.rpartition(", vision ")[0] for line in with_vision(layouts)
+            if line.endswith(("vision 2", "-0", "-0-0-0", "/0-0")) and "+VDP" not in line
+            and "vision 1-1" not in line]
+
+
+MODELS = {"model_dir": ("81", with_vision), "text_model_dir": ("50", of_text)}
 CASES = ["one image", "images and videos", "text only", "a microbatch without images"]
 FIGURE = r"(\d\.\de[+-]\d+)"
 
@@ -96,16 +110,18 @@ def parameters_of(table: str) -> int:
 # The last batch has all its images on one data rank; overlapped, every weight must still report a
 # gradient, or the others wait forever. Rows of one sample differ in length from microbatch to
 # microbatch.
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("ranks", "options"), [
     (2, ["--overlap-grad-reduce", "--no-pack"]), (4, []),
 ])
-def test_every_layout_equals_transformers(ranks, options, model_dir):
-    done = megatron_vl("parity", model_dir, "--tolerance", TOLERANCE, "--sweep", ranks, *options)
+def test_every_layout_equals_transformers(ranks, options, model, request):
+    parameters, layouts = MODELS[model]
+    done = megatron_vl("parity", request.getfixturevalue(model), "--tolerance", TOLERANCE,
+                       "--sweep", ranks, *options)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
-    expected = [line.strip() for line in LAYOUTS[ranks].strip().splitlines()]
-    assert [name for name, *_ in rows] == expected
-    assert all(figure <= float(TOLERANCE) and count == "81" for _, figure, count in rows)
+    assert [name for name, *_ in rows] == layouts(LAYOUTS[ranks])
+    assert all(figure <= float(TOLERANCE) and count == parameters for _, figure, count in rows)
 
 
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):

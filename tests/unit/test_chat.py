@@ -11,11 +11,12 @@ from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.raw.formats.llava import question_and_answer, split_marks
 from megatron_vl.errors import InputError
+from megatron_vl.models import family
 
 
 @pytest.fixture(scope="module")
 def chat(hf_dir, spec):
-    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type))
 
 
 def _say(role, text):

@@ -12,6 +12,7 @@ from raw_entries import chat, lines, openai, qwen, read, reason, talk
 from megatron_vl.cli.main import run
 from megatron_vl.data.conversation import BadEntry, Box, Part, Turn, from_json, to_json
 from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.models import family
 
 ASKED = "<image>Find the <ref-object>"
 
@@ -87,7 +88,7 @@ def test_objects_that_cannot_be_placed_say_why(entry, what):
 
 @pytest.fixture(scope="module")
 def tokenizer(hf_dir, spec):
-    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    return ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type))
 
 
 def _turns(*parts):

@@ -24,12 +24,13 @@ from hostile import DEEP, Payload, refusal
 
 from megatron_vl.data.dataset_dir import check_dataset
 from megatron_vl.data.encode import media
-from megatron_vl.data.encode.media import BadMedia, decode_rgb, video_info
+from megatron_vl.data.encode.media import decode_rgb, video_info
 from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.raw import source_files
 from megatron_vl.errors import InputError
 from megatron_vl.models import family
+from megatron_vl.models.media import BadMedia
 
 pytestmark = pytest.mark.usefixtures("quick_and_small")
 

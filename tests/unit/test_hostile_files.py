@@ -19,9 +19,9 @@ from tiny_hf import make
 
 from megatron_vl.cli.main import run
 from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.data.encode.pixels import MediaProcessor
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value, yaml_value
+from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 pytestmark = pytest.mark.usefixtures("quick_and_small")
 

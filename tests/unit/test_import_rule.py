@@ -28,7 +28,7 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "ops": ("parallel", "platform"),
     "weights": ("parallel",),
     "models": ("parallel", "platform", "ops", "weights"),
-    "data": ("parallel", "models.spec", "models.family"),
+    "data": ("parallel", "models.spec", "models.family", "models.media"),
     "training": ("parallel", "platform", "launch", "ops", "weights", "models", "data"),
     "parity": ("parallel", "platform", "ops", "weights", "models", "data", "training"),
     "cli": ("parallel", "platform", "launch", "ops", "weights", "models", "data", "training",
@@ -49,7 +49,8 @@ MAY_IMPORT_THE_PACKAGE = ("toolkits/benchmarks", "toolkits/gpu")  # they time wh
 # What converting, reading raw data and planning a run need nothing of.
 HEAVY = ("megatron.core", "transformer_engine", "flash_attn", "apex")
 LIGHT = (
-    "parallel", "models", "models.spec", "models.registry", "models.qwen2_vl.config",
+    "parallel", "models", "models.spec", "models.family", "models.media", "models.registry",
+    "models.qwen2_vl.config", "models.qwen2_vl.media", "models.qwen2_vl.positions",
     "models.qwen2_vl.weight_map", "weights", "weights.convert", "weights.torch_dist",
     "data.raw.formats", "data.raw.sources", "data.options", "data.raw.prepare", "data.lint",
     "training.options.config", "training.paths", "training.plan", "training.memory",
@@ -186,6 +187,7 @@ def test_every_way_to_import_is_seen(tmp_path, text, found):
     ("data", "megatron_vl.models.spec.VLMSpec", True),
     ("data", "megatron_vl.models.family.Positions", True),
     ("data", "megatron_vl.models.common.vlm", False),
+    ("data", "megatron_vl.models.media.StoredMedia", True),
     ("data", "megatron_vl.models.qwen2_vl.positions", False),
     ("data", "megatron_vl.models.registry", False),
     ("weights", "megatron_vl.models.spec", False),
@@ -269,6 +271,13 @@ print("imported", len(modules))
 def test_converting_and_preparing_need_no_megatron_core_and_no_gpu():
     out = python(WITHOUT_HEAVY, " ".join(HEAVY), " ".join(LIGHT))
     assert out == f"imported {len(LIGHT)}\n"
+
+
+def test_what_families_give_is_told_without_torch():
+    own = (f"qwen2_vl.{name}" for name in ("config", "media_files", "prompt"))
+    modules = ("family", "media", "registry", *own)
+    named = ", ".join(f"megatron_vl.models.{name}" for name in modules)
+    assert python(f"import sys, {named}\nprint('torch' in sys.modules)") == "False\n"
 
 
 IMPORT_ALL = """

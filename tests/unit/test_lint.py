@@ -281,16 +281,16 @@ def test_the_page_shows_the_answers_as_trained(looker, odd_dir, trained, answers
 
 def _pieces(found, look):
     encoded = found.encode(look)
-    media = found.encoder.media
+    media = found.encoder.model.processor
     return pieces(
-        encoded.tokens, encoded.labels, chat=found.encoder.chat,
+        encoded.tokens, encoded.labels, chat=found.encoder.model.chat,
         media_tokens=[media.num_tokens(grid) for grid in encoded.grids],
     )
 
 
 def test_characters_of_several_tokens_are_whole(looker, odd_dir):
     found = looker(odd_dir)
-    chat = found.encoder.chat.tokenizer
+    chat = found.encoder.model.chat.tokenizer
     for look in found.looks:
         encoded, shown = found.encode(look), list(_pieces(found, look))
         text = "".join("<|image_pad|>" if p.media is not None else p.text for p in shown)

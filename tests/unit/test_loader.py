@@ -7,7 +7,7 @@ import pytest
 import torch
 from loader_batches import TRAIN, VALID, same, samples, take
 
-from megatron_vl.data.encode import pixels
+from megatron_vl.data.encode import media
 from megatron_vl.data.encode.samples import IGNORE
 
 # ---- rows -------------------------------------------------------------------------------------
@@ -68,8 +68,8 @@ def test_rows_of_one_sample_are_no_longer_than_their_batch_needs(loaders, kind):
 
 def test_only_picked_samples_are_decoded(loaders, monkeypatch):
     decoded = []
-    real = pixels.decode_rgb
-    monkeypatch.setattr(pixels, "decode_rgb", lambda data: decoded.append(1) or real(data))
+    real = media.decode_rgb
+    monkeypatch.setattr(media, "decode_rgb", lambda data: decoded.append(1) or real(data))
     batches = take(loaders(packing_buffer_size=200), 3)
     assert len(decoded) == sum(batch.num_images for batch in batches)
 

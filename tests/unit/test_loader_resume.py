@@ -14,11 +14,10 @@ import pytest
 from loader_batches import TRAIN, copy, rewrite, same, take
 from torch.utils.data import get_worker_info
 
-from megatron_vl.data.encode import pixels
-from megatron_vl.data.encode.media import BadMedia
+from megatron_vl.data.encode import media
 from megatron_vl.data.load.loader_state import from_json, to_json
-from megatron_vl.data.options import MediaLimits
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import BadMedia, MediaLimits
 
 
 @pytest.mark.parametrize(("workers", "stops"), [
@@ -70,7 +69,7 @@ def test_images_that_can_never_be_decoded_do_not_go_round_for_ever(loaders, wds_
     def fail(data):
         raise BadMedia("its pixels cannot be decoded")
 
-    monkeypatch.setattr(pixels, "decode_rgb", fail)
+    monkeypatch.setattr(media, "decode_rgb", fail)
     with pytest.raises(InputError, match="again and again, as shard-.* cannot be decoded"):
         next(iter(loaders(max_skipped_samples=10**6)))
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vl.data.conversation import StoredMedia
-from megatron_vl.data.encode.media import BadMedia, decode_rgb, image_size
+from megatron_vl.data.encode.media import decode_rgb, image_size
+from megatron_vl.data.encode.model import load_media
 from megatron_vl.data.encode.model_files import check_model_files
-from megatron_vl.data.encode.pixels import MediaProcessor
-from megatron_vl.data.media_settings import MAX_ASPECT_RATIO
-from megatron_vl.data.options import MediaLimits
 from megatron_vl.data.raw.formats.llava import question_and_answer
 from megatron_vl.errors import InputError
+from megatron_vl.models import family
+from megatron_vl.models.media import MAX_ASPECT_RATIO, BadMedia, MediaLimits, StoredMedia
+from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -40,7 +40,7 @@ def _image(height, width):
 def _patches(media, data):
     """Those of an image file, as a shard holds it."""
     height, width = image_size(data)
-    return media.patches(_image(height, width), {"0.png": data}.get)
+    return load_media(media, _image(height, width), {"0.png": data}.get)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_size_comes_from_the_header_alone(media):
     data = _file(Image.fromarray(np.random.default_rng(0).integers(
         0, 256, (300, 200, 3), dtype=np.uint8)))
     assert image_size(data[:100]) == (300, 200)
-    assert media.grid(_image(300, 200)) == (1, 22, 14)
+    assert media.shape(_image(300, 200)) == (1, 22, 14)
     assert media.num_tokens((1, 22, 14)) == 77
 
 
@@ -126,15 +126,15 @@ def test_a_budget_upside_down_is_refused(hf_dir, spec, tmp_path):
 
 
 def test_the_longest_shape_that_prepare_takes_is_the_longest_that_is_resized(media):
-    media.grid(_image(3, 3 * MAX_ASPECT_RATIO))
+    media.shape(_image(3, 3 * MAX_ASPECT_RATIO))
     with pytest.raises(BadMedia, match="too long and thin"):
-        media.grid(_image(3, 3 * MAX_ASPECT_RATIO + 1))
+        media.shape(_image(3, 3 * MAX_ASPECT_RATIO + 1))
 
 
 def test_pixels_unlike_the_prepared_size_are_refused(media):
     stored = StoredMedia(kind="image", files=("0.png",), height=28, width=56)
     with pytest.raises(BadMedia, match="it is 56 x 56 pixels but was prepared as 56 x 28"):
-        media.patches(stored, lambda _: _one_colour((0, 0, 0)))
+        load_media(media, stored, lambda _: _one_colour((0, 0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_a_model_s_files_are_looked_at_before_anything_is_loaded(
     settings = json.loads(there.read_text()) if there.is_file() else {}
     there.write_text(json.dumps(settings | changes))
     if what is None:
-        check_model_files(tmp_path, spec.vision)
+        check_model_files(tmp_path, spec, family(spec.model_type))
         return
     with pytest.raises(InputError, match=re.escape(what)) as told:
-        check_model_files(tmp_path, spec.vision)
+        check_model_files(tmp_path, spec, family(spec.model_type))
     assert str(there) in str(told.value)

@@ -17,13 +17,13 @@ from PIL import Image
 from raw_entries import PNG, TEXT, media, openai, read, reason, talk
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.conversation import BadEntry, StoredMedia, from_json, to_json
-from megatron_vl.data.encode.media import BadMedia
-from megatron_vl.data.encode.pixels import MediaProcessor
-from megatron_vl.data.media_settings import MediaSettings
-from megatron_vl.data.options import MediaLimits
+from megatron_vl.data.conversation import BadEntry, from_json, to_json
+from megatron_vl.data.encode.model import load_media
 from megatron_vl.data.raw.formats.media_columns import media_source, with_settings
 from megatron_vl.data.raw.lengths import LengthCounter
+from megatron_vl.models import family
+from megatron_vl.models.media import BadMedia, MediaLimits, MediaSettings, StoredMedia
+from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 NAMES = {"image": "0.jpg", "video": "a.mp4"}
 
@@ -55,7 +55,7 @@ def _video(num_frames, rate, height=64, width=64, **settings):
     (480, 640, {"max_pixels": 784}, (28, 28)),
 ])  # fmt: skip
 def test_an_image_has_the_size_that_is_asked_for(processor, height, width, asked, want):
-    assert processor.grid(_image(height, width, **asked)) == (1, want[0] // 14, want[1] // 14)
+    assert processor.shape(_image(height, width, **asked)) == (1, want[0] // 14, want[1] // 14)
 
 
 @pytest.mark.parametrize(("height", "width", "asked", "want"), [
@@ -68,7 +68,7 @@ def test_an_image_has_the_size_that_is_asked_for(processor, height, width, asked
 ])  # fmt: skip
 def test_a_frame_has_the_size_that_is_asked_for(processor, height, width, asked, want):
     video = _video(8, 2.0, height, width, nframes=8, **asked)
-    assert processor.grid(video) == (4, want[0] // 14, want[1] // 14)
+    assert processor.shape(video) == (4, want[0] // 14, want[1] // 14)
 
 
 @pytest.mark.parametrize(("num_frames", "fps", "asked", "want"), [
@@ -87,7 +87,7 @@ def test_a_frame_has_the_size_that_is_asked_for(processor, height, width, asked,
     (1, 10.0, {"fps": 1}, [0]),  # qwen-vl-utils takes no such video; here all of it is taken
 ])  # fmt: skip
 def test_frames_are_those_that_are_asked_for(processor, num_frames, fps, asked, want):
-    assert processor._frames(_video(num_frames, fps, **asked)) == want
+    assert processor.frames(_video(num_frames, fps, **asked)) == want
 
 
 @pytest.mark.parametrize(("num_frames", "asked", "what"), [
@@ -99,16 +99,16 @@ def test_frames_are_those_that_are_asked_for(processor, num_frames, fps, asked, 
 ])  # fmt: skip
 def test_frames_that_are_not_there_are_refused(processor, num_frames, asked, what):
     with pytest.raises(BadMedia, match=what):
-        processor.grid(_video(num_frames, 10.0, **asked))
+        processor.shape(_video(num_frames, 10.0, **asked))
 
 
 def test_the_run_s_options_hold_where_nothing_is_asked(hf_dir, spec):
     limits = MediaLimits(video_fps=1.0, video_maxlen=4, image_max_pixels=784 * 9)
     run_s = MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=limits)
-    assert len(run_s._frames(_video(100, 10.0, video_end=9.0))) == 4
-    assert len(run_s._frames(_video(100, 10.0, max_frames=8))) == 8  # who asks stands above them
-    assert run_s.grid(_image(300, 300, min_pixels=784)) == (1, 6, 6)
-    assert run_s.grid(_image(300, 300, max_pixels=784 * 17)) == (1, 8, 8)
+    assert len(run_s.frames(_video(100, 10.0, video_end=9.0))) == 4
+    assert len(run_s.frames(_video(100, 10.0, max_frames=8))) == 8  # who asks stands above them
+    assert run_s.shape(_image(300, 300, min_pixels=784)) == (1, 6, 6)
+    assert run_s.shape(_image(300, 300, max_pixels=784 * 17)) == (1, 8, 8)
 
 
 def test_patches_are_those_of_the_image_at_that_size(processor):
@@ -119,11 +119,11 @@ def test_patches_are_those_of_the_image_at_that_size(processor):
         return file.getvalue()
 
     image = Image.fromarray(pixels)
-    asked = processor.patches(_image(96, 80, resized_height=56, resized_width=112),
+    asked = load_media(processor, _image(96, 80, resized_height=56, resized_width=112),
                               {"0.png": png(image)}.get)
     small = image.resize((112, 56), Image.Resampling.BICUBIC)
     plain = replace(_image(56, 112, max_pixels=1), settings=None)
-    assert torch.equal(asked, processor.patches(plain, {"0.png": png(small)}.get))
+    assert torch.equal(asked, load_media(processor, plain, {"0.png": png(small)}.get))
 
 
 # ---- in entries ---------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_one_image_and_video_may_be_asked_for_in_several_ways(tmp_path, hf_dir, 
     shown = capsys.readouterr().out
     assert "4 samples" in shown and "1 video" in shown
     assert "it asks for 9 to 4 seconds of a video of 4, which is less than two frames" in shown
-    counter = LengthCounter.from_hf_dir(hf_dir, spec)
+    counter = LengthCounter.from_hf_dir(hf_dir, spec, family(spec.model_type))
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar}
     frames, lengths = [], []
@@ -240,11 +240,12 @@ def test_one_image_and_video_may_be_asked_for_in_several_ways(tmp_path, hf_dir, 
         if not name.endswith("json"):
             continue
         turns, stored, _ = from_json(json.loads(text))
-        patches = counter.media.patches(stored[0], lambda end, n=name: files[f"{n[:-5]}.{end}"])
-        grid = counter.media.grid(stored[0])
+        processor = counter.model.processor
+        patches = load_media(processor, stored[0], lambda end, n=name: files[f"{n[:-5]}.{end}"])
+        grid = processor.shape(stored[0])
         assert len(patches) == np.prod(grid)  # the forecast is of what is decoded
         frames.append(grid[0])
-        lengths.append(counter.num_tokens(turns, stored) - counter.media.num_tokens(grid))
+        lengths.append(counter.num_tokens(turns, stored) - processor.num_tokens(grid))
     assert frames == [4, 2, 2, 2] and len(set(lengths)) == 1
 
 

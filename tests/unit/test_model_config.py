@@ -98,3 +98,35 @@ def test_a_rope_that_is_not_the_published_one_is_refused(model_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="type of rope_scaling .* is 'yarn'"):
         load_spec(tmp_path)
+
+
+def test_layers_of_one_tower_may_differ(model):
+    import torch
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from megatron_vl.models.common.core_attention import SegmentParams
+    from megatron_vl.models.common.layer_spec import LayerKind, block_spec
+    from megatron_vl.models.qwen2_vl.tower import vision_config
+    from megatron_vl.ops.norm import TorchNorm
+    from megatron_vl.ops.rotary import Rotary
+    from megatron_vl.ops.segments import Segments
+
+    config = vision_config(model, Layout(), model.split(), options())
+    made = block_spec([LayerKind(causal=False, windowed=True), LayerKind(causal=False),
+                       LayerKind(causal=False, qk_norm=True)])
+    parts = [spec.submodules.self_attention.submodules for spec in made.layer_specs]
+    assert [part.q_layernorm for part in parts] == [IdentityOp, IdentityOp, TorchNorm]
+    heads, width = config.num_attention_heads, config.kv_channels
+    q, k, v = torch.randn(3, 8, 1, heads, width).unbind()
+    rotary = Rotary.of(torch.zeros(8, 1, 1, width // 2), torch.float32)
+
+    def attended(part, **where):
+        module = part.core_attention(config, 1, AttnMaskType.no_mask, "self")
+        return module(q, k, v, None, packed_seq_params=SegmentParams(rotary=rotary, **where))
+
+    whole, halves = Segments([8], device="cpu"), Segments([4, 4], device="cpu")
+    windowed, full, _ = (attended(part, segments=whole, windows=halves) for part in parts)
+    assert torch.equal(windowed, attended(parts[1], segments=halves))
+    assert torch.equal(full, attended(parts[1], segments=whole))
+    assert not torch.equal(windowed, full)

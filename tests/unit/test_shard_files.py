@@ -11,12 +11,12 @@ import pytest
 from energon_prepare import energon_prepare
 from megatron.energon.epathlib import EPath
 
-from megatron_vl.data.encode.media import BadMedia
 from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.shard_files import PLACES, SampleReader, ShardFiles, note_places
 from megatron_vl.errors import InputError
 from megatron_vl.models import family
+from megatron_vl.models.media import BadMedia
 
 SHARD = "shard-000000.tar"
 LONG = "a-key-longer-than-the-first-field-of-a-header-" * 3

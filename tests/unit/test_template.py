@@ -11,6 +11,7 @@ from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.encode.template import ChatTemplate
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError
+from megatron_vl.models import family
 
 MASKS = {
     "answers": TrainedText(),
@@ -66,7 +67,8 @@ def test_a_known_template_writes_what_transformers_renders(
     # A comment makes it unknown.
     rendered = another(tokenizer.chat_template + "{# #}")
     known, other = (
-        ChatTokenizer(one, tokens=spec.tokens, trained=MASKS[mask]) for one in (tokenizer, rendered)
+        ChatTokenizer(one, tokens=spec.tokens, family=family(spec.model_type),
+                      trained=MASKS[mask]) for one in (tokenizer, rendered)
     )
     renderings, render = [], ChatTemplate.render
     monkeypatch.setattr(
@@ -85,7 +87,7 @@ def test_a_known_template_writes_what_transformers_renders(
 
 
 def test_an_answer_is_not_taken_for_the_prompt_that_says_the_same(tokenizer, spec):
-    chat = ChatTokenizer(tokenizer, tokens=spec.tokens)
+    chat = ChatTokenizer(tokenizer, tokens=spec.tokens, family=family(spec.model_type))
     turns = (Turn(role="user", parts=(Part(text="assistant\nyes"),)),
              Turn(role="assistant", parts=(Part(text="yes"),)))
     _, labels = chat.encode(turns, [])

@@ -10,6 +10,7 @@ from megatron_vl.data.conversation import BadEntry, from_json, to_json
 from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.options import TrainedText
+from megatron_vl.models import family
 
 # Qwen2.5's and Qwen3-VL's way of writing tools (Hermes'), for content that is text or a list.
 TEMPLATE = """\
@@ -187,7 +188,7 @@ def test_a_dataset_names_its_roles_and_its_column(role, tag):
 ])  # fmt: skip
 def test_a_template_without_tools_refuses_them_in_one_sentence(hf_dir, spec, entry, missing):
     made = read(*entry)
-    chat = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    chat = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type))
     with pytest.raises(BadEntry, match=f"it has tools, but the model's chat template has no "
                                        f"`{missing}`; take a model whose") as caught:
         chat.encode(made.turns, [], made.tools)

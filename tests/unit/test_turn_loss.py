@@ -9,6 +9,7 @@ from megatron_vl.data.conversation import BadEntry, from_json, to_json
 from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.options import TrainedText
+from megatron_vl.models import family
 
 SAID = ("A?", "one", "B?", "two", "C?", "three")
 
@@ -72,7 +73,8 @@ def test_an_entry_without_an_answer_to_train_is_refused():
     ({"mask_history": True}, BadEntry),
 ])  # fmt: skip
 def test_the_loss_leaves_them_out(hf_dir, spec, options, said):
-    chat_of = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=TrainedText(**options))
+    chat_of = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type),
+                                        trained=TrainedText(**options))
     entry = _entry("sharegpt", ({"loss": False}, {}, {"weight": 0}))
     plain = _entry("sharegpt", ({}, {}, {}))
     turns, all_of_them = read("sharegpt", entry).turns, read("sharegpt", plain).turns

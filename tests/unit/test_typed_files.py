@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -25,10 +25,10 @@ from test_tools import TEMPLATE
 from tiny_hf import make
 
 from megatron_vl.data.contents import contents_of
-from megatron_vl.data.conversation import BadEntry, Part, StoredMedia, Turn
+from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.dataset_dir import check_dataset, split_shards
 from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.data.encode.pixels import MediaProcessor
+from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.load.loader import DataConfig, build_train_loader
 from megatron_vl.data.load.loader_state import to_json
 from megatron_vl.data.load.mixture import Mixture
@@ -39,6 +39,8 @@ from megatron_vl.errors import InputError
 from megatron_vl.launch.cluster import check_one_launcher, cluster_env, hostfile_env
 from megatron_vl.launch.hostfile import parse_hostfile, read_hostfile
 from megatron_vl.models import family, load_spec
+from megatron_vl.models.media import StoredMedia
+from megatron_vl.models.qwen2_vl.media import MediaProcessor
 from megatron_vl.training.checkpoint.files import candidates
 from megatron_vl.training.checkpoint.resume import read_loader_state
 from megatron_vl.training.options.config_sources import load_config
@@ -212,7 +214,7 @@ FILES = (
 
 def read_pixels(hf: Path, spec) -> None:
     media = MediaProcessor.from_hf_dir(hf, vision=spec.vision)
-    media.grid(StoredMedia(kind="image", files=("0.jpg",), height=56, width=84))
+    media.shape(StoredMedia(kind="image", files=("0.jpg",), height=56, width=84))
     media.frame_indices(30, 24.0)
 
 
@@ -292,14 +294,13 @@ def test_any_change_of_a_file_is_read_or_refused_by_its_name(name, tmp_path, req
 
 
 def encoder_of(hf_dir: Path, spec, template: str | None) -> SampleEncoder:
-    chat = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens)
+    chat = ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, family=family(spec.model_type))
     if template is not None:
         chat.tokenizer.chat_template = template
-        chat = ChatTokenizer(chat.tokenizer, tokens=spec.tokens)
+        chat = ChatTokenizer(chat.tokenizer, tokens=spec.tokens, family=family(spec.model_type))
+    own = ModelEncoder.from_hf_dir(hf_dir, spec, family(spec.model_type))
     return SampleEncoder(
-        chat=chat,
-        media=MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision),
-        positions=family(spec.model_type).positions(spec),
+        model=replace(own, chat=chat),
         rules=RowRules(length=4096, packs=True, length_mend="cut it", max_skipped=10**9),
     )
 

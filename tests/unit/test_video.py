@@ -10,12 +10,12 @@ from mixed_data import gray_of, write_video
 from qwen2_vl_reference import load_processor
 from transformers.video_utils import VideoMetadata
 
-from megatron_vl.data.conversation import StoredMedia
 from megatron_vl.data.encode import media
-from megatron_vl.data.encode.media import FRAMES_AT_ONCE, BadMedia, video_frames, video_info
-from megatron_vl.data.encode.pixels import MediaProcessor
-from megatron_vl.data.options import MediaLimits
+from megatron_vl.data.encode.media import FRAMES_AT_ONCE, video_frames, video_info
+from megatron_vl.data.encode.model import load_media
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import BadMedia, MediaLimits, StoredMedia
+from megatron_vl.models.qwen2_vl.media import MediaProcessor
 
 FRAMES = 60
 FINE = {"qmin": "1", "qmax": "1"}  # of mpeg4 and its kin: levels as they were written
@@ -253,4 +253,4 @@ def test_a_short_video_gives_the_frames_it_has(reference, spec, num_frames, fps,
 def test_a_video_unlike_the_prepared_one_is_refused(reference, spec, files, told, what):
     stored = StoredMedia(**dict(kind="video", files=("0.mp4",), num_frames=60, fps=10.0) | told)
     with pytest.raises(BadMedia, match=what):
-        _media(reference, spec).patches(stored, lambda _: files["mp4"])
+        load_media(_media(reference, spec), stored, lambda _: files["mp4"])

@@ -9,20 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
-from megatron_vl.data.encode.model_files import COPY_AGAIN, TOKENIZER, check_tokenizer
+from megatron_vl.data.conversation import BadEntry, Part, Turn
+from megatron_vl.data.encode.model_files import TOKENIZER, check_tokenizer
 from megatron_vl.data.encode.samples import IGNORE
-from megatron_vl.data.encode.template import ChatTemplate, Span
+from megatron_vl.data.encode.template import ChatTemplate
 from megatron_vl.data.grounding import render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, shown
+from megatron_vl.models.family import COPY_AGAIN, Family, Span
+from megatron_vl.models.media import IMAGE, MEDIA_KINDS
 from megatron_vl.models.spec import TokenIds
 from megatron_vl.typed import Shape, Text, read_file
-
-_PROBE = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-]
 
 
 class _Legacy(Shape):
@@ -39,23 +36,30 @@ class ChatTokenizer:
     a person wrote, and no system prompt is assumed.
     """
 
-    def __init__(self, tokenizer, *, tokens: TokenIds, trained: TrainedText | None = None):
-        """`tokenizer` is a fast tokenizer of transformers; `from_hf_dir` loads it."""
+    def __init__(self, tokenizer, *, tokens: TokenIds, family: Family | None = None,
+                 trained: TrainedText | None = None):
+        """`tokenizer` is a fast tokenizer of transformers; `from_hf_dir` loads it.
+
+        Args:
+            family: that may know the chat template; None: it is rendered.
+        """
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.trained = trained or TrainedText()
-        self._placeholders = {kind: getattr(tokens, kind) for kind in MEDIA_KINDS}
+        self._placeholders = {  # of the kinds that the model takes
+            kind: token for kind in MEDIA_KINDS if (token := getattr(tokens, kind)) is not None
+        }
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
         self.template = ChatTemplate(
-            tokenizer, last_answer_only=self.trained.mask_history,
-            everything=self.trained.train_on_prompt,
+            tokenizer, family=family, last_answer_only=self.trained.mask_history,
+            everything=self.trained.train_on_prompt, text_only=not self._placeholders,
         )
         self._own_tokens = frozenset(
             token.content for token in tokenizer.added_tokens_decoder.values()
         )
 
     @classmethod
-    def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds,
+    def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds, family: Family | None = None,
                     trained: TrainedText | None = None) -> ChatTokenizer:
         """Read the tokenizer files of a Hugging Face directory.
 
@@ -97,16 +101,19 @@ class ChatTokenizer:
                 f"the tokenizer in {hf_dir} has no pad token; add pad_token to its "
                 f"tokenizer_config.json."
             )
-        chat = cls(tokenizer, tokens=tokens, trained=trained)
+        chat = cls(tokenizer, tokens=tokens, family=family, trained=trained)
+        image = () if tokens.image is None else (Part(media=IMAGE),)
+        turns = [Turn(role="user", parts=(*image, Part(text="a"))),
+                 Turn(role="assistant", parts=(Part(text="b"),))]
         try:
-            probe = chat.template.render(_PROBE)
+            probe = chat.template.render(chat.template.messages(turns))
         except Exception as error:  # jinja2's, its sandbox's too, and what a template raises
             raise InputError(
                 f"the chat template in {hf_dir} cannot be used ({_first_line(error)}); copy "
                 f"chat_template.jinja again from the model's repository."
             ) from error
         ids = tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
-        if ids.count(tokens.image) != 1:
+        if tokens.image is not None and ids.count(tokens.image) != 1:
             raise InputError(
                 f"the chat template in {hf_dir} does not write config.json's image_token_id "
                 f"{tokens.image} for an image; take both files from the same model."
@@ -172,13 +179,13 @@ class ChatTokenizer:
     def _fill_places(self, kinds: list[str], counts: Sequence[int], tokens: list[int],
                      labels: list[int]) -> None:
         """Repeat every placeholder as often as its image or video has tokens."""
-        for kind, placeholder in self._placeholders.items():
+        for kind in MEDIA_KINDS:
             # What a person wrote may hold the tokenizer's own mark.
-            if tokens.count(placeholder) != kinds.count(kind):
+            marks = tokens.count(self._placeholders[kind]) if kind in self._placeholders else 0
+            if marks != kinds.count(kind):
                 raise BadEntry(
                     "mark count",
-                    f"its text has {tokens.count(placeholder)} {kind} marks for "
-                    f"{kinds.count(kind)} {kind}s",
+                    f"its text has {marks} {kind} marks for {kinds.count(kind)} {kind}s",
                 )
         if len(kinds) != len(counts):
             raise BadEntry(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import VIDEO, BadMedia, StoredMedia
 
 FRAMES_AT_ONCE = 16  # of a video, decoded and held at their full size
 MAX_FRAME_PIXELS = 40_000_000  # of a video; 8K has 33 million
@@ -37,10 +38,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class BadMedia(ValueError):
-    """Bytes that are no readable image or video; the caller says which sample."""
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -78,6 +75,22 @@ def load_image(data: bytes) -> Image.Image:
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error
         raise BadMedia(f"its pixels cannot be decoded ({error})") from error
     return image
+
+
+def decoded(
+    media: StoredMedia, read: Callable[[str], bytes], taken: Sequence[int]
+) -> Iterator[Image.Image]:
+    """The frames of a video numbered `taken`, or the one of an image, as upright RGB images.
+
+    Args:
+        read: a file's bytes by its name in `media.files`.
+
+    Raises:
+        BadMedia: it cannot be read or decoded.
+    """
+    if media.kind == VIDEO and not media.separate:
+        return (frame for _, frame in video_frames(read(media.files[0]), taken))
+    return (decode_rgb(read(media.files[number])) for number in taken)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.spec import VisionSpec
-from megatron_vl.typed import Name, Number, Positive, Shape, Size, Text, read_file
+from megatron_vl.models.family import COPY_AGAIN, Family
+from megatron_vl.models.spec import VLMSpec
+from megatron_vl.typed import Name, Shape, Text, read_file
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"
-JOINT_SETTINGS = "processor_config.json"  # where transformers 5 saves both
 
 
-def missing_files(hf_dir: Path) -> list[str]:
+def missing_files(hf_dir: Path, spec: VLMSpec, family: Family) -> list[str]:
     """Names of those that a Hugging Face directory lacks for training and for inference."""
     names = [name for name in TOKENIZER if not (hf_dir / name).is_file()]
-    if not any((hf_dir / name).is_file() for name in (IMAGE_SETTINGS, JOINT_SETTINGS)):
-        names.append(IMAGE_SETTINGS)
-    return names
-
-
-# Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
-VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
-COPY_AGAIN = "copy it again from the model's Hugging Face repository"
-
-
-class Edges(Shape):
-    """Least and most pixels, under the names of one age or another."""
-
-    shortest_edge: Size | None = None
-    longest_edge: Size | None = None
-
-
-class MediaFile(Shape):
-    """Settings of images or of videos; what is null or missing, transformers knows."""
-
-    size: Edges | None = None
-    min_pixels: Size | None = None
-    max_pixels: Size | None = None
-    patch_size: Size | None = None
-    merge_size: Size | None = None
-    temporal_patch_size: Size | None = None
-    do_resize: bool | None = None
-    do_rescale: bool | None = None
-    do_normalize: bool | None = None
-    resample: Annotated[int, Field(ge=0, le=5)] | None = None
-    rescale_factor: Number | None = None
-    image_mean: list[Number] | None = None
-    image_std: list[Positive] | None = None
-
-
-class JointFile(Shape):
-    """processor_config.json"""
-
-    image_processor: MediaFile | None = None
-    video_processor: MediaFile | None = None
+    return names + family.missing_media_files(hf_dir, spec)
 
 
 class Named(Shape):
@@ -75,84 +32,13 @@ def check_tokenizer(hf_dir: Path) -> None:
     read_file(hf_dir / "tokenizer_config.json", TokenizerFile, mend=COPY_AGAIN)
 
 
-def image_settings(hf_dir: Path, vision: VisionSpec) -> Path:
-    """The file that images are made by, looked at as far as it can be without transformers.
-
-    Raises:
-        InputError: it is missing or unreadable, or differs from config.json.
-    """
-    path, joint = hf_dir / IMAGE_SETTINGS, hf_dir / JOINT_SETTINGS
-    if not path.is_file():
-        if not joint.is_file():
-            raise InputError(f"{path} is missing; {COPY_AGAIN}.")
-        path = joint
-    settings = read_file(path, JointFile if path == joint else MediaFile, mend=COPY_AGAIN)
-    settings = (settings.image_processor if path == joint else settings) or MediaFile()
-    for name in ("image_mean", "image_std"):
-        numbers = getattr(settings, name)
-        if numbers is not None and len(numbers) != vision.in_channels:
-            raise InputError(
-                f"{path} has {len(numbers)} numbers as {name} but config.json has "
-                f"{vision.in_channels} channels; take both files from the same model."
-            )
-    check_patches(path, settings, vision, whole=False)
-    return path
-
-
-def check_patches(path: Path, settings, vision: VisionSpec, *, whole: bool = True) -> None:
-    """Whether patches are those of config.json.
-
-    Args:
-        settings: what has patch_size and the like.
-        whole: whether it must say all of them.
-
-    Raises:
-        InputError: they are not.
-    """
-    for name, want in (
-        ("patch_size", vision.patch_size),
-        ("merge_size", vision.spatial_merge_size),
-        ("temporal_patch_size", vision.temporal_patch_size),
-    ):
-        found = getattr(settings, name, None)
-        if found != want and (whole or found is not None):
-            raise InputError(
-                f"{path} has {name} {found} but config.json has {want}; take both files from the "
-                f"same model."
-            )
-
-
-def video_size(hf_dir: Path) -> tuple[int, int] | None:
-    """Least and most pixels of a frame that the model's video settings ask for; None without any.
-
-    Raises:
-        InputError: they cannot be used.
-    """
-    for name, kind in ((VIDEO_SETTINGS, MediaFile), (JOINT_SETTINGS, JointFile)):
-        path = hf_dir / name
-        if not path.is_file():
-            continue
-        settings = read_file(path, kind, mend=COPY_AGAIN)
-        settings = settings.video_processor if kind is JointFile else settings
-        if settings is None:
-            continue
-        edges = settings.size or Edges()
-        least = settings.min_pixels or edges.shortest_edge or VIDEO_SIZE["shortest_edge"]
-        most = settings.max_pixels or edges.longest_edge or VIDEO_SIZE["longest_edge"]
-        if least > most:
-            raise InputError(f"{path} asks for frames of {least} to {most} pixels; {COPY_AGAIN}.")
-        return least, most
-    return None
-
-
-def check_model_files(hf_dir: Path, vision: VisionSpec) -> None:
+def check_model_files(hf_dir: Path, spec: VLMSpec, family: Family) -> None:
     """Raises InputError: one is missing, or it can be told already that it cannot be used."""
-    if missing := missing_files(hf_dir):
+    if missing := missing_files(hf_dir, spec, family):
         raise InputError(
             f"{hf_dir} has no {' and no '.join(missing)}, which training reads; copy what is "
             f"missing from the model's Hugging Face repository, or give hf-config "
             f"another directory."
         )
-    image_settings(hf_dir, vision)
-    video_size(hf_dir)
+    family.check_media_files(hf_dir, spec)
     check_tokenizer(hf_dir)

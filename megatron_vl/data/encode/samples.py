@@ -14,13 +14,14 @@ import torch
 from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 
-from megatron_vl.data.conversation import StoredMedia, Turn
+from megatron_vl.data.conversation import Turn
+from megatron_vl.models.family import Grid
+from megatron_vl.models.media import StoredMedia
 
 # Of a RowBatch: what is computed with. The rest says what is where; to read that on a device would
 # be to wait for it.
 ON_DEVICE = ("position_ids", "pixel_patches")
 _BY_VALUE = 1 << 20  # bytes
-Grid = tuple[int, int, int]  # frames, rows and columns of patches
 IGNORE = -100  # the label of a position that is not trained; never a token id, so never the pad id
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megatron_vl.data.conversation import MEDIA_KINDS, ROLES, StoredMedia, Turn, from_json
-from megatron_vl.data.media_settings import MAX_FPS
+from megatron_vl.data.conversation import ROLES, Turn, from_json
+from megatron_vl.models.media import MAX_FPS, MEDIA_KINDS, StoredMedia
 from megatron_vl.typed import Name, Shape, Text, typed
 
 _MAX_PIXELS = 2**28  # of an image or frame, more than PIL decodes

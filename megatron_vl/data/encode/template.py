@@ -1,49 +1,47 @@
 """Conversations to text, through a model's chat template; and where what is trained stands in it.
 
 Finding answers takes two renderings each, a quarter of a millisecond a rendering: more than all
-else of a dialogue with one small image. So what a template known by its digest writes is written
-here; every other is rendered.
+else of a dialogue with one small image. So a template that the model's family knows is not
+rendered: the family writes what it would.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
 
 import jinja2
 
-from megatron_vl.data.conversation import MEDIA_KINDS, BadEntry, Turn
+from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.errors import InputError
+from megatron_vl.models.family import Family, Span, TemplateWriter
 
-_ASKED = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+_ASKED = (Turn(role="user", parts=(Part(text="a"),)),)
 # What rendering raises: Jinja, its sandbox, and what a template does with what it finds.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
     RecursionError,
 )  # fmt: skip
 
-# The published template of Qwen2-VL, by the SHA-256 of its text.
-_QWEN2_VL = "a0bc6f6fc7a29a80017a433e8f03a1cc1236e838a944a2d034295a60c4f2fddb"
-_MEDIA = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in MEDIA_KINDS}
-
-Span = tuple[int, int]  # the characters from one up to, and without, another
-
 
 class ChatTemplate:
     """The chat template of a fast tokenizer of transformers."""
 
-    def __init__(self, tokenizer, *, last_answer_only: bool = False, everything: bool = False):
+    def __init__(self, tokenizer, *, family: Family | None = None, last_answer_only: bool = False,
+                 everything: bool = False, text_only: bool = False):
         """The characters told apart are those of answers that are trained.
 
         Args:
+            family: that may know the template; None: it is rendered.
             last_answer_only: earlier answers are taken for prompts.
             everything: prompts are trained too; told apart are answers that are not, and what tools
                 give.
+            text_only: of a model without media, whose template takes contents as plain text.
         """
         self.tokenizer = tokenizer
         self.last_answer_only, self.everything = last_answer_only, everything
+        self.family, self.text_only = family, text_only
 
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, *,
@@ -53,6 +51,10 @@ class ChatTemplate:
         return self.tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+    def messages(self, turns: Sequence[Turn]) -> list[dict]:
+        """The turns as the template takes them."""
+        return [turn.message(plain=self.text_only) for turn in turns]
 
     def write(self, turns: Sequence[Turn], tools: str = "") -> tuple[str, list[Span]]:
         """The conversation's text, and the characters of it that are told apart, in order.
@@ -68,8 +70,8 @@ class ChatTemplate:
         try:
             functions = json.loads(tools) if tools else None
             self._check_tools(turns, functions)
-            if self._is_known:
-                text, spans = _write_qwen2_vl(turns)
+            if self._writer is not None:
+                text, spans = self._writer(turns)
             else:
                 text, spans = self._render_with_spans(turns, functions)
         except (BadEntry, InputError):
@@ -88,7 +90,7 @@ class ChatTemplate:
         self, turns: Sequence[Turn], tools: list[dict] | None
     ) -> tuple[str, dict[int, Span]]:
         """The rendered text, and where every answer is, by the number of its turn."""
-        messages = [turn.message() for turn in turns]
+        messages = self.messages(turns)
         text = self.render(messages, tools)
         spans = {}
         for number, message in enumerate(messages):
@@ -123,7 +125,8 @@ class ChatTemplate:
         if len(messages) > 1:
             return self.render(messages[:-1], tools, add_generation_prompt=True)
         # transformers renders no empty conversation; a template may write a system turn of its own.
-        request = self.render(_ASKED, add_generation_prompt=True).removeprefix(self.render(_ASKED))
+        asked = self.messages(_ASKED)
+        request = self.render(asked, add_generation_prompt=True).removeprefix(self.render(asked))
         text = self.render(messages, tools)
         if not request or request not in text:
             raise BadEntry(
@@ -133,9 +136,9 @@ class ChatTemplate:
         return text[: text.index(request) + len(request)]
 
     @cached_property
-    def _is_known(self) -> bool:
+    def _writer(self) -> TemplateWriter | None:
         source = self.tokenizer.get_chat_template()
-        return hashlib.sha256(source.encode()).hexdigest() == _QWEN2_VL
+        return None if self.family is None else self.family.template_writer(source)
 
     @cached_property
     def _names(self) -> set[str]:
@@ -143,22 +146,6 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(tools=[{}])
         words = jinja2.Environment().lex(source)
         return {word.strip("'\"") for _, kind, word in words if kind in ("name", "string")}
-
-
-def _write_qwen2_vl(turns: Sequence[Turn]) -> tuple[str, dict[int, Span]]:
-    """What Qwen2-VL's template writes of turns without tools; else as `_render_with_spans`."""
-    said, spans = "", {}
-    if turns[0].role != "system":
-        said = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    for number, turn in enumerate(turns):
-        said += f"<|im_start|>{turn.role}\n"
-        begin = len(said)
-        said += "".join(_MEDIA[part.media] if part.media else part.text for part in turn.parts)
-        said += "<|im_end|>"
-        if turn.role == "assistant":
-            spans[number] = begin, len(said)
-        said += "\n"
-    return said, spans
 
 
 def _untrained(turns: Sequence[Turn], spans: dict[int, Span], length: int) -> list[Span]:

@@ -9,17 +9,16 @@ from pathlib import Path
 
 from megatron.energon import SkipSample
 
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia
-from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.data.encode.media import BadMedia
-from megatron_vl.data.encode.pixels import MediaProcessor
-from megatron_vl.data.encode.samples import IGNORE, ConversationSample, EncodedSample, Grid
+from megatron_vl.data.conversation import BadEntry
+from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.encode.samples import IGNORE, ConversationSample, EncodedSample
 from megatron_vl.data.lint.reading import Leaf
 from megatron_vl.data.load.energon_samples import SERVED, conversation_of
 from megatron_vl.data.load.loader import DataConfig
 from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
-from megatron_vl.models.family import Family
+from megatron_vl.models.family import Family, Grid
+from megatron_vl.models.media import IMAGE, VIDEO, BadMedia, StoredMedia
 from megatron_vl.models.spec import VLMSpec
 
 STOPS = "stops training"  # beside the reasons for which training skips a sample
@@ -69,7 +68,7 @@ class Looker:
                 return None
             name = self.encoder.name_of(raw)
             sample = self.encoder.conversation(self.leaves[leaf].load(raw))
-            encoded = self._encode(sample) if self.encoder.chat else None
+            encoded = self._encode(sample) if self.encoder.model else None
             if self.decode:
                 self.encoder.make_row([encoded])
         except SkipSample:
@@ -141,13 +140,9 @@ def build_encoder(
         length=config.seq_length, packs=True, length_mend=config.length_mend,
         max_patches=config.max_patches_per_row, max_skipped=sys.maxsize,
     )  # fmt: skip
-    datasets = config.train.names(split)
-    if hf_dir is None:
-        return _Encoder(chat=None, media=None, positions=None, rules=rules, datasets=datasets)
-    return _Encoder(
-        chat=ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
-        media=MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
-        positions=family.positions(spec, config.media.video_positions),
-        rules=rules,
-        datasets=datasets,
-    )
+    model = None
+    if hf_dir is not None:
+        model = ModelEncoder.from_hf_dir(
+            hf_dir, spec, family, limits=config.media, trained=config.trained
+        )
+    return _Encoder(model=model, rules=rules, datasets=config.train.names(split))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from megatron_vl.data.conversation import IMAGE, VIDEO, StoredMedia
 from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.media import decode_rgb, video_frames
 from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.models.media import IMAGE, VIDEO, StoredMedia
 
 _SIDE = 112  # pixels of a thumbnail's longer side at most
 

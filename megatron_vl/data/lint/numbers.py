@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vl.data.conversation import IMAGE, VIDEO
 from megatron_vl.data.dataset_dir import check_dataset, split_shards, splits
 from megatron_vl.data.lint.forecast import Forecaster, least_length, lengths_around
 from megatron_vl.data.lint.look import Look
@@ -19,6 +18,7 @@ from megatron_vl.data.raw.prepare import REFUSED
 from megatron_vl.data.raw.shards import show_progress
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value
+from megatron_vl.models.media import IMAGE, VIDEO
 
 _LISTED = 1000  # refused samples that are named, of each reason
 

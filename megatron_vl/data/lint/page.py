@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vl.data.encode.media import BadMedia
 from megatron_vl.data.lint.look import Look, Looker
 from megatron_vl.data.lint.mask import Piece, pieces, thumbnail
 from megatron_vl.data.lint.tables import Table, count, headline, notes, tables
+from megatron_vl.models.media import BadMedia
 from megatron_vl.pages import escape, page, picture, table
 
 _LISTED = 20  # refused samples that are listed, of each reason
@@ -98,10 +98,10 @@ def choose(looks: Sequence[Look], *, seed: int) -> list[tuple[Look, str]]:
 
 def _sample(look: Look, why: str, looker: Looker) -> str:
     encoded = looker.encode(look)
-    media = looker.encoder.media
-    places = [media.num_tokens(grid) for grid in encoded.grids]
+    model = looker.encoder.model
+    places = model.places(encoded.grids)
     parts = []
-    for piece in pieces(encoded.tokens, encoded.labels, chat=looker.encoder.chat,
+    for piece in pieces(encoded.tokens, encoded.labels, chat=model.chat,
                         media_tokens=places):
         if piece.media is None:
             parts.append(_stretch(piece))

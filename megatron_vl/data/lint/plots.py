@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vl.data.conversation import IMAGE, VIDEO
 from megatron_vl.data.lint.look import Look
+from megatron_vl.models.media import IMAGE, VIDEO
 
 _LONG_TAIL = 8  # times the median that the most is: above, a scale of logarithms shows more
 _MANY = 100  # the same of the counts of two bars

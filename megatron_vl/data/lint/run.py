@@ -17,10 +17,11 @@ from megatron_vl.data.lint.reading import choose, open_leaves
 from megatron_vl.data.lint.tables import as_text, headline, notes, tables
 from megatron_vl.data.load.loader import DataConfig
 from megatron_vl.data.load.mixture import Mixture
-from megatron_vl.data.options import MediaLimits, TrainedText
+from megatron_vl.data.options import TrainedText
 from megatron_vl.data.raw.shards import show_progress
 from megatron_vl.errors import Bounds, CheckFailed, InputError
 from megatron_vl.models.family import Family
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.outputs import check_target, replacing
 

@@ -18,12 +18,13 @@ from megatron.energon import (
     VQASample,
 )
 
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, Part, StoredMedia, Turn
+from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.dataset_dir import SAMPLE_TYPES
 from megatron_vl.data.encode.media import image_size, video_info
 from megatron_vl.data.encode.samples import ConversationSample
 from megatron_vl.data.raw.formats.llava import question_and_answer
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import IMAGE, VIDEO, StoredMedia
 
 
 def conversation_of(sample: Sample, name: str) -> ConversationSample:

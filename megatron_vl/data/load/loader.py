@@ -31,8 +31,7 @@ from megatron.energon.savable_loader import (
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
-from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.data.encode.pixels import MediaProcessor
+from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.encode.rows import empty_row
 from megatron_vl.data.encode.samples import EncodedSample, RowBatch
 from megatron_vl.data.load.mixture import Mixture
@@ -40,9 +39,10 @@ from megatron_vl.data.load.read_ahead import ReadAhead
 from megatron_vl.data.load.resume import ANEW, CONTENT, DATA, state_for
 from megatron_vl.data.load.shard_files import note_places
 from megatron_vl.data.load.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
-from megatron_vl.data.options import BOUNDS, MediaLimits, TrainedText
+from megatron_vl.data.options import BOUNDS, TrainedText
 from megatron_vl.errors import InputError, check_bounds, shown
 from megatron_vl.models.family import Family
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import VLMSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
@@ -370,12 +370,10 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
 
 
 def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec, family: Family) -> dict:
-    return {
-        "chat": ChatTokenizer.from_hf_dir(hf_dir, tokens=spec.tokens, trained=config.trained),
-        "media": MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=config.media),
-        "positions": family.positions(spec, config.media.video_positions),
-        "rules": config.rules,
-    }
+    model = ModelEncoder.from_hf_dir(
+        hf_dir, spec, family, limits=config.media, trained=config.trained
+    )
+    return {"model": model, "rules": config.rules}
 
 
 def _made_for(config: DataConfig, dp_rank: int, dp_size: int) -> dict:

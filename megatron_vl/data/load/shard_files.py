@@ -25,8 +25,8 @@ from megatron.energon.flavors.webdataset.itar import ITarFile, ITarSamplePointer
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 
-from megatron_vl.data.encode.media import BadMedia
 from megatron_vl.errors import InputError, printable
+from megatron_vl.models.media import BadMedia
 
 PLACES = "__places__"  # of a sample read by `SampleReader`: where its files are
 

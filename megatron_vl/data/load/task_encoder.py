@@ -34,16 +34,13 @@ from megatron.energon.cache import FileStoreDecoder
 from megatron.energon.errors import SampleException
 from megatron.energon.wrappers import RepeatDataset
 
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, StoredMedia
-from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.data.encode.media import BadMedia
+from megatron_vl.data.conversation import BadEntry
+from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.encode.packing import pack
-from megatron_vl.data.encode.pixels import MediaProcessor
 from megatron_vl.data.encode.rows import Row, least_length, make_batch, make_row
 from megatron_vl.data.encode.samples import (
     ConversationSample,
     EncodedSample,
-    Grid,
     RowBatch,
     Skipped,
     sample_name,
@@ -54,7 +51,8 @@ from megatron_vl.data.load.epochs import RowPacking, WholeEpochs
 from megatron_vl.data.load.shard_files import PLACES, ShardFiles
 from megatron_vl.errors import InputError, printable
 from megatron_vl.inputs import json_value
-from megatron_vl.models.family import Positions
+from megatron_vl.models.family import Grid
+from megatron_vl.models.media import IMAGE, VIDEO, BadMedia, StoredMedia
 
 _ENCODE, _DECODE = "encode", "decode"
 _MANY_TIMES, _MANY = 10, 100  # all samples so often, and so many
@@ -102,12 +100,10 @@ class SampleEncoder(TaskEncoder):
 
     decoder = TextDecoder()
 
-    def __init__(self, *, chat: ChatTokenizer, media: MediaProcessor, positions: Positions,
-                 rules: RowRules, datasets: Mapping[str, str] | None = None):
+    def __init__(self, *, model: ModelEncoder, rules: RowRules,
+                 datasets: Mapping[str, str] | None = None):
         """`datasets`: names that tell datasets apart, by path: see `Mixture.names`."""
-        self.chat = chat
-        self.media = media
-        self.positions = positions
+        self.model = model
         self.rules = rules
         self.datasets = datasets or {}
         self.files = ShardFiles()
@@ -143,10 +139,7 @@ class SampleEncoder(TaskEncoder):
         try:
             if isinstance(sample, SERVED):
                 sample = conversation_of(sample, self.name_of(sample))
-            grids = [self.media.grid(media) for media in sample.media]
-            tokens, labels = self.chat.encode(
-                sample.turns, [self.media.num_tokens(grid) for grid in grids], sample.tools
-            )
+            tokens, labels, grids = self.model.encode(sample.turns, sample.media, sample.tools)
             self._check_size(tokens.numel(), grids, sample.media)
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
@@ -158,7 +151,7 @@ class SampleEncoder(TaskEncoder):
             name=self.name_of(sample),
             tokens=tokens,
             labels=labels,
-            grids=tuple(grids),
+            grids=grids,
             media=sample.media,
             read=sample.read,
         )
@@ -187,7 +180,7 @@ class SampleEncoder(TaskEncoder):
         """A row of the samples whose media can be decoded; None if none can."""
         count = sum(sample.num_patches for sample in samples)
         # Decoded in place: joining the samples' patches would write every pixel twice.
-        patches_PD = torch.empty(count, self.media.patch_dim)
+        patches_PD = torch.empty(count, self.model.processor.patch_dim if count else 0)
         decoded, at = [], 0
         for sample in samples:
             end = at + sample.num_patches
@@ -210,17 +203,13 @@ class SampleEncoder(TaskEncoder):
         Raises:
             BadMedia: an image or video that cannot be read or decoded.
         """
-        at = 0
-        for media, grid in zip(sample.media, sample.grids, strict=True):
-            end = at + math.prod(grid)
-            self.media.patches(media, sample.read, out=patches_PD[at:end])
-            at = end
+        self.model.load(sample.media, sample.grids, sample.read, patches_PD)
         sample.read = None
 
     def make_batch(self, rows: list[Row]) -> RowBatch:
         batch = make_batch(
-            rows, row_length=self.rules.batch_length(rows), pad_token=self.chat.pad_token,
-            positions=self.positions,
+            rows, row_length=self.rules.batch_length(rows), pad_token=self.model.chat.pad_token,
+            positions=self.model.positions,
         )
         batch.skipped, self.skipped = tuple(self.skipped), []
         return batch

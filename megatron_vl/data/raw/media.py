@@ -11,9 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_vl.data.conversation import IMAGE, VIDEO, BadEntry, MediaSource
+from megatron_vl.data.conversation import BadEntry, MediaSource
 from megatron_vl.data.encode.media import (
-    BadMedia,
     MediaInfo,
     image_size,
     load_image,
@@ -21,9 +20,10 @@ from megatron_vl.data.encode.media import (
     video_frames,
     video_info,
 )
-from megatron_vl.data.media_settings import MAX_ASPECT_RATIO, MAX_FPS, rate
+from megatron_vl.data.media_keys import rate
 from megatron_vl.errors import shown
 from megatron_vl.inputs import json_value
+from megatron_vl.models.media import IMAGE, MAX_ASPECT_RATIO, MAX_FPS, VIDEO, BadMedia
 from megatron_vl.workers import in_parallel
 
 FRAMES_FPS = 2.0  # of a folder of frames that does not say; what known preparation scripts assume

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vl.data.contents import note_digests
-from megatron_vl.data.conversation import VIDEO, BadEntry, Conversation
+from megatron_vl.data.conversation import BadEntry, Conversation
 from megatron_vl.data.grounding import measured
-from megatron_vl.data.options import BOUNDS, MediaLimits
+from megatron_vl.data.options import BOUNDS
 from megatron_vl.data.raw.formats import FORMATS, Fields
 from megatron_vl.data.raw.media import Library, Measured, RawMedia, measure_all
 from megatron_vl.data.raw.notes import Notes
@@ -36,6 +36,7 @@ from megatron_vl.data.raw.shards import (
 )
 from megatron_vl.data.raw.sources import Source, open_source
 from megatron_vl.errors import Bounds, InputError, check_bounds, shown
+from megatron_vl.models.media import FRAMES_A_PATCH, VIDEO, MediaLimits
 from megatron_vl.outputs import check_target, replacing
 
 if TYPE_CHECKING:  # it imports torch, which preparing alone does not need
@@ -371,7 +372,7 @@ def _unlike_settings(entry: Entry, sizes: dict[RawMedia, Measured]) -> BadEntry 
             continue
         info = sizes[media].info
         try:
-            settings.frames(info.num_frames, info.fps, MediaLimits(), 2)
+            settings.frames(info.num_frames, info.fps, MediaLimits(), FRAMES_A_PATCH)
         except ValueError as error:
             return BadEntry("unusable media", f"its {media} cannot be as it asks: {error}")
     return None

@@ -14,10 +14,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from megatron_vl.data.contents import Digested
-from megatron_vl.data.conversation import IMAGE, StoredMedia, Turn, to_json
-from megatron_vl.data.media_settings import MediaSettings
+from megatron_vl.data.conversation import Turn, to_json
 from megatron_vl.data.raw.media import Measured, RawMedia
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import IMAGE, MediaSettings, StoredMedia
 
 SPLITS = ("train", "val", "test")  # energon's names
 DATASET = {  # .nv-meta/dataset.yaml: our cooker reads the JSON, and the media when they are needed

@@ -28,6 +28,7 @@ class SegmentParams(PackedSeqParams):
     """Carries what every layer needs of the packed rows through Megatron-Core's."""
 
     segments: Segments | None = None
+    windows: Segments | None = None  # of the layers that attend within windows, where there are any
     rotary: Rotary | None = None  # of this rank's positions
 
 
@@ -44,8 +45,10 @@ class VarlenCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection=None,
+        windowed: bool = False,
     ):
         super().__init__(config=config)
+        self.windowed = windowed
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         # The vision tower's ranks have images of their own instead.
@@ -79,7 +82,7 @@ class VarlenCoreAttention(MegatronModule):
         if self.share is not None:
             query, key, value = map(self.share.tokens_to_heads, (query, key, value))
         s, b, heads, head_dim = query.shape
-        segments = packed_seq_params.segments
+        segments = packed_seq_params.windows if self.windowed else packed_seq_params.segments
         assert segments.num_tokens == b * s, (segments.num_tokens, query.shape)
 
         def rows_end_to_end(x):

@@ -7,12 +7,17 @@ names, and `to_local_names` does the same for plain state dicts.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -35,28 +40,41 @@ def use_transformer_engine() -> bool:
     )
 
 
-def layer_spec(*, causal: bool) -> ModuleSpec:
-    """One transformer layer with variable-length attention.
-
-    `causal` picks the mask inside a segment: True for the language model, False for vision.
-    """
-    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+def backend() -> BackendSpecProvider:
+    """What layers are made of here: Megatron-Core's own provider, with our attention and norms."""
     if use_transformer_engine():
-        from megatron.core.extensions.transformer_engine import (
-            TELayerNormColumnParallelLinear,
-            TERowParallelLinear,
-        )
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        return _layer(mask, TELayerNormColumnParallelLinear, TERowParallelLinear)
-    return _layer(mask, ColumnParallelLinear, RowParallelLinear, norm=TorchNorm)
+        return TESpecProvider()
+    return _Local()
 
 
-def _layer(mask, column, row, norm=None) -> ModuleSpec:
-    norms = {} if norm is None else {
+class _Local(LocalSpecProvider):
+    """Without TransformerEngine; its norms know nothing of sequence parallelism."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **options) -> type:
+        return TorchNorm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerKind:
+    """What may differ from layer to layer of a tower."""
+
+    causal: bool  # the mask inside a segment: in language models, not in vision towers
+    windowed: bool = False  # attends within `SegmentParams.windows`
+    qk_norm: bool = False  # queries and keys are normalised, head by head
+
+
+def layer_spec(kind: LayerKind) -> ModuleSpec:
+    """One transformer layer with variable-length attention."""
+    made_of = backend()
+    fused, norm = made_of.fuse_layernorm_and_linear(), made_of.layer_norm()
+    qk_norm = made_of.layer_norm(for_qk=True) if kind.qk_norm else IdentityOp
+    norms = {} if fused else {
         "input_layernorm": norm,
         "pre_mlp_layernorm": norm,
         "sharded_state_dict_keys_map": {
-            local: fused for fused, local in FUSED_NORM_NAMES.items()
+            local: fused_name for fused_name, local in FUSED_NORM_NAMES.items()
         },
     }
     return ModuleSpec(
@@ -64,40 +82,38 @@ def _layer(mask, column, row, norm=None) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=SelfAttention,
-                params={"attn_mask_type": mask},
+                params={
+                    "attn_mask_type": AttnMaskType.causal if kind.causal else AttnMaskType.no_mask
+                },
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=VarlenCoreAttention, linear_proj=row
+                    linear_qkv=made_of.column_parallel_layer_norm_linear() if fused
+                    else made_of.column_parallel_linear(),
+                    core_attention=partial(VarlenCoreAttention, windowed=kind.windowed),
+                    linear_proj=made_of.row_parallel_linear(),
+                    q_layernorm=qk_norm, k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=get_mlp_module_spec_for_backend(made_of),
             mlp_bda=get_bias_dropout_add,
             **norms,
         ),
     )
 
 
-def block_spec(*, causal: bool, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` like layers and the final norm of a block."""
-    if use_transformer_engine():
-        from megatron.core.extensions.transformer_engine import TENorm as final_norm
-    else:
-        final_norm = TorchNorm
+def block_spec(kinds: Sequence[LayerKind]) -> TransformerBlockSubmodules:
+    """Layers of these kinds, in order, and the final norm of a block."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(causal=causal)] * num_layers, layer_norm=final_norm
+        layer_specs=list(map(layer_spec, kinds)), layer_norm=backend().layer_norm()
     )
 
 
 def projector_submodules() -> MLPSubmodules:
     """Column- then row-parallel linear of the vision merger; it has no norm of its own."""
-    if use_transformer_engine():
-        from megatron.core.extensions.transformer_engine import (
-            TEColumnParallelLinear,
-            TERowParallelLinear,
-        )
-
-        return MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    made_of = backend()
+    return MLPSubmodules(
+        linear_fc1=made_of.column_parallel_linear(), linear_fc2=made_of.row_parallel_linear()
+    )
 
 
 def to_local_names(name: str) -> str:

@@ -13,15 +13,15 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import make_viewless_tensor
-from torch.nn import functional as F
 
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
+from megatron_vl.models.common.fusion import fuse, media_places, nothing_of
 from megatron_vl.models.common.language_model import LanguageModel
-from megatron_vl.models.common.layer_spec import block_spec
+from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
 from megatron_vl.models.common.parts import part_of
+from megatron_vl.models.common.relay import EndOfGradient, Relay
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
 from megatron_vl.models.spec import VLMSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
@@ -34,9 +34,7 @@ class VisionLanguageModel(MegatronModule):
 
     Without a vision tower the word embedding is on the first chunk. With one, pixels enter there
     and the tower ends where the word embedding is; from there on chunks hold language layers.
-    Before, they pass vision hidden states on, as many as there are patches. Megatron-Core's
-    schedules send tensors of one shape alone, so these travel in tensors large enough for a row
-    that is all image (`pipeline_length`).
+    Before, they pass vision hidden states on: see `Relay`.
 
     Args:
         spec: sizes, from the model's config.json.
@@ -84,7 +82,7 @@ class VisionLanguageModel(MegatronModule):
             layers = split.layers("llm", stage, chunk)
             self.language_model = LanguageModel(
                 config=config,
-                transformer_layer_spec=block_spec(causal=True, num_layers=len(layers)),
+                transformer_layer_spec=block_spec([LayerKind(causal=True)] * len(layers)),
                 vocab_size=spec.padded_vocab_size(layout.tp),
                 max_sequence_length=spec.decoder.max_position_embeddings,
                 pre_process=self.embeds,
@@ -103,6 +101,8 @@ class VisionLanguageModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.share = RowShare()
+        numbers = math.prod(spec.vision.states([spec.vision.smallest_grid])) if self.spans else None
+        self.relay = Relay(config, self.share.size, numbers)
         self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None
         self.frozen = frozenset(options.frozen)
@@ -121,17 +121,8 @@ class VisionLanguageModel(MegatronModule):
         return weight if getattr(weight, "shared_embedding", False) else None
 
     def pipeline_length(self, row_length: int) -> int:
-        """The `seq_length` that Megatron-Core's schedules need for rows of `row_length` tokens.
-
-        Their tensors are [seq_length, b, E], or a rank's part of that under context and sequence
-        parallelism. Vision hidden states are whole on every TP rank, `merge^2` of them a token, and
-        one rank of a row may have all of them.
-        """
-        if not self.spans:
-            return row_length
-        vision = self.spec.vision
-        numbers = row_length * math.prod(vision.states([vision.smallest_grid]))
-        return max(row_length, self._parts * -(-numbers // self.config.hidden_size))
+        """The `seq_length` that Megatron-Core's schedules need for rows of `row_length` tokens."""
+        return self.relay.length(row_length)
 
     def set_input_tensor(self, input_tensor) -> None:
         """What the chunk before sent: hidden states [s, b, E], or vision's in such a tensor."""
@@ -174,11 +165,12 @@ class VisionLanguageModel(MegatronModule):
             mine = self._own_media(grid_thw)
             vision = self._see(pixel_patches, grid_thw, mine, position_ids.device)
             if not self.embeds:
-                return self._send(vision, input_ids.shape)
+                return self.relay.packed(vision, input_ids.shape)
         if self.embeds:
             decoder_input = self._embed(input_ids, vision, grid_thw, mine, position_ids.device)
         else:
-            self.language_model.set_input_tensor(self._received_text(input_ids.shape[1]))
+            received = self.relay.hidden(self._received, input_ids.shape[1])
+            self.language_model.set_input_tensor(received)
         columns = self.share.columns(input_ids.shape[1])
         output = self.language_model(
             input_ids=input_ids[:, columns],
@@ -191,7 +183,7 @@ class VisionLanguageModel(MegatronModule):
                 segments=segments, rotary=self._rotary(position_ids[..., columns])
             ),
         )
-        return output if self.post_process else self._send(output, input_ids.shape)
+        return output if self.post_process else self.relay.packed(output, input_ids.shape)
 
     def _rotary(self, position_ids: torch.Tensor) -> Rotary:
         """Of int64 [axes, b, t]."""
@@ -201,32 +193,6 @@ class VisionLanguageModel(MegatronModule):
             sections=decoder.rope_sections,
         )
         return Rotary.of(angles, self.config.params_dtype)
-
-    # ---- between chunks -----------------------------------------------------------------------
-
-    def _send(self, hidden: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Hidden states as the schedules send them, for input_ids of `shape`."""
-        if not self.spans:
-            return hidden
-        b, s = shape
-        room = (self._local(self.pipeline_length(s)), b, self.config.hidden_size)
-        padded = F.pad(hidden.flatten(), (0, math.prod(room) - hidden.numel())).view(room)
-        return make_viewless_tensor(padded, requires_grad=True, keep_graph=True)
-
-    def _received_text(self, row_length: int) -> torch.Tensor | None:
-        received = self._received
-        return received[: self._local(row_length)] if self.spans else received
-
-    @property
-    def _parts(self) -> int:
-        """Ranks that a row's hidden states are cut over."""
-        config = self.config
-        tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        return tp * self.share.size
-
-    def _local(self, length: int) -> int:
-        """A rank's part of `length` positions."""
-        return length // self._parts
 
     # ---- images -------------------------------------------------------------------------------
 
@@ -248,17 +214,17 @@ class VisionLanguageModel(MegatronModule):
             return None
         vision = self.spec.vision
         grids = grid_thw[mine] if mine else torch.tensor([vision.smallest_grid])
-        patches, width = vision.states(grids.tolist())
+        shape = vision.states(grids.tolist())
         if not self.pre_process:
-            hidden_PD = self._received.flatten()[: patches * width].view(patches, width)
+            hidden_PD = self.relay.states(self._received, shape)
             if "vit" not in self.frozen:
                 return self.vision_model(hidden_PD, grids)
             # No graph through layers that nothing is trained before.
-            return _EndOfGradient.apply(
+            return EndOfGradient.apply(
                 self.vision_model(hidden_PD.detach(), grids), self._received
             )
         if not mine:
-            pixels = torch.zeros(patches, vision.patch_dim, device=device)
+            pixels = torch.zeros(shape[0], vision.patch_dim, device=device)
         elif len(mine) == given:
             pixels = pixel_patches
         else:
@@ -277,74 +243,27 @@ class VisionLanguageModel(MegatronModule):
     ) -> torch.Tensor:
         """The decoder's input [t, b, E]: this rank's tokens, with the media's embeddings."""
         columns = self.share.columns(input_ids.shape[1])
-
-        def on_device(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
-
         hidden_tbE = self.language_model.embedding(
-            input_ids=on_device(input_ids[:, columns]), position_ids=None
+            input_ids=input_ids[:, columns].to(device, non_blocking=True), position_ids=None
         )
-        is_vision = self._is_media(input_ids)
-        count = int(is_vision.sum())
+        is_media = media_places(input_ids, self.spec.tokens)
         if grid_thw is not None and grid_thw.shape[0]:
             vision_ME = self._gathered(vision_ME, grid_thw, mine)
-            if vision_ME.shape[0] != count:
-                raise ValueError(
-                    f"{count} image tokens but {vision_ME.shape[0]} image embeddings; grids "
-                    f"{grid_thw.tolist()}"
-                )
-            # Row after row, as images are counted: the place of each token among them.
-            order = (is_vision.flatten().cumsum(0) - 1).view_as(is_vision)[:, columns].flatten()
-            places = is_vision[:, columns].flatten().nonzero().flatten()
-            t, b, width = hidden_tbE.shape
-            rows_btE = hidden_tbE.transpose(0, 1).reshape(b * t, width)
-            if self.share.size > 1:
-                vision_ME = vision_ME.index_select(0, on_device(order[places]))
-            rows_btE = rows_btE.index_copy(0, on_device(places), vision_ME.to(rows_btE.dtype))
-            hidden_tbE = rows_btE.reshape(b, t, width).transpose(0, 1).contiguous()
-        elif count:
+            hidden_tbE = fuse(hidden_tbE, vision_ME, is_media, self.share)
+        elif count := int(is_media.sum()):
             raise ValueError(f"{count} image tokens but no pixels")
         elif vision_ME is not None:
-            hidden_tbE = hidden_tbE + _nothing_of(vision_ME).to(hidden_tbE.dtype)
+            hidden_tbE = hidden_tbE + nothing_of(vision_ME).to(hidden_tbE.dtype)
         if self.config.sequence_parallel:
             hidden_tbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_tbE)
         return hidden_tbE
-
-    def _is_media(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Where the tokens [b, s] stand for images and videos; nowhere in a text model."""
-        places = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in (self.spec.tokens.image, self.spec.tokens.video):
-            if token is not None:
-                places |= input_ids == token
-        return places
 
     def _gathered(self, vision_ME, grid_thw: torch.Tensor, mine: list[int]) -> torch.Tensor:
         """The embeddings of all the microbatch's media, from the ranks that encoded them."""
         tokens = list(map(self.spec.vision.num_tokens, grid_thw.tolist()))
         if not mine:
-            vision_ME = vision_ME[:0] + _nothing_of(vision_ME).to(vision_ME.dtype)
+            vision_ME = vision_ME[:0] + nothing_of(vision_ME).to(vision_ME.dtype)
         return self.media_share.gather(vision_ME, mine, tokens)
-
-
-class _EndOfGradient(torch.autograd.Function):
-    """The first tensor as it is. The second gets a gradient of zero: Megatron-Core's schedules
-    send one back for whatever they received."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(received)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        (received,) = ctx.saved_tensors
-        return gradient, torch.zeros_like(received)
-
-
-def _nothing_of(blank_ME: torch.Tensor) -> torch.Tensor:
-    """Zero, through which a blank image's weights get a gradient of zero; in 32 bits, for a 16-bit
-    sum could overflow."""
-    return 0.0 * blank_ME.float().sum()
 
 
 def build_chunks(

@@ -1,1 +1,1 @@
-"""Qwen2-VL: config.json, weight names and (imported lazily) the Megatron-Core model."""
+"""Qwen2-VL: config.json, weight names, media, positions and (imported lazily) the model."""

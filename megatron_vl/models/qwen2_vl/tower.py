@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch.nn import functional as F
 
 from megatron_vl.models.common.core_attention import SegmentParams
-from megatron_vl.models.common.layer_spec import block_spec, projector_submodules
+from megatron_vl.models.common.layer_spec import LayerKind, block_spec, projector_submodules
 from megatron_vl.models.common.media_share import make_whole, mark_copies
 from megatron_vl.models.common.transformer_config import (
     ModelOptions,
@@ -128,7 +128,7 @@ class VisionTower(MegatronModule):
             self.patch_embed = PatchEmbed(spec, config.params_dtype, config.init_method)
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(causal=False, num_layers=num_layers),
+            spec=block_spec([LayerKind(causal=False)] * num_layers),
             pre_process=True,
             post_process=last,
             vp_stage=vp_stage,

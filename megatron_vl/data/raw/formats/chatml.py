@@ -22,16 +22,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_vl.data.conversation import (
-    IMAGE,
-    VIDEO,
-    BadEntry,
-    Conversation,
-    MediaSource,
-    Part,
-    Turn,
-)
-from megatron_vl.data.media_settings import rate
+from megatron_vl.data.conversation import BadEntry, Conversation, MediaSource, Part, Turn
+from megatron_vl.data.media_keys import rate
 from megatron_vl.data.raw.formats.dialogue import read_turns
 from megatron_vl.data.raw.formats.fields import Fields
 from megatron_vl.data.raw.formats.media_columns import (
@@ -44,6 +36,7 @@ from megatron_vl.data.raw.formats.pickled import read_pickled_list
 from megatron_vl.data.raw.formats.tracked import track_like
 from megatron_vl.data.raw.formats.turns import MARK, listed_turns
 from megatron_vl.inputs import json_value
+from megatron_vl.models.media import IMAGE, VIDEO
 
 PARTS = ("jpgs", "videos", "json")  # of a sample of a shard
 _SECONDS_A_FRAME = 0.5  # where the sample does not say

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 
-from megatron_vl.data.conversation import IMAGE, Conversation, Part, Turn
+from megatron_vl.data.conversation import Conversation, Part, Turn
 from megatron_vl.data.raw.formats.dialogue import read_turns
 from megatron_vl.data.raw.formats.fields import Fields
 from megatron_vl.data.raw.formats.media_columns import conversation, listed_media, place_media
 from megatron_vl.data.raw.formats.turns import MARK, listed_turns, split_at_marks
+from megatron_vl.models.media import IMAGE
 
 _MARK_AND_BREAK = re.compile(rf"\n?{MARK.pattern}\n?")
 

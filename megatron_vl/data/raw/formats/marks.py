@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from megatron_vl.data.conversation import IMAGE, MEDIA_KINDS, VIDEO, Part, Turn
+from megatron_vl.data.conversation import Part, Turn
+from megatron_vl.models.media import IMAGE, MEDIA_KINDS, VIDEO
 
 
 def settle_marks(

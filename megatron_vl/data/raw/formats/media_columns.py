@@ -9,9 +9,6 @@ from dataclasses import replace
 from urllib.parse import unquote
 
 from megatron_vl.data.conversation import (
-    IMAGE,
-    MEDIA_KINDS,
-    VIDEO,
     BadEntry,
     Conversation,
     MediaSource,
@@ -19,13 +16,14 @@ from megatron_vl.data.conversation import (
     check_conversation,
 )
 from megatron_vl.data.grounding import check_boxes
-from megatron_vl.data.media_settings import PIXEL_KEYS, VIDEO_KEYS, rate, settings_of
+from megatron_vl.data.media_keys import VIDEO_KEYS, rate, settings_of
 from megatron_vl.data.raw.formats.fields import Fields
 from megatron_vl.data.raw.formats.marks import put_first, settle_marks
 from megatron_vl.data.raw.formats.objects import place_objects
 from megatron_vl.data.raw.formats.tools import join_calls, read_tools
 from megatron_vl.data.raw.formats.turns import column, describe, with_system
 from megatron_vl.data.raw.formats.unserved import refuse_unserved
+from megatron_vl.models.media import IMAGE, MEDIA_KINDS, PIXEL_KEYS, VIDEO
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 

@@ -12,7 +12,7 @@
 | `{"type": "image"}`, `"video"` alike | the next of the entry's `images` or `videos` |
 
 Where `type` is left out, the key tells it. `fps` beside a list of frames is their rate; what
-else qwen-vl-utils reads beside a medium, such as `max_pixels`, is read: see `media_settings`.
+else qwen-vl-utils reads beside a medium, such as `max_pixels`, is read: see `MediaSettings`.
 Content that is text has no marks in it, unless the entry has `images` or `videos`: then `<image>`
 and `<video>` are their places. Roles are system (or developer), user, assistant, and those of tools
 that `tools` says; `http://` URLs are refused: download first.
@@ -22,14 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_vl.data.conversation import (
-    MEDIA_KINDS,
-    BadEntry,
-    Conversation,
-    MediaSource,
-    Part,
-    Turn,
-)
+from megatron_vl.data.conversation import BadEntry, Conversation, MediaSource, Part, Turn
 from megatron_vl.data.raw.formats.dialogue import make_turn
 from megatron_vl.data.raw.formats.fields import Fields
 from megatron_vl.data.raw.formats.marks import settle_marks
@@ -51,6 +44,7 @@ from megatron_vl.data.raw.formats.turns import (
     role_names,
     split_at_marks,
 )
+from megatron_vl.models.media import MEDIA_KINDS
 
 _TYPES = ("text", *(f"{kind}{end}" for kind in MEDIA_KINDS for end in ("", "_url")))
 

@@ -21,9 +21,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_vl.data.conversation import IMAGE, BadEntry, Box, MediaSource, Part, Turn
+from megatron_vl.data.conversation import BadEntry, Box, MediaSource, Part, Turn
 from megatron_vl.data.raw.formats.tools import parsed
 from megatron_vl.data.raw.formats.turns import describe
+from megatron_vl.models.media import IMAGE
 
 _MARK = re.compile(r"<(ref-object|bbox)>")
 

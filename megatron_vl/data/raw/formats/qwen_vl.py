@@ -23,15 +23,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from megatron_vl.data.conversation import (
-    IMAGE,
-    BadEntry,
-    Box,
-    Conversation,
-    MediaSource,
-    Part,
-    Turn,
-)
+from megatron_vl.data.conversation import BadEntry, Box, Conversation, MediaSource, Part, Turn
 from megatron_vl.data.raw.formats.dialogue import read_turns
 from megatron_vl.data.raw.formats.fields import Fields
 from megatron_vl.data.raw.formats.media_columns import (
@@ -47,6 +39,7 @@ from megatron_vl.data.raw.formats.turns import (
     listed_turns,
     split_at_marks,
 )
+from megatron_vl.models.media import IMAGE
 
 _SIZE = (1000, 1000)  # of every image, in the units of its boxes
 _IMAGE = re.compile(r"(Picture [0-9]+: ?)?<img>([^<>\n]*)</img>\n?")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from megatron_vl.data.conversation import BadEntry
-from megatron_vl.data.media_settings import FRAME_KEYS, PIXEL_KEYS, VIDEO_KEYS
+from megatron_vl.data.media_keys import VIDEO_KEYS
 from megatron_vl.data.raw.formats.fields import Fields
+from megatron_vl.models.media import FRAME_KEYS, PIXEL_KEYS
 
 _PREFERENCES = "preferences are not trained on; keep the good answers, without this key"
 _CONTRASTS = "positive and negative examples are not trained on; remove it to train the answers"

@@ -1,22 +1,65 @@
-"""What an entry asks for one of its images or videos, under qwen-vl-utils' names. Pure Python.
+"""Images and videos as data and families both speak of them. Pure Python.
 
-Such a key stands above the run's options and the model's files: whoever wrote it knows the image.
+`StoredMedia` is one of them in a shard, `MediaLimits` what a run brings its media to, and
+`MediaSettings` what an entry asks for one of its own, under qwen-vl-utils' names. What an entry
+asks for stands above the run's options and the model's files: whoever wrote it knows the image.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from megatron_vl.data.options import MediaLimits
+from megatron_vl.errors import Bounds, InputError, check_bounds
 
+IMAGE, VIDEO = "image", "video"
+MEDIA_KINDS = (IMAGE, VIDEO)
+_PIXELS = Bounds(least=1, most=2**31 - 1)
+BOUNDS = {  # of a run's limits
+    "image_min_pixels": _PIXELS, "image_max_pixels": _PIXELS,
+    "video_min_pixels": _PIXELS, "video_max_pixels": _PIXELS,
+    "video_fps": Bounds(above=0, most=10**6),
+    "video_maxlen": Bounds(least=1, most=10**6),
+}  # fmt: skip
+# The limits of Qwen's own processors, which preparing keeps to: it is done for no family.
+MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart_resize's
 MIN_FRAMES = 4  # qwen-vl-utils' FPS_MIN_FRAMES, transformers' Qwen2VLVideoProcessor.min_frames
-MAX_ASPECT_RATIO = 200  # of the longer side to the shorter; transformers' smart_resize's limit
+FRAMES_A_PATCH = 2  # temporal_patch_size
 MAX_FPS = 10**6
-IMAGE_TOKENS = (4, 16384)  # least and most of what `resized_height` and `resized_width` ask for
+PIXEL_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
+FRAME_KEYS = ("nframes", "fps", "min_frames", "max_frames", "video_start", "video_end")
 _MOST = 1 << 31  # of a whole number
+
+
+class BadMedia(ValueError):
+    """Bytes that are no readable image or video; the caller says which sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaLimits:
+    """Sizes that media are brought to. None: what the model's own files say.
+
+    Raises:
+        InputError: limits that contradict one another.
+    """
+
+    image_min_pixels: int | None = None  # of an image after resizing
+    image_max_pixels: int | None = None
+    video_min_pixels: int | None = None  # of each frame after resizing
+    video_max_pixels: int | None = None
+    video_fps: float = 2.0  # frames taken from a second of video
+    video_maxlen: int = 128  # frames taken from one video at most
+    video_positions: str = "published"  # of text after a video: see Family.positions
+
+    def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS)
+        for kind in MEDIA_KINDS:
+            least, most = (getattr(self, f"{kind}_{end}_pixels") for end in ("min", "max"))
+            if least is not None and most is not None and least > most:
+                raise InputError(
+                    f"{kind}-min-pixels {least} is above {kind}-max-pixels {most}; swap them."
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,47 +164,22 @@ class MediaSettings:
             raise ValueError(f"it asks for at most {self.max_frames} frames, less than a patch has")
         return first, last, count
 
-    def pixels(
-        self, size: tuple[int, int], *, frames: int | None, factor: int
-    ) -> tuple[float, float]:
-        """Least and most pixels, as qwen-vl-utils' `fetch_image` and `fetch_video` choose them.
 
-        A limit of the run gives way to one that is asked for, where that refuses both.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredMedia:
+    """One image or video of a prepared sample: its files in the shard, and its sizes.
 
-        Args:
-            size: the run's.
-            frames: taken of a video; None: an image.
-            factor: frames a patch.
-        """
-        least = size[0] if self.min_pixels is None else self.min_pixels
-        most = size[1] if self.max_pixels is None else self.max_pixels
-        if frames is not None:  # a frame is never larger than the run's, and shares the total
-            share = math.inf if self.total_pixels is None else self.total_pixels / frames * factor
-            most = min(most, max(min(size[1], share), int(least * 1.05)))
-        return (min(least, most), most) if self.min_pixels is None else (least, max(least, most))
-
-
-PIXEL_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
-FRAME_KEYS = ("nframes", "fps", "min_frames", "max_frames", "video_start", "video_end")
-VIDEO_KEYS = ("total_pixels", *FRAME_KEYS)
-
-
-def settings_of(keys: Mapping, names: tuple[str, ...]) -> MediaSettings | None:
-    """The settings among `keys`, of those `names`; None where there are none.
-
-    Raises:
-        ValueError: see `MediaSettings`.
+    With the sizes here, rows are packed before a single media byte is read.
     """
-    given = {name: keys.get(name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    return MediaSettings(**given) if given else None
 
-
-def rate(value) -> float | None:
-    """What some know as frames a second, or None if it cannot be that."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if 0 < value <= MAX_FPS else None
+    kind: str  # "image" or "video"
+    files: tuple[str, ...]  # extensions of the sample's entries: "0.jpg", or a video's "1.0000.jpg"
+    height: int  # pixels, upright
+    width: int
+    num_frames: int = 1
+    fps: float | None = None  # frames a second of a video; None for images
+    separate: bool = False  # a video whose frames are images, one a file
+    settings: MediaSettings | None = None  # what its entry asks for it
 
 
 def _check(name: str, value) -> None:

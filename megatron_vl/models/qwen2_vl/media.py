@@ -7,7 +7,7 @@ patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,21 +15,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vl.data.conversation import VIDEO, StoredMedia
-from megatron_vl.data.encode.media import BadMedia, decode_rgb, video_frames
-from megatron_vl.data.encode.model_files import (
-    COPY_AGAIN,
-    check_patches,
-    image_settings,
-    video_size,
-)
-from megatron_vl.data.encode.samples import Grid
-from megatron_vl.data.media_settings import IMAGE_TOKENS, MIN_FRAMES
-from megatron_vl.data.options import MediaLimits
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.spec import VisionSpec
+from megatron_vl.models.family import COPY_AGAIN, Grid
+from megatron_vl.models.media import (
+    MIN_FRAMES,
+    VIDEO,
+    BadMedia,
+    MediaLimits,
+    MediaSettings,
+    StoredMedia,
+)
+from megatron_vl.models.qwen2_vl.media_files import check_patches, image_settings, video_size
+from megatron_vl.models.spec import VisionSpec, VLMSpec
 
+_IMAGE_TOKENS = (4, 16384)  # least and most of what `resized_height` and `resized_width` ask for
 _RESAMPLE = Image.Resampling.BICUBIC  # qwen-vl-utils'
+
+
+def processor(hf_dir: Path, spec: VLMSpec, limits: MediaLimits | None = None) -> MediaProcessor:
+    """The family's `megatron_vl.models.family.Processor`; see `MediaProcessor.from_hf_dir`."""
+    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=limits)
 
 
 class MediaProcessor:
@@ -97,14 +102,14 @@ class MediaProcessor:
 
     # ---- sizes, without a pixel ---------------------------------------------------------------
 
-    def grid(self, media: StoredMedia) -> Grid:
+    def shape(self, media: StoredMedia) -> Grid:
         """Frames, rows and columns of patches.
 
         Raises:
             BadMedia: one side is over 200 times the other; Qwen2-VL takes no such image. Or it has
                 not what its entry asks for.
         """
-        frames = len(self._frames(media)) if media.kind == VIDEO else 1
+        frames = len(self.frames(media))
         height, width = self._size(media, frames)
         rows, columns = height // self.patch_size, width // self.patch_size
         return -(-frames // self.temporal_patch_size), rows, columns
@@ -127,8 +132,14 @@ class MediaProcessor:
             return list(range(min(num_frames, self.limits.video_maxlen)))
         return torch.arange(0, num_frames, num_frames / count).int().tolist()[:count]
 
-    def _frames(self, media: StoredMedia) -> list[int]:
-        """Frames taken of a video: as its entry asks, where it does, else as the run does."""
+    def frames(self, media: StoredMedia) -> list[int]:
+        """Frames taken: of a video as its entry asks, where it does, else as the run does.
+
+        Raises:
+            BadMedia: it has not the frames that its entry asks for.
+        """
+        if media.kind != VIDEO:
+            return [0]
         asked = media.settings
         if asked is None or not asked.asks_for_frames:
             return self.frame_indices(media.num_frames, media.fps)
@@ -149,12 +160,12 @@ class MediaProcessor:
             return self._resized(media.height, media.width, size)
         factor = self.patch_size * self.merge_size
         if asked.resized_height is not None:
-            least, most = (tokens * factor**2 for tokens in IMAGE_TOKENS)
+            least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
             return _smart_resize(asked.resized_height, asked.resized_width, factor, least, most)
         if not asked.asks_for_pixels:
             return self._resized(media.height, media.width, size)
-        least, most = asked.pixels(
-            size, frames=frames if is_video else None, factor=self.temporal_patch_size
+        least, most = _pixels(
+            asked, size, frames=frames if is_video else None, factor=self.temporal_patch_size
         )
         return _smart_resize(media.height, media.width, factor, least, most)
 
@@ -166,29 +177,19 @@ class MediaProcessor:
 
     # ---- pixels -------------------------------------------------------------------------------
 
-    def patches(
-        self, media: StoredMedia, read: Callable[[str], bytes], out: torch.Tensor | None = None
+    def load(
+        self, media: StoredMedia, frames: Iterable[Image.Image], out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Read and decode an image or video to float32 [P, D].
+        """Patches of an image or video, float32 [P, D].
 
         Args:
-            read: a file's bytes by its name in `media.files`.
+            frames: those of `self.frames(media)`, decoded.
             out: where to write them.
 
         Raises:
-            BadMedia: it cannot be read or decoded, or is not of the size it was prepared with.
+            BadMedia: it is not of the size it was prepared with; and what `frames` raises.
         """
-        taken = 1
-        if media.kind != VIDEO:
-            frames = [decode_rgb(read(media.files[0]))]
-        else:
-            indices = self._frames(media)
-            taken = len(indices)
-            if media.separate:
-                frames = (decode_rgb(read(media.files[index])) for index in indices)
-            else:
-                frames = (frame for _, frame in video_frames(read(media.files[0]), indices))
-        height, width = self._size(media, taken)
+        height, width = self._size(media, len(self.frames(media)))
         resized = []
         for frame in frames:
             if frame.size != (media.width, media.height):
@@ -225,6 +226,26 @@ class MediaProcessor:
         # An image's one frame fills the time of its patches.
         values[...] = self._table.take(index)  # [P, c, depth, p * p]
         return out
+
+
+def _pixels(
+    asked: MediaSettings, size: tuple[int, int], *, frames: int | None, factor: int
+) -> tuple[float, float]:
+    """Least and most pixels, as qwen-vl-utils' `fetch_image` and `fetch_video` choose them.
+
+    A limit of the run gives way to one that is asked for, where that refuses both.
+
+    Args:
+        size: the run's.
+        frames: taken of a video; None: an image.
+        factor: frames a patch.
+    """
+    least = size[0] if asked.min_pixels is None else asked.min_pixels
+    most = size[1] if asked.max_pixels is None else asked.max_pixels
+    if frames is not None:  # a frame is never larger than the run's, and shares the total
+        share = math.inf if asked.total_pixels is None else asked.total_pixels / frames * factor
+        most = min(most, max(min(size[1], share), int(least * 1.05)))
+    return (min(least, most), most) if asked.min_pixels is None else (least, max(least, most))
 
 
 @lru_cache(4096)

@@ -1,0 +1,110 @@
+"""What makes integers and patches of conversations for one model; training, lint and prepare alike.
+
+L tokens a sample, P patches, D numbers a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megatron_vl.data.conversation import BadEntry, Turn
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.media import decoded
+from megatron_vl.data.options import TrainedText
+from megatron_vl.models.family import Family, Grid, Positions, Processor
+from megatron_vl.models.media import MediaLimits, StoredMedia
+from megatron_vl.models.spec import VLMSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEncoder:
+    """A model's tokenizer, media and positions."""
+
+    chat: ChatTokenizer
+    processor: Processor | None  # None: the model takes text alone
+    positions: Positions
+
+    @classmethod
+    def from_hf_dir(
+        cls, hf_dir: Path, spec: VLMSpec, family: Family, *, limits: MediaLimits | None = None,
+        trained: TrainedText | None = None,
+    ) -> ModelEncoder:
+        """Read the files beside config.json.
+
+        Args:
+            spec, family: the model's.
+
+        Raises:
+            InputError: see `ChatTokenizer.from_hf_dir` and `Family.processor`.
+        """
+        limits = limits or MediaLimits()
+        return cls(
+            chat=ChatTokenizer.from_hf_dir(
+                hf_dir, tokens=spec.tokens, family=family, trained=trained
+            ),
+            processor=family.processor(hf_dir, spec, limits),
+            positions=family.positions(spec, limits.video_positions),
+        )
+
+    def encode(
+        self, turns: Sequence[Turn], media: Sequence[StoredMedia], tools: str = ""
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Grid, ...]]:
+        """Tokens and labels of one conversation, int64 [L], and the grids of its media.
+
+        No pixel is decoded. See `ChatTokenizer.encode`.
+
+        Raises:
+            BadEntry: it cannot be encoded, or has media and the model takes none.
+            BadMedia: an image or video that the model cannot take.
+        """
+        if media and self.processor is None:
+            raise BadEntry(
+                "not served",
+                f"it has {' and '.join(sorted({f'{one.kind}s' for one in media}))}, but the model "
+                f"takes text alone; train a vision-language model, or remove the sample",
+            )
+        grids = tuple(self.processor.shape(one) for one in media)
+        tokens, labels = self.chat.encode(turns, self.places(grids), tools)
+        return tokens, labels, grids
+
+    def places(self, grids: Sequence[Grid]) -> list[int]:
+        """Tokens of each image and video."""
+        return [self.processor.num_tokens(grid) for grid in grids]
+
+    def load(
+        self, media: Sequence[StoredMedia], grids: Sequence[Grid], read: Callable[[str], bytes],
+        patches_PD: torch.Tensor,
+    ) -> None:
+        """Read and decode the media of one sample into `patches_PD`.
+
+        Args:
+            read: a file's bytes by its name in `media`.
+
+        Raises:
+            BadMedia: an image or video that cannot be read or decoded.
+        """
+        at = 0
+        for one, grid in zip(media, grids, strict=True):
+            end = at + prod(grid)
+            load_media(self.processor, one, read, out=patches_PD[at:end])
+            at = end
+
+
+def load_media(
+    processor: Processor, media: StoredMedia, read: Callable[[str], bytes],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Patches of one image or video, float32 [P, D], read and decoded.
+
+    Args:
+        out: where to write them.
+
+    Raises:
+        BadMedia: it cannot be read or decoded, or is not of the size it was prepared with.
+    """
+    return processor.load(media, decoded(media, read, processor.frames(media)), out)
