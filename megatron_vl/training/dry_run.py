@@ -25,6 +25,7 @@ from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_me
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.paths import check_outputs, datasets, mixtures
 from megatron_vl.training.plan import Plan, plan_run
+from megatron_vl.weights.map import Where
 
 GIB = 2**30
 
@@ -160,14 +161,14 @@ def _layer_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[s
 
 def _ends(chunk: ChunkMemory) -> list[str]:
     """What is on a chunk beside layers."""
-    names = {one.name for one in chunk.held}
-    return [what for what, name in (
-        ("patch embedding", "vision_model.patch_embed.proj.weight"),
-        ("merger", "vision_model.projection.encoder.linear_fc1.weight"),
-        ("embedding", "language_model.embedding.word_embeddings.weight"),
-        ("last norm", "language_model.decoder.final_layernorm.weight"),
-        ("head", "language_model.output_layer.weight"),
-    ) if name in names]
+    places, names = ({getattr(one, key) for one in chunk.held} for key in ("where", "name"))
+    return [what for what, here in (
+        ("patch embedding", Where.START in places),
+        ("merger", Where.END in places),
+        ("embedding", Where.EMBEDDING in places),
+        ("last norm", Where.LAST in places),
+        ("head", "language_model.output_layer.weight" in names),
+    ) if here]
 
 
 def _memory_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:

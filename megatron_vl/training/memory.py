@@ -23,7 +23,7 @@ from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
-from megatron_vl.weights.map import EMBEDDING, LAST_COPY, volume
+from megatron_vl.weights.map import EMBEDDING, LAST_COPY, Where, volume
 from megatron_vl.weights.rules import Vocab
 
 FP32 = 4  # bytes of a number
@@ -39,6 +39,7 @@ class Held:
     """One kind of weight on a rank of a chunk."""
 
     name: str  # Megatron-Core's; `{i}` counts the layers of the chunk
+    where: Where  # of its tower
     shape: tuple[int, ...]  # this rank's part
     count: int  # layers that have it, or 1
     trained: bool
@@ -177,7 +178,7 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
             and split.embedding_chunk != (split.pp - 1, split.vp - 1))
     held = tuple(
         Held(
-            name=name, shape=_shape(plan, weight), count=layers[name],
+            name=name, where=weight.place.where, shape=_shape(plan, weight), count=layers[name],
             trained=part_of(name) not in plan.config.model.frozen,
             tied_over_stages=tied and weight.place in (EMBEDDING, LAST_COPY),
         )

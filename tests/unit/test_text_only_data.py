@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_vl.data.conversation import Part, Turn
 from megatron_vl.data.encode.model_files import check_model_files, missing_files
@@ -15,37 +14,13 @@ from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.raw.lengths import LengthCounter
 from megatron_vl.data.raw.prepare import PrepareConfig, prepare
 from megatron_vl.errors import InputError
+from megatron_vl.models import family
 
 # As those of Qwen's text models: a content is a string.
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-class Counting:
-    axes = 1
-
-    def __call__(self, tokens, grids):
-        assert not grids
-        return torch.arange(len(tokens))[None]
-
-
-class TextFamily:
-    def processor(self, hf_dir, spec, limits=None):
-        return None
-
-    def missing_media_files(self, hf_dir, spec):
-        return []
-
-    def check_media_files(self, hf_dir, spec):
-        pass
-
-    def positions(self, spec, video_positions="published"):
-        return Counting()
-
-    def template_writer(self, source):
-        return None
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +30,8 @@ def model(hf_dir, spec, tmp_path_factory):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(hf_dir / name, out)
     (out / "chat_template.jinja").write_text(TEMPLATE)
-    tokens = replace(spec.tokens, image=None, video=None)
-    return {"hf_dir": out, "spec": replace(spec, tokens=tokens), "family": TextFamily()}
+    text = replace(spec, vision=None, tokens=replace(spec.tokens, image=None, video=None))
+    return {"hf_dir": out, "spec": text, "family": family("qwen2")}
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +94,6 @@ def test_its_lengths_are_counted_without_media(model):
 def test_of_a_model_without_vision_no_file_of_images_is_asked(model, spec, hf_dir):
     check_model_files(model["hf_dir"], model["spec"], model["family"])
     assert missing_files(model["hf_dir"], model["spec"], model["family"]) == []
-    from megatron_vl.models import family
-
     own = family(spec.model_type)
     assert missing_files(model["hf_dir"], spec, own) == ["preprocessor_config.json"]
     assert own.processor(hf_dir, spec).patch_dim == spec.vision.patch_dim

@@ -17,7 +17,14 @@ from megatron_vl.typed import Name, Number, Positive, Shape, Size, typed
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIdOrIds = TokenId | Annotated[list[TokenId], Field(min_length=1)]
+
+
+class _Tokens(Shape):
+    """Ids of a tokenizer's own marks."""
+
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | Annotated[list[TokenId], Field(min_length=1)] | None = None
+    pad_token_id: TokenId | None = None
 
 
 class _Decoder(Shape):
@@ -80,9 +87,12 @@ def read_dtype(*sections: dict) -> str:
     return first(_Whole, *ordered).dtype.removeprefix("torch.")
 
 
-def one_id(ids: int | list[int] | None) -> int | None:
-    """The first of several."""
-    return ids[0] if isinstance(ids, list) else ids
+def read_text_tokens(*sections: dict) -> dict[str, int | None]:
+    """`TokenIds`' bos, eos (the first of several) and pad."""
+    keys = first(_Tokens, *sections)
+    eos = keys.eos_token_id
+    return {"bos": keys.bos_token_id, "pad": keys.pad_token_id,
+            "eos": eos[0] if isinstance(eos, list) else eos}
 
 
 def read_decoder(*sections: dict, multi_axis: bool) -> DecoderSpec:

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_vl.models.common.decoder_config import (
-    TokenId,
-    TokenIdOrIds,
-    first,
-    one_id,
-    read_decoder,
-    read_dtype,
-)
+from megatron_vl.models.common.decoder_config import read_decoder, read_dtype, read_text_tokens
 from megatron_vl.models.spec import TokenIds, VLMSpec
-from megatron_vl.typed import Shape
 
 SIZES = {  # published sizes: (layers, hidden size), to check a name against config.json
     "0.5B": (24, 896),
@@ -24,24 +16,15 @@ SIZES = {  # published sizes: (layers, hidden size), to check a name against con
 }
 
 
-class _Tokens(Shape):
-    bos_token_id: TokenId | None = None
-    eos_token_id: TokenIdOrIds | None = None
-    pad_token_id: TokenId | None = None
-
-
 def read_config(config: dict) -> VLMSpec:
     """The spec of a parsed config.json.
 
     Raises:
         InputError: a key that is missing or unusable, named.
     """
-    tokens = first(_Tokens, config)
     return VLMSpec(
         model_type=config["model_type"],
         dtype=read_dtype(config),
         decoder=read_decoder(config, multi_axis=False),
-        tokens=TokenIds(
-            bos=tokens.bos_token_id, eos=one_id(tokens.eos_token_id), pad=tokens.pad_token_id
-        ),
+        tokens=TokenIds(**read_text_tokens(config)),
     )

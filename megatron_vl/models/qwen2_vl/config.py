@@ -13,12 +13,11 @@ from pydantic import Field
 from megatron_vl.models.common.decoder_config import (
     Layers,
     TokenId,
-    TokenIdOrIds,
     Width,
     first,
-    one_id,
     read_decoder,
     read_dtype,
+    read_text_tokens,
 )
 from megatron_vl.models.spec import Grounding, TokenIds, VisionSpec, VLMSpec
 from megatron_vl.typed import Name, Positive, Shape
@@ -59,15 +58,12 @@ class _Vision(Shape):
 
 
 class _Tokens(Shape):
-    """The ids of special tokens."""
+    """The ids of what stands for media."""
 
     image_token_id: TokenId
     video_token_id: TokenId
     vision_start_token_id: TokenId
     vision_end_token_id: TokenId
-    bos_token_id: TokenId | None = None
-    eos_token_id: TokenIdOrIds | None = None
-    pad_token_id: TokenId | None = None
 
 
 def read_config(config: dict) -> VLMSpec:
@@ -84,7 +80,7 @@ def read_config(config: dict) -> VLMSpec:
         dtype=read_dtype(config, text),
         decoder=decoder,
         vision=_vision(towers.vision_config, decoder.hidden_size),
-        tokens=_tokens(first(_Tokens, config, text)),
+        tokens=_tokens(config, text),
     )
 
 
@@ -106,14 +102,13 @@ def _vision(config: dict, decoder_hidden: int) -> VisionSpec:
     )
 
 
-def _tokens(keys: _Tokens) -> TokenIds:
+def _tokens(*sections: dict) -> TokenIds:
+    keys = first(_Tokens, *sections)
     return TokenIds(
         image=keys.image_token_id,
         video=keys.video_token_id,
         vision_start=keys.vision_start_token_id,
         vision_end=keys.vision_end_token_id,
-        bos=keys.bos_token_id,
-        eos=one_id(keys.eos_token_id),
-        pad=keys.pad_token_id,
         grounding=GROUNDING,
+        **read_text_tokens(*sections),
     )

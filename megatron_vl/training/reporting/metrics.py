@@ -123,7 +123,7 @@ class MetricLog:
             f"'learning_rate': {step.lr:.3e}{epoch}}}",
             f"{rates['llm_tokens_per_second']:,.0f} tokens/s, "
             f"{rates['tokens_per_second']:,.0f} without padding",
-            f"{rates['images_per_second']:,.1f} images/s",
+            *([f"{rates['images_per_second']:,.1f} images/s"] if step.images else []),
             f"tokens per sample: {step.mean_sequence_length:.1f}",
             *([] if vision is None else
               [f"MFU {vision + language:.1%} = vision {vision:.1%} + LLM {language:.1%}"]),
