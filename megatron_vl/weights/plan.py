@@ -51,7 +51,7 @@ class Twin:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CopyPlan:
     """All that is to be done, and what can be checked on the way."""
 
     tensors: tuple[TensorPlan, ...]
@@ -94,7 +94,7 @@ class Plan:
 
 def make_plan(
     source: Iterable[Stored], target: Iterable[Stored], *, everything: bool = True
-) -> Plan:
+) -> CopyPlan:
     """The slices that fill every tensor of `target` from those of `source`.
 
     Args:
@@ -131,7 +131,7 @@ def make_plan(
                    if holder.id not in used})
     if idle and everything:
         raise InputError(f"the target has no place for {', '.join(idle)}.")
-    return Plan(tuple(tensors), tuple(twins))
+    return CopyPlan(tuple(tensors), tuple(twins))
 
 
 def holders(

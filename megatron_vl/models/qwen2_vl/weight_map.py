@@ -8,7 +8,7 @@ from __future__ import annotations
 from megatron_vl.models.common.decoder_rules import decoder_weights, whole_map
 from megatron_vl.models.spec import VisionSpec, VLMSpec
 from megatron_vl.weights.map import Place, Weight, WeightMap, Where
-from megatron_vl.weights.rules import Column, Copy, FusedQKV, Row
+from megatron_vl.weights.rules import ColumnParallel, Copy, FusedQKV, RowParallel
 
 # transformers 4.52 and newer name the modules in memory so; published files keep the older names.
 RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
@@ -54,23 +54,24 @@ def _vision_weights(vision: VisionSpec) -> list[Weight]:
         at_layer(f"{qkv_name}.weight", qkv("weight", W)),
         at_layer(f"{qkv_name}.bias", qkv("bias", None)),
         at_layer("self_attention.linear_proj.weight",
-                 Row(key=f"{block}.attn.proj.weight", shape=(W, W))),
+                 RowParallel(key=f"{block}.attn.proj.weight", shape=(W, W))),
         at_layer("self_attention.linear_proj.bias",
                  Copy(key=f"{block}.attn.proj.bias", shape=(W,))),
         norm(f"{fc1}.layer_norm_weight", "norm2.weight"),
         norm(f"{fc1}.layer_norm_bias", "norm2.bias"),
-        at_layer(f"{fc1}.weight", Column(key=f"{block}.mlp.fc1.weight", shape=(F, W))),
-        at_layer(f"{fc1}.bias", Column(key=f"{block}.mlp.fc1.bias", shape=(F,))),
-        at_layer("mlp.linear_fc2.weight", Row(key=f"{block}.mlp.fc2.weight", shape=(W, F))),
+        at_layer(f"{fc1}.weight", ColumnParallel(key=f"{block}.mlp.fc1.weight", shape=(F, W))),
+        at_layer(f"{fc1}.bias", ColumnParallel(key=f"{block}.mlp.fc1.bias", shape=(F,))),
+        at_layer("mlp.linear_fc2.weight", RowParallel(key=f"{block}.mlp.fc2.weight", shape=(W, F))),
         at_layer("mlp.linear_fc2.bias", Copy(key=f"{block}.mlp.fc2.bias", shape=(W,))),
         at_end("vision_model.decoder.final_layernorm.weight",
                Copy(key=f"{merger}.ln_q.weight", shape=(W,))),
         at_end("vision_model.decoder.final_layernorm.bias",
                Copy(key=f"{merger}.ln_q.bias", shape=(W,))),
         at_end(f"{projection}.linear_fc1.weight",
-               Column(key=f"{merger}.mlp.0.weight", shape=(M, M))),
-        at_end(f"{projection}.linear_fc1.bias", Column(key=f"{merger}.mlp.0.bias", shape=(M,))),
+               ColumnParallel(key=f"{merger}.mlp.0.weight", shape=(M, M))),
+        at_end(f"{projection}.linear_fc1.bias",
+               ColumnParallel(key=f"{merger}.mlp.0.bias", shape=(M,))),
         at_end(f"{projection}.linear_fc2.weight",
-               Row(key=f"{merger}.mlp.2.weight", shape=(out, M))),
+               RowParallel(key=f"{merger}.mlp.2.weight", shape=(out, M))),
         at_end(f"{projection}.linear_fc2.bias", Copy(key=f"{merger}.mlp.2.bias", shape=(out,))),
     ]
