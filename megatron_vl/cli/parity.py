@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 import tempfile
 from pathlib import Path
 
@@ -144,60 +141,17 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
 
 def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     from megatron_vl.launch.launcher import launch
-    from megatron_vl.parity.cases import cases, make_samples
-    from megatron_vl.parity.compare import compare
-    from megatron_vl.parity.judge import run_transformers
-    from megatron_vl.parity.ranks import read_ours
     from megatron_vl.parity.report import bounds_of, report, report_sweep
+    from megatron_vl.parity.run import differences, write_weights
 
     ranks = layouts[0][0].world_size
     print(f"converting {args.hf_dir} for {len(layouts)} layout(s) of {ranks} rank(s)", flush=True)
-    for number, (layout, split) in enumerate(layouts):
-        options = ["--dtype", setting.dtype]
-        options += ["--tp", layout.tp, "--pp", layout.pp, "--vp", layout.vp]
-        for tower in split.towers:
-            option = "--pp-layers" if tower == "llm" else f"--{tower}-pp-layers"
-            options += [option, json.dumps(split.rows(tower))]
-        _convert(args.hf_dir, work_dir / str(number) / "weights", *options)
+    write_weights(work_dir, args.hf_dir, spec, layouts, setting)
     print("running Megatron-Core", flush=True)
     code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)
     if code:
         return code
     print("running transformers", flush=True)
-    differences, own = [[] for _ in layouts], []
-    for index, case in enumerate(cases(spec, setting.packed)):
-        theirs = run_transformers(args.hf_dir, spec, case)
-        if setting.dtype != "float32":
-            theirs_rounded = run_transformers(args.hf_dir, spec, case, setting.dtype)
-            own.append(compare(case.name, theirs_rounded, theirs))
-        samples = make_samples(spec, case)
-        for number, (layout, _) in enumerate(layouts):
-            folder = work_dir / str(number)
-            gradients = folder / f"{index}.hf"
-            _convert(
-                folder / f"{index}.gradients", gradients, "--to", "hf", "--hf-config", args.hf_dir
-            )
-            ours = read_ours(
-                folder, index, case, spec, samples, layout, _read_tensors(gradients)
-            )
-            differences[number].append(compare(case.name, ours, theirs))
+    found, own = differences(work_dir, args.hf_dir, spec, layouts, setting)
     show = report if args.sweep is None else report_sweep
-    return show(layouts, setting, differences, own, bounds_of(args.tolerance, own))
-
-
-def _convert(*words) -> None:
-    """`megatron-vl convert`, without its table."""
-    from megatron_vl.cli import convert
-
-    commands = argparse.ArgumentParser().add_subparsers()
-    convert.add_parser(commands)
-    args = commands.choices["convert"].parse_args([str(word) for word in words])
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        args.run(args)
-
-
-def _read_tensors(hf_dir: Path) -> dict:
-    from safetensors.torch import load_file
-
-    files = sorted(hf_dir.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return show(layouts, setting, found, own, bounds_of(args.tolerance, own))

@@ -23,6 +23,11 @@ BOUNDS = MEDIA | {  # of the numbers that this room is told
 }  # fmt: skip
 
 
+def row_length(seq_length: int, max_padding_length: int | None, *, packs: bool) -> int:
+    """Tokens that a row holds: seq-length when samples are packed, else max-padding-length."""
+    return seq_length if packs else max_padding_length or seq_length
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedText:
     """Which text is trained. By default the assistant's turns, each with its end token.

@@ -344,7 +344,7 @@ def _slurm(v: Variables, source: str) -> ClusterEnv:
     )
 
 
-class Row(NamedTuple):
+class Scheduler(NamedTuple):
     """One scheduler."""
 
     source: str  # its name
@@ -362,17 +362,17 @@ class Row(NamedTuple):
 # The order is the precedence: who started this process itself, then schedulers by the names only
 # they use, then the plain names, then those that a job of another kind may have inherited.
 ROWS = (
-    Row("torchrun", ("LOCAL_RANK", "RANK", "WORLD_SIZE"), _torchrun, started_us=True),
-    Row("PyTorchJob", ("PET_NNODES", "WORLD_SIZE"), _kubeflow),
-    Row("TrainJob", ("PET_NNODES",), _kubeflow),
-    Row("Volcengine", ("MLP_WORKER_NUM",), _volcengine),
-    Row("Meituan AFO", ("AFO_ENV_CLUSTER_SPEC",), _afo),
-    Row("ModelArts", ("MA_NUM_HOSTS",), _modelarts),
-    Row("Volcano", ("VC_TASK_HOSTS",), _volcano),
-    Row("NNODES and NODE_RANK", ("NNODES", "NODE_RANK"), _plain),
-    Row("PAI-DLC", ("WORLD_SIZE",), _dlc, count="WORLD_SIZE"),
-    Row("Open MPI", ("OMPI_COMM_WORLD_SIZE",), _mpi),
-    Row("Slurm", ("SLURM_JOB_ID", "SLURM_NODEID"), _slurm),
+    Scheduler("torchrun", ("LOCAL_RANK", "RANK", "WORLD_SIZE"), _torchrun, started_us=True),
+    Scheduler("PyTorchJob", ("PET_NNODES", "WORLD_SIZE"), _kubeflow),
+    Scheduler("TrainJob", ("PET_NNODES",), _kubeflow),
+    Scheduler("Volcengine", ("MLP_WORKER_NUM",), _volcengine),
+    Scheduler("Meituan AFO", ("AFO_ENV_CLUSTER_SPEC",), _afo),
+    Scheduler("ModelArts", ("MA_NUM_HOSTS",), _modelarts),
+    Scheduler("Volcano", ("VC_TASK_HOSTS",), _volcano),
+    Scheduler("NNODES and NODE_RANK", ("NNODES", "NODE_RANK"), _plain),
+    Scheduler("PAI-DLC", ("WORLD_SIZE",), _dlc, count="WORLD_SIZE"),
+    Scheduler("Open MPI", ("OMPI_COMM_WORLD_SIZE",), _mpi),
+    Scheduler("Slurm", ("SLURM_JOB_ID", "SLURM_NODEID"), _slurm),
 )
 
 

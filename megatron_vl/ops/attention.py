@@ -43,7 +43,7 @@ HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class AttentionCase:
     """What decides whether a backend can run.
 
     Attributes:
@@ -69,7 +69,7 @@ class Case:
     def here(
         cls, *, dtype: torch.dtype | str, head_dim: int, deterministic: bool = False,
         touch_device: bool = True,
-    ) -> Case:
+    ) -> AttentionCase:
         """This process on this machine; with `touch_device` false no CUDA context is made."""
         from megatron_vl.platform import select_platform  # imports torch
 
@@ -108,7 +108,7 @@ class Backend:
     """
 
     name: str
-    why_not: Callable[[Case], str | None]
+    why_not: Callable[[AttentionCase], str | None]
     load: Callable[[bool], VarlenAttention]
 
 
@@ -116,7 +116,7 @@ class Backend:
 
 
 def _lacks(
-    case: Case, library: str, oldest: tuple[int, ...], *,
+    case: AttentionCase, library: str, oldest: tuple[int, ...], *,
     capability: tuple[int, int] = (8, 0), head_dim: int = 256,
 ) -> str | None:
     """The first thing missing of what every kernel for half precision needs."""
@@ -135,7 +135,7 @@ def _lacks(
     return None
 
 
-def _why_not_te_fused(case: Case) -> str | None:
+def _why_not_te_fused(case: AttentionCase) -> str | None:
     """As TransformerEngine's nvte_get_fused_attn_backend has it for packed rows in training."""
     reason = _lacks(case, "transformer-engine", (2, 4), capability=(9, 0), head_dim=128)
     if reason is not None or case.capability is None:
@@ -149,7 +149,7 @@ def _why_not_te_fused(case: Case) -> str | None:
     return None
 
 
-def _why_not_te_flash(case: Case) -> str | None:
+def _why_not_te_flash(case: AttentionCase) -> str | None:
     reason = _lacks(case, "transformer-engine", (2, 4))
     if reason is not None:
         return reason
@@ -158,11 +158,11 @@ def _why_not_te_flash(case: Case) -> str | None:
     return _why_not_flash2(case)
 
 
-def _why_not_flash2(case: Case) -> str | None:
+def _why_not_flash2(case: AttentionCase) -> str | None:
     return _lacks(case, "flash-attn", (2, 7))
 
 
-def _why_not_flash4(case: Case) -> str | None:
+def _why_not_flash4(case: AttentionCase) -> str | None:
     """As flash_attn.cute's own checks have it."""
     reason = _lacks(case, "flash-attn-4", (4, 0), capability=(9, 0))
     if reason is not None or case.capability in (None, (9, 0)):
@@ -175,7 +175,7 @@ def _why_not_flash4(case: Case) -> str | None:
     return None
 
 
-def _why_not_torch_varlen(case: Case) -> str | None:
+def _why_not_torch_varlen(case: AttentionCase) -> str | None:
     # The first that was tried.
     return _lacks(case, "torch", (2, 11))
 
@@ -263,7 +263,9 @@ class Choice:
         return f"{self.name} ({self.reason})"
 
 
-def check_backend(name: str, case: Case, backends: Mapping[str, Backend] = BACKENDS) -> None:
+def check_backend(
+    name: str, case: AttentionCase, backends: Mapping[str, Backend] = BACKENDS
+) -> None:
     """Refuse what can be told without loading it.
 
     Raises:
@@ -294,7 +296,7 @@ def choose_backend(
     Raises:
         InputError: an unknown name, or a backend that cannot run here.
     """
-    case = Case.here(dtype=dtype, head_dim=head_dim, deterministic=deterministic)
+    case = AttentionCase.here(dtype=dtype, head_dim=head_dim, deterministic=deterministic)
     check_backend(name, case, backends)
     passed_over = []
     for backend in _in_order(name, backends):

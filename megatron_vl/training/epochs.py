@@ -39,7 +39,7 @@ def with_steps(config: TrainConfig) -> TrainConfig:
             f"num-train-epochs {epochs:g} is given but datasets mixed by weight have no common "
             f"epoch; give train-iters, or the datasets without weights."
         )
-    rows = _packed_rows(config) if config.data.packing_buffer_size else samples
+    rows = _packed_rows(config) if config.data.packs else samples
     steps = math.ceil(epochs * rows / config.batch.global_batch_size)
     config = replace(config, batch=replace(config.batch, train_iters=max(1, steps)))
     config.check_warmup()

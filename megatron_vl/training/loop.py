@@ -4,57 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain, islice, tee
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
-from megatron_vl.data.encode.samples import Skipped
-from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
 from megatron_vl.errors import InputError, as_called
 from megatron_vl.launch.stop import StopRequest
-from megatron_vl.models.registry import family
 from megatron_vl.platform import current_device, initialize
 from megatron_vl.training.checkpoint.record import write_beginning, write_options
-from megatron_vl.training.checkpoint.saver import Saved, Saver
-from megatron_vl.training.checkpoint.start import find_checkpoint
-from megatron_vl.training.checkpoint.state import (
+from megatron_vl.training.checkpoint.resume import (
     check_files,
     load_checkpoint,
     read_loader_state,
-    save_checkpoint,
 )
-from megatron_vl.training.exchange import RowExchange
-from megatron_vl.training.paths import media_limits, mixtures, trained_text
+from megatron_vl.training.checkpoint.saver import Saved, Saver
+from megatron_vl.training.checkpoint.start import find_checkpoint
+from megatron_vl.training.checkpoint.state import save_checkpoint
+from megatron_vl.training.evaluate import evaluate
+from megatron_vl.training.microbatches import Microbatches, train_loader
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.describe import describe
 from megatron_vl.training.reporting.metrics import duration
 from megatron_vl.training.reporting.show import Show
-from megatron_vl.training.resilience.guard import StepGuard, update
+from megatron_vl.training.resilience.guard import StepGuard, blame, update
 from megatron_vl.training.resilience.hang import HangWatch
+from megatron_vl.training.resilience.left_out import LeftOut
 from megatron_vl.training.setup import (
     build_model,
     build_optimizer,
     schedule_change,
     whole_weights,
 )
-from megatron_vl.training.step import (
-    RowStream,
-    StepCounts,
-    blank_like,
-    forward_step,
-    mean_loss,
-    naming_rows,
-    run_schedule,
-)
+from megatron_vl.training.step import mean_loss
 from megatron_vl.weights.mcore_io import CheckpointInfo
-
-TOLD = 10  # samples left out for one reason that a rank names; all are counted
-NAMED = 64  # samples that a message names at most: a packed row's
 
 
 def train(
@@ -134,10 +117,10 @@ class Trainer:
         fault = self.config.fault
         self.guard = StepGuard(max_skipped=fault.max_skipped_steps, spike=fault.skip_grad_spikes)
         self.saver = self._saver()
-        self.exchange = RowExchange(plan.layout, self.config.parallel.distributed_timeout_minutes)
+        self.microbatches = Microbatches(plan, self.model, watch, timed=self.show.clock.running)
+        self.exchange = self.microbatches.exchange
         self.loader = self.streams = None
-        self.left_out = 0  # samples that could not be used, over all ranks, each counted once
-        self.told: Counter[str] = Counter()  # of them named by this rank, by reason
+        self.left_out = LeftOut(self.config.data.max_skipped_samples)
         self.failed_save: Saved | None = None  # the last one, if it did
         self.described = describe(plan, platform)
 
@@ -200,11 +183,7 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = None
         if self.exchange.is_reader:
-            self.loader = build_train_loader(
-                self._data_config(),
-                data_parallel_group=parallel_state.get_data_parallel_group(),
-                **self._reader(),
-            )
+            self.loader = train_loader(self.plan)
             if loader_states:
                 unknown = self.loader.restore_state(list(map(read_loader_state, loader_states)))
                 if unknown:
@@ -220,64 +199,10 @@ class Trainer:
                 f"this run, or give --finetune and another --save to start a new one from its "
                 f"weights"
             ))
-        self.streams = self._streams(batches)
+        self.streams = self.microbatches.streams(batches)
         self.show.start(self.done, self.described)
 
-    def _streams(self, batches: Iterator | None) -> list[RowStream]:
-        """One stream a model chunk; chunks of one rank see the same rows."""
-        copies = tee(self.exchange.rows(batches), len(self.model))
-        return [RowStream(copy, self.device) for copy in copies]
-
-    def _data_config(self) -> DataConfig:
-        data, batch = self.config.data, self.config.batch
-        train, valid = mixtures(self.config)
-        return DataConfig(
-            train=train,
-            valid=valid,
-            seq_length=batch.seq_length,
-            max_padding_length=batch.max_padding_length or batch.seq_length,
-            row_multiple=self.plan.row_multiple,
-            micro_batch_size=batch.micro_batch_size,
-            num_workers=data.num_workers,
-            packing_buffer_size=data.packing_buffer_size or None,
-            shuffle_buffer_size=data.shuffle_buffer_size,
-            max_samples_per_sequence=data.max_samples_per_sequence,
-            max_patches_per_row=data.max_patches_per_row,
-            max_skipped_samples=data.max_skipped_samples,
-            media=media_limits(self.config),
-            trained=trained_text(self.config),
-            seed=self.config.model.seed,
-        )
-
-    def _reader(self) -> dict:
-        return dict(
-            hf_dir=self.plan.hf_dir,
-            spec=self.plan.spec,
-            family=family(self.plan.spec.model_type),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-        )
-
     # ---- one step ---------------------------------------------------------------------------
-
-    def _run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
-        work = partial(
-            forward_step, per_sample=self.config.batch.calculate_per_sample_loss,
-            **({} if forward_only else {"timed": self.show.clock.running}),
-        )
-
-        def step(*arguments):
-            self.watch.beat()
-            return work(*arguments)
-
-        with naming_rows(streams):
-            outputs = run_schedule(
-                self.model, streams, num_microbatches=num_microbatches,
-                row_length=self.plan.row_length, forward_only=forward_only,
-                micro_batch_size=self.config.batch.micro_batch_size, step=step,
-            )
-        self.exchange.settle()
-        return outputs
 
     def step(self, iteration: int) -> None:
         """Forward and backward over all microbatches, then one update."""
@@ -288,7 +213,9 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(self.streams, self.plan.num_microbatches, forward_only=False)
+        losses = self.microbatches.run(
+            self.streams, self.plan.num_microbatches, forward_only=False
+        )
         loss, trained = mean_loss(losses, self.device)
         updated, grad_norm, fault = update(self.optimizer, loss, self.guard)
         lr = self.scheduler.get_lr({})  # not of a group, which may be a part's own
@@ -301,16 +228,18 @@ class Trainer:
             loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0), trained_tokens=trained,
             skipped=not updated, fault=fault,
         )
-        self.left_out += left_out
+        self.left_out.total += left_out
         if self.exchange.is_reader:
-            self._tell(counts.skipped)
-        self._check_left_out()
+            self.left_out.tell(counts.skipped)
+        if too_many := self.left_out.too_many():
+            self.poll_saves(wait=True)
+            raise InputError(too_many)
         self.done, self.stopping = iteration, stopping
         self.leaving = self._leaves()
         if fault:
             if self.guard.exhausted:
                 self.poll_saves(wait=True)
-            self.say(self.guard.skip(iteration, fault, self._blame(losses, counts)))
+            self.say(self.guard.skip(iteration, fault, blame(losses, counts.sample_keys)))
 
     def _largest(self, *numbers: float) -> list[float]:
         """Of all ranks."""
@@ -334,91 +263,27 @@ class Trainer:
             return f"exit-duration-in-mins is {minutes:g}"
         return ""
 
-    def _tell(self, skipped: list[Skipped]) -> None:
-        """Name the first samples left out; every reader does for its own."""
-        for one in skipped:
-            if one.first and self.told[one.reason] < TOLD:
-                print(f"skipped sample {one.sample}: {one.message}", flush=True)
-                self.told[one.reason] += 1
-
-    def _check_left_out(self) -> None:
-        most = self.config.data.max_skipped_samples
-        if self.left_out > most:
-            self.poll_saves(wait=True)
-            raise InputError(
-                f"{self.left_out} samples could not be used, more than max-skipped-samples {most}; "
-                f"look at them with megatron-vl lint, or raise it."
-            )
-
-    def _blame(self, losses: list[dict], counts: StepCounts) -> str:
-        """The samples of the rows whose loss is not finite, over all ranks; else of all rows."""
-        mine = []
-        for number, one in enumerate(losses):  # held by last stages alone
-            if not torch.isfinite(one["sums"]).all():
-                mine += counts.sample_keys[number]
-        everyone: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-        names = list(dict.fromkeys(name for one in everyone for name in one))
-        if names:
-            return f"the samples of its row are {', '.join(names[:NAMED])}"
-        torch.distributed.all_gather_object(everyone, list(chain(*counts.sample_keys)))
-        names = list(dict.fromkeys(name for one in everyone for name in one))
-        return f"its samples were {', '.join(names[:NAMED])}"
-
     # ---- validation -------------------------------------------------------------------------
 
     def evaluate(self, iteration: int) -> None:
-        """Mean loss over the validation split, or its first `eval_iters` batches."""
+        """Validate and tell it, or give it up where a rank was asked to stop."""
         with torch.no_grad(), whole_weights(self.model):
-            self._evaluate(iteration)
-
-    def _evaluate(self, iteration: int) -> None:
-        started = time.perf_counter()
-        for chunk in self.model:
-            chunk.eval()
-        reads, batches = self.exchange.is_reader, iter(())
-        if reads:
-            limit = (self.config.data.eval_iters or 0) * self.plan.num_microbatches
-            loader = build_valid_loader(
-                self._data_config(), max_batches=limit or None, **self._reader()
+            found = evaluate(
+                self.microbatches, iteration, stopping=self._asked_to_stop, tell=self.left_out.tell
             )
-            batches = iter(loader)
-        losses, skipped = [], Counter()
-        while True:
-            self.watch.beat(f"validating after iteration {iteration}")
-            self.stopping = self._asked_to_stop()
-            if self.stopping:
-                break
-            # The loader knows where the split ends; the replica's other ranks are told.
-            group = list(islice(batches, self.plan.num_microbatches))
-            if group and self.plan.layout.vp > 1:
-                # The interleaved schedule takes whole rounds of the stages; padding trains nothing.
-                group += [blank_like(group[0])] * (-len(group) % self.plan.layout.pp)
-            size = self.exchange.number(len(group))
-            if size == 0:
-                break
-            streams = self._streams(iter(group) if reads else None)
-            losses += self._run(streams, size, forward_only=True)
-            if reads:
-                left_out = streams[0].take_counts().skipped
-                skipped.update(one.reason for one in left_out)
-                self._tell(left_out)
-        if reads:
-            loader.close()
-        if self.stopping:
+        self.stopping = found is None
+        if found is None:
             self.say(f"validation after iteration {iteration} was given up")
             return
-        loss, trained = mean_loss(losses, self.device)
-        if trained == 0:
+        if found.trained == 0:
             self.poll_saves(wait=True)
             raise InputError(
                 "the validation split has no trained token; give another valid-data-path, or "
                 "eval-interval 0."
             )
         if self.show.log is not None:
-            # Rank 0 reads the integers of the whole split, but only its own rows' pixels.
             self.show.log.evaluation(
-                iteration, loss, trained, time.perf_counter() - started, dict(skipped)
+                iteration, found.loss, found.trained, found.seconds, found.skipped
             )
 
     # ---- end --------------------------------------------------------------------------------

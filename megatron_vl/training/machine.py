@@ -6,7 +6,7 @@ import importlib.util
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import VLMSpec
-from megatron_vl.ops.attention import Case, check_backend
+from megatron_vl.ops.attention import AttentionCase, check_backend
 from megatron_vl.training.options.config import TrainConfig
 
 
@@ -40,7 +40,7 @@ def _check_devices(config: TrainConfig) -> None:
 def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
     """What needs no look at a device; a rank sees the rest when it builds its layers."""
     for tower in reversed(spec.towers):
-        case = Case.here(
+        case = AttentionCase.here(
             dtype=config.model.dtype, head_dim=tower.head_dim,
             deterministic=config.model.deterministic, touch_device=False,
         )

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from megatron_vl.data.options import row_length
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.media import MediaLimits
@@ -44,15 +45,13 @@ class Plan:
 
     @property
     def row_length(self) -> int:
-        """Tokens that a row holds: seq-length when samples are packed, else max-padding-length."""
-        batch = self.config.batch
-        packs = self.config.data.packing_buffer_size > 0
-        return batch.seq_length if packs else batch.max_padding_length or batch.seq_length
+        batch, data = self.config.batch, self.config.data
+        return row_length(batch.seq_length, batch.max_padding_length, packs=data.packs)
 
     @property
     def row_multiple(self) -> int | None:
         """Of what the length of unpacked rows is a multiple; None: all have `row_length`."""
-        if self.config.data.packing_buffer_size > 0 or not self.layout.lengths_vary:
+        if self.config.data.packs or not self.layout.lengths_vary:
             return None
         # Few lengths, so that kernels chosen by shape come again; 16 tokens a rank, as fp8 needs.
         return math.lcm(64, 16 * self.layout.row_parts)

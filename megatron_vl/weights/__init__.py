@@ -2,13 +2,13 @@
 
 from megatron_vl.weights.map import Place, Stored, Weight, WeightMap
 from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint, load_rank
-from megatron_vl.weights.plan import Plan, make_plan
+from megatron_vl.weights.plan import CopyPlan, make_plan
 from megatron_vl.weights.reshard import run_plan
 
 __all__ = [
     "CheckpointInfo",
+    "CopyPlan",
     "Place",
-    "Plan",
     "Stored",
     "Weight",
     "WeightMap",

@@ -29,7 +29,7 @@ from megatron_vl.weights.mcore_io import (
     inspect_checkpoint,
     open_mcore,
 )
-from megatron_vl.weights.plan import Plan, make_plan
+from megatron_vl.weights.plan import CopyPlan, make_plan
 from megatron_vl.weights.reshard import Written, run_plan, target_dtypes
 from megatron_vl.weights.targets import Files, HFTarget, Ids, McoreTarget, ShardedTarget, Target
 
@@ -49,7 +49,7 @@ class Source:
 class Conversion:
     """A conversion that was thought through and can be printed or run."""
 
-    plan: Plan
+    plan: CopyPlan
     source: Source
     target: Target
     dtypes: Mapping[Ids, DType]  # of the target's tensors

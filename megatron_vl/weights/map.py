@@ -75,7 +75,7 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
+class TensorPart:
     """A part of a tensor that a torch_dist checkpoint holds by itself."""
 
     name: str  # of the tensor
@@ -238,10 +238,10 @@ class WeightMap:
         self._complain("Megatron-Core", missing, extra)
         return inventory
 
-    def global_chunks(self) -> list[Chunk]:
+    def global_chunks(self) -> list[TensorPart]:
         """What a torch_dist checkpoint is written as: whole tensors, a chunk a layer."""
         return [
-            Chunk(
+            TensorPart(
                 name=weight.name.replace(".{i}.", "."),
                 layer=i if place.where is Where.LAYER else None,
                 layers=len(self._layers(place)),

@@ -33,7 +33,7 @@ from megatron_vl.weights.found import (
     mcore_format,
     no_checkpoint,
 )
-from megatron_vl.weights.map import Chunk, Stored, WeightMap, rank_file
+from megatron_vl.weights.map import Stored, TensorPart, WeightMap, rank_file
 from megatron_vl.weights.torch_dist import lay_out_torch_dist, open_torch_dist, read_common
 from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_torch_file
 
@@ -227,7 +227,7 @@ def lay_out_sharded(
     root: Path,
     files: Mapping[str, Sequence[Stored]],
     dtypes: Mapping[tuple[str, str, str], DType],
-    chunks: Mapping[str, Chunk],
+    chunks: Mapping[str, TensorPart],
     args: Mapping[str, Any],
 ) -> dict[tuple[str, str, str], TensorAt]:
     """The same of a torch_dist checkpoint, which loads in every layout."""

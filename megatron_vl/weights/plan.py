@@ -51,7 +51,7 @@ class Twin:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CopyPlan:
     """All that is to be done, and what can be checked on the way."""
 
     tensors: tuple[TensorPlan, ...]
@@ -78,7 +78,7 @@ class Plan:
                 one = of[stored.id]
                 name = str(stored) if stored.file else f"{file}:{stored}"
                 lines.append(f"{name} {list(stored.shape)}")
-                lines += [f"    {_box(op.at, op.shape)} = {op.source}{_box(op.start, op.shape)}"
+                lines += [f"    {_words(op.at, op.shape)} = {op.source}{_words(op.start, op.shape)}"
                           for op in one.ops]
                 if one.zeros:
                     lines.append(f"    {one.zeros} elements of vocabulary padding = 0")
@@ -94,7 +94,7 @@ class Plan:
 
 def make_plan(
     source: Iterable[Stored], target: Iterable[Stored], *, everything: bool = True
-) -> Plan:
+) -> CopyPlan:
     """The slices that fill every tensor of `target` from those of `source`.
 
     Args:
@@ -131,7 +131,7 @@ def make_plan(
                    if holder.id not in used})
     if idle and everything:
         raise InputError(f"the target has no place for {', '.join(idle)}.")
-    return Plan(tuple(tensors), tuple(twins))
+    return CopyPlan(tuple(tensors), tuple(twins))
 
 
 def holders(
@@ -172,7 +172,8 @@ def _moved(piece: Piece, low: Sequence[int]) -> tuple[int, ...]:
     return (*piece.at[:front], *inner)
 
 
-def _box(start: Sequence[int], shape: Sequence[int]) -> str:
+def _words(start: Sequence[int], shape: Sequence[int]) -> str:
+    """A box for people."""
     front = [str(one) for one in start[: len(start) - len(shape)]]
     inner = [f"{a}:{a + n}" for a, n in zip(start[len(front) :], shape, strict=True)]
     return f"[{', '.join(front + inner)}]"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vl.weights.map import Stored
 from megatron_vl.weights.plan import make_plan
+from megatron_vl.weights.rules import box
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,5 @@ def recut(
         first = tensors[one.ops[0].source.id]
         out = made[one.target.id] = first.new_zeros(one.target.shape)
         for op in one.ops:
-            out[_box(op.at, op.shape)] = tensors[op.source.id][_box(op.start, op.shape)]
+            out[box(op.at, op.shape)] = tensors[op.source.id][box(op.start, op.shape)]
     return made
-
-
-def _box(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))

@@ -20,7 +20,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.weights.dtypes import DType, cast, not_finite
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import volume
-from megatron_vl.weights.plan import Op, Plan, TensorPlan, Twin
+from megatron_vl.weights.plan import CopyPlan, Op, TensorPlan, Twin
 from megatron_vl.weights.rules import box
 from megatron_vl.workers import in_parallel
 
@@ -45,7 +45,7 @@ class Written:
 
 
 def target_dtypes(
-    plan: Plan, source: Mapping[tuple[str, str, str], DType], dtype: DType | None
+    plan: CopyPlan, source: Mapping[tuple[str, str, str], DType], dtype: DType | None
 ) -> dict[tuple[str, str, str], DType]:
     """The dtype of every tensor of the target: `dtype`, or the one its sources have.
 
@@ -65,7 +65,7 @@ def target_dtypes(
 
 
 def run_plan(
-    plan: Plan,
+    plan: CopyPlan,
     source: Tensors,
     target: Tensors,
     *,
@@ -144,13 +144,13 @@ class _Files:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Slab:
     """Rows of a tensor as the boxes they were read in; what no box covers is zero."""
 
     first: int  # row
     shape: tuple[int, ...]
     dtype: DType
-    pieces: tuple[tuple[tuple[int, ...], np.ndarray], ...]  # (where in the chunk, bits)
+    pieces: tuple[tuple[tuple[int, ...], np.ndarray], ...]  # (where in the slab, bits)
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +205,7 @@ class Reader:
 
     def chunks(
         self, plan: TensorPlan, run: Run, dtype: DType, row_bytes: int
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Slab]:
         """A run of rows of the tensor `plan` makes, about CHUNK bytes at a time."""
         start, stop, ops = run
         parts = [(op, self._read(op)) for one in ops if (op := _clip(one, start, stop))]
@@ -217,7 +217,7 @@ class Reader:
                     rows = bits[low - op.at[0] : high - op.at[0]]
                     pieces.append(((low - first, *op.at[1:]),
                                    cast(rows, self.source[op.source.id].dtype, dtype)))
-            yield Chunk(first, (last - first, *plan.target.shape[1:]), dtype, tuple(pieces))
+            yield Slab(first, (last - first, *plan.target.shape[1:]), dtype, tuple(pieces))
 
     def differ(self, twin: Twin) -> bool:
         """Whether two copies in the checkpoint are not the same bits."""

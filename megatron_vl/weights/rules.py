@@ -134,7 +134,7 @@ class Copy(Rule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Column(Copy):
+class ColumnParallel(Copy):
     """Cut on dimension 0: a column-parallel linear layer's weight or bias."""
 
     @property
@@ -143,7 +143,7 @@ class Column(Copy):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row(Copy):
+class RowParallel(Copy):
     """Cut on dimension 1: a row-parallel linear layer's weight."""
 
     @property

@@ -23,7 +23,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.pickles import DataOnly, Unpickler
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt, reserve
-from megatron_vl.weights.map import Chunk, Stored, WeightMap
+from megatron_vl.weights.map import Stored, TensorPart, WeightMap
 from megatron_vl.weights.rules import Piece
 from megatron_vl.weights.torch_file import (
     BROKEN,
@@ -354,7 +354,7 @@ def lay_out_torch_dist(
     directory: Path,
     files: Mapping[str, Sequence[Stored]],
     dtypes: Mapping[Id, DType],
-    chunks: Mapping[str, Chunk],
+    chunks: Mapping[str, TensorPart],
     common: Mapping[str, Any],
 ) -> dict[Id, TensorAt]:
     """Writes one iteration's directory with room for its weights; answers where each lies.
@@ -384,7 +384,7 @@ def lay_out_torch_dist(
     return tensors
 
 
-def _write_table(path: Path, files, dtypes, chunks: Mapping[str, Chunk], ranges) -> None:
+def _write_table(path: Path, files, dtypes, chunks: Mapping[str, TensorPart], ranges) -> None:
     # Imported here: they take seconds, and only writing this format needs them.
     import torch
     from torch.distributed.checkpoint import metadata

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_vl.weights.convert import Source
 from megatron_vl.weights.dtypes import DType, cast, numbers
 from megatron_vl.weights.map import Stored, WeightMap, volume
-from megatron_vl.weights.plan import Plan, TensorPlan, Twin, holders, make_plan
+from megatron_vl.weights.plan import CopyPlan, TensorPlan, Twin, holders, make_plan
 from megatron_vl.weights.reshard import (
     SPAN,
     Reader,
@@ -120,7 +120,7 @@ def _complete(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> set[str]
             if sum(volume(piece.shape) for _, piece in held.get(name, ())) == volume(shape)}
 
 
-def _plan(source: Source, wanted: list[Stored], names: set[str]) -> Plan:
+def _plan(source: Source, wanted: list[Stored], names: set[str]) -> CopyPlan:
     parts = (replace(stored, pieces=tuple(p for p in stored.pieces if p.key in names))
              for stored in source.inventory)
     return make_plan([stored for stored in parts if stored.pieces], wanted)

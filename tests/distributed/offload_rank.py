@@ -20,8 +20,9 @@ import torch  # noqa: E402
 from megatron.core.optimizer import cpu_offloading, optimizer_config  # noqa: E402
 
 from megatron_vl.parity.cases import CASES, make_batches, make_samples  # noqa: E402
+from megatron_vl.training.checkpoint.resume import load_checkpoint  # noqa: E402
 from megatron_vl.training.checkpoint.saver import Saver  # noqa: E402
-from megatron_vl.training.checkpoint.state import load_checkpoint, save_checkpoint  # noqa: E402
+from megatron_vl.training.checkpoint.state import save_checkpoint  # noqa: E402
 from megatron_vl.training.options.config import TrainConfig  # noqa: E402
 from megatron_vl.training.plan import plan_run  # noqa: E402
 from megatron_vl.training.setup import build_model, build_optimizer  # noqa: E402

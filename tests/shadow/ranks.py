@@ -22,7 +22,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
 def watch(trainer) -> dict:
     """The latest waits, as long as the trainer goes on."""
     waits = {"schedule": {}, "step": {}, "validation": {}}
-    run, step = trainer._run, trainer.step
+    run, step = trainer.microbatches.run, trainer.step
 
     def counted_run(streams, num_microbatches, forward_only):
         before = +device.waits
@@ -35,7 +35,7 @@ def watch(trainer) -> dict:
         step(iteration)
         waits["step"] = device.waits - before - waits["schedule"]
 
-    trainer._run, trainer.step = counted_run, counted_step
+    trainer.microbatches.run, trainer.step = counted_run, counted_step
     return {"waits": waits, "unasked": unasked(trainer.model)}
 
 

@@ -13,8 +13,8 @@ from megatron_vl.errors import InputError
 from megatron_vl.ops.attention import (
     BACKENDS,
     LIBRARIES,
+    AttentionCase,
     Backend,
-    Case,
     check_backend,
     choose_backend,
 )
@@ -55,7 +55,7 @@ def gradients(out, inputs, weights):
     return torch.autograd.grad((out * weights).sum(), inputs)
 
 
-DOUBLE = Case.here(dtype=torch.float64, head_dim=8, touch_device=False)
+DOUBLE = AttentionCase.here(dtype=torch.float64, head_dim=8, touch_device=False)
 
 
 @pytest.mark.parametrize("name", [n for n, b in BACKENDS.items() if b.why_not(DOUBLE) is None])
@@ -103,7 +103,7 @@ def test_an_empty_segment_is_refused():
 
 # ---- whether a backend can run ----------------------------------------------------------------
 
-HOPPER = Case(
+HOPPER = AttentionCase(
     dtype="bfloat16", head_dim=128, cuda=True, capability=(9, 0), cudnn=91002,
     versions={"torch": (2, 12, 0), "transformer-engine": (2, 11, 0), "flash-attn": (2, 8, 3),
               "flash-attn-4": (4, 0, 0)},
@@ -205,12 +205,12 @@ def test_a_backend_says_why_it_cannot_run(changes, reasons):
 
 
 def test_this_machine_is_seen_as_it_is():
-    case = Case.here(dtype=torch.bfloat16, head_dim=80, deterministic=True)
+    case = AttentionCase.here(dtype=torch.bfloat16, head_dim=80, deterministic=True)
     assert (case.dtype, case.head_dim, case.deterministic) == ("bfloat16", 80, True)
     assert case.cuda is torch.cuda.is_available() and (case.capability is not None) is case.cuda
     release = tuple(map(int, torch.__version__.split("+")[0].split(".")))
     assert case.versions["torch"] == release and set(case.versions) <= set(LIBRARIES)
-    assert Case.here(dtype="bfloat16", head_dim=80, touch_device=False).capability is None
+    assert AttentionCase.here(dtype="bfloat16", head_dim=80, touch_device=False).capability is None
 
 
 # ---- which one is chosen ----------------------------------------------------------------------
@@ -409,7 +409,7 @@ def run_backend(name, tensors, dtype, causal, deterministic=False):
 
 
 def skip_unless_it_runs(name, **case):
-    reason = BACKENDS[name].why_not(Case.here(**case))
+    reason = BACKENDS[name].why_not(AttentionCase.here(**case))
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
 

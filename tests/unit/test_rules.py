@@ -8,11 +8,11 @@ import torch
 from megatron_vl.errors import InputError
 from megatron_vl.weights.rules import (
     QKV,
-    Column,
+    ColumnParallel,
     Copy,
     FusedQKV,
     GateUp,
-    Row,
+    RowParallel,
     Vocab,
     box,
 )
@@ -148,8 +148,8 @@ def random_rule(draw: random.Random):
         (FusedQKV(key="f", heads=heads, head_dim=dim, columns=columns), tp),
         (GateUp(gate="g", up="u", ffn=width, columns=3), tp),
         (Vocab(key="e", vocab=draw.randint(1, 40), columns=3), tp),
-        (Column(key="c", shape=(width, 3)), tp),
-        (Row(key="r", shape=(3, width)), tp),
+        (ColumnParallel(key="c", shape=(width, 3)), tp),
+        (RowParallel(key="r", shape=(3, width)), tp),
         (Copy(key="o", shape=(4, 3, 2, 2, 2)), tp),
     ])
 
@@ -173,7 +173,7 @@ def test_every_rule_round_trips_and_writes_each_element_once(seed):
 
 
 @pytest.mark.parametrize("rule", [
-    Column(key="c", shape=(6, 2)), Row(key="r", shape=(2, 6)),
+    ColumnParallel(key="c", shape=(6, 2)), RowParallel(key="r", shape=(2, 6)),
     GateUp(gate="g", up="u", ffn=6, columns=2),
 ])
 def test_tensor_parallelism_that_does_not_divide_is_refused_by_name(rule):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from megatron_vl.data.load.loader import DataConfig
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.stages import layer_list
+from megatron_vl.training import microbatches
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.config import TrainConfig, kind_of
 from megatron_vl.training.options.config_sources import add_arguments, load_config
@@ -287,3 +290,22 @@ def test_a_list_of_layers_that_yaml_reads_as_something_else_is_refused(rows, wha
     with pytest.raises(InputError, match=what) as refused:
         layer_list(text, "--pp-layers")
     assert len(str(refused.value)) < 400
+
+
+# What a loader that no run makes reads otherwise than a run that was told nothing.
+OTHERWISE = {"packing_buffer_size": (1024, 0), "shuffle_buffer_size": (100, 1000),
+             "max_skipped_samples": (0, 100)}
+
+
+def test_a_loader_has_the_defaults_of_a_run_but_for_those_that_are_meant():
+    run = TrainConfig.from_dict({}).resolved()
+    found = {one.name: (one.default, run[one.name]) for one in fields(DataConfig)
+             if one.name in run and one.default is not MISSING}
+    assert {name: both for name, both in found.items() if both[0] != both[1]} == OTHERWISE
+
+
+def test_a_run_leaves_nothing_to_the_defaults_of_its_loader(monkeypatch):
+    config = TrainConfig.from_dict({"train_data_path": "there"})
+    monkeypatch.setattr(microbatches, "DataConfig", dict)
+    told = microbatches._data_config(SimpleNamespace(config=config, row_multiple=None))
+    assert told.keys() == {one.name for one in fields(DataConfig)}

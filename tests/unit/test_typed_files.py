@@ -42,7 +42,7 @@ from megatron_vl.models import family, load_spec
 from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import StoredMedia
 from megatron_vl.training.checkpoint.files import candidates
-from megatron_vl.training.checkpoint.state import read_loader_state
+from megatron_vl.training.checkpoint.resume import read_loader_state
 from megatron_vl.training.options.config_sources import load_config
 from megatron_vl.typed import Name, Text, typed
 from megatron_vl.weights.hf_io import open_hf

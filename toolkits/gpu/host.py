@@ -129,7 +129,7 @@ def single_calls(results: Results, device: torch.device) -> None:
     """Microseconds of the host for one call, 200 in a row on few numbers."""
     import torch.nn.functional as F
 
-    from megatron_vl.ops.attention import BACKENDS, Case
+    from megatron_vl.ops.attention import BACKENDS, AttentionCase
     from megatron_vl.ops.fusion import choose_kernel, quick_gelu
     from megatron_vl.ops.rotary import Rotary, rotate
     from megatron_vl.ops.segments import Segments
@@ -165,7 +165,7 @@ def single_calls(results: Results, device: torch.device) -> None:
 
     draw_once = draw(1536, 1536)
     for name, backend in BACKENDS.items():
-        if backend.why_not(Case.here(dtype=torch.bfloat16, head_dim=128)) is None:
+        if backend.why_not(AttentionCase.here(dtype=torch.bfloat16, head_dim=128)) is None:
             attend = backend.load(False)
             calls[f"attention, {name}"] = lambda attend=attend: attend(
                 q, k, v, segments, causal=True, scale=0.1)

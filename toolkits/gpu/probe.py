@@ -19,7 +19,7 @@ import torch
 from results import Results, first_line
 from timing import Timer, relative_error
 
-from megatron_vl.ops.attention import BACKENDS, Case
+from megatron_vl.ops.attention import BACKENDS, AttentionCase
 from megatron_vl.ops.segments import Segments
 
 
@@ -84,7 +84,7 @@ def cudnn_attention(q, k, v, segments, *, causal, scale):
     return out.transpose(1, 2).reshape(rows * width, -1, v.shape[-1])
 
 
-def candidates(case: Case, lengths: list[int]) -> dict:
+def candidates(case: AttentionCase, lengths: list[int]) -> dict:
     """name -> function that loads it, of what runs here."""
     found = {
         name: partial(backend.load, False) for name, backend in BACKENDS.items()
@@ -109,7 +109,7 @@ def measure_attention(results: Results, timer: Timer, shape: tuple) -> None:
     sets = [inputs() for _ in range(2)]
     segments = Segments(lengths, device=device)
     flops = sum(4 * n * n * heads * width for n in lengths) * (0.5 if causal else 1.0)
-    case = Case.here(dtype=dtype, head_dim=width)
+    case = AttentionCase.here(dtype=dtype, head_dim=width)
 
     def outputs(attend, q, k, v, weights):
         out = attend(q, k, v, segments, causal=causal, scale=scale)
@@ -142,7 +142,7 @@ def measure_attention(results: Results, timer: Timer, shape: tuple) -> None:
 
 def measure_backends(results: Results, tiny: bool) -> None:
     for name, backend in BACKENDS.items():
-        case = Case.here(dtype=torch.bfloat16, head_dim=32 if tiny else 128)
+        case = AttentionCase.here(dtype=torch.bfloat16, head_dim=32 if tiny else 128)
         reason = backend.why_not(case)
         results.row("Attention backends", backend=name, runs_here=reason or "yes")
 

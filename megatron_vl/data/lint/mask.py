@@ -18,7 +18,7 @@ _SIDE = 112  # pixels of a thumbnail's longer side at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class ShownPiece:
     """Neighbouring tokens of one kind."""
 
     text: str = ""
@@ -30,7 +30,7 @@ class Piece:
 def pieces(
     tokens: torch.Tensor, labels: torch.Tensor, *, chat: ChatTokenizer,
     media_tokens: Sequence[int],
-) -> Iterator[Piece]:
+) -> Iterator[ShownPiece]:
     """The stretches of a sample, in order.
 
     Tokens are put together before they are written out: one character may be several of them.
@@ -46,7 +46,7 @@ def pieces(
     at = number = 0
     while at < len(ids):
         if ids[at] in places:
-            yield Piece(media=number)
+            yield ShownPiece(media=number)
             at, number = at + media_tokens[number], number + 1
             continue
         kind, end = (ids[at] in special, trained[at]), at + 1
@@ -54,7 +54,7 @@ def pieces(
             (ids[end] in special, trained[end]) == kind
         ):
             end += 1
-        yield Piece(text=chat.tokenizer.decode(ids[at:end]), special=kind[0], trained=kind[1])
+        yield ShownPiece(text=chat.tokenizer.decode(ids[at:end]), special=kind[0], trained=kind[1])
         at = end
 
 

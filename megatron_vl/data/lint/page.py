@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vl.data.lint.look import Look, Looker
-from megatron_vl.data.lint.mask import Piece, pieces, thumbnail
+from megatron_vl.data.lint.mask import ShownPiece, pieces, thumbnail
 from megatron_vl.data.lint.tables import Table, count, headline, notes, tables
 from megatron_vl.models.media import BadMedia
 from megatron_vl.pages import escape, page, picture, table
@@ -120,7 +120,7 @@ def _sample(look: Look, why: str, looker: Looker) -> str:
     )
 
 
-def _stretch(piece: Piece) -> str:
+def _stretch(piece: ShownPiece) -> str:
     text = piece.text[:_LONGEST]
     more = len(piece.text) - len(text)
     text = escape(text).replace("\n", "<span class=newline>↵</span>\n")

@@ -39,7 +39,7 @@ from megatron_vl.data.load.read_ahead import ReadAhead
 from megatron_vl.data.load.resume import ANEW, CONTENT, DATA, state_for
 from megatron_vl.data.load.shard_files import note_places
 from megatron_vl.data.load.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
-from megatron_vl.data.options import BOUNDS, TrainedText
+from megatron_vl.data.options import BOUNDS, TrainedText, row_length
 from megatron_vl.errors import InputError, check_bounds, shown
 from megatron_vl.models.family import Family
 from megatron_vl.models.media import MediaLimits
@@ -87,10 +87,7 @@ class DataConfig:
 
     @property
     def row_length(self) -> int:
-        """Tokens that a row holds."""
-        if self.packs or self.max_padding_length is None:
-            return self.seq_length
-        return self.max_padding_length
+        return row_length(self.seq_length, self.max_padding_length, packs=self.packs)
 
     @property
     def rules(self) -> RowRules:

@@ -34,7 +34,7 @@ from megatron_vl.data.raw.shards import (
     store,
     write_shards,
 )
-from megatron_vl.data.raw.sources import Source, open_source
+from megatron_vl.data.raw.sources import RawSource, open_source
 from megatron_vl.errors import Bounds, InputError, check_bounds, shown
 from megatron_vl.models.media import FRAMES_A_PATCH, VIDEO, MediaLimits
 from megatron_vl.outputs import check_target, replacing
@@ -201,7 +201,7 @@ class _Preparation:
     """Entries on their way: usable so far, or refused."""
 
     config: PrepareConfig
-    source: Source
+    source: RawSource
     scratch: Path  # for media that entries carry themselves
     entries: list[Entry] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)

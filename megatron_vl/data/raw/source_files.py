@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_vl.data.conversation import BadEntry
-from megatron_vl.data.raw.formats.chatml import PARTS
+from megatron_vl.data.raw.formats.chatml import SHARD_PARTS
 from megatron_vl.data.raw.formats.pickled import MAX_BYTES
 from megatron_vl.errors import InputError
 from megatron_vl.inputs import json_value, not_utf8, why_not_utf8
@@ -222,7 +222,7 @@ class TarShard(SourceFile):
             with tarfile.open(self.path, mode, tarinfo=_Header) as tar:
                 for member in tar:
                     own, part = _key(member.name)
-                    if not member.isfile() or part not in PARTS:
+                    if not member.isfile() or part not in SHARD_PARTS:
                         continue
                     if own != key or part in entry:
                         if key is not None:

@@ -35,7 +35,7 @@ class SourceEntry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RawSource:
     """The files of a source, and how they are read."""
 
     format: str  # one of FORMATS
@@ -77,7 +77,7 @@ class Source:
 def open_source(
     source: Path, *, format: str, json_name: str | None, dataset: str | None,
     fields: Fields | None = None,
-) -> Source:
+) -> RawSource:
     """The entries of `source`, a file or a directory.
 
     Args:
@@ -109,7 +109,7 @@ def open_source(
     return _open(files, format, fields or Fields(), root)
 
 
-def _open(files: tuple[Path, ...], format: str, fields: Fields, root: Path) -> Source:
+def _open(files: tuple[Path, ...], format: str, fields: Fields, root: Path) -> RawSource:
     tar = next((path for path in files if path.name.lower().endswith(TARS)), None)
     if tar is not None and format != _TAR_FORMAT:
         raise InputError(
@@ -117,7 +117,7 @@ def _open(files: tuple[Path, ...], format: str, fields: Fields, root: Path) -> S
             f"{_TAR_FORMAT}, or the directory of the JSON file."
         )
     readers = tuple(map(open_file, files))
-    return Source(format=format, fields=fields, files=files, root=root, readers=readers)
+    return RawSource(format=format, fields=fields, files=files, root=root, readers=readers)
 
 
 def _dataset_files(info: dataset_info.DatasetInfo) -> tuple[Path, ...]:

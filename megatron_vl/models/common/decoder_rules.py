@@ -16,7 +16,7 @@ from megatron_vl.weights.map import (
     WeightMap,
     Where,
 )
-from megatron_vl.weights.rules import QKV, Copy, GateUp, Row, Vocab
+from megatron_vl.weights.rules import QKV, Copy, GateUp, RowParallel, Vocab
 
 MCORE = "language_model"
 
@@ -71,14 +71,14 @@ def decoder_weights(decoder: DecoderSpec, *, hf: str, head: str) -> list[Weight]
         weights.append(at_layer(f"{attention}.linear_qkv.bias", qkv("bias", None)))
     weights += [
         at_layer(f"{attention}.linear_proj.weight",
-                 Row(key=f"{source}.self_attn.o_proj.weight", shape=(H, N * D))),
+                 RowParallel(key=f"{source}.self_attn.o_proj.weight", shape=(H, N * D))),
         at_layer(f"{mlp}.linear_fc1.layer_norm_weight",
                  Copy(key=f"{source}.post_attention_layernorm.weight", shape=(H,))),
         at_layer(f"{mlp}.linear_fc1.weight",
                  GateUp(gate=f"{source}.mlp.gate_proj.weight", up=f"{source}.mlp.up_proj.weight",
                         ffn=F, columns=H)),
         at_layer(f"{mlp}.linear_fc2.weight",
-                 Row(key=f"{source}.mlp.down_proj.weight", shape=(H, F))),
+                 RowParallel(key=f"{source}.mlp.down_proj.weight", shape=(H, F))),
         Weight(place=LAST, name=f"{MCORE}.decoder.final_layernorm.weight",
                rule=Copy(key=f"{hf}.norm.weight", shape=(H,))),
     ]

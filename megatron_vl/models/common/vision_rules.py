@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megatron_vl.models.spec import VisionSpec
 from megatron_vl.weights.map import Place, Weight, Where
-from megatron_vl.weights.rules import Column, Copy, FusedQKV, GateUp, Row
+from megatron_vl.weights.rules import ColumnParallel, Copy, FusedQKV, GateUp, RowParallel
 
 # transformers 4.52 and newer name the modules in memory so; published files keep the older names.
 RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
@@ -35,13 +35,14 @@ def vision_weights(vision: VisionSpec) -> list[Weight]:
     def qkv(leaf: str, columns: int | None) -> FusedQKV:
         return FusedQKV(key=f"{block}.attn.qkv.{leaf}", heads=A, head_dim=D, columns=columns)
 
-    def first(leaf: str, columns: int | None) -> Column | GateUp:
+    def first(leaf: str, columns: int | None) -> ColumnParallel | GateUp:
         """Of the MLP."""
         mlp = f"{block}.mlp"
         if vision.gated:
             return GateUp(gate=f"{mlp}.gate_proj.{leaf}", up=f"{mlp}.up_proj.{leaf}", ffn=F,
                           columns=columns)
-        return Column(key=f"{mlp}.fc1.{leaf}", shape=(F,) if columns is None else (F, columns))
+        shape = (F,) if columns is None else (F, columns)
+        return ColumnParallel(key=f"{mlp}.fc1.{leaf}", shape=shape)
 
     second = f"{block}.mlp.{'down_proj' if vision.gated else 'fc2'}"
     qkv_name, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1"
@@ -55,19 +56,20 @@ def vision_weights(vision: VisionSpec) -> list[Weight]:
         at_layer(f"{qkv_name}.weight", qkv("weight", W)),
         at_layer(f"{qkv_name}.bias", qkv("bias", None)),
         at_layer("self_attention.linear_proj.weight",
-                 Row(key=f"{block}.attn.proj.weight", shape=(W, W))),
+                 RowParallel(key=f"{block}.attn.proj.weight", shape=(W, W))),
         at_layer("self_attention.linear_proj.bias",
                  Copy(key=f"{block}.attn.proj.bias", shape=(W,))),
         *norm(f"{fc1}.layer_norm_", f"{block}.norm2", at_layer),
         at_layer(f"{fc1}.weight", first("weight", W)),
         at_layer(f"{fc1}.bias", first("bias", None)),
-        at_layer("mlp.linear_fc2.weight", Row(key=f"{second}.weight", shape=(W, F))),
+        at_layer("mlp.linear_fc2.weight", RowParallel(key=f"{second}.weight", shape=(W, F))),
         at_layer("mlp.linear_fc2.bias", Copy(key=f"{second}.bias", shape=(W,))),
         *norm("vision_model.decoder.final_layernorm.", f"{merger}.ln_q", at_end),
         at_end(f"{projection}.linear_fc1.weight",
-               Column(key=f"{merger}.mlp.0.weight", shape=(M, M))),
-        at_end(f"{projection}.linear_fc1.bias", Column(key=f"{merger}.mlp.0.bias", shape=(M,))),
+               ColumnParallel(key=f"{merger}.mlp.0.weight", shape=(M, M))),
+        at_end(f"{projection}.linear_fc1.bias",
+               ColumnParallel(key=f"{merger}.mlp.0.bias", shape=(M,))),
         at_end(f"{projection}.linear_fc2.weight",
-               Row(key=f"{merger}.mlp.2.weight", shape=(out, M))),
+               RowParallel(key=f"{merger}.mlp.2.weight", shape=(out, M))),
         at_end(f"{projection}.linear_fc2.bias", Copy(key=f"{merger}.mlp.2.bias", shape=(out,))),
     ]

@@ -25,7 +25,7 @@ from megatron_vl.weights.dtypes import WEIGHTS, not_finite
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import Stored, WeightMap, listed, volume
 from megatron_vl.weights.mcore_io import CheckpointInfo
-from megatron_vl.weights.plan import Op, Plan, TensorPlan, Twin, make_plan
+from megatron_vl.weights.plan import CopyPlan, Op, TensorPlan, Twin, make_plan
 from megatron_vl.weights.reshard import SPAN, Reader, chunks, twin_differs
 
 
@@ -109,12 +109,12 @@ def _parameters(
             yield stored, own[name]
 
 
-def _share_of_twins(plan: Plan) -> list[Twin]:
+def _share_of_twins(plan: CopyPlan) -> list[Twin]:
     """Those that this rank compares: a part for each, since each opens the whole checkpoint."""
     return list(plan.twins[torch.distributed.get_rank() :: torch.distributed.get_world_size()])
 
 
-def _needed(plan: Plan, twins: list[Twin], source: Source) -> dict[Ids, TensorAt]:
+def _needed(plan: CopyPlan, twins: list[Twin], source: Source) -> dict[Ids, TensorAt]:
     """The tensors that this rank reads something of; the files of others are not opened."""
     names = {op.source.id for tensor in plan.tensors for op in tensor.ops}
     names |= {one.id for twin in twins for one in (twin.first, twin.second)}

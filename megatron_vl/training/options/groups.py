@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, check_bounds
 from megatron_vl.models.common.parts import PARTS
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import Layout
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.log import LogOptions
-from megatron_vl.training.options.option import option
+from megatron_vl.training.options.option import defaults, option
 from megatron_vl.training.options.spellings import PRECISIONS
+
+# Defaults of options whose owners are elsewhere.
+_MEDIA, _TEXT = defaults(MediaLimits), defaults(TrainedText)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -333,25 +338,33 @@ class DataOptions:
     max_skipped_samples: int = option(
         100, "samples that cannot be used and are skipped, before the run stops; 0: none"
     )
-    train_on_prompt: bool = option(False, "train on every token, not on the answers alone")
-    mask_history: bool = option(False, "train on the last answer of a conversation alone")
+    train_on_prompt: bool = option(
+        _TEXT["train_on_prompt"], "train on every token, not on the answers alone"
+    )
+    mask_history: bool = option(
+        _TEXT["mask_history"], "train on the last answer of a conversation alone"
+    )
     image_min_pixels: int | None = option(
-        None, "least pixels of a resized image; default: preprocessor_config.json's", kind=int
+        _MEDIA["image_min_pixels"],
+        "least pixels of a resized image; default: preprocessor_config.json's", kind=int
     )
     image_max_pixels: int | None = option(
-        None, "most pixels of a resized image; default: preprocessor_config.json's", kind=int
+        _MEDIA["image_max_pixels"],
+        "most pixels of a resized image; default: preprocessor_config.json's", kind=int
     )
     video_min_pixels: int | None = option(
-        None, "least pixels of a video's resized frame; default: the model's own files", kind=int
+        _MEDIA["video_min_pixels"],
+        "least pixels of a video's resized frame; default: the model's own files", kind=int
     )
     video_max_pixels: int | None = option(
-        None, "most pixels of a video's resized frame; default: the model's own files", kind=int
+        _MEDIA["video_max_pixels"],
+        "most pixels of a video's resized frame; default: the model's own files", kind=int
     )
-    video_fps: float = option(2.0, "frames taken from a second of video")
-    video_maxlen: int = option(128, "frames taken from one video at most")
+    video_fps: float = option(_MEDIA["video_fps"], "frames taken from a second of video")
+    video_maxlen: int = option(_MEDIA["video_maxlen"], "frames taken from one video at most")
     video_positions: str = option(
-        "published", "text after a video goes on behind its last frame, as the model was trained; "
-        "transformers5: behind its longest side, as transformers 5 has it",
+        _MEDIA["video_positions"], "text after a video goes on behind its last frame, as the "
+        "model was trained; transformers5: behind its longest side, as transformers 5 has it",
         choices=("published", "transformers5"),
     )
     shuffle_buffer_size: int = option(1000, "samples shuffled together")
@@ -363,6 +376,11 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row holds several samples."""
+        return self.packing_buffer_size > 0
 
     @property
     def validates(self) -> bool:

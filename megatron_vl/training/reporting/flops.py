@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from megatron_vl.models.family import Grid
 from megatron_vl.models.spec import VLMSpec
-
-Grid = tuple[int, int, int]
 
 
 def step_flops(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import chain
 from statistics import median
 
 import torch
@@ -17,6 +18,7 @@ from megatron_vl.errors import InputError
 
 NORMS = 64  # of the latest updates: what is usual
 LEAST = 16  # of them, before a spike is called one
+NAMED = 64  # samples that a message names at most: a packed row's
 
 
 class StepGuard:
@@ -101,3 +103,24 @@ def update(optimizer, loss: float, guard: StepGuard) -> tuple[bool, float | None
             use_decoupled_grad=one.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
         )
     return optimizer.step_with_ready_grads(), norm, ""
+
+
+def blame(losses: list[dict], sample_keys: list[list[str]]) -> str:
+    """The samples of the rows whose loss is not finite, over all ranks; else of all rows.
+
+    Args:
+        losses: what each microbatch left for the log; held by last stages alone.
+        sample_keys: of each microbatch.
+    """
+    mine = []
+    for number, one in enumerate(losses):
+        if not torch.isfinite(one["sums"]).all():
+            mine += sample_keys[number]
+    everyone: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    names = list(dict.fromkeys(name for one in everyone for name in one))
+    if names:
+        return f"the samples of its row are {', '.join(names[:NAMED])}"
+    torch.distributed.all_gather_object(everyone, list(chain(*sample_keys)))
+    names = list(dict.fromkeys(name for one in everyone for name in one))
+    return f"its samples were {', '.join(names[:NAMED])}"

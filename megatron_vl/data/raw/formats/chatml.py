@@ -38,7 +38,7 @@ from megatron_vl.data.raw.formats.turns import MARK, listed_turns
 from megatron_vl.inputs import json_value
 from megatron_vl.models.media import IMAGE, VIDEO
 
-PARTS = ("jpgs", "videos", "json")  # of a sample of a shard
+SHARD_PARTS = ("jpgs", "videos", "json")  # of a sample of a shard
 _SECONDS_A_FRAME = 0.5  # where the sample does not say
 
 

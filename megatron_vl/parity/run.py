@@ -1,0 +1,91 @@
+"""Weights of a Hugging Face directory for every layout, and the judge's word on what came of them.
+
+Between the two the ranks run; see `ranks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_vl.models.registry import family
+from megatron_vl.models.spec import VLMSpec
+from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parity.cases import cases, make_samples
+from megatron_vl.parity.compare import Difference, compare
+from megatron_vl.parity.judge import run_transformers
+from megatron_vl.parity.ranks import Setting, read_ours
+from megatron_vl.weights.convert import (
+    HFTarget,
+    McoreTarget,
+    inspect_weights,
+    open_weights,
+    plan_conversion,
+    run_conversion,
+)
+from megatron_vl.weights.targets import Target
+
+SHARD_BYTES = 5 * 10**9  # of a file of safetensors at most
+
+
+def write_weights(
+    work_dir: Path, hf_dir: Path, spec: VLMSpec, layouts: Sequence[tuple[Layout, StageSplit]],
+    setting: Setting,
+) -> None:
+    """WORK_DIR/k/weights for layout k, as `run_ranks` reads them."""
+    for number, (layout, split) in enumerate(layouts):
+        model = Layout(tp=layout.tp, pp=layout.pp, vp=layout.vp)
+        target = McoreTarget(
+            layout=model, split=split,
+            args=lambda dtype, of=(model, split): spec.megatron_args(*of, dtype),
+        )
+        _convert(hf_dir, work_dir / str(number) / "weights", hf_dir, spec, target, setting.dtype)
+
+
+def differences(
+    work_dir: Path, hf_dir: Path, spec: VLMSpec, layouts: Sequence[tuple[Layout, StageSplit]],
+    setting: Setting,
+) -> tuple[list[list[Difference]], list[Difference]]:
+    """Of what `run_ranks` left, to transformers in fp32.
+
+    Returns:
+        every layout's of every case, and transformers' own in the dtype of `setting`, a case each;
+        none in fp32.
+    """
+    found, own = [[] for _ in layouts], []
+    for index, case in enumerate(cases(spec, setting.packed)):
+        theirs = run_transformers(hf_dir, spec, case)
+        if setting.dtype != "float32":
+            theirs_rounded = run_transformers(hf_dir, spec, case, setting.dtype)
+            own.append(compare(case.name, theirs_rounded, theirs))
+        samples = make_samples(spec, case)
+        for number, (layout, _) in enumerate(layouts):
+            folder = work_dir / str(number)
+            gradients = folder / f"{index}.hf"
+            _convert(
+                folder / f"{index}.gradients", gradients, hf_dir, spec,
+                HFTarget(max_shard_bytes=SHARD_BYTES),
+            )
+            ours = read_ours(
+                folder, index, case, spec, samples, layout, _read_tensors(gradients)
+            )
+            found[number].append(compare(case.name, ours, theirs))
+    return found, own
+
+
+def _convert(
+    source: Path, directory: Path, hf_dir: Path, spec: VLMSpec, target: Target,
+    dtype: str | None = None,
+) -> None:
+    weights = family(spec.model_type).weight_map(spec)
+    opened = open_weights(inspect_weights(source), weights)
+    conversion = plan_conversion(opened, weights, target, dtype)
+    run_conversion(conversion, directory, side_files=hf_dir)
+
+
+def _read_tensors(hf_dir: Path) -> dict[str, torch.Tensor]:
+    files = sorted(hf_dir.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

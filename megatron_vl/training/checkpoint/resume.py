@@ -1,0 +1,186 @@
+"""A run goes on from a checkpoint: model, optimizer, schedule, random state, place in the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+from megatron_vl.data.load.loader_state import from_json
+from megatron_vl.errors import InputError, shown
+from megatron_vl.inputs import read_text
+from megatron_vl.platform import barrier, select_platform, set_device_random_state
+from megatron_vl.training.checkpoint.files import faults, read_checksums
+from megatron_vl.training.checkpoint.start import weights_alone
+from megatron_vl.training.checkpoint.state import (
+    LOADER,
+    hybrid_optimizers,
+    inner_state,
+    model_key,
+    state_dict,
+)
+from megatron_vl.training.checkpoint.weights import Loaded, load_weights
+from megatron_vl.training.plan import Plan
+from megatron_vl.weights.found import LATEST
+from megatron_vl.weights.mcore_io import CheckpointInfo
+from megatron_vl.weights.torch_dist import check_data_only
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """Where training goes on."""
+
+    iteration: int  # steps already done
+    loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
+    guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
+    samples: int | None = 0  # read so far; None where the checkpoint does not say
+    weights: Loaded | None = None  # where nothing but weights was taken
+    schedule: dict | None = None  # the state of its OptimizerParamScheduler; None: a new one begins
+
+
+def check_files(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files by their checksums; empty if nothing is.
+
+    All ranks call it together; each reads a part of the files.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found: list[str] = []
+    try:
+        sums = read_checksums(checkpoint)
+        if sums is not None:
+            found = faults(checkpoint, sums, sorted(sums)[rank::world])
+    except (OSError, ValueError) as error:
+        found = [str(error)]
+    everyone: list = [None] * world
+    torch.distributed.all_gather_object(everyone, found)
+    return ", ".join(dict.fromkeys(fault for one in everyone for fault in one))
+
+
+def load_checkpoint(
+    plan: Plan, info: CheckpointInfo, own: bool, model, optimizer, scheduler
+) -> Resumed:
+    """Fill model, optimizer, schedule and random state from `info`.
+
+    Weights alone are taken, into any layout, of what was converted and with `finetune`.
+    """
+    options = plan.config.checkpoint
+    if weights_alone(plan.config, info, own):
+        loaded = load_weights(info, model, plan.spec, plan.layout, plan.split)
+        optimizer.reload_model_params()
+        return Resumed(iteration=0, weights=loaded)
+    check_data_only(info.path, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    barrier()  # no rank reads what another has refused
+    with_optimizer = not options.no_load_optim
+    if with_optimizer and not _holds(info, "optimizer"):
+        raise InputError(
+            f"{info.path} holds no optimizer state; give --no-load-optim to go on without it, or "
+            f"--finetune to start at step 0."
+        )
+    state = state_dict(
+        plan, info.iteration, model, optimizer if with_optimizer else None, scheduler, loading=True
+    )
+    same_ranks = info.layout is not None and (info.layout.tp, info.layout.pp) == (
+        plan.layout.tp, plan.layout.pp)
+    with_rng = not options.no_load_rng and same_ranks and _holds(info, "rng_state")
+    if not with_rng:
+        del state["rng_state"]
+    if with_optimizer:
+        # The groups are this run's own, whose rates may be others; see what is taken of the file's.
+        del inner_state(state["optimizer"])["param_groups"]
+    loaded = dist_checkpointing.load(state, str(info.path))
+    for number, chunk in enumerate(model):
+        chunk.module.load_state_dict(loaded[model_key(number, model)], strict=True)
+    if with_optimizer:
+        _load_optimizer(optimizer, loaded["optimizer"])
+        _count_on(optimizer)
+    else:
+        optimizer.reload_model_params()
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if with_rng:
+        _set_random_state(loaded["rng_state"], info)
+    return Resumed(
+        iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else (),
+        guard=loaded.get("megatron_vl", {}).get("guard", {}),
+        samples=loaded.get("megatron_vl", {}).get("samples"),
+        schedule=loaded["opt_param_scheduler"],
+    )
+
+
+def _load_optimizer(optimizer, loaded: dict) -> None:
+    """Moments and number of updates of a checkpoint, in this run's own parameter groups.
+
+    Where its options may differ from the checkpoint's was checked with the plan.
+    """
+    inner = inner_state(loaded)
+    # A rank that trains nothing found nothing.
+    inner.setdefault("state", {})
+    if loaded is not inner:
+        loaded.setdefault("fp32_from_fp16_params", [])
+    steps = [group["step"] for group in inner["param_groups"] if "step" in group]
+    inner["param_groups"] = inner_state(optimizer.state_dict())["param_groups"]
+    for group in inner["param_groups"]:
+        group |= {"step": max(steps)} if steps else {}
+    optimizer.load_state_dict(loaded)
+
+
+def _loader_states(info: CheckpointInfo) -> list[Path]:
+    """Where every data-parallel rank stood in its data, in the order of the ranks.
+
+    Raises:
+        InputError: a rank's is missing.
+    """
+    found = sorted(info.path.glob(LOADER.format("[0-9]" * 5)))
+    wanted = [info.path / LOADER.format(f"{rank:05d}") for rank in range(len(found))]
+    if found != wanted:
+        missing = next(path for path in wanted if path not in found)
+        raise InputError(
+            f"{missing} is missing, where a rank's place in the data is; restore it, or go on in a "
+            f"new --save with --load {info.root}, where the data starts anew."
+        )
+    return found
+
+
+def read_loader_state(path: Path) -> dict:
+    """For `RowLoader.restore_state`.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return from_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}, where a rank stood in its data, cannot be read ({shown(error)}); "
+            f"restore it, or go on from an earlier iteration by writing its number into "
+            f"{path.parent.parent / LATEST}."
+        ) from error
+
+
+def _count_on(optimizer) -> None:
+    """Let a loaded hybrid optimizer's GPU part count its steps itself.
+
+    It has got the number; left in the groups of the whole, it would get it anew before each step.
+    """
+    for hybrid in hybrid_optimizers(optimizer):
+        for group in hybrid.param_groups:
+            group.pop("step", None)
+
+
+def _holds(info: CheckpointInfo, key: str) -> bool:
+    names = load_sharded_metadata(str(info.path))
+    return any(name == key or name.startswith((f"{key}/", f"{key}.")) for name in names)
+
+
+def _set_random_state(state: dict, info: CheckpointInfo) -> None:
+    here = select_platform().name
+    if state["platform"] != here:
+        if torch.distributed.get_rank() == 0:
+            print(f"random states of {info.path} are those of {state['platform']} and start anew "
+                  f"on {here}", flush=True)
+        return
+    torch.set_rng_state(state["cpu"])
+    set_device_random_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
