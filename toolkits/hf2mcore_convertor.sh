@@ -9,7 +9,8 @@ usage() {
 usage: [MP_PP0_LAYERS=n] [MP_VP=n] [MP_OVERWRITE=true] bash ${CONVERTOR:-$0} \\
            MODEL_SIZE SOURCE TARGET TP PP mg2hf PR [HF_CKPT_PATH]
 
-  1 MODEL_SIZE    2B, 7B, 72B or auto; checked against config.json, which alone gives the sizes
+  1 MODEL_SIZE    a published size, such as 7B, or auto; checked against config.json, which
+                  alone gives the sizes
   2 SOURCE        checkpoint to convert: a Hugging Face directory, or Megatron-Core's if mg2hf
   3 TARGET        directory to write; refused if it holds anything, unless MP_OVERWRITE=true
   4 TP            tensor-parallel ranks of the Megatron-Core checkpoint

@@ -6,12 +6,14 @@ set -euo pipefail
 
 usage() {
   cat >&2 <<TABLE
-usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash $0 ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR \\
+usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash ${LAUNCHER:-$0} \\
+           ENV MODEL_SIZE BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR \\
            SEQ_LEN PAD_LEN PR TP PP CP [SP] DO FL AC OPTIMIZER_OFFLOAD SAVE_INTERVAL DATASET_PATH \\
            VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_ITERS LR_WARMUP_ITERS OUTPUT_BASEPATH
 
    1 ENV                       dsw: this machine alone; dlc: one of several nodes
-   2 MODEL_SIZE                2B, 7B, 72B or auto; checked against config.json
+   2 MODEL_SIZE                a published size, such as 7B, or auto; checked against
+                               config.json
    3 BATCH_SIZE                rows of a forward pass on one data-parallel rank
    4 GLOBAL_BATCH_SIZE         rows of an optimizer step
    5 LR                        learning rate

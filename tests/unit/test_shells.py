@@ -70,9 +70,10 @@ def test_a_script_that_sh_was_given_goes_on_in_bash(script, tmp_path):
     assert done.stdout.splitlines() == [str(script), "two words", "*"]
 
 
-def test_the_published_recipe_runs_as_it_is_typed(tmp_path):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_published_recipe_runs_as_it_is_typed(family, tmp_path):
     python = stub(tmp_path, "python")
-    words = given(sh(TRAINER, *published(), PYTHON=python))
+    words = given(sh(TRAINER.parents[1] / family / TRAINER.name, *published(), PYTHON=python))
     assert words[:4] == ["-m", "megatron_vl", "train", "--no-cluster-env"]
     for option, value in {
         "--model-size": "7B", "--global-batch-size": "32", "--max-padding-length": "2048",
