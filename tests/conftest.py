@@ -57,7 +57,7 @@ def hf_dir(shared) -> Path:
 
 @pytest.fixture(scope="session")
 def spec(hf_dir):
-    """The tiny model's `VLMSpec`."""
+    """The tiny model's `ModelSpec`."""
     from megatron_vl.models import load_spec
 
     return load_spec(hf_dir)

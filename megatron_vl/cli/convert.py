@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_vl.data.encode.model_files import missing_files
 from megatron_vl.errors import Bounds, InputError, shown
 from megatron_vl.models.registry import family, load_spec
-from megatron_vl.models.spec import DTYPES, VLMSpec
+from megatron_vl.models.spec import DTYPES, ModelSpec
 from megatron_vl.parallel import Layout
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.options.spellings import dtype_of, flags_of
@@ -142,7 +142,7 @@ def _config_dir(directory: Path, info) -> Path:
     return info.root
 
 
-def _target(args: argparse.Namespace, kind: str, spec: VLMSpec, work):
+def _target(args: argparse.Namespace, kind: str, spec: ModelSpec, work):
     layout_given = [name for name in LAYOUT_OPTIONS if getattr(args, name) is not None]
     to = args.to or ("mcore" if kind == "hf" or layout_given or args.format else "hf")
     if to == "hf":

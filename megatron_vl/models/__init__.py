@@ -1,13 +1,13 @@
 """Model families and the numbers that describe them; importing this starts no Megatron-Core."""
 
 from megatron_vl.models.registry import Family, family, known_families, load_spec
-from megatron_vl.models.spec import DecoderSpec, TokenIds, VisionSpec, VLMSpec
+from megatron_vl.models.spec import DecoderSpec, ModelSpec, TokenIds, VisionSpec
 
 __all__ = [
     "DecoderSpec",
     "Family",
+    "ModelSpec",
     "TokenIds",
-    "VLMSpec",
     "VisionSpec",
     "family",
     "known_families",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from megatron_vl.models.media import MediaLimits, StoredMedia
-    from megatron_vl.models.spec import VLMSpec
+    from megatron_vl.models.spec import ModelSpec
 
 COPY_AGAIN = "copy it again from the model's Hugging Face repository"  # a file of it
 Span = tuple[int, int]  # the characters from one up to, and without, another
@@ -113,7 +113,7 @@ class Family(Protocol):
     """A family as data sees it."""
 
     def processor(
-        self, hf_dir: Path, spec: VLMSpec, limits: MediaLimits | None = None
+        self, hf_dir: Path, spec: ModelSpec, limits: MediaLimits | None = None
     ) -> Processor | None:
         """The media side of a Hugging Face directory; None of a model without vision.
 
@@ -121,17 +121,17 @@ class Family(Protocol):
             InputError: its settings of images or videos cannot be used, or not with `limits`.
         """
 
-    def missing_media_files(self, hf_dir: Path, spec: VLMSpec) -> list[str]:
+    def missing_media_files(self, hf_dir: Path, spec: ModelSpec) -> list[str]:
         """Names of the files that `processor` needs and the directory lacks; without torch."""
 
-    def check_media_files(self, hf_dir: Path, spec: VLMSpec) -> None:
+    def check_media_files(self, hf_dir: Path, spec: ModelSpec) -> None:
         """Looks at those files, as far as it can be done without torch.
 
         Raises:
             InputError: one is missing, or cannot be used.
         """
 
-    def positions(self, spec: VLMSpec, video_positions: str = "published") -> Positions:
+    def positions(self, spec: ModelSpec, video_positions: str = "published") -> Positions:
         """The positions of this model's samples.
 
         Args:

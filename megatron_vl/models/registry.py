@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.family import Positions, Processor, TemplateWriter
 from megatron_vl.models.media import MediaLimits
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
 
@@ -36,34 +36,34 @@ class Family:
     def _part(self, module: str, name: str) -> Callable:
         return getattr(import_module(f"{self.package}.{module}"), name)
 
-    def read_config(self, config: dict) -> VLMSpec:
+    def read_config(self, config: dict) -> ModelSpec:
         """The spec of a parsed config.json. Raises InputError for a missing or unusable key."""
         return self._part("config", "read_config")(config)
 
-    def weight_map(self, spec: VLMSpec):
+    def weight_map(self, spec: ModelSpec):
         """The family's `megatron_vl.weights.WeightMap` for these sizes."""
         return self._part("weight_map", "weight_map")(spec)
 
     def processor(
-        self, hf_dir: str | Path, spec: VLMSpec, limits: MediaLimits | None = None
+        self, hf_dir: str | Path, spec: ModelSpec, limits: MediaLimits | None = None
     ) -> Processor | None:
         """See `megatron_vl.models.family.Family`; this imports torch and transformers."""
         if spec.vision is None:
             return None
         return self._part("media", "processor")(Path(hf_dir), spec, limits)
 
-    def missing_media_files(self, hf_dir: str | Path, spec: VLMSpec) -> list[str]:
+    def missing_media_files(self, hf_dir: str | Path, spec: ModelSpec) -> list[str]:
         """See `megatron_vl.models.family.Family`."""
         if spec.vision is None:
             return []
         return self._part("media_files", "missing_media_files")(Path(hf_dir))
 
-    def check_media_files(self, hf_dir: str | Path, spec: VLMSpec) -> None:
+    def check_media_files(self, hf_dir: str | Path, spec: ModelSpec) -> None:
         """See `megatron_vl.models.family.Family`."""
         if spec.vision is not None:
             self._part("media_files", "check_media_files")(Path(hf_dir), spec)
 
-    def positions(self, spec: VLMSpec, video_positions: str = "published") -> Positions:
+    def positions(self, spec: ModelSpec, video_positions: str = "published") -> Positions:
         """See `megatron_vl.models.family.Family`; this imports torch."""
         return self._part("positions", "positions")(spec, video_positions)
 
@@ -81,7 +81,7 @@ class Family:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
         return self._part("reference", "inputs")(*sample)
 
-    def check_size(self, spec: VLMSpec, size: str) -> None:
+    def check_size(self, spec: ModelSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
 
         Raises:
@@ -98,9 +98,9 @@ class Family:
                 f"{next((name for name, known in sizes.items() if known == have), 'auto')}."
             )
 
-    def build_model(self, spec: VLMSpec, layout: Layout, split: StageSplit, options) -> list:
+    def build_model(self, spec: ModelSpec, layout: Layout, split: StageSplit, options) -> list:
         """This rank's chunks of the Megatron-Core model, first to last; this imports it."""
-        from megatron_vl.models.common.vlm import build_chunks
+        from megatron_vl.models.common.pipeline_model import build_chunks
 
         build_tower = None if spec.vision is None else self._part("tower", "build_tower")
         return build_chunks(spec, layout, split, options, build_tower)
@@ -140,7 +140,7 @@ def read_config_json(directory: str | Path) -> dict:
     return read_file(path, dict, mend="copy it again")
 
 
-def load_spec(directory: str | Path) -> VLMSpec:
+def load_spec(directory: str | Path) -> ModelSpec:
     """The spec of the model whose config.json lies in `directory`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""What a vision-language model is made of, as numbers: no torch, no Megatron-Core.
+"""What a model is made of, as numbers: no torch, no Megatron-Core.
 
 A family's `config.py` reads these from the model's own config.json; the model builder, the
-converter, the data pipeline and the trainer all read the same `VLMSpec`.
+converter, the data pipeline and the trainer all read the same `ModelSpec`.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ class TokenIds:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VLMSpec:
-    """One vision-language model."""
+class ModelSpec:
+    """One model: a language model, and the vision tower before it where it has one."""
 
     model_type: str  # config.json's, and the registry's name of the family
     dtype: str  # of the published weights: one of DTYPES

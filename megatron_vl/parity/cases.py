@@ -11,7 +11,7 @@ import torch
 from megatron_vl.data.encode.rows import least_length, make_batch, make_row
 from megatron_vl.data.encode.samples import IGNORE, EncodedSample, RowBatch
 from megatron_vl.models.registry import family
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 ROW_LENGTH = 128
 
@@ -60,13 +60,13 @@ MICROBATCHES = 4
 assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
 
 
-def cases(spec: VLMSpec, packed: bool) -> list[Case]:
+def cases(spec: ModelSpec, packed: bool) -> list[Case]:
     """Those that the model can see, with several samples a row where they have it, or with one."""
     seen = [case for case in CASES if spec.vision is not None or not any(case.images)]
     return seen if packed else [case.unpacked() for case in seen]
 
 
-def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
+def make_samples(spec: ModelSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
     """Random text and pixels around the grids of `case`; half of each sample's tail is trained."""
     generator = torch.Generator().manual_seed(seed)
     # No padding token either: transformers' embedding keeps its gradient at zero on purpose.
@@ -100,12 +100,12 @@ def make_samples(spec: VLMSpec, case: Case, seed: int = 0) -> list[EncodedSample
     return samples
 
 
-def _placeholder(spec: VLMSpec, grid: Sequence[int]) -> int:
+def _placeholder(spec: ModelSpec, grid: Sequence[int]) -> int:
     return spec.tokens.video if grid[0] > 1 else spec.tokens.image
 
 
 def make_batches(
-    spec: VLMSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int = ROW_LENGTH
+    spec: ModelSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int = ROW_LENGTH
 ) -> list[RowBatch]:
     """The samples of `case` as microbatches of packed rows.
 

@@ -11,12 +11,12 @@ import torch
 
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.models.registry import family
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parity.cases import Case, make_samples
 from megatron_vl.parity.compare import Outcome
 
 
-def run_transformers(hf_dir: Path, spec: VLMSpec, case: Case, dtype: str = "float32") -> Outcome:
+def run_transformers(hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "float32") -> Outcome:
     """Each sample alone through transformers' own model."""
     import transformers
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parity.cases import MICROBATCHES
 
@@ -30,7 +30,7 @@ def check_microbatches(layout: Layout) -> None:
         )
 
 
-def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
+def sweep(spec: ModelSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
     """Every layout of `ranks` ranks that fits the model.
 
     Pipelines with an even and, where there is one, an uneven first stage, and, under sequence
@@ -58,7 +58,7 @@ def sweep(spec: VLMSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
             yield replace(layout, vit_data_parallel=True), splits[-1]
 
 
-def _fitting(spec: VLMSpec, layout: Layout, **split) -> StageSplit | None:
+def _fitting(spec: ModelSpec, layout: Layout, **split) -> StageSplit | None:
     """The split, if the model and the cases fit it."""
     try:
         made = spec.split(pp=layout.pp, vp=layout.vp, **split)
@@ -73,7 +73,7 @@ def _has_an_empty_chunk(split: StageSplit) -> bool:
     return not all(map(sum, zip(split.flat("vit"), split.flat("llm"), strict=True)))
 
 
-def _spread(spec: VLMSpec, chunks: int) -> dict[str, list[int]]:
+def _spread(spec: ModelSpec, chunks: int) -> dict[str, list[int]]:
     """Vision layers on as many chunks as there are, language layers from the last of them on."""
     vision = min(spec.vision.depth, chunks)
     language = chunks - (vision - 1)

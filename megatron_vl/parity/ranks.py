@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_vl.models.common.recompute import Recompute, recompute_of
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parity.cases import ROW_LENGTH, Case, cases, make_batches, make_samples
 from megatron_vl.parity.compare import Outcome
@@ -149,7 +149,7 @@ def _logits_step(stream, model):
     return output, gather
 
 
-def _save_gradients(directory: Path, source, model, spec: VLMSpec, layout: Layout) -> None:
+def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Layout) -> None:
     """This rank's summed gradients in the place of the weights of its checkpoint file."""
     from megatron.core import parallel_state
 
@@ -178,7 +178,7 @@ def _save_gradients(directory: Path, source, model, spec: VLMSpec, layout: Layou
     barrier()
 
 
-def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int], stage: int,
+def _cut_vision(gradients, spec: ModelSpec, split: StageSplit, tp: tuple[int, int], stage: int,
                 chunk: int) -> dict[str, torch.Tensor]:
     """A whole tower's gradients as the checkpoint of rank, size `tp` has its shards."""
     from megatron_vl.models.registry import family
@@ -194,7 +194,7 @@ def _cut_vision(gradients, spec: VLMSpec, split: StageSplit, tp: tuple[int, int]
 
 
 def read_ours(
-    work_dir: Path, index: int, case: Case, spec: VLMSpec, samples, layout: Layout, gradients
+    work_dir: Path, index: int, case: Case, spec: ModelSpec, samples, layout: Layout, gradients
 ) -> Outcome:
     """What the ranks left for case `index`; rows are taken apart into samples again."""
     per_batch = [None] * case.num_microbatches

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vl.models.registry import family
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parity.cases import cases, make_samples
 from megatron_vl.parity.compare import Difference, compare
@@ -32,7 +32,7 @@ SHARD_BYTES = 5 * 10**9  # of a file of safetensors at most
 
 
 def write_weights(
-    work_dir: Path, hf_dir: Path, spec: VLMSpec, layouts: Sequence[tuple[Layout, StageSplit]],
+    work_dir: Path, hf_dir: Path, spec: ModelSpec, layouts: Sequence[tuple[Layout, StageSplit]],
     setting: Setting,
 ) -> None:
     """WORK_DIR/k/weights for layout k, as `run_ranks` reads them."""
@@ -46,7 +46,7 @@ def write_weights(
 
 
 def differences(
-    work_dir: Path, hf_dir: Path, spec: VLMSpec, layouts: Sequence[tuple[Layout, StageSplit]],
+    work_dir: Path, hf_dir: Path, spec: ModelSpec, layouts: Sequence[tuple[Layout, StageSplit]],
     setting: Setting,
 ) -> tuple[list[list[Difference]], list[Difference]]:
     """Of what `run_ranks` left, to transformers in fp32.
@@ -77,7 +77,7 @@ def differences(
 
 
 def _convert(
-    source: Path, directory: Path, hf_dir: Path, spec: VLMSpec, target: Target,
+    source: Path, directory: Path, hf_dir: Path, spec: ModelSpec, target: Target,
     dtype: str | None = None,
 ) -> None:
     weights = family(spec.model_type).weight_map(spec)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.attention import AttentionCase, check_backend
 from megatron_vl.training.options.config import TrainConfig
 
 
-def check_machine(config: TrainConfig, spec: VLMSpec) -> None:
+def check_machine(config: TrainConfig, spec: ModelSpec) -> None:
     """Raises InputError: something asked for that this machine, or this program on it, cannot do.
     """
     _check_devices(config)
@@ -37,7 +37,7 @@ def _check_devices(config: TrainConfig) -> None:
             )
 
 
-def _check_attention(config: TrainConfig, spec: VLMSpec) -> None:
+def _check_attention(config: TrainConfig, spec: ModelSpec) -> None:
     """What needs no look at a device; a rank sees the rest when it builds its layers."""
     for tower in reversed(spec.towers):
         case = AttentionCase.here(

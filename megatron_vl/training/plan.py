@@ -11,7 +11,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.checkpoint.same_model import check_same_model
@@ -34,7 +34,7 @@ class Plan:
     """What a run is, found out before any process group or model exists."""
 
     config: TrainConfig
-    spec: VLMSpec
+    spec: ModelSpec
     layout: Layout
     split: StageSplit
     hf_dir: Path  # config.json and tokenizer
@@ -161,7 +161,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     return plan
 
 
-def _check_text_only(config: TrainConfig, spec: VLMSpec) -> None:
+def _check_text_only(config: TrainConfig, spec: ModelSpec) -> None:
     """Raises InputError: an option is about a vision tower, which this model has not."""
     for options, names in (
         (config.parallel, ("vit_data_parallel", "vit_pp_layers")),
@@ -207,7 +207,7 @@ def _check_log(plan: Plan) -> None:
             )
 
 
-def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
+def _split(config: TrainConfig, spec: ModelSpec, layout: Layout) -> StageSplit:
     """The split that was asked for; of a tower of which nothing was said, the checkpoint's own, if
     that is for this layout.
 
@@ -226,7 +226,7 @@ def _split(config: TrainConfig, spec: VLMSpec, layout: Layout) -> StageSplit:
     return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first, **lists)
 
 
-def _with_precision(config: TrainConfig, spec: VLMSpec) -> tuple[TrainConfig, str]:
+def _with_precision(config: TrainConfig, spec: ModelSpec) -> tuple[TrainConfig, str]:
     """The configuration with its precision said, and a word on who says it: an option, else the run
     that is resumed, else config.json."""
     if config.model.dtype is not None:

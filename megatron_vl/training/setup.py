@@ -22,8 +22,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_vl.models.common.parts import PARTS, part_of
+from megatron_vl.models.common.pipeline_model import sum_tied, sum_vision
 from megatron_vl.models.common.transformer_config import ModelOptions
-from megatron_vl.models.common.vlm import sum_tied, sum_vision
 from megatron_vl.models.registry import family
 from megatron_vl.platform import Platform
 from megatron_vl.training.options.groups import OptimizerOptions

@@ -184,9 +184,9 @@ def test_every_way_to_import_is_seen(tmp_path, text, found):
 
 
 @pytest.mark.parametrize(("room", "module", "may"), [
-    ("data", "megatron_vl.models.spec.VLMSpec", True),
+    ("data", "megatron_vl.models.spec.ModelSpec", True),
     ("data", "megatron_vl.models.family.Positions", True),
-    ("data", "megatron_vl.models.common.vlm", False),
+    ("data", "megatron_vl.models.common.pipeline_model", False),
     ("data", "megatron_vl.models.media.StoredMedia", True),
     ("data", "megatron_vl.models.common.media_positions", False),
     ("data", "megatron_vl.models.registry", False),

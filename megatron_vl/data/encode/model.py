@@ -18,7 +18,7 @@ from megatron_vl.data.encode.media import decoded
 from megatron_vl.data.options import TrainedText
 from megatron_vl.models.family import Family, Grid, Positions, Processor
 from megatron_vl.models.media import MediaLimits, StoredMedia
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class ModelEncoder:
 
     @classmethod
     def from_hf_dir(
-        cls, hf_dir: Path, spec: VLMSpec, family: Family, *, limits: MediaLimits | None = None,
+        cls, hf_dir: Path, spec: ModelSpec, family: Family, *, limits: MediaLimits | None = None,
         trained: TrainedText | None = None,
     ) -> ModelEncoder:
         """Read the files beside config.json.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import COPY_AGAIN, Family
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.typed import Name, Shape, Text, read_file
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
-def missing_files(hf_dir: Path, spec: VLMSpec, family: Family) -> list[str]:
+def missing_files(hf_dir: Path, spec: ModelSpec, family: Family) -> list[str]:
     """Names of those that a Hugging Face directory lacks for training and for inference."""
     names = [name for name in TOKENIZER if not (hf_dir / name).is_file()]
     return names + family.missing_media_files(hf_dir, spec)
@@ -32,7 +32,7 @@ def check_tokenizer(hf_dir: Path) -> None:
     read_file(hf_dir / "tokenizer_config.json", TokenizerFile, mend=COPY_AGAIN)
 
 
-def check_model_files(hf_dir: Path, spec: VLMSpec, family: Family) -> None:
+def check_model_files(hf_dir: Path, spec: ModelSpec, family: Family) -> None:
     """Raises InputError: one is missing, or it can be told already that it cannot be used."""
     if missing := missing_files(hf_dir, spec, family):
         raise InputError(

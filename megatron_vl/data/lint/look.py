@@ -19,7 +19,7 @@ from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder, stop_on_
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import Family, Grid
 from megatron_vl.models.media import IMAGE, VIDEO, BadMedia, StoredMedia
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 STOPS = "stops training"  # beside the reasons for which training skips a sample
 
@@ -128,7 +128,7 @@ class _Encoder(SampleEncoder):
 
 
 def build_encoder(
-    config: DataConfig, hf_dir: Path | None, spec: VLMSpec | None, family: Family | None, *,
+    config: DataConfig, hf_dir: Path | None, spec: ModelSpec | None, family: Family | None, *,
     split: str,
 ) -> _Encoder:
     """Training's encoder of `config`; one that only reads conversations without a model.

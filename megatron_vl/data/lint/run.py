@@ -22,7 +22,7 @@ from megatron_vl.data.raw.shards import show_progress
 from megatron_vl.errors import Bounds, CheckFailed, InputError
 from megatron_vl.models.family import Family
 from megatron_vl.models.media import MediaLimits
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.outputs import check_target, replacing
 
 NUMBERS, PAGE = "lint.json", "lint.html"
@@ -40,7 +40,7 @@ class LintConfig:
 
     data: Mixture
     hf_dir: Path | None = None  # whose tokenizer and image settings count; None: no tokens
-    spec: VLMSpec | None = None  # of that model
+    spec: ModelSpec | None = None  # of that model
     family: Family | None = None
     split: str = "train"
     samples: int = 2000  # looked at; 0: all

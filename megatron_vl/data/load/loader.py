@@ -43,7 +43,7 @@ from megatron_vl.data.options import BOUNDS, TrainedText, row_length
 from megatron_vl.errors import InputError, check_bounds, shown
 from megatron_vl.models.family import Family
 from megatron_vl.models.media import MediaLimits
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 _ERROR_MARK = f"{InputError.__name__}: "
 
@@ -227,7 +227,7 @@ def build_train_loader(
     config: DataConfig,
     *,
     hf_dir: Path,
-    spec: VLMSpec,
+    spec: ModelSpec,
     family: Family,
     dp_rank: int = 0,
     dp_size: int = 1,
@@ -276,7 +276,7 @@ def build_valid_loader(
     config: DataConfig,
     *,
     hf_dir: Path,
-    spec: VLMSpec,
+    spec: ModelSpec,
     family: Family,
     dp_rank: int = 0,
     dp_size: int = 1,
@@ -366,7 +366,7 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
         return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
 
 
-def _encoder_parts(config: DataConfig, hf_dir: Path, spec: VLMSpec, family: Family) -> dict:
+def _encoder_parts(config: DataConfig, hf_dir: Path, spec: ModelSpec, family: Family) -> dict:
     model = ModelEncoder.from_hf_dir(
         hf_dir, spec, family, limits=config.media, trained=config.trained
     )

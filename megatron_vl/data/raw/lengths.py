@@ -8,7 +8,7 @@ from megatron_vl.data.conversation import BadEntry, Turn
 from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.models.family import Family
 from megatron_vl.models.media import BadMedia, StoredMedia
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 
 class LengthCounter:
@@ -18,7 +18,7 @@ class LengthCounter:
         self.model = model
 
     @classmethod
-    def from_hf_dir(cls, hf_dir: Path, spec: VLMSpec, family: Family) -> LengthCounter:
+    def from_hf_dir(cls, hf_dir: Path, spec: ModelSpec, family: Family) -> LengthCounter:
         """Raises InputError: see `ModelEncoder.from_hf_dir`."""
         return cls(ModelEncoder.from_hf_dir(hf_dir, spec, family))
 

@@ -6,7 +6,7 @@ that share the decoder share these lines.
 
 from __future__ import annotations
 
-from megatron_vl.models.spec import DecoderSpec, VLMSpec
+from megatron_vl.models.spec import DecoderSpec, ModelSpec
 from megatron_vl.weights.map import (
     EMBEDDING,
     LAST,
@@ -22,7 +22,7 @@ MCORE = "language_model"
 
 
 def whole_map(
-    spec: VLMSpec, source: str, weights: list[Weight], *,
+    spec: ModelSpec, source: str, weights: list[Weight], *,
     embedding: str = "model.embed_tokens.weight", head: str = "lm_head.weight",
     renamed: tuple[tuple[str, str], ...] = (),
 ) -> WeightMap:

@@ -13,7 +13,7 @@ from megatron_vl.models.common.decoder_config import (
     read_dtype,
     read_text_tokens,
 )
-from megatron_vl.models.spec import Grounding, TokenIds, VisionSpec, VLMSpec
+from megatron_vl.models.spec import Grounding, ModelSpec, TokenIds, VisionSpec
 from megatron_vl.typed import Shape
 
 # arXiv 2409.12191, section 2.2.1: coordinates within [0, 1000).
@@ -41,7 +41,7 @@ class _Tokens(Shape):
 
 def read_vision_language(
     config: dict, read_vision: Callable[[dict, int], VisionSpec], grounding: Grounding | None
-) -> VLMSpec:
+) -> ModelSpec:
     """The spec of a parsed config.json with a decoder of three axes and a tower.
 
     Args:
@@ -54,7 +54,7 @@ def read_vision_language(
     text = towers.text_config
     decoder = read_decoder(text, config, multi_axis=True)
     tokens = first(_Tokens, config, text)
-    return VLMSpec(
+    return ModelSpec(
         model_type=config["model_type"],
         dtype=read_dtype(config, text),
         decoder=decoder,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from megatron_vl.models.family import Grid
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 VideoPositions = Literal["published", "transformers5"]  # whether frames count, or sides alone
 _SMALL = 4096  # tokens of an image whose positions are remembered
@@ -122,7 +122,7 @@ class MediaPositions:
 
 
 def media_positions(
-    spec: VLMSpec, video_positions: VideoPositions, per_second: float | None = None
+    spec: ModelSpec, video_positions: VideoPositions, per_second: float | None = None
 ) -> MediaPositions:
     """Those of a model's samples."""
     return MediaPositions(

@@ -26,13 +26,13 @@ from megatron_vl.models.media import (
     MediaSettings,
     StoredMedia,
 )
-from megatron_vl.models.spec import VisionSpec, VLMSpec
+from megatron_vl.models.spec import ModelSpec, VisionSpec
 
 _IMAGE_TOKENS = (4, 16384)  # least and most of what `resized_height` and `resized_width` ask for
 _RESAMPLE = Image.Resampling.BICUBIC  # qwen-vl-utils'
 
 
-def processor(hf_dir: Path, spec: VLMSpec, limits: MediaLimits | None = None) -> MediaProcessor:
+def processor(hf_dir: Path, spec: ModelSpec, limits: MediaLimits | None = None) -> MediaProcessor:
     """The family's `megatron_vl.models.family.Processor`; see `MediaProcessor.from_hf_dir`."""
     return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision, limits=limits)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import COPY_AGAIN
-from megatron_vl.models.spec import VisionSpec, VLMSpec
+from megatron_vl.models.spec import ModelSpec, VisionSpec
 from megatron_vl.typed import Number, Positive, Shape, Size, read_file
 
 IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"
@@ -56,7 +56,7 @@ def missing_media_files(hf_dir: Path) -> list[str]:
     return [] if there else [IMAGE_SETTINGS]
 
 
-def check_media_files(hf_dir: Path, spec: VLMSpec) -> None:
+def check_media_files(hf_dir: Path, spec: ModelSpec) -> None:
     """Raises InputError: one is missing, or it can be told already that it cannot be used."""
     image_settings(hf_dir, spec.vision)
     video_size(hf_dir)

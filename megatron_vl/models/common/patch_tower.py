@@ -26,19 +26,19 @@ from megatron_vl.models.common.layer_spec import LayerKind, block_spec, projecto
 from megatron_vl.models.common.media_share import make_whole, mark_copies
 from megatron_vl.models.common.transformer_config import (
     ModelOptions,
-    VLTransformerConfig,
+    TowerConfig,
     encoder_config,
     encoder_projector_config,
 )
-from megatron_vl.models.spec import VisionSpec, VLMSpec
+from megatron_vl.models.spec import ModelSpec, VisionSpec
 from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import Layout, StageSplit
 
 
 def tower_config(
-    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
-) -> VLTransformerConfig:
+    spec: ModelSpec, layout: Layout, split: StageSplit, options: ModelOptions
+) -> TowerConfig:
     """The layers' configuration."""
     vision = spec.vision
     return encoder_config(
@@ -57,7 +57,7 @@ def tower_config(
     )
 
 
-def merger_config(spec: VLMSpec, layout: Layout, options: ModelOptions) -> VLTransformerConfig:
+def merger_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -> TowerConfig:
     """The merger's MLP: merged patches -> 4x vision width -> language width, with GELU."""
     return encoder_projector_config(
         spec, layout, options,

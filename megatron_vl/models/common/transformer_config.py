@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import use_transformer_engine
 from megatron_vl.models.common.recompute import NOTHING, Recompute
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.fusion import ACTIVATIONS
 from megatron_vl.parallel import Layout, StageSplit
@@ -39,7 +39,7 @@ class ModelOptions:
 
 
 @dataclass
-class VLTransformerConfig(TransformerConfig):
+class TowerConfig(TransformerConfig):
     """Megatron-Core's configuration plus the choices of `megatron_vl.ops`."""
 
     varlen_attention_backend: str = "auto"
@@ -51,11 +51,11 @@ class VLTransformerConfig(TransformerConfig):
 
 
 def language_config(
-    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions
-) -> VLTransformerConfig:
+    spec: ModelSpec, layout: Layout, split: StageSplit, options: ModelOptions
+) -> TowerConfig:
     """The decoder's configuration; the pipeline split is given explicitly for every chunk."""
     decoder = spec.decoder
-    return VLTransformerConfig(
+    return TowerConfig(
         num_layers=decoder.num_layers,
         hidden_size=decoder.hidden_size,
         ffn_hidden_size=decoder.ffn_hidden_size,
@@ -84,9 +84,9 @@ def language_config(
 
 
 def encoder_config(
-    tower: str, spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions, *,
+    tower: str, spec: ModelSpec, layout: Layout, split: StageSplit, options: ModelOptions, *,
     gated: bool, activation: str, kv_channels: int, **sizes,
-) -> VLTransformerConfig:
+) -> TowerConfig:
     """An encoder's configuration, with a pipeline of its own where it spans stages.
 
     Args:
@@ -102,7 +102,7 @@ def encoder_config(
             f"config.json names the vision activation {activation!r}; known are "
             f"{'silu' if gated else ', '.join(ACTIVATIONS)}."
         )
-    return VLTransformerConfig(
+    return TowerConfig(
         activation="swiglu" if gated else activation,
         gated_linear_unit=gated,
         kv_channels=kv_channels,
@@ -116,10 +116,10 @@ def encoder_config(
 
 
 def encoder_projector_config(
-    spec: VLMSpec, layout: Layout, options: ModelOptions, **sizes
-) -> VLTransformerConfig:
+    spec: ModelSpec, layout: Layout, options: ModelOptions, **sizes
+) -> TowerConfig:
     """Of the MLP between an encoder and the language model; `sizes`: Megatron-Core's own fields."""
-    return VLTransformerConfig(
+    return TowerConfig(
         num_layers=1,
         **sizes,
         **_initialization(options, spec.decoder.init_std),

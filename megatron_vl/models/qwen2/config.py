@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_vl.models.common.decoder_config import read_decoder, read_dtype, read_text_tokens
-from megatron_vl.models.spec import TokenIds, VLMSpec
+from megatron_vl.models.spec import ModelSpec, TokenIds
 
 SIZES = {  # published sizes: (layers, hidden size), to check a name against config.json
     "0.5B": (24, 896),
@@ -16,13 +16,13 @@ SIZES = {  # published sizes: (layers, hidden size), to check a name against con
 }
 
 
-def read_config(config: dict) -> VLMSpec:
+def read_config(config: dict) -> ModelSpec:
     """The spec of a parsed config.json.
 
     Raises:
         InputError: a key that is missing or unusable, named.
     """
-    return VLMSpec(
+    return ModelSpec(
         model_type=config["model_type"],
         dtype=read_dtype(config),
         decoder=read_decoder(config, multi_axis=False),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from megatron_vl.models.common.decoder_rules import decoder_weights, whole_map
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.weights.map import WeightMap
 
 
-def weight_map(spec: VLMSpec) -> WeightMap:
+def weight_map(spec: ModelSpec) -> WeightMap:
     """The map of a Qwen2 with these sizes."""
     return whole_map(
         spec, "models/qwen2/weight_map.py",

@@ -7,9 +7,9 @@ from megatron_vl.models.common.media_positions import (
     VideoPositions,
     media_positions,
 )
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 
-def positions(spec: VLMSpec, video_positions: VideoPositions = "published") -> MediaPositions:
+def positions(spec: ModelSpec, video_positions: VideoPositions = "published") -> MediaPositions:
     """See `megatron_vl.models.family.Family`."""
     return media_positions(spec, video_positions, spec.vision.tokens_per_second)

@@ -16,14 +16,14 @@ import torch
 from megatron_vl.models.common.layer_spec import LayerKind
 from megatron_vl.models.common.patch_tower import Order, PatchTower, merger_config, tower_config
 from megatron_vl.models.common.transformer_config import ModelOptions
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 
 Grid = tuple[int, int, int]
 
 
 def build_tower(
-    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions, *, layers: range,
+    spec: ModelSpec, layout: Layout, split: StageSplit, options: ModelOptions, *, layers: range,
     **chunk,
 ) -> WindowTower:
     """One chunk's `layers` of the tower; `chunk` as `PatchTower` has it."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megatron_vl.models.common.decoder_config import Layers, Width, first
 from megatron_vl.models.common.media_config import GROUNDING, read_vision_language
-from megatron_vl.models.spec import VisionSpec, VLMSpec
+from megatron_vl.models.spec import ModelSpec, VisionSpec
 from megatron_vl.typed import Name, Positive, Shape
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
@@ -37,7 +37,7 @@ class _Vision(Shape):
     hidden_act: Name = "quick_gelu"
 
 
-def read_config(config: dict) -> VLMSpec:
+def read_config(config: dict) -> ModelSpec:
     """The spec of a parsed config.json of Qwen2-VL.
 
     Raises:

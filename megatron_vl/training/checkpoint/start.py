@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.registry import family
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.training.checkpoint.files import candidates
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.weights.convert import inspect_weights, open_weights
@@ -19,7 +19,7 @@ SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_
 
 
 def find_checkpoint(
-    config: TrainConfig, spec: VLMSpec, damaged: dict[Path, str] | None = None
+    config: TrainConfig, spec: ModelSpec, damaged: dict[Path, str] | None = None
 ) -> tuple[CheckpointInfo | None, bool]:
     """What to start from, and whether it is this run's own: SAVE if it holds one, else LOAD.
 
@@ -39,7 +39,7 @@ def find_checkpoint(
 
 
 def check_weights(
-    config: TrainConfig, spec: VLMSpec, info: CheckpointInfo | None, own: bool
+    config: TrainConfig, spec: ModelSpec, info: CheckpointInfo | None, own: bool
 ) -> None:
     """Look at the names and shapes of the weights that a run is to take from `info`.
 
@@ -164,7 +164,7 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _checked(spec: VLMSpec, info: CheckpointInfo) -> CheckpointInfo:
+def _checked(spec: ModelSpec, info: CheckpointInfo) -> CheckpointInfo:
     if info.model_type not in (None, spec.model_type):
         raise InputError(
             f"{info.path} holds a {info.model_type} model but config.json says "

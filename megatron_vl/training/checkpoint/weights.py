@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.registry import family
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.weights.convert import Ids, Source, open_weights
 from megatron_vl.weights.dtypes import WEIGHTS, not_finite
@@ -42,7 +42,7 @@ class Loaded:
 
 
 def load_weights(
-    info: CheckpointInfo, model: list, spec: VLMSpec, layout: Layout, split: StageSplit
+    info: CheckpointInfo, model: list, spec: ModelSpec, layout: Layout, split: StageSplit
 ) -> Loaded:
     """Fill this rank's `model` from the weights of `info`. All ranks call it.
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron_vl.models.family import Grid
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 
 
 def step_flops(
-    spec: VLMSpec, *, grids: Iterable[Grid], lengths: Sequence[int], trained: int,
+    spec: ModelSpec, *, grids: Iterable[Grid], lengths: Sequence[int], trained: int,
     frozen: Sequence[str] = (),
 ) -> tuple[int, int]:
     """(vision tower and merger, language model): forward and backward of one optimizer step.

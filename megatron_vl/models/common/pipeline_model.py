@@ -1,4 +1,4 @@
-"""A vision-language model for Megatron-Core's pipeline: vision tower, GPTModel, what joins them.
+"""A model for Megatron-Core's pipeline: GPTModel, the vision tower before it, what joins them.
 
 Letters: s row length, b rows, n trained positions, E language width, V vocabulary (per tp rank).
 """
@@ -23,13 +23,13 @@ from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
-from megatron_vl.models.spec import VLMSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import Layout, StageSplit
 
 
-class VisionLanguageModel(MegatronModule):
+class PipelineModel(MegatronModule):
     """One chunk of the model: its vision layers, its language layers, what joins the two.
 
     Without a vision tower the word embedding is on the first chunk. With one, pixels enter there
@@ -49,7 +49,7 @@ class VisionLanguageModel(MegatronModule):
 
     def __init__(
         self,
-        spec: VLMSpec,
+        spec: ModelSpec,
         layout: Layout,
         split: StageSplit,
         options: ModelOptions,
@@ -267,17 +267,17 @@ class VisionLanguageModel(MegatronModule):
 
 
 def build_chunks(
-    spec: VLMSpec, layout: Layout, split: StageSplit, options: ModelOptions,
+    spec: ModelSpec, layout: Layout, split: StageSplit, options: ModelOptions,
     build_tower: Callable[..., MegatronModule] | None,
-) -> list[VisionLanguageModel]:
-    """This rank's chunks of the model, first to last; arguments as `VisionLanguageModel`'s."""
+) -> list[PipelineModel]:
+    """This rank's chunks of the model, first to last; arguments as `PipelineModel`'s."""
     chunks, groups = [], vision_groups(layout)
     for chunk in range(layout.vp):
         vp_stage = chunk if layout.vp > 1 else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         chunks.append(
-            VisionLanguageModel(
+            PipelineModel(
                 spec, layout, split, options, groups=groups, build_tower=build_tower,
                 pre_process=first, post_process=last, vp_stage=vp_stage,
             )
@@ -287,10 +287,10 @@ def build_chunks(
     return chunks
 
 
-def sum_tied(chunks: list[VisionLanguageModel], attribute: str) -> None:
+def sum_tied(chunks: list[PipelineModel], attribute: str) -> None:
     """Adds up an attribute (`data`, `main_grad`) of the tied embedding's copies, in each of them.
 
-    Of the copies that `VisionLanguageModel.tied_copy` names: those Megatron-Core does not find.
+    Of the copies that `PipelineModel.tied_copy` names: those Megatron-Core does not find.
     """
     copies = [copy for chunk in chunks if (copy := chunk.tied_copy()) is not None]
     copies = [copy for copy in copies if hasattr(copy, attribute)]  # frozen ones have no gradient
@@ -306,7 +306,7 @@ def sum_tied(chunks: list[VisionLanguageModel], attribute: str) -> None:
         other.copy_(first)
 
 
-def sum_vision(chunks: list[VisionLanguageModel], attribute: str) -> None:
+def sum_vision(chunks: list[PipelineModel], attribute: str) -> None:
     """Adds up an attribute (`main_grad`) of vision towers that are whole on several ranks."""
     for chunk in chunks:
         if chunk.vision_model is not None and chunk.vision_model.is_whole:
