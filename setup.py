@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 setup(
     name="megatron-vl",
     version="0.1.0",
-    description="Megatron-Core training for Qwen-family vision-language models, on any machine",
+    description="Megatron-Core training for Qwen-family models, on any machine",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -48,6 +48,13 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TEXT_TEMPLATE = (  # Qwen2's
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's
 IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 TEMPORAL, MERGE, CHANNELS = 2, 2, 3
@@ -169,7 +176,7 @@ def build_tokenizer(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[str],
     return vocab, merges, tokenizer
 
 
-def tokenizer_config(first_special: int, max_positions: int) -> dict:
+def tokenizer_config(first_special: int, max_positions: int, template: str) -> dict:
     decoder = {
         str(first_special + i): {"content": token, "lstrip": False, "normalized": False,
                                  "rstrip": False, "single_word": False, "special": True}
@@ -180,7 +187,7 @@ def tokenizer_config(first_special: int, max_positions: int) -> dict:
         "added_tokens_decoder": decoder,
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "padding_side": "left",
@@ -256,7 +263,7 @@ def model_config(args: argparse.Namespace, vocab_size: int, ids: dict[str, int])
 def text_config(config: dict) -> dict:
     """The same model without eyes: Qwen2's."""
     vision = ("vision_config", "vision_token_id", "vision_start_token_id", "vision_end_token_id",
-              "image_token_id", "video_token_id", "rope_scaling")
+              "image_token_id", "video_token_id", "rope_scaling", "pad_token_id")
     return {name: value for name, value in config.items() if name not in vision} | {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
     }
@@ -391,6 +398,12 @@ def write_checkpoint(args: argparse.Namespace) -> dict:
     for name, size in vars(args).items():
         if type(size) is int and size < 1 and name != "seed":
             raise ValueError(f"--{name.replace('_', '-')} is {size}; give 1 or more.")
+    if args.model_type == "qwen2":
+        for name in ("vision_depth", "vision_hidden_size", "vision_heads", "patch_size",
+                     "vision_mlp_ratio", "min_pixels", "max_pixels", "mrope_section"):
+            if getattr(args, name) != parse_arguments([str(args.out)]).__dict__[name]:
+                raise ValueError(f"--{name.replace('_', '-')} is about vision, which qwen2 has "
+                                 f"none of.")
     for what, size, parts in (
         ("--hidden-size", args.hidden_size, args.num_heads),
         ("--num-heads", args.num_heads, args.num_kv_heads),
@@ -430,9 +443,11 @@ def write_checkpoint(args: argparse.Namespace) -> dict:
     if "vision_config" in config:
         write("preprocessor_config.json", preprocessor_config(args))
     write("tokenizer.json", tokenizer, indent=None)
-    write("tokenizer_config.json", tokenizer_config(len(vocab), args.max_positions))
+    template = CHAT_TEMPLATE if "vision_config" in config else TEXT_TEMPLATE
+    write("tokenizer_config.json", tokenizer_config(len(vocab), args.max_positions, template))
     write("vocab.json", vocab, indent=None)
-    write("chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    if "vision_config" in config:
+        write("chat_template.json", {"chat_template": CHAT_TEMPLATE})
     (args.out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n",
                                          encoding="utf-8")
     from safetensors.torch import save_file

@@ -3,4 +3,4 @@
 # its usage table.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
 set -euo pipefail
-LAUNCHER=$0 exec bash "$(dirname "${BASH_SOURCE[0]}")/../qwen2_vl/run_mcore_qwen.sh" "$@"
+FAMILY=qwen2.5-vl LAUNCHER=$0 exec bash "$(dirname "${BASH_SOURCE[0]}")/../qwen2_vl/run_mcore_qwen.sh" "$@"

@@ -166,7 +166,7 @@ if [ -n "${MP_VP:-}" ]; then OPTIONS+=(--num-virtual-stages-per-pipeline-rank "$
 # -d '': words of all its lines; read answers 1 at the end of the text, which is no failure.
 read -r -d '' -a EXTRA <<<"${MP_EXTRA:-}" || true
 
-NAME="mcore-qwen2-vl-${MODEL_SIZE}-lr-${LR}-minlr-${MIN_LR}-bs-${BATCH_SIZE}-gbs-${GLOBAL_BATCH_SIZE}"
+NAME="mcore-${FAMILY:-qwen2-vl}-${MODEL_SIZE}-lr-${LR}-minlr-${MIN_LR}-bs-${BATCH_SIZE}-gbs-${GLOBAL_BATCH_SIZE}"
 NAME+="-seqlen-${SEQ_LEN}-pr-${PR}-tp-${TP}-pp-${PP}-cp-${CP}-ac-${AC}-do-${DO}-sp-${SP}"
 NAME+="-ti-${TRAIN_ITERS}-wi-${LR_WARMUP_ITERS}"
 

@@ -74,6 +74,10 @@ def run(args: argparse.Namespace) -> None:
         return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
 
     spec = None if args.model is None else load_spec(args.model)
+    if spec is not None and spec.vision is None:
+        for name in ("max_patches_per_row", *(f.name for f in fields(MediaLimits))):
+            if name in given:
+                raise spec.takes_text_alone(name, given[name])
     print(lint(LintConfig(
         data=Mixture.parse(args.data, max_samples=given.get("max_samples")),
         hf_dir=args.model,

@@ -157,7 +157,7 @@ def _unusable(argv: list[str]) -> int:
 def _run(chosen: str, argv: list[str]) -> int:
     parser = Parser(
         prog="megatron-vl",
-        description="Train Qwen-family vision-language models on Megatron-Core, on any machine.",
+        description="Train Qwen-family models on Megatron-Core, on any machine.",
     )
     parser.add_argument("--version", action="version", version=megatron_vl.__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

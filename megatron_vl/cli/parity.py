@@ -111,6 +111,8 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
     """The layouts to compare, all of the same number of ranks."""
     from megatron_vl.parity.layouts import check_microbatches, sweep
 
+    if spec.vision is None and args.vit_data_parallel:  # TP 1 would clear it
+        raise spec.takes_text_alone("vit_data_parallel", True)
     layout = Layout(
         tp=args.tp, pp=args.pp, vp=args.vp, cp=args.cp, dp=args.dp,
         sequence_parallel=args.sequence_parallel,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_vl.cli.convert import check_workers, describe
-from megatron_vl.errors import CheckFailed
+from megatron_vl.errors import CheckFailed, InputError
 from megatron_vl.models.registry import family
 
 SHOWN = 20  # tensors a report names
@@ -52,7 +52,12 @@ def verify(a: Path, b: Path, hf_config: Path | None, *, cast: bool, workers: int
 
     started = time.perf_counter()
     _, a_info, _, spec = describe(a, hf_config)
-    _, b_info, _, _ = describe(b, hf_config)
+    _, b_info, _, other = describe(b, hf_config)
+    if spec.model_type != other.model_type:
+        raise InputError(
+            f"{a} holds a {spec.model_type} model but {b} a {other.model_type}; compare "
+            f"checkpoints of one model."
+        )
     weights = replace(family(spec.model_type).weight_map(spec), partial=True)
     first, second = (work.open_source(path, weights, info=info)
                      for path, info in ((a, a_info), (b, b_info)))

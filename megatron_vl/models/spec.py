@@ -222,6 +222,14 @@ class ModelSpec:
                 f"language model is {self.decoder.hidden_size} wide; make them equal."
             )
 
+    def takes_text_alone(self, option: str, value: object) -> InputError:
+        """That an option is about vision, which this model has none of."""
+        said = str(value).lower() if isinstance(value, bool) else value
+        return InputError(
+            f"{option.replace('_', '-')} is {said}, but {self.model_type} takes text alone; leave "
+            f"it out."
+        )
+
     @property
     def towers(self) -> list[VisionSpec | DecoderSpec]:
         """Their sizes, in the order they run."""
@@ -253,10 +261,7 @@ class ModelSpec:
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
                 )
         if vision is None and layout.vit_data_parallel:
-            raise InputError(
-                f"vit-data-parallel divides images over TP ranks, but {self.model_type} takes "
-                f"none; leave it out."
-            )
+            raise self.takes_text_alone("vit_data_parallel", True)
         for what, size in () if vision is None else (
             ("vision attention heads", vision.num_heads),
             ("vision ffn width", vision.ffn_hidden_size),

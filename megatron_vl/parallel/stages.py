@@ -90,12 +90,12 @@ class StageSplit:
         list is whole on the first chunk of stage 0.
 
         Raises:
-            InputError: a list that does not sum to the tower's layers, or of a tower that the model
-                has not; or a division that leaves a remainder.
+            InputError: a list that does not sum to the tower's layers, or is for a tower that the
+                model lacks; or a division that leaves a remainder.
         """
         num_layers, llm = layers[LANGUAGE], lists.pop(LANGUAGE, None)
         for name, given in lists.items():
-            if given is not None and name not in layers and any(_flat(given)):
+            if given is not None and name not in layers:
                 raise InputError(
                     f"the {_word(name)} layer list is {shown(list(given))}, but this model has no "
                     f"{_word(name)} tower; leave it out."
@@ -242,10 +242,6 @@ def _word(tower: str) -> str:
 def _last(counts: Sequence[int]) -> int:
     """Where the last layer is; 0 without any."""
     return max((at for at, count in enumerate(counts) if count), default=0)
-
-
-def _flat(rows: Sequence) -> list:
-    return [n for row in rows for n in (row if isinstance(row, Sequence) else [row])]
 
 
 def _rows(given: Sequence, pp: int, vp: int, tower: str, total: int) -> Rows:

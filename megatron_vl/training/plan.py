@@ -172,10 +172,7 @@ def _check_text_only(config: TrainConfig, spec: ModelSpec) -> None:
     ):
         for field in fields(options):
             if field.name in names and getattr(options, field.name) != field.default:
-                raise InputError(
-                    f"{field.name.replace('_', '-')} is {getattr(options, field.name)}, but "
-                    f"{spec.model_type} takes text alone; leave it out."
-                )
+                raise spec.takes_text_alone(field.name, getattr(options, field.name))
     if config.model.freeze_llm:
         raise InputError(
             f"freeze-llm leaves nothing to train of {spec.model_type}, which is a language model "
@@ -220,7 +217,8 @@ def _split(config: TrainConfig, spec: ModelSpec, layout: Layout) -> StageSplit:
         "vit": layer_list(parallel.vit_pp_layers, "vit-pp-layers"),
     }
     info = None if first is not None else source_of(config)[0]
-    saved = None if info is None or _fits_all(info) else info.split
+    of_this = info is not None and info.model_type in (None, spec.model_type)
+    saved = info.split if of_this and not _fits_all(info) else None
     if saved is not None and (saved.pp, saved.vp) == (layout.pp, layout.vp):
         lists = {name: lists[name] or rows for name, rows in saved.to_dict().items()}
     return spec.split(pp=layout.pp, vp=layout.vp, first_stage_layers=first, **lists)

@@ -49,24 +49,17 @@ class _Sizes(Shape):
     vp: Size = 1
 
 
-class _Rows(Shape):
-    llm: list[list[Count]]
-    vit: list[list[Count]] | None = None  # of a model with a vision tower
-
-
 class _Noted(Shape):
     """A checkpoint's ENTRY; empty in those of other tools."""
 
     model_type: Name | None = None
     dtype: Name | None = None
     layout: _Sizes = _Sizes()
-    split: _Rows | None = None
+    split: dict[Name, list[list[Count]]] | None = None  # by tower; see `StageSplit.to_dict`
 
     @property
     def stages(self) -> StageSplit | None:
-        return None if self.split is None else StageSplit.from_dict(
-            self.split.model_dump(exclude_none=True)
-        )
+        return None if self.split is None else StageSplit.from_dict(self.split)
 
     @property
     def sizes(self) -> Layout:
@@ -74,6 +67,7 @@ class _Noted(Shape):
 
     @model_validator(mode="after")
     def _is_one(self) -> _Noted:
+        assert self.split is None or "llm" in self.split, "its split names no language model"
         assert self.sizes and (self.split is None or self.stages)
         return self
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import pytest
 import torch
-from commands import megatron_vl
+from commands import megatron_vl, run
 
+from megatron_vl.errors import InputError
 from megatron_vl.models import family, known_families, load_spec
 from megatron_vl.models.registry import read_config_json
+from megatron_vl.training.checkpoint.same_model import check_same_model
 
 TINY = {"qwen2": "text_model_dir", "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir"}
 PUBLISHED = {
@@ -79,7 +83,7 @@ def test_a_published_size_is_counted_right(name, size, request, tmp_path):
 
 
 VISION_OPTIONS = [
-    ("--freeze-vit", "freeze-vit is True, but qwen2 takes text alone; leave it out."),
+    ("--freeze-vit", "freeze-vit is true, but qwen2 takes text alone; leave it out."),
     ("--vit-lr", "vit-lr is 0.1, but qwen2 takes text alone; leave it out."),
     ("--image-max-pixels", "image-max-pixels is 1, but qwen2 takes text alone; leave it out."),
     ("--vit-pp-layers", "vit-pp-layers is 1,1, but qwen2 takes text alone; leave it out."),
@@ -94,3 +98,71 @@ def test_a_text_model_refuses_what_is_about_vision(option, says, text_model_dir)
     done = megatron_vl("train", "--load", text_model_dir, "--train-data-path", "none", option,
                        *values.get(option, []), "--train-iters", 1, "--dry-run")
     assert (done.code, done.err) == (2, f"megatron-vl train: {says}\n"), done.text
+
+
+CONFIGS = [  # what config.json of a text model has, and what is said of it
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is set"),
+    ({"rope_scaling": {"factor": 4.0}}, "rope_scaling is set"),
+    ({"layer_types": ["full_attention", "sliding_attention"]},
+     "layer_types has full_attention, sliding_attention; only full_attention is supported"),
+    ({"use_sliding_window": True}, "use_sliding_window is true"),
+    ({"head_dim": 64}, "head_dim is 64, but hidden_size 64 over 4 heads is 16"),
+    ({"num_attention_heads": 64, "num_key_value_heads": 64}, "the heads are 1 wide"),
+    ({"vision_config": {}}, "model_type is qwen2, a language model alone, but there is a vision"),
+]
+
+
+@pytest.mark.parametrize(("keys", "says"), CONFIGS, ids=[says for _, says in CONFIGS])
+def test_a_text_model_that_is_not_understood_is_refused(keys, says, text_model_dir, tmp_path):
+    config = read_config_json(text_model_dir)
+    (tmp_path / "config.json").write_text(json.dumps(config | keys))
+    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--dry-run")
+    assert done.code == 2 and says in done.err and "Traceback" not in done.err, done.text
+
+
+def test_what_is_plain_rope_is_taken(text_model_dir, tmp_path):
+    config = read_config_json(text_model_dir)
+    for plain in ({"rope_scaling": None}, {"rope_scaling": {"rope_type": "default"}},
+                  {"rope_theta": None, "rope_parameters": {"rope_type": "default",
+                                                           "rope_theta": 1e6}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | plain))
+        assert load_spec(tmp_path) == load_spec(text_model_dir)
+
+
+def test_two_families_are_told_apart(text_model_dir, model_dir, text_wds_dir, tmp_path):
+    converted = tmp_path / "mcore"
+    assert megatron_vl("convert", model_dir, converted).code == 0
+    given = ["train", "--train-data-path", text_wds_dir, "--train-iters", 1, "--dry-run"]
+    for command, says in (
+        (["verify", text_model_dir, model_dir], "holds a qwen2 model but"),
+        ([*given, "--load", converted, "--hf-config", text_model_dir],
+         "holds a qwen2_vl model but config.json says qwen2"),
+        (["convert", text_model_dir, tmp_path / "x", "--pp", 2, "--vit-pp-layers", "0,0"],
+         "this model has no vision tower"),
+        (["lint", text_wds_dir, "--model", text_model_dir, "--image-max-pixels", 10_000],
+         "image-max-pixels is 10000, but qwen2 takes text alone"),
+        (["parity", text_model_dir, "--vit-data-parallel"],
+         "vit-data-parallel is true, but qwen2 takes text alone"),
+    ):
+        done = megatron_vl(*command)
+        assert done.code == 2 and says in done.err and "Traceback" not in done.err, done.text
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_goes_on_is_of_the_same_family_and_sizes(
+    text_model_dir, model_dir, tmp_path
+):
+    deeper = read_config_json(text_model_dir) | {"num_hidden_layers": 5}
+    (tmp_path / "config.json").write_text(json.dumps(deeper))
+    for other, says in ((model_dir, "(model_type qwen2 and qwen2_vl)"),
+                        (tmp_path, "(decoder num_layers 4 and 5)")):
+        with pytest.raises(InputError, match=re.escape(says)):
+            check_same_model(text_model_dir, other)
+
+
+@pytest.mark.parametrize("option", ["--vision-depth", "--patch-size", "--max-pixels"])
+def test_a_tiny_text_model_takes_no_words_about_vision(option, tmp_path):
+    words = [sys.executable, "toolkits/make_tiny_hf_checkpoint.py", tmp_path / "out",
+             "--model-type", "qwen2", option, 3]
+    done = run(words)
+    assert done.code == 2 and f"{option} is about vision" in done.err, done.text

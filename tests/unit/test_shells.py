@@ -70,10 +70,12 @@ def test_a_script_that_sh_was_given_goes_on_in_bash(script, tmp_path):
     assert done.stdout.splitlines() == [str(script), "two words", "*"]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_the_published_recipe_runs_as_it_is_typed(family, tmp_path):
-    python = stub(tmp_path, "python")
-    words = given(sh(TRAINER.parents[1] / family / TRAINER.name, *published(), PYTHON=python))
+@pytest.mark.parametrize(("family", "name"), [("qwen2_vl", "qwen2-vl"),
+                                              ("qwen2_5_vl", "qwen2.5-vl")])
+def test_the_published_recipe_runs_as_it_is_typed(family, name, tmp_path):
+    python, launcher = stub(tmp_path, "python"), TRAINER.parents[1] / family / TRAINER.name
+    words = given(sh(launcher, *published(), PYTHON=python))
+    assert words[words.index("--save") + 1].startswith(f"out/checkpoint/mcore-{name}-7B-lr-1e-5-")
     assert words[:4] == ["-m", "megatron_vl", "train", "--no-cluster-env"]
     for option, value in {
         "--model-size": "7B", "--global-batch-size": "32", "--max-padding-length": "2048",
@@ -81,7 +83,7 @@ def test_the_published_recipe_runs_as_it_is_typed(family, tmp_path):
     }.items():
         assert words[words.index(option) + 1] == value
     assert {"--bf16", "--use-distributed-optimizer"} < set(words)
-    uneven = given(sh(TRAINER, *published(), PYTHON=python, MP_PP0_LAYERS="12"))
+    uneven = given(sh(launcher, *published(), PYTHON=python, MP_PP0_LAYERS="12"))
     assert uneven[:-2] == words and uneven[-2:] == ["--decoder-first-pipeline-num-layers", "12"]
 
 

@@ -40,6 +40,8 @@ class _Decoder(Shape):
     max_position_embeddings: Size
     initializer_range: Number = 0.02
     use_sliding_window: bool = False
+    layer_types: list[Name] | None = None
+    head_dim: Width | None = None
     hidden_act: Name = "silu"
 
 
@@ -62,6 +64,9 @@ class _MultiRope(_Rope):
     """With positions in three axes."""
 
     mrope_section: Annotated[list[Width], Field(min_length=3, max_length=3)]
+
+
+_PLAIN = {"type", "rope_type", "rope_theta"}  # of rope_scaling, what scales nothing
 
 
 def first(kind: type, *sections: object, at: str = "") -> Any:
@@ -110,6 +115,12 @@ def read_decoder(*sections: dict, multi_axis: bool) -> DecoderSpec:
         *(section.get(name) for section in sections
           for name in ("rope_parameters", "rope_scaling")), *sections,
     )
+    scaling = [section.get("rope_scaling") for section in sections]
+    if not multi_axis and any(isinstance(one, dict) and one.keys() - _PLAIN for one in scaling):
+        raise InputError(
+            "rope_scaling is set, which is not supported; remove it to train, and set it for "
+            "inference."
+        )
     known = ("default", "mrope") if multi_axis else ("default",)
     for name in ("rope_type", "type"):
         kind = getattr(rope, name)
@@ -118,6 +129,11 @@ def read_decoder(*sections: dict, multi_axis: bool) -> DecoderSpec:
                 f"{name} of rope_scaling (or rope_parameters) is {shown(repr(kind))}, which is not "
                 f"supported; train with the published {known[-1]!r} and set it for inference."
             )
+    if keys.layer_types is not None and set(keys.layer_types) != {"full_attention"}:
+        raise InputError(
+            f"layer_types has {shown(', '.join(sorted(set(keys.layer_types))))}; only "
+            f"full_attention is supported."
+        )
     if keys.use_sliding_window:
         raise InputError(
             "use_sliding_window is true, which is not supported; set it to false if the model "
@@ -129,6 +145,11 @@ def read_decoder(*sections: dict, multi_axis: bool) -> DecoderSpec:
     if hidden % heads:
         raise InputError(f"hidden_size {hidden} is not a multiple of its {heads} heads.")
     head_dim = hidden // heads
+    if keys.head_dim not in (None, head_dim):
+        raise InputError(
+            f"head_dim is {keys.head_dim}, but hidden_size {hidden} over {heads} heads is "
+            f"{head_dim}; only that is supported."
+        )
     if head_dim % 2:
         raise InputError(f"the heads are {head_dim} wide; rotary embedding needs an even width.")
     # Older files of the nested form keep the tie under text_config; either place ties.

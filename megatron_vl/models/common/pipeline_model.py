@@ -249,7 +249,10 @@ class PipelineModel(MegatronModule):
         is_media = media_places(input_ids, self.spec.tokens)
         if grid_thw is not None and grid_thw.shape[0]:
             vision_ME = self._gathered(vision_ME, grid_thw, mine)
-            hidden_tbE = fuse(hidden_tbE, vision_ME, is_media, self.share)
+            try:
+                hidden_tbE = fuse(hidden_tbE, vision_ME, is_media, self.share)
+            except ValueError as error:
+                raise ValueError(f"{error}; grids {grid_thw.tolist()}") from error
         elif count := int(is_media.sum()):
             raise ValueError(f"{count} image tokens but no pixels")
         elif vision_ME is not None:

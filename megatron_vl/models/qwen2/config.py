@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_vl.errors import InputError
 from megatron_vl.models.common.decoder_config import read_decoder, read_dtype, read_text_tokens
 from megatron_vl.models.spec import ModelSpec, TokenIds
 
@@ -22,6 +23,11 @@ def read_config(config: dict) -> ModelSpec:
     Raises:
         InputError: a key that is missing or unusable, named.
     """
+    if "vision_config" in config:
+        raise InputError(
+            f"model_type is {config['model_type']}, a language model alone, but there is a "
+            f"vision_config; take config.json from the model's own repository."
+        )
     return ModelSpec(
         model_type=config["model_type"],
         dtype=read_dtype(config),

@@ -34,10 +34,13 @@ def check_same_model(save: Path, load: Path) -> None:
         return
     mine, other = (replace(load_spec(one), dtype="float32") for one in (save, load))
     if mine != other:
-        parts = [(one, getattr(mine, one), getattr(other, one)) for one in ("decoder", "vision")]
-        names = [f"{part} {f.name} {getattr(a, f.name)} and {getattr(b, f.name)}"
+        parts = [(f"{one} ", getattr(mine, one), getattr(other, one))
+                 for one in ("decoder", "vision") if getattr(mine, one) and getattr(other, one)]
+        names = [f"{part}{f.name} {getattr(a, f.name)} and {getattr(b, f.name)}"
                  for part, a, b in parts for f in fields(a)
                  if getattr(a, f.name) != getattr(b, f.name)]
+        if mine.model_type != other.model_type:
+            names = [f"model_type {mine.model_type} and {other.model_type}"]
         raise InputError(
             f"--save {save} holds checkpoints of another model than --load {load} "
             f"({names[0] if names else 'their token ids differ'}); a run goes on from --save, so "

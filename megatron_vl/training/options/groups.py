@@ -393,8 +393,8 @@ class CheckpointOptions:
     """What is read at the start and written on the way."""
 
     load: str | None = option(None, "checkpoint directory to start from", kind=str)
-    model_size: str = option("auto", "2B, 7B, 72B: refuse another model's config.json; auto: take "
-                             "what it says")
+    model_size: str = option("auto", "a published size, as 7B: refuse another's config.json; "
+                             "auto: take what it says")
     hf_config: str | None = option(
         None, "directory with config.json and the tokenizer; default: save where it holds a "
         "checkpoint, else load", kind=str
