@@ -56,7 +56,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest file of safetensors or torch_dist, as in 5GB (default)")
     parser.add_argument("--model-size", default="auto", metavar="SIZE", help="a published "
-                        "size, as 7B: refuse a config.json of another size (default auto: take what it says)")
+                        "size, as 7B: refuse a config.json of another (default auto: take it as it "
+                        "is)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.set_defaults(run=run)
     return parser

@@ -49,7 +49,8 @@ def describe_kernels(plan: Plan, platform) -> str:
     """Who computes the other operations on this rank."""
     fused = fuses(plan, platform)
     vision = plan.spec.vision
-    names = ("rotary", "swiglu", *(() if vision is None else (vision.activation,)))
+    names = ["rotary", "swiglu"]
+    names += [vision.activation] if vision is not None and not vision.gated else []
     chosen = [f"{name} {choose_kernel(name, fused).name}" for name in names]
     norms = "transformer-engine" if use_transformer_engine() else "torch"
     gradients = "added in its product" if fused else "added after its product"
