@@ -14,6 +14,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import LANGUAGE, WORDS
 
+FFN_MULTIPLE = 16  # of a tower's stored MLP; no published tower has more heads for TP to divide
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -114,6 +115,14 @@ class VisionSpec:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def stored_ffn_size(self) -> int:
+        """Width of the MLP in the model that trains: a gated one is filled up with zeros, so that
+        TP can divide it (Qwen2.5-VL's 3420 is 4 x 855)."""
+        return -(-self.ffn_hidden_size // FFN_MULTIPLE) * FFN_MULTIPLE if self.gated else (
+            self.ffn_hidden_size
+        )
 
     @property
     def merged_size(self) -> int:
@@ -264,7 +273,7 @@ class ModelSpec:
             raise self.takes_text_alone("vit_data_parallel", True)
         for what, size in () if vision is None else (
             ("vision attention heads", vision.num_heads),
-            ("vision ffn width", vision.ffn_hidden_size),
+            ("vision ffn width", vision.stored_ffn_size),
             ("merger width", vision.merged_size),
         ):
             if size % layout.vit_tp:

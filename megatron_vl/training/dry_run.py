@@ -185,7 +185,7 @@ def _memory_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[
 
 def _sums(plan: Plan, stages: Sequence[RankMemory]) -> str:
     found, layout = copies(plan), plan.layout
-    more = [(found.replicated, "replicated over TP"), (found.padding, "vocabulary padding"),
+    more = [(found.replicated, "replicated over TP"), (found.padding, "padding"),
             (found.tied, "tied embedding again")]
     held = sum(stage.weights for stage in stages) * layout.tp
     assert held == found.total, "a weight is counted twice, or not at all"

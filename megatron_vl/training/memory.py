@@ -24,7 +24,6 @@ from megatron_vl.models.registry import family
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.map import EMBEDDING, LAST_COPY, Where, volume
-from megatron_vl.weights.rules import Vocab
 
 FP32 = 4  # bytes of a number
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -93,7 +92,7 @@ class Copies:
 
     model: int  # numbers of the published model
     replicated: int  # the same on several TP ranks
-    padding: int  # rows of the vocabulary that TP needs
+    padding: int  # zeros that TP needs, in the vocabulary or in a tower's MLP
     tied: int  # the embedding again, where logits are computed
 
     @property
@@ -134,14 +133,15 @@ def copies(plan: Plan) -> Copies:
         for chunk in range(plan.layout.vp):
             for weight, _, _ in _weights(plan, stage, chunk):
                 own = sum(map(volume, weight.rule.published().values()))
+                tp = 1 if _is_whole(plan, weight) or weight.rule.axis is None else plan.layout.tp
+                once = volume(_shape(plan, weight)) * tp  # on the ranks that share it
                 stored = volume(_shape(plan, weight)) * plan.layout.tp
                 if weight.place == LAST_COPY:
                     counts["tied"] += stored
                     continue
                 counts["model"] += own
-                counts["padding" if isinstance(weight.rule, Vocab) else "replicated"] += (
-                    stored - own
-                )
+                counts["padding"] += once - own
+                counts["replicated"] += stored - once
     return Copies(**{name: counts[name] for name in ("model", "replicated", "padding", "tied")})
 
 
@@ -162,9 +162,12 @@ def _weights(plan: Plan, stage: int, chunk: int):
 
 def _shape(plan: Plan, weight) -> tuple[int, ...]:
     """Of a weight on one rank: TP does not cut a vision tower whose images it divides."""
-    whole = plan.layout.vit_data_parallel and part_of(weight.name) != "llm"
-    shape, _ = weight.rule.pieces(1 if whole else plan.layout.tp, 0)
+    shape, _ = weight.rule.pieces(1 if _is_whole(plan, weight) else plan.layout.tp, 0)
     return shape
+
+
+def _is_whole(plan: Plan, weight) -> bool:
+    return plan.layout.vit_data_parallel and part_of(weight.name) != "llm"
 
 
 def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:

@@ -35,7 +35,7 @@ class TensorPlan:
 
     target: Stored
     ops: tuple[Op, ...]
-    zeros: int  # elements no op covers: vocabulary padding
+    zeros: int  # elements no op covers: padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class CopyPlan:
                 lines += [f"    {_words(op.at, op.shape)} = {op.source}{_words(op.start, op.shape)}"
                           for op in one.ops]
                 if one.zeros:
-                    lines.append(f"    {one.zeros} elements of vocabulary padding = 0")
+                    lines.append(f"    {one.zeros} elements of padding = 0")
             totals.append(sum(stored.numel * itemsizes[stored.id] for stored in group))
         lines += [f"{file}: {len(group)} tensors, {size:,} bytes"
                   for (file, group), size in zip(files.items(), totals, strict=True)]

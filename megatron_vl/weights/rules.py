@@ -144,7 +144,28 @@ class ColumnParallel(Copy):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowParallel(Copy):
-    """Cut on dimension 1: a row-parallel linear layer's weight."""
+    """Cut on dimension 1: a row-parallel linear layer's weight.
+
+    `padded` is the number of columns stored by all ranks together, with zeros behind the published
+    ones; None: as many as were published.
+    """
+
+    padded: int | None = None
+
+    def pieces(self, tp: int, rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
+        if self.padded is None:
+            return Copy.pieces(self, tp, rank)
+        height, columns = self.shape
+        part = self._part(self.padded, tp)
+        held = range(columns)[rank * part : (rank + 1) * part]
+        found = []
+        if held:
+            found.append(Piece(key=self.key, start=(0, held.start), at=(0, 0),
+                               shape=(height, len(held))))
+        if len(held) < part:
+            found.append(Piece(key=None, start=(0, 0), at=(0, len(held)),
+                               shape=(height, part - len(held))))
+        return (height, part), tuple(found)
 
     @property
     def axis(self) -> int:
@@ -201,20 +222,27 @@ class FusedQKV(Rule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateUp(Rule):
-    """linear_fc1 = [gate; up], each TP rank with its own part of both."""
+    """linear_fc1 = [gate; up], each TP rank with its own part of both.
+
+    `padded` is the number of rows that all ranks together store of each, with zeros behind the
+    published ones; None: as many as were published.
+    """
 
     gate: str
     up: str
     ffn: int
     columns: int | None  # None for a bias
+    padded: int | None = None
 
     def rows(self, tp: int) -> list[Rows]:
-        part = self._part(self.ffn, tp)
-        return [
-            Rows(key, rank * part, (rank + 1) * part)
-            for rank in range(tp)
-            for key in (self.gate, self.up)
-        ]
+        part = self._part(self.padded or self.ffn, tp)
+        found = []
+        for rank in range(tp):
+            held = range(self.ffn)[rank * part : (rank + 1) * part]
+            for key in (self.gate, self.up):
+                found += [Rows(key, held.start, held.stop)] if held else []
+                found += [Rows(None, 0, part - len(held))] if len(held) < part else []
+        return found
 
     def published(self) -> dict[str, tuple[int, ...]]:
         tail = () if self.columns is None else (self.columns,)

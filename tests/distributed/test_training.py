@@ -13,6 +13,7 @@ import torch
 from commands import megatron_vl, shell
 from distributed_launch import LAUNCHER, words
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader, load
 
 
 def losses(steps: dict[int, dict]) -> list[float]:
@@ -375,3 +376,29 @@ def test_a_text_model_trains_alike_in_every_layout_and_goes_home(
     after = {name: tensor for name, tensor in model.state_dict().items() if name in before}
     assert after.keys() == before.keys()
     assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_what_fills_a_gated_tower_up_stays_zero(window_model_dir, wds_dir, tmp_path):
+    done = megatron_vl(
+        "train", "--hf-config", window_model_dir, "--train-data-path", wds_dir, "--seq-length", 256,
+        "--packing-buffer-size", 32, "--global-batch-size", 4, "--train-iters", 10, "--lr", "1e-2",
+        "--weight-decay", "0.1", "--tp", 2, "--nproc-per-node", 2, "--use-distributed-optimizer",
+        "--save", tmp_path / "run", "--no-report",
+    )
+    assert done.code == 0, done.text
+    reader = FileSystemReader(tmp_path / "run" / "iter_0000010")
+    found = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in reader.read_metadata().state_dict_metadata.items()
+        if name.split("layers.mlp.linear_")[-1] in ("fc1.weight", "fc1.bias", "fc2.weight")
+        and "vision_model" in name
+    }
+    load(found, storage_reader=reader)
+    ffn = json.loads((window_model_dir / "config.json").read_text())["vision_config"][
+        "intermediate_size"]
+    stored = -(-ffn // 16) * 16
+    assert ffn < stored and len(found) == 3 * 4, "weights, and the optimizer's three of each"
+    for name, tensor in found.items():
+        # [layers, 2 x stored ..] of gate and up, [layers, width, stored] of what comes behind.
+        parts = tensor if "fc2" in name else tensor.unflatten(1, (2, stored)).movedim(2, -1)
+        assert parts[..., :ffn].any() and not parts[..., ffn:].any(), name

@@ -78,7 +78,8 @@ def test_a_published_size_is_counted_right(name, size, request, tmp_path):
     family(name).check_size(spec, size)
     numbers = sum(family(name).weight_map(spec).counts().values())
     assert round(numbers / 1e9, 3) == billions
-    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", 4, "--pp", 4, "--dry-run")
+    tp = 4 if sizes[2] % 8 else 8  # 8 does not divide an ffn of 3420
+    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", tp, "--pp", 4, "--dry-run")
     assert done.code == 0, done.text
 
 

@@ -45,7 +45,7 @@ def tower_config(
         "vit", spec, layout, split, options,
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.ffn_hidden_size,
+        ffn_hidden_size=vision.stored_ffn_size,
         num_attention_heads=vision.num_heads,
         kv_channels=vision.head_dim,
         add_bias_linear=True,
@@ -133,6 +133,18 @@ class PatchTower(MegatronModule):
             )
         if self.is_whole:
             make_whole(self)
+        self._clear_padding(groups.tp)
+
+    @torch.no_grad()
+    def _clear_padding(self, tp) -> None:
+        """Zero what fills the MLP up. It stays so: it gets no gradient, and decays to zero."""
+        for layer in self.decoder.layers:
+            fc1, fc2 = layer.mlp.linear_fc1, layer.mlp.linear_fc2
+            part = fc2.weight.shape[1]
+            held = min(max(self.spec.ffn_hidden_size - tp.rank() * part, 0), part)
+            for first in (fc1.weight, fc1.bias) if held < part else ():
+                first.unflatten(0, (-1, part))[:, held:] = 0  # of gate and up
+            fc2.weight[:, held:] = 0
 
     def sharded_state_dict(self, *args, **options) -> dict:
         """Megatron-Core's, which knows nothing of a whole tower on tensor-parallel ranks."""

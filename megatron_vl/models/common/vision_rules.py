@@ -40,11 +40,12 @@ def vision_weights(vision: VisionSpec) -> list[Weight]:
         mlp = f"{block}.mlp"
         if vision.gated:
             return GateUp(gate=f"{mlp}.gate_proj.{leaf}", up=f"{mlp}.up_proj.{leaf}", ffn=F,
-                          columns=columns)
+                          columns=columns, padded=vision.stored_ffn_size)
         shape = (F,) if columns is None else (F, columns)
         return ColumnParallel(key=f"{mlp}.fc1.{leaf}", shape=shape)
 
     second = f"{block}.mlp.{'down_proj' if vision.gated else 'fc2'}"
+    padded = vision.stored_ffn_size if vision.gated else None
     qkv_name, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1"
     return [
         Weight(
@@ -62,7 +63,8 @@ def vision_weights(vision: VisionSpec) -> list[Weight]:
         *norm(f"{fc1}.layer_norm_", f"{block}.norm2", at_layer),
         at_layer(f"{fc1}.weight", first("weight", W)),
         at_layer(f"{fc1}.bias", first("bias", None)),
-        at_layer("mlp.linear_fc2.weight", RowParallel(key=f"{second}.weight", shape=(W, F))),
+        at_layer("mlp.linear_fc2.weight",
+                 RowParallel(key=f"{second}.weight", shape=(W, F), padded=padded)),
         at_layer("mlp.linear_fc2.bias", Copy(key=f"{second}.bias", shape=(W,))),
         *norm("vision_model.decoder.final_layernorm.", f"{merger}.ln_q", at_end),
         at_end(f"{projection}.linear_fc1.weight",
