@@ -169,7 +169,8 @@ def text_wds_dir(shared) -> Path:
 @pytest.fixture
 def loaders(hf_dir, spec, wds_dir):
     """Builds the train or validation loader of a small configuration."""
-    from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
+    from megatron_vl.data.load.config import DataConfig
+    from megatron_vl.data.load.loader import build_train_loader, build_valid_loader
     from megatron_vl.data.load.mixture import Mixture
     from megatron_vl.models import family
 

@@ -73,7 +73,7 @@ def _packed_rows(config: TrainConfig) -> int:
     from megatron_vl.data.lint.forecast import Forecaster
     from megatron_vl.data.lint.look import Looker, build_encoder
     from megatron_vl.data.lint.reading import choose, open_leaves
-    from megatron_vl.data.load.loader import DataConfig
+    from megatron_vl.data.load.config import DataConfig
 
     hf_dir, (train, _) = hf_directory(config), mixtures(config)
     rules = DataConfig(

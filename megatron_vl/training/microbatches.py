@@ -9,12 +9,9 @@ from itertools import tee
 from megatron.core import parallel_state
 
 from megatron_vl.data.encode.samples import RowBatch
-from megatron_vl.data.load.loader import (
-    DataConfig,
-    RowLoader,
-    build_train_loader,
-    build_valid_loader,
-)
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader, build_valid_loader
+from megatron_vl.data.load.row_loader import RowLoader
 from megatron_vl.models.registry import family
 from megatron_vl.platform import current_device
 from megatron_vl.training.exchange import RowExchange

@@ -12,7 +12,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from megatron_vl.cli.main import run
 from megatron_vl.data.encode.samples import IGNORE
-from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.models import family
 

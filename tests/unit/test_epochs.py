@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.cli.main import run
-from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.loader_state import from_json, to_json
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.resume import DATA

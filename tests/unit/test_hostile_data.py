@@ -25,7 +25,8 @@ from hostile import DEEP, Payload, refusal
 from megatron_vl.data.dataset_dir import check_dataset
 from megatron_vl.data.encode import media
 from megatron_vl.data.encode.media import decode_rgb, video_info
-from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.raw import source_files
 from megatron_vl.errors import InputError

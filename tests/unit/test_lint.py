@@ -17,7 +17,8 @@ from megatron_vl.data.lint.mask import pieces
 from megatron_vl.data.lint.page import choose as choose_shown
 from megatron_vl.data.lint.reading import Leaf, choose, open_leaves
 from megatron_vl.data.lint.run import LintConfig
-from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.task_encoder import SampleEncoder
 from megatron_vl.data.options import TrainedText

@@ -78,7 +78,8 @@ def test_a_program_that_keeps_its_loader_can_end(hf_dir, wds_dir):
     program = """
         import sys
         from pathlib import Path
-        from megatron_vl.data.load.loader import DataConfig, build_train_loader
+        from megatron_vl.data.load.config import DataConfig
+        from megatron_vl.data.load.loader import build_train_loader
         from megatron_vl.data.load.mixture import Mixture
         from megatron_vl.models import family, load_spec
         hf = Path(sys.argv[1])

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from megatron_vl.data.dataset_dir import split_shards
-from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader, build_valid_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.errors import InputError
 from megatron_vl.models import family

@@ -11,7 +11,8 @@ import pytest
 from energon_prepare import energon_prepare
 from megatron.energon.epathlib import EPath
 
-from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.shard_files import PLACES, SampleReader, ShardFiles, note_places
 from megatron_vl.errors import InputError

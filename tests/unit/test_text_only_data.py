@@ -9,7 +9,8 @@ import pytest
 from megatron_vl.data.conversation import Part, Turn
 from megatron_vl.data.encode.model_files import check_model_files, missing_files
 from megatron_vl.data.encode.samples import IGNORE
-from megatron_vl.data.load.loader import DataConfig, build_train_loader, build_valid_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader, build_valid_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.raw.lengths import LengthCounter
 from megatron_vl.data.raw.prepare import PrepareConfig, prepare

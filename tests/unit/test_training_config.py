@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_vl.data.load.loader import DataConfig
+from megatron_vl.data.load.config import DataConfig
 from megatron_vl.errors import InputError
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training import microbatches

@@ -29,7 +29,8 @@ from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.dataset_dir import check_dataset, split_shards
 from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.model import ModelEncoder
-from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.loader_state import to_json
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.shard_files import PLACES

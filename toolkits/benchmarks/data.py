@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from PIL import Image
 
-from megatron_vl.data.load.loader import DataConfig, build_train_loader
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.models import family, load_spec
 

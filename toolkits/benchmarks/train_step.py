@@ -49,7 +49,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_batches(args) -> list:
     """The microbatches of one step, from the dataset as the trainer reads it."""
-    from megatron_vl.data.load.loader import DataConfig, build_train_loader
+    from megatron_vl.data.load.config import DataConfig
+    from megatron_vl.data.load.loader import build_train_loader
     from megatron_vl.data.load.mixture import Mixture
     from megatron_vl.models import family, load_spec
 

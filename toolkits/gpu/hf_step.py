@@ -32,7 +32,8 @@ WARMUP = 2  # steps left out
 
 def read_batches(args) -> tuple[list, object]:
     """The microbatches of one step as the trainer reads them, and the model's `ModelSpec`."""
-    from megatron_vl.data.load.loader import DataConfig, build_train_loader
+    from megatron_vl.data.load.config import DataConfig
+    from megatron_vl.data.load.loader import build_train_loader
     from megatron_vl.models import family, load_spec
     from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.paths import mixtures

@@ -223,7 +223,8 @@ def main() -> None:
 
 def beside(args, results: Results, clock: Clock, work) -> None:
     """Again while reading processes fill their buffers, as at the start of a run."""
-    from megatron_vl.data.load.loader import DataConfig, build_train_loader
+    from megatron_vl.data.load.config import DataConfig
+    from megatron_vl.data.load.loader import build_train_loader
     from megatron_vl.models import family, load_spec
     from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.paths import mixtures

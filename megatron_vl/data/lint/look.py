@@ -13,8 +13,8 @@ from megatron_vl.data.conversation import BadEntry
 from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.encode.samples import IGNORE, ConversationSample, EncodedSample
 from megatron_vl.data.lint.reading import Leaf
+from megatron_vl.data.load.config import DataConfig
 from megatron_vl.data.load.energon_samples import SERVED, conversation_of
-from megatron_vl.data.load.loader import DataConfig
 from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import Family, Grid

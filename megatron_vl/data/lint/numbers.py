@@ -13,7 +13,7 @@ from megatron_vl.data.dataset_dir import check_dataset, split_shards, splits
 from megatron_vl.data.lint.forecast import Forecaster, least_length, lengths_around
 from megatron_vl.data.lint.look import Look
 from megatron_vl.data.lint.reading import Leaf
-from megatron_vl.data.load.loader import DataConfig
+from megatron_vl.data.load.config import DataConfig
 from megatron_vl.data.raw.prepare import REFUSED
 from megatron_vl.data.raw.shards import show_progress
 from megatron_vl.errors import InputError

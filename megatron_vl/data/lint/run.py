@@ -15,7 +15,7 @@ from megatron_vl.data.lint.page import write_page
 from megatron_vl.data.lint.plots import draw
 from megatron_vl.data.lint.reading import choose, open_leaves
 from megatron_vl.data.lint.tables import as_text, headline, notes, tables
-from megatron_vl.data.load.loader import DataConfig
+from megatron_vl.data.load.config import DataConfig
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.raw.shards import show_progress

@@ -7,10 +7,8 @@ replica. The trainer builds one loader a replica, on the stage with the vision t
 from __future__ import annotations
 
 import contextlib
-import gc
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +20,8 @@ from megatron.energon import (
     get_train_dataset,
     get_val_dataset,
 )
-from megatron.energon.errors import SampleException
 from megatron.energon.savable_loader import (
     BasicDataLoader,
-    SavableDataLoaderState,
-    SavableDatasetCheckpoint,
 )
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
@@ -34,193 +29,15 @@ from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.encode.rows import empty_row
 from megatron_vl.data.encode.samples import EncodedSample, RowBatch
+from megatron_vl.data.load.config import DataConfig
 from megatron_vl.data.load.mixture import Mixture
-from megatron_vl.data.load.read_ahead import ReadAhead
-from megatron_vl.data.load.resume import ANEW, CONTENT, DATA, state_for
+from megatron_vl.data.load.resume import CONTENT, DATA
+from megatron_vl.data.load.row_loader import RowLoader
 from megatron_vl.data.load.shard_files import note_places
-from megatron_vl.data.load.task_encoder import RowEncoder, RowRules, SampleEncoder, stop_on_error
-from megatron_vl.data.options import BOUNDS, TrainedText, row_length
-from megatron_vl.errors import InputError, check_bounds, shown
+from megatron_vl.data.load.task_encoder import RowEncoder, SampleEncoder, stop_on_error
+from megatron_vl.errors import InputError
 from megatron_vl.models.family import Family
-from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import ModelSpec
-
-_ERROR_MARK = f"{InputError.__name__}: "
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """What to read and how to lay it out.
-
-    Raises:
-        InputError: sizes that contradict one another.
-    """
-
-    train: Mixture | None  # datasets `megatron-vl prepare` wrote
-    valid: Mixture | None = None  # their validation splits are read; None: nothing to validate on
-    seq_length: int  # tokens of a row when samples are packed
-    max_padding_length: int | None = None  # tokens of a row at most when not; None: seq_length
-    row_multiple: int | None = None  # not packed, a batch's rows end behind the longest, at a
-    # multiple of this; None: all have max_padding_length
-    micro_batch_size: int = 1  # rows
-    num_workers: int = 1  # processes that read for one rank; 0 reads in the training process
-    packing_buffer_size: int | None = 1024  # samples to pack rows from; None or 0: one a row
-    shuffle_buffer_size: int = 100  # samples to draw from; 0 keeps the shards' order
-    max_samples_per_sequence: int | None = 100  # neighbours read in one go before changing place
-    max_patches_per_row: int | None = None  # evens the vision tower's cost out; None: no limit
-    max_skipped_samples: int = 0  # unusable samples a reading process skips before it is an error
-    media: MediaLimits = field(default_factory=MediaLimits)
-    trained: TrainedText = field(default_factory=TrainedText)
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        check_bounds(self, BOUNDS)
-        if self.max_padding_length is not None and self.max_padding_length > self.seq_length:
-            raise InputError(
-                f"the padding length {self.max_padding_length} is above the sequence length "
-                f"{self.seq_length}; give at most {self.seq_length}."
-            )
-
-    @property
-    def packs(self) -> bool:
-        return bool(self.packing_buffer_size)
-
-    @property
-    def row_length(self) -> int:
-        return row_length(self.seq_length, self.max_padding_length, packs=self.packs)
-
-    @property
-    def rules(self) -> RowRules:
-        """What makes a row."""
-        return RowRules(
-            length=self.row_length, packs=self.packs, length_mend=self.length_mend,
-            multiple=None if self.packs else self.row_multiple,
-            max_patches=self.max_patches_per_row, max_skipped=self.max_skipped_samples,
-        )
-
-    @property
-    def length_mend(self) -> str:
-        what = "sequence length" if self.packs else "padding length"
-        return (
-            f"raise the {what}, lower image-max-pixels or video-maxlen, or remove the sample"
-        )
-
-
-class RowLoader:
-    """Iterates `RowBatch`es; a worker's `InputError` arrives here as the same one sentence.
-
-    Iterating again goes on where the last iteration stopped in training, and starts over in
-    validation.
-    """
-
-    def __init__(self, loader: SavableDataLoader | BasicDataLoader, made_for: dict | None = None,
-                 epoch: int | None = None):
-        """Of training loaders only: `made_for`, what a saved state is bound to; `epoch`, samples of
-        one over all ranks, None where datasets are mixed by weight."""
-        self._loader, self.epoch = loader, epoch
-        self._made_for = made_for
-        self._started = False
-        self._restored: SavableDataLoaderState | None = None
-        self._taken = 0  # batches, since then or since the beginning
-        self._ahead: ReadAhead | None = None
-
-    def __iter__(self) -> Iterator[RowBatch]:
-        with _without_pin_memory_warning():
-            batches = iter(self._loader)
-        while True:
-            try:
-                with _sentences(), _without_pin_memory_warning(), self._starting():
-                    batch = next(batches, None)
-            except InputError:
-                self.close()  # now: the error's traceback keeps this loader alive
-                raise
-            if batch is None:
-                return
-            self._taken += 1
-            yield batch
-
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[None]:
-        """Fork the workers with a frozen heap.
-
-        energon looks at every object the garbage collector knows, and collects, in each new worker:
-        seconds of work that also copies the trainer's memory.
-        """
-        if self._started or not self._loader.num_workers:
-            yield
-            return
-        self._started = True
-        gc.collect()
-        gc.freeze()
-        try:
-            yield
-        finally:
-            gc.unfreeze()
-        if ReadAhead.fits(self._loader._iterator):
-            self._ahead = ReadAhead(self._loader._iterator)
-
-    def close(self) -> None:
-        """End the workers. Left to the garbage collector, torch waits five seconds for each."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.close()
-        iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def save_state_rank(self) -> dict:
-        """The state of this rank, to pickle beside a checkpoint; training loaders only.
-
-        It stands before the first batch not yet taken from the iterator.
-        """
-        state = self._loader.save_state_rank()
-        if state is not None and self._loader.num_workers:
-            state.worker_states = [
-                self._began(worker) if self._is_unused(worker) else found
-                for worker, found in enumerate(state.worker_states)
-            ]
-        return {"state": state, "made_for": self._made_for}
-
-    def _is_unused(self, worker: int) -> bool:
-        """Whether no batch of this reading process has been taken since the loader began."""
-        first = 0 if self._restored is None else self._restored.next_worker_id
-        return (worker - first) % self._loader.num_workers >= self._taken
-
-    def _began(self, worker: int) -> SavableDatasetCheckpoint:
-        """Where a reading process began.
-
-        Asked itself, one that has not handed over a batch forgets how many it had to skip, and one
-        that is still starting skips a batch too many (energon 7.4).
-        """
-        if self._restored is None:
-            return SavableDatasetCheckpoint(state=None, offset=0)
-        return self._restored.worker_states[worker]
-
-    def restore_state(self, saved: Sequence[dict]) -> str:
-        """Go on from what the loaders of all data-parallel ranks saved, in the order of the ranks.
-
-        Call before the first iteration.
-
-        Returns:
-            A sentence about what could not be compared with the checkpoint's; empty if all was.
-
-        Raises:
-            InputError: see `state_for`.
-        """
-        try:
-            self._restored, unknown = state_for(saved, self._made_for)
-            self._loader.restore_state_rank(self._restored)
-        except InputError:
-            raise
-        except Exception as error:  # energon looks for nothing before it takes it
-            words = shown(f"{type(error).__name__}: {error}")
-            raise InputError(
-                f"the checkpoint's data state does not fit this energon ({words}); {ANEW}."
-            ) from error
-        return unknown
 
 
 def build_train_loader(
@@ -425,23 +242,3 @@ def field_map_errors(mixture: Mixture) -> Iterator[None]:
             f"must be as `megatron-vl prepare` writes it, or name sample_type VQASample and a "
             f"field_map of image, context and answers."
         ) from error
-
-
-@contextlib.contextmanager
-def _sentences() -> Iterator[None]:
-    """Take the worker's traceback off an `InputError`: torch puts it into the message."""
-    try:
-        yield
-    except (InputError, SampleException) as error:
-        _, mark, sentence = str(error).rpartition(_ERROR_MARK)
-        if not mark:
-            raise
-        raise InputError(sentence.strip()) from None
-
-
-@contextlib.contextmanager
-def _without_pin_memory_warning() -> Iterator[None]:
-    """energon always asks for pinned memory; without an accelerator torch warns about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        yield
