@@ -149,6 +149,18 @@ def test_a_run_killed_at_random_moments_loses_little_and_ends_as_undisturbed(
     assert not list(run.save.glob(".iter_*")), "what a killed save left was written anew"
 
 
+def test_ranks_end_with_their_launcher(workshop, tmp_path):
+    run = Run(tmp_path, workshop, train_iters=10_000)
+    job = run.start()
+    run.wait_for(job, lambda: run.records)
+    left = ranks(job)
+    kill(job)
+    job.wait()
+    _, alive = psutil.wait_procs(left, timeout=10)
+    kill(*alive)
+    assert len(left) == 2 and not alive, run.said
+
+
 def test_ranks_that_torchrun_itself_starts_again_go_on(undisturbed, workshop, tmp_path):
     run = Run(tmp_path, workshop)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
