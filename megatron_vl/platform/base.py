@@ -18,12 +18,14 @@ class Platform(Protocol):
         collective_backend: torch.distributed backend for tensors on `device`.
         runs_cuda: whether CUDA's own libraries can run, or ROCm's in their place.
         fuses_ops: whether kernels made at run time (torch.compile) pay here.
+        in_host_memory: whether the device computes in the host's memory, and has no other.
     """
 
     name: str
     collective_backend: str
     runs_cuda: bool
     fuses_ops: bool
+    in_host_memory: bool
 
     def install(self) -> None:
         """Make Megatron-Core usable here. Idempotent; must run before a model is built."""

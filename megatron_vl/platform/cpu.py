@@ -26,6 +26,7 @@ class CpuPlatform:
     collective_backend = "gloo"
     runs_cuda = False
     fuses_ops = False  # every process would start a C++ compiler
+    in_host_memory = True
 
     def install(self) -> None:
         global _installed

@@ -18,6 +18,7 @@ class CudaPlatform:
     name = "cuda"
     collective_backend = "nccl"
     runs_cuda = True
+    in_host_memory = False
     fuses_ops = importlib.util.find_spec("triton") is not None  # torch for CUDA brings it
 
     def install(self) -> None:

@@ -211,7 +211,7 @@ def _part_overrides(options: OptimizerOptions) -> dict[ParamKey, ParamGroupOverr
 
 def _offload(options: OptimizerOptions, platform: Platform) -> dict:
     """Megatron-Core's hybrid optimizer, where there is another memory than the host's."""
-    if not options.optimizer_cpu_offload or platform.name == "cpu":
+    if not options.optimizer_cpu_offload or platform.in_host_memory:
         return {}
     return dict(
         optimizer_cpu_offload=options.optimizer_offload_fraction > 0,

@@ -35,6 +35,10 @@ LAYOUTS = {
     "vp2": VP2,
     "cp2": {"context_parallel_size": 2, "recompute_granularity": "selective"},
 }
+WINDOWS = {  # of Qwen2.5-VL
+    "windows, tp2 sp": TP2 | {"sequence_parallel": True},
+    "windows, a tower over pp2": PP2 | {"vit_pp_layers": "1,1", "pp_layers": "0,4"},
+}
 # Other numbers than the CPU's, whose norms compute in fp32.
 BF16 = {"dp2 bf16": {"grad_reduce_in_bf16": True}}
 # Goes on from the first step of another, with a validation behind the second.
@@ -43,7 +47,7 @@ RESUMED = {
     for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
 }
 SAVED = (*RESUMED, "dp2")
-EXACT = LAYOUTS | {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED} | {
+EXACT = LAYOUTS | WINDOWS | {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED} | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
@@ -66,7 +70,7 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module")
-def runs(shared, model_dir, wds_dir) -> dict[str, Path]:
+def runs(shared, model_dir, window_model_dir, wds_dir) -> dict[str, Path]:
     """What the jobs left behind, by the device they ran on."""
 
     def make(out: Path) -> None:
@@ -80,7 +84,8 @@ def runs(shared, model_dir, wds_dir) -> dict[str, Path]:
                 shutil.copytree(out / "shadow" / "weights", weights)
             (folder / "jobs.json").write_text(json.dumps({
                 name: RUN | options | {
-                    "load": str(weights), "save": str(folder / name),
+                    "load": str(window_model_dir if name in WINDOWS else weights),
+                    "save": str(folder / name),
                     "train_data_path": str(wds_dir), "valid_data_path": str(wds_dir),
                     "metrics_file": str(folder / f"{name}.jsonl"),
                 }

@@ -19,6 +19,7 @@ class ShadowPlatform(CpuPlatform):
     """Memory and time are the CPU's."""
 
     name = "shadow"
+    in_host_memory = False
     collective_backend = device.TYPE
 
     def install(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 from pydantic import Field
 
 from megatron_vl.models.common.decoder_config import (
+    Layers,
     TokenId,
+    Width,
     first,
     read_decoder,
     read_dtype,
@@ -28,6 +31,23 @@ class _Towers(Shape):
 
     vision_config: dict
     text_config: dict = Field(default_factory=dict)
+
+
+class PatchKeys(Shape):
+    """Of vision_config, what is said of patches; names and meanings are `VisionSpec`'s."""
+
+    depth: Layers
+    num_heads: Width
+    in_channels: Annotated[int, Field(ge=1, le=1024)] = 3
+    patch_size: Annotated[int, Field(ge=1, le=1024)]
+    temporal_patch_size: Annotated[int, Field(ge=1, le=1024)] = 2
+    spatial_merge_size: Annotated[int, Field(ge=1, le=1024)] = 2
+
+    def shared(self) -> dict:
+        """These keys, for a `VisionSpec`."""
+        return {name: getattr(self, name) for name in PatchKeys.model_fields} | {
+            "norm_eps": 1e-6  # fixed in the published models; config.json has no key for it
+        }
 
 
 class _Tokens(Shape):

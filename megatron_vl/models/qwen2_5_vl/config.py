@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.common.decoder_config import Layers, Width, first
-from megatron_vl.models.common.media_config import read_vision_language
+from megatron_vl.models.common.decoder_config import Width, first
+from megatron_vl.models.common.media_config import PatchKeys, read_vision_language
 from megatron_vl.models.spec import ModelSpec, VisionSpec
-from megatron_vl.typed import Name, Positive, Shape
+from megatron_vl.typed import Name, Positive
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
     "3B": (36, 2048),
@@ -20,17 +20,11 @@ SIZES = {  # published sizes: (language layers, hidden size), to check a name ag
 }
 
 
-class _Vision(Shape):
+class _Vision(PatchKeys):
     """vision_config."""
 
     hidden_size: Width
-    depth: Layers
-    num_heads: Width
     intermediate_size: Width
-    in_channels: Annotated[int, Field(ge=1, le=1024)] = 3
-    patch_size: Annotated[int, Field(ge=1, le=1024)]
-    temporal_patch_size: Annotated[int, Field(ge=1, le=1024)] = 2
-    spatial_merge_size: Annotated[int, Field(ge=1, le=1024)] = 2
     out_hidden_size: Width
     window_size: Width  # pixels a side
     fullatt_block_indexes: list[Annotated[int, Field(ge=0, le=10_000)]]
@@ -63,15 +57,9 @@ def _vision(config: dict, decoder_hidden: int) -> VisionSpec:
             f"{keys.depth} has not."
         )
     return VisionSpec(
-        depth=keys.depth,
+        **keys.shared(),
         hidden_size=keys.hidden_size,
-        num_heads=keys.num_heads,
         ffn_hidden_size=keys.intermediate_size,
-        in_channels=keys.in_channels,
-        patch_size=keys.patch_size,
-        temporal_patch_size=keys.temporal_patch_size,
-        spatial_merge_size=keys.spatial_merge_size,
-        norm_eps=1e-6,  # fixed in the published model; config.json has no key for it
         out_hidden_size=keys.out_hidden_size,
         activation=keys.hidden_act,
         gated=True,

@@ -10,10 +10,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_vl.models.common.decoder_config import Layers, Width, first
-from megatron_vl.models.common.media_config import GROUNDING, read_vision_language
+from megatron_vl.models.common.decoder_config import Width, first
+from megatron_vl.models.common.media_config import GROUNDING, PatchKeys, read_vision_language
 from megatron_vl.models.spec import ModelSpec, VisionSpec
-from megatron_vl.typed import Name, Positive, Shape
+from megatron_vl.typed import Name, Positive
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
     "2B": (28, 1536),
@@ -22,17 +22,11 @@ SIZES = {  # published sizes: (language layers, hidden size), to check a name ag
 }
 
 
-class _Vision(Shape):
+class _Vision(PatchKeys):
     """vision_config."""
 
     embed_dim: Width
-    depth: Layers
-    num_heads: Width
     mlp_ratio: Annotated[Positive, Field(le=1024)] = 4.0
-    in_channels: Annotated[int, Field(ge=1, le=1024)] = 3
-    patch_size: Annotated[int, Field(ge=1, le=1024)]
-    temporal_patch_size: Annotated[int, Field(ge=1, le=1024)] = 2
-    spatial_merge_size: Annotated[int, Field(ge=1, le=1024)] = 2
     hidden_size: Width | None = None
     hidden_act: Name = "quick_gelu"
 
@@ -50,15 +44,9 @@ def _vision(config: dict, decoder_hidden: int) -> VisionSpec:
     channels = {"in_channels": config.get("in_chans")}
     keys = first(_Vision, config, channels, at="vision_config")
     return VisionSpec(
-        depth=keys.depth,
+        **keys.shared(),
         hidden_size=keys.embed_dim,
-        num_heads=keys.num_heads,
         ffn_hidden_size=int(keys.embed_dim * keys.mlp_ratio),
-        in_channels=keys.in_channels,
-        patch_size=keys.patch_size,
-        temporal_patch_size=keys.temporal_patch_size,
-        spatial_merge_size=keys.spatial_merge_size,
-        norm_eps=1e-6,  # fixed in the published model; config.json has no key for it
         out_hidden_size=keys.hidden_size or decoder_hidden,
         activation=keys.hidden_act,
     )
