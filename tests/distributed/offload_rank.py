@@ -105,7 +105,9 @@ def sizes(optimizer) -> tuple[int, int]:
 def main() -> None:
     hf_dir, dataset, scratch = map(Path, sys.argv[1:])
     pretend()
-    platform = SimpleNamespace(fuses_ops=False, in_host_memory=False, device=select_platform().device)
+    platform = SimpleNamespace(
+        fuses_ops=False, in_host_memory=False, device=select_platform().device
+    )
     results = {}
     for share in (None, 0.0, 0.5, 1.0):
         plan = plan_run(TrainConfig.from_dict(dict(
