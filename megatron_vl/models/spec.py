@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.errors import InputError
-from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.parallel.stages import LANGUAGE, WORDS
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
+from megatron_vl.parallel.stages import WORDS
 
 FFN_MULTIPLE = 16  # of a tower's stored MLP; no published tower has more heads for TP to divide
 DTYPES = ("float32", "bfloat16", "float16")
@@ -247,7 +247,7 @@ class ModelSpec:
     @property
     def layers(self) -> dict[str, int]:
         """Of every tower of `StageSplit`, in the order they run."""
-        return ({} if self.vision is None else {"vit": self.vision.depth}) | {
+        return ({} if self.vision is None else {VISION: self.vision.depth}) | {
             LANGUAGE: self.decoder.num_layers
         }
 
