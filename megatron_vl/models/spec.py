@@ -197,6 +197,16 @@ class Grounding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JsonGrounding:
+    """How a family writes objects as JSON: `{"BOX": [x1, y1, x2, y2], "LABEL": "the cat"}`, in
+    pixels of the resized image; for four corners it has no form."""
+
+    point: str  # the key of one point
+    box: str  # of two corners
+    label: str  # of what the object is called
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenIds:
     """Ids config.json gives; None where only the tokenizer knows."""
 
@@ -204,7 +214,7 @@ class TokenIds:
     video: int | None = None
     vision_start: int | None = None
     vision_end: int | None = None
-    grounding: Grounding | None = None  # its marks are tokens; None: the family has no such form
+    grounding: Grounding | JsonGrounding | None = None  # None: the family has no form for objects
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None

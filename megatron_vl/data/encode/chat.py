@@ -13,7 +13,7 @@ from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.encode.model_files import TOKENIZER, check_tokenizer
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.encode.template import ChatTemplate
-from megatron_vl.data.grounding import render
+from megatron_vl.data.grounding import Pixels, render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.family import COPY_AGAIN, Family, Span
@@ -121,7 +121,8 @@ class ChatTokenizer:
         return chat
 
     def encode(
-        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = ""
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
+        pixels: Pixels | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
@@ -132,6 +133,7 @@ class ChatTokenizer:
         Args:
             media_tokens: placeholders each image and video takes, in order.
             tools: a JSON list of the functions that may be called.
+            pixels: see `render`; needed where the family's form of objects counts pixels.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
@@ -151,7 +153,7 @@ class ChatTokenizer:
                 "its last answer, which mask-history alone trains, is not to be trained (loss "
                 "false, weight 0)",
             )
-        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__)
+        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__, pixels)
         tokens, labels = self._tokens(*self.template.write(turns, tools))
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)
