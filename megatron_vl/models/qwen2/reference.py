@@ -8,8 +8,3 @@ def auto_class():
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM
-
-
-def inputs(spec, tokens, grids, patches, positions) -> dict:
-    """What the model takes beside its tokens: nothing."""
-    return {}
