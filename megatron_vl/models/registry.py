@@ -24,6 +24,8 @@ _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen2": "qwen2",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
 }
 
 
