@@ -17,7 +17,7 @@ from megatron_vl.models.common.recompute import NOTHING, Recompute
 from megatron_vl.models.spec import ExpertsSpec, ModelSpec
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.fusion import ACTIVATIONS
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,7 @@ def language_config(
         # Megatron-Core asks for it together with the one above, also where there are no experts.
         moe_token_dispatcher_type="alltoall",
         context_parallel_size=layout.cp,
-        **_pipeline(layout, split, "llm"),
+        **_pipeline(layout, split, LANGUAGE),
         **_recompute(options.recompute, options, decoder.head_dim),
         **_shared(layout, options, sequence_parallel=layout.sequence_parallel),
     )
