@@ -20,6 +20,7 @@ from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
+    "baichuan": "baichuan2",
     "qwen2": "qwen2",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",

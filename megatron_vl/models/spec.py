@@ -40,6 +40,7 @@ class DecoderSpec:
     qkv_bias: bool
     max_position_embeddings: int  # tokens
     init_std: float  # standard deviation of freshly drawn weights
+    normalized_head: bool = False  # the output layer's rows are divided by their length (NormHead)
 
     def __post_init__(self) -> None:
         _positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",

@@ -16,7 +16,7 @@ from megatron_vl.weights.map import (
     WeightMap,
     Where,
 )
-from megatron_vl.weights.rules import QKV, Copy, GateUp, RowParallel, Vocab
+from megatron_vl.weights.rules import QKV, Copy, FusedQKV, GateUp, RowParallel, Vocab
 
 MCORE = "language_model"
 
@@ -41,19 +41,26 @@ def whole_map(
     )
 
 
-def decoder_weights(decoder: DecoderSpec, *, hf: str, head: str) -> list[Weight]:
+def decoder_weights(
+    decoder: DecoderSpec, *, hf: str, head: str, packed: str | None = None
+) -> list[Weight]:
     """Every weight of the language model.
 
     Args:
         hf: prefix of the decoder's published names, as in `{hf}.layers.0...`.
         head: published name of the output layer's weight.
+        packed: published name of a projection that is q, k and v one after the other; None: each
+            is published by itself.
     """
     H, F, V = decoder.hidden_size, decoder.ffn_hidden_size, decoder.vocab_size
     N, G, D = decoder.num_attention_heads, decoder.num_query_groups, decoder.head_dim
     source, layer = f"{hf}.layers.{{i}}", f"{MCORE}.decoder.layers.{{i}}"
     attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
 
-    def qkv(leaf: str, columns: int | None) -> QKV:
+    def qkv(leaf: str, columns: int | None) -> QKV | FusedQKV:
+        if packed is not None:
+            return FusedQKV(key=f"{source}.self_attn.{packed}.{leaf}", heads=N, head_dim=D,
+                            columns=columns)
         q, k, v = (f"{source}.self_attn.{one}_proj.{leaf}" for one in "qkv")
         return QKV(q=q, k=k, v=v, heads=N, groups=G, head_dim=D, columns=columns)
 
