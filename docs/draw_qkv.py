@@ -2,7 +2,7 @@
 
     python docs/draw_qkv.py [OUT.png]
 
-The sizes are those of toolkits/make_tiny_hf_checkpoint.py. Coordinates are tenths of an inch; text
+The sizes are those of `megatron-vl tiny`. Coordinates are tenths of an inch; text
 sizes are chosen to be read at a README's width.
 """
 

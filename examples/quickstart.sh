@@ -53,7 +53,7 @@ mkdir -p "$WORK"
 touch "$WORK/.megatron-vl-quickstart"
 
 step "writing a small random Qwen2-VL as a Hugging Face directory"
-run python toolkits/make_tiny_hf_checkpoint.py "$WORK/hf" --hidden-size 64 --ffn-size 192 \
+run megatron-vl tiny "$WORK/hf" --hidden-size 64 --ffn-size 192 \
   --num-layers 4 --patch-size 8 --min-pixels 4096 --max-pixels 4096 --init-std 0.08 --dtype float32
 
 step "writing easy-VQA, real images and questions, as LLaVA-style JSON"

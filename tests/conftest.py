@@ -46,11 +46,17 @@ def _toolkit(script: str, *arguments: object) -> None:
     subprocess.run([sys.executable, ROOT / "toolkits" / script, *map(str, arguments)], check=True)
 
 
+def _tiny(out: Path, *options: object) -> None:
+    from megatron_vl.cli.main import run
+
+    assert run(["tiny", *map(str, (out, *options))]) == 0
+
+
 @pytest.fixture(scope="session")
 def hf_dir(shared) -> Path:
     """A tiny random Qwen2-VL with a real tokenizer, chat template and image settings."""
-    return shared.made("hf", lambda out: _toolkit(
-        "make_tiny_hf_checkpoint.py", out, "--hidden-size", 32, "--num-layers", 2, "--ffn-size", 32,
+    return shared.made("hf", lambda out: _tiny(
+        out, "--hidden-size", 32, "--num-layers", 2, "--ffn-size", 32,
         "--vision-depth", 1, "--vision-hidden-size", 32, "--ranks", 1500,
     ))
 
@@ -126,8 +132,8 @@ def mixed_dir(shared) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(shared) -> Path:
     """Four language and two vision layers, so that uneven splits and virtual stages exist."""
-    return shared.made("model", lambda out: _toolkit(
-        "make_tiny_hf_checkpoint.py", out, "--hidden-size", 64, "--ffn-size", 96, "--ranks", 1500,
+    return shared.made("model", lambda out: _tiny(
+        out, "--hidden-size", 64, "--ffn-size", 96, "--ranks", 1500,
         "--dtype", "float32",
     ))
 
@@ -135,8 +141,8 @@ def model_dir(shared) -> Path:
 @pytest.fixture(scope="session")
 def text_model_dir(shared) -> Path:
     """The same without eyes: Qwen2."""
-    return shared.made("text_model", lambda out: _toolkit(
-        "make_tiny_hf_checkpoint.py", out, "--model-type", "qwen2", "--hidden-size", 64,
+    return shared.made("text_model", lambda out: _tiny(
+        out, "--model-type", "qwen2", "--hidden-size", 64,
         "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
     ))
 
@@ -144,8 +150,8 @@ def text_model_dir(shared) -> Path:
 @pytest.fixture(scope="session")
 def window_model_dir(shared) -> Path:
     """The same with Qwen2.5-VL's tower: two layers, the first with windows of 2 x 2 tokens."""
-    return shared.made("window_model", lambda out: _toolkit(
-        "make_tiny_hf_checkpoint.py", out, "--model-type", "qwen2_5_vl", "--hidden-size", 64,
+    return shared.made("window_model", lambda out: _tiny(
+        out, "--model-type", "qwen2_5_vl", "--hidden-size", 64,
         "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
     ))
 

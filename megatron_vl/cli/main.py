@@ -39,6 +39,7 @@ COMMANDS = {
     "launch": "one command on every host of a hostfile, over ssh",
     "cluster-env": "which node of how many this is, as the scheduler's variables say",
     "parity": "logits, loss and gradients against transformers, in any layout",
+    "tiny": "a small random model as a complete Hugging Face directory",
     "plot": "runs' loss, gradient norm and throughput as PNG, over each other",
     "report": "a run as one page: plots, layout, data, checkpoints, configuration",
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from megatron_vl.models.media import MediaLimits, StoredMedia
     from megatron_vl.models.spec import ModelSpec
+    from megatron_vl.models.tiny import TinySizes
 
 COPY_AGAIN = "copy it again from the model's Hugging Face repository"  # a file of it
 Span = tuple[int, int]  # the characters from one up to, and without, another
@@ -140,3 +141,10 @@ class Family(Protocol):
 
     def template_writer(self, source: str) -> TemplateWriter | None:
         """Of a chat template of this source; None: the family knows none, and it is rendered."""
+
+    def tiny(self, sizes: TinySizes) -> dict[str, object]:
+        """The files of a tiny model's directory but for its weights: text, or what JSON holds.
+
+        Raises:
+            InputError: the family has no model of these sizes.
+        """

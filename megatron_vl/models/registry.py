@@ -16,6 +16,7 @@ from megatron_vl.errors import InputError, shown
 from megatron_vl.models.family import Positions, Processor, TemplateWriter
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.tiny import TinySizes
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
 
@@ -81,6 +82,10 @@ class Family:
     def judge_inputs(self, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
         return self._part("reference", "inputs")(*sample)
+
+    def tiny(self, sizes: TinySizes) -> dict[str, object]:
+        """See `megatron_vl.models.family.Family`."""
+        return self._part("tiny", "files")(sizes)
 
     def check_size(self, spec: ModelSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.

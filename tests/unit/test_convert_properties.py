@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from test_convert import assert_is_reference, convert
-from tiny_hf import _maker, assert_equal, make, read
+from tiny_hf import assert_equal, make, read, write_weights
 
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, load_spec
@@ -82,7 +81,7 @@ def write_model(template, out, model: dict, seed: int) -> None:
     config["initializer_range"] = 0.5
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
-    save_file(_maker().random_weights(config, seed), out / "model.safetensors")
+    write_weights(out, seed)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True,

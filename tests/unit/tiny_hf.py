@@ -6,37 +6,37 @@ no rules. Letters: N heads, G key/value heads, D head width.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vl.cli.main import run
+from megatron_vl.models import family, load_spec
+from megatron_vl.models.tiny import random_weights
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _maker():
-    path = ROOT / "toolkits" / "make_tiny_hf_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("make_tiny_hf_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def make(out: Path, *options: str, vocab_size: int | None = None) -> Path:
-    """Writes a checkpoint (64 wide, 4 + 2 layers) with the toolkit; `vocab_size` overrides its."""
-    maker = _maker()
+    """Writes a checkpoint (64 wide, 4 + 2 layers); `vocab_size` overrides the tokenizer's."""
     sizes = ["--hidden-size", "64", "--ffn-size", "96", "--vision-hidden-size", "32",
              "--vision-heads", "4", "--ranks", "260", "--init-std", "0.5"]
-    args = maker.parse_arguments([str(out), *sizes, *options])
-    maker.write_checkpoint(args)
+    assert run(["tiny", str(out), *sizes, *options]) == 0
     if vocab_size is not None:
         config = json.loads((out / "config.json").read_text())
         config["vocab_size"] = vocab_size
         (out / "config.json").write_text(json.dumps(config))
-        save_file(maker.random_weights(config, args.seed), out / "model.safetensors")
+        write_weights(out)
     return out
+
+
+def write_weights(directory: Path, seed: int = 0) -> None:
+    """New random ones for the config.json that lies there."""
+    spec = load_spec(directory)
+    drawn = random_weights(family(spec.model_type).weight_map(spec), spec, seed)
+    save_file(drawn, directory / "model.safetensors")
 
 
 def read(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,11 +1,11 @@
 """The tiny checkpoint is one transformers loads, with Qwen2's true tokenizer."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+from commands import megatron_vl, run
 from tiny_hf import ROOT, assert_equal, make, read
 
 SAMPLES = [
@@ -82,13 +82,21 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(tmp_path):
     (["--vision-heads", "0"], "--vision-heads is 0; give 1 or more"),
     (["--num-kv-heads", "-2"], "--num-kv-heads is -2; give 1 or more"),
     (["--ranks", "5"], "--ranks is 5; give 256 to 151643"),
-    (["--mrope-section", "1", "2", "3"], "half of the head width"),
+    (["--model-type", "gpt2"], "model_type 'gpt2' is not supported; known are: qwen2"),
+    (["--mrope-section", "1", "2", "3"], "it must be half of the head width 32"),
 ])
-def test_sizes_that_do_not_fit_are_refused(options, says, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "toolkits" / "make_tiny_hf_checkpoint.py"),
-         str(tmp_path / "out"), *options], capture_output=True, text=True, timeout=60,
-    )
-    assert done.returncode == 2 and says in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_what_cannot_be_made_is_refused(options, says, tmp_path):
+    done = megatron_vl("tiny", tmp_path / "out", *options)
+    assert done.code == 2 and says in done.err
+    assert len(done.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_toolkit_is_the_command(tmp_path):
+    script = [sys.executable, ROOT / "toolkits" / "make_tiny_hf_checkpoint.py"]
+    for done in (run([*script, tmp_path / "one", "--ranks", 260]),
+                 megatron_vl("tiny", tmp_path / "two", "--ranks", 260)):
+        assert done.code == 0 and "4 language and 2 vision layers" in done.out, done.text
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                for name in ("one", "two"))
+    assert one == two
