@@ -67,6 +67,13 @@ class Processor(Protocol):
             BadMedia: the family takes none of its sizes, or it has not what its entry asks for.
         """
 
+    def pixels(self, media: StoredMedia) -> tuple[int, int]:
+        """Width and height of an image, or of a video's frames, after resizing.
+
+        Raises:
+            BadMedia: as `shape`.
+        """
+
     def num_tokens(self, grid: Grid) -> int:
         """Tokens that the decoder sees of an image or video with this grid."""
 

@@ -14,7 +14,7 @@ from megatron_vl.data.encode.answers import trained_turns
 from megatron_vl.data.encode.model_files import check_tokenizer
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.encode.template import ChatTemplate
-from megatron_vl.data.grounding import render
+from megatron_vl.data.grounding import Pixels, render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.family import COPY_AGAIN, TOKENIZER, Family, Span
@@ -131,7 +131,8 @@ class ChatTokenizer:
         return chat
 
     def encode(
-        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = ""
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
+        pixels: Pixels | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
@@ -142,6 +143,7 @@ class ChatTokenizer:
         Args:
             media_tokens: placeholders each image and video takes, in order.
             tools: a JSON list of the functions that may be called.
+            pixels: see `render`; needed where the family's form of objects counts pixels.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
@@ -152,7 +154,7 @@ class ChatTokenizer:
                 template refuses it or writes no tools, or the model has no form for its objects.
         """
         trained_turns(turns, self.trained)
-        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__)
+        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__, pixels)
         tokens, labels = self._tokens(*self.template.write(turns, tools))
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)

@@ -70,7 +70,10 @@ class ModelEncoder:
                 f"takes text alone; train a vision-language model, or remove the sample",
             )
         grids = tuple(self.processor.shape(one) for one in media)
-        tokens, labels = self.chat.encode(turns, self.places(grids), tools)
+        tokens, labels = self.chat.encode(
+            turns, self.places(grids), tools,
+            pixels=lambda number: self.processor.pixels(media[number]),
+        )
         return tokens, labels, grids
 
     def places(self, grids: Sequence[Grid]) -> list[int]:

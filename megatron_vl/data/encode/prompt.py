@@ -10,6 +10,7 @@ import torch
 from megatron_vl.data.conversation import BadEntry, Turn
 from megatron_vl.data.encode.answers import trained_turns
 from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.data.grounding import Pixels, render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.models.family import Prompt
 from megatron_vl.models.spec import TokenIds
@@ -35,12 +36,14 @@ class PromptTokenizer:
         return self.prompt.decode(tokens)
 
     def encode(
-        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = ""
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
+        pixels: Pixels | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels, int64 [L]: see `ChatTokenizer.encode`.
 
         Raises:
-            BadEntry: no turn to train, an empty answer, tools, or a mark of the tokenizer in it.
+            BadEntry: no turn to train, an empty answer, tools, a mark of the tokenizer in it, or
+                the model has no form for its objects.
         """
         trained = trained_turns(turns, self.trained)
         if tools or any(turn.of_tools for turn in turns):
@@ -48,6 +51,7 @@ class PromptTokenizer:
                 "chat template", "it has tools, which this model has no form for; leave such "
                 "entries out"
             )
+        turns = render(turns, self.tokens.grounding, lambda mark: True, pixels)
         try:
             tokens, labels = self.prompt.encode(turns, trained, media_tokens)
         except ValueError as error:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, check_bounds
-from megatron_vl.models.common.parts import PARTS
+from megatron_vl.models.common.parts import MERGER, PARTS
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.ops.attention import BACKENDS, ORDERS
-from megatron_vl.parallel import Layout
+from megatron_vl.parallel import VISION, Layout
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.log import LogOptions
 from megatron_vl.training.options.option import defaults, option
@@ -206,7 +206,7 @@ class OptimizerOptions:
 
     def lr_ratio(self, part: str) -> float:
         """The learning rate of a part, a key of PARTS, as a multiple of lr at every step."""
-        own = {"vit": self.vit_lr, "merger": self.merger_lr}.get(part)
+        own = {VISION: self.vit_lr, MERGER: self.merger_lr}.get(part)
         return 1.0 if own is None or own == self.lr else own / self.lr
 
 
