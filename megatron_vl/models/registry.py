@@ -99,6 +99,19 @@ class Family:
         """See `megatron_vl.models.family.Family`."""
         return self._part("tiny", "files")(sizes)
 
+    def llama_target(self, config_dir: str | Path, spec: ModelSpec, *, max_shard_bytes: int):
+        """The `megatron_vl.weights.targets.Target` that writes this model as a Llama.
+
+        Raises:
+            InputError: it is none but for its names, or its tokenizer cannot be Llama's.
+        """
+        if not self._has("llama"):
+            raise InputError(f"--llamafy is not for {self.model_type}, which is no Llama; leave it "
+                             f"out.")
+        return self._part("llama", "llama_target")(
+            Path(config_dir), spec, max_shard_bytes=max_shard_bytes
+        )
+
     def check_size(self, spec: ModelSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
 

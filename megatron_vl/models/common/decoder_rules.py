@@ -36,6 +36,7 @@ def whole_map(
     return WeightMap(
         source=source, layers=spec.layers, weights=tuple(weights), renamed=renamed,
         hf_copies=((head, embedding),) if spec.decoder.tie_word_embeddings else (),
+        directions=(head,) if spec.decoder.normalized_head else (),
         hf_ignored=(r".*rotary_emb\.inv_freq",),
         mcore_ignored=(r".*\._extra_state\d*", r".*rotary_pos_emb\.inv_freq"),
     )
