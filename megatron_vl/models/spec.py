@@ -70,6 +70,7 @@ class DecoderSpec:
     init_std: float  # standard deviation of freshly drawn weights
     qk_norm: bool = False  # queries and keys are normalised, head by head
     experts: ExpertsSpec | None = None  # None: every layer has an MLP of `ffn_hidden_size`
+    normalized_head: bool = False  # the output layer's rows are divided by their length (NormHead)
 
     def __post_init__(self) -> None:
         _positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",

@@ -118,6 +118,7 @@ class WeightMap:
     hf_copies: tuple[tuple[str, str], ...] = ()  # (key that may be there, key it is a copy of)
     hf_ignored: tuple[str, ...] = ()  # patterns of published keys that are no weights
     mcore_ignored: tuple[str, ...] = ()  # patterns of Megatron-Core keys that are no weights
+    directions: tuple[str, ...] = ()  # published keys of which the rows' lengths do not count
     partial: bool = False  # take a checkpoint that lacks keys: inventories are of what is there
 
     def __post_init__(self) -> None:

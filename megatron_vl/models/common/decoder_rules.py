@@ -16,7 +16,7 @@ from megatron_vl.weights.map import (
     WeightMap,
     Where,
 )
-from megatron_vl.weights.rules import QKV, Copy, GateUp, RowParallel, Vocab
+from megatron_vl.weights.rules import QKV, Copy, FusedQKV, GateUp, RowParallel, Vocab
 
 MCORE = "language_model"
 
@@ -36,24 +36,32 @@ def whole_map(
     return WeightMap(
         source=source, layers=spec.layers, weights=tuple(weights), renamed=renamed,
         hf_copies=((head, embedding),) if spec.decoder.tie_word_embeddings else (),
+        directions=(head,) if spec.decoder.normalized_head else (),
         hf_ignored=(r".*rotary_emb\.inv_freq",),
         mcore_ignored=(r".*\._extra_state\d*", r".*rotary_pos_emb\.inv_freq"),
     )
 
 
-def decoder_weights(decoder: DecoderSpec, *, hf: str, head: str) -> list[Weight]:
+def decoder_weights(
+    decoder: DecoderSpec, *, hf: str, head: str, packed: str | None = None
+) -> list[Weight]:
     """Every weight of the language model.
 
     Args:
         hf: prefix of the decoder's published names, as in `{hf}.layers.0...`.
         head: published name of the output layer's weight.
+        packed: published name of a projection that is q, k and v one after the other; None: each
+            is published by itself.
     """
     H, V = decoder.hidden_size, decoder.vocab_size
     N, G, D = decoder.num_attention_heads, decoder.num_query_groups, decoder.head_dim
     source, layer = f"{hf}.layers.{{i}}", f"{MCORE}.decoder.layers.{{i}}"
     attention = f"{layer}.self_attention"
 
-    def qkv(leaf: str, columns: int | None) -> QKV:
+    def qkv(leaf: str, columns: int | None) -> QKV | FusedQKV:
+        if packed is not None:
+            return FusedQKV(key=f"{source}.self_attn.{packed}.{leaf}", heads=N, head_dim=D,
+                            columns=columns)
         q, k, v = (f"{source}.self_attn.{one}_proj.{leaf}" for one in "qkv")
         return QKV(q=q, k=k, v=v, heads=N, groups=G, head_dim=D, columns=columns)
 

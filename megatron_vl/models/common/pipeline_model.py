@@ -99,6 +99,7 @@ class PipelineModel(MegatronModule):
                 vp_stage=vp_stage,
             )
             self.language_model.real_vocab_size = spec.decoder.vocab_size
+            self.language_model.normalized_head = spec.decoder.normalized_head
         # Megatron-Core's gradient and pipeline code asks the outermost module.
         self.share_embeddings_and_output_weights = (
             spec.decoder.tie_word_embeddings and not self.spans

@@ -335,6 +335,9 @@ class DataOptions:
     max_patches_per_row: int | None = option(
         None, "vision patches of a row at most, to even out the vision tower's work", kind=int
     )
+    truncate_samples: bool = option(
+        False, "cut the end off a sample of text that is longer than a row, instead of skipping it"
+    )
     max_skipped_samples: int = option(
         100, "samples that cannot be used and are skipped, before the run stops; 0: none"
     )
