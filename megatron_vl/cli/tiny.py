@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_vl.models.registry import family, known_families
+from megatron_vl.models.registry import family_named, known_families
 from megatron_vl.models.spec import DTYPES
 from megatron_vl.models.tiny import TinySizes, write_tiny
 from megatron_vl.training.options.spellings import dtype_of
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: no such family, sizes that do not fit, or a directory that holds something.
     """
     sizes = TinySizes(**{one.name: getattr(args, one.name) for one in fields(TinySizes)})
-    spec, parameters = write_tiny(args.out, family(args.model_type), sizes)
+    spec, parameters = write_tiny(args.out, family_named(args.model_type), sizes)
     vision = "" if spec.vision is None else f" and {spec.vision.depth} vision"
     print(f"{args.out}: {parameters:,} parameters, {spec.decoder.num_layers} language{vision} "
           f"layers, vocabulary {spec.decoder.vocab_size:,}, {spec.dtype}")

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.family import Positions, Processor, TemplateWriter
+from megatron_vl.models.family import TOKENIZER, Positions, Processor, Prompt, TemplateWriter
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.models.tiny import TinySizes
@@ -21,9 +21,12 @@ from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
+    "baichuan": "baichuan2",
     "qwen2": "qwen2",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
 }
 
 
@@ -36,6 +39,9 @@ class Family:
 
     def _part(self, module: str, name: str) -> Callable:
         return getattr(import_module(f"{self.package}.{module}"), name)
+
+    def _has(self, module: str) -> bool:
+        return find_spec(f"{self.package}.{module}") is not None
 
     def read_config(self, config: dict) -> ModelSpec:
         """The spec of a parsed config.json. Raises InputError for a missing or unusable key."""
@@ -66,25 +72,51 @@ class Family:
 
     def positions(self, spec: ModelSpec, video_positions: str = "published") -> Positions:
         """See `megatron_vl.models.family.Family`; this imports torch."""
+        if len(spec.decoder.rope_sections) == 1:
+            from megatron_vl.models.common.counted_positions import CountedPositions
+
+            return CountedPositions()
         return self._part("positions", "positions")(spec, video_positions)
+
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """See `megatron_vl.models.family.Family`; those of transformers, unless the folder has a
+        `tokenizer.py`."""
+        return self._part("tokenizer", "FILES") if self._has("tokenizer") else TOKENIZER
+
+    def prompt(self, hf_dir: str | Path, spec: ModelSpec) -> Prompt | None:
+        """See `megatron_vl.models.family.Family`; a folder with a `tokenizer.py` has one."""
+        if not self._has("tokenizer"):
+            return None
+        return self._part("prompt", "prompt")(Path(hf_dir), spec)
 
     def template_writer(self, source: str) -> TemplateWriter | None:
         """See `megatron_vl.models.family.Family`; a folder without `prompt.py` knows none."""
-        if find_spec(f"{self.package}.prompt") is None:
-            return None
-        return self._part("prompt", "template_writer")(source)
+        return self._part("prompt", "template_writer")(source) if self._has("prompt") else None
 
     def judge(self):
         """transformers' class that loads a published directory of this family."""
         return self._part("reference", "auto_class")()
 
-    def judge_inputs(self, *sample) -> dict:
+    def judge_inputs(self, spec: ModelSpec, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
-        return self._part("reference", "inputs")(*sample)
+        return {} if spec.vision is None else self._part("reference", "inputs")(spec, *sample)
 
     def tiny(self, sizes: TinySizes) -> dict[str, object]:
         """See `megatron_vl.models.family.Family`."""
         return self._part("tiny", "files")(sizes)
+
+    def llama_target(self, config_dir: str | Path, spec: ModelSpec, *, max_shard_bytes: int):
+        """The `megatron_vl.weights.targets.Target` that writes this model as a Llama.
+
+        Raises:
+            InputError: it is none but for its names, or its tokenizer cannot be Llama's.
+        """
+        if not self._has("llama"):
+            raise InputError(f"--llamafy is not for {self.model_type}, which is no Llama; leave it "
+                             f"out.")
+        return self._part("llama", "llama_target")(
+            Path(config_dir), spec, max_shard_bytes=max_shard_bytes
+        )
 
     def check_size(self, spec: ModelSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
@@ -126,6 +158,12 @@ def family(model_type: str) -> Family:
     return Family(
         model_type=model_type, package=f"megatron_vl.models.{_FAMILIES[model_type]}"
     )
+
+
+def family_named(name: str) -> Family:
+    """The family of a model_type, or of its folder. Raises InputError for an unknown one."""
+    folders = {folder: model_type for model_type, folder in _FAMILIES.items()}
+    return family(folders.get(name, name))
 
 
 def read_config_json(directory: str | Path) -> dict:

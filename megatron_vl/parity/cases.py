@@ -72,10 +72,10 @@ def make_samples(spec: ModelSpec, case: Case, seed: int = 0) -> list[EncodedSamp
     # No padding token either: transformers' embedding keeps its gradient at zero on purpose.
     tokens = spec.tokens
     reserved = {tokens.image, tokens.video, tokens.vision_start, tokens.vision_end, tokens.pad}
-    low = min({spec.decoder.vocab_size, *reserved} - {None})
+    end = min({spec.decoder.vocab_size, *reserved} - {None, 0})  # reserved ones come last, or first
 
     def text(count: int) -> list[int]:
-        return torch.randint(0, low, (count,), generator=generator).tolist()
+        return torch.randint(int(0 in reserved), end, (count,), generator=generator).tolist()
 
     samples = []
     for number, grids in enumerate(case.images):

@@ -32,8 +32,7 @@ SIDE_FILES = (  # besides weights, what makes a directory loadable
     "config.json", "generation_config.json", "preprocessor_config.json",
     "video_preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt",
     "added_tokens.json", "special_tokens_map.json", "tokenizer*", "chat_template*", "*.tiktoken",
-    "*.jinja", "configuration.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
-    "README.md", "LICENSE*",
+    "*.jinja", "configuration.json", "*.py", "README.md", "LICENSE*",
 )
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own limit

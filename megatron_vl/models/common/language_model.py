@@ -1,6 +1,8 @@
 """GPTModel with a loss head that works only where a token is trained.
 
 Letters: s row length, b rows, n trained positions, E language width, V vocabulary (per tp rank).
+A normalised head (NormHead) is the direction of each of its rows: row-wise, so that tensor
+parallelism over the vocabulary changes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ class LanguageModel(GPTModel):
     """
 
     real_vocab_size: int  # without the rows that pad it for tensor parallelism
+    normalized_head: bool
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Marks the weights; where the embedding is not on the first stage, its copies are tied by
@@ -41,16 +44,25 @@ class LanguageModel(GPTModel):
             weight.shared = True  # a copy, which the gradient norm leaves out
             weight.data.zero_()
 
+    def _head_weight(self) -> torch.Tensor:
+        """What hidden states are multiplied with, [V, E]."""
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        # A row of zeros, which pads the vocabulary, stays one.
+        return F.normalize(weight, dim=1) if self.normalized_head else weight
+
     def _postprocess(self, hidden_states, *args, labels=None, loss_mask=None, **kwargs):
-        if not self.post_process or labels is None:
+        if not self.post_process:
             return super()._postprocess(
                 hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
             )
-        weight = self.output_layer.weight
         for wait_for_weight in self.output_layer._forward_pre_hooks.values():
-            wait_for_weight(self.output_layer, ())  # which does not run itself
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
+            wait_for_weight(self.output_layer, ())  # which does not run itself, or not yet
+        weight = self._head_weight()
+        if labels is None:
+            logits_sbV, _ = self.output_layer(hidden_states, weight=weight)
+            return logits_sbV.transpose(0, 1).contiguous()
         # What ColumnParallelLinear does around its product: the gradient of the replicated input
         # is summed over tensor-parallel ranks (and scattered again under sequence parallelism).
         if self.config.sequence_parallel:

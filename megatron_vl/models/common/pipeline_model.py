@@ -20,13 +20,13 @@ from megatron_vl.models.common.fusion import fuse, media_places, nothing_of
 from megatron_vl.models.common.language_model import LanguageModel
 from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
-from megatron_vl.models.common.parts import part_of
+from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 
 
 class PipelineModel(MegatronModule):
@@ -73,16 +73,20 @@ class PipelineModel(MegatronModule):
         if build_tower is not None and (chunk, stage) <= split.embedding_chunk[::-1]:
             self.vision_model = build_tower(
                 spec, layout, split, options,
-                layers=split.layers("vit", stage, chunk), groups=groups,
+                layers=split.layers(VISION, stage, chunk), groups=groups,
                 first=pre_process, last=self.embeds,
                 vp_stage=vp_stage if self.spans else None,
             )
         self.language_model = None
         if self.embeds or self.vision_model is None:
-            layers = split.layers("llm", stage, chunk)
+            layers, decoder = split.layers(LANGUAGE, stage, chunk), spec.decoder
+            kind = LayerKind(
+                causal=True, qk_norm=decoder.qk_norm,
+                experts=decoder.experts and decoder.experts.count,
+            )
             self.language_model = LanguageModel(
                 config=config,
-                transformer_layer_spec=block_spec([LayerKind(causal=True)] * len(layers)),
+                transformer_layer_spec=block_spec([kind] * len(layers)),
                 vocab_size=spec.padded_vocab_size(layout.tp),
                 max_sequence_length=spec.decoder.max_position_embeddings,
                 pre_process=self.embeds,
@@ -95,6 +99,7 @@ class PipelineModel(MegatronModule):
                 vp_stage=vp_stage,
             )
             self.language_model.real_vocab_size = spec.decoder.vocab_size
+            self.language_model.normalized_head = spec.decoder.normalized_head
         # Megatron-Core's gradient and pipeline code asks the outermost module.
         self.share_embeddings_and_output_weights = (
             spec.decoder.tie_word_embeddings and not self.spans
@@ -209,7 +214,7 @@ class PipelineModel(MegatronModule):
         given = 0 if grid_thw is None else grid_thw.shape[0]
         if given and self.pre_process and pixel_patches is None:
             raise ValueError(f"{given} images or videos but no pixels")
-        waited_for = self.training and not self.frozen >= {"vit", "merger"}
+        waited_for = self.training and not self.frozen >= {VISION, MERGER}
         if not given and not self.spans and not waited_for:
             return None
         vision = self.spec.vision
@@ -217,7 +222,7 @@ class PipelineModel(MegatronModule):
         shape = vision.states(grids.tolist())
         if not self.pre_process:
             hidden_PD = self.relay.states(self._received, shape)
-            if "vit" not in self.frozen:
+            if VISION not in self.frozen:
                 return self.vision_model(hidden_PD, grids)
             # No graph through layers that nothing is trained before.
             return EndOfGradient.apply(

@@ -1,0 +1,1 @@
+"""Baichuan2-7B, Base and Chat: a Llama decoder with W_pack and NormHead."""
