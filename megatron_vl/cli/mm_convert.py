@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vl.cli import main as program
-from megatron_vl.cli.convert import describe
 from megatron_vl.errors import CALLED, InputError
+from megatron_vl.models.conversion import describe
 from megatron_vl.parallel.stages import layer_list
+from megatron_vl.weights.mcore_io import CheckpointInfo
 
 CONVERTERS = {"Qwen2VLConverter": "qwen2_vl", "Qwen2_5_VLConverter": "qwen2_5_vl"}
 VERBS = {  # verb -> its source, its target, its layouts
@@ -98,21 +99,20 @@ def translated(converter: str, verb: str, given: dict[str, str]) -> list[str]:
               "vit-pp-layers": f"{of_target}.vit_pp_layers", "hf-config": "hf_config.hf_dir"}
     os.environ[CALLED] = ";".join(f"{option}=--cfg.{key}" for option, key in called.items())
     hf_dir = given["hf_config.hf_dir"]
-    kind, info, config_dir, spec = describe(
-        Path(given[source]), None if hf_dir is None else Path(hf_dir)
-    )
-    if spec.model_type != CONVERTERS[converter]:
-        other = next((name for name, one in CONVERTERS.items() if one == spec.model_type), None)
+    found = describe(Path(given[source]), None if hf_dir is None else Path(hf_dir))
+    model_type = found.spec.model_type
+    if model_type != CONVERTERS[converter]:
+        other = next((name for name, one in CONVERTERS.items() if one == model_type), None)
         raise InputError(
-            f"{config_dir} is of a {spec.model_type}, and {converter} converts "
+            f"{found.config_dir} is of a {model_type}, and {converter} converts "
             f"{CONVERTERS[converter]}; use {other or 'megatron-vl convert'}."
         )
     words = ["convert", given[source], given[target], "--from",
              "hf" if verb == "hf_to_mm" else "mcore", "--to",
              "hf" if verb == "mm_to_hf" else "mcore"]
     if verb != "hf_to_mm":
-        if kind == "mcore":
-            _check_layout(info, layouts[0], given)
+        if found.info is not None:
+            _check_layout(found.info, layouts[0], given)
         words += [] if hf_dir is None else ["--hf-config", hf_dir]
     if verb != "mm_to_hf":
         tp, llm, vit = _layout(of_target, given)
@@ -139,7 +139,7 @@ def _layout(layout: str, given: dict[str, str]) -> tuple[int, list[list[int]], l
     return int(tp), *rows
 
 
-def _check_layout(info, layout: str, given: dict[str, str]) -> None:
+def _check_layout(info: CheckpointInfo, layout: str, given: dict[str, str]) -> None:
     """Whether a checkpoint is laid out as is said; it knows itself how it is.
 
     Raises:
