@@ -36,6 +36,7 @@ COMMANDS = {
     "prepare": "raw data -> WebDataset shards ready for energon",
     "lint": "what is in prepared data: unusable samples, histograms, how rows fill",
     "train": "pretrain or finetune",
+    "finetune": "train by the flags of a published fine-tuning script",
     "launch": "one command on every host of a hostfile, over ssh",
     "cluster-env": "which node of how many this is, as the scheduler's variables say",
     "parity": "logits, loss and gradients against transformers, in any layout",
