@@ -25,6 +25,8 @@ _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen2": "qwen2",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
 }
 
 
@@ -70,6 +72,10 @@ class Family:
 
     def positions(self, spec: ModelSpec, video_positions: str = "published") -> Positions:
         """See `megatron_vl.models.family.Family`; this imports torch."""
+        if len(spec.decoder.rope_sections) == 1:
+            from megatron_vl.models.common.counted_positions import CountedPositions
+
+            return CountedPositions()
         return self._part("positions", "positions")(spec, video_positions)
 
     def tokenizer_files(self) -> tuple[str, ...]:
@@ -91,9 +97,9 @@ class Family:
         """transformers' class that loads a published directory of this family."""
         return self._part("reference", "auto_class")()
 
-    def judge_inputs(self, *sample) -> dict:
+    def judge_inputs(self, spec: ModelSpec, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
-        return self._part("reference", "inputs")(*sample)
+        return {} if spec.vision is None else self._part("reference", "inputs")(spec, *sample)
 
     def tiny(self, sizes: TinySizes) -> dict[str, object]:
         """See `megatron_vl.models.family.Family`."""
