@@ -26,8 +26,8 @@ def add_parser(commands) -> None:
     )
     for flag in FLAGS:
         parser.add_argument(
-            f"--{flag.replace('_', '-')}", metavar="VALUE", nargs="?", const="True",
-            required=flag in REQUIRED, help=f"the Trainer's --{flag}",
+            f"--{flag}", *([f"--{flag.replace('_', '-')}"] if "_" in flag else []), nargs="?",
+            const="True", metavar="VALUE", required=flag in REQUIRED, help="as the Trainer's",
         )
     parser.add_argument("--data-format", default="sharegpt", metavar="NAME",
                         help="of data_path, as megatron-vl prepare takes it (default: %(default)s)")
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     flags = {flag: getattr(args, flag) for flag in FLAGS}
     made, output = translate(flags), Path(args.output_dir)
     os.environ[CALLED] = ";".join(f"{option}={flag}" for option, flag in made.called.items())
+    if args.dry_run and not _has_weights(Path(args.model_name_or_path)):
+        made.words[made.words.index("--load")] = "--hf-config"
     words = [*made.words, "--truncate-samples", "--save", str(output / "checkpoint"),
              "--eval-interval", "0", *args.options]
     made.told.append("texts longer than --model_max_length are cut: --truncate-samples")
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     batch = _whole(flags, "per_device_train_batch_size", "8")
     batch *= replicas * _whole(flags, "gradient_accumulation_steps", "1")
     words += ["--train-data-path", str(data), "--global-batch-size", str(batch)]
+    made.told.append(f"rows of a step, over all processes -> --global-batch-size {batch}")
     words += _saving(flags, made, data, batch)
     print("\n".join(made.told), flush=True)
     code = _say(megatron_vl, ["train", *words, *(["--dry-run"] if args.dry_run else [])])
@@ -79,6 +82,13 @@ def run(args: argparse.Namespace) -> int:
 def _say(command, words: list[str]) -> int:
     print(f"megatron-vl {shlex.join(words)}", flush=True)
     return command(words)
+
+
+def _has_weights(directory: Path) -> bool:
+    from megatron_vl.weights.found import is_mcore_directory
+    from megatron_vl.weights.hf_io import is_hf_directory
+
+    return is_mcore_directory(directory) or is_hf_directory(directory)
 
 
 def _replicas(words: list[str]) -> tuple[int, int]:
@@ -116,16 +126,14 @@ def _whole(flags: dict[str, str | None], flag: str, default: str) -> int:
 def _saving(flags: dict[str, str | None], made: Translation, data: Path, batch: int) -> list[str]:
     """When checkpoints are written; the last step always is."""
     strategy = flags["save_strategy"] or "steps"
-    if strategy == "steps":
-        steps = _whole(flags, "save_steps", "500")
-    elif strategy == "no":
-        steps = 10**9
-    elif strategy == "epoch":
-        steps = math.ceil(_samples(data) / batch) if data.exists() else 10**9
-    else:
+    if strategy not in ("no", "steps", "epoch"):
         raise InputError(f"--save_strategy is {strategy!r}; use no, steps or epoch.")
+    if strategy == "epoch" and not data.exists():
+        made.told.append("--save_strategy epoch -> --save-interval, once the data are prepared")
+        return []
+    steps = {"no": lambda: 10**9, "steps": lambda: _whole(flags, "save_steps", "500"),
+             "epoch": lambda: math.ceil(_samples(data) / batch)}[strategy]()
     made.told.append(f"--save_strategy {strategy} -> --save-interval {steps}")
-    made.told.append(f"rows of a step, over all processes -> --global-batch-size {batch}")
     return ["--save-interval", str(steps)]
 
 

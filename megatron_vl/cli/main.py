@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         flag = word.partition("=")[0]
         near = difflib.get_close_matches(flag.lower(), self._option_string_actions, n=1)
         hint = f" (did you mean {near[0]}?)" if near and flag.startswith("-") else ""
-        if self.prog.endswith(" train") and (says := answer(flag)):
+        if self.prog.endswith((" train", " finetune")) and (says := answer(flag)):
             hint = f": {says}"
         self.error(f"unrecognized argument {word}{hint}")
 
