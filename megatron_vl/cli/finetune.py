@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 
 from megatron_vl.errors import CALLED, InputError
+from megatron_vl.launch.cluster import ClusterEnv
 from megatron_vl.training.options.hf_trainer import FLAGS, Translation, translate
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
@@ -53,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     words = [*made.words, "--truncate-samples", "--save", str(output / "checkpoint"),
              "--eval-interval", "0", *args.options]
     made.told.append("texts longer than --model_max_length are cut: --truncate-samples")
-    nodes, replicas = _replicas(words)
+    node, replicas = _replicas(words)
     data = _data_directory(Path(args.data_path), output)
     if data != Path(args.data_path) and not (args.dry_run or data.exists()):
-        if nodes > 1:
+        if node.nnodes > 1:
             raise InputError(
                 f"--data_path {args.data_path} is raw data, which one node alone can prepare; give "
                 f"the directory that megatron-vl prepare {args.data_path} DIR --format "
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     words += _saving(flags, made, data, batch)
     print("\n".join(made.told), flush=True)
     code = _say(megatron_vl, ["train", *words, *(["--dry-run"] if args.dry_run else [])])
-    if code or args.dry_run:
+    if code or args.dry_run or node.node_rank:
         return code
     return _say(megatron_vl, ["convert", str(output / "checkpoint"), str(output / "hf"),
                               "--to", "hf", "--overwrite"])
@@ -91,15 +92,15 @@ def _has_weights(directory: Path) -> bool:
     return is_mcore_directory(directory) or is_hf_directory(directory)
 
 
-def _replicas(words: list[str]) -> tuple[int, int]:
-    """(nodes, data-parallel ranks) of a run with these options."""
+def _replicas(words: list[str]) -> tuple[ClusterEnv, int]:
+    """This node among its nodes, and the data-parallel ranks of a run with these options."""
     from megatron_vl.cli import train
     from megatron_vl.cli.main import Parser
 
     parser = Parser(prog="megatron-vl")
     train.add_parser(parser.add_subparsers())
-    nodes, processes, config = train.started_on(parser.parse_args(["train", *words]))
-    return nodes.nnodes, config.parallel.layout(nodes.nnodes * processes).dp
+    node, processes, config = train.started_on(parser.parse_args(["train", *words]))
+    return node, config.parallel.layout(node.nnodes * processes).dp
 
 
 def _data_directory(given: Path, output: Path) -> Path:

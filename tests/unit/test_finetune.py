@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 
 import pytest
-from commands import megatron_vl, shell
+from commands import ROOT, megatron_vl, shell
+from test_docs import LINK, blocks, headings, parser, prose
 from tiny_hf import read
 from transformers import TrainingArguments
 
@@ -117,6 +119,25 @@ def test_the_official_flags_train_on_a_cpu_and_leave_a_model(belle, baichuan_mod
     trained, before = read(tmp_path / "out" / "hf"), read(baichuan_model_dir)
     assert trained.keys() == before.keys()
     assert not (trained["lm_head.weight"] == before["lm_head.weight"]).all()
+
+
+PAGES = "examples/baichuan2/README.md", "examples/baichuan2/README_zh.md"
+
+
+def test_both_languages_have_the_same_commands_and_every_command_is_taken():
+    both = [[line for block in blocks(page, "bash")
+             for line in block.replace("\\\n", " ").splitlines()] for page in PAGES]
+    assert both[0] == both[1]
+    levels = [[level for level, _ in headings(page)] for page in PAGES]
+    assert levels[0] == levels[1]
+    taken = 0
+    for words in map(shlex.split, both[0]):
+        if words[0] == "megatron-vl":
+            parser(words[1]).parse_args(words[2:])
+        taken += words[0] == "megatron-vl" or SHIM in words
+    assert taken == 8
+    assert all((ROOT / "examples/baichuan2" / link).exists() for page in PAGES
+               for link in LINK.findall(prose(page)))
 
 
 def test_the_true_size_is_planned_from_config_and_tokenizer_alone(
