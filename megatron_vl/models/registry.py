@@ -22,6 +22,7 @@ from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "baichuan": "baichuan2",
+    "qwen": "qwen_vl",
     "qwen2": "qwen2",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
@@ -76,8 +77,13 @@ class Family:
         return self._part("prompt", "template_writer")(source)
 
     def judge(self):
-        """transformers' class that loads a published directory of this family."""
+        """The class that loads a published directory of this family, as transformers' do."""
         return self._part("reference", "auto_class")()
+
+    @property
+    def judge_name(self) -> str:
+        """What the judge is, in reports: transformers' model, unless `reference` says another."""
+        return getattr(import_module(f"{self.package}.reference"), "NAME", "transformers")
 
     def judge_inputs(self, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
@@ -86,6 +92,11 @@ class Family:
     def tiny(self, sizes: TinySizes) -> dict[str, object]:
         """See `megatron_vl.models.family.Family`."""
         return self._part("tiny", "files")(sizes)
+
+    def tiny_sizes(self, **given) -> TinySizes:
+        """Those that are given, and the family's own or everybody's defaults of the others."""
+        own = getattr(import_module(f"{self.package}.tiny"), "DEFAULTS", {})
+        return TinySizes(**(own | given))
 
     def check_size(self, spec: ModelSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
@@ -127,6 +138,12 @@ def family(model_type: str) -> Family:
     return Family(
         model_type=model_type, package=f"megatron_vl.models.{_FAMILIES[model_type]}"
     )
+
+
+def family_named(name: str) -> Family:
+    """The family of a model_type, or of its folder. Raises InputError for an unknown one."""
+    folders = {folder: model_type for model_type, folder in _FAMILIES.items()}
+    return family(folders.get(name, name))
 
 
 def read_config_json(directory: str | Path) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import Layout, StageSplit
@@ -79,9 +80,69 @@ class DecoderSpec:
         return 2 * pairs * 2 * self.num_layers * self.num_attention_heads * self.head_dim
 
 
+class TowerSpec(Protocol):
+    """Sizes of a vision tower and of what projects it to the decoder's width, whatever they are.
+
+    A dataclass, so that two models can be compared. A grid is the frames, rows and columns of
+    patches of one image or video.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Layers."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head of a layer."""
+
+    @property
+    def activation(self) -> str:
+        """Of the layers' MLP."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether that has a gate."""
+
+    @property
+    def out_hidden_size(self) -> int:
+        """Width of the embeddings: the decoder's."""
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch."""
+
+    @property
+    def divided(self) -> dict[str, int]:
+        """The sizes that tensor parallelism divides, by name."""
+
+    @property
+    def smallest_grid(self) -> tuple[int, int, int]:
+        """Of the smallest image."""
+
+    @property
+    def only_grid(self) -> tuple[int, int, int] | None:
+        """Of every image, where all are brought to one size; None: an image keeps its own."""
+
+    def num_tokens(self, grid: Sequence[int]) -> int:
+        """Tokens that the decoder sees of an image or video."""
+
+    def states(self, grids: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Shape of the hidden states of these grids between layers: patches, width."""
+
+    def forward_flops(self, grid: tuple[int, int, int]) -> int:
+        """FLOPs of a forward pass over one image or video."""
+
+    def merger_flops(self, grid: tuple[int, int, int]) -> int:
+        """Of them, those of what projects it to the decoder's width."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionSpec:
-    """The vision tower and the merger that projects it to the decoder's width.
+    """The vision tower of Qwen2-VL and of those after it, with the merger behind it.
 
     Raises:
         InputError: sizes that do not fit one another.
@@ -138,9 +199,20 @@ class VisionSpec:
     # ---- what pipeline and fusion ask, whatever the tower is ----------------------------------
 
     @property
+    def divided(self) -> dict[str, int]:
+        """See `TowerSpec`."""
+        return {"vision attention heads": self.num_heads, "vision ffn width": self.stored_ffn_size,
+                "merger width": self.merged_size}
+
+    @property
     def smallest_grid(self) -> tuple[int, int, int]:
         """Of an image of one token."""
         return 1, self.spatial_merge_size, self.spatial_merge_size
+
+    @property
+    def only_grid(self) -> None:
+        """See `TowerSpec`."""
+        return None
 
     def num_tokens(self, grid: Sequence[int]) -> int:
         """Tokens that the decoder sees of an image or video of t x h x w patches."""
@@ -205,6 +277,7 @@ class TokenIds:
     video: int | None = None
     vision_start: int | None = None
     vision_end: int | None = None
+    spanned: bool = False  # all between these two stands for an image, whatever its ids are
     grounding: Grounding | None = None  # its marks are tokens; None: the family has no such form
     bos: int | None = None
     eos: int | None = None
@@ -219,7 +292,7 @@ class ModelSpec:
     dtype: str  # of the published weights: one of DTYPES
     decoder: DecoderSpec
     tokens: TokenIds
-    vision: VisionSpec | None = None  # None: the model takes text alone
+    vision: TowerSpec | None = None  # None: the model takes text alone
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -241,7 +314,7 @@ class ModelSpec:
         )
 
     @property
-    def towers(self) -> list[VisionSpec | DecoderSpec]:
+    def towers(self) -> list[TowerSpec | DecoderSpec]:
         """Their sizes, in the order they run."""
         return [self.decoder] if self.vision is None else [self.vision, self.decoder]
 
@@ -272,11 +345,7 @@ class ModelSpec:
                 )
         if vision is None and layout.vit_data_parallel:
             raise self.takes_text_alone("vit_data_parallel", True)
-        for what, size in () if vision is None else (
-            ("vision attention heads", vision.num_heads),
-            ("vision ffn width", vision.stored_ffn_size),
-            ("merger width", vision.merged_size),
-        ):
+        for what, size in () if vision is None else vision.divided.items():
             if size % layout.vit_tp:
                 raise InputError(
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."

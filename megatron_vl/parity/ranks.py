@@ -17,7 +17,7 @@ import torch
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.parity.cases import ROW_LENGTH, Case, cases, make_batches, make_samples
+from megatron_vl.parity.cases import Case, cases, make_batches, make_samples
 from megatron_vl.parity.compare import Outcome
 from megatron_vl.platform import barrier
 
@@ -108,7 +108,7 @@ def _run_layout(
         # As in training, where rows of one sample are no longer than a microbatch needs.
         batches = make_batches(
             spec, case, make_samples(spec, case),
-            multiple=layout.row_parts if options.row_lengths_vary else ROW_LENGTH,
+            multiple=layout.row_parts if options.row_lengths_vary else None,
         )[dp_rank :: layout.dp]
         for chunk in model:
             chunk.train()
@@ -165,7 +165,8 @@ def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Lay
         for number, chunk in enumerate(model):
             part = content[f"model{number}" if len(model) > 1 else "model"]
             gradients = {
-                to_checkpoint_names(key): parameter.main_grad
+                to_checkpoint_names(key):
+                parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
                 for key, parameter in chunk.module.named_parameters()
             }
             assert set(gradients) == set(part), set(gradients) ^ set(part)

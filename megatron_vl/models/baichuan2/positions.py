@@ -1,5 +1,5 @@
 """Positions of text."""
 
-from megatron_vl.models.qwen2.positions import positions
+from megatron_vl.models.common.text_positions import positions
 
 __all__ = ["positions"]

@@ -14,6 +14,9 @@ from megatron_vl.models.spec import TokenIds
 
 def media_places(input_ids: torch.Tensor, tokens: TokenIds) -> torch.Tensor:
     """Which of the tokens [b, s] stand for images and videos: bool [b, s]."""
+    if tokens.spanned:
+        starts, ends = input_ids == tokens.vision_start, input_ids == tokens.vision_end
+        return (starts.cumsum(1) > ends.cumsum(1)) & ~starts
     places = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in (tokens.image, tokens.video):
         if token is not None:

@@ -23,7 +23,7 @@ from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
-from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.spec import ModelSpec, TowerSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import Layout, StageSplit
@@ -102,13 +102,13 @@ class PipelineModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.share = RowShare()
-        numbers = math.prod(spec.vision.states([spec.vision.smallest_grid])) if self.spans else None
-        self.relay = Relay(config, self.share.size, numbers)
+        self.relay = Relay(config, self.share.size, _smallest(spec.vision) if self.spans else None)
         self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None
         self.frozen = frozenset(options.frozen)
         for name, weight in self.named_parameters():
-            weight.requires_grad_(part_of(name) not in self.frozen)
+            if part_of(name) in self.frozen:  # others may be constants by themselves
+                weight.requires_grad_(False)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied embedding of this chunk, None on a middle stage."""
@@ -268,6 +268,12 @@ class PipelineModel(MegatronModule):
         if not mine:
             vision_ME = vision_ME[:0] + nothing_of(vision_ME).to(vision_ME.dtype)
         return self.media_share.gather(vision_ME, mine, tokens)
+
+
+def _smallest(vision: TowerSpec) -> tuple[int, int]:
+    """Tokens, and numbers of the hidden states, of the smallest image."""
+    grid = vision.smallest_grid
+    return vision.num_tokens(grid), math.prod(vision.states([grid]))
 
 
 def build_chunks(

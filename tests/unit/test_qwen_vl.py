@@ -1,0 +1,233 @@
+"""Qwen-VL's own: its reference held against torch and transformers, its images, its config."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import megatron_vl
+from PIL import Image
+from tiny_hf import read
+from torch.nn import functional as F
+
+from megatron_vl.errors import InputError
+from megatron_vl.models import family, load_spec
+from megatron_vl.models.common.fusion import media_places
+from megatron_vl.models.media import BadMedia, MediaLimits, MediaSettings, StoredMedia
+from megatron_vl.models.qwen_vl.positional_table import resized, sine_table
+from megatron_vl.models.qwen_vl.reference import QwenVL, resize
+from megatron_vl.models.registry import read_config_json
+
+CLOSE = dict(rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def judge(resampler_model_dir):
+    return QwenVL.from_pretrained(resampler_model_dir)
+
+
+@pytest.fixture(scope="module")
+def of_model(resampler_model_dir):
+    return load_spec(resampler_model_dir)
+
+
+# ---- the reference, part by part --------------------------------------------------------------
+
+
+def test_its_decoder_is_transformers_qwen2(judge, resampler_model_dir, of_model):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    decoder = of_model.decoder
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.ffn_hidden_size, num_hidden_layers=decoder.num_layers,
+        num_attention_heads=decoder.num_attention_heads,
+        num_key_value_heads=decoder.num_attention_heads, rms_norm_eps=1e-6,
+        rope_theta=decoder.rope_theta, tie_word_embeddings=False,
+        max_position_embeddings=decoder.max_position_embeddings,
+    )).eval()
+    published, weights = read(resampler_model_dir), {}
+    renamed = {"ln_1": "input_layernorm", "attn.c_proj": "self_attn.o_proj",
+               "ln_2": "post_attention_layernorm", "mlp.w1": "mlp.up_proj",
+               "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}
+    for name, tensor in published.items():
+        if not name.startswith("transformer.h."):
+            continue
+        layer, (part, leaf) = name.split(".")[2], name.split(".", 3)[3].rsplit(".", 1)
+        new = f"model.layers.{layer}"
+        if part == "attn.c_attn":
+            for one, third in zip("qkv", tensor.chunk(3), strict=True):
+                weights[f"{new}.self_attn.{one}_proj.{leaf}"] = third
+        else:
+            weights[f"{new}.{renamed[part]}.{leaf}"] = tensor
+    weights |= {"model.embed_tokens.weight": published["transformer.wte.weight"],
+                "model.norm.weight": published["transformer.ln_f.weight"],
+                "lm_head.weight": published["lm_head.weight"]}
+    model.load_state_dict(weights)
+    tokens = torch.randint(0, of_model.tokens.vision_start, (1, 37))
+    torch.testing.assert_close(judge(tokens).logits, model(tokens).logits, **CLOSE)
+
+
+def torch_attention(width: int, heads: int, weight, bias, out) -> torch.nn.MultiheadAttention:
+    """torch's, of three blocks of rows q, k and v."""
+    made = torch.nn.MultiheadAttention(width, heads)
+    made.load_state_dict({"in_proj_weight": weight, "in_proj_bias": bias,
+                          "out_proj.weight": out.weight, "out_proj.bias": out.bias})
+    return made
+
+
+def test_a_block_of_its_tower_is_torchs_attention_and_mlp(judge, of_model):
+    block, vision = judge.transformer["visual"].transformer["resblocks"][0], of_model.vision
+
+    def thirds(rows: torch.Tensor) -> torch.Tensor:
+        """Published head by head."""
+        by_head = rows.unflatten(0, (vision.num_heads, 3, vision.head_dim))
+        return by_head.transpose(0, 1).flatten(0, 2)
+
+    project = block.attn["in_proj"]
+    attention = torch_attention(vision.hidden_size, vision.num_heads, thirds(project.weight),
+                                thirds(project.bias), block.attn["out_proj"])
+    x = torch.randn(vision.side**2, vision.hidden_size)
+    normed = block.ln_1(x)
+    expected = x + attention(normed, normed, normed)[0]
+    mlp = torch.nn.Sequential(block.mlp["c_fc"], torch.nn.GELU(), block.mlp["c_proj"])
+    expected = expected + mlp(block.ln_2(expected))
+    torch.testing.assert_close(block(x), expected, **CLOSE)
+
+
+def test_its_resampler_is_torchs_attention_with_positions_on_keys_alone(judge, of_model):
+    pool, vision = judge.transformer["visual"].attn_pool, of_model.vision
+    attention = torch_attention(vision.out_hidden_size, vision.resampler_heads,
+                                pool.attn.in_proj_weight, pool.attn.in_proj_bias,
+                                pool.attn.out_proj)
+    x = torch.randn(vision.side**2, vision.hidden_size)
+    value = pool.ln_kv(x @ pool.kv_proj.weight.T)
+    table = pool.pos_embed.view(2, 2, -1).permute(2, 0, 1)[None]
+    key = value + F.interpolate(table, size=(4, 4), mode="bicubic")[0].flatten(1).T
+    expected = attention(pool.ln_q(pool.query) + pool.pos_embed, key, value)[0]
+    torch.testing.assert_close(pool(x), expected, **CLOSE)
+
+
+def test_its_tower_sees_a_whole_image_as_a_convolution_does(judge, of_model):
+    visual, vision = judge.transformer["visual"], of_model.vision
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
+    media = StoredMedia(kind="image", files=("0.png",), height=50, width=90)
+    processor = family("qwen").processor(".", of_model)
+    patches = processor.load(media, iter([image]))
+    assert patches.shape == (16, processor.patch_dim) and processor.shape(media) == (1, 4, 4)
+    assert processor.num_tokens((1, 4, 4)) == vision.num_queries
+    # What torchvision's Resize, ToTensor and Normalize do of a PIL image.
+    square = image.resize((56, 56), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div(255)
+    mean, std = (torch.tensor(one)[:, None, None] for one in (
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    whole = F.conv2d(((pixels - mean) / std)[None], visual.conv1.weight, stride=14)
+    ours = F.linear(patches, visual.conv1.weight.flatten(1))
+    torch.testing.assert_close(ours, whole[0].flatten(1).T, **CLOSE)
+    out = torch.empty_like(patches)
+    assert processor.load(media, iter([image]), out) is out and torch.equal(out, patches)
+
+
+# ---- positions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stored", "side"), [(16, 32), (16, 4), (2, 4), (3, 3)])
+def test_a_table_is_resized_as_torch_resizes_a_picture(stored, side):
+    table = torch.randn(stored**2, 24)
+    torch.testing.assert_close(resized(table, side), resize(table, side**2), **CLOSE)
+
+
+def test_the_table_of_sines_is_that_of_masked_autoencoders():
+    table, width, row, column = sine_table(16, 64), 64, 3, 5
+    omega = 1 / 10000 ** (np.arange(width // 4) / (width // 4))
+    halves = [np.concatenate([np.sin(at * omega), np.cos(at * omega)]) for at in (column, row)]
+    np.testing.assert_allclose(table[16 * row + column], np.concatenate(halves), atol=1e-6)
+
+
+def test_whatever_is_between_start_and_end_stands_for_an_image(of_model):
+    start, end = of_model.tokens.vision_start, of_model.tokens.vision_end
+    ids = torch.tensor([[1, start, 47, 0, end, 2, start, end + 1, 9, end],
+                        [end + 1, 3, start, 5, end, 7, 7, 7, 7, 7]])
+    assert media_places(ids, of_model.tokens).int().tolist() == [
+        [0, 0, 1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]]
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def test_shards_of_pickles_are_read_as_data(resampler_model_dir, tmp_path):
+    source, ours, home = tmp_path / "bin", tmp_path / "ours", tmp_path / "home"
+    source.mkdir()
+    weights = read(resampler_model_dir)
+    names, index = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: weights[name] for name in part}, source / file)
+        index |= dict.fromkeys(part, file)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    for path in resampler_model_dir.iterdir():
+        if path.suffix != ".safetensors":
+            (source / path.name).write_bytes(path.read_bytes())
+    assert megatron_vl("convert", source, ours, "--tp", 2).code == 0
+    assert megatron_vl("convert", ours, home, "--to", "hf", "--hf-config", source).code == 0
+    done = megatron_vl("verify", source, home)
+    assert done.code == 0, done.text
+    assert {path.name for path in home.iterdir()} >= {"qwen.tiktoken", "tokenizer_config.json",
+                                                      "generation_config.json"}
+    assert not list(home.glob("*.bin"))
+
+
+CONFIGS = [
+    ({"visual": None}, "there is no visual section: this is Qwen, the language model of 2023"),
+    ({"quantization_config": {"bits": 4}}, "the weights are quantized, which cannot be trained"),
+    ({"kv_channels": 32}, "4 num_attention_heads of kv_channels 32 are 128 wide but hidden_size"),
+    ({"no_bias": False}, "no_bias is False"),
+    ({"intermediate_size": 193}, "intermediate_size is 193: it must be a multiple of 2"),
+    ({"layer_norm_epsilon": None}, "layer_norm_epsilon is missing"),
+    ({"visual": {"output_dim": 384}}, "vision tower ends 384 wide but the language model is 256"),
+    ({"visual": {"output_dim": 64}}, "output_dim 64 is not a multiple of its 0 heads"),
+    ({"visual": {"n_queries": 5}}, "n_queries is 5; it must be a square"),
+    ({"visual": {"image_size": 13}}, "image_size 13 holds no patch of 14 pixels"),
+    ({"visual": {"image_start_id": None}}, "visual.image_start_id is missing"),
+]
+
+
+@pytest.mark.parametrize(("keys", "says"), CONFIGS, ids=[says for _, says in CONFIGS])
+def test_a_config_that_is_not_understood_is_refused(keys, says, resampler_model_dir, tmp_path):
+    config = read_config_json(resampler_model_dir)
+    keys = dict(keys)
+    if isinstance(visual := keys.get("visual"), dict):
+        keys["visual"] = config["visual"] | visual
+    (tmp_path / "config.json").write_text(json.dumps(config | keys))
+    with pytest.raises(InputError) as error:
+        load_spec(tmp_path)
+    assert says in str(error.value)
+
+
+def test_what_its_images_cannot_be_is_refused(of_model):
+    with pytest.raises(InputError, match="image-max-pixels is 900, but qwen takes no videos"):
+        family("qwen").processor(".", of_model, MediaLimits(image_max_pixels=900))
+    processor = family("qwen").processor(".", of_model)
+    size = {"files": ("0.jpg",), "height": 20, "width": 20}
+    for media, says in (
+        (StoredMedia(kind="video", **size), "it is a video"),
+        (StoredMedia(kind="image", settings=MediaSettings(max_pixels=9), **size), "max_pixels"),
+    ):
+        with pytest.raises(BadMedia, match=says):
+            processor.shape(media)
+
+
+TINY = [
+    (["--num-kv-heads", 2], "--num-kv-heads is 2; Qwen-VL has as many as --num-heads, 4"),
+    (["--hidden-size", 64], "--hidden-size is 64; the heads of Qwen-VL's resampler are 128 wide"),
+    (["--max-pixels", 3136], "--min-pixels is 200704 and --max-pixels 3136"),
+    (["--mrope-section", 4, 6, 6], "--mrope-section is given"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), TINY)
+def test_a_tiny_model_that_no_qwen_vl_is_refused(options, says, tmp_path):
+    done = megatron_vl("tiny", tmp_path / "out", "--model-type", "qwen_vl", *options)
+    assert done.code == 2 and says in done.err, done.text
