@@ -174,6 +174,15 @@ def resampler_model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def baichuan_model_dir(shared) -> Path:
+    """Baichuan2, with a normalised head and a SentencePiece model."""
+    return shared.made("baichuan_model", lambda out: _tiny(
+        out, "--model-type", "baichuan2", "--hidden-size", 64, "--ffn-size", 96,
+        "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
 def text_wds_dir(shared) -> Path:
     """Sums to work out, prepared."""
     from megatron_vl.cli.main import run

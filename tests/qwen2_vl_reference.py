@@ -1,4 +1,4 @@
-"""transformers' own Qwen2-VL processor for images and videos, with PIL in place of torchvision."""
+"""transformers' processors of Qwen2-VL and Qwen2.5-VL, with PIL in place of torchvision."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _STUBS = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2",
           "torchvision.transforms.v2.functional")
 
 
-class ImageAndVideoProcessor(Qwen2VLProcessor):
-    """transformers' processor; its check of classes would ask for torchvision's video processor."""
+def load_processor(hf_dir, kind=Qwen2VLProcessor, **video_settings):
+    """transformers' processor of a Hugging Face directory; `kind` is the family's class."""
 
-    def check_argument_for_proper_class(self, name, argument):
-        pass
+    class ImageAndVideoProcessor(kind):
+        """Its check of classes would ask for torchvision's video processor."""
 
+        def check_argument_for_proper_class(self, name, argument):
+            pass
 
-def load_processor(hf_dir, **video_settings):
-    """transformers' processor of a Hugging Face directory."""
     images = AutoImageProcessor.from_pretrained(hf_dir, backend="pil")
     videos = video_processor_class().from_pretrained(
         hf_dir, do_convert_rgb=False, cap_pixels_per_frame=False, **video_settings

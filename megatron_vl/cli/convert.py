@@ -6,20 +6,18 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_vl.data.encode.model_files import missing_files
 from megatron_vl.errors import Bounds, InputError, shown
-from megatron_vl.models.registry import family, load_spec
-from megatron_vl.models.spec import DTYPES, ModelSpec
-from megatron_vl.parallel import Layout
-from megatron_vl.parallel.stages import layer_list
+from megatron_vl.models.registry import family
+from megatron_vl.models.spec import DTYPES
 from megatron_vl.training.options.spellings import dtype_of, flags_of
 from megatron_vl.weights.map import listed
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 KINDS = {"hf": "Hugging Face directory", "mcore": "Megatron-Core checkpoint"}
-LAYOUT_OPTIONS = ("tp", "pp", "vp", "pp_layers", "vit_pp_layers", "first_stage_layers")
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -70,21 +68,27 @@ def run(args: argparse.Namespace) -> int:
         InputError: anything that is wrong with the arguments or the source.
     """
     # Imported here: other commands read this file for their help.
+    from megatron_vl.models.conversion import LayoutOptions, choose_target, describe
     from megatron_vl.weights import convert as work
 
     started = time.perf_counter()
     check_workers(args.workers)
-    kind, info, config_dir, spec = describe(args.src, args.hf_config)
-    if args.source_kind not in (None, kind):
+    found = describe(args.src, args.hf_config)
+    if args.source_kind not in (None, found.kind):
         raise InputError(
-            f"{args.src} is a {KINDS[kind]} but --from {args.source_kind} asks for a "
-            f"{KINDS[args.source_kind]}; give another SRC, or --from {kind}."
+            f"{args.src} is a {KINDS[found.kind]} but --from {args.source_kind} asks for a "
+            f"{KINDS[args.source_kind]}; give another SRC, or --from {found.kind}."
         )
+    spec, config_dir = found.spec, found.config_dir
     family(spec.model_type).check_size(spec, args.model_size)
     weights = family(spec.model_type).weight_map(spec)
-    target = _target(args, kind, spec, work)
+    target = choose_target(
+        spec, found.kind,
+        LayoutOptions(**{one.name: getattr(args, one.name) for one in fields(LayoutOptions)}),
+        to=args.to, file_format=args.format, max_shard_bytes=_bytes(args.max_shard_size),
+    )
     source = work.open_source(
-        args.src, weights, info=info, planned_dtype=spec.dtype if args.dry_run else None
+        args.src, weights, info=found.info, planned_dtype=spec.dtype if args.dry_run else None
     )
     conversion = work.plan_conversion(source, weights, target, args.dtype)
     if args.dry_run:
@@ -110,71 +114,6 @@ def run(args: argparse.Namespace) -> int:
 
 def check_workers(workers: int) -> None:
     Bounds(least=1, most=1024).check("--workers", workers)
-
-
-def describe(directory: Path, hf_config: Path | None):
-    """(kind, description of a Megatron-Core checkpoint or None, config.json's directory, spec).
-
-    Raises:
-        InputError: no checkpoint, no config.json, or that of another model.
-    """
-    from megatron_vl.weights import convert as work
-
-    kind = work.detect(directory)
-    info = work.inspect_checkpoint(directory) if kind == "mcore" else None
-    config_dir = hf_config or _config_dir(directory, info)
-    spec = load_spec(config_dir)
-    if info is not None and info.model_type not in (None, spec.model_type):
-        raise InputError(
-            f"{directory} holds a {info.model_type} model but {config_dir} has the config.json of "
-            f"{spec.model_type}; give the right one with --hf-config."
-        )
-    return kind, info, config_dir, spec
-
-
-def _config_dir(directory: Path, info) -> Path:
-    if info is None:
-        return directory
-    if not (info.root / "config.json").is_file():
-        raise InputError(
-            f"{info.root} has no config.json; give the model's Hugging Face directory with "
-            f"--hf-config."
-        )
-    return info.root
-
-
-def _target(args: argparse.Namespace, kind: str, spec: ModelSpec, work):
-    layout_given = [name for name in LAYOUT_OPTIONS if getattr(args, name) is not None]
-    to = args.to or ("mcore" if kind == "hf" or layout_given or args.format else "hf")
-    if to == "hf":
-        if layout_given:
-            option = layout_given[0].replace("_", "-")
-            raise InputError(f"--{option} is for a Megatron-Core DST; leave it out with --to hf.")
-        if args.format:
-            raise InputError("--format is for a Megatron-Core DST; leave it out with --to hf.")
-        return work.HFTarget(max_shard_bytes=_bytes(args.max_shard_size))
-    if args.format == "torch_dist":
-        if layout_given:
-            option = layout_given[0].replace("_", "-")
-            raise InputError(
-                f"--{option} is for --format torch; a torch_dist checkpoint loads in every layout."
-            )
-        whole = Layout(), spec.split()
-        return work.ShardedTarget(
-            max_shard_bytes=_bytes(args.max_shard_size),
-            args=lambda dtype: spec.megatron_args(*whole, dtype),
-        )
-    layout = Layout(**{name: 1 if getattr(args, name) is None else getattr(args, name)
-                       for name in ("tp", "pp", "vp")})
-    split = spec.split(
-        pp=layout.pp, vp=layout.vp, first_stage_layers=args.first_stage_layers,
-        llm=layer_list(args.pp_layers, "--pp-layers"),
-        vit=layer_list(args.vit_pp_layers, "--vit-pp-layers"),
-    )
-    spec.check_layout(layout, split)
-    return work.McoreTarget(
-        layout=layout, split=split, args=lambda dtype: spec.megatron_args(layout, split, dtype)
-    )
 
 
 def _bytes(text: str) -> int:

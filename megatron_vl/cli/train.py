@@ -84,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
             check_started(os.environ)
         from megatron_vl.launch.stop import StopRequest
         from megatron_vl.launch.worker import STOP, beside_failure, run_worker
+        from megatron_vl.training.rank import run_rank
 
         stop = StopRequest(beside_failure(STOP))
         if config.checkpoint.save is not None:  # without it there is nothing to do but to end
             stop.listen()
-        run_worker(lambda: _train(config, stop), command="train", debug=args.debug)
+        run_worker(lambda: run_rank(config, stop), command="train", debug=args.debug)
     from megatron_vl.training.checkpoint.lock import check_free
     from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint
     from megatron_vl.training.epochs import with_steps
@@ -143,32 +144,3 @@ def _processes(config) -> int:
     from megatron_vl.platform import select_platform
 
     return select_platform().device_count() or config.parallel.layout_size
-
-
-def _train(config, stop) -> None:
-    from megatron_vl.launch.worker import STEPPED, beside_failure, fail
-    from megatron_vl.platform import be_deterministic, connect
-    from megatron_vl.training.epochs import with_steps_of_rank_0
-    from megatron_vl.training.loop import train
-    from megatron_vl.training.paths import check_paths
-    from megatron_vl.training.plan import plan_run
-    from megatron_vl.training.resilience.preflight import preflight
-
-    if config.model.deterministic:
-        be_deterministic()
-    connect(timeout_minutes=config.parallel.distributed_timeout_minutes)
-    preflight(config)
-    if os.environ["RANK"] == "0":  # another launcher than ours has not looked
-        check_paths(config)
-    config = with_steps_of_rank_0(config)
-    stepped = beside_failure(STEPPED)
-    first_step = (lambda: None) if stepped is None else stepped.touch
-
-    def give_up(message: str) -> None:
-        first_step()  # or as good as: who hangs may be started again whenever it was
-        os._exit(fail(1, message))
-
-    train(
-        plan_run(config, int(os.environ["WORLD_SIZE"])), stop=stop, give_up=give_up,
-        first_step=first_step,
-    )

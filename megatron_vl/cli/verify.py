@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_vl.cli.convert import check_workers, describe
+from megatron_vl.cli.convert import check_workers
 from megatron_vl.errors import CheckFailed, InputError
 from megatron_vl.models.registry import family
 
@@ -47,25 +47,27 @@ def verify(a: Path, b: Path, hf_config: Path | None, *, cast: bool, workers: int
         CheckFailed: they are not equal.
     """
     # Imported here: other commands read this file for their help.
+    from megatron_vl.models.conversion import describe
     from megatron_vl.weights import convert as work
     from megatron_vl.weights.verify import compare
 
     started = time.perf_counter()
-    _, a_info, _, spec = describe(a, hf_config)
-    _, b_info, _, other = describe(b, hf_config)
+    found = describe(a, hf_config), describe(b, hf_config)
+    spec, other = (one.spec for one in found)
     if spec.model_type != other.model_type:
         raise InputError(
             f"{a} holds a {spec.model_type} model but {b} a {other.model_type}; compare "
             f"checkpoints of one model."
         )
     weights = replace(family(spec.model_type).weight_map(spec), partial=True)
-    first, second = (work.open_source(path, weights, info=info)
-                     for path, info in ((a, a_info), (b, b_info)))
+    first, second = (work.open_source(path, weights, info=one.info)
+                     for path, one in zip((a, b), found, strict=True))
     nbytes = sum(at.nbytes for at in first.tensors.values())
     with work.progress_bar(nbytes, "verify") as progress:
-        found = compare(first, second, weights, tolerant=cast, workers=workers, progress=progress)
-    _print(a, b, found, nbytes, time.perf_counter() - started, workers)
-    if not found.equal:
+        compared = compare(first, second, weights, tolerant=cast, workers=workers,
+                           progress=progress)
+    _print(a, b, compared, nbytes, time.perf_counter() - started, workers)
+    if not compared.equal:
         raise CheckFailed(f"{a} and {b} do not hold the same tensors; the table says which.")
 
 

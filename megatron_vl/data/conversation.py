@@ -44,11 +44,12 @@ class Box:
     """
 
     points: tuple[tuple[float, float], ...]  # (x, y) from the upper left
-    size: tuple[float, float] | None = None  # width and height that they are measured in
-    image: int | None = None  # pixels of this one of the entry's media, before its size is known
+    size: tuple[float, float] | None = None  # they are measured in; None: pixels, not yet known
+    image: int | None = None  # which of the entry's media it is in; None: the entry does not say
 
     def __post_init__(self) -> None:
-        assert len(self.points) in (1, 2, 4) and (self.size is None) != (self.image is None), self
+        assert len(self.points) in (1, 2, 4), self
+        assert self.size is not None or self.image is not None, self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,8 @@ class Part:
         if self.ref is not None:
             return {"type": "ref", "ref": self.ref}
         if self.box is not None:
-            return {"type": "box", "points": self.box.points, "size": self.box.size}
+            where = {} if self.box.image is None else {"image": self.box.image}
+            return {"type": "box", "points": self.box.points, "size": self.box.size, **where}
         return {"type": "text", "text": self.text}
 
     @classmethod
@@ -88,7 +90,7 @@ class Part:
         if kind == "box":
             points = tuple((float(x), float(y)) for x, y in piece["points"])
             width, height = piece["size"]
-            return cls(box=Box(points=points, size=(width, height)))
+            return cls(box=Box(points=points, size=(width, height), image=piece.get("image")))
         return cls(**{kind: piece[kind]}) if kind in ("text", "ref") else cls(media=kind)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_vl.models.tiny import TinySizes
 
 COPY_AGAIN = "copy it again from the model's Hugging Face repository"  # a file of it
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # what transformers makes one of
 Span = tuple[int, int]  # the characters from one up to, and without, another
 Grid = tuple[int, int, int]  # frames, rows and columns of patches before any are merged
 
@@ -66,6 +67,13 @@ class Processor(Protocol):
             BadMedia: the family takes none of its sizes, or it has not what its entry asks for.
         """
 
+    def pixels(self, media: StoredMedia) -> tuple[int, int]:
+        """Width and height of an image, or of a video's frames, after resizing.
+
+        Raises:
+            BadMedia: as `shape`.
+        """
+
     def num_tokens(self, grid: Grid) -> int:
         """Tokens that the decoder sees of an image or video with this grid."""
 
@@ -110,8 +118,50 @@ class TemplateWriter(Protocol):
         """
 
 
+class Prompt(Protocol):
+    """A form of conversations that is the family's own: tokens, and what is trained of them."""
+
+    @property
+    def pad_token(self) -> int:
+        """What fills a row's tail."""
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Tokens that are marks and no text."""
+
+    def encode(
+        self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = ()
+    ) -> tuple[list[int], list[int | None]]:
+        """Tokens and labels of one conversation.
+
+        A position's label is what the position before it is to predict, None where that is not
+        trained. It need not be the position's token.
+
+        Args:
+            turns: of system, user and assistant.
+            trained: of each turn, whether its text is; of a trained answer its end is too.
+            media_tokens: places that each image and video takes, in order.
+
+        Raises:
+            ValueError: a turn holds one of the marks; in one phrase, which turn and mark.
+        """
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, marks as they are written."""
+
+
 class Family(Protocol):
     """A family as data sees it."""
+
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """Names of the files in the model's directory that text is encoded with."""
+
+    def prompt(self, hf_dir: Path, spec: ModelSpec) -> Prompt | None:
+        """Of a Hugging Face directory; None: its chat template makes the text.
+
+        Raises:
+            InputError: the tokenizer's files cannot be used.
+        """
 
     def processor(
         self, hf_dir: Path, spec: ModelSpec, limits: MediaLimits | None = None
@@ -143,7 +193,8 @@ class Family(Protocol):
         """Of a chat template of this source; None: the family knows none, and it is rendered."""
 
     def tiny(self, sizes: TinySizes) -> dict[str, object]:
-        """The files of a tiny model's directory but for its weights: text, or what JSON holds.
+        """The files of a tiny model's directory but for its weights: text, bytes, or what
+        JSON holds.
 
         Raises:
             InputError: the family has no model of these sizes.

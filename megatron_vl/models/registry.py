@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.family import Positions, Processor, TemplateWriter
+from megatron_vl.models.family import TOKENIZER, Positions, Processor, Prompt, TemplateWriter
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.models.tiny import TinySizes
@@ -38,6 +38,9 @@ class Family:
 
     def _part(self, module: str, name: str) -> Callable:
         return getattr(import_module(f"{self.package}.{module}"), name)
+
+    def _has(self, module: str) -> bool:
+        return find_spec(f"{self.package}.{module}") is not None
 
     def read_config(self, config: dict) -> ModelSpec:
         """The spec of a parsed config.json. Raises InputError for a missing or unusable key."""
@@ -70,11 +73,20 @@ class Family:
         """See `megatron_vl.models.family.Family`; this imports torch."""
         return self._part("positions", "positions")(spec, video_positions)
 
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """See `megatron_vl.models.family.Family`; those of transformers, unless the folder has a
+        `tokenizer.py`."""
+        return self._part("tokenizer", "FILES") if self._has("tokenizer") else TOKENIZER
+
+    def prompt(self, hf_dir: str | Path, spec: ModelSpec) -> Prompt | None:
+        """See `megatron_vl.models.family.Family`; a folder with a `tokenizer.py` has one."""
+        if not self._has("tokenizer"):
+            return None
+        return self._part("prompt", "prompt")(Path(hf_dir), spec)
+
     def template_writer(self, source: str) -> TemplateWriter | None:
         """See `megatron_vl.models.family.Family`; a folder without `prompt.py` knows none."""
-        if find_spec(f"{self.package}.prompt") is None:
-            return None
-        return self._part("prompt", "template_writer")(source)
+        return self._part("prompt", "template_writer")(source) if self._has("prompt") else None
 
     def judge(self):
         """The class that loads a published directory of this family, as transformers' do."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_vl.errors import InputError
-from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.parallel.stages import LANGUAGE, WORDS
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
+from megatron_vl.parallel.stages import WORDS
 
 FFN_MULTIPLE = 16  # of a tower's stored MLP; no published tower has more heads for TP to divide
 DTYPES = ("float32", "bfloat16", "float16")
@@ -270,6 +270,16 @@ class Grounding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JsonGrounding:
+    """How a family writes objects as JSON: `{"BOX": [x1, y1, x2, y2], "LABEL": "the cat"}`, in
+    pixels of the resized image; for four corners it has no form."""
+
+    point: str  # the key of one point
+    box: str  # of two corners
+    label: str  # of what the object is called
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenIds:
     """Ids config.json gives; None where only the tokenizer knows."""
 
@@ -278,7 +288,7 @@ class TokenIds:
     vision_start: int | None = None
     vision_end: int | None = None
     spanned: bool = False  # all between these two stands for an image, whatever its ids are
-    grounding: Grounding | None = None  # its marks are tokens; None: the family has no such form
+    grounding: Grounding | JsonGrounding | None = None  # None: the family has no form for objects
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
@@ -321,7 +331,7 @@ class ModelSpec:
     @property
     def layers(self) -> dict[str, int]:
         """Of every tower of `StageSplit`, in the order they run."""
-        return ({} if self.vision is None else {"vit": self.vision.depth}) | {
+        return ({} if self.vision is None else {VISION: self.vision.depth}) | {
             LANGUAGE: self.decoder.num_layers
         }
 

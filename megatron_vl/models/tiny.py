@@ -105,8 +105,11 @@ def write_tiny(out: Path, family: Family, sizes: TinySizes) -> tuple[ModelSpec, 
 
 
 def write_files(directory: Path, files: Mapping[str, object]) -> None:
-    """Text as it is, all else as JSON."""
+    """Text and bytes as they are, all else as JSON."""
     for name, content in files.items():
+        if isinstance(content, bytes):
+            (directory / name).write_bytes(content)
+            continue
         if not isinstance(content, str):
             large = name == "tokenizer.json" or len(content) > LARGE
             content = json.dumps(content, ensure_ascii=False, indent=None if large else 2) + "\n"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from megatron_vl.errors import InputError, shown
 from megatron_vl.inputs import json_value
 
-LANGUAGE = "llm"
-WORDS = {LANGUAGE: "language", "vit": "vision"}  # of towers; others are called by their name
+LANGUAGE, VISION = "llm", "vit"
+WORDS = {LANGUAGE: "language", VISION: "vision"}  # of towers; others are called by their name
 Rows = tuple[tuple[int, ...], ...]  # [chunk][stage]
 
 
@@ -55,7 +55,7 @@ class StageSplit:
         if any(counts) and not counts[0]:
             raise InputError(
                 f"{word} layers {shown(counts)} leave stage 0 without one, but "
-                f"{'pixels enter' if name == 'vit' else 'its input enters'} there; put at least "
+                f"{'pixels enter' if name == VISION else 'its input enters'} there; put at least "
                 f"one {word} layer on stage 0."
             )
         last = _last(counts)

@@ -8,7 +8,7 @@ from itertools import product
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.spec import ModelSpec
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.parity.cases import MICROBATCHES
 
 
@@ -70,7 +70,7 @@ def _fitting(spec: ModelSpec, layout: Layout, **split) -> StageSplit | None:
 
 
 def _has_an_empty_chunk(split: StageSplit) -> bool:
-    return not all(map(sum, zip(split.flat("vit"), split.flat("llm"), strict=True)))
+    return not all(map(sum, zip(split.flat(VISION), split.flat(LANGUAGE), strict=True)))
 
 
 def _spread(spec: ModelSpec, chunks: int) -> dict[str, list[int]]:
@@ -82,6 +82,6 @@ def _spread(spec: ModelSpec, chunks: int) -> dict[str, list[int]]:
         return [layers // parts + (part < layers % parts) for part in range(parts)]
 
     return {
-        "vit": [*even(spec.vision.depth, vision), *[0] * (chunks - vision)],
-        "llm": [*[0] * (vision - 1), *even(spec.decoder.num_layers, language)],
+        VISION: [*even(spec.vision.depth, vision), *[0] * (chunks - vision)],
+        LANGUAGE: [*[0] * (vision - 1), *even(spec.decoder.num_layers, language)],
     }

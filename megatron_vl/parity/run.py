@@ -19,14 +19,12 @@ from megatron_vl.parity.compare import Difference, compare
 from megatron_vl.parity.judge import run_transformers
 from megatron_vl.parity.ranks import Setting, read_ours
 from megatron_vl.weights.convert import (
-    HFTarget,
-    McoreTarget,
     inspect_weights,
     open_weights,
     plan_conversion,
     run_conversion,
 )
-from megatron_vl.weights.targets import Target
+from megatron_vl.weights.targets import HFTarget, McoreTarget, Target
 
 SHARD_BYTES = 5 * 10**9  # of a file of safetensors at most
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
+import torch
+
 from megatron_vl.data.encode.samples import Skipped
 from megatron_vl.training.microbatches import Microbatches, valid_loader
 from megatron_vl.training.step import blank_like, mean_loss
@@ -22,6 +24,7 @@ class Validation:
     seconds: float
     # By reason. A reader reads the integers of the whole split, but only its own rows' pixels.
     skipped: dict[str, int]
+    cut: tuple[int, int]  # long samples that were truncated, and tokens of them, over all ranks
 
 
 def evaluate(
@@ -46,6 +49,7 @@ def evaluate(
         loader = valid_loader(plan)
         batches = iter(loader)
     losses, skipped, stopped = [], Counter(), False
+    cut = torch.zeros(2, dtype=torch.int64, device=microbatches.device)
     while True:
         microbatches.watch.beat(f"validating after iteration {iteration}")
         stopped = stopping()
@@ -62,14 +66,18 @@ def evaluate(
         streams = microbatches.streams(iter(group) if reads else None)
         losses += microbatches.run(streams, size, forward_only=True)
         if reads:
-            left_out = streams[0].take_counts().skipped
-            skipped.update(one.reason for one in left_out)
-            tell(left_out)
+            counts = streams[0].take_counts()
+            skipped.update(one.reason for one in counts.skipped)
+            tell(counts.skipped)
+            cut += torch.tensor([counts.samples_cut, counts.tokens_cut], device=cut.device)
     if reads:
         loader.close()
     if stopped:
         return None
     loss, trained = mean_loss(losses, microbatches.device)
+    torch.distributed.all_reduce(cut)
+    samples_cut, tokens_cut = cut.tolist()
     return Validation(
-        loss=loss, trained=trained, seconds=time.perf_counter() - started, skipped=dict(skipped)
+        loss=loss, trained=trained, seconds=time.perf_counter() - started, skipped=dict(skipped),
+        cut=(samples_cut, tokens_cut),
     )

@@ -283,7 +283,8 @@ class Trainer:
             )
         if self.show.log is not None:
             self.show.log.evaluation(
-                iteration, found.loss, found.trained, found.seconds, found.skipped
+                iteration, found.loss, found.trained, found.seconds, found.skipped,
+                found.cut,
             )
 
     # ---- end --------------------------------------------------------------------------------

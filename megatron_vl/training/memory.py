@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
+from megatron_vl.parallel import LANGUAGE
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.map import EMBEDDING, LAST_COPY, Where, volume
@@ -55,8 +56,6 @@ class ChunkMemory:
 
     stage: int
     chunk: int
-    vision_layers: range
-    language_layers: range
     held: tuple[Held, ...]
     buffered: int  # numbers of the gradient buffer, with its padding
 
@@ -167,7 +166,7 @@ def _shape(plan: Plan, weight) -> tuple[int, ...]:
 
 
 def _is_whole(plan: Plan, weight) -> bool:
-    return plan.layout.vit_data_parallel and part_of(weight.name) != "llm"
+    return plan.layout.vit_data_parallel and part_of(weight.name) != LANGUAGE
 
 
 def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
@@ -189,8 +188,6 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
     )
     return ChunkMemory(
         stage=stage, chunk=chunk,
-        vision_layers=split.layers("vit", stage, chunk),
-        language_layers=split.layers("llm", stage, chunk),
         held=held,
         buffered=_buffered(plan, held),
     )

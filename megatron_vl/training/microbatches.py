@@ -83,6 +83,7 @@ def _data_config(plan: Plan) -> DataConfig:
         train=train,
         valid=valid,
         seq_length=batch.seq_length,
+        truncate_samples=data.truncate_samples,
         max_padding_length=batch.max_padding_length,
         row_multiple=plan.row_multiple,
         micro_batch_size=batch.micro_batch_size,

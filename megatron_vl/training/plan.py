@@ -12,7 +12,7 @@ from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import ModelSpec
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.checkpoint.same_model import check_same_model
 from megatron_vl.training.checkpoint.start import (
@@ -213,8 +213,8 @@ def _split(config: TrainConfig, spec: ModelSpec, layout: Layout) -> StageSplit:
     parallel = config.parallel
     first = parallel.decoder_first_pipeline_num_layers
     lists = {
-        "llm": layer_list(parallel.pp_layers, "pp-layers"),
-        "vit": layer_list(parallel.vit_pp_layers, "vit-pp-layers"),
+        LANGUAGE: layer_list(parallel.pp_layers, "pp-layers"),
+        VISION: layer_list(parallel.vit_pp_layers, "vit-pp-layers"),
     }
     info = None if first is not None else source_of(config)[0]
     of_this = info is not None and info.model_type in (None, spec.model_type)

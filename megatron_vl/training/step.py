@@ -32,6 +32,8 @@ class StepCounts:
     sample_keys: list[list[str]] = field(default_factory=list)  # of each microbatch
     lengths: list[int] = field(default_factory=list)  # tokens of each sample
     grids: list[list[list[int]]] = field(default_factory=list)  # of each microbatch's media
+    samples_cut: int = 0
+    tokens_cut: int = 0
     skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, batch: RowBatch) -> None:
@@ -44,6 +46,8 @@ class StepCounts:
         self.sample_keys.append(batch.sample_keys)
         self.lengths += batch.sample_lengths
         self.grids.append(batch.grid_thw.tolist())
+        self.samples_cut += sum(map(bool, batch.tokens_cut))
+        self.tokens_cut += sum(batch.tokens_cut)
         self.skipped += batch.skipped
 
 

@@ -31,7 +31,7 @@ from megatron_vl.weights.mcore_io import (
 )
 from megatron_vl.weights.plan import CopyPlan, make_plan
 from megatron_vl.weights.reshard import Written, run_plan, target_dtypes
-from megatron_vl.weights.targets import Files, HFTarget, Ids, McoreTarget, ShardedTarget, Target
+from megatron_vl.weights.targets import Files, Ids, Target
 
 HF = "hf"  # the `format` of a Hugging Face directory
 
@@ -208,9 +208,6 @@ def progress_bar(
 
 __all__ = [
     "Conversion",
-    "HFTarget",
-    "McoreTarget",
-    "ShardedTarget",
     "Source",
     "detect",
     "inspect_checkpoint",

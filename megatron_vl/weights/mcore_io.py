@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import model_validator
 
 from megatron_vl.errors import InputError
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import VISION, Layout, StageSplit
 from megatron_vl.typed import Count, Name, Shape, Size, typed
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
@@ -311,7 +311,7 @@ def _split_of(stages: Sequence[Mapping[str, Any]], path: Path) -> StageSplit:
         for tower in counts:
             counts[tower].append(tuple(rows[tower]))
     llm, vit = (tuple(rows) for rows in counts.values())
-    return StageSplit(llm=llm, encoders=(("vit", vit),) if any(map(any, vit)) else ())
+    return StageSplit(llm=llm, encoders=((VISION, vit),) if any(map(any, vit)) else ())
 
 
 def _padded_vocab(stages: Sequence[Mapping[str, Any]], tp: int) -> int | None:

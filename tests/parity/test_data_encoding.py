@@ -1,6 +1,7 @@
-"""Tokens, masks, positions and pixels against transformers' Qwen2-VL processor, bit for bit."""
+"""Tokens, masks, positions and pixels against transformers' own processors, bit for bit."""
 
 import io
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from PIL import Image
 from qwen2_vl_reference import load_processor
 from transformers import AutoConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
 from megatron_vl.data.conversation import Part, Turn
 from megatron_vl.data.encode.chat import ChatTokenizer
@@ -18,9 +22,8 @@ from megatron_vl.data.encode.samples import IGNORE, ConversationSample
 from megatron_vl.data.load.task_encoder import RowRules, SampleEncoder
 from megatron_vl.data.options import TrainedText
 from megatron_vl.data.raw.formats.llava import question_and_answer
-from megatron_vl.models import family
-from megatron_vl.models.common.patch_media import MediaProcessor
-from megatron_vl.models.media import StoredMedia
+from megatron_vl.models import family, load_spec
+from megatron_vl.models.media import MediaLimits, StoredMedia
 
 IMAGE, VIDEO = Part(media="image"), Part(media="video")
 
@@ -72,7 +75,7 @@ CONVERSATIONS = {
     ),
 }
 SIZES = [(64, 64), (90, 200), (28, 301)]  # rows, columns of the images, in order
-CLIPS = [(9, 5.0, 64, 84), (60, 30.0, 40, 90), (5, 2.0, 90, 60)]  # frames, fps, rows, columns
+CLIPS = [(17, 3.0, 64, 84), (60, 30.0, 40, 90), (5, 2.0, 90, 60)]  # frames, fps, rows, columns
 MASKS = {
     "the answers": TrainedText(),
     "all text": TrainedText(train_on_prompt=True),
@@ -90,20 +93,42 @@ def _png(pixels):
     return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def reference(hf_dir):
-    return load_processor(hf_dir)
+@dataclass(frozen=True)
+class Sides:
+    """transformers' processor and model of a family, and our encoder."""
+
+    processor: object
+    model: torch.nn.Module  # on the meta device
+    ours: ModelEncoder
+
+
+JUDGES = {  # the tiny model's fixture, and transformers' classes
+    "qwen2_vl": ("hf_dir", Qwen2VLProcessor, Qwen2VLModel),
+    "qwen2_5_vl": ("window_model_dir", Qwen2_5_VLProcessor, Qwen2_5_VLModel),
+}
+ROWS = [*product(["qwen2_vl"], CONVERSATIONS, MASKS),
+        *product(["qwen2_5_vl"], CONVERSATIONS, ["the answers"])]
 
 
 @pytest.fixture(scope="module")
-def meta_model(hf_dir):
-    with torch.device("meta"):
-        return Qwen2VLModel(AutoConfig.from_pretrained(hf_dir))
+def sides(request):
+    """Of a family, by its name; made once."""
+    made = {}
 
+    def of(name: str) -> Sides:
+        if name not in made:
+            fixture, processor, model = JUDGES[name]
+            hf_dir = request.getfixturevalue(fixture)
+            with torch.device("meta"):
+                judge = model(AutoConfig.from_pretrained(hf_dir))
+            ours = ModelEncoder.from_hf_dir(
+                hf_dir, load_spec(hf_dir), family(name),
+                limits=MediaLimits(video_positions="transformers5"),  # it is the judge
+            )
+            made[name] = Sides(load_processor(hf_dir, processor), judge, ours)
+        return made[name]
 
-@pytest.fixture(scope="module")
-def media(hf_dir, spec):
-    return MediaProcessor.from_hf_dir(hf_dir, vision=spec.vision)
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +206,11 @@ def _labels(text, answers, tokenizer, mask):
     return ids, [*labels[1:], IGNORE]
 
 
-@pytest.mark.parametrize(("name", "mask"), product(CONVERSATIONS, MASKS))
-def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model, spec, media, chat):
-    turns = CONVERSATIONS[name]
+@pytest.mark.parametrize(("model", "name", "mask"), ROWS)
+def test_a_row_equals_what_transformers_makes(model, name, mask, sides):
+    turns, there = CONVERSATIONS[name], sides(model)
     stored, files, asked = _material(turns)
+    reference, chat = there.processor, there.ours.chat
     tokenizer = reference.tokenizer
     text = tokenizer.apply_chat_template([t.message() for t in turns], tokenize=False)
     want = reference(text=[text], return_tensors="pt", **asked)
@@ -192,12 +218,9 @@ def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model,
              for kind in ("image", "video")}
 
     encoder = SampleEncoder(
-        model=ModelEncoder(
-            chat=ChatTokenizer(chat.tokenizer, tokens=chat.tokens, family=family(spec.model_type),
-                               trained=MASKS[mask]),
-            processor=media,
-            positions=family(spec.model_type).positions(spec, "transformers5"),  # it is the judge
-        ),
+        model=replace(there.ours, chat=ChatTokenizer(
+            chat.tokenizer, tokens=chat.tokens, family=family(model), trained=MASKS[mask],
+        )),
         rules=RowRules(length=want["input_ids"].shape[1], packs=False, length_mend=""),
     )
     sample = ConversationSample(__key__="a", __restore_key__=(), turns=turns, media=stored,
@@ -207,9 +230,11 @@ def test_a_row_equals_what_transformers_makes(name, mask, reference, meta_model,
         batch = encoder.make_batch([encoder.make_row([encoded])])
 
         assert torch.equal(batch.tokens, want["input_ids"])
-        positions, _ = meta_model.get_rope_index(
+        given = {"second_per_grid_ts": want["second_per_grid_ts"]} if (
+            "second_per_grid_ts" in want) else {}
+        positions, _ = there.model.get_rope_index(
             want["input_ids"], want["mm_token_type_ids"], want.get("image_grid_thw"),
-            want.get("video_grid_thw"),
+            want.get("video_grid_thw"), **given,
         )
         assert torch.equal(batch.position_ids, positions)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 import tiny_hf
@@ -131,6 +133,20 @@ def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(t
     done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, *layout)
     assert done.code == 0, done.text
     assert parameters_of(done.out) == 82
+
+
+def test_a_normalised_head_equals_its_judge_also_with_rows_that_pad_it(
+    baichuan_model_dir, tmp_path
+):
+    odd = shutil.copytree(baichuan_model_dir, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text()) | {"vocab_size": 1001}
+    (odd / "config.json").write_text(json.dumps(config))
+    tiny_hf.write_weights(odd)
+    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--sweep", 2)
+    assert done.code == 0, done.text
+    rows = rows_of(done.out)
+    assert [name for name, *_ in rows] == of_text(LAYOUTS[2])
+    assert all(figure <= float(TOLERANCE) and count == "31" for _, figure, count in rows)
 
 
 def test_a_vision_tower_over_every_chunk_equals_transformers(tmp_path):

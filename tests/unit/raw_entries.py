@@ -30,7 +30,7 @@ def read(format, entry, **fields):
 def lines(conversation):
     """`role: text`, with [image], [video], <ref> and (x,y)-(x,y)/width where they stand.
 
-    Between parts is |; a box in pixels has # and its image's number in place of the width.
+    Between parts is |; a box in pixels has no width. # is the number of a box's image.
     """
     return [f"{turn.role}: " + "|".join(map(_shown, turn.parts)) for turn in conversation.turns]
 
@@ -38,7 +38,8 @@ def lines(conversation):
 def _shown(part):
     if part.box is not None:
         points = "-".join(f"({x:g},{y:g})" for x, y in part.box.points)
-        return points + (f"/{part.box.size[0]:g}" if part.box.size else f"#{part.box.image}")
+        points += f"/{part.box.size[0]:g}" if part.box.size else ""
+        return points + ("" if part.box.image is None else f"#{part.box.image}")
     if part.ref is not None:
         return f"<{part.ref}>"
     return f"[{part.media}]" if part.media else part.text

@@ -57,7 +57,7 @@ def test_it_needs_neither_torch_nor_megatron_core_nor_a_node_rank(tmp_path):
                 "--nnodes", 4, "--nproc-per-node", 8, "--bf16", "--use-distributed-optimizer"],
                timeout=20)
     assert done.code == 0, done.err
-    assert f"the model has {PARAMETERS['72B']:,} parameters; TP 8 x PP 4" in done.out
+    assert f"the model has {PARAMETERS['qwen2_vl']['72B']:,} parameters; TP 8 x PP 4" in done.out
     assert "32 processes = 4 nodes x 8" in done.out
     assert "[7392, 8192]      20" in done.out  # gate and up of 29568 over 8 ranks, 20 layers
     assert sorted(tmp_path.rglob("*")) == before
@@ -71,7 +71,7 @@ def test_it_needs_neither_torch_nor_megatron_core_nor_a_node_rank(tmp_path):
 ])
 def test_bytes_follow_the_precision(capsys, model, words, per_weight):
     weights, *nbytes, together = numbers(said(capsys, model, *words))
-    assert weights == PARAMETERS["2B"]
+    assert weights == PARAMETERS["qwen2_vl"]["2B"]
     assert nbytes == [weights * one for one in per_weight] and together == sum(nbytes)
 
 
@@ -107,7 +107,7 @@ def test_an_offloaded_optimizer_is_in_host_memory(capsys, model):
 
 def test_a_tied_embedding_is_told_of_twice_over_stages(capsys, model):
     text = said(capsys, model, "--pipeline-model-parallel-size", 2)
-    assert f"{PARAMETERS['2B']:,} + {151936 * 1536:,} tied embedding again" in text
+    assert f"{PARAMETERS['qwen2_vl']['2B']:,} + {151936 * 1536:,} tied embedding again" in text
     text = said(capsys, model, "--pipeline-model-parallel-size", 2,
                 "--num-virtual-stages-per-pipeline-rank", 2)
     assert re.search(r"^1 +1 +1 +- +21-27 +last norm, head$", text, re.M)

@@ -1,4 +1,4 @@
-"""Every command of examples/qwen2_vl/README.md is one that the program takes, at true sizes.
+"""Every command of a family's page in examples/ is one that the program takes, at true sizes.
 
 Launcher and convertor run as their shell scripts, dry, on the published config.json files. The
 checkpoints to train from and to convert back are files of the true size whose numbers are holes.
@@ -11,23 +11,42 @@ import re
 import runpy
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from commands import ROOT, Done, run
-from test_docs import ARGUMENTS, CODE, LINK, TRAINER, blocks, headings, parser, paths, prose
-from true_sizes import PARAMETERS, write
+from test_docs import ARGUMENTS, CODE, LINK, blocks, headings, parser, paths, prose
+from true_sizes import PARAMETERS, SIZES, write
 
 from megatron_vl.models import family, load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.weights import convert, torch_dist, torch_file
 from megatron_vl.weights.mcore_io import lay_out_mcore
 
-FOLDER = "examples/qwen2_vl/"
-README, CHINESE = FOLDER + "README.md", FOLDER + "README_zh.md"
-CONVERTOR = "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh"
 PREPARE = "toolkits/pretrain_data_preprocessing/"
 OTHERS = {"pip", "modelscope", "hf", "unzip"}  # programs that are not ours
+
+
+@dataclass(frozen=True)
+class Page:
+    """A family's page in both languages, and what its commands name."""
+
+    family: str  # the folder of examples/
+    name: str  # as the models are published
+
+    readme = property(lambda self: f"examples/{self.family}/README.md")
+    chinese = property(lambda self: f"examples/{self.family}/README_zh.md")
+    trainer = property(lambda self: f"examples/{self.family}/run_mcore_qwen.sh")
+    convertor = property(lambda self: "toolkits/model_checkpoints_convertor/qwen/"
+                                      f"hf2mcore_{self.family}_convertor.sh")
+
+    def model(self, root: Path, size: str) -> Path:
+        return root / f"{self.name.lower()}-ckpts" / f"{self.name}-{size}-Instruct"
+
+
+PAGES = [Page("qwen2_vl", "Qwen2-VL"), Page("qwen2_5_vl", "Qwen2.5-VL")]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.family)
 
 
 def lines(readme: str) -> list[str]:
@@ -44,54 +63,68 @@ def given(line: str) -> tuple[dict[str, str], list[str]]:
     return variables, words
 
 
-def calls(*scripts: str) -> list:
-    """The README's calls of bash scripts, named by what tells them apart."""
+def calls(script: str) -> list:
+    """The pages' calls of their `script`, named by what tells them apart."""
     found = []
-    for line in lines(README):
-        variables, words = given(line)
-        if words[0] == "bash" and words[1] in scripts:
-            size = next(word for word in words[2:] if word in PARAMETERS)
-            found.append(pytest.param(variables, words, size, id=f"{len(found)} {size}"))
+    for page in PAGES:
+        for line in lines(page.readme):
+            variables, words = given(line)
+            if words[:2] == ["bash", getattr(page, script)]:
+                size = next(word for word in words[2:] if word in SIZES[page.family])
+                found.append(pytest.param(page, variables, words, size,
+                                          id=f"{len(found)} {page.name} {size}"))
     return found
 
 
-def test_both_languages_have_the_same_commands_and_headings():
-    assert lines(README) == lines(CHINESE)
-    assert [level for level, _ in headings(README)] == [level for level, _ in headings(CHINESE)]
+@every_page
+def test_both_languages_have_the_same_commands_and_headings(page):
+    both = page.readme, page.chinese
+    assert lines(page.readme) == lines(page.chinese)
+    levels = [[level for level, _ in headings(one)] for one in both]
     codes = [{code for code in CODE.findall(prose(one)) if "/" in code or code.isupper()}
-             for one in (README, CHINESE)]
-    assert codes[0] == codes[1]
+             for one in both]
+    assert levels[0] == levels[1] and codes[0] == codes[1]
 
 
-@pytest.mark.parametrize("readme", [README, CHINESE])
+@every_page
+def test_every_published_size_is_converted_and_trained(page):
+    for script in ("convertor", "trainer"):
+        sizes = {one.values[3] for one in calls(script) if one.values[0] is page}
+        assert sizes == SIZES[page.family].keys(), script
+
+
+@pytest.mark.parametrize("readme", [one for page in PAGES for one in (page.readme, page.chinese)])
 def test_every_path_and_link_leads_somewhere(readme):
     names = {"/", *(word for line in lines(readme) if given(line)[1][0] in OTHERS
                     for word in given(line)[1])}  # what other programs are given
     named = [path for path in paths(readme) if not {path[:1], path} & names]
     assert named and not [path for path in named if not (ROOT / path).exists()]
     links = LINK.findall(prose(readme))
-    assert links and all((ROOT / FOLDER / link).exists() for link in links), links
+    assert links and all((ROOT / readme).parent.joinpath(link).exists() for link in links), links
 
 
-def test_the_way_is_shown_in_order_and_nothing_else_is_called():
+@every_page
+def test_the_way_is_shown_in_order_and_nothing_else_is_called(page):
     order = []
-    for line in lines(README):
+    for line in lines(page.readme):
         _, words = given(line)
         order.append(words[1] if words[0] in ("bash", "python", "megatron-vl") else words[0])
         assert words[0] in OTHERS | {"bash", "python", "megatron-vl"}, line
         if words[0] == "bash":
             assert len(words) - 2 in ARGUMENTS[words[1]], line
     first = [order.index(step) for step in (
-        "pip", "modelscope", PREPARE + "convert_llava_pretrain_to_wds.py", CONVERTOR, TRAINER,
+        "pip", "modelscope", PREPARE + "convert_llava_pretrain_to_wds.py", page.convertor,
+        page.trainer,
     )]
     assert first == sorted(first)
-    backs = [words for _, words in map(given, lines(README)) if "true" in words[6:8]
-             and words[1] == CONVERTOR]
-    assert len(backs) == 2 and order[-2:] == [CONVERTOR, "verify"]
+    backs = [words for _, words in map(given, lines(page.readme)) if "true" in words[6:8]
+             and words[1] == page.convertor]
+    assert len(backs) == 2 and order[-2:] == [page.convertor, "verify"]
 
 
 @pytest.mark.parametrize("line", [
-    line for line in lines(README) if given(line)[1][0] in ("python", "megatron-vl")
+    line for page in PAGES for line in lines(page.readme)
+    if given(line)[1][0] in ("python", "megatron-vl")
 ])
 def test_other_commands_are_taken_by_their_parsers(line, monkeypatch):
     """A script in Python says which command of the program it would become."""
@@ -115,18 +148,29 @@ def test_other_commands_are_taken_by_their_parsers(line, monkeypatch):
 def storage(tmp_path_factory) -> Path:
     """What /mnt stands for, before anything was converted: config.json files alone."""
     root = tmp_path_factory.mktemp("mnt")
-    for size in PARAMETERS:
-        write(root / f"qwen2-vl-ckpts/Qwen2-VL-{size}-Instruct", size)
+    return write_configs(root)
+
+
+def write_configs(root: Path) -> Path:
+    for page in PAGES:
+        for size in SIZES[page.family]:
+            write(page.model(root, size), size, page.family)
     return root
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory) -> Path:
-    """The same with the README's converted 7B and its trained run, whose numbers are holes."""
-    root = tmp_path_factory.mktemp("filled")
-    for size in PARAMETERS:
-        write(root / f"qwen2-vl-ckpts/Qwen2-VL-{size}-Instruct", size)
-    whole = write(root / "qwen2-vl-ckpts/Qwen2-VL-7B-Instruct", "7B")
+    """The same with every page's converted 7B and its trained run, whose numbers are holes."""
+    root = write_configs(tmp_path_factory.mktemp("filled"))
+    for page in PAGES:
+        fill(root, page)
+    held = sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
+    assert held < 10**8, "the numbers are holes"
+    return root
+
+
+def fill(root: Path, page: Page) -> None:
+    whole = page.model(root, "7B")
     spec = load_spec(whole)
     weights = family(spec.model_type).weight_map(spec)
     source = convert.open_source(whole, weights, planned_dtype="bfloat16")
@@ -141,17 +185,15 @@ def filled(tmp_path_factory) -> Path:
             patch.setattr(module, "reserve", lambda file, size: file.truncate(size))
         one = convert.plan_conversion(
             source, weights, convert.McoreTarget(layout=layout, split=split, args=args))
-        there = write(root / "qwen2-vl-ckpts/Qwen2-VL-7B-Instruct-tp2-pp2", "7B")
+        there = write(whole.with_name(f"{whole.name}-tp2-pp2"), "7B", page.family)
         lay_out_mcore(there, one.files, one.dtypes, args("bfloat16"))
         one = convert.plan_conversion(
             source, weights, convert.ShardedTarget(max_shard_bytes=5 * 10**9, args=args))
         (there,) = [Path(words[3].replace("/mnt/", f"{root}/")) for _, words in
-                    map(given, lines(README)) if "/checkpoint/" in words[min(3, len(words) - 1)]]
-        write(there, "7B")
+                    map(given, lines(page.readme))
+                    if "/checkpoint/" in words[min(3, len(words) - 1)]]
+        write(there, "7B", page.family)
         one.target.lay_out(there, one.files, one.dtypes, "bfloat16", weights)
-    held = sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
-    assert held < 10**8, "the numbers are holes"
-    return root
 
 
 def dry(variables: dict, words: list[str], root: Path, **more: object) -> Done:
@@ -166,8 +208,10 @@ def dry(variables: dict, words: list[str], root: Path, **more: object) -> Done:
     return done
 
 
-@pytest.mark.parametrize(("variables", "words", "size"), calls(CONVERTOR))
-def test_a_conversion_plans_every_byte_at_its_true_size(variables, words, size, storage, filled):
+@pytest.mark.parametrize(("page", "variables", "words", "size"), calls("convertor"))
+def test_a_conversion_plans_every_byte_at_its_true_size(
+    page, variables, words, size, storage, filled
+):
     back = words[7] == "true"
     done = dry(variables, words, filled if back else storage)
     assert done.code == 0, done.err
@@ -175,7 +219,7 @@ def test_a_conversion_plans_every_byte_at_its_true_size(variables, words, size, 
                 .replace(",", ""))
     tp, pp = int(words[5]), int(words[6])
     if back:
-        assert total == 2 * PARAMETERS[size]
+        assert total == 2 * PARAMETERS[page.family][size]
         return
     options = ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
     if "MP_PP0_LAYERS" in variables:
@@ -205,18 +249,20 @@ def held_by_the_model(said: str) -> int:
     return held
 
 
-@pytest.mark.parametrize(("variables", "words", "size"), calls(TRAINER))
+@pytest.mark.parametrize(("page", "variables", "words", "size"), calls("trainer"))
 @pytest.mark.parametrize("there", [False, True], ids=["before", "after"])
-def test_a_training_is_laid_out_at_its_true_size(variables, words, size, there, storage, filled):
+def test_a_training_is_laid_out_at_its_true_size(
+    page, variables, words, size, there, storage, filled
+):
     """Before its weights are converted, and with them."""
     if there and size != "7B":
         pytest.skip("weights of 7B alone were converted")
     root = filled if there else storage
     cluster = {"WORLD_SIZE": 8, "RANK": 3, "MASTER_ADDR": "node-0"} if words[2] == "dlc" else {}
-    config = {} if there else {"MP_HF_PATH": f"{root}/qwen2-vl-ckpts/Qwen2-VL-{size}-Instruct"}
+    config = {} if there else {"MP_HF_PATH": page.model(root, size)}
     done = dry(variables, words, root, NPROC_PER_NODE=8, **cluster, **config)
     assert done.code == 0, done.err
-    assert f"the model has {PARAMETERS[size]:,} parameters" in done.out
+    assert f"the model has {PARAMETERS[page.family][size]:,} parameters" in done.out
     held_by_the_model(done.out)
     tp, pp = map(int, words[11:13])
     nodes = int(cluster.get("WORLD_SIZE", 1))
@@ -226,7 +272,7 @@ def test_a_training_is_laid_out_at_its_true_size(variables, words, size, there, 
     stages = re.findall(r"^\d+ +\d+-\d+ +(\S+) +(\S+) ", done.out, re.M)
     layers = [number for _, span in stages for number in
               range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)]
-    assert layers == list(range(80 if size == "72B" else 28)) and len(stages) == pp
+    assert layers == list(range(SIZES[page.family][size][0])) and len(stages) == pp
     if "MP_PP0_LAYERS" in variables:
         assert stages[0][1] == f"0-{int(variables['MP_PP0_LAYERS']) - 1}"
     fits = "weights come from" in done.out
@@ -234,12 +280,14 @@ def test_a_training_is_laid_out_at_its_true_size(variables, words, size, there, 
     assert fits is there and awaited is not there
 
 
-def test_the_run_that_is_converted_back_is_the_one_that_was_trained():
-    (back,) = [words[3] for _, words in map(given, lines(README)) if words[1:2] == [CONVERTOR]
+@every_page
+def test_the_run_that_is_converted_back_is_the_one_that_was_trained(page):
+    commands = list(map(given, lines(page.readme)))
+    (back,) = [words[3] for _, words in commands if words[1:2] == [page.convertor]
                and "/checkpoint/" in words[3]]
     saves = []
-    for variables, words in map(given, lines(README)):
-        if words[1:2] == [TRAINER] and "MP_DRY_RUN" not in variables:
+    for variables, words in commands:
+        if words[1:2] == [page.trainer] and "MP_DRY_RUN" not in variables:
             done = run(words, PYTHON="echo")
             options = done.out.splitlines()[-1].split()
             saves.append(options[options.index("--save") + 1])

@@ -14,11 +14,12 @@ from megatron_vl.models import family, known_families, load_spec
 from megatron_vl.models.registry import read_config_json
 from megatron_vl.training.checkpoint.same_model import check_same_model
 
-TINY = {"qwen": "resampler_model_dir", "qwen2": "text_model_dir",
+TINY = {"baichuan": "baichuan_model_dir", "qwen": "resampler_model_dir", "qwen2": "text_model_dir",
         "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir"}
 PUBLISHED = {
     # layers, width, heads, key/value heads, ffn, vocabulary, tied; the
     # tower's ffn; billions of numbers
+    ("baichuan", "7B"): ((32, 4096, 32, 32, 11008, 125696, False), None, 7.506),
     ("qwen", "7B"): ((32, 4096, 32, 32, 11008, 151936, False), None, 9.657),
     ("qwen2", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), None, 7.616),
     ("qwen2_5_vl", "3B"): ((36, 2048, 16, 2, 11008, 151936, True), 3420, 3.755),
@@ -120,9 +121,20 @@ CONFIGS = [  # what config.json of a text model has, and what is said of it
 ]
 
 
-@pytest.mark.parametrize(("keys", "says"), CONFIGS, ids=[says for _, says in CONFIGS])
-def test_a_text_model_that_is_not_understood_is_refused(keys, says, text_model_dir, tmp_path):
-    config = read_config_json(text_model_dir)
+BAICHUAN = [
+    ({"max_position_embeddings": None}, "as in Baichuan2-13B, whose attention has ALiBi"),
+    ({"vocab_size": 64000}, "as of Baichuan-7B and Baichuan-13B; only Baichuan2-7B is supported"),
+    ({"z_loss_weight": 0.1}, "z_loss_weight is 0.1"),
+    ({"num_key_value_heads": 2}, "num_key_value_heads is 2, but every one of the 4 heads"),
+    ({"tie_word_embeddings": True}, "a normalised head is no copy of the embedding"),
+]
+REFUSED = [("text_model_dir", *row) for row in CONFIGS] + [
+    ("baichuan_model_dir", *row) for row in BAICHUAN]
+
+
+@pytest.mark.parametrize(("model", "keys", "says"), REFUSED, ids=[says for *_, says in REFUSED])
+def test_a_text_model_that_is_not_understood_is_refused(model, keys, says, request, tmp_path):
+    config = read_config_json(request.getfixturevalue(model))
     (tmp_path / "config.json").write_text(json.dumps(config | keys))
     done = megatron_vl("convert", tmp_path, tmp_path / "out", "--dry-run")
     assert done.code == 2 and says in done.err and "Traceback" not in done.err, done.text

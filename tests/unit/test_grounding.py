@@ -12,7 +12,10 @@ from raw_entries import chat, lines, openai, qwen, read, reason, talk
 from megatron_vl.cli.main import run
 from megatron_vl.data.conversation import BadEntry, Box, Part, Turn, from_json, to_json
 from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.models import family
+from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.models import family, load_spec
+from megatron_vl.models.media import StoredMedia
 
 ASKED = "<image>Find the <ref-object>"
 
@@ -29,7 +32,7 @@ def _entry(*said, ref=("sheep",), bbox=(), **objects):
      ["user: [image]|Find the |<sheep>", "assistant: (90.9,160.8)-(135,212.8)#0|(1,2)-(3,4)#0|."]),
     (_entry("<image>?", "<ref-object><bbox> and <ref-object><bbox>", ref=["a", "b"],
             bbox=[[0, 0, 0.5, 1], [0.25, 0, 1, 1]], bbox_type="norm1"),
-     ["user: [image]|?", "assistant: <a>|(0,0)-(0.5,1)/1| and |<b>|(0.25,0)-(1,1)/1"]),
+     ["user: [image]|?", "assistant: <a>|(0,0)-(0.5,1)/1#0| and |<b>|(0.25,0)-(1,1)/1#0"]),
     (_entry("<image><image>?", "<bbox><bbox><bbox>", ref=[], image_id=[1, 0],
             bbox=[[1, 2, 3, 4], [5, 6], [1, 2, 3, 2, 3, 4, 1, 4]], bbox_type="real"),
      ["user: [image]|[image]|?", "assistant: (1,2)-(3,4)#1|(5,6)#0|(1,2)-(3,2)-(3,4)-(1,4)#0"]),
@@ -115,6 +118,78 @@ def test_qwen2_vl_s_words_for_objects_are_those_that_older_shards_hold(tokenizer
     assert f"\n{said}<|im_end|>" in tokenizer.tokenizer.decode(tokens)
 
 
+SHEEP = Part(ref="sheep")
+IMAGE, VIDEO = Part(media="image"), Part(media="video")
+
+
+def _at(*points, size=(1000, 1000), image=None):
+    return Part(box=Box(points=points, size=size, image=image))
+
+
+A, B = _at((100, 200), (300, 400)), _at((0, 0), (1000, 1000))  # of an image of 84 x 112 pixels
+IN_JSON = [  # a question, an answer, and what both become
+    # QwenLM's process_bbox.ipynb: rounded, and at most the last pixel.
+    ((IMAGE, "?"), (SHEEP, A), "?", '{"bbox_2d": [8, 22, 25, 45], "label": "sheep"}'),
+    ((IMAGE, "?"), ("A ", SHEEP, A, " and ", Part(ref="羊"), B, "."), "?",
+     'A {"bbox_2d": [8, 22, 25, 45], "label": "sheep"} and {"bbox_2d": [0, 0, 83, 111], '
+     '"label": "羊"}.'),
+    # A name in the question alone; and it is text where it stands.
+    ((IMAGE, "Find the ", SHEEP), (A, B), "Find the sheep",
+     '[\n\t{"bbox_2d": [8, 22, 25, 45], "label": "sheep"},\n\t{"bbox_2d": [0, 0, 83, 111], '
+     '"label": "sheep"}\n]'),
+    ((IMAGE, SHEEP, " or ", Part(ref="cow")), (A,), "sheep or cow", '{"bbox_2d": [8, 22, 25, 45]}'),
+    ((IMAGE, SHEEP, A, "?"), (B,), '{"bbox_2d": [8, 22, 25, 45], "label": "sheep"}?',
+     '{"bbox_2d": [0, 0, 83, 111]}'),
+    ((IMAGE, "?"), (_at((640, 480), size=(1280, 720)),), "?", '{"point_2d": [42, 75]}'),
+    # Of two images, the second one, which becomes 56 x 84 pixels; a video is none.
+    ((VIDEO, IMAGE, "?"), (A,), "?", '{"bbox_2d": [8, 22, 25, 45]}'),
+    ((IMAGE, IMAGE, "?"), (_at((5, 10), (20, 40), size=(40, 80), image=1),), "?",
+     '{"bbox_2d": [7, 10, 28, 42]}'),
+]
+
+
+@pytest.fixture(scope="module")
+def window_model(window_model_dir):
+    spec = load_spec(window_model_dir)
+    return ModelEncoder.from_hf_dir(window_model_dir, spec, family(spec.model_type))
+
+
+def _said_by(model, *turns):
+    """The text, and what of it is trained, of two turns with media of 90 x 120 and of 40 x 80
+    pixels, the image first."""
+    asked, answer = (tuple(Part(text=one) if isinstance(one, str) else one for one in turn)
+                     for turn in turns)
+    kinds, sizes = [part.media for part in asked if part.media], [(90, 120), (40, 80)]
+    if kinds[0] == "video":
+        sizes.reverse()
+    media = [StoredMedia(kind=kind, files=("0",), width=width, height=height, num_frames=4)
+             for kind, (width, height) in zip(kinds, sizes, strict=False)]
+    turns = (Turn(role="user", parts=asked), Turn(role="assistant", parts=answer))
+    turns, media, _ = from_json(json.loads(to_json(turns, tuple(media))))
+    tokens, labels, _ = model.encode(turns, media)
+    tokenizer = model.chat.tokenizer
+    return tokenizer.decode(tokens), tokenizer.decode(labels[labels != IGNORE])
+
+
+@pytest.mark.parametrize(("asked", "parts", "question", "said"), IN_JSON)
+def test_qwen2_5_vl_s_objects_are_json_in_pixels_of_the_resized_image(
+        window_model, asked, parts, question, said):
+    text, answer = _said_by(window_model, asked, parts)
+    assert answer == f"{said}<|im_end|>"
+    assert f"<|vision_end|>{question}<|im_end|>" in text
+
+
+@pytest.mark.parametrize(("asked", "parts", "what"), [
+    ((IMAGE, IMAGE), (A,), "a box that does not say which of its 2 images it is in"),
+    ((VIDEO,), (A,), "a box that does not say which of its 0 images it is in"),
+    ((IMAGE,), (_at((0, 0), (9, 0), (9, 9), (0, 9)),), "a place with four corners"),
+])
+def test_what_json_cannot_say_leaves_the_sample_out(window_model, asked, parts, what):
+    with pytest.raises(BadEntry, match=what) as caught:
+        _said_by(window_model, asked, parts)
+    assert caught.value.reason == "not served"
+
+
 @pytest.mark.parametrize(("change", "what"), [
     ({"grounding": None}, "but the model's family has no form for them"),
     ({"box": ("<here>", "</here>")}, "the model's tokenizer has no <here>"),
@@ -148,6 +223,7 @@ def test_boxes_in_pixels_get_their_image_s_size_and_only_a_wrong_one_costs_its_e
     assert len(texts) == 2 and not any("<|" in text or "bbox" in text for text in texts)
     for text in texts:
         turns, _, _ = from_json(json.loads(text))
+        assert turns[1].parts[0].box.image == 0
         said = tokenizer.tokenizer.decode(tokenizer.encode(turns, [4])[0])
         assert "<|box_start|>(100,100),(999,999)<|box_end|><|im_end|>" in said
 

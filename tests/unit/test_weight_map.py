@@ -36,7 +36,7 @@ def write(tmp_path, config) -> object:
     return tmp_path
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES["qwen2_vl"])
 @pytest.mark.parametrize("form", [published, nested])
 def test_published_sizes_come_out_of_either_form_of_config_json(size, form, tmp_path):
     spec = load_spec(write(tmp_path, form(size)))
@@ -45,7 +45,7 @@ def test_published_sizes_come_out_of_either_form_of_config_json(size, form, tmp_
         decoder.num_layers, decoder.hidden_size, decoder.num_attention_heads,
         decoder.num_query_groups, decoder.ffn_hidden_size, decoder.vocab_size,
         decoder.tie_word_embeddings, decoder.norm_eps,
-    ) == SIZES[size]
+    ) == SIZES["qwen2_vl"][size]
     assert (decoder.head_dim, decoder.rope_theta, decoder.rope_sections) == (128, 1e6, (16, 24, 24))
     assert decoder.qkv_bias and decoder.init_std == 0.02
     assert (vision.depth, vision.hidden_size, vision.num_heads, vision.ffn_hidden_size) == (
@@ -62,11 +62,11 @@ def test_published_sizes_come_out_of_either_form_of_config_json(size, form, tmp_
     family("qwen2_vl").check_size(spec, "auto")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_map_holds_every_parameter_of_the_published_sizes(size, tmp_path):
-    spec = load_spec(write(tmp_path, published(size)))
-    inventory = family("qwen2_vl").weight_map(spec).hf_inventory()
-    assert sum(stored.numel for stored in inventory) == PARAMETERS[size]
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name in SIZES for size in SIZES[name]])
+def test_the_map_holds_every_parameter_of_the_published_sizes(name, size, tmp_path):
+    spec = load_spec(write(tmp_path, published(size, name)))
+    inventory = family(name).weight_map(spec).hf_inventory()
+    assert sum(stored.numel for stored in inventory) == PARAMETERS[name][size]
 
 
 def test_published_names_and_megatron_names_are_the_ecosystems(tmp_path):
@@ -217,7 +217,7 @@ def test_a_plan_for_72b_needs_config_json_alone_and_covers_every_element(tmp_pat
     assert len(plan.tensors) == len(target)
     assert all(one.zeros == 0 for one in plan.tensors)
     back = make_plan(target, weights.hf_inventory())
-    assert sum(one.target.numel for one in back.tensors) == PARAMETERS["72B"]
+    assert sum(one.target.numel for one in back.tensors) == PARAMETERS["qwen2_vl"]["72B"]
 
 
 def test_known_families_are_listed():

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_vl.data.conversation import BadEntry, Part, Turn
-from megatron_vl.data.encode.model_files import TOKENIZER, check_tokenizer
+from megatron_vl.data.encode.answers import trained_turns
+from megatron_vl.data.encode.model_files import check_tokenizer
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.encode.template import ChatTemplate
-from megatron_vl.data.grounding import render
+from megatron_vl.data.grounding import Pixels, render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.family import COPY_AGAIN, Family, Span
+from megatron_vl.models.family import COPY_AGAIN, TOKENIZER, Family, Span
 from megatron_vl.models.media import IMAGE, MEDIA_KINDS
 from megatron_vl.models.spec import TokenIds
 from megatron_vl.typed import Shape, Text, read_file
@@ -57,6 +58,15 @@ class ChatTokenizer:
         self._own_tokens = frozenset(
             token.content for token in tokenizer.added_tokens_decoder.values()
         )
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Of the tokenizer's own marks."""
+        return frozenset((*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, marks as they are written."""
+        return self.tokenizer.decode(tokens)
 
     @classmethod
     def from_hf_dir(cls, hf_dir: Path, *, tokens: TokenIds, family: Family | None = None,
@@ -121,7 +131,8 @@ class ChatTokenizer:
         return chat
 
     def encode(
-        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = ""
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
+        pixels: Pixels | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
@@ -132,6 +143,7 @@ class ChatTokenizer:
         Args:
             media_tokens: placeholders each image and video takes, in order.
             tools: a JSON list of the functions that may be called.
+            pixels: see `render`; needed where the family's form of objects counts pixels.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
@@ -141,17 +153,8 @@ class ChatTokenizer:
             BadEntry: no turn to train, an empty answer, placeholders unlike the media, the
                 template refuses it or writes no tools, or the model has no form for its objects.
         """
-        answers = [turn for turn in turns if turn.role == "assistant"]
-        if not all(turn.says for turn in answers):
-            raise BadEntry("empty answer", "its answer is empty")
-        last = answers[-1:] if self.trained.mask_history else answers
-        if not any(turn.trained for turn in last):
-            raise BadEntry(
-                "no answer", "it has no answer to train on" if last == answers else
-                "its last answer, which mask-history alone trains, is not to be trained (loss "
-                "false, weight 0)",
-            )
-        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__)
+        trained_turns(turns, self.trained)
+        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__, pixels)
         tokens, labels = self._tokens(*self.template.write(turns, tools))
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)

@@ -15,6 +15,7 @@ import torch
 from megatron_vl.data.conversation import BadEntry, Turn
 from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.media import decoded
+from megatron_vl.data.encode.prompt import PromptTokenizer
 from megatron_vl.data.options import TrainedText
 from megatron_vl.models.family import Family, Grid, Positions, Processor
 from megatron_vl.models.media import MediaLimits, StoredMedia
@@ -25,7 +26,7 @@ from megatron_vl.models.spec import ModelSpec
 class ModelEncoder:
     """A model's tokenizer, media and positions."""
 
-    chat: ChatTokenizer
+    chat: ChatTokenizer | PromptTokenizer
     processor: Processor | None  # None: the model takes text alone
     positions: Positions
 
@@ -40,13 +41,13 @@ class ModelEncoder:
             spec, family: the model's.
 
         Raises:
-            InputError: see `ChatTokenizer.from_hf_dir` and `Family.processor`.
+            InputError: see `ChatTokenizer.from_hf_dir`, `Family.prompt` and `Family.processor`.
         """
         limits = limits or MediaLimits()
+        prompt, chat = family.prompt(hf_dir, spec), {"tokens": spec.tokens, "trained": trained}
         return cls(
-            chat=ChatTokenizer.from_hf_dir(
-                hf_dir, tokens=spec.tokens, family=family, trained=trained
-            ),
+            chat=ChatTokenizer.from_hf_dir(hf_dir, family=family, **chat) if prompt is None
+            else PromptTokenizer(prompt, **chat),
             processor=family.processor(hf_dir, spec, limits),
             positions=family.positions(spec, limits.video_positions),
         )
@@ -69,7 +70,10 @@ class ModelEncoder:
                 f"takes text alone; train a vision-language model, or remove the sample",
             )
         grids = tuple(self.processor.shape(one) for one in media)
-        tokens, labels = self.chat.encode(turns, self.places(grids), tools)
+        tokens, labels = self.chat.encode(
+            turns, self.places(grids), tools,
+            pixels=lambda number: self.processor.pixels(media[number]),
+        )
         return tokens, labels, grids
 
     def places(self, grids: Sequence[Grid]) -> list[int]:

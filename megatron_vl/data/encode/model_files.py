@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.family import COPY_AGAIN, Family
+from megatron_vl.models.family import COPY_AGAIN, TOKENIZER, Family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.typed import Name, Shape, Text, read_file
-
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def missing_files(hf_dir: Path, spec: ModelSpec, family: Family) -> list[str]:
     """Names of those that a Hugging Face directory lacks for training and for inference."""
-    names = [name for name in TOKENIZER if not (hf_dir / name).is_file()]
+    names = [name for name in family.tokenizer_files() if not (hf_dir / name).is_file()]
     return names + family.missing_media_files(hf_dir, spec)
 
 
@@ -41,4 +39,7 @@ def check_model_files(hf_dir: Path, spec: ModelSpec, family: Family) -> None:
             f"another directory."
         )
     family.check_media_files(hf_dir, spec)
-    check_tokenizer(hf_dir)
+    if family.tokenizer_files() == TOKENIZER:
+        check_tokenizer(hf_dir)
+    else:
+        family.prompt(hf_dir, spec)

@@ -94,6 +94,7 @@ def make_batch(
         grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         sample_keys=[sample.name for sample in samples],
         sample_lengths=[sample.num_tokens for sample in samples],
+        tokens_cut=[sample.tokens_cut for sample in samples],
     )
 
 

@@ -6,7 +6,7 @@ S tokens a row, B rows a micro-batch, L tokens a sample, P patches, D numbers a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 
 import numpy as np
@@ -50,6 +50,7 @@ class EncodedSample(Sample):
     media: tuple[StoredMedia, ...]
     read: Callable[[str], bytes]
     patches: torch.Tensor | None = None  # float32 [P, D] once decoded, of all media in order
+    tokens_cut: int = 0  # off its end, which a row did not hold
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +112,7 @@ class RowBatch:
     grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
     sample_keys: list[str]  # names of the samples, in order
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
+    tokens_cut: list[int] = field(default_factory=list)  # off the end of every sample, in order
     skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
     __restore_key__: tuple = ()  # set by energon
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.media import decode_rgb, video_frames
+from megatron_vl.data.encode.prompt import PromptTokenizer
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.models.media import IMAGE, VIDEO, StoredMedia
 
@@ -28,7 +29,7 @@ class ShownPiece:
 
 
 def pieces(
-    tokens: torch.Tensor, labels: torch.Tensor, *, chat: ChatTokenizer,
+    tokens: torch.Tensor, labels: torch.Tensor, *, chat: ChatTokenizer | PromptTokenizer,
     media_tokens: Sequence[int],
 ) -> Iterator[ShownPiece]:
     """The stretches of a sample, in order.
@@ -39,7 +40,7 @@ def pieces(
         tokens: [L], labels: [L], as a sample is encoded: a label is the next position's token.
         media_tokens: places that each image and video takes, in order.
     """
-    special = {*chat.tokenizer.all_special_ids, *chat.tokenizer.added_tokens_decoder}
+    special = chat.special_ids
     places = {getattr(chat.tokens, kind) for kind in (IMAGE, VIDEO)}
     ids = tokens.tolist()
     trained = [False, *(label != IGNORE for label in labels.tolist()[:-1])]
@@ -54,7 +55,7 @@ def pieces(
             (ids[end] in special, trained[end]) == kind
         ):
             end += 1
-        yield ShownPiece(text=chat.tokenizer.decode(ids[at:end]), special=kind[0], trained=kind[1])
+        yield ShownPiece(text=chat.decode(ids[at:end]), special=kind[0], trained=kind[1])
         at = end
 
 

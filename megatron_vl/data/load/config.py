@@ -22,6 +22,7 @@ class DataConfig:
     train: Mixture | None  # datasets `megatron-vl prepare` wrote
     valid: Mixture | None = None  # their validation splits are read; None: nothing to validate on
     seq_length: int  # tokens of a row when samples are packed
+    truncate_samples: bool = False  # cut a longer sample of text, instead of skipping it
     max_padding_length: int | None = None  # tokens of a row at most when not; None: seq_length
     row_multiple: int | None = None  # not packed, a batch's rows end behind the longest, at a
     # multiple of this; None: all have max_padding_length
@@ -56,7 +57,8 @@ class DataConfig:
     def rules(self) -> RowRules:
         """What makes a row."""
         return RowRules(
-            length=self.row_length, packs=self.packs, length_mend=self.length_mend,
+            length=self.row_length, truncates=self.truncate_samples, packs=self.packs,
+            length_mend=self.length_mend,
             multiple=None if self.packs else self.row_multiple,
             max_patches=self.max_patches_per_row, max_skipped=self.max_skipped_samples,
         )

@@ -39,6 +39,7 @@ from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.encode.packing import pack
 from megatron_vl.data.encode.rows import Row, least_length, make_batch, make_row
 from megatron_vl.data.encode.samples import (
+    IGNORE,
     ConversationSample,
     EncodedSample,
     RowBatch,
@@ -82,6 +83,7 @@ class RowRules:
     """What makes a row."""
 
     length: int  # tokens a row holds; a longer sample is skipped
+    truncates: bool = False  # of a longer sample of text alone the end is cut off instead
     multiple: int | None = None  # of which a batch's rows are the least that holds them; None: full
     packs: bool  # whether samples share rows
     length_mend: str  # what to do about a sample that is too long, for the message
@@ -140,6 +142,9 @@ class SampleEncoder(TaskEncoder):
             if isinstance(sample, SERVED):
                 sample = conversation_of(sample, self.name_of(sample))
             tokens, labels, grids = self.model.encode(sample.turns, sample.media, sample.tools)
+            cut = tokens.numel() - self.rules.length if self.rules.truncates else 0
+            if cut > 0 and not sample.media:
+                tokens, labels = self._truncated(tokens, labels)
             self._check_size(tokens.numel(), grids, sample.media)
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
@@ -151,11 +156,31 @@ class SampleEncoder(TaskEncoder):
             name=self.name_of(sample),
             tokens=tokens,
             labels=labels,
+            tokens_cut=max(cut, 0),
             grids=grids,
             seconds=self.model.seconds(sample.media),
             media=sample.media,
             read=sample.read,
         )
+
+    def _truncated(
+        self, tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As many tokens as a row holds, int64 [L].
+
+        Raises:
+            BadEntry: none of them is trained.
+        """
+        length = self.rules.length
+        labels = labels[:length].clone()
+        labels[-1] = IGNORE  # its target is cut off
+        if (labels == IGNORE).all():
+            raise BadEntry(
+                "too long",
+                f"it has {tokens.numel()} tokens, and nothing is trained of the first {length}, "
+                f"which a row holds; {self.rules.length_mend}",
+            )
+        return tokens[:length].clone(), labels
 
     def _check_size(
         self, length: int, grids: Sequence[Grid], media: Sequence[StoredMedia]

@@ -51,6 +51,11 @@ def read_config(config: dict) -> ModelSpec:
             f"published 0."
         )
     decoder = read_decoder(config, ROPE, multi_axis=False)
+    if decoder.num_query_groups != decoder.num_attention_heads:
+        raise InputError(
+            f"num_key_value_heads is {decoder.num_query_groups}, but every one of the "
+            f"{decoder.num_attention_heads} heads has its own key and value; remove it."
+        )
     if decoder.tie_word_embeddings:
         raise InputError(
             "tie_word_embeddings is true, but a normalised head is no copy of the embedding; set "

@@ -1,4 +1,4 @@
-"""A tiny Baichuan2: its SentencePiece model is trained on a page of text, with the published ids."""
+"""A tiny Baichuan2. Its SentencePiece model is trained on a page of text, with the true ids."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import io
 import math
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.baichuan2.tokenizer import ASSISTANT, USER
 from megatron_vl.models.tiny import TinySizes
 
-USER, ASSISTANT = 195, 196  # <reserved_106>, <reserved_107>
 RESERVED = [  # from id 3 on, after <unk>, <s> and </s>
-    f"<reserved_{number - 89 if number >= 89 else number + 200}>" for number in range(3, ASSISTANT + 1)
+    f"<reserved_{number - 89 if number >= 89 else number + 200}>"
+    for number in range(3, ASSISTANT + 1)
 ]
 PIECES = 1000
 TEXT = """

@@ -16,7 +16,7 @@ from megatron_vl.models.common.decoder_config import (
     read_dtype,
     read_text_tokens,
 )
-from megatron_vl.models.spec import Grounding, ModelSpec, TokenIds, VisionSpec
+from megatron_vl.models.spec import Grounding, JsonGrounding, ModelSpec, TokenIds, VisionSpec
 from megatron_vl.typed import Shape
 
 # arXiv 2409.12191, section 2.2.1: coordinates within [0, 1000).
@@ -60,7 +60,8 @@ class _Tokens(Shape):
 
 
 def read_vision_language(
-    config: dict, read_vision: Callable[[dict, int], VisionSpec], grounding: Grounding | None
+    config: dict, read_vision: Callable[[dict, int], VisionSpec],
+    grounding: Grounding | JsonGrounding,
 ) -> ModelSpec:
     """The spec of a parsed config.json with a decoder of three axes and a tower.
 

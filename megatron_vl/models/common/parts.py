@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-PARTS = {"vit": "vision tower", "merger": "merger", "llm": "language model"}
+from megatron_vl.parallel import LANGUAGE, VISION
+
+MERGER = "merger"
+PARTS = {VISION: "vision tower", MERGER: "merger", LANGUAGE: "language model"}
 
 
 def part_of(name: str) -> str:
@@ -11,5 +14,5 @@ def part_of(name: str) -> str:
     The norm before the merger, which is published as part of it, is the vision tower's last.
     """
     if name.startswith("vision_model.projection."):
-        return "merger"
-    return "vit" if name.startswith("vision_model.") else "llm"
+        return MERGER
+    return VISION if name.startswith("vision_model.") else LANGUAGE

@@ -114,6 +114,11 @@ class MediaProcessor:
         rows, columns = height // self.patch_size, width // self.patch_size
         return -(-frames // self.temporal_patch_size), rows, columns
 
+    def pixels(self, media: StoredMedia) -> tuple[int, int]:
+        """See `megatron_vl.models.family.Processor`."""
+        height, width = self._size(media, len(self.frames(media)))
+        return width, height
+
     def num_tokens(self, grid: Grid) -> int:
         """Tokens the decoder sees of an image or video with this grid."""
         return grid[0] * grid[1] * grid[2] // self.merge_size**2

@@ -33,7 +33,7 @@ from megatron_vl.models.common.transformer_config import (
 from megatron_vl.models.spec import ModelSpec, VisionSpec
 from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import VISION, Layout, StageSplit
 
 
 def tower_config(
@@ -42,7 +42,7 @@ def tower_config(
     """The layers' configuration."""
     vision = spec.vision
     return encoder_config(
-        "vit", spec, layout, split, options,
+        VISION, spec, layout, split, options,
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.stored_ffn_size,

@@ -20,13 +20,13 @@ from megatron_vl.models.common.fusion import fuse, media_places, nothing_of
 from megatron_vl.models.common.language_model import LanguageModel
 from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
-from megatron_vl.models.common.parts import part_of
+from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
 from megatron_vl.models.spec import ModelSpec, TowerSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 
 
 class PipelineModel(MegatronModule):
@@ -73,13 +73,13 @@ class PipelineModel(MegatronModule):
         if build_tower is not None and (chunk, stage) <= split.embedding_chunk[::-1]:
             self.vision_model = build_tower(
                 spec, layout, split, options,
-                layers=split.layers("vit", stage, chunk), groups=groups,
+                layers=split.layers(VISION, stage, chunk), groups=groups,
                 first=pre_process, last=self.embeds,
                 vp_stage=vp_stage if self.spans else None,
             )
         self.language_model = None
         if self.embeds or self.vision_model is None:
-            layers = split.layers("llm", stage, chunk)
+            layers = split.layers(LANGUAGE, stage, chunk)
             self.language_model = LanguageModel(
                 config=config,
                 transformer_layer_spec=block_spec([LayerKind(causal=True)] * len(layers)),
@@ -210,7 +210,7 @@ class PipelineModel(MegatronModule):
         given = 0 if grid_thw is None else grid_thw.shape[0]
         if given and self.pre_process and pixel_patches is None:
             raise ValueError(f"{given} images or videos but no pixels")
-        waited_for = self.training and not self.frozen >= {"vit", "merger"}
+        waited_for = self.training and not self.frozen >= {VISION, MERGER}
         if not given and not self.spans and not waited_for:
             return None
         vision = self.spec.vision
@@ -218,7 +218,7 @@ class PipelineModel(MegatronModule):
         shape = vision.states(grids.tolist())
         if not self.pre_process:
             hidden_PD = self.relay.states(self._received, shape)
-            if "vit" not in self.frozen:
+            if VISION not in self.frozen:
                 return self.vision_model(hidden_PD, grids)
             # No graph through layers that nothing is trained before.
             return EndOfGradient.apply(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vl.errors import InputError
-from megatron_vl.parallel import StageSplit
+from megatron_vl.parallel import LANGUAGE, VISION, StageSplit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +50,13 @@ def recompute_of(
     """
     language = Recompute(granularity=granularity or "none", method=method, num_layers=num_layers)
     if language.granularity == "full":
-        _check(num_layers, method, split, "llm")
+        _check(num_layers, method, split, LANGUAGE)
     granularity = language.granularity if vit_granularity == "same" else vit_granularity
     if granularity == "full" and vit_num_layers is not None:
-        _check(vit_num_layers, method, split, "vit")
+        _check(vit_num_layers, method, split, VISION)
     elif vit_num_layers is None:
         vit_num_layers = next(n for n in range(num_layers, 0, -1)
-                              if n == 1 or _fits(n, method, split.flat("vit")))
+                              if n == 1 or _fits(n, method, split.flat(VISION)))
     vision = Recompute(granularity=granularity, method=method, num_layers=vit_num_layers)
     return language, vision
 

@@ -6,6 +6,7 @@ W vision width, M merged width (W x merge^2), A heads of the vision tower.
 from __future__ import annotations
 
 from megatron_vl.models.spec import VisionSpec
+from megatron_vl.parallel import VISION
 from megatron_vl.weights.map import Place, Weight, Where
 from megatron_vl.weights.rules import ColumnParallel, Copy, FusedQKV, GateUp, RowParallel
 
@@ -22,10 +23,10 @@ def vision_weights(vision: VisionSpec) -> list[Weight]:
     patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
 
     def at_layer(name: str, rule) -> Weight:
-        return Weight(place=Place(Where.LAYER, "vit"), name=f"{layer}.{name}", rule=rule)
+        return Weight(place=Place(Where.LAYER, VISION), name=f"{layer}.{name}", rule=rule)
 
     def at_end(name: str, rule) -> Weight:
-        return Weight(place=Place(Where.END, "vit"), name=name, rule=rule)
+        return Weight(place=Place(Where.END, VISION), name=name, rule=rule)
 
     def norm(name: str, key: str, at) -> list[Weight]:
         """The weight and, of a LayerNorm, the bias; `name` ends where the leaf's begins."""
@@ -49,7 +50,7 @@ def vision_weights(vision: VisionSpec) -> list[Weight]:
     qkv_name, fc1 = "self_attention.linear_qkv", "mlp.linear_fc1"
     return [
         Weight(
-            place=Place(Where.START, "vit"), name="vision_model.patch_embed.proj.weight",
+            place=Place(Where.START, VISION), name="vision_model.patch_embed.proj.weight",
             rule=Copy(key="visual.patch_embed.proj.weight",
                       shape=(W, vision.in_channels, *patch)),
         ),

@@ -9,7 +9,7 @@ from pydantic import Field
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.decoder_config import Width, first
 from megatron_vl.models.common.media_config import PatchKeys, read_vision_language
-from megatron_vl.models.spec import ModelSpec, VisionSpec
+from megatron_vl.models.spec import JsonGrounding, ModelSpec, VisionSpec
 from megatron_vl.typed import Name, Positive
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
@@ -18,6 +18,8 @@ SIZES = {  # published sizes: (language layers, hidden size), to check a name ag
     "32B": (64, 5120),
     "72B": (80, 8192),
 }
+# arXiv 2502.13923, section 2.2.1; the keys are those of QwenLM's cookbooks/spatial_understanding.
+GROUNDING = JsonGrounding(point="point_2d", box="bbox_2d", label="label")
 
 
 class _Vision(PatchKeys):
@@ -38,8 +40,7 @@ def read_config(config: dict) -> ModelSpec:
     Raises:
         InputError: a key that is missing or unusable, named.
     """
-    # It writes boxes as JSON, in pixels: no marks of its own.
-    return read_vision_language(config, _vision, grounding=None)
+    return read_vision_language(config, _vision, GROUNDING)
 
 
 def _vision(config: dict, decoder_hidden: int) -> VisionSpec:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, check_bounds
-from megatron_vl.models.common.parts import PARTS
+from megatron_vl.models.common.parts import MERGER, PARTS
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.ops.attention import BACKENDS, ORDERS
-from megatron_vl.parallel import Layout
+from megatron_vl.parallel import VISION, Layout
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.log import LogOptions
 from megatron_vl.training.options.option import defaults, option
@@ -206,7 +206,7 @@ class OptimizerOptions:
 
     def lr_ratio(self, part: str) -> float:
         """The learning rate of a part, a key of PARTS, as a multiple of lr at every step."""
-        own = {"vit": self.vit_lr, "merger": self.merger_lr}.get(part)
+        own = {VISION: self.vit_lr, MERGER: self.merger_lr}.get(part)
         return 1.0 if own is None or own == self.lr else own / self.lr
 
 
@@ -334,6 +334,9 @@ class DataOptions:
     )
     max_patches_per_row: int | None = option(
         None, "vision patches of a row at most, to even out the vision tower's work", kind=int
+    )
+    truncate_samples: bool = option(
+        False, "cut the end off a sample of text that is longer than a row, instead of skipping it"
     )
     max_skipped_samples: int = option(
         100, "samples that cannot be used and are skipped, before the run stops; 0: none"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.family import Grid
 from megatron_vl.models.spec import ModelSpec
 
@@ -27,7 +28,7 @@ def step_flops(
         trained: positions with a loss.
         frozen: keys of PARTS that are not trained.
     """
-    vit, merger, llm = (part not in frozen for part in ("vit", "merger", "llm"))
+    vit, merger, llm = (part not in frozen for part in PARTS)
     vision = 0
     for grid in grids:
         of_merger = spec.vision.merger_flops(grid)

@@ -31,6 +31,8 @@ class StepMetrics:
     trained_tokens: int
     samples: int
     images: int  # and videos
+    samples_cut: int = 0  # too long for a row, without their ends
+    tokens_cut: int = 0  # these ends'
     vision_flops: float  # needed forward and backward: see `step_flops`
     llm_flops: float
     memory_bytes: float  # peak so far of the rank that held most
@@ -136,6 +138,8 @@ class MetricLog:
         ]
         if step.slowest:
             parts.append(str(step.slowest))
+        if step.samples_cut:
+            parts.append(cut_off(step.samples_cut, step.tokens_cut))
         if step.skipped_samples:
             parts.append(left_out(step.skipped_samples))
         if step.skipped:
@@ -144,17 +148,18 @@ class MetricLog:
 
     def evaluation(
         self, iteration: int, loss: float, trained_tokens: int, seconds: float,
-        skipped_samples: dict[str, int] | None = None,
+        skipped_samples: dict[str, int] | None = None, cut: tuple[int, int] = (0, 0),
     ) -> None:
         perplexity = math.exp(min(loss, 50.0)) if trained_tokens else float("nan")
         self.say(
             f"validation at iteration {iteration} | {{'eval_loss': {loss:.4f}}} | "
             f"perplexity {perplexity:.3f} | {trained_tokens:,} trained tokens | {seconds:.1f} s"
+            + (f" | {cut_off(*cut)}" if any(cut) else "")
             + (f" | {left_out(skipped_samples)}" if skipped_samples else "")
         )
         self._record("validation", iteration, {
             "iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens,
-            "skipped_samples": skipped_samples or {},
+            "skipped_samples": skipped_samples or {}, "samples_cut": cut[0], "tokens_cut": cut[1],
         })
 
     def ranks_seen(self, iteration: int, ranks: dict[str, list]) -> None:
@@ -219,6 +224,11 @@ def left_out(skipped_samples: dict[str, int]) -> str:
     total = sum(skipped_samples.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped_samples.items())
     return f"{total} sample{'s' if total > 1 else ''} left out ({reasons})"
+
+
+def cut_off(samples: int, tokens: int) -> str:
+    """`1,200 tokens cut off 3 long samples`."""
+    return f"{tokens:,} tokens cut off {samples:,} long sample{'s' if samples > 1 else ''}"
 
 
 def duration(seconds: float) -> str:

@@ -119,6 +119,9 @@ def _data(run: History) -> list[str]:
         "samples", "images", "tokens", "trained_tokens", "rows")]
     if positions:
         rows.append(("padding", f"{1 - tokens / positions:.1%} of {positions:,.0f} positions"))
+    if cut := total(run.steps, "samples_cut"):
+        tokens_cut = total(run.steps, "tokens_cut")
+        rows.append(("cut off", f"{tokens_cut:,.0f} tokens of {cut:,.0f} long samples"))
     rows += [(f"left out: {reason}", f"{count:,}") for reason, count in left_out.items()]
     if not left_out:
         rows.append(("left out", "none"))

@@ -154,7 +154,8 @@ class Show:
             lengths=counts.lengths, trained=counts.trained, frozen=self.plan.config.model.frozen,
         )
         return [
-            counts.rows, counts.positions, counts.tokens, counts.samples, counts.images, new,
+            counts.rows, counts.positions, counts.tokens, counts.samples, counts.images,
+            counts.samples_cut, counts.tokens_cut, new,
             vision, language,
             sum(map(sum, per_microbatch)) / layout.media_ranks,
             sum(max(loads(one, layout.media_ranks)) for one in per_microbatch),
@@ -163,12 +164,13 @@ class Show:
 
     def _totals(self, counted: list[list[float]]) -> tuple[dict, int]:
         """Over the ranks of `counted`, and how many samples were left out for the first time."""
-        rows, positions, tokens, samples, images, new, *rest = (
+        rows, positions, tokens, samples, images, samples_cut, tokens_cut, new, *rest = (
             int(sum(column)) for column in zip(*counted, strict=True)
         )
         vision, language, mean, busiest, *left_out = rest
         return dict(
             rows=rows, positions=positions, tokens=tokens, samples=samples, images=images,
+            samples_cut=samples_cut, tokens_cut=tokens_cut,
             vision_flops=vision, llm_flops=language,
             vision_balance=mean / busiest if busiest and self.plan.layout.media_ranks > 1 else None,
             skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},

@@ -120,9 +120,9 @@ def _objects(objects, kinds: list[str]) -> tuple[list[Part], list[Part]]:
     places = [number for number, one in enumerate(kinds) if one == IMAGE]
     made = []
     for number, box in enumerate(boxes):
-        numbers = _numbers(box)
-        if kind == "norm1":
-            made.append(Part(box=box_of(numbers, size=(1, 1))))
+        numbers, size = _numbers(box), (1, 1) if kind == "norm1" else None
+        if size is not None and not places:  # nothing says which image they are parts of
+            made.append(Part(box=box_of(numbers, size=size)))
             continue
         which = images[number] if number < len(images) else 0
         if isinstance(which, bool) or not isinstance(which, int) or not 0 <= which < len(places):
@@ -130,7 +130,7 @@ def _objects(objects, kinds: list[str]) -> tuple[list[Part], list[Part]]:
                 "bad box", f"box {number} of its `objects` is in image {str(which)[:20]}, but it "
                            f"has {len(places)} images, from 0"
             )
-        made.append(Part(box=box_of(numbers, image=places[which])))
+        made.append(Part(box=box_of(numbers, size=size, image=places[which])))
     return [Part(ref=ref) for ref in refs], made
 
 

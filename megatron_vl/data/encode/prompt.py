@@ -1,0 +1,60 @@
+"""Conversations to tokens in a form of the family's own, where no chat template makes the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from megatron_vl.data.conversation import BadEntry, Turn
+from megatron_vl.data.encode.answers import trained_turns
+from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.data.grounding import Pixels, render
+from megatron_vl.data.options import TrainedText
+from megatron_vl.models.family import Prompt
+from megatron_vl.models.spec import TokenIds
+
+
+class PromptTokenizer:
+    """What `ChatTokenizer` is of a model with a chat template."""
+
+    def __init__(self, prompt: Prompt, *, tokens: TokenIds, trained: TrainedText | None = None):
+        self.prompt = prompt
+        self.tokens = tokens
+        self.trained = trained or TrainedText()
+
+    @property
+    def pad_token(self) -> int:
+        return self.prompt.pad_token
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self.prompt.special
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.prompt.decode(tokens)
+
+    def encode(
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
+        pixels: Pixels | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and labels, int64 [L]: see `ChatTokenizer.encode`.
+
+        Raises:
+            BadEntry: no turn to train, an empty answer, tools, a mark of the tokenizer in it, or
+                the model has no form for its objects.
+        """
+        trained = trained_turns(turns, self.trained)
+        if tools or any(turn.of_tools for turn in turns):
+            raise BadEntry(
+                "chat template", "it has tools, which this model has no form for; leave such "
+                "entries out"
+            )
+        turns = render(turns, self.tokens.grounding, lambda mark: True, pixels)
+        try:
+            tokens, labels = self.prompt.encode(turns, trained, media_tokens)
+        except ValueError as error:
+            raise BadEntry("reserved mark", str(error)) from error
+        wanted = [IGNORE if label is None else label for label in [*labels[1:], None]]
+        return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, wanted))
