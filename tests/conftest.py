@@ -163,7 +163,8 @@ def resampler_model_dir(shared) -> Path:
 
     def make(out: Path) -> None:
         _tiny(out, "--model-type", "qwen_vl", "--hidden-size", 256, "--ffn-size", 96,
-              "--vision-hidden-size", 32, "--ranks", 600, "--min-pixels", 56 * 56, "--max-pixels", 56 * 56,
+              "--vision-hidden-size", 32, "--ranks", 600,
+              "--min-pixels", 56 * 56, "--max-pixels", 56 * 56,
               "--dtype", "float32")
         config = json.loads((out / "config.json").read_text())
         config["visual"]["n_queries"] = 4

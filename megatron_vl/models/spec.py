@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
+
+if TYPE_CHECKING:
+    import torch
 
 FFN_MULTIPLE = 16  # of a tower's stored MLP; no published tower has more heads for TP to divide
 DTYPES = ("float32", "bfloat16", "float16")
@@ -292,6 +295,17 @@ class TokenIds:
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
+
+    def places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens, int64 [.., S], stand for images and videos: bool [.., S]."""
+        if self.spanned:
+            starts, ends = ids == self.vision_start, ids == self.vision_end
+            return (starts.cumsum(-1) > ends.cumsum(-1)) & ~starts
+        places = ids != ids
+        for token in (self.image, self.video):
+            if token is not None:
+                places = places | (ids == token)
+        return places
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from commands import megatron_vl
 from PIL import Image
+from raw_entries import read as read_entry
 from tiny_hf import read
 from torch.nn import functional as F
 
+from megatron_vl.cli.main import run
+from megatron_vl.data.conversation import BadEntry, Part, Turn
+from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.load.config import DataConfig
+from megatron_vl.data.load.loader import build_train_loader
+from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, load_spec
-from megatron_vl.models.common.fusion import media_places
+from megatron_vl.models.common.tiny_tokenizer import read_ranks
 from megatron_vl.models.media import BadMedia, MediaLimits, MediaSettings, StoredMedia
 from megatron_vl.models.qwen_vl.positional_table import resized, sine_table
 from megatron_vl.models.qwen_vl.reference import QwenVL, resize
@@ -150,7 +160,7 @@ def test_whatever_is_between_start_and_end_stands_for_an_image(of_model):
     start, end = of_model.tokens.vision_start, of_model.tokens.vision_end
     ids = torch.tensor([[1, start, 47, 0, end, 2, start, end + 1, 9, end],
                         [end + 1, 3, start, 5, end, 7, 7, 7, 7, 7]])
-    assert media_places(ids, of_model.tokens).int().tolist() == [
+    assert of_model.tokens.places(ids).int().tolist() == [
         [0, 0, 1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]]
 
 
@@ -231,3 +241,151 @@ TINY = [
 def test_a_tiny_model_that_no_qwen_vl_is_refused(options, says, tmp_path):
     done = megatron_vl("tiny", tmp_path / "out", "--model-type", "qwen_vl", *options)
     assert done.code == 2 and says in done.err, done.text
+
+
+# ---- tokens and labels ------------------------------------------------------------------------
+
+ENTRIES = [  # (turns as Qwen-VL's JSON has them, files of their images)
+    ([("user", "Picture 1: <img>0.jpg</img>\nWhere is the cat? 猫在哪里？"),
+      ("assistant", "<ref>The cat</ref><box>(10,20),(300,400)</box>."),
+      ("user", "Thanks\n"), ("assistant", "  You're welcome.\n\n")], ["0.jpg"]),
+    ([("user", "Picture 1: <img>0.png</img>\nPicture 2: <img>1.png</img>\nCompare e\u0301."),
+      ("assistant", "Equal."), ("user", "Picture 3: <img>2.png</img>\nAnd this?"),
+      ("assistant", "<quad>(1,2),(3,4),(5,6),(7,8)</quad>")], ["0.png", "1.png", "2.png"]),
+    ([("user", "No image."), ("assistant", "None.")], []),
+]
+
+
+def as_finetune_does(tokenizer, conversation, span: int = 256) -> tuple[list[int], list[int]]:
+    """`preprocess` of the published finetune.py, and its tokenizer's images: ids and labels."""
+    ids_of, decode = tokenizer._special_tokens, tokenizer.decode_single_token_bytes
+
+    def encode(text: str) -> list[int]:
+        found = tokenizer.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+        out, inside = [], None
+        for one in found:
+            if one == ids_of["<img>"]:
+                inside = b""
+            elif one == ids_of["</img>"]:
+                out += [*inside, *[ids_of["<imgpad>"]] * (span - len(inside))]
+                inside = None
+            elif inside is not None:
+                inside += decode(one)
+                continue
+            out.append(one)
+        return out
+
+    start, end = ids_of["<|im_start|>"], ids_of["<|im_end|>"]
+    (line,), ignore = tokenizer.encode("\n"), -100
+    system = [start, *encode("system"), line, *encode("You are a helpful assistant."), end, line]
+    ids, labels = list(system), [start, *[ignore] * (len(system) - 3), end, line]
+    for role, value in conversation:
+        head = encode(f"<|im_start|>{role}")
+        one = [*head, line, *encode(value), end, line]
+        ids += one
+        if role == "user":
+            labels += [start, *[ignore] * (len(one) - 3), end, line]
+        else:
+            labels += [start, *[ignore] * len(head), *one[len(head) + 1 : -2], end, line]
+    return ids, labels
+
+
+@pytest.fixture(scope="module")
+def published(of_model, tmp_path_factory):
+    """The published vocabulary's `ModelEncoder`, and its spec."""
+    out = tmp_path_factory.mktemp("published")
+    ranks = read_ranks(151643)
+    (out / "qwen.tiktoken").write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    tokens = replace(of_model.tokens, vision_start=151857, vision_end=151858, image=151859)
+    spec = replace(of_model, tokens=tokens,
+                   decoder=replace(of_model.decoder, vocab_size=151936),
+                   vision=replace(of_model.vision, num_queries=256))
+    return ModelEncoder.from_hf_dir(out, spec, family("qwen")), spec
+
+
+@pytest.mark.parametrize(("said", "files"), ENTRIES)
+def test_tokens_and_labels_are_those_of_the_published_fine_tuning(said, files, published):
+    encoder, spec = published
+    entry = {"conversations": [{"from": role, "value": value} for role, value in said]}
+    turns = read_entry("qwen_vl", entry).turns
+    media = [StoredMedia(kind="image", files=(name,), height=9, width=9) for name in files]
+    tokens, labels, grids = encoder.encode(turns, media)
+    ids, wanted = as_finetune_does(encoder.chat.prompt.encoding, said)
+    assert tokens.tolist() == ids
+    assert labels.tolist() == [*wanted[1:], -100]
+    assert len(grids) == len(files)
+    assert int(spec.tokens.places(tokens).sum()) == 256 * len(files)
+
+
+def test_ids_are_the_published_ones(published):
+    encode = published[0].chat.prompt.encoding.encode
+    assert encode("\nuserassistantsystem") and [encode(one) for one in (
+        "\n", "user", "assistant", "system")] == [[198], [872], [77091], [8948]]
+    assert published[0].chat.pad_token == 151643
+
+
+def test_a_long_sample_is_cut_behind_its_images_and_never_within_one(
+    resampler_model_dir, of_model, tmp_path
+):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    picture = "Picture 1: <img>0.png</img>\n"
+    entries = [
+        {"id": "text", "conversations": [
+            {"from": "user", "value": f"{picture}?"}, {"from": "assistant", "value": "a " * 99}]},
+        {"id": "image", "conversations": [
+            {"from": "user", "value": "b " * 9}, {"from": "assistant", "value": "c"},
+            {"from": "user", "value": picture}, {"from": "assistant", "value": "d"}]},
+    ]
+    (tmp_path / "said.json").write_text(json.dumps(entries))
+    assert run(["prepare", str(tmp_path / "said.json"), str(tmp_path / "wds"), "--format",
+                "qwen_vl", "--split", "1,0,0", "--quiet"]) == 0
+    model = {"hf_dir": resampler_model_dir, "spec": of_model, "family": family("qwen")}
+    tokens = {}
+    for entry in entries:
+        turns = read_entry("qwen_vl", entry).turns
+        media = [StoredMedia(kind="image", files=("0.png",), height=8, width=8)]
+        tokens[entry["id"]], _, _ = ModelEncoder.from_hf_dir(**model).encode(turns, media)
+    within = int(of_model.tokens.places(tokens["image"]).nonzero()[1])  # of its image
+    for length, reasons in ((within, {"too long"}), (within + 4, set())):
+        config = DataConfig(
+            train=Mixture.parse(str(tmp_path / "wds")), seq_length=length, num_workers=0,
+            truncate_samples=True, packing_buffer_size=None, shuffle_buffer_size=0,
+            max_skipped_samples=10,
+        )
+        found, skipped = {}, set()
+        for batch, _ in zip(build_train_loader(config, **model), range(6), strict=False):
+            here = batch.tokens[0, : batch.sample_lengths[0]]
+            found[batch.sample_lengths[0] + batch.tokens_cut[0]] = here
+            skipped |= {one.reason for one in batch.skipped}
+            assert batch.pixel_patches.shape == (16, of_model.vision.patch_dim)
+            assert batch.loss_mask.sum() > 0
+        whole = {len(one): one for one in tokens.values()}
+        assert skipped == reasons and len(found) == 2 - len(reasons)
+        assert all(torch.equal(one, whole[size][:length]) for size, one in found.items())
+
+
+FILES = [
+    (lambda path: path.unlink(), "qwen.tiktoken is missing"),
+    (lambda path: path.write_bytes(b"\x89PNG\r\n"), "is no list of tokens and ranks"),
+    (lambda path: path.write_text("IQ== 0\nIg== 2\n"), "lacks ranks, or has one twice"),
+    (lambda path: path.write_text("IQ== 0\nIg== 1\n"), "so that <img> is token 216, but config"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "says"), FILES)
+def test_a_tokenizer_of_another_model_is_refused(spoil, says, resampler_model_dir, of_model,
+                                                 tmp_path):
+    path = tmp_path / "qwen.tiktoken"
+    path.write_bytes((resampler_model_dir / path.name).read_bytes())
+    spoil(path)
+    with pytest.raises(InputError, match=says):
+        family("qwen").prompt(tmp_path, of_model)
+
+
+def test_marks_in_a_text_are_refused(resampler_model_dir, of_model):
+    encoder = ModelEncoder.from_hf_dir(resampler_model_dir, of_model, family("qwen"))
+    turns = [Turn(role="user", parts=(Part(text="a </img> b"),)),
+             Turn(role="assistant", parts=(Part(text="c"),))]
+    with pytest.raises(BadEntry, match="turn 1 holds the reserved mark </img>"):
+        encoder.encode(turns, [])

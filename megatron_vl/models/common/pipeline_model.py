@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
-from megatron_vl.models.common.fusion import fuse, media_places, nothing_of
+from megatron_vl.models.common.fusion import fuse, nothing_of
 from megatron_vl.models.common.language_model import LanguageModel
 from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
@@ -247,7 +247,7 @@ class PipelineModel(MegatronModule):
         hidden_tbE = self.language_model.embedding(
             input_ids=input_ids[:, columns].to(device, non_blocking=True), position_ids=None
         )
-        is_media = media_places(input_ids, self.spec.tokens)
+        is_media = self.spec.tokens.places(input_ids)
         if grid_thw is not None and grid_thw.shape[0]:
             vision_ME = self._gathered(vision_ME, grid_thw, mine)
             try:

@@ -68,6 +68,11 @@ class SquareProcessor:
             raise BadMedia(f"it asks for {asked}, but the model's images all have one size")
         return self.vision.only_grid
 
+    def pixels(self, media: StoredMedia) -> tuple[int, int]:
+        """See `megatron_vl.models.family.Processor`."""
+        self.shape(media)
+        return self.vision.image_size, self.vision.image_size
+
     def num_tokens(self, grid: Grid) -> int:
         """See `megatron_vl.models.family.Processor`."""
         return self.vision.num_tokens(grid)

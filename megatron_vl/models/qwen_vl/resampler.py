@@ -48,14 +48,15 @@ class QKVProjection(ColumnParallelLinear):
 class Resampler(MegatronModule):
     """P patches of an image in, Q embeddings out. Keys have positions, values have none."""
 
-    def __init__(self, spec: ResampledVisionSpec, config: TowerConfig, tp_group):
+    def __init__(
+        self, spec: ResampledVisionSpec, config: TowerConfig, tp_group, trains_positions: bool
+    ):
         super().__init__(config=config)
         width, dtype, eps = spec.out_hidden_size, config.params_dtype, spec.norm_eps
         self.side = spec.side
         self.query = drawn((spec.num_queries, width), QUERY_STD, dtype)
-        # Stored with the weights, and constant.
         table = sine_table(math.isqrt(spec.num_queries), width).to(dtype)
-        self.pos_embed = torch.nn.Parameter(table, requires_grad=False)
+        self.pos_embed = torch.nn.Parameter(table, requires_grad=trains_positions)
         self.kv_proj = torch.nn.Identity()
         if spec.hidden_size != width:
             self.kv_proj = torch.nn.Linear(spec.hidden_size, width, bias=False, dtype=dtype)

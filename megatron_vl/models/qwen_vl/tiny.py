@@ -8,6 +8,7 @@ import math
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.tiny_tokenizer import PUBLISHED_RANKS, PUBLISHED_ROWS, read_ranks
 from megatron_vl.models.qwen_vl.config import RESAMPLER_HEAD
+from megatron_vl.models.qwen_vl.tokenizer import IMAGE_START, MARKS
 from megatron_vl.models.tiny import TinySizes
 
 IMAGE_SIZE = 448  # pixels a side
@@ -16,9 +17,6 @@ DEFAULTS = {
     "num_kv_heads": 4, "untied": True, "max_positions": 8192,
     "min_pixels": IMAGE_SIZE**2, "max_pixels": IMAGE_SIZE**2,
 }
-SPECIAL_TOKENS = 3 + 205 + 9  # chat, extra, and those of objects and images, of which:
-IMAGE_START = SPECIAL_TOKENS - 3
-
 
 def files(sizes: TinySizes) -> dict[str, object]:
     """The files of its directory, without weights.
@@ -44,7 +42,7 @@ def files(sizes: TinySizes) -> dict[str, object]:
             raise InputError(f"{says}.")
     ranks = read_ranks(sizes.ranks)
     end = len(ranks)  # <|endoftext|>
-    rows = math.ceil((end + SPECIAL_TOKENS) / 128) * 128
+    rows = math.ceil((end + len(MARKS)) / 128) * 128
     return {
         "config.json": {
             "architectures": ["QWenLMHeadModel"],
@@ -80,7 +78,7 @@ def files(sizes: TinySizes) -> dict[str, object]:
             "visual": {
                 "heads": sizes.vision_heads,
                 "image_size": image_size,
-                "image_start_id": end + IMAGE_START,
+                "image_start_id": end + MARKS.index(IMAGE_START),
                 "layers": sizes.vision_depth,
                 "mlp_ratio": sizes.vision_mlp_ratio,
                 "output_dim": sizes.hidden_size,

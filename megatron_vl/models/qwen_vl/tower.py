@@ -58,7 +58,10 @@ def build_tower(
         num_attention_heads=vision.resampler_heads,
         layernorm_epsilon=vision.norm_eps,
     )
-    return ResampledTower(vision, config, resampler_config, num_layers=len(layers), **chunk)
+    return ResampledTower(
+        vision, config, resampler_config, num_layers=len(layers),
+        trains_positions=options.train_constants, **chunk,
+    )
 
 
 class PatchProjection(torch.nn.Conv2d):
@@ -73,6 +76,7 @@ class ResampledTower(MegatronModule):
 
     Args:
         num_layers: of this chunk.
+        trains_positions: whether the resampler's stored table is trained.
         first: whether patches enter here; else hidden states do.
         last: whether it ends here, with the resampler; else hidden states leave.
         groups: the process groups of its layers; without any tensor parallelism in them although
@@ -82,7 +86,8 @@ class ResampledTower(MegatronModule):
 
     def __init__(
         self, spec: ResampledVisionSpec, config: TowerConfig, resampler_config: TowerConfig, *,
-        num_layers: int, groups, first: bool = True, last: bool = True, vp_stage: int | None = None,
+        num_layers: int, trains_positions: bool, groups, first: bool = True, last: bool = True,
+        vp_stage: int | None = None,
     ):
         super().__init__(config=config)
         self.spec, self.first, self.last = spec, first, last
@@ -107,7 +112,7 @@ class ResampledTower(MegatronModule):
         )
         if last:
             out = spec.out_hidden_size
-            self.projection = Resampler(spec, resampler_config, groups.tp)
+            self.projection = Resampler(spec, resampler_config, groups.tp, trains_positions)
             self.post_norm = LayerNorm(out, eps=spec.norm_eps, dtype=dtype)
             self.proj = drawn((out, out), out**-0.5, dtype)
         if self.is_whole:

@@ -107,7 +107,8 @@ def _resampler(vision: ResampledVisionSpec) -> list[Weight]:
 
     return [
         copy(f"{ours}.query", f"{pool}.query", Q, E),
-        copy(f"{ours}.pos_embed", f"{pool}.pos_embed", Q, E),
+        Weight(place=Place(Where.END, "vit"), name=f"{ours}.pos_embed", constant=True,
+               rule=Copy(key=f"{pool}.pos_embed", shape=(Q, E))),
         # Of equal widths the published code projects nothing.
         *([copy(f"{ours}.kv_proj.weight", f"{pool}.kv_proj.weight", E, W)] if W != E else []),
         *norm(f"{ours}.ln_q", f"{pool}.ln_q"),
