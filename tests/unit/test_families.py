@@ -96,6 +96,8 @@ VISION_OPTIONS = [
     ("--vit-lr", "vit-lr is 0.1, but qwen2 takes text alone; leave it out."),
     ("--image-max-pixels", "image-max-pixels is 1, but qwen2 takes text alone; leave it out."),
     ("--vit-pp-layers", "vit-pp-layers is 1,1, but qwen2 takes text alone; leave it out."),
+    ("--train-constants", "train-constants is true, but qwen2 has no constant weight; leave it "
+                          "out."),
     ("--freeze-llm", "freeze-llm leaves nothing to train of qwen2, which is a language model "
                      "alone; leave it out."),
 ]
