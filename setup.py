@@ -34,6 +34,7 @@ setup(
         "tensorboard>=2.15",
         "av>=17",
         "filetype>=1.0",
+        "sentencepiece>=0.2",
     ],
     extras_require={
         "test": [

@@ -8,13 +8,18 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vl.data.encode.model_files import missing_files
 from megatron_vl.errors import Bounds, InputError, shown
-from megatron_vl.models.registry import family
+from megatron_vl.models.registry import Family, family
 from megatron_vl.models.spec import DTYPES
 from megatron_vl.training.options.spellings import dtype_of, flags_of
 from megatron_vl.weights.map import listed
+
+if TYPE_CHECKING:
+    from megatron_vl.models.conversion import Described
+    from megatron_vl.weights.targets import Target
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 KINDS = {"hf": "Hugging Face directory", "mcore": "Megatron-Core checkpoint"}
@@ -33,6 +38,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
                         help="refuse a SRC of another kind (default: any)")
     parser.add_argument("--to", choices=("hf", "mcore"), help="kind of DST (default: mcore for a "
                         "Hugging Face SRC or if a layout is given, hf otherwise)")
+    parser.add_argument("--llamafy", action="store_true", help="with --to hf, write the model as a "
+                        "Llama, for inference; of Baichuan2")
     parser.add_argument("--format", choices=("torch", "torch_dist"), help="of a Megatron-Core DST: "
                         "torch, a file a rank of one layout (default), or torch_dist, which loads "
                         "in every layout")
@@ -70,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     # Imported here: other commands read this file for their help.
     from megatron_vl.models.conversion import LayoutOptions, choose_target, describe
     from megatron_vl.weights import convert as work
+    from megatron_vl.weights.row_norms import told_normalized
 
     started = time.perf_counter()
     check_workers(args.workers)
@@ -87,10 +95,14 @@ def run(args: argparse.Namespace) -> int:
         LayoutOptions(**{one.name: getattr(args, one.name) for one in fields(LayoutOptions)}),
         to=args.to, file_format=args.format, max_shard_bytes=_bytes(args.max_shard_size),
     )
+    if args.llamafy:
+        target = _as_llama(args, family(spec.model_type), found)
     source = work.open_source(
         args.src, weights, info=found.info, planned_dtype=spec.dtype if args.dry_run else None
     )
     conversion = work.plan_conversion(source, weights, target, args.dtype)
+    if says := told_normalized(source, weights):
+        print(f"{args.src}: {says}")
     if args.dry_run:
         itemsizes = {one: dtype.itemsize for one, dtype in conversion.dtypes.items()}
         print("\n".join(conversion.plan.lines(conversion.files, itemsizes)))
@@ -110,6 +122,14 @@ def run(args: argparse.Namespace) -> int:
 
         verify(args.src, args.dst, config_dir, cast=args.dtype is not None, workers=args.workers)
     return 0
+
+
+def _as_llama(args: argparse.Namespace, of: Family, found: Described) -> Target:
+    if args.to != "hf" or args.verify:
+        raise InputError("--llamafy writes another model for inference; give --to hf, and leave "
+                         "out --verify, which compares the same one.")
+    size = _bytes(args.max_shard_size)
+    return of.llama_target(found.config_dir, found.spec, max_shard_bytes=size)
 
 
 def check_workers(workers: int) -> None:

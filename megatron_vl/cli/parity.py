@@ -136,7 +136,7 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
         llm=layer_list(args.pp_layers, "--pp-layers"),
         vit=layer_list(args.vit_pp_layers, "--vit-pp-layers"),
     )
-    spec.check_layout(layout, split)
+    spec.check_run(layout, split)
     check_microbatches(layout)
     return [(layout, split)]
 

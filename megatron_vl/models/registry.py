@@ -26,6 +26,8 @@ _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen2": "qwen2",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
 }
 
 
@@ -71,6 +73,10 @@ class Family:
 
     def positions(self, spec: ModelSpec, video_positions: str = "published") -> Positions:
         """See `megatron_vl.models.family.Family`; this imports torch."""
+        if len(spec.decoder.rope_sections) == 1:
+            from megatron_vl.models.common.counted_positions import CountedPositions
+
+            return CountedPositions()
         return self._part("positions", "positions")(spec, video_positions)
 
     def tokenizer_files(self) -> tuple[str, ...]:
@@ -97,9 +103,9 @@ class Family:
         """What the judge is, in reports: transformers' model, unless `reference` says another."""
         return getattr(import_module(f"{self.package}.reference"), "NAME", "transformers")
 
-    def judge_inputs(self, *sample) -> dict:
+    def judge_inputs(self, spec: ModelSpec, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
-        return self._part("reference", "inputs")(*sample)
+        return {} if spec.vision is None else self._part("reference", "inputs")(spec, *sample)
 
     def tiny(self, sizes: TinySizes) -> dict[str, object]:
         """See `megatron_vl.models.family.Family`."""
@@ -109,6 +115,19 @@ class Family:
         """Those that are given, and the family's own or everybody's defaults of the others."""
         own = getattr(import_module(f"{self.package}.tiny"), "DEFAULTS", {})
         return TinySizes(**(own | given))
+
+    def llama_target(self, config_dir: str | Path, spec: ModelSpec, *, max_shard_bytes: int):
+        """The `megatron_vl.weights.targets.Target` that writes this model as a Llama.
+
+        Raises:
+            InputError: it is none but for its names, or its tokenizer cannot be Llama's.
+        """
+        if not self._has("llama"):
+            raise InputError(f"--llamafy is not for {self.model_type}, which is no Llama; leave it "
+                             f"out.")
+        return self._part("llama", "llama_target")(
+            Path(config_dir), spec, max_shard_bytes=max_shard_bytes
+        )
 
     def check_size(self, spec: ModelSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.

@@ -23,6 +23,34 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsSpec:
+    """The experts that every layer has in the place of its MLP, and how a token finds its own.
+
+    Raises:
+        InputError: sizes that do not fit one another.
+    """
+
+    count: int  # of a layer
+    per_token: int  # experts that a token goes to
+    ffn_hidden_size: int  # width of an expert's gate, and of its up projection
+    renormalized: bool  # the weights of a token's experts are made to sum to one
+
+    def __post_init__(self) -> None:
+        _positive(self, "count", "per_token", "ffn_hidden_size")
+        if self.per_token > self.count:
+            raise InputError(
+                f"config.json sends a token to {self.per_token} experts but has {self.count}; "
+                f"num_experts_per_tok must not be more than num_experts."
+            )
+        if self.renormalized and self.per_token == 1:
+            raise InputError(
+                "config.json sends a token to one expert (num_experts_per_tok 1) with weight one "
+                "(norm_topk_prob true), so that nothing trains the router; set one of them "
+                "otherwise."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderSpec:
     """The language model.
 
@@ -44,6 +72,8 @@ class DecoderSpec:
     qkv_bias: bool
     max_position_embeddings: int  # tokens
     init_std: float  # standard deviation of freshly drawn weights
+    qk_norm: bool = False  # queries and keys are normalised, head by head
+    experts: ExpertsSpec | None = None  # None: every layer has an MLP of `ffn_hidden_size`
     normalized_head: bool = False  # the output layer's rows are divided by their length (NormHead)
 
     def __post_init__(self) -> None:
@@ -68,11 +98,15 @@ class DecoderSpec:
         (2 D H), k and v (2 D G), the three of the MLP (3 D F), attention, and at trained tokens,
         where alone they are computed, the logits (D V); as Megatron-LM counts (arXiv 2104.04473,
         appendix), with D, F and V the widths of the residual stream, the MLP and the vocabulary,
-        and H and G those of the query and key/value heads together.
+        and H and G those of the query and key/value heads together. Of E experts a token passes
+        the router (D E) and the MLPs of those it goes to.
         """
         heads, groups = (n * self.head_dim for n in (self.num_attention_heads,
                                                      self.num_query_groups))
-        layer = self.hidden_size * (2 * heads + 2 * groups + 3 * self.ffn_hidden_size)
+        mlp = 3 * self.ffn_hidden_size
+        if self.experts is not None:
+            mlp = self.experts.count + 3 * self.experts.per_token * self.experts.ffn_hidden_size
+        layer = self.hidden_size * (2 * heads + 2 * groups + mlp)
         matrices = sum(lengths) * self.num_layers * layer
         logits = trained * self.hidden_size * self.vocab_size
         return 2 * (matrices + logits) + self.attention_flops(lengths)
@@ -357,10 +391,10 @@ class ModelSpec:
                 model or layout.
         """
         tp, decoder, vision = layout.tp, self.decoder, self.vision
-        groups = decoder.num_query_groups
+        groups, experts = decoder.num_query_groups, decoder.experts
         for what, size in (
             ("attention heads", decoder.num_attention_heads),
-            ("ffn width", decoder.ffn_hidden_size),
+            ("ffn width", (experts or decoder).ffn_hidden_size),
             ("hidden width", decoder.hidden_size),
         ):
             if size % tp:
@@ -406,6 +440,19 @@ class ModelSpec:
                     f"config.json has {want}."
                 )
 
+    def check_run(self, layout: Layout, split: StageSplit) -> None:
+        """Whether this model can also be run in `layout`, and not only be stored for it.
+
+        Raises:
+            InputError: as `check_layout`, or experts whose tokens tensor parallelism would repeat.
+        """
+        self.check_layout(layout, split)
+        if self.decoder.experts is not None and layout.tp > 1 and not layout.sequence_parallel:
+            raise InputError(
+                f"TP {layout.tp} would send every token to the experts of {self.model_type} "
+                f"{layout.tp} times; add --sequence-parallel."
+            )
+
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding under tensor parallelism: the next multiple of `tp`."""
         return -(-self.decoder.vocab_size // tp) * tp
@@ -440,6 +487,8 @@ class ModelSpec:
             "swiglu": True,
             "add_bias_linear": False,
             "add_qkv_bias": decoder.qkv_bias,
+            "qk_layernorm": decoder.qk_norm,
+            **_expert_args(decoder.experts),
             "init_method_std": decoder.init_std,
             **({} if vision is None else {
                 "vision_num_layers": vision.depth, "vision_hidden_size": vision.hidden_size,
@@ -464,6 +513,21 @@ def _position_args(decoder: DecoderSpec) -> dict:
     if len(decoder.rope_sections) == 1:
         return {"position_embedding_type": "rope"}
     return {"position_embedding_type": "mrope", "mrope_section": list(decoder.rope_sections)}
+
+
+def _expert_args(experts: ExpertsSpec | None) -> dict:
+    if experts is None:
+        return {}
+    return {
+        "num_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.renormalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": 1,
+    }
 
 
 def _positive(spec, *names: str) -> None:

@@ -231,7 +231,7 @@ class StageSplit:
         def one(rows):
             return "/".join("-".join(map(str, row)) for row in rows)
 
-        named = [("llm", self.llm), *((_word(name), rows) for name, rows in self.encoders)]
+        named = [(LANGUAGE, self.llm), *((_word(name), rows) for name, rows in self.encoders)]
         return ", ".join(f"{name} {one(rows)}" for name, rows in named)
 
 

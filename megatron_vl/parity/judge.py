@@ -19,6 +19,7 @@ from megatron_vl.parity.compare import Outcome
 def run_transformers(hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "float32") -> Outcome:
     """Each sample alone through transformers' own model."""
     import transformers
+    from transformers.core_model_loading import revert_weight_conversion
 
     transformers.utils.logging.disable_progress_bar()
     of = family(spec.model_type)
@@ -40,12 +41,13 @@ def run_transformers(hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "fl
         )
         (loss / trained).backward()
         total += float(loss.detach())
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.float()
+                 for name, p in model.named_parameters()}
+    # As it saves weights: where it holds several published tensors in one, each by itself.
+    gradients = revert_weight_conversion(model, gradients)
     published_name = of.weight_map(spec).published_name
     return Outcome(
         logits=logits,
         loss=total / trained,
-        gradients={
-            published_name(name): torch.zeros_like(p) if p.grad is None else p.grad.float()
-            for name, p in model.named_parameters()
-        },
+        gradients={published_name(name): one for name, one in gradients.items()},
     )

@@ -62,7 +62,7 @@ def _fitting(spec: ModelSpec, layout: Layout, **split) -> StageSplit | None:
     """The split, if the model and the cases fit it."""
     try:
         made = spec.split(pp=layout.pp, vp=layout.vp, **split)
-        spec.check_layout(layout, made)
+        spec.check_run(layout, made)
         check_microbatches(layout)
     except InputError:
         return None

@@ -149,11 +149,16 @@ def _logits_step(stream, model):
     return output, gather
 
 
+def _gradient(weight: torch.nn.Parameter) -> torch.Tensor:
+    """Summed over microbatches; zero of a constant."""
+    return weight.main_grad if weight.requires_grad else torch.zeros_like(weight)
+
+
 def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Layout) -> None:
     """This rank's summed gradients in the place of the weights of its checkpoint file."""
     from megatron.core import parallel_state
 
-    from megatron_vl.models.common.layer_spec import to_checkpoint_names
+    from megatron_vl.models.common.layer_spec import to_local_names
 
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         tp = parallel_state.get_tensor_model_parallel_rank()
@@ -164,12 +169,9 @@ def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Lay
             content = torch.load(source.root / file, weights_only=True)
         for number, chunk in enumerate(model):
             part = content[f"model{number}" if len(model) > 1 else "model"]
-            gradients = {
-                to_checkpoint_names(key):
-                parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
-                for key, parameter in chunk.module.named_parameters()
-            }
-            assert set(gradients) == set(part), set(gradients) ^ set(part)
+            own = dict(chunk.module.named_parameters())
+            gradients = {name: _gradient(own.pop(to_local_names(name))) for name in part}
+            assert not own, own.keys()
             if layout.vit_data_parallel:
                 gradients |= _cut_vision(gradients, spec, source.split, (tp, layout.tp), pp, number)
             part.update({key: value.detach().cpu().clone() for key, value in gradients.items()})

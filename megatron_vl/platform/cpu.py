@@ -15,6 +15,7 @@ import torch
 from megatron_vl.platform.checkpoints import install_common_reader
 from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.recompute import install_recompute
+from megatron_vl.platform.router import install_router
 from megatron_vl.platform.stand_in import install_stand_in
 from megatron_vl.platform.write_results import install_write_results
 
@@ -37,6 +38,7 @@ class CpuPlatform:
         install_write_results()
         install_common_reader()
         install_recompute()
+        install_router()
         _installed = True
 
     def device_count(self) -> int:

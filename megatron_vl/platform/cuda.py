@@ -10,6 +10,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.platform.checkpoints import install_common_reader
 from megatron_vl.platform.optimizer import has_fused_optimizer, install_optimizer
 from megatron_vl.platform.recompute import install_recompute
+from megatron_vl.platform.router import install_router
 from megatron_vl.platform.weight_gradient import install_weight_gradient
 from megatron_vl.platform.write_results import install_write_results
 
@@ -29,6 +30,7 @@ class CudaPlatform:
         install_write_results()
         install_common_reader()
         install_recompute()
+        install_router()
         # Of each fused operation a model needs more kernels than torch's 8: two towers, trained and
         # evaluated. What is above the limit would run unfused, and nobody would know.
         torch._dynamo.config.recompile_limit = 64

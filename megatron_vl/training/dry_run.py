@@ -21,7 +21,7 @@ from megatron_vl.parallel.stages import WORDS
 from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint, needs_load
 from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.machine import check_machine
-from megatron_vl.training.memory import ChunkMemory, RankMemory, copies, rank_memory
+from megatron_vl.training.memory import ChunkMemory, Held, RankMemory, copies, rank_memory
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.paths import check_outputs, datasets, mixtures
 from megatron_vl.training.plan import Plan, plan_run
@@ -209,9 +209,15 @@ def _shape_tables(stages: Sequence[RankMemory]) -> Iterable[str]:
                  for one in group]
         title = f"shapes on stage {where[0]}" + (f" to {where[-1]}" if len(where) > 1 else "")
         rows = [(title, "shape", "layers", "")]
-        rows += [(one.name, str(list(one.shape)), str(one.count) if "{i}" in one.name else "-",
+        rows += [(one.name, str(list(one.shape)), _times(one),
                   "" if one.trained else "frozen") for one in same]
         yield "\n".join(_table(rows))
+
+
+def _times(one: Held) -> str:
+    """How many layers have it, and how many experts of each."""
+    layers = str(one.layers) if "{i}" in one.name else "-"
+    return f"{layers} x {one.experts}" if "{e}" in one.name else layers
 
 
 def _span(numbers: range) -> str:

@@ -38,12 +38,17 @@ WEIGHT_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 class Held:
     """One kind of weight on a rank of a chunk."""
 
-    name: str  # Megatron-Core's; `{i}` counts the layers of the chunk
+    name: str  # Megatron-Core's; `{i}` counts the layers of the chunk, `{e}` their experts
     where: Where  # of its tower
     shape: tuple[int, ...]  # this rank's part
-    count: int  # layers that have it, or 1
+    layers: int  # that have it, or 1
+    experts: int  # of a layer, that have it, or 1
     trained: bool
     tied_over_stages: bool  # the embedding, or its copy, while another stage has the other
+
+    @property
+    def count(self) -> int:
+        return self.layers * self.experts
 
     @property
     def numel(self) -> int:
@@ -131,10 +136,11 @@ def copies(plan: Plan) -> Copies:
     for stage in range(plan.layout.pp):
         for chunk in range(plan.layout.vp):
             for weight, _, _ in _weights(plan, stage, chunk):
-                own = sum(map(volume, weight.rule.published().values()))
+                own = sum(map(volume, weight.rule.published().values())) * len(weight.each)
                 tp = 1 if _is_whole(plan, weight) or weight.rule.axis is None else plan.layout.tp
-                once = volume(_shape(plan, weight)) * tp  # on the ranks that share it
-                stored = volume(_shape(plan, weight)) * plan.layout.tp
+                held = volume(_shape(plan, weight)) * len(weight.each)
+                once = held * tp  # on the ranks that share it
+                stored = held * plan.layout.tp
                 if weight.place == LAST_COPY:
                     counts["tied"] += stored
                     continue
@@ -180,7 +186,8 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
             and split.embedding_chunk != (split.pp - 1, split.vp - 1))
     held = tuple(
         Held(
-            name=name, where=weight.place.where, shape=_shape(plan, weight), count=layers[name],
+            name=name, where=weight.place.where, shape=_shape(plan, weight), layers=layers[name],
+            experts=len(weight.each),
             trained=part_of(name) not in plan.config.model.frozen
             and (not weight.constant or plan.config.model.train_constants),
             tied_over_stages=tied and weight.place in (EMBEDDING, LAST_COPY),

@@ -133,7 +133,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         spec = replace(spec, decoder=replace(spec.decoder, init_std=config.model.init_method_std))
     layout = config.parallel.layout(world_size)
     split = _split(config, spec, layout)
-    spec.check_layout(layout, split)
+    spec.check_run(layout, split)
     if config.data.train_data_path is None:
         raise InputError("train-data-path is missing; give an energon dataset directory.")
     for part_of in (media_limits, trained_text, mixtures):

@@ -187,7 +187,7 @@ def run_conversion(
         written = run_plan(
             conversion.plan, conversion.source.tensors, tensors, workers=workers, progress=progress
         )
-        copy_side_files(side_files, new)
+        copy_side_files(side_files, new, target.side_files)
         target.finish(new, conversion.dtype)
     return written
 

@@ -45,12 +45,31 @@ EMBEDDING, LAST, LAST_COPY = map(Place, (Where.EMBEDDING, Where.LAST, Where.LAST
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """One kind of tensor: `{i}` in its names stands for a layer."""
+    """One kind of tensor: `{i}` in its names stands for a layer, `{e}` for an expert."""
 
     place: Place
     name: str  # Megatron-Core's; `{i}` counts the layers of one chunk
     rule: Rule  # with published names; `{i}` counts the layers of the model
     constant: bool = False  # stored with the others; trained only if a run asks for it
+    experts: int | None = None  # of a layer, with a tensor each; None: there is no `{e}`
+
+    @property
+    def each(self) -> range:
+        """The numbers that `{e}` takes."""
+        return range(1 if self.experts is None else self.experts)
+
+    def named(self, layer: int, expert: int) -> str:
+        """Megatron-Core's name of one tensor."""
+        return self.name.replace("{i}", str(layer)).replace("{e}", str(expert))
+
+    def stacked(self, layer: int | None = None) -> str:
+        """The name under which torch_dist keeps the tensors of all layers, or of one, as one."""
+        name = self.name.replace(".local_experts.{e}.", ".experts.")
+        return name.replace("{i}.", "" if layer is None else f"{layer}.")
+
+    def rule_of(self, layer: int, expert: int) -> Rule:
+        """The rule of one tensor; both numbers count those of the model."""
+        return self.rule.numbered(i=layer, e=expert)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +99,9 @@ class TensorPart:
     """A part of a tensor that a torch_dist checkpoint holds by itself."""
 
     name: str  # of the tensor
-    layer: int | None  # its place in the tensor's first dimension, if layers are stacked there
-    layers: int
-    stored: Stored  # the part, without that dimension
+    at: tuple[int, ...]  # its place in the dimensions in which layers, and experts, are stacked
+    stack: tuple[int, ...]  # the extents of these, which are the tensor's first
+    stored: Stored  # the part, without them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +119,7 @@ class WeightMap:
     hf_copies: tuple[tuple[str, str], ...] = ()  # (key that may be there, key it is a copy of)
     hf_ignored: tuple[str, ...] = ()  # patterns of published keys that are no weights
     mcore_ignored: tuple[str, ...] = ()  # patterns of Megatron-Core keys that are no weights
+    directions: tuple[str, ...] = ()  # published keys of which the rows' lengths do not count
     partial: bool = False  # take a checkpoint that lacks keys: inventories are of what is there
 
     def __post_init__(self) -> None:
@@ -117,15 +137,14 @@ class WeightMap:
         """Shape of every published tensor, in the order of the model."""
         shapes: dict[str, tuple[int, ...]] = {}
         for place in self.places:
-            for i in self._layers(place):
-                for weight in self.at(place):
-                    shapes.update(weight.rule.at_layer(i).published())
+            for weight, i, e in self._tensors(place):
+                shapes.update(weight.rule_of(i, e).published())
         return shapes
 
     def counts(self) -> dict[str, int]:
         """Numbers that the model has of every kind of weight, under its Megatron-Core name."""
         return {
-            weight.name: len(self._layers(weight.place))
+            weight.name: len(self._layers(weight.place)) * len(weight.each)
             * sum(map(volume, weight.rule.published().values()))
             for weight in self.weights if weight.place != LAST_COPY
         }
@@ -184,10 +203,10 @@ class WeightMap:
         part = f"model{chunk}" if split.vp > 1 else "model"
         stored = []
         for weight, layer, local in self.chunk_weights(split, stage, chunk):
-            rule = _padded(weight.rule.at_layer(layer), padded_vocab)
-            shape, pieces = rule.pieces(tp, rank)
-            stored.append(Stored(file=file, part=part, name=weight.name.replace("{i}", str(local)),
-                                 shape=shape, pieces=pieces))
+            for e in weight.each:
+                shape, pieces = _padded(weight.rule_of(layer, e), padded_vocab).pieces(tp, rank)
+                stored.append(Stored(file=file, part=part, name=weight.named(local, e),
+                                     shape=shape, pieces=pieces))
         return stored
 
     def chunk_weights(
@@ -224,39 +243,45 @@ class WeightMap:
             if place == LAST_COPY:  # tied: stored once, under the embedding's name
                 continue
             for weight in self.at(place):
-                stacked = weight.name.replace(".{i}.", ".")
                 for i in self._layers(place):
-                    numbered = weight.name.replace("{i}", str(i))
+                    stacked, numbered = weight.stacked(), weight.stacked(i)
                     name = stacked if stacked in found else numbered
                     if name not in found:
                         missing.append(numbered)
                         continue
                     used.add(name)
-                    rule = _padded(weight.rule.at_layer(i), found[name][0])
-                    shape, pieces = rule.pieces(1, 0)
-                    if name != numbered:
-                        pieces = tuple(_stacked(piece, i) for piece in pieces)
-                        shape = (len(self._layers(place)), *shape)
-                    inventory.append(Stored(file="", part="", name=name, shape=shape,
-                                            pieces=pieces))
+                    for e in weight.each:
+                        at, stack = self._in_stack(weight, i, e, layers=name != numbered)
+                        shape, pieces = _padded(weight.rule_of(i, e), found[name][0]).pieces(1, 0)
+                        inventory.append(Stored(
+                            file="", part="", name=name, shape=(*stack, *shape),
+                            pieces=tuple(_stacked(piece, at) for piece in pieces),
+                        ))
         extra = [name for name in found if name not in used
                  and not _matches(self.mcore_ignored, name)]
         self._complain("Megatron-Core", missing, extra)
         return inventory
 
     def global_chunks(self) -> list[TensorPart]:
-        """What a torch_dist checkpoint is written as: whole tensors, a chunk a layer."""
-        return [
-            TensorPart(
-                name=weight.name.replace(".{i}.", "."),
-                layer=i if place.where is Where.LAYER else None,
-                layers=len(self._layers(place)),
-                stored=_of_rule(weight.name.replace("{i}", str(i)), weight.rule.at_layer(i)),
-            )
-            for place in self.places if place != LAST_COPY
-            for i in self._layers(place)
-            for weight in self.at(place)
-        ]
+        """What a torch_dist checkpoint is written as: whole tensors, a chunk a layer or expert."""
+        parts = []
+        for place in self.places:
+            for weight, i, e in () if place == LAST_COPY else self._tensors(place):
+                at, stack = self._in_stack(weight, i, e)
+                stored = _of_rule(weight.named(i, e), weight.rule_of(i, e))
+                parts.append(TensorPart(name=weight.stacked(), at=at, stack=stack, stored=stored))
+        return parts
+
+    def _in_stack(
+        self, weight: Weight, layer: int, expert: int, *, layers: bool = True
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(place, extents) in the dimensions in which torch_dist stacks a weight's tensors."""
+        stack = []
+        if layers and weight.place.where is Where.LAYER:
+            stack.append((layer, len(self._layers(weight.place))))
+        if weight.experts is not None:
+            stack.append((expert, weight.experts))
+        return tuple(at for at, _ in stack), tuple(size for _, size in stack)
 
     def match_mcore(
         self, expected: Iterable[Stored], found: Iterable[tuple[str, str, str]]
@@ -285,6 +310,13 @@ class WeightMap:
         encoders = [Place(where, tower) for tower in self.layers if tower != LANGUAGE
                     for where in (Where.START, Where.LAYER, Where.END)]
         return [*encoders, EMBEDDING, Place(Where.LAYER), LAST, LAST_COPY]
+
+    def _tensors(self, place: Place) -> Iterator[tuple[Weight, int, int]]:
+        """(weight, layer, expert) of every tensor at a place, layer after layer."""
+        for layer in self._layers(place):
+            for weight in self.at(place):
+                for expert in weight.each:
+                    yield weight, layer, expert
 
     def _layers(self, place: Place) -> range:
         return range(self.layers[place.tower] if place.where is Where.LAYER else 1)
@@ -333,9 +365,9 @@ def _of_rule(name: str, rule: Rule) -> Stored:
     return Stored(file="", part="", name=name, shape=shape, pieces=pieces)
 
 
-def _stacked(piece: Piece, layer: int) -> Piece:
-    """The piece inside a tensor that has a layer dimension in front: `at` gets one number more."""
-    return replace(piece, at=(layer, *piece.at))
+def _stacked(piece: Piece, at: tuple[int, ...]) -> Piece:
+    """The piece inside a tensor that has dimensions in front: `at` gets as many numbers more."""
+    return replace(piece, at=(*at, *piece.at))
 
 
 def _padded(rule: Rule, rows: int | None) -> Rule:

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import model_validator
 
 from megatron_vl.errors import InputError
-from megatron_vl.parallel import VISION, Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.typed import Count, Name, Shape, Size, typed
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
@@ -67,7 +67,7 @@ class _Noted(Shape):
 
     @model_validator(mode="after")
     def _is_one(self) -> _Noted:
-        assert self.split is None or "llm" in self.split, "its split names no language model"
+        assert self.split is None or LANGUAGE in self.split, "its split names no language model"
         assert self.sizes and (self.split is None or self.stages)
         return self
 

@@ -19,8 +19,8 @@ from megatron_vl.weights.rules import Piece
 class Op:
     """`target[at : at + shape] = source[start : start + shape]`.
 
-    `start` and `at` have as many numbers as their tensors have dimensions; where one has a layer
-    dimension in front, `shape` is that of the shorter one.
+    `start` and `at` have as many numbers as their tensors have dimensions; where one has dimensions
+    of layers or experts in front, `shape` is that of the shorter one.
     """
 
     source: Stored

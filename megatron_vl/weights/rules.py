@@ -67,13 +67,15 @@ class Rule:
         """Extents after the first dimension, alike for all published tensors of the rule."""
         return next(iter(self.published().values()))[1:]
 
-    def at_layer(self, layer: int) -> Rule:
-        """The same rule with `{i}` in its keys replaced by a global layer number."""
-        named = {
-            field.name: getattr(self, field.name).replace("{i}", str(layer))
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), str)
-        }
+    def numbered(self, **numbers: int) -> Rule:
+        """The same rule with `{i}` in its keys replaced by the number `i`, and so on."""
+        named = {}
+        for field in fields(self):
+            key = getattr(self, field.name)
+            if isinstance(key, str):
+                for mark, number in numbers.items():
+                    key = key.replace(f"{{{mark}}}", str(number))
+                named[field.name] = key
         return replace(self, **named)
 
     def pieces(self, tp: int, rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:

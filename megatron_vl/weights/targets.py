@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.typed import read_file
 from megatron_vl.weights.dtypes import DType
 from megatron_vl.weights.files import TensorAt
-from megatron_vl.weights.hf_io import lay_out_hf, shard, shard_names
+from megatron_vl.weights.hf_io import SIDE_FILES, lay_out_hf, shard, shard_names
 from megatron_vl.weights.map import Stored, WeightMap, rank_file
 from megatron_vl.weights.mcore_io import lay_out_mcore, lay_out_sharded
 
@@ -22,6 +22,8 @@ Files = Mapping[str, Sequence[Stored]]  # a file's name -> the tensors in it
 
 class Target(Protocol):
     """One kind of checkpoint. `dtype` is the name of the widest dtype in it."""
+
+    side_files: ClassVar[Sequence[str]]  # patterns of the model's own files that go along
 
     def wanted(self, weights: WeightMap) -> list[Stored]:
         """The tensors that it holds."""
@@ -42,6 +44,7 @@ class Target(Protocol):
 class HFTarget:
     """Published names in safetensors of at most `max_shard_bytes`."""
 
+    side_files: ClassVar[Sequence[str]] = SIDE_FILES
     max_shard_bytes: int
 
     def wanted(self, weights: WeightMap) -> list[Stored]:
@@ -74,6 +77,7 @@ class HFTarget:
 class McoreTarget:
     """One torch-format file a (TP, PP) rank."""
 
+    side_files: ClassVar[Sequence[str]] = SIDE_FILES
     layout: Layout
     split: StageSplit
     args: Callable[[str], Mapping[str, Any]]  # dtype name -> the checkpoint's `args`
@@ -104,6 +108,7 @@ class McoreTarget:
 class ShardedTarget:
     """A torch_dist checkpoint, which has no layout, in files of at most `max_shard_bytes`."""
 
+    side_files: ClassVar[Sequence[str]] = SIDE_FILES
     max_shard_bytes: int
     args: Callable[[str], Mapping[str, Any]]
 

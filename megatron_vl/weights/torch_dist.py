@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,17 +205,27 @@ def _overlap(chunks: tuple[Box, ...]) -> bool:
 
 
 class _Near:
-    """The chunks that may hold part of a piece; of stacked layers, those of the piece's layer."""
+    """The chunks that may hold part of a piece; of stacked layers or experts, those of its own."""
 
     def __init__(self, chunks: tuple[Box, ...]) -> None:
-        self.by_first = collections.defaultdict(list)
-        for offsets, sizes in chunks:
-            self.by_first[offsets[0] if sizes[0] == 1 else None].append((offsets, sizes))
+        self.chunks, self.by_front = chunks, {}
 
-    def __call__(self, piece: Piece) -> list[Box]:
-        if len(piece.at) == len(piece.shape):
-            return [one for some in self.by_first.values() for one in some]
-        return self.by_first[piece.at[0]] + self.by_first[None]
+    def __call__(self, piece: Piece) -> Iterable[Box]:
+        front = len(piece.at) - len(piece.shape)
+        if not front:
+            return self.chunks
+        if front not in self.by_front:
+            self.by_front[front] = self._sorted(front)
+        found = self.by_front[front]
+        return found[piece.at[:front]] + found[None]
+
+    def _sorted(self, front: int) -> Mapping[tuple[int, ...] | None, list[Box]]:
+        """By their place in the first `front` dimensions; None: of those larger there than one."""
+        found = collections.defaultdict(list)
+        for offsets, sizes in self.chunks:
+            is_one = sizes[:front] == (1,) * front
+            found[offsets[:front] if is_one else None].append((offsets, sizes))
+        return found
 
 
 def _clip(piece: Piece, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece | None:
@@ -375,7 +385,7 @@ def lay_out_torch_dist(
         with (directory / name).open("wb") as file:
             for stored in group:
                 start, chunk = file.tell(), chunks[stored.name]
-                shape = stored.shape if chunk.layer is None else (1, *stored.shape)
+                shape = (*(1 for _ in chunk.at), *stored.shape)
                 at = lay_out_tensor(file, directory / name, dtypes[stored.id], shape)
                 tensors[stored.id] = replace(at, shape=stored.shape)
                 ranges[stored.name] = name, start, file.tell() - start
@@ -393,16 +403,14 @@ def _write_table(path: Path, files, dtypes, chunks: Mapping[str, TensorPart], ra
     entries, places = {}, {}
     for stored in itertools.chain.from_iterable(files.values()):
         chunk, (file, start, length) = chunks[stored.name], ranges[stored.name]
-        front = () if chunk.layer is None else (1,)
-        sizes = torch.Size((*front, *stored.shape))
-        offsets = torch.Size((*(() if chunk.layer is None else (chunk.layer,)),
-                              *(0 for _ in stored.shape)))
+        sizes = torch.Size((*(1 for _ in chunk.at), *stored.shape))
+        offsets = torch.Size((*chunk.at, *(0 for _ in stored.shape)))
         if chunk.name not in entries:
             entries[chunk.name] = metadata.TensorStorageMetadata(
                 properties=metadata.TensorProperties(
                     dtype=getattr(torch, dtypes[stored.id].name)
                 ),
-                size=torch.Size((*(chunk.layers for _ in front), *stored.shape)), chunks=[],
+                size=torch.Size((*chunk.stack, *stored.shape)), chunks=[],
             )
         known = entries[chunk.name].chunks
         places[metadata.MetadataIndex(chunk.name, offsets, len(known))] = _StorageInfo(

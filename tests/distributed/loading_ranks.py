@@ -29,7 +29,7 @@ def compared(job: dict) -> dict:
     import torch
     from megatron.core import parallel_state
 
-    from megatron_vl.models.common.layer_spec import to_checkpoint_names
+    from megatron_vl.models.common.layer_spec import to_local_names
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
     from megatron_vl.parallel import Layout, StageSplit
@@ -57,12 +57,13 @@ def compared(job: dict) -> dict:
     whole = load_rank(job["whole"], 0, pp)["model"] if layout.vit_data_parallel else {}
     for number, chunk in enumerate(model):
         stored = made[f"model{number}" if len(model) > 1 else "model"]
-        for name, parameter in chunk.module.named_parameters():
-            name = to_checkpoint_names(name)
+        own = dict(chunk.module.named_parameters())
+        assert own.keys() == set(map(to_local_names, stored))
+        for name in stored:
             want = whole[name] if layout.vit_data_parallel and name in whole and (
                 name.startswith("vision_model.")) else stored[name]
             seen += 1
-            if not torch.equal(parameter.detach(), want):
+            if not torch.equal(own[to_local_names(name)].detach(), want):
                 differ.append(name)
     leave_layout()
     return {"differ": differ, "seen": seen, "not finite": dict(loaded.not_finite),

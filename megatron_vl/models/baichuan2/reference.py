@@ -65,8 +65,3 @@ class Judge(torch.nn.Module):
 def auto_class() -> type[Judge]:
     """What loads a published directory."""
     return Judge
-
-
-def inputs(spec, tokens, grids, patches, positions) -> dict:
-    """What the model takes beside its tokens: nothing."""
-    return {}

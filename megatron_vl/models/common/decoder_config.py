@@ -1,7 +1,8 @@
-"""What config.json says of a Qwen2 decoder, whichever family it is part of. No Megatron-Core.
+"""What config.json says of a decoder of Qwen2 or Qwen3, whichever family it is part of.
 
 transformers wrote the keys in two forms: flat, with rope under `rope_theta` and `rope_scaling`, and
 since version 5 with rope under `rope_parameters`. A model with towers may have them in a table.
+No Megatron-Core.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.spec import DecoderSpec
+from megatron_vl.models.spec import DecoderSpec, ExpertsSpec
 from megatron_vl.typed import Name, Number, Positive, Shape, Size, typed
 
 Layers = Annotated[int, Field(ge=1, le=10_000)]
@@ -42,6 +43,7 @@ class _Decoder(Shape):
     use_sliding_window: bool = False
     layer_types: list[Name] | None = None
     head_dim: Width | None = None
+    attention_bias: bool = False  # Qwen3's; Qwen2 has no such key
     hidden_act: Name = "silu"
 
 
@@ -100,11 +102,16 @@ def read_text_tokens(*sections: dict) -> dict[str, int | None]:
             "eos": eos[0] if isinstance(eos, list) else eos}
 
 
-def read_decoder(*sections: dict, multi_axis: bool) -> DecoderSpec:
+def read_decoder(
+    *sections: dict, multi_axis: bool, qk_norm: bool = False, experts: ExpertsSpec | None = None
+) -> DecoderSpec:
     """The decoder of config.json's tables; of a key the first that has it wins.
 
     Args:
         multi_axis: whether positions have three axes (`mrope_section`), or one.
+        qk_norm: whether it is Qwen3's: queries and keys normalised, without biases, in heads of a
+            width of their own.
+        experts: of every layer, in the place of its MLP.
 
     Raises:
         InputError: a key that is missing or unusable, named.
@@ -141,32 +148,50 @@ def read_decoder(*sections: dict, multi_axis: bool) -> DecoderSpec:
         )
     if keys.hidden_act != "silu":
         raise InputError(f"hidden_act is {shown(repr(keys.hidden_act))}; this decoder has silu.")
-    hidden, heads = keys.hidden_size, keys.num_attention_heads
-    if hidden % heads:
-        raise InputError(f"hidden_size {hidden} is not a multiple of its {heads} heads.")
-    head_dim = hidden // heads
-    if keys.head_dim not in (None, head_dim):
-        raise InputError(
-            f"head_dim is {keys.head_dim}, but hidden_size {hidden} over {heads} heads is "
-            f"{head_dim}; only that is supported."
-        )
+    head_dim = _given_head_width(keys) if qk_norm else _head_width(keys)
     if head_dim % 2:
         raise InputError(f"the heads are {head_dim} wide; rotary embedding needs an even width.")
     # Older files of the nested form keep the tie under text_config; either place ties.
     ties = [first(_Whole, section).tie_word_embeddings for section in sections]
     return DecoderSpec(
         num_layers=keys.num_hidden_layers,
-        hidden_size=hidden,
+        hidden_size=keys.hidden_size,
         ffn_hidden_size=keys.intermediate_size,
-        num_attention_heads=heads,
-        num_query_groups=keys.num_key_value_heads or heads,
+        num_attention_heads=keys.num_attention_heads,
+        num_query_groups=keys.num_key_value_heads or keys.num_attention_heads,
         head_dim=head_dim,
         vocab_size=keys.vocab_size,
         tie_word_embeddings=any(ties),
         norm_eps=keys.rms_norm_eps,
         rope_theta=rope.rope_theta,
         rope_sections=tuple(rope.mrope_section) if multi_axis else (head_dim // 2,),
-        qkv_bias=True,
+        qkv_bias=not qk_norm,
         max_position_embeddings=keys.max_position_embeddings,
         init_std=keys.initializer_range,
+        qk_norm=qk_norm,
+        experts=experts,
     )
+
+
+def _head_width(keys: _Decoder) -> int:
+    """Of Qwen2, whose heads together are as wide as the residual stream."""
+    hidden, heads = keys.hidden_size, keys.num_attention_heads
+    if hidden % heads:
+        raise InputError(f"hidden_size {hidden} is not a multiple of its {heads} heads.")
+    if keys.head_dim not in (None, hidden // heads):
+        raise InputError(
+            f"head_dim is {keys.head_dim}, but hidden_size {hidden} over {heads} heads is "
+            f"{hidden // heads}; only that is supported."
+        )
+    return hidden // heads
+
+
+def _given_head_width(keys: _Decoder) -> int:
+    """Of Qwen3."""
+    if keys.head_dim is None:
+        raise InputError("head_dim is missing; copy the model's own config.json.")
+    if keys.attention_bias:
+        raise InputError(
+            "attention_bias is true, which is not supported; no Qwen3 was published so."
+        )
+    return keys.head_dim

@@ -1,7 +1,7 @@
-"""The weights a Qwen2 decoder has under Hugging Face's names and under Megatron-Core's.
+"""The weights a Qwen2 or Qwen3 decoder has under Hugging Face's names and under Megatron-Core's.
 
-H hidden, F ffn width, V vocabulary, N query heads, G key/value heads, D head width. Two families
-that share the decoder share these lines.
+H hidden, F ffn width, V vocabulary, N query heads, G key/value heads, D head width. Families that
+share the decoder share these lines.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def whole_map(
     return WeightMap(
         source=source, layers=spec.layers, weights=tuple(weights), renamed=renamed,
         hf_copies=((head, embedding),) if spec.decoder.tie_word_embeddings else (),
+        directions=(head,) if spec.decoder.normalized_head else (),
         hf_ignored=(r".*rotary_emb\.inv_freq",),
         mcore_ignored=(r".*\._extra_state\d*", r".*rotary_pos_emb\.inv_freq"),
     )
@@ -52,10 +53,10 @@ def decoder_weights(
         packed: published name of a projection that is q, k and v one after the other; None: each
             is published by itself.
     """
-    H, F, V = decoder.hidden_size, decoder.ffn_hidden_size, decoder.vocab_size
+    H, V = decoder.hidden_size, decoder.vocab_size
     N, G, D = decoder.num_attention_heads, decoder.num_query_groups, decoder.head_dim
     source, layer = f"{hf}.layers.{{i}}", f"{MCORE}.decoder.layers.{{i}}"
-    attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
+    attention = f"{layer}.self_attention"
 
     def qkv(leaf: str, columns: int | None) -> QKV | FusedQKV:
         if packed is not None:
@@ -76,16 +77,15 @@ def decoder_weights(
     ]
     if decoder.qkv_bias:
         weights.append(at_layer(f"{attention}.linear_qkv.bias", qkv("bias", None)))
+    if decoder.qk_norm:
+        weights += [at_layer(f"{attention}.{one}_layernorm.weight",
+                             Copy(key=f"{source}.self_attn.{one}_norm.weight", shape=(D,)))
+                    for one in "qk"]
     weights += [
         at_layer(f"{attention}.linear_proj.weight",
                  RowParallel(key=f"{source}.self_attn.o_proj.weight", shape=(H, N * D))),
-        at_layer(f"{mlp}.linear_fc1.layer_norm_weight",
-                 Copy(key=f"{source}.post_attention_layernorm.weight", shape=(H,))),
-        at_layer(f"{mlp}.linear_fc1.weight",
-                 GateUp(gate=f"{source}.mlp.gate_proj.weight", up=f"{source}.mlp.up_proj.weight",
-                        ffn=F, columns=H)),
-        at_layer(f"{mlp}.linear_fc2.weight",
-                 RowParallel(key=f"{source}.mlp.down_proj.weight", shape=(H, F))),
+        *(_mlp(decoder, source, layer) if decoder.experts is None
+          else _experts(decoder, source, layer)),
         Weight(place=LAST, name=f"{MCORE}.decoder.final_layernorm.weight",
                rule=Copy(key=f"{hf}.norm.weight", shape=(H,))),
     ]
@@ -101,3 +101,38 @@ def decoder_weights(
             place=LAST, name=output, rule=Vocab(key=head, vocab=V, columns=H),
         ))
     return weights
+
+
+def _mlp(decoder: DecoderSpec, source: str, layer: str) -> list[Weight]:
+    """The MLP of a layer and the norm before it, by the prefixes of both names."""
+    norm = Weight(
+        place=Place(Where.LAYER), name=f"{layer}.mlp.linear_fc1.layer_norm_weight",
+        rule=Copy(key=f"{source}.post_attention_layernorm.weight", shape=(decoder.hidden_size,)),
+    )
+    return [norm, *_gated(f"{source}.mlp", f"{layer}.mlp", decoder.hidden_size,
+                          decoder.ffn_hidden_size)]
+
+
+def _experts(decoder: DecoderSpec, source: str, layer: str) -> list[Weight]:
+    """The experts of a layer, their router, and the norm before it."""
+    experts, H = decoder.experts, decoder.hidden_size
+    router = Copy(key=f"{source}.mlp.gate.weight", shape=(experts.count, H))
+    return [
+        Weight(place=Place(Where.LAYER), name=f"{layer}.pre_mlp_layernorm.weight",
+               rule=Copy(key=f"{source}.post_attention_layernorm.weight", shape=(H,))),
+        Weight(place=Place(Where.LAYER), name=f"{layer}.mlp.router.weight", rule=router),
+        *_gated(f"{source}.mlp.experts.{{e}}", f"{layer}.mlp.experts.local_experts.{{e}}", H,
+                experts.ffn_hidden_size, experts=experts.count),
+    ]
+
+
+def _gated(
+    source: str, mlp: str, hidden: int, ffn: int, *, experts: int | None = None
+) -> list[Weight]:
+    """A gate, an up and a down projection, of `experts` each."""
+    first = GateUp(gate=f"{source}.gate_proj.weight", up=f"{source}.up_proj.weight",
+                   ffn=ffn, columns=hidden)
+    second = RowParallel(key=f"{source}.down_proj.weight", shape=(hidden, ffn))
+    return [Weight(place=Place(Where.LAYER), name=f"{mlp}.{name}.weight", rule=rule,
+                   experts=experts)
+            for name, rule in (("linear_fc1", first), ("linear_fc2", second))]

@@ -63,20 +63,14 @@ class LayerKind:
     causal: bool  # the mask inside a segment: in language models, not in vision towers
     windowed: bool = False  # attends within `SegmentParams.windows`
     qk_norm: bool = False  # queries and keys are normalised, head by head
+    experts: int | None = None  # that it has in the place of its MLP
 
 
 def layer_spec(kind: LayerKind) -> ModuleSpec:
     """One transformer layer with variable-length attention."""
     made_of = backend()
-    fused, norm = made_of.fuse_layernorm_and_linear(), made_of.layer_norm()
+    fused = made_of.fuse_layernorm_and_linear()
     qk_norm = made_of.layer_norm(for_qk=True) if kind.qk_norm else IdentityOp
-    norms = {} if fused else {
-        "input_layernorm": norm,
-        "pre_mlp_layernorm": norm,
-        "sharded_state_dict_keys_map": {
-            local: fused_name for fused_name, local in FUSED_NORM_NAMES.items()
-        },
-    }
     return ModuleSpec(
         module=TowerLayer,
         submodules=TransformerLayerSubmodules(
@@ -94,11 +88,25 @@ def layer_spec(kind: LayerKind) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=get_mlp_module_spec_for_backend(made_of),
+            mlp=get_mlp_module_spec_for_backend(made_of, num_experts=kind.experts),
             mlp_bda=get_bias_dropout_add,
-            **norms,
+            **_norms(made_of, kind),
         ),
     )
+
+
+def _norms(made_of: BackendSpecProvider, kind: LayerKind) -> dict:
+    """The norms that are modules by themselves, and the fused names that a checkpoint has for them.
+
+    What comes before experts never is part of a linear layer: their router reads it too.
+    """
+    norm, names = made_of.layer_norm(), {local: fused for fused, local in FUSED_NORM_NAMES.items()}
+    if kind.experts is not None:
+        del names["pre_mlp_layernorm."]
+    if made_of.fuse_layernorm_and_linear():
+        return {} if kind.experts is None else {"pre_mlp_layernorm": norm}
+    return {"input_layernorm": norm, "pre_mlp_layernorm": norm,
+            "sharded_state_dict_keys_map": names}
 
 
 def block_spec(kinds: Sequence[LayerKind]) -> TransformerBlockSubmodules:
@@ -122,11 +130,4 @@ def to_local_names(name: str) -> str:
         return name
     for fused, local in FUSED_NORM_NAMES.items():
         name = name.replace(fused, local)
-    return name
-
-
-def to_checkpoint_names(name: str) -> str:
-    """The inverse of `to_local_names`: the ecosystem's name of a module's parameter."""
-    for fused, local in FUSED_NORM_NAMES.items():
-        name = name.replace(local, fused)
     return name

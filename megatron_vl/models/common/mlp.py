@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,31 +17,44 @@ from megatron_vl.ops.fusion import choose_kernel
 class TowerMLP(MLP):
     """Two linear layers and what is between them; their weights and names are Megatron-Core's.
 
+    Of an expert, every token's inner state is multiplied by the weight that the router gave it.
     Under `recompute_activation` the input of the second layer, which it keeps for its weight's
     gradient, is dropped in forward and made again in backward of what the first one gave.
     """
 
     def forward(
-        self, hidden_states: torch.Tensor, per_token_scale: None = None, **kwargs
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, width] to the same, and the bias that is to be added to it, if there is one."""
-        assert per_token_scale is None  # of experts
+        """[s, b, width] to the same, and the bias that is to be added to it, if there is one.
+
+        An expert's tokens are [n, width], with `per_token_scale` float [n].
+        """
         config = self.config
         activate = choose_kernel(config.activation, config.fused_ops).function
         if config.cpu_offloading and config.activation == "swiglu":
             # Marks what it keeps for backward, as TransformerEngine's offloading looks for it.
             activate = partial(bias_swiglu_impl, cpu_offload_input=True)
-        inner, bias = self.linear_fc1(hidden_states)
+        given = self.linear_fc1(hidden_states)
+        if per_token_scale is not None:
+            activate, given = partial(_weighted, activate), (*given, per_token_scale)
         if not (config.recompute_activation and torch.is_grad_enabled()):
-            return self.linear_fc2(activate(inner, bias))
+            return self.linear_fc2(activate(*given))
         again = CheckpointWithoutOutput()
-        output, bias = self.linear_fc2(again.checkpoint(activate, inner, bias))
+        output, bias = self.linear_fc2(again.checkpoint(activate, *given))
         again.discard_output_and_register_recompute(output)
         return output, bias
 
 
+def _weighted(
+    activate: Callable, inner: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor
+) -> torch.Tensor:
+    """The activation of [n, ..], times float [n], in the dtype of the former."""
+    active = activate(inner, bias)
+    return (active * scale.unsqueeze(-1)).to(active.dtype)
+
+
 class TowerLayer(TransformerLayer):
-    """Megatron-Core's layer with a TowerMLP.
+    """Megatron-Core's layer with a TowerMLP, or with experts each of which is one.
 
     Its versions hand the process groups to an MLP in ways of their own, and to no class but theirs:
     it is built as that.
@@ -48,5 +62,6 @@ class TowerLayer(TransformerLayer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        assert type(self.mlp) is MLP
-        self.mlp.__class__ = TowerMLP
+        for mlp in self.mlp.experts.local_experts if self.is_moe_layer else [self.mlp]:
+            assert type(mlp) is MLP
+            mlp.__class__ = TowerMLP

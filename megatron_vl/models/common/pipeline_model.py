@@ -79,10 +79,14 @@ class PipelineModel(MegatronModule):
             )
         self.language_model = None
         if self.embeds or self.vision_model is None:
-            layers = split.layers(LANGUAGE, stage, chunk)
+            layers, decoder = split.layers(LANGUAGE, stage, chunk), spec.decoder
+            kind = LayerKind(
+                causal=True, qk_norm=decoder.qk_norm,
+                experts=decoder.experts and decoder.experts.count,
+            )
             self.language_model = LanguageModel(
                 config=config,
-                transformer_layer_spec=block_spec([LayerKind(causal=True)] * len(layers)),
+                transformer_layer_spec=block_spec([kind] * len(layers)),
                 vocab_size=spec.padded_vocab_size(layout.tp),
                 max_sequence_length=spec.decoder.max_position_embeddings,
                 pre_process=self.embeds,

@@ -72,8 +72,8 @@ def _check(num_layers: int, method: str, split: StageSplit, tower: str) -> None:
     counts = split.flat(tower)
     if _fits(num_layers, method, counts):
         return
-    option = "recompute-num-layers" if tower == "llm" else "vit-recompute-num-layers"
-    layers = "language layers" if tower == "llm" else "vision layers"
+    option = "recompute-num-layers" if tower == LANGUAGE else "vit-recompute-num-layers"
+    layers = "language layers" if tower == LANGUAGE else "vision layers"
     if method == "uniform":
         raise InputError(
             f"{option} {num_layers} does not divide the {layers} of every stage ({split}), as "

@@ -14,10 +14,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import use_transformer_engine
 from megatron_vl.models.common.recompute import NOTHING, Recompute
-from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.spec import ExpertsSpec, ModelSpec
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.fusion import ACTIVATIONS
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +65,9 @@ def language_config(
         kv_channels=decoder.head_dim,
         add_bias_linear=False,
         add_qkv_bias=decoder.qkv_bias,
+        # Sums these norms' gradients over tensor-parallel ranks, each of which has some heads.
+        qk_layernorm=decoder.qk_norm,
+        **_experts(decoder.experts),
         gated_linear_unit=True,
         activation="swiglu",
         normalization="RMSNorm",
@@ -78,9 +81,24 @@ def language_config(
         # Megatron-Core asks for it together with the one above, also where there are no experts.
         moe_token_dispatcher_type="alltoall",
         context_parallel_size=layout.cp,
-        **_pipeline(layout, split, "llm"),
+        **_pipeline(layout, split, LANGUAGE),
         **_recompute(options.recompute, options, decoder.head_dim),
         **_shared(layout, options, sequence_parallel=layout.sequence_parallel),
+    )
+
+
+def _experts(experts: ExpertsSpec | None) -> dict:
+    """No token is dropped, and no loss balances the experts."""
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.count,
+        moe_ffn_hidden_size=experts.ffn_hidden_size,
+        moe_router_topk=experts.per_token,
+        # Softmax over the chosen alone is that over all of them, made to sum to one.
+        moe_router_pre_softmax=not experts.renormalized,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
     )
 
 

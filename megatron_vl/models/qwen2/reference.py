@@ -1,15 +1,5 @@
 """transformers' Qwen2, the judge."""
 
-from __future__ import annotations
+from megatron_vl.models.common.text_reference import auto_class
 
-
-def auto_class():
-    """transformers' class that loads a published directory."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM
-
-
-def inputs(spec, tokens, grids, patches, positions) -> dict:
-    """What the model takes beside its tokens: nothing."""
-    return {}
+__all__ = ["auto_class"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -27,6 +27,7 @@ from megatron_vl.weights.map import Stored, WeightMap, listed, volume
 from megatron_vl.weights.mcore_io import CheckpointInfo
 from megatron_vl.weights.plan import CopyPlan, Op, TensorPlan, Twin, make_plan
 from megatron_vl.weights.reshard import SPAN, Reader, chunks, twin_differs
+from megatron_vl.weights.row_norms import told_normalized
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +37,11 @@ class Loaded:
     nbytes: int  # by the rank that read most
     seconds: float
     not_finite: Mapping[str, int]  # NaN and Inf, by the names of the checkpoint's tensors
+    note: str = ""  # what else to say of them
 
     def __str__(self) -> str:
-        return f"{self.nbytes / 2**30:.2f} GiB a rank in {self.seconds:.1f} s"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.nbytes / 2**30:.2f} GiB a rank in {self.seconds:.1f} s{note}"
 
 
 def load_weights(
@@ -71,7 +74,7 @@ def load_weights(
                 bad[tensor.ops] = count
     nbytes = sum(volume(op.shape) * source.dtypes[op.source.id].itemsize
                  for tensor in plan.tensors for op in tensor.ops)
-    return _of_all_ranks(nbytes, bad, started)
+    return replace(_of_all_ranks(nbytes, bad, started), note=told_normalized(source, weights))
 
 
 def vision_inventory(

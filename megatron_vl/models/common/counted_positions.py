@@ -1,4 +1,4 @@
-"""Positions of text: one axis, from 0."""
+"""Positions on one axis: tokens are counted from 0."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 
-class _Counted:
-    """The family's `megatron_vl.models.family.Positions`."""
+class CountedPositions:
+    """See `megatron_vl.models.family.Positions`."""
 
     axes: ClassVar[int] = 1
 
@@ -17,8 +17,3 @@ class _Counted:
         self, tokens: torch.Tensor, grids: Sequence = (), seconds: Sequence[float] = ()
     ) -> torch.Tensor:
         return torch.arange(len(tokens))[None]
-
-
-def positions(spec, video_positions: str = "published") -> _Counted:
-    """There are no videos to have a rule for."""
-    return _Counted()

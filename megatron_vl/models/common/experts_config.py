@@ -1,0 +1,48 @@
+"""What config.json says of a decoder's experts. No Megatron-Core."""
+
+from __future__ import annotations
+
+from pydantic import AliasChoices, Field
+
+from megatron_vl.errors import InputError, shown
+from megatron_vl.models.common.decoder_config import Width, first
+from megatron_vl.models.spec import ExpertsSpec
+from megatron_vl.typed import Count, Shape, Size
+
+
+class _Experts(Shape):
+    # transformers 5 writes the number under a name of its own.
+    num_experts: Width = Field(validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts_per_tok: Width
+    moe_intermediate_size: Width
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: list[Count] | None = None
+    output_router_logits: bool = False
+
+
+def read_experts(*sections: dict) -> ExpertsSpec:
+    """The experts of config.json's tables; of a key the first that has it wins.
+
+    Raises:
+        InputError: a key that is missing or unusable, layers without experts, or a loss that
+            balances the experts.
+    """
+    keys = first(_Experts, *sections)
+    if keys.decoder_sparse_step != 1 or keys.mlp_only_layers:
+        name = "mlp_only_layers" if keys.mlp_only_layers else "decoder_sparse_step"
+        raise InputError(
+            f"{name} is {shown(str(getattr(keys, name)))}, which gives some layers an MLP and no "
+            f"experts; only models whose every layer has experts are supported."
+        )
+    if keys.output_router_logits:
+        raise InputError(
+            "output_router_logits is true, which adds a loss that balances the experts; that is "
+            "not supported, so set it to false."
+        )
+    return ExpertsSpec(
+        count=keys.num_experts,
+        per_token=keys.num_experts_per_tok,
+        ffn_hidden_size=keys.moe_intermediate_size,
+        renormalized=keys.norm_topk_prob,
+    )

@@ -1,0 +1,1 @@
+"""Qwen3, text alone: config.json and weight names; the model is common."""

@@ -1,0 +1,5 @@
+"""transformers' Qwen3 with experts, the judge."""
+
+from megatron_vl.models.common.text_reference import auto_class
+
+__all__ = ["auto_class"]

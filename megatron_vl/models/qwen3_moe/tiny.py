@@ -1,0 +1,15 @@
+"""A tiny Qwen3 with experts."""
+
+from __future__ import annotations
+
+from megatron_vl.models.common.tiny_qwen3 import TEMPLATE, qwen3_decoder, qwen3_experts
+from megatron_vl.models.common.tiny_tokenizer import qwen2_vocabulary
+from megatron_vl.models.tiny import TinySizes
+
+
+def files(sizes: TinySizes) -> dict[str, object]:
+    """The files of its directory, without weights."""
+    vocabulary = qwen2_vocabulary(sizes, TEMPLATE)
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    config |= qwen3_decoder(sizes, vocabulary) | qwen3_experts(sizes)
+    return {"config.json": config, **vocabulary.files}
