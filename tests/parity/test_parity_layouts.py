@@ -114,8 +114,10 @@ def parameters_of(table: str) -> int:
 # gradient, or the others wait forever. Rows of one sample differ in length from microbatch to
 # microbatch.
 @pytest.mark.parametrize(("ranks", "options", "model"), [
-    *((2, ["--overlap-grad-reduce", "--no-pack"], model) for model in MODELS),
-    *((4, [], model) for model in MODELS if model != "resampler_model_dir"),  # two resampler heads
+    pytest.param(ranks, options, model, id=f"{ranks}-{model}") for ranks, options, models in (
+        (2, ["--overlap-grad-reduce", "--no-pack"], MODELS),
+        (4, [], [model for model in MODELS if model != "resampler_model_dir"]),  # two heads
+    ) for model in models
 ])
 def test_every_layout_equals_transformers(ranks, options, model, request):
     parameters, layouts = MODELS[model]

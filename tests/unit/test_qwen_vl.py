@@ -346,8 +346,9 @@ def test_a_long_sample_is_cut_behind_its_images_and_never_within_one(
         turns = read_entry("qwen_vl", entry).turns
         media = [StoredMedia(kind="image", files=("0.png",), height=8, width=8)]
         tokens[entry["id"]], _, _ = ModelEncoder.from_hf_dir(**model).encode(turns, media)
-    within = int(of_model.tokens.places(tokens["image"]).nonzero()[1])  # of its image
-    for length, reasons in ((within, {"too long"}), (within + 4, set())):
+    *_, last = of_model.tokens.places(tokens["image"]).nonzero().flatten().tolist()
+    # Within the image, behind its last place, behind its end.
+    for length, reasons in ((last, {"too long"}), (last + 1, {"too long"}), (last + 2, set())):
         config = DataConfig(
             train=Mixture.parse(str(tmp_path / "wds")), seq_length=length, num_workers=0,
             truncate_samples=True, packing_buffer_size=None, shuffle_buffer_size=0,
