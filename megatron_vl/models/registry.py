@@ -206,6 +206,11 @@ def load_spec(directory: str | Path) -> ModelSpec:
         raise InputError(
             f"{path} has no model_type; add it, one of: {', '.join(known_families())}."
         )
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{path} has a quantization_config: its weights are quantised, and cannot be trained; "
+            f"take the repository that holds them as they were trained."
+        )
     try:
         return family(config["model_type"]).read_config(config)
     except InputError as error:

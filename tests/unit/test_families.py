@@ -124,6 +124,7 @@ CONFIGS = [  # what config.json of a text model has, and what is said of it
 
 
 BAICHUAN = [
+    ({"quantization_config": {"load_in_4bit": True}}, "its weights are quantised"),
     ({"max_position_embeddings": None}, "as in Baichuan2-13B, whose attention has ALiBi"),
     ({"vocab_size": 64000}, "as of Baichuan-7B and Baichuan-13B; only Baichuan2-7B is supported"),
     ({"z_loss_weight": 0.1}, "z_loss_weight is 0.1"),
