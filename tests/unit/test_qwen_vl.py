@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import unicodedata
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from commands import megatron_vl
+from commands import megatron_vl, shell
 from PIL import Image
 from raw_entries import read as read_entry
 from tiny_hf import read
@@ -191,7 +190,7 @@ def test_shards_of_pickles_are_read_as_data(resampler_model_dir, tmp_path):
 
 CONFIGS = [
     ({"visual": None}, "there is no visual section: this is Qwen, the language model of 2023"),
-    ({"quantization_config": {"bits": 4}}, "the weights are quantized, which cannot be trained"),
+    ({"quantization_config": {"bits": 4}}, "its weights are quantised, and cannot be trained"),
     ({"kv_channels": 32}, "4 num_attention_heads of kv_channels 32 are 128 wide but hidden_size"),
     ({"no_bias": False}, "no_bias is False"),
     ({"intermediate_size": 193}, "intermediate_size is 193: it must be a multiple of 2"),
@@ -290,23 +289,29 @@ def as_finetune_does(tokenizer, conversation, span: int = 256) -> tuple[list[int
     return ids, labels
 
 
+OF_7B = {
+    "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "kv_channels": 128, "vocab_size": 151936, "visual": {
+        "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48,
+        "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664}}
+
+
 @pytest.fixture(scope="module")
-def published(of_model, tmp_path_factory):
-    """The published vocabulary's `ModelEncoder`, and its spec."""
+def published(resampler_model_dir, tmp_path_factory):
+    """`ModelEncoder`, spec and directory of the published sizes and vocabulary, without weights."""
     out = tmp_path_factory.mktemp("published")
     ranks = read_ranks(151643)
     (out / "qwen.tiktoken").write_text(
         "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
-    tokens = replace(of_model.tokens, vision_start=151857, vision_end=151858, image=151859)
-    spec = replace(of_model, tokens=tokens,
-                   decoder=replace(of_model.decoder, vocab_size=151936),
-                   vision=replace(of_model.vision, num_queries=256))
-    return ModelEncoder.from_hf_dir(out, spec, family("qwen")), spec
+    config = read_config_json(resampler_model_dir) | OF_7B
+    (out / "config.json").write_text(json.dumps(config))
+    spec = load_spec(out)
+    return ModelEncoder.from_hf_dir(out, spec, family("qwen")), spec, out
 
 
 @pytest.mark.parametrize(("said", "files"), ENTRIES)
 def test_tokens_and_labels_are_those_of_the_published_fine_tuning(said, files, published):
-    encoder, spec = published
+    encoder, spec, _ = published
     entry = {"conversations": [{"from": role, "value": value} for role, value in said]}
     turns = read_entry("qwen_vl", entry).turns
     media = [StoredMedia(kind="image", files=(name,), height=9, width=9) for name in files]
@@ -316,6 +321,16 @@ def test_tokens_and_labels_are_those_of_the_published_fine_tuning(said, files, p
     assert labels.tolist() == [*wanted[1:], -100]
     assert len(grids) == len(files)
     assert int(spec.tokens.places(tokens).sum()) == 256 * len(files)
+
+
+def test_the_published_scripts_flags_plan_the_true_size(published, tmp_path):
+    (tmp_path / "said.json").write_text("[]")
+    done = shell("examples/qwen_vl/finetune.sh", tmp_path / "said.json", published[2],
+                 tmp_path / "out", "--dry-run", "--", "--tp", 4, "--pp", 2, "--nproc-per-node", 8,
+                 "--vit-pp-layers", "48,0", "--pp-layers", "4,28")
+    assert done.code == 0, done.text
+    assert "--fix_vit True -> --freeze-vit" in done.out
+    assert "the model has 9,656,935,168 parameters; TP 4 x PP 2 ranks hold" in done.out, done.out
 
 
 def test_ids_are_the_published_ones(published):

@@ -67,11 +67,6 @@ def read_config(config: dict) -> ModelSpec:
             "model_type is qwen but there is no visual section: this is Qwen, the language model "
             "of 2023, which is not supported; Qwen-VL and Qwen-VL-Chat are."
         )
-    if "quantization_config" in config:
-        raise InputError(
-            "there is a quantization_config: the weights are quantized, which cannot be trained; "
-            "take Qwen-VL or Qwen-VL-Chat as they were published in bfloat16."
-        )
     keys, visual = first(_Decoder, config), first(_Visual, config["visual"], at="visual")
     heads, head_dim = keys.num_attention_heads, keys.kv_channels
     if heads * head_dim != keys.hidden_size:
