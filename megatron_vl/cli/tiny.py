@@ -22,7 +22,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; must be empty")
     parser.add_argument("--model-type", default="qwen2_vl", metavar="TYPE",
-                        help=f"{', '.join(known_families())} (default qwen2_vl)")
+                        help=f"{', '.join(known_families())}, or a family's folder, such as "
+                        f"qwen_vl (default qwen2_vl)")
     for size in fields(TinySizes):
         if what := size.metadata.get("what"):
             parser.add_argument(f"--{size.name.replace('_', '-')}", type=int,

@@ -21,16 +21,16 @@ def resized(table_PD: torch.Tensor, side: int) -> torch.Tensor:
     stored = math.isqrt(len(table_PD))
     if stored == side:
         return table_PD
-    matrix = _bicubic(stored, side).to(table_PD.device)
+    matrix = _bicubic(stored, side, table_PD.device)
     return (matrix @ table_PD.float()).to(table_PD.dtype)
 
 
 @lru_cache(maxsize=8)
-def _bicubic(stored: int, side: int) -> torch.Tensor:
+def _bicubic(stored: int, side: int, device: torch.device) -> torch.Tensor:
     """float32 [side^2, stored^2]: what each of the new positions takes of the stored ones."""
     unit_vectors = torch.eye(stored**2).view(1, stored**2, stored, stored)
     made = F.interpolate(unit_vectors, size=(side, side), mode="bicubic", align_corners=False)
-    return made.flatten(2)[0].T.contiguous()
+    return made.flatten(2)[0].T.contiguous().to(device)
 
 
 def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype) -> torch.nn.Parameter:

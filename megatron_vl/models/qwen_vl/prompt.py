@@ -53,28 +53,32 @@ class ChatMLPrompt:
         media_names: Sequence[str] = (),
     ) -> tuple[list[int], list[int | None]]:
         """See `megatron_vl.models.family.Prompt`."""
-        tokens: list[int] = []
-        labels: list[int | None] = []
-
-        def add(role: str, text: list[int], wanted: list[int | None], marked: bool) -> None:
-            """A turn, of which `wanted` and, if it is `marked`, its marks are trained."""
-            head = [*self.encoding.encode_ordinary(role), *self.new_line]
-            for ids, are_trained in (([self.ids[TURN_START]], marked), (head, False)):
-                tokens.extend(ids)
-                labels.extend(ids if are_trained else [None] * len(ids))
-            end = [self.ids[TURN_END], *self.new_line]
-            tokens.extend([*text, *end])
-            labels.extend([*wanted, *(end if marked else [None] * len(end))])
-
+        made = []
         if turns[0].role != "system":
             text = self.encoding.encode_ordinary(SYSTEM)
-            add("system", text, [None] * len(text), True)
+            made.append(self._turn("system", text, [None] * len(text), marked=True))
         images = enumerate(zip(media_tokens, media_names, strict=True), start=1)
         for number, (turn, is_trained) in enumerate(zip(turns, trained, strict=True), start=1):
-            text, wanted = self._value(turn, number, images)
-            add(turn.role, text, wanted if is_trained else [None] * len(text),
-                is_trained or turn.role != "assistant")
-        return tokens, labels
+            text, labels = self._value(turn, number, images)
+            made.append(self._turn(
+                turn.role, text, labels if is_trained else [None] * len(text),
+                marked=is_trained or turn.role != "assistant",
+            ))
+        return tuple([one for part in parts for one in part] for parts in zip(*made, strict=True))
+
+    def _turn(
+        self, role: str, text: list[int], labels: list[int | None], *, marked: bool
+    ) -> tuple[list[int], list[int | None]]:
+        """Tokens and labels of a turn; those of its marks are trained where it is `marked`."""
+        start, end = [self.ids[TURN_START]], [self.ids[TURN_END], *self.new_line]
+        role_line = [*self.encoding.encode_ordinary(role), *self.new_line]
+
+        def of_marks(ids: list[int]) -> list[int | None]:
+            return ids if marked else [None] * len(ids)
+
+        return [*start, *role_line, *text, *end], [
+            *of_marks(start), *[None] * len(role_line), *labels, *of_marks(end)
+        ]
 
     def _value(
         self, turn: Said, number: int, images: Iterator[tuple[int, tuple[int, str]]]
