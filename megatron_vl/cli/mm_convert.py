@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vl.cli import main as program
-from megatron_vl.cli.convert import describe
 from megatron_vl.errors import CALLED, InputError
+from megatron_vl.models.conversion import describe
+from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.parallel.stages import layer_list
 
 CONVERTERS = {"Qwen2VLConverter": "qwen2_vl", "Qwen2_5_VLConverter": "qwen2_5_vl"}
@@ -98,21 +99,20 @@ def translated(converter: str, verb: str, given: dict[str, str]) -> list[str]:
               "vit-pp-layers": f"{of_target}.vit_pp_layers", "hf-config": "hf_config.hf_dir"}
     os.environ[CALLED] = ";".join(f"{option}=--cfg.{key}" for option, key in called.items())
     hf_dir = given["hf_config.hf_dir"]
-    kind, info, config_dir, spec = describe(
-        Path(given[source]), None if hf_dir is None else Path(hf_dir)
-    )
-    if spec.model_type != CONVERTERS[converter]:
-        other = next((name for name, one in CONVERTERS.items() if one == spec.model_type), None)
+    found = describe(Path(given[source]), None if hf_dir is None else Path(hf_dir))
+    model_type = found.spec.model_type
+    if model_type != CONVERTERS[converter]:
+        other = next((name for name, one in CONVERTERS.items() if one == model_type), None)
         raise InputError(
-            f"{config_dir} is of a {spec.model_type}, and {converter} converts "
+            f"{found.config_dir} is of a {model_type}, and {converter} converts "
             f"{CONVERTERS[converter]}; use {other or 'megatron-vl convert'}."
         )
     words = ["convert", given[source], given[target], "--from",
              "hf" if verb == "hf_to_mm" else "mcore", "--to",
              "hf" if verb == "mm_to_hf" else "mcore"]
     if verb != "hf_to_mm":
-        if kind == "mcore":
-            _check_layout(info, layouts[0], given)
+        if found.kind == "mcore":
+            _check_layout(found.info, layouts[0], given)
         words += [] if hf_dir is None else ["--hf-config", hf_dir]
     if verb != "mm_to_hf":
         tp, llm, vit = _layout(of_target, given)
@@ -132,7 +132,7 @@ def _layout(layout: str, given: dict[str, str]) -> tuple[int, list[list[int]], l
     if not (tp.isascii() and tp.isdigit() and int(tp)):
         raise InputError(f"--cfg.{layout}.tp_size is {tp}; give a whole number above 0.")
     rows = []
-    for tower in ("llm", "vit"):
+    for tower in (LANGUAGE, VISION):
         key = f"{layout}.{tower}_pp_layers"
         found = layer_list(given[key], f"--cfg.{key}")
         rows.append(found if found and isinstance(found[0], list) else [found])
@@ -149,7 +149,7 @@ def _check_layout(info, layout: str, given: dict[str, str]) -> None:
     if info.format == "torch_dist":
         print(f"note: {info.path} is the same in every layout, so --cfg.{layout} is not needed")
         return
-    have = [list(map(list, info.split.rows(tower))) for tower in ("llm", "vit")]
+    have = [list(map(list, info.split.rows(tower))) for tower in (LANGUAGE, VISION)]
     if (info.layout.tp, *have) != (tp, llm, vit):
         raise InputError(
             f"--cfg.{layout} says tp_size {tp}, llm_pp_layers {llm} and vit_pp_layers {vit}, but "
