@@ -36,6 +36,7 @@ COMMANDS = {
     "prepare": "raw data -> WebDataset shards ready for energon",
     "lint": "what is in prepared data: unusable samples, histograms, how rows fill",
     "train": "pretrain or finetune",
+    "finetune": "train by the flags of a published fine-tuning script",
     "launch": "one command on every host of a hostfile, over ssh",
     "cluster-env": "which node of how many this is, as the scheduler's variables say",
     "parity": "logits, loss and gradients against transformers, in any layout",
@@ -76,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         flag = word.partition("=")[0]
         near = difflib.get_close_matches(flag.lower(), self._option_string_actions, n=1)
         hint = f" (did you mean {near[0]}?)" if near and flag.startswith("-") else ""
-        if self.prog.endswith(" train") and (says := answer(flag)):
+        if self.prog.endswith((" train", " finetune")) and (says := answer(flag)):
             hint = f": {says}"
         self.error(f"unrecognized argument {word}{hint}")
 

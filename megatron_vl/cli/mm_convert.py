@@ -16,8 +16,8 @@ from typing import NoReturn
 from megatron_vl.cli import main as program
 from megatron_vl.errors import CALLED, InputError
 from megatron_vl.models.conversion import describe
+from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.parallel.stages import layer_list
-from megatron_vl.weights.mcore_io import CheckpointInfo
 
 CONVERTERS = {"Qwen2VLConverter": "qwen2_vl", "Qwen2_5_VLConverter": "qwen2_5_vl"}
 VERBS = {  # verb -> its source, its target, its layouts
@@ -111,7 +111,7 @@ def translated(converter: str, verb: str, given: dict[str, str]) -> list[str]:
              "hf" if verb == "hf_to_mm" else "mcore", "--to",
              "hf" if verb == "mm_to_hf" else "mcore"]
     if verb != "hf_to_mm":
-        if found.info is not None:
+        if found.kind == "mcore":
             _check_layout(found.info, layouts[0], given)
         words += [] if hf_dir is None else ["--hf-config", hf_dir]
     if verb != "mm_to_hf":
@@ -132,14 +132,14 @@ def _layout(layout: str, given: dict[str, str]) -> tuple[int, list[list[int]], l
     if not (tp.isascii() and tp.isdigit() and int(tp)):
         raise InputError(f"--cfg.{layout}.tp_size is {tp}; give a whole number above 0.")
     rows = []
-    for tower in ("llm", "vit"):
+    for tower in (LANGUAGE, VISION):
         key = f"{layout}.{tower}_pp_layers"
         found = layer_list(given[key], f"--cfg.{key}")
         rows.append(found if found and isinstance(found[0], list) else [found])
     return int(tp), *rows
 
 
-def _check_layout(info: CheckpointInfo, layout: str, given: dict[str, str]) -> None:
+def _check_layout(info, layout: str, given: dict[str, str]) -> None:
     """Whether a checkpoint is laid out as is said; it knows itself how it is.
 
     Raises:
@@ -149,7 +149,7 @@ def _check_layout(info: CheckpointInfo, layout: str, given: dict[str, str]) -> N
     if info.format == "torch_dist":
         print(f"note: {info.path} is the same in every layout, so --cfg.{layout} is not needed")
         return
-    have = [list(map(list, info.split.rows(tower))) for tower in ("llm", "vit")]
+    have = [list(map(list, info.split.rows(tower))) for tower in (LANGUAGE, VISION)]
     if (info.layout.tp, *have) != (tp, llm, vit):
         raise InputError(
             f"--cfg.{layout} says tp_size {tp}, llm_pp_layers {llm} and vit_pp_layers {vit}, but "

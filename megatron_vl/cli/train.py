@@ -20,6 +20,7 @@ from megatron_vl.launch.cluster import (
     cluster_env,
 )
 from megatron_vl.launch.worker import started_by_torchrun
+from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.config_sources import add_arguments, load_config
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
@@ -65,8 +66,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags = {key: value for key, value in vars(args).items() if key not in NOT_OPTIONS}
-    config = load_config(flags, args.config)
+    config = _config(args)
     if args.show_config:
         import yaml
 
@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from megatron_vl.training.dry_run import dry_run
 
-        env = _nodes(args)
-        processes = _processes(config) if env.nproc_per_node is None else env.nproc_per_node
+        env, processes, _ = started_on(args)
         print(dry_run(config, nnodes=env.nnodes, nproc_per_node=processes))
         return 0
     if started_by_torchrun():
@@ -97,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.training.plan import plan_run
 
     config = with_steps(config)
-    env = _nodes(args)
-    processes = _processes(config) if env.nproc_per_node is None else env.nproc_per_node
+    env, processes, _ = started_on(args)
     plan = plan_run(config, processes * env.nnodes)
     check_weights(plan.config, plan.spec, *find_checkpoint(plan.config, plan.spec))
     check_paths(config)
@@ -116,6 +114,21 @@ def run(args: argparse.Namespace) -> int:
         max_restarts=0 if config.checkpoint.save is None else config.fault.max_restarts,
         saves=config.checkpoint.save is not None,
     )
+
+
+def started_on(args: argparse.Namespace) -> tuple[ClusterEnv, int, TrainConfig]:
+    """The nodes of a run, the processes of each, and its options.
+
+    Raises:
+        InputError: arguments, variables or options that cannot be used.
+    """
+    config, env = _config(args), _nodes(args)
+    return env, env.nproc_per_node or _processes(config), config
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    flags = {key: value for key, value in vars(args).items() if key not in NOT_OPTIONS}
+    return load_config(flags, args.config)
 
 
 def _nodes(args: argparse.Namespace) -> ClusterEnv:

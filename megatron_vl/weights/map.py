@@ -51,6 +51,7 @@ class Weight:
     place: Place
     name: str  # Megatron-Core's; `{i}` counts the layers of one chunk
     rule: Rule  # with published names; `{i}` counts the layers of the model
+    constant: bool = False  # stored with the others; trained only if a run asks for it
     experts: int | None = None  # of a layer, with a tensor each; None: there is no `{e}`
 
     @property
@@ -148,6 +149,11 @@ class WeightMap:
             * sum(map(volume, weight.rule.published().values()))
             for weight in self.weights if weight.place != LAST_COPY
         }
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """Megatron-Core names of the constant weights."""
+        return frozenset(weight.name for weight in self.weights if weight.constant)
 
     def published_name(self, key: str) -> str:
         """The published name of a key as some file spells it."""

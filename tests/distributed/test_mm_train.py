@@ -11,9 +11,10 @@ from commands import ROOT, shell
 from test_clusters import free_port
 from true_sizes import PARAMETERS, write
 
-from megatron_vl.cli.mm_train import main, translated
+from megatron_vl.cli.mm_train import main
 from megatron_vl.errors import CALLED
 from megatron_vl.models.registry import read_config_json
+from megatron_vl.training.options.mindspeed import translated
 
 FOLDER = ROOT / "examples/qwen2.5vl"
 SCRIPT = "examples/qwen2.5vl/finetune_qwen2_5_vl_7b.sh"

@@ -58,7 +58,7 @@ LIGHT = (
     "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",
-    "cli.tiny", "cli.train",
+    "cli.finetune", "cli.tiny", "cli.train",
 )
 
 

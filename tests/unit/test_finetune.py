@@ -1,0 +1,178 @@
+"""`megatron-vl finetune`: what the flags of transformers' Trainer become, and a run of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+from commands import ROOT, megatron_vl, shell
+from test_docs import LINK, blocks, headings, parser, prose
+from tiny_hf import read
+from transformers import TrainingArguments
+
+from megatron_vl.errors import InputError
+from megatron_vl.models.baichuan2.tiny import TEXT
+from megatron_vl.training.options.hf_trainer import FLAGS, SAME, translate
+
+SHIM = "examples/baichuan2/fine_tune_train.sh"
+
+
+def given(**flags: str):
+    return translate(dict.fromkeys(FLAGS) | {"model_name_or_path": "m"} | flags)
+
+
+def test_a_flag_that_is_not_given_has_the_trainers_own_default():
+    trainers = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
+    words = given().words
+    for flag, (option, default) in SAME.items():
+        if default is not None and flag in trainers:
+            assert float(default) == float(trainers[flag]), flag
+            assert words[words.index(f"--{option}") + 1] == default
+
+
+BECOME = [  # flags, and options that they come to
+    ({"bf16": "True", "fp16": "False"}, ["--bf16"]),
+    ({"gradient_checkpointing": "True"}, ["--recompute-granularity", "full"]),
+    ({"lr_scheduler_type": "constant"}, ["--lr-decay-style", "constant", "--min-lr", "0"]),
+    ({"max_steps": "7"}, ["--train-iters", "7"]),
+    ({"warmup_ratio": "0.1"}, ["--lr-warmup-fraction", "0.1"]),
+    ({"fix_vit": "True"}, ["--freeze-vit"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BECOME, ids=str)
+def test_a_flag_becomes_an_option_and_is_told(flags, words):
+    made = given(**flags)
+    assert " ".join(words) in " ".join(made.words)
+    flag, value = next(iter(flags.items()))
+    assert any(line.startswith(f"--{flag} {value} -> {words[0]}") for line in made.told)
+    assert ("--num-train-epochs" in made.words) == ("max_steps" not in flags)
+
+
+REFUSED = [
+    ({"use_lora": "True"}, "--use_lora is True, but there is no LoRA"),
+    ({"q_lora": "True"}, "--q_lora is True, but there is no LoRA"),
+    ({"bf16": "maybe"}, "--bf16 is 'maybe'; use True or False"),
+    ({"lr_scheduler_type": "polynomial"}, "--lr_scheduler_type is 'polynomial'"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_is_not_here_is_refused(flags, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        given(**flags)
+
+
+DEEPSPEED = [  # a configuration, the options that it comes to, and what is told
+    ({"zero_optimization": {"stage": 3}}, ["--use-distributed-optimizer"], "ZeRO 3 becomes"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+     ["--use-distributed-optimizer", "--optimizer-cpu-offload"], "offload_optimizer becomes"),
+    ({"bf16": {"enabled": True}}, ["--bf16"], "bf16 becomes --bf16"),
+    ({"zero_optimization": {"stage": 0, "overlap_comm": True}, "flops_profiler": {}}, [],
+     "ignored, as there is no DeepSpeed here: flops_profiler, overlap_comm"),
+    ({"gradient_clipping": 0.5}, None, "gradient_clipping is 0.5, but --max_grad_norm is 1"),
+    ({"zero_optimization": {"stage": 7}}, None, "zero_optimization.stage is 7"),
+    ({"zero_optimization": 3}, None, "zero_optimization is 3; it must be a table"),
+]
+
+
+@pytest.mark.parametrize(("config", "words", "says"), DEEPSPEED, ids=[row[2] for row in DEEPSPEED])
+def test_deepspeeds_configuration_is_read(config, words, says, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    if words is None:
+        with pytest.raises(InputError, match=re.escape(says)):
+            given(deepspeed=str(path))
+        return
+    made = given(deepspeed=str(path))
+    assert made.words[len(given().words):] == words
+    assert any(says in line for line in made.told), made.told
+
+
+@pytest.fixture(scope="module")
+def belle(tmp_path_factory):
+    path = tmp_path_factory.mktemp("belle") / "belle.json"
+    lines = TEXT.strip().splitlines()
+    path.write_text(json.dumps([
+        {"id": str(number), "conversations": [
+            {"from": "human", "value": f"Line {number % 2}?\n"},
+            {"from": "gpt", "value": f"{lines[number % 2][:40]}\n"}]}
+        for number in range(32)
+    ]))
+    return path
+
+
+def test_the_official_flags_train_on_a_cpu_and_leave_a_model(belle, baichuan_model_dir, tmp_path):
+    words = [belle, baichuan_model_dir, tmp_path / "out", "--num_train_epochs", 2,
+             "--per_device_train_batch_size", 4, "--learning_rate", "2e-3", "--bf16", "False",
+             "--model_max_length", 48, "--", "--tp", 2, "--num-workers", 0]
+    done = shell(SHIM, *words)
+    assert done.code == 0, done.text
+    losses = [float(one) for one in re.findall(r"'loss': ([\d.]+)", done.out)]
+    assert len(losses) == 16 and losses[-1] < 0.7 * losses[0]
+    assert "rows of a step, over all processes -> --global-batch-size 4" in done.out
+    assert "--save_strategy epoch -> --save-interval 8" in done.out
+    assert "--tf32 True is ignored" in done.out
+    assert "long samples" not in done.out
+    trained, before = read(tmp_path / "out" / "hf"), read(baichuan_model_dir)
+    assert trained.keys() == before.keys()
+    assert not (trained["lm_head.weight"] == before["lm_head.weight"]).all()
+
+
+PAGES = [("baichuan2", SHIM, 8), ("qwen_vl", "examples/qwen_vl/finetune.sh", 9)]
+
+
+@pytest.mark.parametrize(("folder", "shim", "commands"), PAGES)
+def test_both_languages_have_the_same_commands_and_every_command_is_taken(folder, shim, commands):
+    pages = [f"examples/{folder}/{name}" for name in ("README.md", "README_zh.md")]
+    both = [[line for block in blocks(page, "bash")
+             for line in block.replace("\\\n", " ").splitlines()] for page in pages]
+    assert both[0] == both[1]
+    levels = [[level for level, _ in headings(page)] for page in pages]
+    assert levels[0] == levels[1]
+    taken = 0
+    for words in map(shlex.split, both[0]):
+        if words[0] == "megatron-vl":
+            parser(words[1]).parse_args(words[2:])
+        taken += words[0] == "megatron-vl" or shim in words
+    assert taken == commands
+    assert all((ROOT / "examples" / folder / link).exists() for page in pages
+               for link in LINK.findall(prose(page)))
+
+
+def test_the_true_size_is_planned_from_config_and_tokenizer_alone(
+    belle, baichuan_model_dir, tmp_path
+):
+    model = tmp_path / "Baichuan2-7B-Chat"
+    model.mkdir()
+    config = json.loads((baichuan_model_dir / "config.json").read_text()) | {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "vocab_size": 125696, "max_position_embeddings": 4096}
+    (model / "config.json").write_text(json.dumps(config))
+    shutil.copy(baichuan_model_dir / "tokenizer.model", model)
+    done = shell(SHIM, belle, model, tmp_path / "out", "--dry-run", "--", "--tp", 4, "--pp", 2,
+                 "--nproc-per-node", 16)
+    assert done.code == 0, done.text
+    assert "the model has 7,505,973,248 parameters; TP 4 x PP 2 ranks hold" in done.out
+    assert not (tmp_path / "out").exists()
+
+
+BAD = [  # flags in place of the shim's, and what is said
+    (["--data_path", "none"], "--data_path none is neither a JSON file nor a dataset"),
+    (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+    (["--save_strategy", "often"], "--save_strategy is 'often'; use no, steps or epoch"),
+    (["--gradient_accumulation_steps", "0.5"], "--gradient_accumulation_steps is '0.5'"),
+    (["--lora_r", "8"], "unrecognized argument --lora_r: there is no LoRA"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), BAD, ids=[says for _, says in BAD])
+def test_a_bad_flag_is_one_sentence(flags, says, belle, baichuan_model_dir, tmp_path):
+    done = megatron_vl("finetune", "--data_path", belle, "--model_name_or_path", baichuan_model_dir,
+                       "--output_dir", tmp_path / "out", *flags, "--dry-run")
+    assert done.code == 2 and says in done.err and "Traceback" not in done.err, done.text
+    assert not (tmp_path / "out").exists()
