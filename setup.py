@@ -52,5 +52,8 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7", "triton>=3",
                  "liger-kernel>=0.8,<0.9"],
     },
-    entry_points={"console_scripts": ["megatron-vl = megatron_vl.cli.main:main"]},
+    entry_points={"console_scripts": [
+        "megatron-vl = megatron_vl.cli.main:main",
+        "mm-convert = megatron_vl.cli.mm_convert:main",
+    ]},
 )

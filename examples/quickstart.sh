@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained Qwen2-VL that transformers loads, in about 10 minutes on two
+# From a fresh machine to a trained model that transformers loads, in about 10 minutes on two
 # cores, without a GPU: each step is the command a user would type, printed before it runs.
-#   bash examples/quickstart.sh
+#   bash examples/quickstart.sh [--family qwen2_vl]
+#   --family     qwen2_vl or qwen2_5_vl (default: qwen2_vl)
 #   WORK=dir     where everything is written (default: .quickstart)
 #   VENV=dir     the environment to make or reuse (default: .venv)
 #   PYTHON=path  the Python to make it with (default: python3)
@@ -9,6 +10,17 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . toolkits/environment.sh
+
+case "$# $*" in
+  "0 ") FAMILY=qwen2_vl ;;
+  "2 --family qwen2_vl" | "2 --family qwen2_5_vl") FAMILY=$2 ;;
+  *)
+    echo "quickstart.sh: give --family qwen2_vl or --family qwen2_5_vl, not '$*'." >&2
+    exit 2
+    ;;
+esac
+LAUNCHER=examples/$FAMILY/run_mcore_qwen.sh
+CONVERTOR=toolkits/model_checkpoints_convertor/qwen/hf2mcore_${FAMILY}_convertor.sh
 
 WORK=${WORK:-.quickstart}
 VENV=${VENV:-.venv}
@@ -52,8 +64,8 @@ rm -rf "$WORK"
 mkdir -p "$WORK"
 touch "$WORK/.megatron-vl-quickstart"
 
-step "writing a small random Qwen2-VL as a Hugging Face directory"
-run megatron-vl tiny "$WORK/hf" --hidden-size 64 --ffn-size 192 \
+step "writing a small random $FAMILY as a Hugging Face directory"
+run megatron-vl tiny "$WORK/hf" --model-type "$FAMILY" --hidden-size 64 --ffn-size 192 \
   --num-layers 4 --patch-size 8 --min-pixels 4096 --max-pixels 4096 --init-std 0.08 --dtype float32
 
 step "writing easy-VQA, real images and questions, as LLaVA-style JSON"
@@ -69,26 +81,26 @@ run python toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py
 step "converting the weights to Megatron-Core: TP 1, PP 2, vision tower and 1 layer on stage 0"
 # One language layer beside the vision tower on stage 0, three on stage 1: an uneven split.
 run env MP_PP0_LAYERS=1 \
-  bash toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh \
+  bash "$CONVERTOR" \
   auto "$WORK/hf" "$WORK/mcore" 1 2 false fp32
 
 step "pretraining on 2 ranks (gloo): 300 steps on what shape an image shows"
 # Samples are packed into rows of 512 tokens; a step is 4 rows, about 36 samples.
 run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10 --log-interval 10" \
-  bash examples/qwen2_vl/run_mcore_qwen.sh \
+  bash "$LAUNCHER" \
   dsw auto 1 4 1e-3 3e-4 512 512 fp32 1 2 1 true true false false 300 \
   "$WORK/data/wds-pretrain" "$WORK/data/wds-pretrain" "$WORK/mcore" 300 30 "$WORK/pretrain"
 PRETRAINED=$(ls -d "$WORK"/pretrain/checkpoint/*)
 
 step "finetuning on 2 ranks: 550 steps on shape, colour and yes/no questions"
 run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="--eval-iters 10 --log-interval 10 --finetune" \
-  bash examples/qwen2_vl/run_mcore_qwen.sh \
+  bash "$LAUNCHER" \
   dsw auto 1 4 1e-3 5e-5 512 512 fp32 1 2 1 true true false false 275 \
   "$WORK/data/wds-finetune" "$WORK/data/wds-finetune" "$PRETRAINED" 550 20 "$WORK/finetune"
 FINETUNED=$(ls -d "$WORK"/finetune/checkpoint/*)
 
 step "converting the trained checkpoint back to Hugging Face"
-run bash toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh \
+run bash "$CONVERTOR" \
   auto "$FINETUNED" "$WORK/trained-hf" 1 2 true fp32 "$WORK/hf"
 
 step "drawing the loss"
@@ -104,7 +116,7 @@ run python toolkits/evaluate_vqa.py "$WORK/trained-hf" "$WORK/data/test.json" \
 step "done"
 cat <<TXT
 $WORK/
-  hf/            the random Qwen2-VL, as published models are laid out
+  hf/            the random $FAMILY, as published models are laid out
   data/          easy-VQA as JSON and images; wds-pretrain/ and wds-finetune/ are energon datasets
   mcore/         its weights for TP 1, PP 2: release/mp_rank_00_000 and mp_rank_00_001
   pretrain/      checkpoint/, tensorboard/ and log/ of the first run

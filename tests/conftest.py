@@ -157,6 +157,24 @@ def window_model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def resampler_model_dir(shared) -> Path:
+    """Qwen-VL: images of 4 x 4 patches, each of which becomes 4 tokens."""
+    from tiny_hf import write_weights
+
+    def make(out: Path) -> None:
+        _tiny(out, "--model-type", "qwen_vl", "--hidden-size", 256, "--ffn-size", 96,
+              "--vision-hidden-size", 32, "--ranks", 600,
+              "--min-pixels", 56 * 56, "--max-pixels", 56 * 56,
+              "--dtype", "float32")
+        config = json.loads((out / "config.json").read_text())
+        config["visual"]["n_queries"] = 4
+        (out / "config.json").write_text(json.dumps(config))
+        write_weights(out)
+
+    return shared.made("resampler_model", make)
+
+
+@pytest.fixture(scope="session")
 def baichuan_model_dir(shared) -> Path:
     """Baichuan2, with a normalised head and a SentencePiece model."""
     return shared.made("baichuan_model", lambda out: _tiny(

@@ -143,6 +143,7 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
 
 def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     from megatron_vl.launch.launcher import launch
+    from megatron_vl.models.registry import family
     from megatron_vl.parity.report import bounds_of, report, report_sweep
     from megatron_vl.parity.run import differences, write_weights
 
@@ -153,7 +154,8 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)
     if code:
         return code
-    print("running transformers", flush=True)
+    judge = family(spec.model_type).judge_name
+    print(f"running {judge}", flush=True)
     found, own = differences(work_dir, args.hf_dir, spec, layouts, setting)
     show = report if args.sweep is None else report_sweep
-    return show(layouts, setting, found, own, bounds_of(args.tolerance, own))
+    return show(layouts, setting, found, own, bounds_of(args.tolerance, own), judge)

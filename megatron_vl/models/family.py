@@ -130,7 +130,8 @@ class Prompt(Protocol):
         """Tokens that are marks and no text."""
 
     def encode(
-        self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = ()
+        self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = (),
+        media_names: Sequence[str] = (),
     ) -> tuple[list[int], list[int | None]]:
         """Tokens and labels of one conversation.
 
@@ -141,6 +142,7 @@ class Prompt(Protocol):
             turns: of system, user and assistant.
             trained: of each turn, whether its text is; of a trained answer its end is too.
             media_tokens: places that each image and video takes, in order.
+            media_names: of their files.
 
         Raises:
             ValueError: a turn holds one of the marks; in one phrase, which turn and mark.

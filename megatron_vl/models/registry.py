@@ -22,6 +22,7 @@ from megatron_vl.typed import read_file
 
 _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "baichuan": "baichuan2",
+    "qwen": "qwen_vl",
     "qwen2": "qwen2",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
@@ -94,8 +95,13 @@ class Family:
         return self._part("prompt", "template_writer")(source) if self._has("prompt") else None
 
     def judge(self):
-        """transformers' class that loads a published directory of this family."""
+        """The class that loads a published directory of this family, as transformers' do."""
         return self._part("reference", "auto_class")()
+
+    @property
+    def judge_name(self) -> str:
+        """What the judge is, in reports: transformers' model, unless `reference` says another."""
+        return getattr(import_module(f"{self.package}.reference"), "NAME", "transformers")
 
     def judge_inputs(self, spec: ModelSpec, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
@@ -104,6 +110,11 @@ class Family:
     def tiny(self, sizes: TinySizes) -> dict[str, object]:
         """See `megatron_vl.models.family.Family`."""
         return self._part("tiny", "files")(sizes)
+
+    def tiny_sizes(self, **given) -> TinySizes:
+        """Those that are given, and the family's own or everybody's defaults of the others."""
+        own = getattr(import_module(f"{self.package}.tiny"), "DEFAULTS", {})
+        return TinySizes(**(own | given))
 
     def llama_target(self, config_dir: str | Path, spec: ModelSpec, *, max_shard_bytes: int):
         """The `megatron_vl.weights.targets.Target` that writes this model as a Llama.

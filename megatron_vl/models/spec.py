@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_vl.errors import InputError
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
+
+if TYPE_CHECKING:
+    import torch
 
 FFN_MULTIPLE = 16  # of a tower's stored MLP; no published tower has more heads for TP to divide
 DTYPES = ("float32", "bfloat16", "float16")
@@ -113,9 +117,69 @@ class DecoderSpec:
         return 2 * pairs * 2 * self.num_layers * self.num_attention_heads * self.head_dim
 
 
+class TowerSpec(Protocol):
+    """Sizes of a vision tower and of what projects it to the decoder's width, whatever they are.
+
+    A dataclass, so that two models can be compared. A grid is the frames, rows and columns of
+    patches of one image or video.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Layers."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head of a layer."""
+
+    @property
+    def activation(self) -> str:
+        """Of the layers' MLP."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether that has a gate."""
+
+    @property
+    def out_hidden_size(self) -> int:
+        """Width of the embeddings: the decoder's."""
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch."""
+
+    @property
+    def divided(self) -> dict[str, int]:
+        """The sizes that tensor parallelism divides, by name."""
+
+    @property
+    def smallest_grid(self) -> tuple[int, int, int]:
+        """Of the smallest image."""
+
+    @property
+    def only_grid(self) -> tuple[int, int, int] | None:
+        """Of every image, where all are brought to one size; None: an image keeps its own."""
+
+    def num_tokens(self, grid: Sequence[int]) -> int:
+        """Tokens that the decoder sees of an image or video."""
+
+    def states(self, grids: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Shape of the hidden states of these grids between layers: patches, width."""
+
+    def forward_flops(self, grid: tuple[int, int, int]) -> int:
+        """FLOPs of a forward pass over one image or video."""
+
+    def merger_flops(self, grid: tuple[int, int, int]) -> int:
+        """Of them, those of what projects it to the decoder's width."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionSpec:
-    """The vision tower and the merger that projects it to the decoder's width.
+    """The vision tower of Qwen2-VL and of those after it, with the merger behind it.
 
     Raises:
         InputError: sizes that do not fit one another.
@@ -172,9 +236,20 @@ class VisionSpec:
     # ---- what pipeline and fusion ask, whatever the tower is ----------------------------------
 
     @property
+    def divided(self) -> dict[str, int]:
+        """See `TowerSpec`."""
+        return {"vision attention heads": self.num_heads, "vision ffn width": self.stored_ffn_size,
+                "merger width": self.merged_size}
+
+    @property
     def smallest_grid(self) -> tuple[int, int, int]:
         """Of an image of one token."""
         return 1, self.spatial_merge_size, self.spatial_merge_size
+
+    @property
+    def only_grid(self) -> None:
+        """See `TowerSpec`."""
+        return None
 
     def num_tokens(self, grid: Sequence[int]) -> int:
         """Tokens that the decoder sees of an image or video of t x h x w patches."""
@@ -249,10 +324,22 @@ class TokenIds:
     video: int | None = None
     vision_start: int | None = None
     vision_end: int | None = None
+    spanned: bool = False  # all between these two stands for an image, whatever its ids are
     grounding: Grounding | JsonGrounding | None = None  # None: the family has no form for objects
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
+
+    def places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens, int64 [.., S], stand for images and videos: bool [.., S]."""
+        if self.spanned:
+            starts, ends = ids == self.vision_start, ids == self.vision_end
+            return (starts.cumsum(-1) > ends.cumsum(-1)) & ~starts
+        places = ids != ids
+        for token in (self.image, self.video):
+            if token is not None:
+                places = places | (ids == token)
+        return places
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,7 +350,7 @@ class ModelSpec:
     dtype: str  # of the published weights: one of DTYPES
     decoder: DecoderSpec
     tokens: TokenIds
-    vision: VisionSpec | None = None  # None: the model takes text alone
+    vision: TowerSpec | None = None  # None: the model takes text alone
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -285,7 +372,7 @@ class ModelSpec:
         )
 
     @property
-    def towers(self) -> list[VisionSpec | DecoderSpec]:
+    def towers(self) -> list[TowerSpec | DecoderSpec]:
         """Their sizes, in the order they run."""
         return [self.decoder] if self.vision is None else [self.vision, self.decoder]
 
@@ -316,11 +403,7 @@ class ModelSpec:
                 )
         if vision is None and layout.vit_data_parallel:
             raise self.takes_text_alone("vit_data_parallel", True)
-        for what, size in () if vision is None else (
-            ("vision attention heads", vision.num_heads),
-            ("vision ffn width", vision.stored_ffn_size),
-            ("merger width", vision.merged_size),
-        ):
+        for what, size in () if vision is None else vision.divided.items():
             if size % layout.vit_tp:
                 raise InputError(
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."

@@ -13,7 +13,7 @@ from megatron_vl.data.encode.samples import IGNORE, EncodedSample, RowBatch
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 
-ROW_LENGTH = 128
+ROW_MULTIPLE = 128  # of tokens, that a case's longest row is filled up to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +62,17 @@ assert {case.num_microbatches for case in CASES} == {MICROBATCHES}
 
 def cases(spec: ModelSpec, packed: bool) -> list[Case]:
     """Those that the model can see, with several samples a row where they have it, or with one."""
-    seen = [case for case in CASES if spec.vision is not None or not any(case.images)]
+    seen = [_as_seen(case, spec) for case in CASES
+            if spec.vision is not None or not any(case.images)]
     return seen if packed else [case.unpacked() for case in seen]
+
+
+def _as_seen(case: Case, spec: ModelSpec) -> Case:
+    """The case with the grid that every image has in this model, where all have the same."""
+    only = None if spec.vision is None else spec.vision.only_grid
+    if only is None:
+        return case
+    return replace(case, images=tuple((only,) * len(grids) for grids in case.images))
 
 
 def make_samples(spec: ModelSpec, case: Case, seed: int = 0) -> list[EncodedSample]:
@@ -105,20 +114,21 @@ def _placeholder(spec: ModelSpec, grid: Sequence[int]) -> int:
 
 
 def make_batches(
-    spec: ModelSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int = ROW_LENGTH
+    spec: ModelSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int | None = None
 ) -> list[RowBatch]:
     """The samples of `case` as microbatches of packed rows.
 
     Args:
-        multiple: a microbatch's rows have the least multiple of it that holds them.
+        multiple: a microbatch's rows have the least multiple of it that holds them; None: those of
+            all microbatches have one length.
     """
-    per_batch = case.samples_per_row * case.rows_per_microbatch
     positions = family(spec.model_type).positions(spec)
+    rows = [make_row(samples[i : i + case.samples_per_row])
+            for i in range(0, len(samples), case.samples_per_row)]
+    most = -(-max(row.num_tokens for row in rows) // ROW_MULTIPLE) * ROW_MULTIPLE
     batches = []
-    for start in range(0, len(samples), per_batch):
-        group = samples[start : start + per_batch]
-        rows = [make_row(group[i : i + case.samples_per_row])
-                for i in range(0, per_batch, case.samples_per_row)]
-        length = least_length(rows, multiple=multiple, most=ROW_LENGTH)
-        batches.append(make_batch(rows, row_length=length, pad_token=0, positions=positions))
+    for start in range(0, len(rows), case.rows_per_microbatch):
+        group = rows[start : start + case.rows_per_microbatch]
+        length = least_length(group, multiple=multiple or most, most=most)
+        batches.append(make_batch(group, row_length=length, pad_token=0, positions=positions))
     return batches

@@ -17,7 +17,7 @@ import torch
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
-from megatron_vl.parity.cases import ROW_LENGTH, Case, cases, make_batches, make_samples
+from megatron_vl.parity.cases import Case, cases, make_batches, make_samples
 from megatron_vl.parity.compare import Outcome
 from megatron_vl.platform import barrier
 
@@ -108,7 +108,7 @@ def _run_layout(
         # As in training, where rows of one sample are no longer than a microbatch needs.
         batches = make_batches(
             spec, case, make_samples(spec, case),
-            multiple=layout.row_parts if options.row_lengths_vary else ROW_LENGTH,
+            multiple=layout.row_parts if options.row_lengths_vary else None,
         )[dp_rank :: layout.dp]
         for chunk in model:
             chunk.train()
@@ -149,6 +149,11 @@ def _logits_step(stream, model):
     return output, gather
 
 
+def _gradient(weight: torch.nn.Parameter) -> torch.Tensor:
+    """Summed over microbatches; zero of a constant."""
+    return weight.main_grad if weight.requires_grad else torch.zeros_like(weight)
+
+
 def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Layout) -> None:
     """This rank's summed gradients in the place of the weights of its checkpoint file."""
     from megatron.core import parallel_state
@@ -165,7 +170,7 @@ def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Lay
         for number, chunk in enumerate(model):
             part = content[f"model{number}" if len(model) > 1 else "model"]
             own = dict(chunk.module.named_parameters())
-            gradients = {name: own.pop(to_local_names(name)).main_grad for name in part}
+            gradients = {name: _gradient(own.pop(to_local_names(name))) for name in part}
             assert not own, own.keys()
             if layout.vit_data_parallel:
                 gradients |= _cut_vision(gradients, spec, source.split, (tp, layout.tp), pp, number)

@@ -188,7 +188,8 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
         Held(
             name=name, where=weight.place.where, shape=_shape(plan, weight), layers=layers[name],
             experts=len(weight.each),
-            trained=part_of(name) not in plan.config.model.frozen,
+            trained=part_of(name) not in plan.config.model.frozen
+            and (not weight.constant or plan.config.model.train_constants),
             tied_over_stages=tied and weight.place in (EMBEDDING, LAST_COPY),
         )
         for name, weight in kinds.items()

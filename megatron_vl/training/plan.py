@@ -117,6 +117,10 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     if spec.vision is None:
         _check_text_only(config, spec)
+    if config.model.train_constants and not family(spec.model_type).weight_map(spec).constants:
+        raise InputError(
+            f"train-constants is true, but {spec.model_type} has no constant weight; leave it out."
+        )
     if config.model.cpu_offloading and config.parallel.pipeline_model_parallel_size > 1:
         raise InputError(
             "cpu-offloading needs a pipeline of one stage; use "

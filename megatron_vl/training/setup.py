@@ -52,6 +52,7 @@ def model_options(
         row_lengths_vary=plan.row_multiple is not None,
         deterministic=run.deterministic,
         frozen=run.frozen,
+        train_constants=run.train_constants,
     )
 
 

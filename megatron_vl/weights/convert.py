@@ -96,7 +96,7 @@ def inspect_weights(directory: str | Path) -> CheckpointInfo:
         return inspect_checkpoint(directory, wanted="either")
     return CheckpointInfo(
         format=HF, root=directory, path=directory, iteration=0, release=True, layout=Layout(),
-        split=None, model_type=None, dtype=None, padded_vocab=None, args={},
+        split=None, model_type=None, dtype=None, args={},
     )
 
 

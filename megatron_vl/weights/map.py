@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from megatron_vl.errors import InputError, shown
 from megatron_vl.parallel import StageSplit
 from megatron_vl.parallel.stages import LANGUAGE
-from megatron_vl.weights.rules import Piece, Rule, Vocab
+from megatron_vl.weights.rules import Piece, Rule
 
 SHOWN = 4  # keys an error message spells out
+Shapes = Mapping[tuple[str, str, str], tuple[int, ...]]  # of tensors, by `Stored.id`
 
 
 class Where(enum.Enum):
@@ -50,6 +51,7 @@ class Weight:
     place: Place
     name: str  # Megatron-Core's; `{i}` counts the layers of one chunk
     rule: Rule  # with published names; `{i}` counts the layers of the model
+    constant: bool = False  # stored with the others; trained only if a run asks for it
     experts: int | None = None  # of a layer, with a tensor each; None: there is no `{e}`
 
     @property
@@ -148,6 +150,11 @@ class WeightMap:
             for weight in self.weights if weight.place != LAST_COPY
         }
 
+    @property
+    def constants(self) -> frozenset[str]:
+        """Megatron-Core names of the constant weights."""
+        return frozenset(weight.name for weight in self.weights if weight.constant)
+
     def published_name(self, key: str) -> str:
         """The published name of a key as some file spells it."""
         for old, new in self.renamed:
@@ -175,32 +182,38 @@ class WeightMap:
     # ---- Megatron-Core's forms ----------------------------------------------------------------
 
     def mcore_inventory(
-        self, *, split: StageSplit, tp: int, padded_vocab: int | None = None
+        self, *, split: StageSplit, tp: int, found: Shapes | None = None
     ) -> list[Stored]:
-        """What every (TP, PP) rank's file holds in the torch format, file after file."""
+        """What every (TP, PP) rank's file holds in the torch format, file after file.
+
+        `found` gives the shape of every tensor that is there, by `Stored.id`; None: as we pad them.
+        """
         return [
             stored
             for stage in range(split.pp)
             for rank in range(tp)
             for chunk in range(split.vp)
             for stored in self.chunk_inventory(
-                split=split, tp=tp, rank=rank, stage=stage, chunk=chunk, padded_vocab=padded_vocab
+                split=split, tp=tp, rank=rank, stage=stage, chunk=chunk, found=found
             )
         ]
 
     def chunk_inventory(
         self, *, split: StageSplit, tp: int, rank: int, stage: int, chunk: int = 0,
-        padded_vocab: int | None = None,
+        found: Shapes | None = None,
     ) -> list[Stored]:
-        """What one model chunk of one rank holds."""
-        file = rank_file(tp=rank, pp=stage, pp_size=split.pp)
+        """What one model chunk of one rank holds; `found` as in `mcore_inventory`."""
+        file, of_first = (rank_file(tp=one, pp=stage, pp_size=split.pp) for one in (rank, 0))
         part = f"model{chunk}" if split.vp > 1 else "model"
         stored = []
         for weight, layer, local in self.chunk_weights(split, stage, chunk):
             for e in weight.each:
-                shape, pieces = _padded(weight.rule_of(layer, e), padded_vocab).pieces(tp, rank)
-                stored.append(Stored(file=file, part=part, name=weight.named(local, e),
-                                     shape=shape, pieces=pieces))
+                name, rule = weight.named(local, e), weight.rule_of(layer, e)
+                # All ranks by the first one's shapes, so that ranks that differ do not fit.
+                if found is not None and (of_first, part, name) in found:
+                    rule = rule.as_stored(found[of_first, part, name], tp)
+                shape, pieces = rule.pieces(tp, rank)
+                stored.append(Stored(file=file, part=part, name=name, shape=shape, pieces=pieces))
         return stored
 
     def chunk_weights(
@@ -246,7 +259,8 @@ class WeightMap:
                     used.add(name)
                     for e in weight.each:
                         at, stack = self._in_stack(weight, i, e, layers=name != numbered)
-                        shape, pieces = _padded(weight.rule_of(i, e), found[name][0]).pieces(1, 0)
+                        rule = weight.rule_of(i, e).as_stored(found[name][len(stack):], 1)
+                        shape, pieces = rule.pieces(1, 0)
                         inventory.append(Stored(
                             file="", part="", name=name, shape=(*stack, *shape),
                             pieces=tuple(_stacked(piece, at) for piece in pieces),
@@ -362,10 +376,6 @@ def _of_rule(name: str, rule: Rule) -> Stored:
 def _stacked(piece: Piece, at: tuple[int, ...]) -> Piece:
     """The piece inside a tensor that has dimensions in front: `at` gets as many numbers more."""
     return replace(piece, at=(*at, *piece.at))
-
-
-def _padded(rule: Rule, rows: int | None) -> Rule:
-    return replace(rule, padded=rows) if isinstance(rule, Vocab) and rows else rule
 
 
 def _matches(patterns: Iterable[str], name: str) -> bool:

@@ -85,7 +85,6 @@ class CheckpointInfo:
     split: StageSplit | None  # None if a torch_dist checkpoint of another tool does not say
     model_type: str | None  # None if the checkpoint does not say; then config.json does
     dtype: str | None
-    padded_vocab: int | None  # rows of the embedding over all TP ranks, where known
     args: Mapping[str, Any]  # what its maker noted; a run of ours its options by their names
 
 
@@ -163,7 +162,7 @@ def open_mcore(
                 tensors |= {(key, part, name): at for name, at in content[part].items()
                             if isinstance(at, TensorAt)}
     inventory = weights.mcore_inventory(
-        split=info.split, tp=info.layout.tp, padded_vocab=info.padded_vocab
+        split=info.split, tp=info.layout.tp, found={one: at.shape for one, at in tensors.items()}
     )
     weights.match_mcore(inventory, tensors)
     inventory = [stored for stored in inventory if stored.id in tensors]
@@ -265,8 +264,7 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
         )
     return CheckpointInfo(
         **common, layout=Layout(tp=tp, pp=pp, vp=split.vp), split=split,
-        model_type=ours.model_type, dtype=ours.dtype,
-        padded_vocab=_padded_vocab(stages, tp), args=args,
+        model_type=ours.model_type, dtype=ours.dtype, args=args,
     )
 
 
@@ -276,7 +274,7 @@ def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
     ours = _noted(saved.get(ENTRY) or args.get(ENTRY), path)
     return CheckpointInfo(
         **common, layout=ours.sizes, split=ours.stages,
-        model_type=ours.model_type, dtype=ours.dtype, padded_vocab=None, args=args,
+        model_type=ours.model_type, dtype=ours.dtype, args=args,
     )
 
 
@@ -312,15 +310,6 @@ def _split_of(stages: Sequence[Mapping[str, Any]], path: Path) -> StageSplit:
             counts[tower].append(tuple(rows[tower]))
     llm, vit = (tuple(rows) for rows in counts.values())
     return StageSplit(llm=llm, encoders=((VISION, vit),) if any(map(any, vit)) else ())
-
-
-def _padded_vocab(stages: Sequence[Mapping[str, Any]], tp: int) -> int | None:
-    for stage in stages:
-        for part in _parts(stage):
-            at = stage[part].get("language_model.embedding.word_embeddings.weight")
-            if isinstance(at, TensorAt):
-                return at.shape[0] * tp
-    return None
 
 
 def _arguments(args: Any) -> dict:

@@ -67,6 +67,15 @@ class Rule:
         """Extents after the first dimension, alike for all published tensors of the rule."""
         return next(iter(self.published().values()))[1:]
 
+    def as_stored(self, shape: Sequence[int], tp: int) -> Rule:
+        """The rule of a checkpoint that another tool may have padded otherwise, or not at all.
+
+        Args:
+            shape: of the tensor on each of `tp` ranks. Where it fits no such rule, neither will the
+                shape that `pieces` answers.
+        """
+        return self
+
     def numbered(self, **numbers: int) -> Rule:
         """The same rule with `{i}` in its keys replaced by the number `i`, and so on."""
         named = {}
@@ -154,6 +163,10 @@ class RowParallel(Copy):
 
     padded: int | None = None
 
+    def as_stored(self, shape: Sequence[int], tp: int) -> Rule:
+        bare = shape[1:] == (self.shape[1] // tp,)
+        return replace(self, padded=None) if bare else self
+
     def pieces(self, tp: int, rank: int) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
         if self.padded is None:
             return Copy.pieces(self, tp, rank)
@@ -236,6 +249,10 @@ class GateUp(Rule):
     columns: int | None  # None for a bias
     padded: int | None = None
 
+    def as_stored(self, shape: Sequence[int], tp: int) -> Rule:
+        bare = shape[:1] == (2 * self.ffn // tp,)
+        return replace(self, padded=None) if bare else self
+
     def rows(self, tp: int) -> list[Rows]:
         part = self._part(self.padded or self.ffn, tp)
         found = []
@@ -262,6 +279,9 @@ class Vocab(Rule):
     vocab: int
     columns: int
     padded: int | None = None
+
+    def as_stored(self, shape: Sequence[int], tp: int) -> Rule:
+        return replace(self, padded=shape[0] * tp) if shape else self
 
     def rows(self, tp: int) -> list[Rows]:
         stored = self.padded or -(-self.vocab // tp) * tp

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, run
+from commands import ROOT, megatron_vl, run
 from safetensors.torch import load_file
 from shared import Shared
 from training_jobs import CASE
@@ -296,3 +296,29 @@ def test_another_frozen_set_is_refused_on_resume(jobs):
     with pytest.raises(InputError, match="freeze-merger false but this run has true; .*no-load"):
         find(options)
     find(options | {"no_load_optim": True})
+
+
+def test_a_resampler_is_trained_without_its_tower_and_its_positions_where_asked(
+    resampler_model_dir, wds_dir, tmp_path
+):
+    before, pool = load_file(resampler_model_dir / "model.safetensors"), "visual.attn_pool."
+    positions = f"transformer.{pool}pos_embed"
+    merger = sum(weight.numel() for name, weight in before.items() if pool in name)
+    for options, says in (
+        ([], "constant 1,024 (train-constants trains them)"),
+        (["--train-constants"], f"merger {merger:,} at lr"),
+    ):
+        save, home = tmp_path / "run" / str(len(options)), tmp_path / "home" / str(len(options))
+        done = megatron_vl(
+            "train", "--load", resampler_model_dir, "--train-data-path", wds_dir, "--freeze-vit",
+            "--train-iters", 1, "--seq-length", 128, "--micro-batch-size", 1,
+            "--global-batch-size", 1, "--lr", 1e-3, "--eval-interval", 0, "--num-workers", 0,
+            "--save", save, *options,
+        )
+        assert done.code == 0 and says in done.text, done.text
+        assert megatron_vl("convert", save, home, "--to", "hf").code == 0
+        after = load_file(home / "model.safetensors")
+        moved = {name for name, weight in before.items()
+                 if not torch.equal(weight, after[name]) and "visual" in name}
+        trained = {name for name in before if pool in name}
+        assert moved == (trained if options else trained - {positions})

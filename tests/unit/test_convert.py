@@ -18,6 +18,7 @@ from tiny_hf import ROOT, assert_equal, make, read, read_mcore, reference_ranks
 
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
+from megatron_vl.models import spec
 from megatron_vl.weights import inspect_checkpoint, load_rank, reshard
 
 
@@ -396,3 +397,43 @@ assert run(['convert', out + '/m', out + '/half', '--to', 'hf', '--dtype', 'floa
     subprocess.run([sys.executable, "-c", code, str(tied), str(tmp_path)], check=True, cwd=ROOT,
                    timeout=120)
     assert_equal(read(tmp_path / "back"), read(tied))
+
+
+# ---- a tower whose MLP another tool pads otherwise, or not at all ------------------------------
+
+
+@pytest.fixture
+def padded_to(window_model_dir, tmp_path, monkeypatch):
+    """Writes the tiny model, whose MLP is 252 wide, with the width made a multiple of a number."""
+
+    def write(multiple: int, *options: object):
+        with monkeypatch.context() as patch:
+            patch.setattr(spec, "FFN_MULTIPLE", multiple)
+            convert(window_model_dir, tmp_path / f"to-{multiple}", *options)
+        return tmp_path / f"to-{multiple}"
+
+    return write
+
+
+@pytest.mark.parametrize("options", [("--tp", 2, "--pp", 2), ("--format", "torch_dist")])
+def test_a_tower_that_was_not_padded_is_read(options, padded_to, window_model_dir, tmp_path):
+    bare = padded_to(1, *options)
+    if "--tp" in options:
+        first = read_mcore(bare)["mp_rank_00_000"]["model"]
+        assert first["vision_model.decoder.layers.0.mlp.linear_fc1.weight"].shape == (252, 64)
+        assert first["vision_model.decoder.layers.0.mlp.linear_fc2.weight"].shape == (64, 126)
+    convert(bare, tmp_path / "home", "--to", "hf")
+    assert_equal(read(tmp_path / "home"), read(window_model_dir))
+    convert(bare, tmp_path / "ours", "--tp", 4)
+    convert(window_model_dir, tmp_path / "wanted", "--tp", 4)
+    ours, wanted = read_mcore(tmp_path / "ours"), read_mcore(tmp_path / "wanted")
+    assert ours.keys() == wanted.keys()
+    for rank in wanted:
+        assert_equal(ours[rank]["model"], wanted[rank]["model"])
+
+
+@pytest.mark.parametrize("options", [("--tp", 2), ("--format", "torch_dist")])
+def test_a_tower_of_another_width_is_refused_by_name(options, padded_to, tmp_path, capsys):
+    assert run(["convert", str(padded_to(40, *options)), str(tmp_path / "home")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"vision_model\.decoder\.layers\S*linear_fc1\.weight has shape", said), said

@@ -12,6 +12,7 @@ import yaml
 from test_import_rule import ALWAYS, ROOMS
 
 from megatron_vl.cli.main import COMMANDS
+from megatron_vl.cli.mm_convert import make_parser as mm_convert
 from megatron_vl.launch.cluster import ROWS as SCHEDULERS
 from megatron_vl.training.options.config_sources import load_config
 
@@ -31,7 +32,7 @@ ARGUMENTS = {  # script -> numbers of arguments it takes
     "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_5_vl_convertor.sh": (7, 8),
 }
 # What the commands shown there write, and what a checkpoint holds.
-MADE = ("runs", ".quickstart", ".venv", ".venv-test", "iter_0000100", "release")
+MADE = ("runs", "ckpt", ".quickstart", ".venv", ".venv-test", "iter_0000100", "release")
 # A table of a folder names what is in it without repeating the folder.
 FOLDERS = (ROOT, ROOT / "tests", ROOT / "megatron_vl", ROOT / "megatron_vl" / "models")
 SITES = ("https://github.com/", "https://arxiv.org/", "http://www.apache.org/")
@@ -173,7 +174,7 @@ def test_the_table_of_packages_is_the_enforced_one():
 def test_every_command_can_be_given_as_it_is_written(document):
     for words in commands(document):
         program, given = words[0], words[1:]
-        assert program in ("megatron-vl", "bash", "python", "pip"), words
+        assert program in ("megatron-vl", "mm-convert", "bash", "python", "pip"), words
         if program == "megatron-vl":
             assert given[0] in COMMANDS, words
             if given[0] == "launch":  # behind -- another command of the program
@@ -182,6 +183,8 @@ def test_every_command_can_be_given_as_it_is_written(document):
                 assert {w for w in inner if w.startswith("--")} <= options(inner[0]), words
             unknown = {w for w in given if w.startswith("--")} - options(given[0])
             assert not unknown, f"megatron-vl {given[0]} has no {unknown}"
+        elif program == "mm-convert":
+            mm_convert().parse_args(given)
         elif program == "pip":
             assert given == ["install", "-e", ".[test]"], words
         else:

@@ -14,12 +14,13 @@ from megatron_vl.models import family, known_families, load_spec
 from megatron_vl.models.registry import read_config_json
 from megatron_vl.training.checkpoint.same_model import check_same_model
 
-TINY = {"baichuan": "baichuan_model_dir", "qwen2": "text_model_dir",
+TINY = {"baichuan": "baichuan_model_dir", "qwen": "resampler_model_dir", "qwen2": "text_model_dir",
         "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir"}
 PUBLISHED = {
     # layers, width, heads, key/value heads, ffn, vocabulary, tied; the
     # tower's ffn; billions of numbers
     ("baichuan", "7B"): ((32, 4096, 32, 32, 11008, 125696, False), None, 7.506),
+    ("qwen", "7B"): ((32, 4096, 32, 32, 11008, 151936, False), None, 9.657),
     ("qwen2", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), None, 7.616),
     ("qwen2_5_vl", "3B"): ((36, 2048, 16, 2, 11008, 151936, True), 3420, 3.755),
     ("qwen2_5_vl", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), 3420, 8.292),
@@ -30,6 +31,12 @@ KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_valu
         "intermediate_size", "vocab_size", "tie_word_embeddings")
 WINDOWS = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14, "window_size": 112,
            "fullatt_block_indexes": [7, 15, 23, 31]}
+OTHERWISE = {  # what a family calls or counts as no other does
+    "qwen": {"intermediate_size": 2 * 11008, "kv_channels": 128, "visual": {
+        "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48,
+        "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664,
+    }},
+}
 
 
 @pytest.fixture(params=sorted(TINY))
@@ -68,7 +75,7 @@ def test_a_published_size_is_counted_right(name, size, request, tmp_path):
     sizes, vision_ffn, billions = PUBLISHED[name, size]
     config = read_config_json(request.getfixturevalue(TINY[name])) | dict(
         zip(KEYS, sizes, strict=True)
-    )
+    ) | OTHERWISE.get(name, {})
     if vision_ffn:
         config["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
         config["vision_config"] |= WINDOWS | {
@@ -89,6 +96,8 @@ VISION_OPTIONS = [
     ("--vit-lr", "vit-lr is 0.1, but qwen2 takes text alone; leave it out."),
     ("--image-max-pixels", "image-max-pixels is 1, but qwen2 takes text alone; leave it out."),
     ("--vit-pp-layers", "vit-pp-layers is 1,1, but qwen2 takes text alone; leave it out."),
+    ("--train-constants", "train-constants is true, but qwen2 has no constant weight; leave it "
+                          "out."),
     ("--freeze-llm", "freeze-llm leaves nothing to train of qwen2, which is a language model "
                      "alone; leave it out."),
 ]

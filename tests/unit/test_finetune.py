@@ -40,6 +40,7 @@ BECOME = [  # flags, and options that they come to
     ({"lr_scheduler_type": "constant"}, ["--lr-decay-style", "constant", "--min-lr", "0"]),
     ({"max_steps": "7"}, ["--train-iters", "7"]),
     ({"warmup_ratio": "0.1"}, ["--lr-warmup-fraction", "0.1"]),
+    ({"fix_vit": "True"}, ["--freeze-vit"]),
 ]
 
 
@@ -54,6 +55,7 @@ def test_a_flag_becomes_an_option_and_is_told(flags, words):
 
 REFUSED = [
     ({"use_lora": "True"}, "--use_lora is True, but there is no LoRA"),
+    ({"q_lora": "True"}, "--q_lora is True, but there is no LoRA"),
     ({"bf16": "maybe"}, "--bf16 is 'maybe'; use True or False"),
     ({"lr_scheduler_type": "polynomial"}, "--lr_scheduler_type is 'polynomial'"),
 ]
@@ -121,22 +123,24 @@ def test_the_official_flags_train_on_a_cpu_and_leave_a_model(belle, baichuan_mod
     assert not (trained["lm_head.weight"] == before["lm_head.weight"]).all()
 
 
-PAGES = "examples/baichuan2/README.md", "examples/baichuan2/README_zh.md"
+PAGES = [("baichuan2", SHIM, 8), ("qwen_vl", "examples/qwen_vl/finetune.sh", 9)]
 
 
-def test_both_languages_have_the_same_commands_and_every_command_is_taken():
+@pytest.mark.parametrize(("folder", "shim", "commands"), PAGES)
+def test_both_languages_have_the_same_commands_and_every_command_is_taken(folder, shim, commands):
+    pages = [f"examples/{folder}/{name}" for name in ("README.md", "README_zh.md")]
     both = [[line for block in blocks(page, "bash")
-             for line in block.replace("\\\n", " ").splitlines()] for page in PAGES]
+             for line in block.replace("\\\n", " ").splitlines()] for page in pages]
     assert both[0] == both[1]
-    levels = [[level for level, _ in headings(page)] for page in PAGES]
+    levels = [[level for level, _ in headings(page)] for page in pages]
     assert levels[0] == levels[1]
     taken = 0
     for words in map(shlex.split, both[0]):
         if words[0] == "megatron-vl":
             parser(words[1]).parse_args(words[2:])
-        taken += words[0] == "megatron-vl" or SHIM in words
-    assert taken == 8
-    assert all((ROOT / "examples/baichuan2" / link).exists() for page in PAGES
+        taken += words[0] == "megatron-vl" or shim in words
+    assert taken == commands
+    assert all((ROOT / "examples" / folder / link).exists() for page in pages
                for link in LINK.findall(prose(page)))
 
 

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_vl.models import load_spec
+from megatron_vl.models import family, load_spec
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.training.reporting.flops import step_flops, utilization
 
@@ -105,3 +105,11 @@ def test_a_device_s_peak_is_known_by_its_name_or_not_at_all(name, peak):
 def test_utilization_is_a_part_of_all_devices_peak():
     assert utilization(4e12, seconds=2.0, ranks=4, peak=1e12) == 0.5
     assert utilization(4e12, seconds=2.0, ranks=4, peak=None) is None
+
+
+def test_flops_are_those_that_torch_counts_in_a_tower_with_a_resampler(resampler_model_dir):
+    spec = load_spec(resampler_model_dir)
+    visual = family("qwen").judge().from_pretrained(resampler_model_dir).transformer["visual"]
+    with torch.no_grad():
+        found = counted(lambda: visual(torch.rand(16, spec.vision.patch_dim)))
+    assert spec.vision.forward_flops(spec.vision.only_grid) == found

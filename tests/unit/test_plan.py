@@ -137,7 +137,7 @@ def checkpoint_of(args: dict, where) -> CheckpointInfo:
     """What a run with these options would have left."""
     return CheckpointInfo(
         format="torch_dist", root=where, path=where, iteration=5, release=False, layout=Layout(),
-        split=None, model_type=None, dtype=None, padded_vocab=None, args=args,
+        split=None, model_type=None, dtype=None, args=args,
     )
 
 

@@ -132,7 +132,7 @@ class ChatTokenizer:
 
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
-        pixels: Pixels | None = None,
+        pixels: Pixels | None = None, media_names: Sequence[str] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
@@ -144,6 +144,7 @@ class ChatTokenizer:
             media_tokens: placeholders each image and video takes, in order.
             tools: a JSON list of the functions that may be called.
             pixels: see `render`; needed where the family's form of objects counts pixels.
+            media_names: of each image's or video's file; no template writes it.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or

@@ -37,7 +37,7 @@ class PromptTokenizer:
 
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
-        pixels: Pixels | None = None,
+        pixels: Pixels | None = None, media_names: Sequence[str] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels, int64 [L]: see `ChatTokenizer.encode`.
 
@@ -53,7 +53,7 @@ class PromptTokenizer:
             )
         turns = render(turns, self.tokens.grounding, lambda mark: True, pixels)
         try:
-            tokens, labels = self.prompt.encode(turns, trained, media_tokens)
+            tokens, labels = self.prompt.encode(turns, trained, media_tokens, media_names)
         except ValueError as error:
             raise BadEntry("reserved mark", str(error)) from error
         wanted = [IGNORE if label is None else label for label in [*labels[1:], None]]

@@ -13,7 +13,7 @@ from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.media import decode_rgb, video_frames
 from megatron_vl.data.encode.prompt import PromptTokenizer
 from megatron_vl.data.encode.samples import IGNORE
-from megatron_vl.models.media import IMAGE, VIDEO, StoredMedia
+from megatron_vl.models.media import VIDEO, StoredMedia
 
 _SIDE = 112  # pixels of a thumbnail's longer side at most
 
@@ -41,17 +41,16 @@ def pieces(
         media_tokens: places that each image and video takes, in order.
     """
     special = chat.special_ids
-    places = {getattr(chat.tokens, kind) for kind in (IMAGE, VIDEO)}
-    ids = tokens.tolist()
+    ids, is_place = tokens.tolist(), chat.tokens.places(tokens).tolist()
     trained = [False, *(label != IGNORE for label in labels.tolist()[:-1])]
     at = number = 0
     while at < len(ids):
-        if ids[at] in places:
+        if is_place[at]:
             yield ShownPiece(media=number)
             at, number = at + media_tokens[number], number + 1
             continue
         kind, end = (ids[at] in special, trained[at]), at + 1
-        while end < len(ids) and ids[end] not in places and (
+        while end < len(ids) and not is_place[end] and (
             (ids[end] in special, trained[end]) == kind
         ):
             end += 1

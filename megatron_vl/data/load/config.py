@@ -22,7 +22,7 @@ class DataConfig:
     train: Mixture | None  # datasets `megatron-vl prepare` wrote
     valid: Mixture | None = None  # their validation splits are read; None: nothing to validate on
     seq_length: int  # tokens of a row when samples are packed
-    truncate_samples: bool = False  # cut a longer sample of text, instead of skipping it
+    truncate_samples: bool = False  # cut text off a longer sample's end, instead of skipping it
     max_padding_length: int | None = None  # tokens of a row at most when not; None: seq_length
     row_multiple: int | None = None  # not packed, a batch's rows end behind the longest, at a
     # multiple of this; None: all have max_padding_length

@@ -83,7 +83,7 @@ class RowRules:
     """What makes a row."""
 
     length: int  # tokens a row holds; a longer sample is skipped
-    truncates: bool = False  # of a longer sample of text alone the end is cut off instead
+    truncates: bool = False  # its end is cut off instead, where that is text
     multiple: int | None = None  # of which a batch's rows are the least that holds them; None: full
     packs: bool  # whether samples share rows
     length_mend: str  # what to do about a sample that is too long, for the message
@@ -143,7 +143,8 @@ class SampleEncoder(TaskEncoder):
                 sample = conversation_of(sample, self.name_of(sample))
             tokens, labels, grids = self.model.encode(sample.turns, sample.media, sample.tools)
             cut = tokens.numel() - self.rules.length if self.rules.truncates else 0
-            if cut > 0 and not sample.media:
+            # An image or video is whole, and so is the mark behind it.
+            if cut > 0 and not self._places(tokens)[self.rules.length - 1 :].any():
                 tokens, labels = self._truncated(tokens, labels)
             self._check_size(tokens.numel(), grids, sample.media)
         except BadMedia as error:
@@ -162,6 +163,10 @@ class SampleEncoder(TaskEncoder):
             media=sample.media,
             read=sample.read,
         )
+
+    def _places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of a sample's tokens [L] stand for images and videos: bool [L]."""
+        return self.model.chat.tokens.places(tokens)
 
     def _truncated(
         self, tokens: torch.Tensor, labels: torch.Tensor

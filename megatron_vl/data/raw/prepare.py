@@ -93,7 +93,7 @@ class PrepareConfig:
             if not re.fullmatch(r"[\d./, ]{1,99}", self.split, re.ASCII):
                 raise ValueError  # of 1e999999999 a fraction would be made
             shares = [Fraction(share.strip()) for share in self.split.split(",")]
-            if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
+            if len(shares) != 3 or min(shares) < 0 or not any(shares[:2]):
                 raise ValueError
         except (ValueError, ZeroDivisionError) as error:
             raise InputError(

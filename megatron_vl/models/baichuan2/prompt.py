@@ -29,7 +29,8 @@ class ReservedPrompt:
         self.pad_token = pad_token
 
     def encode(
-        self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = ()
+        self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = (),
+        media_names: Sequence[str] = (),
     ) -> tuple[list[int], list[int | None]]:
         """See `megatron_vl.models.family.Prompt`."""
         tokens: list[int] = []

@@ -29,7 +29,7 @@ class SegmentParams(PackedSeqParams):
 
     segments: Segments | None = None
     windows: Segments | None = None  # of the layers that attend within windows, where there are any
-    rotary: Rotary | None = None  # of this rank's positions
+    rotary: Rotary | None = None  # of this rank's positions; None: they were added to the input
 
 
 class VarlenCoreAttention(MegatronModule):
@@ -77,8 +77,9 @@ class VarlenCoreAttention(MegatronModule):
         """Attention inside the segments; returns [s, b, N*H]."""
         assert attention_mask is None and attention_bias is None
         rotary = packed_seq_params.rotary
-        query = self.rotate(query, rotary.cos, rotary.sin)
-        key = self.rotate(key, rotary.cos, rotary.sin)
+        if rotary is not None:
+            query = self.rotate(query, rotary.cos, rotary.sin)
+            key = self.rotate(key, rotary.cos, rotary.sin)
         if self.share is not None:
             query, key, value = map(self.share.tokens_to_heads, (query, key, value))
         s, b, heads, head_dim = query.shape

@@ -9,16 +9,6 @@ from __future__ import annotations
 import torch
 
 from megatron_vl.models.common.context_parallel import RowShare
-from megatron_vl.models.spec import TokenIds
-
-
-def media_places(input_ids: torch.Tensor, tokens: TokenIds) -> torch.Tensor:
-    """Which of the tokens [b, s] stand for images and videos: bool [b, s]."""
-    places = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in (tokens.image, tokens.video):
-        if token is not None:
-            places |= input_ids == token
-    return places
 
 
 def fuse(

@@ -16,14 +16,14 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
-from megatron_vl.models.common.fusion import fuse, media_places, nothing_of
+from megatron_vl.models.common.fusion import fuse, nothing_of
 from megatron_vl.models.common.language_model import LanguageModel
 from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
 from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
-from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.spec import ModelSpec, TowerSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
@@ -106,13 +106,13 @@ class PipelineModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.share = RowShare()
-        numbers = math.prod(spec.vision.states([spec.vision.smallest_grid])) if self.spans else None
-        self.relay = Relay(config, self.share.size, numbers)
+        self.relay = Relay(config, self.share.size, _smallest(spec.vision) if self.spans else None)
         self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None
         self.frozen = frozenset(options.frozen)
         for name, weight in self.named_parameters():
-            weight.requires_grad_(part_of(name) not in self.frozen)
+            if part_of(name) in self.frozen:  # others may be constants by themselves
+                weight.requires_grad_(False)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied embedding of this chunk, None on a middle stage."""
@@ -251,7 +251,7 @@ class PipelineModel(MegatronModule):
         hidden_tbE = self.language_model.embedding(
             input_ids=input_ids[:, columns].to(device, non_blocking=True), position_ids=None
         )
-        is_media = media_places(input_ids, self.spec.tokens)
+        is_media = self.spec.tokens.places(input_ids)
         if grid_thw is not None and grid_thw.shape[0]:
             vision_ME = self._gathered(vision_ME, grid_thw, mine)
             try:
@@ -272,6 +272,12 @@ class PipelineModel(MegatronModule):
         if not mine:
             vision_ME = vision_ME[:0] + nothing_of(vision_ME).to(vision_ME.dtype)
         return self.media_share.gather(vision_ME, mine, tokens)
+
+
+def _smallest(vision: TowerSpec) -> tuple[int, int]:
+    """Tokens, and numbers of the hidden states, of the smallest image."""
+    grid = vision.smallest_grid
+    return vision.num_tokens(grid), math.prod(vision.states([grid]))
 
 
 def build_chunks(

@@ -22,12 +22,12 @@ class Relay:
     Args:
         config: the language model's.
         row_parts: ranks that share a row under context parallelism.
-        numbers: that an encoder's states have a token; None: no encoder spans chunks, and hidden
-            states travel as they are.
+        smallest: of the smallest image, the tokens and the numbers of an encoder's states; None: no
+            encoder spans chunks, and hidden states travel as they are.
     """
 
-    def __init__(self, config, row_parts: int, numbers: int | None):
-        self.width, self.numbers = config.hidden_size, numbers
+    def __init__(self, config, row_parts: int, smallest: tuple[int, int] | None):
+        self.width, self.smallest = config.hidden_size, smallest
         tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.parts = tp * row_parts  # ranks that a row's hidden states are cut over
 
@@ -36,15 +36,17 @@ class Relay:
 
         Their tensors are [seq_length, b, E], or a rank's part of that under context and sequence
         parallelism. An encoder's states are whole on every TP rank, and one rank of a row may have
-        all of them.
+        all of them; a row too short for any image sends a blank one.
         """
-        if self.numbers is None:
+        if self.smallest is None:
             return row_length
-        return max(row_length, self.parts * -(-row_length * self.numbers // self.width))
+        tokens, numbers = self.smallest
+        images = -(-row_length // tokens)
+        return max(row_length, self.parts * -(-images * numbers // self.width))
 
     def packed(self, hidden: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Hidden states as the schedules send them, for tokens [b, s] of `shape`."""
-        if self.numbers is None:
+        if self.smallest is None:
             return hidden
         b, s = shape
         room = (self.length(s) // self.parts, b, self.width)
@@ -53,7 +55,7 @@ class Relay:
 
     def hidden(self, received: torch.Tensor | None, row_length: int) -> torch.Tensor | None:
         """A language model's states [s, b, E] of what was received."""
-        if self.numbers is None:
+        if self.smallest is None:
             return received
         return received[: row_length // self.parts]
 

@@ -36,6 +36,7 @@ class ModelOptions:
     initialize_weights: bool = True  # False when a checkpoint fills them right after
     row_lengths_vary: bool = False  # from one microbatch to the next; not with virtual stages
     frozen: tuple[str, ...] = ()  # keys of megatron_vl.models.common.parts.PARTS
+    train_constants: bool = False  # also what the family's weight map calls constant
 
 
 @dataclass

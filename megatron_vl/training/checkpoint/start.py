@@ -135,8 +135,8 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
             options["lr_warmup_iters"] = round(
                 options["lr_warmup_fraction"] * options["lr_decay_iters"]
             )
-        for part in PARTS:
-            options.setdefault(f"freeze_{part}", False)
+        for name in ("train_constants", *(f"freeze_{part}" for part in PARTS)):
+            options.setdefault(name, False)
     if not config.optimizer.override_opt_param_scheduler:
         for name in (name for name in SCHEDULE if name not in follows):
             if name in saved and saved[name] != here[name]:
@@ -150,7 +150,8 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
     # State is of what is trained, laid out by the kind of optimizer and, where it is not sharded,
     # by precision.
     sharded = here["use_distributed_optimizer"]
-    for name in ("use_distributed_optimizer", *(f"freeze_{part}" for part in PARTS),
+    for name in ("use_distributed_optimizer", "train_constants",
+                 *(f"freeze_{part}" for part in PARTS),
                  *(() if sharded else ("bf16", "fp16"))):
         if name in saved and saved[name] != here[name]:
             raise InputError(

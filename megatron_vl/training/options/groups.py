@@ -261,6 +261,10 @@ class ModelRunOptions:
     freeze_llm: bool = option(
         False, "leave the language model as it is, with its embedding and its head"
     )
+    train_constants: bool = option(
+        False, "train also the weights that the published model declares constant, as its own "
+        "fine-tuning of Qwen-VL does with the positions of the resampler"
+    )
     init_method_std: float | None = option(
         None, "standard deviation of random weights; default: config.json's", kind=float
     )
@@ -336,7 +340,8 @@ class DataOptions:
         None, "vision patches of a row at most, to even out the vision tower's work", kind=int
     )
     truncate_samples: bool = option(
-        False, "cut the end off a sample of text that is longer than a row, instead of skipping it"
+        False, "cut text off the end of a sample that is longer than a row, instead of skipping "
+        "it; an image or video is never cut"
     )
     max_skipped_samples: int = option(
         100, "samples that cannot be used and are skipped, before the run stops; 0: none"

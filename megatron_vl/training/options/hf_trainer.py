@@ -38,6 +38,7 @@ SWITCHES = {  # flag -> the options that True becomes
     "bf16": ("--bf16",),
     "fp16": ("--fp16",),
     "gradient_checkpointing": ("--recompute-granularity", "full"),
+    "fix_vit": ("--freeze-vit",),
 }
 SCHEDULES = {  # lr_scheduler_type -> lr-decay-style
     "linear": "linear", "cosine": "cosine", "constant": "constant",
@@ -48,12 +49,15 @@ IGNORED = {  # flag -> why nothing becomes of it
     "cache_dir": "nothing is downloaded",
     "optim": "the optimizer is AdamW",
     "remove_unused_columns": "data are prepared before",
+    "lazy_preprocess": "data are prepared before",
+    "evaluation_strategy": "data_path has nothing to validate on",
+    "per_device_eval_batch_size": "data_path has nothing to validate on",
     "ddp_find_unused_parameters": "every parameter has a gradient",
     "report_to": "the run's numbers go to metrics.jsonl and report.html beside its checkpoints",
 }
 OTHERS = (  # flags that are read by name
     "data_path", "output_dir", "gradient_accumulation_steps", "lr_scheduler_type",
-    "save_strategy", "save_steps", "use_lora", "deepspeed",
+    "save_strategy", "save_steps", "use_lora", "q_lora", "deepspeed",
 )
 FLAGS = (*SAME, *SWITCHES, *IGNORED, *OTHERS)
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -91,8 +95,9 @@ def translate(flags: Mapping[str, str | None]) -> Translation:
         InputError: a value that cannot be used, or that asks for what is not here.
     """
     made = Translation()
-    if flags["use_lora"] and _truth("use_lora", flags["use_lora"]):
-        raise InputError(f"--use_lora is {flags['use_lora']}, but {ANSWERS['lora']}; leave it out.")
+    for flag in ("use_lora", "q_lora"):
+        if flags[flag] and _truth(flag, flags[flag]):
+            raise InputError(f"--{flag} is {flags[flag]}, but {ANSWERS['lora']}; leave it out.")
     counted = "num_train_epochs" if flags["max_steps"] else "max_steps"
     for flag, (option, default) in SAME.items():
         value = flags[flag] or default

@@ -52,7 +52,8 @@ _SAME_AS = {
     "log-interval": "logging_steps log_every", "clip-grad": "max_grad_norm gradient_clipping",
     "attention-backend": "attn_impl attn_implementation flash_attn use_flash_attn enable_fa2",
     "num-workers": "dataloader_num_workers preprocessing_num_workers",
-    "freeze-vit": "freeze_vision_tower freeze_vision_model", "freeze-llm": "freeze_language_model",
+    "freeze-vit": "freeze_vision_tower freeze_vision_model fix_vit",
+    "freeze-llm": "freeze_language_model",
     "freeze-merger": "freeze_aligner freeze_projector freeze_multi_modal_projector",
 }
 # What to say of others.

@@ -33,16 +33,24 @@ def describe(plan: Plan, platform) -> str:
 
 def describe_parts(plan: Plan) -> str:
     """Parameters of every part of the whole model, and what becomes of them."""
-    frozen, options = plan.config.model.frozen, plan.config.optimizer
-    counts = Counter()
-    for name, count in family(plan.spec.model_type).weight_map(plan.spec).counts().items():
-        counts[part_of(name)] += count
-    trained = sum(counts[part] for part in PARTS if part not in frozen)
-    return f"{trained:,} of {counts.total():,} parameters are trained: " + ", ".join(
+    run, options = plan.config.model, plan.config.optimizer
+    weights = family(plan.spec.model_type).weight_map(plan.spec)
+    constants = frozenset() if run.train_constants else weights.constants
+    counts, constant = Counter(), 0
+    for name, count in weights.counts().items():
+        if name in constants:
+            constant += count
+        else:
+            counts[part_of(name)] += count
+    trained = sum(counts[part] for part in PARTS if part not in run.frozen)
+    told = [
         f"{title} {counts[part]:,} "
-        + ("frozen" if part in frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
+        + ("frozen" if part in run.frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
         for part, title in PARTS.items() if counts[part]
-    )
+    ]
+    told += [f"constant {constant:,} (train-constants trains them)"] if constant else []
+    return (f"{trained:,} of {counts.total() + constant:,} parameters are trained: "
+            + ", ".join(told))
 
 
 def describe_kernels(plan: Plan, platform) -> str:
