@@ -31,7 +31,8 @@ def model(hf_dir, spec, tmp_path_factory):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(hf_dir / name, out)
     (out / "chat_template.jinja").write_text(TEMPLATE)
-    text = replace(spec, vision=None, tokens=replace(spec.tokens, image=None, video=None))
+    text = replace(spec, vision=None, tokens=replace(spec.tokens, image=None, video=None),
+                   decoder=replace(spec.decoder, rope_sections=(spec.decoder.head_dim // 2,)))
     return {"hf_dir": out, "spec": text, "family": family("qwen2")}
 
 
