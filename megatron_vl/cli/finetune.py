@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run and not _has_weights(Path(args.model_name_or_path)):
         made.words[made.words.index("--load")] = "--hf-config"
     words = [*made.words, "--truncate-samples", "--save", str(output / "checkpoint"),
-             "--eval-interval", "0", *args.options]
+             "--eval-interval", "0"]
     made.told.append("texts longer than --model_max_length are cut: --truncate-samples")
-    node, replicas = _replicas(words)
+    node, replicas = _replicas([*words, *args.options])
     data = _data_directory(Path(args.data_path), output)
     if data != Path(args.data_path) and not (args.dry_run or data.exists()):
         if node.nnodes > 1:
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     made.told.append(f"rows of a step, over all processes -> --global-batch-size {batch}")
     words += _saving(flags, made, data, batch)
     print("\n".join(made.told), flush=True)
-    code = _say(megatron_vl, ["train", *words, *(["--dry-run"] if args.dry_run else [])])
+    words += [*args.options, *(["--dry-run"] if args.dry_run else [])]
+    code = _say(megatron_vl, ["train", *words])
     if code or args.dry_run or node.node_rank:
         return code
     return _say(megatron_vl, ["convert", str(output / "checkpoint"), str(output / "hf"),

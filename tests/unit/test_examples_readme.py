@@ -23,6 +23,7 @@ from megatron_vl.models import family, load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.weights import convert, torch_dist, torch_file
 from megatron_vl.weights.mcore_io import lay_out_mcore
+from megatron_vl.weights.targets import McoreTarget, ShardedTarget
 
 PREPARE = "toolkits/pretrain_data_preprocessing/"
 OTHERS = {"pip", "modelscope", "hf", "unzip"}  # programs that are not ours
@@ -184,11 +185,11 @@ def fill(root: Path, page: Page) -> None:
         for module in (torch_file, torch_dist):
             patch.setattr(module, "reserve", lambda file, size: file.truncate(size))
         one = convert.plan_conversion(
-            source, weights, convert.McoreTarget(layout=layout, split=split, args=args))
+            source, weights, McoreTarget(layout=layout, split=split, args=args))
         there = write(whole.with_name(f"{whole.name}-tp2-pp2"), "7B", page.family)
         lay_out_mcore(there, one.files, one.dtypes, args("bfloat16"))
         one = convert.plan_conversion(
-            source, weights, convert.ShardedTarget(max_shard_bytes=5 * 10**9, args=args))
+            source, weights, ShardedTarget(max_shard_bytes=5 * 10**9, args=args))
         (there,) = [Path(words[3].replace("/mnt/", f"{root}/")) for _, words in
                     map(given, lines(page.readme))
                     if "/checkpoint/" in words[min(3, len(words) - 1)]]

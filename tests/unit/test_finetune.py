@@ -75,6 +75,9 @@ DEEPSPEED = [  # a configuration, the options that it comes to, and what is told
     ({"zero_optimization": {"stage": 0, "overlap_comm": True}, "flops_profiler": {}}, [],
      "ignored, as there is no DeepSpeed here: flops_profiler, overlap_comm"),
     ({"gradient_clipping": 0.5}, None, "gradient_clipping is 0.5, but --max_grad_norm is 1"),
+    ({"gradient_accumulation_steps": 4}, None, "but --gradient_accumulation_steps is 1"),
+    ({"gradient_clipping": ["x"]}, None, "gradient_clipping is ['x'], but --max_grad_norm is 1"),
+    ({"zero_optimization": {"stage": [3]}}, None, "zero_optimization.stage is [3]"),
     ({"zero_optimization": {"stage": 7}}, None, "zero_optimization.stage is 7"),
     ({"zero_optimization": 3}, None, "zero_optimization is 3; it must be a table"),
 ]

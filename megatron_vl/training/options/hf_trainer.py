@@ -61,7 +61,12 @@ OTHERS = (  # flags that are read by name
 )
 FLAGS = (*SAME, *SWITCHES, *IGNORED, *OTHERS)
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-STAGES = {
+AGREEING = (  # DeepSpeed's key, the flag that says the same, and the flag's default
+    ("gradient_clipping", "max_grad_norm", "1"),
+    ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", "8"),
+    ("gradient_accumulation_steps", "gradient_accumulation_steps", "1"),
+)
+STAGES = {  # of ZeRO -> what is told of it
     0: "",
     1: "ZeRO 1 is --use-distributed-optimizer",
     2: "ZeRO 2 becomes --use-distributed-optimizer, which shares the optimizer's state; gradients "
@@ -113,7 +118,7 @@ def translate(flags: Mapping[str, str | None]) -> Translation:
     made.add("lr_scheduler_type", schedule, "--lr-decay-style", SCHEDULES[schedule],
              "--min-lr", "0")
     if flags["deepspeed"]:
-        _deepspeed(flags["deepspeed"], made)
+        _deepspeed(flags["deepspeed"], flags, made)
     made.told += [f"--{flag} {flags[flag]} is ignored: {why}" for flag, why in IGNORED.items()
                   if flags[flag]]
     return made
@@ -125,12 +130,12 @@ def _truth(flag: str, value: str) -> bool:
     return TRUTH[value.lower()]
 
 
-def _deepspeed(path: str, made: Translation) -> None:
+def _deepspeed(path: str, flags: Mapping[str, str | None], made: Translation) -> None:
     """What DeepSpeed's configuration asks for, as far as the flags do not say it."""
     config = read_file(Path(path), dict, mend="give DeepSpeed's own JSON file")
     zero = _table(path, config, "zero_optimization")
     stage = zero.pop("stage", 0)
-    if stage not in STAGES:
+    if not isinstance(stage, int) or stage not in STAGES:
         raise InputError(f"{path}: zero_optimization.stage is {shown(stage)}; use 0, 1, 2 or 3.")
     if stage:
         made.words.append("--use-distributed-optimizer")
@@ -144,11 +149,9 @@ def _deepspeed(path: str, made: Translation) -> None:
             made.words.append(flag)
             made.told.append(f"--deepspeed {path}: {name} becomes {flag}")
         config.pop(name, None)
-    for name, flag in (("gradient_clipping", "max_grad_norm"),
-                       ("train_micro_batch_size_per_gpu", "per_device_train_batch_size")):
-        value, said = config.pop(name, "auto"), made.words[
-            made.words.index(f"--{SAME[flag][0]}") + 1]
-        if value != "auto" and str(float(value)) != str(float(said)):
+    for name, flag, default in AGREEING:
+        value, said = config.pop(name, "auto"), flags[flag] or default
+        if value != "auto" and not _equal(value, said):
             raise InputError(f"{path}: {name} is {shown(value)}, but --{flag} is {said}; make them "
                              f"equal, or write \"auto\".")
     config.pop("zero_optimization", None)
@@ -156,6 +159,13 @@ def _deepspeed(path: str, made: Translation) -> None:
     if left:
         made.told.append(f"--deepspeed {path}: ignored, as there is no DeepSpeed here: "
                          f"{', '.join(left)}")
+
+
+def _equal(value: object, said: str) -> bool:
+    try:
+        return float(value) == float(said)
+    except (TypeError, ValueError):  # one of them is no number
+        return False
 
 
 def _table(path: str, config: dict[str, Any], name: str) -> dict[str, Any]:
