@@ -184,6 +184,24 @@ def baichuan_model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qk_norm_model_dir(shared) -> Path:
+    """Qwen3: queries and keys are normalised, and heads twice as wide as the model asks for."""
+    return shared.made("qk_norm_model", lambda out: _tiny(
+        out, "--model-type", "qwen3", "--hidden-size", 64,
+        "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
+def experts_model_dir(shared) -> Path:
+    """Qwen3 with four experts in every layer, two for each token."""
+    return shared.made("experts_model", lambda out: _tiny(
+        out, "--model-type", "qwen3_moe", "--hidden-size", 64,
+        "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
 def text_wds_dir(shared) -> Path:
     """Sums to work out, prepared."""
     from megatron_vl.cli.main import run

@@ -352,28 +352,41 @@ def test_a_config_file_means_the_same_as_flags_and_is_beaten_by_them(tmp_path):
     assert "lr: 0.0003" in done.out and "train_iters: 9" in done.out and "bf16: true" in done.out
 
 
-def test_a_text_model_trains_alike_in_every_layout_and_goes_home(
-    text_model_dir, text_wds_dir, tmp_path
+@pytest.mark.parametrize("model", ["text_model_dir", "experts_model_dir"])
+def test_a_text_model_trains_alike_in_every_layout_resumes_and_goes_home(
+    model, text_wds_dir, tmp_path, request
 ):
     import transformers
 
-    given = ["train", "--load", text_model_dir, "--train-data-path", text_wds_dir, "--lr", "1e-2",
+    model_dir = request.getfixturevalue(model)
+    given = ["train", "--load", model_dir, "--train-data-path", text_wds_dir, "--lr", "1e-2",
              "--seq-length", 128, "--packing-buffer-size", 32, "--global-batch-size", 4,
              "--train-iters", 8, "--save-interval", 4, "--no-report"]
     wide = ["--tp", 2, "--pp", 2, "--sequence-parallel", "--nproc-per-node", 4]
-    found = {}
-    for name, layout in (("one", []), ("four", wide)):
+    found, last = {}, tmp_path / "resumed" / "iter_0000008"
+    for name, layout in (("one", []), ("resumed", []), ("four", wide)):
+        if name == "resumed":
+            shutil.copytree(tmp_path / "one", last.parent)
+            last.rename(tmp_path / "without a break")
+            (last.parent / "latest_checkpointed_iteration.txt").write_text("4")
         done = megatron_vl(*given, *layout, "--save", tmp_path / name)
         assert done.code == 0 and not re.search("vision|image", done.out), done.text
+        assert ("resumed from" in done.out) == (name == "resumed"), done.text
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         found[name] = {r["iteration"]: r for r in map(json.loads, lines) if r["kind"] == "train"}
     follows(found["four"], found["one"])
+    assert losses(found["resumed"]) == losses(found["one"])
+    done = megatron_vl("verify", tmp_path / "one", tmp_path / "resumed")
+    assert done.code == 0, done.text
     assert found["one"][8]["loss"] < 0.8 * found["one"][1]["loss"]
     done = megatron_vl("convert", tmp_path / "four", tmp_path / "hf", "--to", "hf")
     assert done.code == 0 and "warning" not in done.text, done.text
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    before = load_file(text_model_dir / "model.safetensors")
-    after = {name: tensor for name, tensor in model.state_dict().items() if name in before}
+    _, wrong = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(wrong.values()), wrong
+    before = load_file(model_dir / "model.safetensors")
+    after = load_file(tmp_path / "hf" / "model.safetensors")
     assert after.keys() == before.keys()
     assert not any(torch.equal(after[name], before[name]) for name in before)
 

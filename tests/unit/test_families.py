@@ -15,7 +15,8 @@ from megatron_vl.models.registry import read_config_json
 from megatron_vl.training.checkpoint.same_model import check_same_model
 
 TINY = {"baichuan": "baichuan_model_dir", "qwen": "resampler_model_dir", "qwen2": "text_model_dir",
-        "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir"}
+        "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir", "qwen3": "qk_norm_model_dir",
+        "qwen3_moe": "experts_model_dir"}
 PUBLISHED = {
     # layers, width, heads, key/value heads, ffn, vocabulary, tied; the
     # tower's ffn; billions of numbers
@@ -26,6 +27,9 @@ PUBLISHED = {
     ("qwen2_5_vl", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), 3420, 8.292),
     ("qwen2_5_vl", "32B"): ((64, 5120, 40, 8, 27648, 152064, False), 3456, 33.453),
     ("qwen2_5_vl", "72B"): ((80, 8192, 64, 8, 29568, 152064, False), 3456, 73.411),
+    ("qwen3", "4B"): ((36, 2560, 32, 8, 9728, 151936, True), None, 4.022),
+    ("qwen3", "32B"): ((64, 5120, 64, 8, 25600, 151936, False), None, 32.762),
+    ("qwen3_moe", "30B-A3B"): ((48, 2048, 32, 4, 6144, 151936, False), None, 30.532),
 }
 KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
         "intermediate_size", "vocab_size", "tie_word_embeddings")
@@ -36,6 +40,9 @@ OTHERWISE = {  # what a family calls or counts as no other does
         "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48,
         "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664,
     }},
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768},
 }
 
 
@@ -86,8 +93,10 @@ def test_a_published_size_is_counted_right(name, size, request, tmp_path):
     family(name).check_size(spec, size)
     numbers = sum(family(name).weight_map(spec).counts().values())
     assert round(numbers / 1e9, 3) == billions
-    tp = 4 if sizes[2] % 8 else 8  # 8 does not divide an ffn of 3420
-    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", tp, "--pp", 4, "--dry-run")
+    tp, pp = 4 if sizes[2] % 8 else 8, 4  # 8 does not divide an ffn of 3420
+    if spec.decoder.experts is not None:
+        tp, pp = 2, 2  # each rank has every expert, and each expert its lines
+    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", tp, "--pp", pp, "--dry-run")
     assert done.code == 0, done.text
 
 
@@ -131,8 +140,25 @@ BAICHUAN = [
     ({"num_key_value_heads": 2}, "num_key_value_heads is 2, but every one of the 4 heads"),
     ({"tie_word_embeddings": True}, "a normalised head is no copy of the embedding"),
 ]
-REFUSED = [("text_model_dir", *row) for row in CONFIGS] + [
-    ("baichuan_model_dir", *row) for row in BAICHUAN]
+QWEN3 = [
+    ({"head_dim": None}, "head_dim is missing"),
+    ({"head_dim": 7}, "the heads are 7 wide"),
+    ({"attention_bias": True}, "attention_bias is true"),
+]
+EXPERTS = [
+    ({"num_experts": None}, "num_experts is missing"),
+    ({"num_experts_per_tok": 5}, "sends a token to 5 experts but has 4"),
+    ({"num_experts_per_tok": 1}, "so that nothing trains the router"),
+    ({"mlp_only_layers": [0, 2]}, "mlp_only_layers is [0, 2], which gives some"),
+    ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which gives some layers"),
+    ({"output_router_logits": True}, "output_router_logits is true"),
+]
+REFUSED = [
+    (model, *row) for model, rows in (
+        ("text_model_dir", CONFIGS), ("baichuan_model_dir", BAICHUAN),
+        ("qk_norm_model_dir", QWEN3), ("experts_model_dir", EXPERTS),
+    ) for row in rows
+]
 
 
 @pytest.mark.parametrize(("model", "keys", "says"), REFUSED, ids=[says for *_, says in REFUSED])
@@ -150,6 +176,29 @@ def test_what_is_plain_rope_is_taken(text_model_dir, tmp_path):
                                                            "rope_theta": 1e6}}):
         (tmp_path / "config.json").write_text(json.dumps(config | plain))
         assert load_spec(tmp_path) == load_spec(text_model_dir)
+
+
+def test_a_number_of_experts_has_two_names(experts_model_dir, tmp_path):
+    """The published one, and the one that transformers 5 writes."""
+    config = read_config_json(experts_model_dir)
+    config["num_local_experts"] = config.pop("num_experts")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_spec(tmp_path) == load_spec(experts_model_dir)
+
+
+def test_experts_are_divided_over_ranks_that_divide_their_tokens(
+    experts_model_dir, text_wds_dir, tmp_path
+):
+    says = "TP 2 would send every token to the experts of qwen3_moe 2 times; add --sequence-paral"
+    given = ["--train-data-path", text_wds_dir, "--train-iters", 1, "--dry-run"]
+    for command in (["train", "--load", experts_model_dir, *given, "--tp", 2],
+                    ["parity", experts_model_dir, "--tp", 2]):
+        done = megatron_vl(*command)
+        assert done.code == 2 and says in done.err, done.text
+    config = read_config_json(experts_model_dir) | {"moe_intermediate_size": 45}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", 2, "--dry-run")
+    assert done.code == 2 and "TP 2 does not divide the model's 45 ffn width" in done.err
 
 
 def test_two_families_are_told_apart(text_model_dir, model_dir, text_wds_dir, tmp_path):

@@ -27,9 +27,16 @@ def counted(work) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("length", [1, 16, 50])
-def test_flops_are_those_that_torch_counts_in_transformers_language_model(length, whole):
-    model, spec = whole
+@pytest.mark.parametrize(("name", "length"), [
+    ("model_dir", 1), ("model_dir", 16), ("model_dir", 50), ("qk_norm_model_dir", 50),
+    ("experts_model_dir", 50),
+])
+def test_flops_are_those_that_torch_counts_in_transformers_language_model(name, length, request):
+    hf_dir = request.getfixturevalue(name)
+    spec = load_spec(hf_dir)
+    model = family(spec.model_type).judge().from_pretrained(
+        hf_dir, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
         found = counted(lambda: model(input_ids=torch.full((1, length), 5)))
     # What is masked away is computed there and not needed: of L^2 pairs L (L - 1) / 2.

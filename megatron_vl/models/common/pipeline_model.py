@@ -82,7 +82,7 @@ class PipelineModel(MegatronModule):
             layers, decoder = split.layers(LANGUAGE, stage, chunk), spec.decoder
             kind = LayerKind(
                 causal=True, qk_norm=decoder.qk_norm,
-                experts=decoder.experts and decoder.experts.count,
+                experts=None if decoder.experts is None else decoder.experts.count,
             )
             self.language_model = LanguageModel(
                 config=config,
