@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -108,3 +109,9 @@ def imports_torch(process: psutil.Process, variable: str = "PATH") -> bool:
         )
     except psutil.Error:  # not there yet, or gone
         return False
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from megatron_vl.errors import CALLED, InputError
 from megatron_vl.launch.cluster import ClusterEnv
+from megatron_vl.launch.torchrun import take_over
+from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.training.options.hf_trainer import FLAGS, Translation, translate
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
@@ -46,6 +48,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from megatron_vl.cli.main import run as megatron_vl
 
+    if started_by_torchrun():
+        node_flags = take_over(os.environ)
+        if node_flags is None:
+            return 0
+        args.options = [*node_flags, *args.options]
     flags = {flag: getattr(args, flag) for flag in FLAGS}
     made, output = translate(flags), Path(args.output_dir)
     os.environ[CALLED] = ";".join(f"{option}={flag}" for option, flag in made.called.items())

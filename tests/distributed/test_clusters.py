@@ -15,19 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Done, environment_with, executed_by
+from commands import ROOT, Done, environment_with, executed_by, free_port
 from distributed_launch import LAUNCHER, words
 
 import megatron_vl.launch.hosts
 from megatron_vl.launch.hosts import host_script
 
 HOST = socket.gethostname()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def start(command: list[object], *, cwd: Path = ROOT, **environment: object) -> subprocess.Popen:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
+import sys
 import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from commands import megatron_vl, shell
+from commands import free_port, megatron_vl, shell
+from commands import run as command
 from PIL import Image
 from raw_entries import read as read_entry
 from tiny_hf import read
@@ -22,6 +25,7 @@ from megatron_vl.data.load.config import DataConfig
 from megatron_vl.data.load.loader import build_train_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.errors import InputError
+from megatron_vl.launch.torchrun import take_over
 from megatron_vl.models import family, load_spec
 from megatron_vl.models.common.tiny_tokenizer import read_ranks
 from megatron_vl.models.media import BadMedia, MediaLimits, MediaSettings, StoredMedia
@@ -325,12 +329,34 @@ def test_tokens_and_labels_are_those_of_the_published_fine_tuning(said, files, p
 
 def test_the_published_scripts_flags_plan_the_true_size(published, tmp_path):
     (tmp_path / "said.json").write_text("[]")
-    done = shell("examples/qwen_vl/finetune.sh", tmp_path / "said.json", published[2],
+    done = shell("examples/qwen_vl/finetune_ds.sh", tmp_path / "said.json", published[2],
                  tmp_path / "out", "--dry-run", "--", "--tp", 4, "--pp", 2, "--nproc-per-node", 8,
                  "--vit-pp-layers", "48,0", "--pp-layers", "4,28")
     assert done.code == 0, done.text
     assert "--fix_vit True -> --freeze-vit" in done.out
     assert "the model has 9,656,935,168 parameters; TP 4 x PP 2 ranks hold" in done.out, done.out
+
+
+def test_of_the_processes_that_torchrun_starts_one_a_node_starts_the_ranks(published, tmp_path):
+    (tmp_path / "said.json").write_text("[]")
+    done = command(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port",
+         free_port(), "examples/qwen_vl/finetune.py", "--model_name_or_path", published[2],
+         "--data_path", tmp_path / "said.json", "--output_dir", tmp_path / "out", "--dry-run",
+         "--", "--tp", 2])
+    assert done.code == 0, done.text
+    assert done.out.count("2 processes = 1 node x 2") == 1, done.out
+
+
+def test_what_torchrun_set_is_gone_and_the_ranks_meet_beside_it():
+    environ = {"LOCAL_RANK": "0", "RANK": "8", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8",
+               "MASTER_ADDR": "a", "MASTER_PORT": "6001", "GROUP_RANK": "1", "HOME": "/h",
+               "TORCHELASTIC_RUN_ID": "x"}
+    others = environ | {"LOCAL_RANK": "1", "RANK": "9"}
+    flags = take_over(environ)
+    assert shlex.join(flags) == ("--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr a "
+                                 "--master-port 6002 --no-cluster-env")
+    assert take_over(others) is None and environ == others == {"HOME": "/h"}
 
 
 def test_ids_are_the_published_ones(published):

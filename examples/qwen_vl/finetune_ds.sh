@@ -13,6 +13,8 @@ usage: [HOSTFILE=FILE] bash $0 DATA MODEL OUTPUT [--FLAG VALUE ..] [-- --OPTION 
             what megatron-vl prepare made of it
   MODEL     directory of Qwen-VL or Qwen-VL-Chat, or a converted checkpoint of it
   OUTPUT    gets checkpoint/, and hf/ when training has ended
+  GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT are those of Qwen-VL's script; a
+  scheduler's variables are read where NNODES is not set.
   HOSTFILE  hosts as DeepSpeed lists them, "host slots=8" a line; DATA must be prepared then
   Flags are those of finetune.py, such as --num_train_epochs 2; options are megatron-vl train's,
   such as --tp 2.
@@ -26,6 +28,7 @@ shift 3
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$HERE/../..${PYTHONPATH:+:$PYTHONPATH}"
 
+if [ -n "${GPUS_PER_NODE:-}" ]; then export NPROC_PER_NODE=$GPUS_PER_NODE; fi
 LAUNCH=()
 if [ -n "${HOSTFILE:-}" ]; then LAUNCH=(launch --hostfile "$HOSTFILE" --); fi
 exec "${PYTHON:-python}" -m megatron_vl ${LAUNCH[@]+"${LAUNCH[@]}"} finetune \
