@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+import shutil
 import sys
 import unicodedata
 
@@ -200,7 +201,7 @@ CONFIGS = [
     ({"intermediate_size": 193}, "intermediate_size is 193: it must be a multiple of 2"),
     ({"layer_norm_epsilon": None}, "layer_norm_epsilon is missing"),
     ({"visual": {"output_dim": 384}}, "vision tower ends 384 wide but the language model is 256"),
-    ({"visual": {"output_dim": 64}}, "output_dim 64 is not a multiple of its 0 heads"),
+    ({"visual": {"output_dim": 64}}, "heads are 128 wide, so it must be a multiple of that"),
     ({"visual": {"n_queries": 5}}, "n_queries is 5; it must be a square"),
     ({"visual": {"image_size": 13}}, "image_size 13 holds no patch of 14 pixels"),
     ({"visual": {"image_start_id": None}}, "visual.image_start_id is missing"),
@@ -423,6 +424,13 @@ def test_a_tokenizer_of_another_model_is_refused(spoil, says, resampler_model_di
     spoil(path)
     with pytest.raises(InputError, match=says):
         family("qwen").prompt(tmp_path, of_model)
+
+
+def test_converting_warns_of_another_models_tokenizer(resampler_model_dir, tmp_path):
+    source = shutil.copytree(resampler_model_dir, tmp_path / "source")
+    (source / "qwen.tiktoken").write_text("IQ== 0\nIg== 1\n")
+    done = megatron_vl("convert", source, tmp_path / "out", "--tp", 2)
+    assert done.code == 0 and "so that <img> is token 216, but config" in done.err, done.text
 
 
 def test_marks_in_a_text_are_refused(resampler_model_dir, of_model):
