@@ -116,6 +116,12 @@ class Family:
         own = getattr(import_module(f"{self.package}.tiny"), "DEFAULTS", {})
         return TinySizes(**(own | given))
 
+    def tiny_constants(self, spec: ModelSpec) -> dict:
+        """Weights of a tiny model that are not drawn at random, by their published names; none,
+        unless the family's `tiny` has `constants`."""
+        constants = getattr(import_module(f"{self.package}.tiny"), "constants", None)
+        return {} if constants is None else constants(spec)
+
     def llama_target(self, config_dir: str | Path, spec: ModelSpec, *, max_shard_bytes: int):
         """The `megatron_vl.weights.targets.Target` that writes this model as a Llama.
 
