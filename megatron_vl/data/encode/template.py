@@ -50,13 +50,10 @@ class ChatTemplate:
         self.family, self.text_only = family, text_only
 
     def render(
-        self, messages: list[dict], tools: list[dict] | None = None, *,
-        add_generation_prompt: bool = False,
+        self, messages: list[dict], tools: list[dict] | None = None, **options: bool
     ) -> str:
-        """The template's text for messages and tools as transformers takes them."""
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """The template's text for messages, tools and options as transformers takes them."""
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
     def messages(self, turns: Sequence[Turn]) -> list[dict]:
         """The turns as the template takes them."""
@@ -132,7 +129,8 @@ class ChatTemplate:
     def _around(self) -> tuple[str, str]:
         """What the template writes from a generation prompt to an answer, and behind the answer."""
         asked = self.messages(_ASKED)
-        prompt = self.render(asked, add_generation_prompt=True)
+        # Some templates write an empty reasoning into the prompt unless they are asked to think.
+        prompt = self.render(asked, add_generation_prompt=True, enable_thinking=True)
         mark = _unused(prompt)
         before, found, after = self.render([*asked, self._answer(mark)]).partition(mark)
         if not found:
