@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: flags or data that cannot be used.
     """
+    from megatron_vl.training.checkpoint.start import hf_directory
     from megatron_vl.training.options.hf_run import (
         data_directory,
         preparation,
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     made = translate(flags)
     os.environ[CALLED] = ";".join(f"{option}={flag}" for option, flag in made.called.items())
-    made = translate(flags, script_defaults(started(made.words)[2]))
+    made = translate(flags, script_defaults(hf_directory(started(made.words)[2])))
     if args.dry_run and not _has_weights(model):
         made.words[made.words.index("--load")] = "--hf-config"
     made.told.append("texts longer than --model_max_length are cut: --truncate-samples")

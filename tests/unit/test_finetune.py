@@ -7,18 +7,21 @@ import json
 import re
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import ROOT, megatron_vl, shell
+from test_clusters import free_port
 from test_docs import LINK, blocks, headings, parser, prose
 from tiny_hf import read
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainerState, TrainingArguments, get_scheduler
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.baichuan2.tiny import TEXT
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.options.hf_run import set_intervals
 from megatron_vl.training.options.hf_trainer import DEFAULTS, FLAGS, translate
 
 SHIM = "examples/baichuan2/fine_tune_train.sh"
@@ -165,21 +168,26 @@ def belle(tmp_path_factory):
             {"from": "human", "value": f"Line {number % 2}?\n"},
             {"from": "gpt", "value": f"{lines[number % 2][:40]}\n"}]}
         for number in range(32)
-    ]))
+    ] + [{"id": "long", "conversations": [
+        {"from": "human", "value": lines[0] * 9}, {"from": "gpt", "value": lines[0]}]}]))
     return path
 
 
 def test_the_official_flags_train_on_a_cpu_and_leave_a_model(belle, baichuan_model_dir, tmp_path):
     words = [belle, baichuan_model_dir, tmp_path / "out", "--num_train_epochs", 2,
              "--per_device_train_batch_size", 4, "--learning_rate", "2e-3", "--bf16", "False",
-             "--model_max_length", 48, "--", "--tp", 2, "--num-workers", 0]
+             "--model_max_length", 48, "--lr_scheduler_type", "linear",
+             "--logging_steps", 0.05, "--", "--tp", 2, "--num-workers", 0]
     done = shell(SHIM, *words)
     assert done.code == 0, done.text
-    assert "--warmup_ratio 0.0 is ignored" in done.out, "as the constant schedule has none"
     losses = [float(one) for one in re.findall(r"'loss': ([\d.]+)", done.out)]
     assert len(losses) == 16 and losses[-1] < 0.7 * losses[0]
     assert "rows of a step, over all processes -> --global-batch-size 4" in done.out
-    assert "--save_strategy epoch -> --save-interval 8" in done.out
+    assert "--save_strategy epoch -> --save-interval 9" in done.out, "of 33 samples"
+    assert "--logging_steps 0.05 -> --log-interval 1" in done.out, "of 17 steps"
+    assert "of the first 48, which a row holds; raise --model_max_length, or remove" in done.out
+    assert ("--num_train_epochs 2 came to 16 steps instead of the 17 of its schedule, as samples "
+            "were left out") in done.out
     assert "--tf32 True is ignored" in done.out
     assert "long samples" not in done.out
     trained, before = read(tmp_path / "out" / "hf"), read(baichuan_model_dir)
@@ -223,6 +231,29 @@ def test_the_true_size_is_planned_from_config_and_tokenizer_alone(
     assert done.code == 0, done.text
     assert "the model has 7,505,973,248 parameters; TP 4 x PP 2 ranks hold" in done.out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["0.1", "10.0", "0.25", "1", "1e-9"])
+def test_steps_between_saves_and_logs_may_be_a_share_of_the_run(value):
+    theirs, number = TrainerState(), float(value)
+    theirs.compute_steps(
+        SimpleNamespace(save_steps=number, logging_steps=number, eval_steps=None), 93)
+    made = given(save_steps=value, logging_steps=value, max_steps="93")
+    set_intervals(made, TrainConfig.from_dict({"train_iters": 93}), prepared=False)
+    assert made.words[-4:] == ["--save-interval", str(int(theirs.save_steps)),
+                               "--log-interval", str(int(theirs.logging_steps))]
+
+
+def test_several_nodes_are_told_how_to_prepare_raw_data(belle, baichuan_model_dir, tmp_path):
+    """As torchrun starts the second of two nodes."""
+    torchrun = {"LOCAL_RANK": 0, "RANK": 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    done = megatron_vl("finetune", "--data_path", belle, "--model_name_or_path", baichuan_model_dir,
+                       "--output_dir", tmp_path / "out", "--data-format", "qwen_vl", **torchrun)
+    command = f"megatron-vl prepare {belle} DIR --format qwen_vl --split 1,0,0"
+    assert done.code == 2 and f"which 2 nodes would prepare at once; run {command} on" in done.err
+    assert not (tmp_path / "out").exists()
+    parser("prepare").parse_args(shlex.split(command)[2:])
 
 
 BAD = [  # flags in place of the shim's, and what is said

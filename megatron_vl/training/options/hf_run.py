@@ -12,7 +12,6 @@ from pathlib import Path
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family, load_spec
-from megatron_vl.training.checkpoint.start import hf_directory
 from megatron_vl.training.epochs import steps_of, with_steps
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.hf_trainer import Translation
@@ -22,13 +21,13 @@ NEVER = 10**9  # steps
 WHEN_PREPARED = "once the data are prepared"
 
 
-def script_defaults(config: TrainConfig) -> dict[str, str]:
+def script_defaults(hf_dir: Path) -> dict[str, str]:
     """Flags whose defaults are those of the fine-tuning script of this model's family.
 
     Raises:
         InputError: the model's config.json cannot be used.
     """
-    return family(load_spec(hf_directory(config)).model_type).finetune_defaults()
+    return family(load_spec(hf_dir).model_type).finetune_defaults()
 
 
 def data_directory(given: Path, output: Path) -> Path:
