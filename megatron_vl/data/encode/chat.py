@@ -32,9 +32,9 @@ class _Legacy(Shape):
 class ChatTokenizer:
     """A Hugging Face tokenizer and its chat template.
 
-    Tokens are those of the whole text, as transformers' processor makes them. Each turn is found in
-    it by rendering the conversation up to that turn (`ChatTemplate`): no marker is searched in what
-    a person wrote, and no system prompt is assumed.
+    Tokens are those of the whole text, as transformers' processor makes them. `ChatTemplate` finds
+    the answers in it: no marker is searched in what a person wrote, and no system prompt is
+    assumed.
     """
 
     def __init__(self, tokenizer, *, tokens: TokenIds, family: Family | None = None,
@@ -72,7 +72,8 @@ class ChatTokenizer:
         """Read the tokenizer files of a Hugging Face directory.
 
         Raises:
-            InputError: files missing or unreadable, no chat template, or ids unlike config.json's.
+            InputError: files missing or unreadable, no chat template, one whose answers cannot be
+                found, or ids unlike config.json's.
         """
         from transformers import AutoTokenizer
 
@@ -126,6 +127,14 @@ class ChatTokenizer:
                 f"the chat template in {hf_dir} does not write config.json's image_token_id "
                 f"{tokens.image} for an image; take both files from the same model."
             )
+        try:
+            chat.template.write([Turn(role=role, parts=(Part(text="a"),))
+                                 for role in ("user", "assistant") * 2])
+        except BadEntry as error:
+            raise InputError(
+                f"the chat template in {hf_dir} cannot be trained with: {error}; use another "
+                f"template."
+            ) from error
         return chat
 
     def encode(

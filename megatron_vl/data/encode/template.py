@@ -1,6 +1,8 @@
 """Conversations to text, through a model's chat template; and where what is trained stands in it.
 
-Finding answers takes two renderings each, a quarter of a millisecond a rendering: more than all
+An answer is found by rendering the conversation once more, with a mark in the answer's place: no
+text of the template or of a person is searched for, and the conversation up to a turn need not be
+the beginning of the whole. A rendering takes a quarter of a millisecond, two of them more than all
 else of a dialogue with one small image. So a template that the model's family knows is not
 rendered: the family writes what it would.
 """
@@ -10,14 +12,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import count
 
 import jinja2
 
 from megatron_vl.data.conversation import BadEntry, Part, Turn
-from megatron_vl.errors import InputError
 from megatron_vl.models.family import Family, Span, TemplateWriter
 
 _ASKED = (Turn(role="user", parts=(Part(text="a"),)),)
+_NOT_FOUND = (
+    "the model's chat template does not write every answer once, in a place of its own, so the "
+    "answers cannot be found in its text"
+)
 # What rendering raises: Jinja, its sandbox, and what a template does with what it finds.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
@@ -59,13 +65,12 @@ class ChatTemplate:
     def write(self, turns: Sequence[Turn], tools: str = "") -> tuple[str, list[Span]]:
         """The conversation's text, and the characters of it that are told apart, in order.
 
-        Each turn of the assistant is found by rendering the conversation up to it: it begins where
-        the template asks for an answer, and ends with its end token.
+        An answer begins behind what the template itself writes before it, and ends with its end
+        token. A template may write an empty reasoning there, as after a generation prompt without
+        thinking; where the answer brings reasoning instead, the reasoning is part of it.
 
         Raises:
-            BadEntry: the template refuses it or writes no tools, or the answer it begins with is
-                not found.
-            InputError: what the template writes does not grow with the conversation.
+            BadEntry: the template refuses it or writes no tools, or an answer is not found.
         """
         try:
             functions = json.loads(tools) if tools else None
@@ -74,7 +79,7 @@ class ChatTemplate:
                 text, spans = self._writer(turns)
             else:
                 text, spans = self._render_with_spans(turns, functions)
-        except (BadEntry, InputError):
+        except BadEntry:
             raise
         except _TEMPLATE_ERRORS as error:
             words = str(error).strip().splitlines() or [type(error).__name__]
@@ -92,20 +97,50 @@ class ChatTemplate:
         """The rendered text, and where every answer is, by the number of its turn."""
         messages = self.messages(turns)
         text = self.render(messages, tools)
+        mark = _unused(text)
         spans = {}
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
                 continue
-            prompt = self._prompt(messages[: number + 1], tools)
-            last = number + 1 == len(messages)
-            turn = text if last else self.render(messages[: number + 1], tools)
-            if not (turn.startswith(prompt) and text.startswith(turn)):
-                raise InputError(
-                    "the model's chat template does not write a conversation turn after turn, so "
-                    "the answers cannot be found in it; use a template whose text only grows."
+            marked = [*messages[:number], self._answer(mark), *messages[number + 1 :]]
+            begin, end = self._place(text, self.render(marked, tools), mark)
+            if turn.says and not text[begin:end].strip():
+                raise BadEntry(
+                    "chat template", f"the model's chat template leaves out all that the answer in "
+                    f"turn {number + 1} says"
                 )
-            spans[number] = len(prompt), len(turn.rstrip())
+            spans[number] = begin, end + len(self._around[1])
         return text, spans
+
+    def _place(self, text: str, marked: str, mark: str) -> Span:
+        """Where one answer is in a text, without its end token; `marked` has a mark there.
+
+        Raises:
+            BadEntry: the texts differ elsewhere too.
+        """
+        before, _, after = marked.partition(mark)
+        own, closing = self._around
+        if not text.startswith(before):  # the answer brings what the template would write for it
+            before = before.removesuffix(own)
+        begin, end = len(before), len(text) - len(after)
+        if not (marked.count(mark) == 1 and begin <= end and text.startswith(before)
+                and text.endswith(after) and after.startswith(closing)):
+            raise BadEntry("chat template", _NOT_FOUND)
+        return begin, end
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template writes from a generation prompt to an answer, and behind the answer."""
+        asked = self.messages(_ASKED)
+        prompt = self.render(asked, add_generation_prompt=True)
+        mark = _unused(prompt)
+        before, found, after = self.render([*asked, self._answer(mark)]).partition(mark)
+        if not found:
+            raise BadEntry("chat template", _NOT_FOUND)
+        return before.removeprefix(prompt) if before.startswith(prompt) else "", after.rstrip()
+
+    def _answer(self, text: str) -> dict:
+        return self.messages([Turn(role="assistant", parts=(Part(text=text),))])[0]
 
     def _check_tools(self, turns: Sequence[Turn], tools: list[dict] | None) -> None:
         """Raises BadEntry: the template would leave out the functions, a call or what it gives."""
@@ -120,21 +155,6 @@ class ChatTemplate:
                     f"whose template has, or leave such entries out",
                 )
 
-    def _prompt(self, messages: list[dict], tools: list[dict] | None) -> str:
-        """The text before the answer that comes last."""
-        if len(messages) > 1:
-            return self.render(messages[:-1], tools, add_generation_prompt=True)
-        # transformers renders no empty conversation; a template may write a system turn of its own.
-        asked = self.messages(_ASKED)
-        request = self.render(asked, add_generation_prompt=True).removeprefix(self.render(asked))
-        text = self.render(messages, tools)
-        if not request or request not in text:
-            raise BadEntry(
-                "chat template", "it begins with an answer, and where that begins cannot be found "
-                "in what the model's chat template writes; begin with a question"
-            )
-        return text[: text.index(request) + len(request)]
-
     @cached_property
     def _writer(self) -> TemplateWriter | None:
         source = self.tokenizer.get_chat_template()
@@ -146,6 +166,11 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(tools=[{}])
         words = jinja2.Environment().lex(source)
         return {word.strip("'\"") for _, kind, word in words if kind in ("name", "string")}
+
+
+def _unused(text: str) -> str:
+    """A word that is not in a text."""
+    return next(word for number in count() if (word := f"answer{number}") not in text)
 
 
 def _untrained(turns: Sequence[Turn], spans: dict[int, Span], length: int) -> list[Span]:
