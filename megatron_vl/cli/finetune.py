@@ -7,16 +7,15 @@ command of its own, which is printed.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 from pathlib import Path
 
-from megatron_vl.errors import CALLED, InputError
-from megatron_vl.launch.cluster import ClusterEnv
+from megatron_vl.cli.train import started_with
+from megatron_vl.errors import CALLED
 from megatron_vl.launch.torchrun import take_over
 from megatron_vl.launch.worker import started_by_torchrun
-from megatron_vl.training.options.hf_trainer import FLAGS, Translation, translate
+from megatron_vl.training.options.hf_trainer import FLAGS, translate
 
 REQUIRED = ("model_name_or_path", "data_path", "output_dir")
 
@@ -46,51 +45,57 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: flags or data that cannot be used.
     """
-    from megatron_vl.cli.main import run as megatron_vl
+    from megatron_vl.training.checkpoint.start import hf_directory
+    from megatron_vl.training.options.hf_run import (
+        data_directory,
+        preparation,
+        script_defaults,
+        set_batch,
+        set_intervals,
+    )
 
     if started_by_torchrun():
         node_flags = take_over(os.environ)
         if node_flags is None:
             return 0
         args.options = [*node_flags, *args.options]
-    flags = {flag: getattr(args, flag) for flag in FLAGS}
-    made, output = translate(flags), Path(args.output_dir)
+    flags, output = {flag: getattr(args, flag) for flag in FLAGS}, Path(args.output_dir)
+    model, given = Path(args.model_name_or_path), Path(args.data_path)
+    saves = ["--save", str(output / "checkpoint"), "--eval-interval", "0", "--truncate-samples"]
+
+    def started(words: list[str]):
+        return started_with([*words, *saves, *args.options], command="finetune")
+
+    made = translate(flags)
     os.environ[CALLED] = ";".join(f"{option}={flag}" for option, flag in made.called.items())
-    if args.dry_run and not _has_weights(Path(args.model_name_or_path)):
+    made = translate(flags, script_defaults(hf_directory(started(made.words)[2])))
+    if args.dry_run and not _has_weights(model):
         made.words[made.words.index("--load")] = "--hf-config"
-    words = [*made.words, "--truncate-samples", "--save", str(output / "checkpoint"),
-             "--eval-interval", "0"]
     made.told.append("texts longer than --model_max_length are cut: --truncate-samples")
-    node, replicas = _replicas([*words, *args.options])
-    data = _data_directory(Path(args.data_path), output)
-    if data != Path(args.data_path) and not (args.dry_run or data.exists()):
-        if node.nnodes > 1:
-            raise InputError(
-                f"--data_path {args.data_path} is raw data, which one node alone can prepare; give "
-                f"the directory that megatron-vl prepare {args.data_path} DIR --format "
-                f"{args.data_format} --split 1,0,0 makes."
-            )
-        code = _say(megatron_vl, ["prepare", args.data_path, str(data), "--format",
-                                  args.data_format, "--split", "1,0,0"])
-        if code:
+    node, processes, config = started(made.words)
+    data = data_directory(given, output)
+    if data != given and not args.dry_run:
+        words = preparation(given, data, args.data_format, nnodes=node.nnodes)
+        if words and (code := _run(words)):
             return code
-    batch = _whole(flags, "per_device_train_batch_size", "8")
-    batch *= replicas * _whole(flags, "gradient_accumulation_steps", "1")
-    words += ["--train-data-path", str(data), "--global-batch-size", str(batch)]
-    made.told.append(f"rows of a step, over all processes -> --global-batch-size {batch}")
-    words += _saving(flags, made, data, batch)
+    set_batch(made, config.parallel.layout(node.nnodes * processes).dp)
+    made.words += ["--train-data-path", str(data)]
+    set_intervals(made, started(made.words)[2], prepared=data.exists())
+    os.environ[CALLED] = ";".join(f"{option}={flag}" for option, flag in made.called.items())
     print("\n".join(made.told), flush=True)
-    words += [*args.options, *(["--dry-run"] if args.dry_run else [])]
-    code = _say(megatron_vl, ["train", *words])
+    code = _run(["train", *made.words, *saves, *args.options,
+                 *(["--dry-run"] if args.dry_run else []), *(["--debug"] if args.debug else [])])
     if code or args.dry_run or node.node_rank:
         return code
-    return _say(megatron_vl, ["convert", str(output / "checkpoint"), str(output / "hf"),
-                              "--to", "hf", "--overwrite"])
+    return _run(["convert", saves[1], str(output / "hf"), "--to", "hf", "--overwrite"])
 
 
-def _say(command, words: list[str]) -> int:
+def _run(words: list[str]) -> int:
+    """Prints and runs a command of ours, whose errors are this one's."""
+    from megatron_vl.cli.main import run_parsed
+
     print(f"megatron-vl {shlex.join(words)}", flush=True)
-    return command(words)
+    return run_parsed(words)
 
 
 def _has_weights(directory: Path) -> bool:
@@ -98,55 +103,3 @@ def _has_weights(directory: Path) -> bool:
     from megatron_vl.weights.hf_io import is_hf_directory
 
     return is_mcore_directory(directory) or is_hf_directory(directory)
-
-
-def _replicas(words: list[str]) -> tuple[ClusterEnv, int]:
-    """This node among its nodes, and the data-parallel ranks of a run with these options."""
-    from megatron_vl.cli import train
-    from megatron_vl.cli.main import Parser
-
-    parser = Parser(prog="megatron-vl")
-    train.add_parser(parser.add_subparsers())
-    node, processes, config = train.started_on(parser.parse_args(["train", *words]))
-    return node, config.parallel.layout(node.nnodes * processes).dp
-
-
-def _data_directory(given: Path, output: Path) -> Path:
-    """A prepared dataset as it is; of a file, where it is prepared: another file, another place."""
-    from megatron_vl.weights.files import fingerprint
-
-    if given.is_file():
-        return output / f"data-{fingerprint(given).split()[-1]}"
-    if not (given / ".nv-meta").is_dir():
-        raise InputError(
-            f"--data_path {given} is neither a JSON file nor a dataset that megatron-vl prepare "
-            f"made; give one of them."
-        )
-    return given
-
-
-def _whole(flags: dict[str, str | None], flag: str, default: str) -> int:
-    value = flags[flag] or default
-    if not value.isdecimal() or int(value) < 1:
-        raise InputError(f"--{flag} is {value!r}; it must be a whole number above 0.")
-    return int(value)
-
-
-def _saving(flags: dict[str, str | None], made: Translation, data: Path, batch: int) -> list[str]:
-    """When checkpoints are written; the last step always is."""
-    strategy = flags["save_strategy"] or "steps"
-    if strategy not in ("no", "steps", "epoch"):
-        raise InputError(f"--save_strategy is {strategy!r}; use no, steps or epoch.")
-    if strategy == "epoch" and not data.exists():
-        made.told.append("--save_strategy epoch -> --save-interval, once the data are prepared")
-        return []
-    steps = {"no": lambda: 10**9, "steps": lambda: _whole(flags, "save_steps", "500"),
-             "epoch": lambda: math.ceil(_samples(data) / batch)}[strategy]()
-    made.told.append(f"--save_strategy {strategy} -> --save-interval {steps}")
-    return ["--save-interval", str(steps)]
-
-
-def _samples(data: Path) -> int:
-    from megatron_vl.data.load.mixture import Mixture
-
-    return sum(Mixture.parse(str(data)).check("train").values())

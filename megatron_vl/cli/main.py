@@ -122,7 +122,7 @@ def run(argv: list[str]) -> int:
     named = {name[2:]: flag for flag in flags for name in flags_of(key_of(flag)) if "-" in name[2:]}
     call_as_typed({name: flag for name, flag in named.items() if flag != f"--{name}"})
     try:
-        return _run(chosen, argv)
+        return run_parsed(argv)
     except CheckFailed as error:
         code, said = 1, error
     except InputError as error:
@@ -156,7 +156,9 @@ def _unusable(argv: list[str]) -> int:
     return 2
 
 
-def _run(chosen: str, argv: list[str]) -> int:
+def run_parsed(argv: list[str]) -> int:
+    """Run one command; returns its exit code. What it raises `run` makes a sentence of."""
+    chosen = _chosen(argv)
     parser = Parser(
         prog="megatron-vl",
         description="Train Qwen-family models on Megatron-Core, on any machine.",

@@ -16,6 +16,7 @@ import sys
 from typing import NoReturn
 
 from megatron_vl.cli import main as program
+from megatron_vl.cli.train import started_with
 from megatron_vl.errors import CALLED, InputError
 from megatron_vl.training.options.mindspeed import CALLED_BY, translated
 
@@ -25,6 +26,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
     os.environ[CALLED] = ";".join(f"{option}={key}" for option, key in CALLED_BY.items())
     try:
         prepared, words = translated(sys.argv[1:] if argv is None else argv)
+        if prepared and started_with(words[1:])[0].nnodes > 1:
+            raise InputError(
+                f"{prepared[0][1]} is not prepared yet; before you start several nodes, run on one "
+                f"of them megatron-vl {shlex.join(prepared[0])}."
+            )
         for job in prepared:
             print("megatron-vl", shlex.join(job), flush=True)
             if code := program.run(job):

@@ -115,6 +115,24 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
+def started_with(
+    words: list[str], *, command: str = "train"
+) -> tuple[ClusterEnv, int, TrainConfig]:
+    """`started_on` of unparsed arguments; `command` is the one whose user typed them.
+
+    Raises:
+        InputError: see `started_on`.
+        SystemExit: arguments that the parser refuses.
+    """
+    from megatron_vl.cli.main import Parser
+
+    parser = Parser(prog="megatron-vl")
+    commands = parser.add_subparsers()
+    add_parser(commands)
+    commands.choices["train"].prog = f"megatron-vl {command}"
+    return started_on(parser.parse_args(["train", *words]))
+
+
 def started_on(args: argparse.Namespace) -> tuple[ClusterEnv, int, TrainConfig]:
     """The nodes of a run, the processes of each, and its options.
 

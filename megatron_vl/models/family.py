@@ -53,6 +53,10 @@ class Processor(Protocol):
     def patch_dim(self) -> int:
         """D."""
 
+    @property
+    def resizes(self) -> bool:
+        """Whether limits say how large a medium is; else all are brought to one size."""
+
     def frames(self, media: StoredMedia) -> list[int]:
         """Frames that are taken, by their numbers from 0, which ascend; [0] of an image.
 

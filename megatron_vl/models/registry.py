@@ -122,6 +122,11 @@ class Family:
         constants = getattr(import_module(f"{self.package}.tiny"), "constants", None)
         return {} if constants is None else constants(spec)
 
+    def finetune_defaults(self) -> dict[str, str]:
+        """Flags of the family's published fine-tuning script -> defaults that are its own, not the
+        Trainer's; a folder without `finetune.py` has none."""
+        return dict(self._part("finetune", "DEFAULTS")) if self._has("finetune") else {}
+
     def llama_target(self, config_dir: str | Path, spec: ModelSpec, *, max_shard_bytes: int):
         """The `megatron_vl.weights.targets.Target` that writes this model as a Llama.
 

@@ -21,6 +21,7 @@ from megatron_vl.training.checkpoint.resume import (
 from megatron_vl.training.checkpoint.saver import Saved, Saver
 from megatron_vl.training.checkpoint.start import find_checkpoint
 from megatron_vl.training.checkpoint.state import save_checkpoint
+from megatron_vl.training.epochs import short_of_schedule
 from megatron_vl.training.evaluate import evaluate
 from megatron_vl.training.microbatches import Microbatches, train_loader
 from megatron_vl.training.plan import Plan
@@ -331,6 +332,8 @@ class Trainer:
         if self.stopping or (self.leaving and not self.ended):
             why = self.leaving or "asked to stop"
             done = f"{why}; {self.done} steps are done, the same command goes on; ran"
+        elif told := short_of_schedule(self.config, self.done):
+            self.say(as_called(told))
         self.say(f"{done} in {duration(time.perf_counter() - self.started)}; "
                  f"peak memory of a rank {peak / 2**30:.2f} GiB")
         if self.loader is not None:

@@ -104,14 +104,12 @@ def test_raw_data_are_prepared_once_and_again_when_they_are_read_otherwise(files
 
 
 REFUSED = [  # of data.json, of model.json, more words, what is said
-    ({f"{BASIC}.template": "llama3"}, {}, [], "template is 'llama3', but the chat template is the"),
     ({f"{BASIC}.cutoff_len": 9}, {}, [], "cutoff_len is 9, but --seq-length says it"),
     ({f"{MEDIA}.video_fps": "x"}, {}, [], f"{MEDIA}.video_fps is 'x'"),
     ({f"{BASIC}.dataset": "no.json"}, {}, [], "basic_parameters names no.json, which is not there"),
     ({}, {"text_decoder.num_layers": 5}, [], "num_layers is 5, but config.json says 4"),
     ({}, {"text_decoder.canonical_model": True}, [], "canonical_model is True, but q, k and v"),
     ({}, {f"{VISION}.hidden_dropout": 0.1}, [], "hidden_dropout is 0.1, but these models are"),
-    ({}, {}, ["--nnodes", "2"], "before you start several nodes, run on one of them megatron-vl"),
 ]
 
 
@@ -120,6 +118,27 @@ def test_what_has_another_meaning_is_refused(data, model, more, says, files, cap
     with pytest.raises(SystemExit) as ended:
         main([*files(data, model), *more])
     assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+SEVERAL = [  # arguments and variables that tell of two nodes
+    (["--nnodes", "2"], {}), (["--nnodes=2"], {}),
+    ([], {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}),
+]
+
+
+@pytest.mark.parametrize(("more", "variables"), SEVERAL, ids=str)
+def test_several_nodes_do_not_prepare_raw_data(more, variables, files, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main([*files(), *more])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "before you start several nodes, run on one of them" in said
+
+
+def test_the_name_of_a_template_is_noted(files, capsys):
+    translated(files({f"{BASIC}.template": "llama3"}))
+    assert "template llama3: the chat template is the tokenizer's own" in capsys.readouterr().out
 
 
 def test_the_script_lays_out_7b_at_its_true_size(files, wds_dir, tmp_path):

@@ -181,7 +181,7 @@ def test_a_row_equals_what_transformers_makes(model, name, mask, sides):
         model=replace(there.ours, chat=ChatTokenizer(
             chat.tokenizer, tokens=chat.tokens, family=family(model), trained=MASKS[mask],
         )),
-        rules=RowRules(length=want["input_ids"].shape[1], packs=False, length_mend=""),
+        rules=RowRules(length=want["input_ids"].shape[1], packs=False, length_option=""),
     )
     sample = ConversationSample(__key__="a", __restore_key__=(), turns=turns, media=stored,
                                 read=files.__getitem__)

@@ -61,9 +61,9 @@ def test_a_sample_that_every_epoch_leaves_out_counts_once(loaders, wds_dir, tmp_
 def test_a_sample_longer_than_a_row_is_named_with_its_length(loaders, workers):
     said = _drain(loaders(seq_length=48, num_workers=workers))
     assert "shard-0000" in said and "tokens but a row holds 48" in said
-    assert "raise the sequence length, lower image-max-pixels or video-maxlen" in said
+    assert "raise seq-length, lower image-max-pixels, or remove the sample" in said
     said = _drain(loaders(packing_buffer_size=None, max_padding_length=48, num_workers=workers))
-    assert "raise the padding length" in said
+    assert "raise max-padding-length" in said
 
 
 @pytest.mark.parametrize("workers", [0, 1])

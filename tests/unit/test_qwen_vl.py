@@ -370,6 +370,7 @@ def test_a_long_sample_is_cut_behind_its_images_and_never_within_one(
             here = batch.tokens[0, : batch.sample_lengths[0]]
             found[batch.sample_lengths[0] + batch.tokens_cut[0]] = here
             skipped |= {one.reason for one in batch.skipped}
+            assert all("raise seq-length, or remove" in one.message for one in batch.skipped)
             assert batch.pixel_patches.shape == (16, of_model.vision.patch_dim)
             assert batch.loss_mask.sum() > 0
         whole = {len(one): one for one in tokens.values()}

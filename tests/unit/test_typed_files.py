@@ -302,7 +302,7 @@ def encoder_of(hf_dir: Path, spec, template: str | None) -> SampleEncoder:
     own = ModelEncoder.from_hf_dir(hf_dir, spec, family(spec.model_type))
     return SampleEncoder(
         model=replace(own, chat=chat),
-        rules=RowRules(length=4096, packs=True, length_mend="cut it", max_skipped=10**9),
+        rules=RowRules(length=4096, packs=True, length_option="seq-length", max_skipped=10**9),
     )
 
 

@@ -120,9 +120,9 @@ class _Encoder(SampleEncoder):
         except BadEntry as error:
             self._skip(raw, error.reason, str(error))
 
-    def _check_size(self, length: int, grids: list[Grid], kinds: set[str]) -> None:
+    def _check_size(self, length: int, grids: list[Grid], media: Sequence[StoredMedia]) -> None:
         try:
-            super()._check_size(length, grids, kinds)
+            super()._check_size(length, grids, media)
         except BadEntry as error:
             self.over = error
 
@@ -137,7 +137,7 @@ def build_encoder(
         InputError: a tokenizer or image settings that cannot be used.
     """
     rules = RowRules(
-        length=config.seq_length, packs=True, length_mend=config.length_mend,
+        length=config.seq_length, packs=True, length_option=config.length_option,
         max_patches=config.max_patches_per_row, max_skipped=sys.maxsize,
     )  # fmt: skip
     model = None

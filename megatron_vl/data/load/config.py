@@ -58,14 +58,13 @@ class DataConfig:
         """What makes a row."""
         return RowRules(
             length=self.row_length, truncates=self.truncate_samples, packs=self.packs,
-            length_mend=self.length_mend,
+            length_option=self.length_option,
             multiple=None if self.packs else self.row_multiple,
             max_patches=self.max_patches_per_row, max_skipped=self.max_skipped_samples,
         )
 
     @property
-    def length_mend(self) -> str:
-        what = "sequence length" if self.packs else "padding length"
-        return (
-            f"raise the {what}, lower image-max-pixels or video-maxlen, or remove the sample"
-        )
+    def length_option(self) -> str:
+        """The option that says `row_length`, for messages."""
+        padded = not self.packs and self.max_padding_length is not None
+        return "max-padding-length" if padded else "seq-length"

@@ -86,7 +86,7 @@ class RowRules:
     truncates: bool = False  # its end is cut off instead, where that is text
     multiple: int | None = None  # of which a batch's rows are the least that holds them; None: full
     packs: bool  # whether samples share rows
-    length_mend: str  # what to do about a sample that is too long, for the message
+    length_option: str  # what says `length`, for messages
     max_patches: int | None = None  # patches a row holds at most; a larger sample is skipped
     max_skipped: int = 0  # samples that may be skipped before it is an error
 
@@ -145,7 +145,7 @@ class SampleEncoder(TaskEncoder):
             cut = tokens.numel() - self.rules.length if self.rules.truncates else 0
             # An image or video is whole, and so is the mark behind it.
             if cut > 0 and not self._places(tokens)[self.rules.length - 1 :].any():
-                tokens, labels = self._truncated(tokens, labels)
+                tokens, labels = self._truncated(tokens, labels, sample.media)
             self._check_size(tokens.numel(), grids, sample.media)
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
@@ -169,9 +169,9 @@ class SampleEncoder(TaskEncoder):
         return self.model.chat.tokens.places(tokens)
 
     def _truncated(
-        self, tokens: torch.Tensor, labels: torch.Tensor
+        self, tokens: torch.Tensor, labels: torch.Tensor, media: Sequence[StoredMedia]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As many tokens as a row holds, int64 [L].
+        """As many tokens as a row holds, and their labels, both int64 [L].
 
         Raises:
             BadEntry: none of them is trained.
@@ -183,7 +183,7 @@ class SampleEncoder(TaskEncoder):
             raise BadEntry(
                 "too long",
                 f"it has {tokens.numel()} tokens, and nothing is trained of the first {length}, "
-                f"which a row holds; {self.rules.length_mend}",
+                f"which a row holds; {self._length_mend(media)}",
             )
         return tokens[:length].clone(), labels
 
@@ -194,18 +194,30 @@ class SampleEncoder(TaskEncoder):
         if length > rules.length:
             raise BadEntry(
                 "too long",
-                f"it has {length} tokens but a row holds {rules.length}; {rules.length_mend}",
+                f"it has {length} tokens but a row holds {rules.length}; "
+                f"{self._length_mend(media)}",
             )
         if rules.max_patches is not None and patches > rules.max_patches:
-            mends = {IMAGE: "image-max-pixels", VIDEO: "video-max-pixels or video-maxlen"}
-            mend = " or ".join(mends[kind] for kind in sorted({one.kind for one in media}))
-            if any(one.settings is not None for one in media):
-                mend += ", or what the entry itself asks for"
             raise BadEntry(
                 "too many patches",
                 f"its images and videos have {patches} patches but a row holds "
-                f"{rules.max_patches}; raise max-patches-per-row or lower {mend}",
+                f"{rules.max_patches}; raise max-patches-per-row{self._smaller_media(media)}, or "
+                f"remove the sample",
             )
+
+    def _length_mend(self, media: Sequence[StoredMedia]) -> str:
+        """What to do about a sample that is too long."""
+        return f"raise {self.rules.length_option}{self._smaller_media(media)}, or remove the sample"
+
+    def _smaller_media(self, media: Sequence[StoredMedia]) -> str:
+        """`, lower OPTION` that makes these images and videos smaller; empty if none does."""
+        if not media or not self.model.processor.resizes:
+            return ""
+        options = {IMAGE: "image-max-pixels", VIDEO: "video-max-pixels or video-maxlen"}
+        lower = " or ".join(options[kind] for kind in sorted({one.kind for one in media}))
+        if any(one.settings is not None for one in media):
+            lower += " or what the entry itself asks for"
+        return f", lower {lower}"
 
     def make_row(self, samples: list[EncodedSample]) -> Row | None:
         """A row of the samples whose media can be decoded; None if none can."""

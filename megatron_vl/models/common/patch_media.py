@@ -61,7 +61,8 @@ class MediaProcessor:
         image_size = processor.size["shortest_edge"], processor.size["longest_edge"]
         self.image_size = _chosen("image", self.limits, image_size)
         self.video_size = _chosen("video", self.limits, video_size or image_size)
-        self.resample = processor.resample if processor.do_resize else None
+        self.resizes = processor.do_resize
+        self.resample = processor.resample if self.resizes else None
         self.in_channels, self.patch_dim = vision.in_channels, vision.patch_dim
         values = np.arange(256, dtype=np.uint8).reshape(1, 1, 256).repeat(self.in_channels, 0)
         if processor.do_rescale:

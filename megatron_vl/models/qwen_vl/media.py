@@ -49,6 +49,8 @@ def processor(
 class SquareProcessor:
     """Images to patches; there are no videos."""
 
+    resizes = False
+
     def __init__(self, vision: ResampledVisionSpec):
         self.vision, self.patch_dim = vision, vision.patch_dim
         values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)

@@ -262,8 +262,8 @@ class ModelRunOptions:
         False, "leave the language model as it is, with its embedding and its head"
     )
     train_constants: bool = option(
-        False, "train also the weights that the published model declares constant, as its own "
-        "fine-tuning of Qwen-VL does with the positions of the resampler"
+        False, "train also the weights that the published model declares constant, such as stored "
+        "positions; a published fine-tuning script may do so"
     )
     init_method_std: float | None = option(
         None, "standard deviation of random weights; default: config.json's", kind=float

@@ -1,11 +1,13 @@
 """Flags of transformers' Trainer, as published fine-tuning scripts take them, and what each becomes
 here. Pure Python.
 
-A flag that is not given has the Trainer's own default, not ours: a recipe relies on it.
+A flag that is not given has the default of the model's own script, else the Trainer's, not ours: a
+recipe relies on it. What depends on the data is in `hf_run`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,24 +17,36 @@ from megatron_vl.errors import InputError, shown
 from megatron_vl.training.options.spellings import ANSWERS
 from megatron_vl.typed import read_file
 
-SAME = {  # flag -> the option that says the same, and the Trainer's default
-    "model_name_or_path": ("load", None),
-    "model_max_length": ("seq-length", "512"),
-    "per_device_train_batch_size": ("micro-batch-size", "8"),
-    "num_train_epochs": ("num-train-epochs", "3"),
-    "max_steps": ("train-iters", None),
-    "learning_rate": ("lr", "5e-5"),
-    "weight_decay": ("weight-decay", "0"),
-    "adam_beta1": ("adam-beta1", "0.9"),
-    "adam_beta2": ("adam-beta2", "0.999"),
-    "adam_epsilon": ("adam-eps", "1e-8"),
-    "max_grad_norm": ("clip-grad", "1"),
-    "warmup_ratio": ("lr-warmup-fraction", None),
-    "warmup_steps": ("lr-warmup-iters", None),
-    "logging_steps": ("log-interval", "500"),
-    "save_total_limit": ("save-total-limit", None),
-    "dataloader_num_workers": ("num-workers", None),
-    "seed": ("seed", "42"),
+SAME = {  # flag -> the option that says the same
+    "model_name_or_path": "load",
+    "model_max_length": "seq-length",
+    "per_device_train_batch_size": "micro-batch-size",
+    "learning_rate": "lr",
+    "weight_decay": "weight-decay",
+    "adam_beta1": "adam-beta1",
+    "adam_beta2": "adam-beta2",
+    "adam_epsilon": "adam-eps",
+    "max_grad_norm": "clip-grad",
+    "save_total_limit": "save-total-limit",
+    "dataloader_num_workers": "num-workers",
+    "seed": "seed",
+}
+DEFAULTS = {  # the Trainer's
+    "per_device_train_batch_size": "8",
+    "gradient_accumulation_steps": "1",
+    "num_train_epochs": "3",
+    "max_steps": "-1",
+    "learning_rate": "5e-5",
+    "lr_scheduler_type": "linear",
+    "weight_decay": "0",
+    "adam_beta1": "0.9",
+    "adam_beta2": "0.999",
+    "adam_epsilon": "1e-8",
+    "max_grad_norm": "1",
+    "logging_steps": "500",
+    "save_strategy": "steps",
+    "save_steps": "500",
+    "seed": "42",
 }
 SWITCHES = {  # flag -> the options that True becomes
     "bf16": ("--bf16",),
@@ -56,16 +70,17 @@ IGNORED = {  # flag -> why nothing becomes of it
     "report_to": "the run's numbers go to metrics.jsonl and report.html beside its checkpoints",
 }
 OTHERS = (  # flags that are read by name
-    "data_path", "output_dir", "gradient_accumulation_steps", "lr_scheduler_type",
-    "save_strategy", "save_steps", "use_lora", "q_lora", "deepspeed",
+    "data_path", "output_dir", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "warmup_ratio", "warmup_steps", "lr_scheduler_type", "logging_steps", "save_strategy",
+    "save_steps", "use_lora", "q_lora", "deepspeed",
 )
 FLAGS = (*SAME, *SWITCHES, *IGNORED, *OTHERS)
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-AGREEING = (  # DeepSpeed's key, the flag that says the same, and the flag's default
-    ("gradient_clipping", "max_grad_norm", "1"),
-    ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", "8"),
-    ("gradient_accumulation_steps", "gradient_accumulation_steps", "1"),
-)
+AGREEING = {  # DeepSpeed's key -> the flag that says the same
+    "gradient_clipping": "max_grad_norm",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
 STAGES = {  # of ZeRO -> what is told of it
     0: "",
     1: "ZeRO 1 is --use-distributed-optimizer",
@@ -80,48 +95,109 @@ STAGES = {  # of ZeRO -> what is told of it
 class Translation:
     """Options of `megatron-vl train`, and what is to be told of them."""
 
+    flags: Mapping[str, str | None]  # every flag's value, its default where it was not given
+    typed: frozenset[str]  # flags that were given
     words: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
-    called: dict[str, str] = field(default_factory=dict)  # option -> the flag that was typed
+    called: dict[str, str] = field(  # option -> the flag that says it
+        default_factory=lambda: {option: f"--{flag}" for flag, option in SAME.items()}
+    )
 
-    def add(self, flag: str, value: str, *words: str) -> None:
+    def add(self, flag: str, *words: str) -> None:
+        """`flag` becomes `words`, an option's first."""
         self.words += words
-        self.told.append(f"--{flag} {value} -> {' '.join(words)}")
+        self.tell(flag, f"-> {' '.join(words)}")
         self.called[words[0].removeprefix("--")] = f"--{flag}"
 
+    def ignore(self, flag: str, why: str) -> None:
+        if flag in self.typed:
+            self.tell(flag, f"is ignored: {why}")
 
-def translate(flags: Mapping[str, str | None]) -> Translation:
-    """The options that `flags` come to, but for data, batch and saving.
+    def tell(self, flag: str, what: str) -> None:
+        default = "" if flag in self.typed else " (default)"
+        self.told.append(f"--{flag} {self.flags[flag]} {what}{default}")
+
+    def number(self, flag: str) -> float:
+        """Its value; 0 where it has none. Raises InputError: it is no finite number."""
+        value = self.flags[flag] or "0"
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError(f"--{flag} is {shown(repr(value))}; it must be a number.")
+        return number
+
+
+def translate(
+    given: Mapping[str, str | None], own_defaults: Mapping[str, str] | None = None
+) -> Translation:
+    """The options that flags come to, but for what `hf_run` says of them.
 
     Args:
-        flags: the values of FLAGS as they were typed, None where one was not.
+        given: the values of FLAGS as they were typed, None where one was not.
+        own_defaults: of flags of the model's own script, instead of DEFAULTS.
 
     Raises:
         InputError: a value that cannot be used, or that asks for what is not here.
     """
-    made = Translation()
+    typed = {flag: value for flag, value in given.items() if value is not None}
+    made = Translation(
+        flags={**dict.fromkeys(FLAGS), **DEFAULTS, **(own_defaults or {}), **typed},
+        typed=frozenset(typed),
+    )
+    flags = made.flags
     for flag in ("use_lora", "q_lora"):
         if flags[flag] and _truth(flag, flags[flag]):
             raise InputError(f"--{flag} is {flags[flag]}, but {ANSWERS['lora']}; leave it out.")
-    counted = "num_train_epochs" if flags["max_steps"] else "max_steps"
-    for flag, (option, default) in SAME.items():
-        value = flags[flag] or default
-        if value is not None and flag != counted:
-            made.add(flag, value, f"--{option}", value)
+    for flag, option in SAME.items():
+        if flags[flag] is not None:
+            made.add(flag, f"--{option}", flags[flag])
     for flag, words in SWITCHES.items():
         if flags[flag] and _truth(flag, flags[flag]):
-            made.add(flag, flags[flag], *words)
-    schedule = flags["lr_scheduler_type"] or "linear"
-    if schedule not in SCHEDULES:
-        raise InputError(f"--lr_scheduler_type is {shown(repr(schedule))}; use one of "
-                         f"{', '.join(SCHEDULES)}.")
-    made.add("lr_scheduler_type", schedule, "--lr-decay-style", SCHEDULES[schedule],
-             "--min-lr", "0")
+            made.add(flag, *words)
+    _length(made)
+    _schedule(made)
     if flags["deepspeed"]:
-        _deepspeed(flags["deepspeed"], flags, made)
-    made.told += [f"--{flag} {flags[flag]} is ignored: {why}" for flag, why in IGNORED.items()
-                  if flags[flag]]
+        _deepspeed(flags["deepspeed"], made)
+    for flag, why in IGNORED.items():
+        made.ignore(flag, why)
     return made
+
+
+def _length(made: Translation) -> None:
+    """A negative number of steps is none: epochs count."""
+    if made.number("max_steps") < 0:
+        made.add("num_train_epochs", "--num-train-epochs", made.flags["num_train_epochs"])
+        made.ignore("max_steps", "--num_train_epochs says how long the run is")
+    else:
+        made.add("max_steps", "--train-iters", made.flags["max_steps"])
+        made.ignore("num_train_epochs", "--max_steps says how long the run is")
+
+
+def _schedule(made: Translation) -> None:
+    """The learning rate's; of two ways to say its warm-up, steps count unless they are 0."""
+    flags = made.flags
+    style = flags["lr_scheduler_type"]
+    if style not in SCHEDULES:
+        raise InputError(
+            f"--lr_scheduler_type is {shown(repr(style))}; use one of {', '.join(SCHEDULES)}."
+        )
+    made.add("lr_scheduler_type", "--lr-decay-style", SCHEDULES[style], "--min-lr", "0")
+    steps, _ = made.number("warmup_steps"), made.number("warmup_ratio")
+    if style == "constant":
+        for flag in ("warmup_ratio", "warmup_steps"):
+            made.ignore(flag, "the Trainer's constant schedule has no warm-up; use "
+                              "constant_with_warmup for one")
+    elif steps or flags["warmup_ratio"] is None:
+        made.ignore("warmup_ratio", "--warmup_steps says how long the warm-up is")
+        if 0 < steps < 1:  # a share of the run, as of transformers 5
+            made.add("warmup_steps", "--lr-warmup-fraction", flags["warmup_steps"])
+        elif steps:
+            made.add("warmup_steps", "--lr-warmup-iters", str(int(steps)))
+    else:
+        made.ignore("warmup_steps", "--warmup_ratio says how long the warm-up is")
+        made.add("warmup_ratio", "--lr-warmup-fraction", flags["warmup_ratio"])
 
 
 def _truth(flag: str, value: str) -> bool:
@@ -130,7 +206,7 @@ def _truth(flag: str, value: str) -> bool:
     return TRUTH[value.lower()]
 
 
-def _deepspeed(path: str, flags: Mapping[str, str | None], made: Translation) -> None:
+def _deepspeed(path: str, made: Translation) -> None:
     """What DeepSpeed's configuration asks for, as far as the flags do not say it."""
     config = read_file(Path(path), dict, mend="give DeepSpeed's own JSON file")
     zero = _table(path, config, "zero_optimization")
@@ -149,8 +225,8 @@ def _deepspeed(path: str, flags: Mapping[str, str | None], made: Translation) ->
             made.words.append(flag)
             made.told.append(f"--deepspeed {path}: {name} becomes {flag}")
         config.pop(name, None)
-    for name, flag, default in AGREEING:
-        value, said = config.pop(name, "auto"), flags[flag] or default
+    for name, flag in AGREEING.items():
+        value, said = config.pop(name, "auto"), made.flags[flag]
         if value != "auto" and not _equal(value, said):
             raise InputError(f"{path}: {name} is {shown(value)}, but --{flag} is {said}; make them "
                              f"equal, or write \"auto\".")

@@ -7,7 +7,6 @@ Every flag and key that has no meaning here is printed.
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,8 +45,6 @@ FIXED = {  # keys of data.json that have one value here, and why
         True, "tokenizers are fast ones here"),
     "dataset_param.preprocess_parameters.split_special_tokens": (
         False, "the tokenizer's own marks are one token here"),
-    "dataset_param.basic_parameters.template": (
-        "qwen2vl", "the chat template is the tokenizer's own here"),
     "dataset_param.basic_parameters.packing": (
         False, "--packing-buffer-size packs rows here; give it in GPT_ARGS"),
     "dataset_param.basic_parameters.cutoff_len": (None, "--seq-length says it"),
@@ -141,12 +138,6 @@ def translated(argv: list[str]) -> tuple[list[list[str]], list[str]]:
     data.name_unread("these keys have no meaning here")
     of_model = model_words(model, load_spec(hf_dir))
     model.name_unread("the model is what config.json says, whatever these keys say")
-    several = "--nnodes" in argv and argv[argv.index("--nnodes") + 1 :][:1] != ["1"]
-    if jobs and several:
-        raise InputError(
-            f"{jobs[0][1]} is not prepared yet; before you start several nodes, run on one of them "
-            f"megatron-vl {shlex.join(jobs[0])}."
-        )
     return jobs, ["train", *MIN_LR, *words, "--hf-config", hf_dir, *of_model, *of_data]
 
 
@@ -155,6 +146,8 @@ def data_words(data: Keys) -> tuple[list[list[str]], list[str]]:
     for key, (value, why) in FIXED.items():
         data.fixed(key, value, why)
     media, basic = "dataset_param.preprocess_parameters", "dataset_param.basic_parameters"
+    if template := data.get(f"{basic}.template", Name):
+        print(f"note: {data.path}: {basic}.template {template}: {answer('template')}", flush=True)
     words = []
     for name, default in PIXELS.items():
         pixels = data.get(f"{media}.{name}", Count, default)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_vl.data.encode.samples import Skipped
+from megatron_vl.errors import as_called
 
 TOLD = 10  # samples left out for one reason that a rank names; all are counted
 
@@ -25,7 +26,7 @@ class LeftOut:
         """Name the first samples left out; every reader does for its own."""
         for one in skipped:
             if one.first and self.told[one.reason] < TOLD:
-                print(f"skipped sample {one.sample}: {one.message}", flush=True)
+                print(f"skipped sample {one.sample}: {as_called(one.message)}", flush=True)
                 self.told[one.reason] += 1
 
     def too_many(self) -> str:
