@@ -157,12 +157,13 @@ def test_what_a_thinking_template_writes_before_an_answer_is_no_answer(thinking,
 
 
 def test_of_a_template_that_thinks_only_where_it_is_asked_to_the_reasoning_is_found(thinking):
-    chat, (turns, _, answers) = thinking(), THINKING["one turn, with reasoning"]
-    source = chat.tokenizer.chat_template
-    chat.tokenizer.chat_template = source.replace(
+    tokenizer, (turns, _, answers) = thinking().tokenizer, THINKING["one turn, with reasoning"]
+    source = tokenizer.chat_template
+    tokenizer.chat_template = source.replace(
         "enable_thinking is defined and enable_thinking is false", "not enable_thinking")
-    text, ((begin, end),) = chat.template.write(turns)
-    assert chat.tokenizer.chat_template != source and text[begin:end] == f"{answers[0]}<|im_end|>"
+    assert tokenizer.chat_template != source
+    text, ((begin, end),) = ChatTemplate(tokenizer, text_only=True).write(turns)
+    assert text[begin:end] == f"{answers[0]}<|im_end|>"
 
 
 def test_an_answer_that_the_template_leaves_out_costs_its_sample(thinking):
