@@ -35,6 +35,7 @@ setup(
         "av>=17",
         "filetype>=1.0",
         "sentencepiece>=0.2",
+        "tiktoken>=0.7",
     ],
     extras_require={
         "test": [

@@ -1,4 +1,5 @@
-"""transformers' processors of Qwen2-VL and Qwen2.5-VL, with PIL in place of torchvision."""
+"""transformers' processors of Qwen2-VL and Qwen2.5-VL, with PIL in place of torchvision; and what
+their chat template is to write, spelled out."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ import transformers
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_processing_backends import PilBackend
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+from megatron_vl.data.encode.samples import IGNORE
 
 _MODULE = "transformers.models.qwen2_vl.video_processing_qwen2_vl"
 _STUBS = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2",
@@ -96,3 +99,43 @@ def _module():
             del sys.modules[name]
         sys.modules.update(before)
     return module
+
+
+def spelled(turns, counts):
+    """The text as the published template is to write it, and the characters of each answer.
+
+    An answer goes from its own first character to the end of its end token.
+    """
+    counts = {kind: iter(numbers) for kind, numbers in counts.items()}
+    text, answers = "", []
+    if turns[0].role != "system":
+        text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    for turn in turns:
+        text += f"<|im_start|>{turn.role}\n"
+        begin = len(text)
+        for part in turn.parts:
+            if part.media is None:
+                text += part.text
+            else:
+                pads = f"<|{part.media}_pad|>" * next(counts[part.media])
+                text += f"<|vision_start|>{pads}<|vision_end|>"
+        text += "<|im_end|>"
+        if turn.role == "assistant":
+            answers.append((begin, len(text)))
+        text += "\n"
+    return text, answers
+
+
+def labels_of(text, answers, tokenizer, mask):
+    """What each position is to predict, from characters alone."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids = encoded["input_ids"]
+    if mask == "all text":
+        pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        trained = [token not in pads for token in ids]
+    else:
+        wanted = answers[-1:] if mask == "the last answer" else answers
+        trained = [any(begin <= first and last <= end for begin, end in wanted)
+                   for first, last in encoded["offset_mapping"]]
+    labels = [token if take else IGNORE for token, take in zip(ids, trained, strict=True)]
+    return ids, [*labels[1:], IGNORE]

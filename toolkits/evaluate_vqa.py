@@ -2,9 +2,10 @@
 
     python evaluate_vqa.py HF_DIR QUESTIONS.json [--limit N] [--output answers.jsonl]
 
-HF_DIR is loaded by transformers alone: model, tokenizer, chat template, image processor. QUESTIONS
-is LLaVA-style JSON (`easy_vqa_to_llava.py` writes one). An answer is right when it is the expected
-text, to the letter. Beside each score stands that of always giving the commonest answer.
+HF_DIR is loaded by transformers alone: model, tokenizer, chat template, image processor. It
+has no Qwen-VL: there the project's reference, in plain torch, answers. QUESTIONS is LLaVA-style
+JSON (`easy_vqa_to_llava.py` writes one). An answer is right when it is the expected text, to the
+letter. Beside each score stands that of always giving the commonest answer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 # The place of the image, with the one line break beside it, as training reads it.
 MARK = re.compile(r"\n?<image>$|<image>\n?")
+MAX_NEW_TOKENS = 8
 SHAPES = ("circle", "rectangle", "triangle")
 
 
@@ -63,11 +65,12 @@ def load_rgb(path: Path):
     return image.convert("RGB")
 
 
-class Answerer:
-    """transformers' own Qwen2-VL, asked in batches."""
+class ImageAnswerer:
+    """transformers' own Qwen2-VL or Qwen2.5-VL, asked in batches."""
+
+    name = "transformers"
 
     def __init__(self, hf_dir: Path):
-        import torch
         import transformers
         from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
@@ -78,7 +81,6 @@ class Answerer:
                 pass
 
         transformers.utils.logging.disable_progress_bar()
-        self.torch = torch
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(
             hf_dir, padding_side="left", trust_remote_code=False
         )
@@ -87,7 +89,7 @@ class Answerer:
         )
         self.processor = ImageAndTextProcessor(images, self.tokenizer)
         self.model = transformers.AutoModelForImageTextToText.from_pretrained(
-            hf_dir, dtype=torch.float32
+            hf_dir, dtype="float32"
         ).eval()
 
     def __call__(self, entries: list[dict], root: Path) -> list[str]:
@@ -100,10 +102,97 @@ class Answerer:
             ))
             images.append(load_rgb(root / entry["image"]))
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
-        with self.torch.inference_mode():
-            tokens = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, True)]
+        return generated(self.model, self.tokenizer, inputs)
+
+
+class TextAnswerer:
+    """transformers' own language model, asked in batches."""
+
+    name = "transformers"
+
+    def __init__(self, hf_dir: Path):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            hf_dir, padding_side="left", trust_remote_code=False
+        )
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            hf_dir, dtype="float32", trust_remote_code=False
+        ).eval()
+
+    def __call__(self, entries: list[dict], root: Path) -> list[str]:
+        """One answer an entry."""
+        dialogues = [[{"role": "user", "content": entry["conversations"][0]["value"]}]
+                     for entry in entries]
+        inputs = self.tokenizer.apply_chat_template(
+            dialogues, add_generation_prompt=True, padding=True, return_tensors="pt",
+            return_dict=True,
+        )
+        return generated(self.model, self.tokenizer, inputs)
+
+
+def generated(model, tokenizer, inputs) -> list[str]:
+    """What follows each of `inputs`, a batch of transformers'."""
+    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    tokens = tokens[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+class QwenVLAnswerer:
+    """This project's reference of Qwen-VL, asked one by one."""
+
+    name = "the reference in plain torch"
+
+    def __init__(self, hf_dir: Path):
+        from megatron_vl.models import family, load_spec
+
+        spec = load_spec(hf_dir)
+        of = family(spec.model_type)
+        self.model = of.judge().from_pretrained(hf_dir)
+        self.prompt, self.processor = of.prompt(hf_dir, spec), of.processor(hf_dir, spec)
+
+    def __call__(self, entries: list[dict], root: Path) -> list[str]:
+        """One answer an entry."""
+        return [self._answer(entry, root) for entry in entries]
+
+    def asked(self, question: str, places: int) -> list[int]:
+        """The tokens that an answer follows; `places` of the image."""
+        from megatron_vl.data.conversation import Part, Turn
+
+        parts = [Part(media="image") if piece["type"] == "image" else Part(text=piece["text"])
+                 for piece in content_of(question)]
+        turn = Turn(role="user", parts=tuple(parts))
+        tokens, _ = self.prompt.encode([turn], [False], [places], ["0.png"])
+        answers = self.prompt.encoding.encode("<|im_start|>assistant\n", allowed_special="all")
+        return [*tokens, *answers]
+
+    def _answer(self, entry: dict, root: Path) -> str:
+        import torch
+
+        from megatron_vl.models.media import StoredMedia
+
+        image = load_rgb(root / entry["image"])
+        media = StoredMedia(kind="image", files=("0.png",), width=image.width, height=image.height)
+        patches = self.processor.load(media, [image])
+        places = self.processor.num_tokens(self.processor.shape(media))
+        tokens = self.asked(entry["conversations"][0]["value"], places)
+        said = []
+        while len(said) < MAX_NEW_TOKENS:
+            with torch.inference_mode():
+                logits = self.model(torch.tensor([tokens + said]), [patches]).logits
+            said.append(int(logits[0, -1].argmax()))
+            if said[-1] in self.prompt.special:
+                return self.prompt.decode(said[:-1]).strip()
+        return self.prompt.decode(said).strip()
+
+
+def answerer_of(hf_dir: Path) -> ImageAnswerer | TextAnswerer | QwenVLAnswerer:
+    """What answers for the model of this directory."""
+    config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") == "qwen":
+        return QwenVLAnswerer(hf_dir)
+    return ImageAnswerer(hf_dir) if "vision_config" in config else TextAnswerer(hf_dir)
 
 
 def table(entries: list[dict], answers: list[str]) -> tuple[str, dict[str, float]]:
@@ -155,7 +244,7 @@ def main() -> int:
     from tqdm import tqdm
 
     entries = read_questions(args.questions, args.limit, args.seed)
-    answerer = Answerer(args.hf_dir)
+    answerer = answerer_of(args.hf_dir)
     started, answers = time.perf_counter(), []
     with tqdm(total=len(entries), unit="question", mininterval=5) as bar:
         for start in range(0, len(entries), args.batch_size):
@@ -170,7 +259,7 @@ def main() -> int:
                 file.write(json.dumps(record) + "\n")
     text, scores = table(entries, answers)
     print(text)
-    print(f"{len(entries):,} held-out questions answered greedily by transformers in "
+    print(f"{len(entries):,} held-out questions answered greedily by {answerer.name} in "
           f"{time.perf_counter() - started:.0f} s")
     if args.at_least is not None and scores.get("colour and shape", 0.0) < args.at_least:
         print(f"fewer than {args.at_least} of the colour and shape questions were answered right.",

@@ -10,10 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vl.data.encode.model_files import missing_files
+from megatron_vl.data.encode.model_files import check_model_files, missing_files
 from megatron_vl.errors import Bounds, InputError, shown
 from megatron_vl.models.registry import Family, family
-from megatron_vl.models.spec import DTYPES
+from megatron_vl.models.spec import DTYPES, ModelSpec
 from megatron_vl.training.options.spellings import dtype_of, flags_of
 from megatron_vl.weights.map import listed
 
@@ -113,15 +113,25 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers, progress=progress,
         )
     _report(args, conversion, written, time.perf_counter() - started)
-    if missing := missing_files(config_dir, spec, family(spec.model_type)):
-        print(f"warning: {config_dir} has no {' and no '.join(missing)}, without which the "
-              f"converted checkpoint can neither be trained nor served; copy what is missing into "
-              f"{args.dst} from the model's Hugging Face repository", file=sys.stderr)
+    _warn_of_files(args, config_dir, spec)
     if args.verify:
         from megatron_vl.cli.verify import verify
 
         verify(args.src, args.dst, config_dir, cast=args.dtype is not None, workers=args.workers)
     return 0
+
+
+def _warn_of_files(args: argparse.Namespace, config_dir: Path, spec: ModelSpec) -> None:
+    of = family(spec.model_type)
+    if missing := missing_files(config_dir, spec, of):
+        print(f"warning: {config_dir} has no {' and no '.join(missing)}, without which the "
+              f"converted checkpoint can neither be trained nor served; copy what is missing into "
+              f"{args.dst} from the model's Hugging Face repository", file=sys.stderr)
+        return
+    try:
+        check_model_files(config_dir, spec, of)
+    except InputError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def _as_llama(args: argparse.Namespace, of: Family, found: Described) -> Target:

@@ -83,12 +83,11 @@ def run(args: argparse.Namespace) -> int:
             check_started(os.environ)
         from megatron_vl.launch.stop import StopRequest
         from megatron_vl.launch.worker import STOP, beside_failure, run_worker
-        from megatron_vl.training.rank import run_rank
 
         stop = StopRequest(beside_failure(STOP))
         if config.checkpoint.save is not None:  # without it there is nothing to do but to end
             stop.listen()
-        run_worker(lambda: run_rank(config, stop), command="train", debug=args.debug)
+        run_worker(lambda: _run_rank(config, stop), command="train", debug=args.debug)
     from megatron_vl.training.checkpoint.lock import check_free
     from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint
     from megatron_vl.training.epochs import with_steps
@@ -175,3 +174,9 @@ def _processes(config) -> int:
     from megatron_vl.platform import select_platform
 
     return select_platform().device_count() or config.parallel.layout_size
+
+
+def _run_rank(config, stop) -> None:
+    from megatron_vl.training.rank import run_rank  # once the platform is there for Megatron-Core
+
+    run_rank(config, stop)

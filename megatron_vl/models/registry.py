@@ -116,6 +116,12 @@ class Family:
         own = getattr(import_module(f"{self.package}.tiny"), "DEFAULTS", {})
         return TinySizes(**(own | given))
 
+    def tiny_constants(self, spec: ModelSpec) -> dict:
+        """Weights of a tiny model that are not drawn at random, by their published names; none,
+        unless the family's `tiny` has `constants`."""
+        constants = getattr(import_module(f"{self.package}.tiny"), "constants", None)
+        return {} if constants is None else constants(spec)
+
     def finetune_defaults(self) -> dict[str, str]:
         """Flags of the family's published fine-tuning script -> defaults that are its own, not the
         Trainer's; a folder without `finetune.py` has none."""

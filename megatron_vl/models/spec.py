@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.media import MEDIA_KINDS
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
 
@@ -329,6 +330,11 @@ class TokenIds:
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
+
+    @property
+    def media_kinds(self) -> tuple[str, ...]:
+        """What the model takes beside text."""
+        return tuple(kind for kind in MEDIA_KINDS if getattr(self, kind) is not None)
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Which tokens, int64 [.., S], stand for images and videos: bool [.., S]."""

@@ -47,6 +47,8 @@ class TinySizes:
     patch_size: int = _size(14, "pixels a side of a patch; small images want smaller ones",
                             vision=True)
     vision_mlp_ratio: int = _size(4, "vision MLP width / vision width", vision=True)
+    vision_queries: int = _size(256, "tokens of an image, where a resampler makes them",
+                                vision=True)
     max_positions: int = _size(32768, "max_position_embeddings")
     ranks: int = _size(4096, "BPE ranks to keep, 151643 for the published vocabulary")
     min_pixels: int = _size(56 * 56, "smallest image, in pixels, after resizing", vision=True)
@@ -98,6 +100,8 @@ def write_tiny(out: Path, family: Family, sizes: TinySizes) -> tuple[ModelSpec, 
         for option, value in sizes.about_vision().items():
             raise spec.takes_text_alone(option, value)
     weights = random_weights(family.weight_map(spec), spec, sizes.seed)
+    for name, table in family.tiny_constants(spec).items():
+        weights[name] = table.to(weights[name].dtype)
     with replacing(out) as directory:
         write_files(directory, files)
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -24,8 +24,9 @@ def run_transformers(hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "fl
     transformers.utils.logging.disable_progress_bar()
     of = family(spec.model_type)
     model = of.judge().from_pretrained(
-        hf_dir, dtype=getattr(torch, dtype), attn_implementation="eager", trust_remote_code=False,
-        local_files_only=True,
+        hf_dir, dtype=getattr(torch, dtype), attn_implementation="eager",
+        experts_implementation="eager",  # its grouped products refuse some widths
+        trust_remote_code=False, local_files_only=True,
     )
     samples, positions = make_samples(spec, case), of.positions(spec)
     logits, total, trained = [], 0.0, sum(int((s.labels != IGNORE).sum()) for s in samples)

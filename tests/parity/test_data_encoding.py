@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from qwen2_vl_reference import load_processor
+from qwen2_vl_reference import labels_of, load_processor, spelled
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -166,46 +166,6 @@ def _material(turns):
     return tuple(stored), files, images | videos
 
 
-def _spelled(turns, counts):
-    """The text as the published template is to write it, and the characters of each answer.
-
-    An answer goes from its own first character to the end of its end token.
-    """
-    counts = {kind: iter(numbers) for kind, numbers in counts.items()}
-    text, answers = "", []
-    if turns[0].role != "system":
-        text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    for turn in turns:
-        text += f"<|im_start|>{turn.role}\n"
-        begin = len(text)
-        for part in turn.parts:
-            if part.media is None:
-                text += part.text
-            else:
-                pads = f"<|{part.media}_pad|>" * next(counts[part.media])
-                text += f"<|vision_start|>{pads}<|vision_end|>"
-        text += "<|im_end|>"
-        if turn.role == "assistant":
-            answers.append((begin, len(text)))
-        text += "\n"
-    return text, answers
-
-
-def _labels(text, answers, tokenizer, mask):
-    """What each position is to predict, from characters alone."""
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    ids = encoded["input_ids"]
-    if mask == "all text":
-        pads = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-        trained = [token not in pads for token in ids]
-    else:
-        wanted = answers[-1:] if mask == "the last answer" else answers
-        trained = [any(begin <= first and last <= end for begin, end in wanted)
-                   for first, last in encoded["offset_mapping"]]
-    labels = [token if take else IGNORE for token, take in zip(ids, trained, strict=True)]
-    return ids, [*labels[1:], IGNORE]
-
-
 @pytest.mark.parametrize(("model", "name", "mask"), ROWS)
 def test_a_row_equals_what_transformers_makes(model, name, mask, sides):
     turns, there = CONVERSATIONS[name], sides(model)
@@ -238,10 +198,10 @@ def test_a_row_equals_what_transformers_makes(model, name, mask, sides):
         )
         assert torch.equal(batch.position_ids, positions)
 
-        expanded, answers = _spelled(
+        expanded, answers = spelled(
             turns, {kind: (grid.prod(-1) // 4).tolist() for kind, grid in grids.items()}
         )
-        ids, labels = _labels(expanded, answers, tokenizer, mask)
+        ids, labels = labels_of(expanded, answers, tokenizer, mask)
         assert ids == want["input_ids"][0].tolist(), "the test spells what the template writes"
         assert batch.labels[0].tolist() == labels
         assert batch.loss_mask[0].tolist() == [float(label != IGNORE) for label in labels]

@@ -1,5 +1,7 @@
 """The files of examples/ fit to what they start: shells parse, manifests load, options exist."""
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -8,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import ROOT
-from test_docs import options
+from commands import ROOT, run
+from test_docs import options, parser
 
 from megatron_vl.cli.main import COMMANDS
+from megatron_vl.training.options.hf_trainer import FLAGS, translate
 
 SHELLS = sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in (".sh", ".sbatch"))
 MANIFESTS = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -109,3 +112,74 @@ def test_dlcs_command_gives_the_launcher_all_its_arguments():
     done = subprocess.run(["bash", "-c", count], env={**os.environ, "CODE": str(ROOT)}, text=True,
                           capture_output=True)
     assert done.stdout == "23 dlc\n", done.stderr
+
+
+# ---- the quickstart -----------------------------------------------------------------------------
+
+# Stands for Python and for the program: notes its words, and makes the folders it would write.
+NOTE = """#!/usr/bin/env bash
+printf '%s\\0' "$(basename "$0")" "$@" $'\\n' >> "$NOTES"
+while [ $# -gt 1 ]; do
+  case $1 in
+    --save) mkdir -p "$2" ;;
+    --metrics-file) mkdir -p "$(dirname "$2")" ;;
+  esac
+  shift
+done
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen_vl", "baichuan2"])
+def test_every_command_of_a_familys_quickstart_is_taken_by_its_parser(family, tmp_path):
+    program, notes = tmp_path / "venv" / "bin", tmp_path / "notes"
+    program.mkdir(parents=True)
+    for name in ("python", "megatron-vl"):
+        (program / name).write_text(NOTE)
+        (program / name).chmod(0o755)
+    setup = f".[test]{ROOT}{(ROOT / 'setup.py').read_text().rstrip()}"
+    digest = hashlib.sha256(setup.encode()).hexdigest()[:16]
+    (program.parent / f".installed-{digest}").touch()
+    done = subprocess.run(
+        ["bash", ROOT / "examples" / "quickstart.sh", "--family", family], text=True,
+        capture_output=True, env={**os.environ, "VENV": str(program.parent), "NOTES": str(notes),
+                                  "WORK": str(tmp_path / "work")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    called = []
+    for line in notes.read_text().split("\n\0")[:-1]:
+        words = line.split("\0")[:-1]
+        if words[:3] == ["python", "-m", "megatron_vl"]:
+            words[:3] = ["megatron-vl"]
+        if words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
+            continue
+        args = parser(words[1]).parse_args(words[2:])
+        called.append(words[1])
+        if words[1] == "finetune":
+            translate({flag: getattr(args, flag) for flag in FLAGS})
+            parser("train").parse_args(args.options)
+    trained = "train" if family.startswith("qwen2") else "finetune"
+    assert called == ["tiny", "convert", trained, trained, "convert", "plot", "plot"]
+
+
+def test_a_family_without_a_quickstart_is_refused():
+    script = ROOT / "examples" / "quickstart.sh"
+    done = subprocess.run(["bash", script, "--family", "qwen2"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen_vl or "
+                           "baichuan2, not '--family qwen2'.\n")
+
+
+def test_easy_vqa_in_words_says_what_its_questions_are_about(tmp_path):
+    script = "toolkits/pretrain_data_preprocessing/easy_vqa_to_llava.py"
+    assert run([sys.executable, ROOT / script, tmp_path, "--text", "--max-images", 9]).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "test.json", "train-shape.json", "train.json"]
+    for split in ("train", "test"):
+        entries = json.loads((tmp_path / f"{split}.json").read_text())
+        assert len(entries) > 20
+        assert all(entry.keys() == {"id", "conversations"} for entry in entries)
+        for asked, answer in (entry["conversations"] for entry in entries):
+            said, question = asked["value"].split("\n")
+            assert re.fullmatch(r"The image shows one \w+ \w+\.", said) and question.endswith("?")
+            assert answer["value"] in ("yes", "no", *said.strip(".").split()[-2:])

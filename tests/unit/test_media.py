@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from megatron_vl.data.encode.media import decode_rgb, image_size
-from megatron_vl.data.encode.model import load_media
+from megatron_vl.data.encode.model import ModelEncoder, load_media
 from megatron_vl.data.encode.model_files import check_model_files
 from megatron_vl.data.raw.formats.llava import question_and_answer
 from megatron_vl.errors import InputError
-from megatron_vl.models import family
+from megatron_vl.models import family, load_spec
 from megatron_vl.models.common.patch_media import MediaProcessor
 from megatron_vl.models.media import MAX_ASPECT_RATIO, BadMedia, MediaLimits, StoredMedia
 
@@ -232,3 +232,16 @@ def test_a_model_s_files_are_looked_at_before_anything_is_loaded(
     with pytest.raises(InputError, match=re.escape(what)) as told:
         check_model_files(tmp_path, spec, family(spec.model_type))
     assert str(there) in str(told.value)
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?"])
+def test_qwen_vl_is_asked_with_the_tokens_that_it_was_trained_on(
+    evaluate_vqa, resampler_model_dir, question
+):
+    spec = load_spec(resampler_model_dir)
+    trained = ModelEncoder.from_hf_dir(resampler_model_dir, spec, family(spec.model_type))
+    media = [_image(9, 9)]
+    tokens, _, _ = trained.encode(question_and_answer(question, "a cat"), media)
+    asked = evaluate_vqa.QwenVLAnswerer(resampler_model_dir).asked(question, 4)
+    answer = trained.chat.prompt.encoding.encode("a cat<|im_end|>\n", allowed_special="all")
+    assert tokens.tolist() == asked + answer

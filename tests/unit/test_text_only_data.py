@@ -72,7 +72,7 @@ def test_rows_of_text_have_no_media_and_the_positions_of_their_family(build, mod
 
 def test_a_sample_with_an_image_is_refused_by_name(model, wds_dir):
     with pytest.raises(InputError, match=r"sample shard-.* it has images, but the model takes text "
-                                         r"alone; train a vision-language model, or remove"):
+                                         r"alone; train a model that takes them, or remove"):
         next(iter(build_train_loader(_config(wds_dir), **model)))
 
 

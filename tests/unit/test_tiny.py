@@ -83,6 +83,7 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(tmp_path):
     (["--num-kv-heads", "-2"], "--num-kv-heads is -2; give 1 or more"),
     (["--ranks", "5"], "--ranks is 5; give 256 to 151643"),
     (["--model-type", "gpt2"], "model_type 'gpt2' is not supported; known are: baichuan, qwen"),
+    (["--vision-queries", "16"], "but qwen2_vl has no resampler; leave it out"),
     (["--mrope-section", "1", "2", "3"], "it must be half of the head width 32"),
 ])
 def test_what_cannot_be_made_is_refused(options, says, tmp_path):

@@ -1,11 +1,15 @@
 """Write the easy-VQA data set as LLaVA-style JSON and image files.
 
-    python easy_vqa_to_llava.py OUT [--max-images N] [--yes-no-per-image N] [--image-size N]
+    python easy_vqa_to_llava.py OUT [--max-images N] [--yes-no-per-image N]
+        [--image-size N | --text]
 
 OUT/train.json and OUT/test.json hold `[{id, image, conversations}, ...]`, OUT/train-shape.json the
 training questions that ask for the shape; OUT/images holds the PNG files of the PyPI package
 `easy-vqa` (MIT), 64 x 64, byte for byte; with --image-size enlarged, as JPEG, to sizes around N as
 photos have them. Every question is one entry.
+
+With --text a sentence in the question stands for the image, for models that take text alone. Images
+of which no question tells the shape, or the colour, are left out.
 """
 
 import argparse
@@ -13,7 +17,7 @@ import json
 import random
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -46,6 +50,27 @@ def entries_of(split: str, questions, kept: set[int], extension: str) -> list[di
     ]
 
 
+def descriptions(questions) -> dict[int, str]:
+    """A sentence about each image of which questions tell the shape and the colour.
+
+    Args:
+        questions: as `entries_of` takes them.
+    """
+    told: dict[int, dict[str, str]] = defaultdict(dict)
+    for _, answer, image in zip(*questions, strict=True):
+        told[image][kind_of(answer)] = answer
+    return {image: f"The image shows one {of['colour']} {of['shape']}."
+            for image, of in told.items() if {"colour", "shape"} <= of.keys()}
+
+
+def in_words(entry: dict, told: dict[int, str]) -> dict:
+    """An entry whose question describes the image that it had."""
+    asked, answer = entry["conversations"]
+    description = told[int(Path(entry["image"]).stem)]
+    asked = asked | {"value": asked["value"].replace("<image>", description)}
+    return {"id": entry["id"], "conversations": [asked, answer]}
+
+
 def answer_of(entry: dict) -> str:
     return entry["conversations"][1]["value"]
 
@@ -75,7 +100,18 @@ def enlarge(source: str, target: Path, size: int) -> None:
         image.convert("RGB").resize((width, height)).save(target, "JPEG", quality=90)
 
 
+def write_images(images: dict[int, str], kept: set[int], folder: Path, size: int | None) -> None:
+    """Those of `kept`; as they are, or enlarged to about `size`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in sorted(kept):
+        if size is None:
+            shutil.copyfile(images[number], folder / f"{number}.png")
+        else:
+            enlarge(images[number], folder / f"{number}.jpg", size)
+
+
 def write_json(path: Path, entries: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
     kinds = Counter(kind_of(answer_of(entry)) for entry in entries)
     print(f"{path}: {len(entries)} questions ("
@@ -92,7 +128,9 @@ def main() -> int:
         "--yes-no-per-image", metavar="N", type=int,
         help="keep at most N yes/no questions of each training image (default: all)",
     )
-    parser.add_argument("--image-size", metavar="N", type=int, help="enlarge to about N x N pixels")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--image-size", metavar="N", type=int, help="enlarge to about N x N pixels")
+    form.add_argument("--text", action="store_true", help="describe the images, show none")
     parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
     args = parser.parse_args()
     try:
@@ -104,23 +142,22 @@ def main() -> int:
         ("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
         ("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     ):
-        folder = args.out / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        extension = "png" if args.image_size is None else "jpg"
         kept = set(sorted(images)[: args.max_images])
-        for number in sorted(kept):
-            target = folder / f"{number}.{extension}"
-            if args.image_size is None:
-                shutil.copyfile(images[number], target)
-            else:
-                enlarge(images[number], target, args.image_size)
-        entries = entries_of(split, questions, kept, extension)
+        if args.text:
+            told = descriptions(questions)
+            kept &= told.keys()
+        else:
+            write_images(images, kept, args.out / "images" / split, args.image_size)
+        entries = entries_of(split, questions, kept, "png" if args.image_size is None else "jpg")
+        made = {split: entries}
         if split == "train":
-            shapes = [entry for entry in entries if kind_of(answer_of(entry)) == "shape"]
-            write_json(args.out / "train-shape.json", shapes)
+            made["train-shape"] = [one for one in entries if kind_of(answer_of(one)) == "shape"]
             if args.yes_no_per_image is not None:
-                entries = thin_yes_no(entries, args.yes_no_per_image, args.seed)
-        write_json(args.out / f"{split}.json", entries)
+                made["train"] = thin_yes_no(entries, args.yes_no_per_image, args.seed)
+        for name, entries in made.items():
+            if args.text:
+                entries = [in_words(entry, told) for entry in entries]
+            write_json(args.out / f"{name}.json", entries)
     return 0
 
 

@@ -47,9 +47,7 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.trained = trained or TrainedText()
-        self._placeholders = {  # of the kinds that the model takes
-            kind: token for kind in MEDIA_KINDS if (token := getattr(tokens, kind)) is not None
-        }
+        self._placeholders = {kind: getattr(tokens, kind) for kind in tokens.media_kinds}
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
         self.template = ChatTemplate(
             tokenizer, family=family, last_answer_only=self.trained.mask_history,

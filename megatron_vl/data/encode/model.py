@@ -60,14 +60,15 @@ class ModelEncoder:
         No pixel is decoded. See `ChatTokenizer.encode`.
 
         Raises:
-            BadEntry: it cannot be encoded, or has media and the model takes none.
-            BadMedia: an image or video that the model cannot take.
+            BadEntry: it cannot be encoded, or has media of a kind that the model does not take.
+            BadMedia: an image or video that the model cannot take as it is.
         """
-        if media and self.processor is None:
+        taken = self.chat.tokens.media_kinds
+        if untaken := sorted({one.kind for one in media}.difference(taken)):
             raise BadEntry(
                 "not served",
-                f"it has {' and '.join(sorted({f'{one.kind}s' for one in media}))}, but the model "
-                f"takes text alone; train a vision-language model, or remove the sample",
+                f"it has {_plural(untaken)}, but the model takes {_plural(taken) or 'text'} alone; "
+                f"train a model that takes them, or remove the sample",
             )
         grids = tuple(self.processor.shape(one) for one in media)
         tokens, labels = self.chat.encode(
@@ -117,3 +118,7 @@ def load_media(
         BadMedia: it cannot be read or decoded, or is not of the size it was prepared with.
     """
     return processor.load(media, decoded(media, read, processor.frames(media)), out)
+
+
+def _plural(kinds: Sequence[str]) -> str:
+    return " and ".join(f"{kind}s" for kind in kinds)

@@ -68,6 +68,11 @@ def read_config(config: dict) -> ModelSpec:
             "of 2023, which is not supported; Qwen-VL and Qwen-VL-Chat are."
         )
     keys, visual = first(_Decoder, config), first(_Visual, config["visual"], at="visual")
+    if visual.output_dim % RESAMPLER_HEAD:
+        raise InputError(
+            f"visual.output_dim is {visual.output_dim}; the resampler's heads are {RESAMPLER_HEAD} "
+            f"wide, so it must be a multiple of that."
+        )
     heads, head_dim = keys.num_attention_heads, keys.kv_channels
     if heads * head_dim != keys.hidden_size:
         raise InputError(

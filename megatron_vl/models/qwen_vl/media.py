@@ -18,7 +18,7 @@ from PIL import Image
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import Grid
-from megatron_vl.models.media import VIDEO, BadMedia, MediaLimits, StoredMedia
+from megatron_vl.models.media import BadMedia, MediaLimits, StoredMedia
 from megatron_vl.models.qwen_vl.vision_spec import ResampledVisionSpec
 from megatron_vl.models.spec import ModelSpec
 
@@ -63,8 +63,6 @@ class SquareProcessor:
 
     def shape(self, media: StoredMedia) -> Grid:
         """See `megatron_vl.models.family.Processor`."""
-        if media.kind == VIDEO:
-            raise BadMedia("it is a video, and the model takes images alone")
         if media.settings is not None:
             asked = ", ".join(media.settings.to_dict())
             raise BadMedia(f"it asks for {asked}, but the model's images all have one size")

@@ -1,15 +1,20 @@
-"""A tiny Qwen-VL: every image has 16 x 16 stored positions and 256 queries, as published."""
+"""A tiny Qwen-VL. Its tower stores 16 x 16 positions, as published."""
 
 from __future__ import annotations
 
 import base64
 import math
+from typing import TYPE_CHECKING
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.tiny_tokenizer import PUBLISHED_RANKS, PUBLISHED_ROWS, read_ranks
 from megatron_vl.models.qwen_vl.config import RESAMPLER_HEAD
 from megatron_vl.models.qwen_vl.tokenizer import IMAGE_START, MARKS
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.models.tiny import TinySizes
+
+if TYPE_CHECKING:
+    import torch
 
 IMAGE_SIZE = 448  # pixels a side
 DEFAULTS = {
@@ -17,6 +22,7 @@ DEFAULTS = {
     "num_kv_heads": 4, "untied": True, "max_positions": 8192,
     "min_pixels": IMAGE_SIZE**2, "max_pixels": IMAGE_SIZE**2,
 }
+
 
 def files(sizes: TinySizes) -> dict[str, object]:
     """The files of its directory, without weights.
@@ -81,6 +87,7 @@ def files(sizes: TinySizes) -> dict[str, object]:
                 "image_start_id": end + MARKS.index(IMAGE_START),
                 "layers": sizes.vision_depth,
                 "mlp_ratio": sizes.vision_mlp_ratio,
+                "n_queries": sizes.vision_queries,
                 "output_dim": sizes.hidden_size,
                 "patch_size": sizes.patch_size,
                 "width": sizes.vision_hidden_size,
@@ -100,3 +107,13 @@ def files(sizes: TinySizes) -> dict[str, object]:
             "tokenizer_class": "QWenTokenizer",
         },
     }
+
+
+def constants(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """The positions of the resampler, which no training changes, are sines as published."""
+    from megatron_vl.models.qwen_vl.positional_table import sine_table
+
+    vision = spec.vision
+    return {"transformer.visual.attn_pool.pos_embed": sine_table(
+        math.isqrt(vision.num_queries), vision.out_hidden_size
+    )}
