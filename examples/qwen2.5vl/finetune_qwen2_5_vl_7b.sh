@@ -10,10 +10,10 @@ MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-6000}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
-WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
 
-MM_DATA=${MM_DATA:-./examples/qwen2.5vl/data_7b.json}
-MM_MODEL=${MM_MODEL:-./examples/qwen2.5vl/model_7b.json}
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+MM_DATA=${MM_DATA:-$HERE/data_7b.json}
+MM_MODEL=${MM_MODEL:-$HERE/model_7b.json}
 LOAD_PATH=${LOAD_PATH:-ckpt/mm_path/Qwen2.5-VL-7B-Instruct}
 SAVE_PATH=${SAVE_PATH:-save_dir}
 TP=${TP:-1}
@@ -21,6 +21,18 @@ PP=${PP:-2}
 CP=${CP:-1}
 MBS=${MBS:-1}
 GRAD_ACC_STEP=${GRAD_ACC_STEP:-48}
+for NAME in NPUS_PER_NODE NNODES TP PP CP MBS GRAD_ACC_STEP; do
+  if ! [[ ${!NAME} =~ ^[1-9][0-9]{0,8}$ ]]; then
+    echo "$0: $NAME is '${!NAME}'; give a whole number above 0." >&2
+    exit 2
+  fi
+done
+WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
+if [ $((WORLD_SIZE % (TP * PP * CP))) -ne 0 ]; then
+  echo "$0: NPUS_PER_NODE $NPUS_PER_NODE x NNODES $NNODES is no multiple of TP $TP x PP $PP x CP $CP;" \
+    "make it one." >&2
+  exit 2
+fi
 DP=$((WORLD_SIZE / TP / PP / CP))
 GBS=$((MBS * GRAD_ACC_STEP * DP))
 
@@ -71,10 +83,7 @@ GPT_ARGS="
     --distributed-timeout-minutes 20
 "
 
-MM_ARGS="
-    --mm-data $MM_DATA
-    --mm-model $MM_MODEL
-"
+MM_ARGS=(--mm-data "$MM_DATA" --mm-model "$MM_MODEL")
 
 OUTPUT_ARGS="
     --log-interval 1
@@ -87,10 +96,9 @@ OUTPUT_ARGS="
 "
 
 # Run from anywhere, installed or not.
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$HERE/../..${PYTHONPATH:+:$PYTHONPATH}"
 # Words, not patterns; arguments given to this script come last and count.
 set -f
 # shellcheck disable=SC2086
-exec "${PYTHON:-python}" -m megatron_vl.cli.mm_train $DISTRIBUTED_ARGS $GPT_ARGS $MM_ARGS \
+exec "${PYTHON:-python}" -m megatron_vl.cli.mm_train $DISTRIBUTED_ARGS $GPT_ARGS "${MM_ARGS[@]}" \
   $OUTPUT_ARGS "$@"

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         set_batch,
         set_intervals,
     )
+    from megatron_vl.training.plan import plan_run
 
     if started_by_torchrun():
         node_flags = take_over(os.environ)
@@ -74,12 +75,13 @@ def run(args: argparse.Namespace) -> int:
     made.told.append("texts longer than --model_max_length are cut: --truncate-samples")
     node, processes, config = started(made.words)
     data = data_directory(given, output)
-    if data != given and not args.dry_run:
-        words = preparation(given, data, args.data_format, nnodes=node.nnodes)
-        if words and (code := _run(words)):
-            return code
     set_batch(made, config.parallel.layout(node.nnodes * processes).dp)
     made.words += ["--train-data-path", str(data)]
+    if data != given and not args.dry_run:
+        words = preparation(given, data, args.data_format, nnodes=node.nnodes)
+        plan_run(started(made.words)[2], node.nnodes * processes)  # before hours of preparing
+        if words and (code := _run(words)):
+            return code
     set_intervals(made, started(made.words)[2], prepared=data.exists())
     os.environ[CALLED] = ";".join(f"{option}={flag}" for option, flag in made.called.items())
     print("\n".join(made.told), flush=True)

@@ -73,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
                 for key, value in sizes.items():
                     flags.add_argument(f"--cfg.{layout}.{key}", dest=f"{layout}.{key}",
                                        default=value, metavar="N")
+            flags.add_argument("--overwrite", action="store_true",
+                               help=f"replace what is in {target}")
             for key, (value, _) in _ONE_VALUE.items():
                 flags.add_argument(f"--cfg.{key}", dest=key, default=value, metavar="BOOL")
     return parser
@@ -114,6 +116,7 @@ def translated(converter: str, verb: str, given: dict[str, str]) -> list[str]:
         if found.kind == "mcore":
             _check_layout(found.info, layouts[0], given)
         words += [] if hf_dir is None else ["--hf-config", hf_dir]
+    words += ["--overwrite"] if given["overwrite"] else []
     if verb != "mm_to_hf":
         tp, llm, vit = _layout(of_target, given)
         words += ["--tp", str(tp), "--pp", str(len(llm[0])), "--vp", str(len(llm)),
@@ -149,6 +152,11 @@ def _check_layout(info, layout: str, given: dict[str, str]) -> None:
     if info.format == "torch_dist":
         print(f"note: {info.path} is the same in every layout, so --cfg.{layout} is not needed")
         return
+    if info.split.count(LANGUAGE) == 0:
+        raise InputError(
+            f"{info.path} has no layers under this project's names; if MindSpeed-MM wrote it, "
+            f"convert it to a Hugging Face directory there, and give that."
+        )
     have = [list(map(list, info.split.rows(tower))) for tower in (LANGUAGE, VISION)]
     if (info.layout.tp, *have) != (tp, llm, vit):
         raise InputError(

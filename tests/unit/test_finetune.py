@@ -256,6 +256,15 @@ def test_several_nodes_are_told_how_to_prepare_raw_data(belle, baichuan_model_di
     parser("prepare").parse_args(shlex.split(command)[2:])
 
 
+def test_what_the_run_would_be_refused_for_is_said_before_data_are_prepared(
+    belle, baichuan_model_dir, tmp_path
+):
+    done = shell(SHIM, belle, baichuan_model_dir, tmp_path / "out", "--", "--tp", 3,
+                 "--nproc-per-node", 3)
+    assert done.code == 2 and "TP 3 does not divide" in done.err, done.text
+    assert not (tmp_path / "out").exists()
+
+
 BAD = [  # flags in place of the shim's, and what is said
     (["--data_path", "none"], "--data_path none is neither a JSON file nor a dataset"),
     (["--learning_rate", "fast"],

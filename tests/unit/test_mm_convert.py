@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from tiny_hf import assert_equal, read
 
 from megatron_vl.cli.mm_convert import main
@@ -97,3 +100,21 @@ def test_a_checkpoint_that_is_laid_out_otherwise_is_named(window_model_dir, tmp_
     said = capsys.readouterr().err
     assert "--cfg.parallel_config says tp_size 1, llm_pp_layers [[2, 2]]" in said
     assert "is laid out as tp_size 1, llm_pp_layers [[1, 3]]" in said
+
+
+def test_what_mindspeed_mm_wrote_is_named_and_a_target_is_replaced_where_asked(
+    window_model_dir, tmp_path, capsys
+):
+    def give(verb: str, mm: Path, *words: object) -> int:
+        return mm_convert(CONVERTER, verb, "--cfg.mm_dir", mm, "--cfg.hf_config.hf_dir",
+                          window_model_dir, *layout("[4]", "[2]"), *words)
+
+    for words, code in (((), 0), ((), 2), (("--overwrite",), 0)):
+        assert give("hf_to_mm", tmp_path / "mm", *words) == code
+    theirs = tmp_path / "theirs" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    theirs.parent.mkdir(parents=True)
+    names = ("text_decoder.decoder.layers.0.mlp.linear_fc2.weight", "image_encoder.x.weight")
+    torch.save({"model": {name: torch.ones(2, 2) for name in names}}, theirs)
+    capsys.readouterr()
+    assert give("mm_to_hf", tmp_path / "theirs", "--cfg.save_hf_dir", tmp_path / "home") == 2
+    assert "if MindSpeed-MM wrote it, convert it to a Hugging Face" in capsys.readouterr().err
