@@ -113,6 +113,7 @@ def test_what_mindspeed_mm_wrote_is_named_and_a_target_is_replaced_where_asked(
         assert give("hf_to_mm", tmp_path / "mm", *words) == code
     theirs = tmp_path / "theirs" / "release" / "mp_rank_00" / "model_optim_rng.pt"
     theirs.parent.mkdir(parents=True)
+    (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").write_text("release")
     names = ("text_decoder.decoder.layers.0.mlp.linear_fc2.weight", "image_encoder.x.weight")
     torch.save({"model": {name: torch.ones(2, 2) for name in names}}, theirs)
     capsys.readouterr()
