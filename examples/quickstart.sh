@@ -31,7 +31,7 @@ case $FAMILY in
     SIZES+=(--hidden-size 128 --vision-queries 16 "${IMAGES[@]}")
     LAUNCHER=examples/qwen_vl/finetune_ds.sh
     TRAIN=(--fix_vit False --warmup_ratio 0.05)
-    PRETRAIN=600 FINETUNE=400
+    PRETRAIN=500 FINETUNE=700
     ASK=(--limit 1000) AT_LEAST=0 # one by one: no library runs this model; no figure to hold yet
     ;;
   baichuan2)
