@@ -7,8 +7,10 @@ read, as one more object among the tensors.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,6 +48,29 @@ def begin_save(state: dict, folder: Path, content: dict):
     return dist_checkpointing.save(
         state, str(folder), content_metadata=content, async_sharded_save=True, **own
     )
+
+
+@contextlib.contextmanager
+def whole_buckets(optimizer) -> Iterator[None]:
+    """Around `optimizer.sharded_state_dict`: the padding of gradient buckets is kept.
+
+    A distributed optimizer's buffer is buckets, each padded at its end. Megatron-Core 0.16 to 0.19
+    gathers them without the padding and then cuts out parameters where they are with it: behind
+    the first padded bucket each would be saved with numbers of the next, and the last one's end
+    with zeros.
+    """
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])
+    buffers = [buffer for one in inner for buffer in getattr(one, "buffers", ())]
+    sizes = [(buffer, buffer.numel) for buffer in buffers]
+    sizes += [(bucket, bucket.grad_data.numel()) for buffer in buffers for bucket in buffer.buckets]
+    unpadded = [(part, part.numel_unpadded) for part, _ in sizes]
+    try:
+        for part, size in sizes:
+            part.numel_unpadded = size
+        yield
+    finally:
+        for part, size in unpadded:
+            part.numel_unpadded = size
 
 
 def _takes(function, argument: str) -> bool:

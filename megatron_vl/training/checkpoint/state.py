@@ -22,6 +22,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_vl.data.load.loader_state import to_json
 from megatron_vl.platform import current_device, device_random_state, select_platform
+from megatron_vl.platform.checkpoints import whole_buckets
 from megatron_vl.training.checkpoint.saver import Saved, Saver
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
@@ -78,9 +79,11 @@ def state_dict(
     models = dict(state)
     options = plan.config.checkpoint
     if optimizer is not None and (loading or not options.no_save_optim):
-        state["optimizer"] = optimizer.sharded_state_dict(
-            models if len(model) > 1 else models["model"], is_loading=loading, metadata=metadata
-        )
+        with whole_buckets(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(
+                models if len(model) > 1 else models["model"], is_loading=loading,
+                metadata=metadata,
+            )
         _drop_empty(state["optimizer"])
         if not loading:
             _count_updates(state["optimizer"])
