@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.spec import DecoderSpec, ExpertsSpec
+from megatron_vl.models.decoder_spec import DecoderSpec, ExpertsSpec
 from megatron_vl.typed import Name, Number, Positive, Shape, Size, typed
 
 Layers = Annotated[int, Field(ge=1, le=10_000)]

@@ -6,7 +6,8 @@ share the decoder share these lines.
 
 from __future__ import annotations
 
-from megatron_vl.models.spec import DecoderSpec, ModelSpec
+from megatron_vl.models.decoder_spec import DecoderSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.weights.map import (
     EMBEDDING,
     LAST,

@@ -6,7 +6,7 @@ from pydantic import AliasChoices, Field
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.common.decoder_config import Width, first
-from megatron_vl.models.spec import ExpertsSpec
+from megatron_vl.models.decoder_spec import ExpertsSpec
 from megatron_vl.typed import Count, Shape, Size
 
 

@@ -16,7 +16,8 @@ from megatron_vl.models.common.decoder_config import (
     read_dtype,
     read_text_tokens,
 )
-from megatron_vl.models.spec import Grounding, JsonGrounding, ModelSpec, TokenIds, VisionSpec
+from megatron_vl.models.spec import Grounding, JsonGrounding, ModelSpec, TokenIds
+from megatron_vl.models.tower_spec import VisionSpec
 from megatron_vl.typed import Shape
 
 # arXiv 2409.12191, section 2.2.1: coordinates within [0, 1000).

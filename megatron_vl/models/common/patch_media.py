@@ -26,7 +26,8 @@ from megatron_vl.models.media import (
     MediaSettings,
     StoredMedia,
 )
-from megatron_vl.models.spec import ModelSpec, VisionSpec
+from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.tower_spec import VisionSpec
 
 _IMAGE_TOKENS = (4, 16384)  # least and most of what `resized_height` and `resized_width` ask for
 _RESAMPLE = Image.Resampling.BICUBIC  # qwen-vl-utils'

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import COPY_AGAIN
-from megatron_vl.models.spec import ModelSpec, VisionSpec
+from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.tower_spec import VisionSpec
 from megatron_vl.typed import Number, Positive, Shape, Size, read_file
 
 IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"

@@ -30,7 +30,8 @@ from megatron_vl.models.common.transformer_config import (
     encoder_config,
     encoder_projector_config,
 )
-from megatron_vl.models.spec import ModelSpec, VisionSpec
+from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.tower_spec import VisionSpec
 from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import VISION, Layout, StageSplit
@@ -40,20 +41,9 @@ def tower_config(
     spec: ModelSpec, layout: Layout, split: StageSplit, options: ModelOptions
 ) -> TowerConfig:
     """The layers' configuration."""
-    vision = spec.vision
     return encoder_config(
         VISION, spec, layout, split, options,
-        num_layers=vision.depth,
-        hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.stored_ffn_size,
-        num_attention_heads=vision.num_heads,
-        kv_channels=vision.head_dim,
-        add_bias_linear=True,
-        add_qkv_bias=True,
-        gated=vision.gated,
-        activation=vision.activation,
-        normalization=vision.normalization,
-        layernorm_epsilon=vision.norm_eps,
+        ffn_hidden_size=spec.vision.stored_ffn_size, normalization=spec.vision.normalization,
     )
 
 

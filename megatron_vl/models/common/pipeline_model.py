@@ -23,7 +23,8 @@ from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_
 from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
-from megatron_vl.models.spec import ModelSpec, TowerSpec
+from megatron_vl.models.spec import ModelSpec
+from megatron_vl.models.tower_spec import TowerSpec
 from megatron_vl.ops.rotary import Rotary, section_angles
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit

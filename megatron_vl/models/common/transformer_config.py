@@ -14,7 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import use_transformer_engine
 from megatron_vl.models.common.recompute import NOTHING, Recompute
-from megatron_vl.models.spec import ExpertsSpec, ModelSpec
+from megatron_vl.models.decoder_spec import ExpertsSpec
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.fusion import ACTIVATIONS
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
@@ -104,31 +105,40 @@ def _experts(experts: ExpertsSpec | None) -> dict:
 
 def encoder_config(
     tower: str, spec: ModelSpec, layout: Layout, split: StageSplit, options: ModelOptions, *,
-    gated: bool, activation: str, kv_channels: int, **sizes,
+    ffn_hidden_size: int, normalization: str,
 ) -> TowerConfig:
-    """An encoder's configuration, with a pipeline of its own where it spans stages.
+    """The configuration of a vision tower's layers, with a pipeline of its own where it spans
+    stages.
 
     Args:
         tower: its name in `split`.
-        gated: whether the MLP has a gate; its activation is SiLU then.
-        sizes: Megatron-Core's own fields.
+        ffn_hidden_size: width of its MLP in the model that trains.
+        normalization: "LayerNorm" or "RMSNorm".
 
     Raises:
-        InputError: an activation that is not known.
+        InputError: an activation that is not known; that of an MLP with a gate is SiLU.
     """
-    if activation not in (("silu",) if gated else ACTIVATIONS):
+    vision = spec.vision
+    if vision.activation not in (("silu",) if vision.gated else ACTIVATIONS):
         raise InputError(
-            f"config.json names the vision activation {activation!r}; known are "
-            f"{'silu' if gated else ', '.join(ACTIVATIONS)}."
+            f"config.json names the vision activation {vision.activation!r}; known are "
+            f"{'silu' if vision.gated else ', '.join(ACTIVATIONS)}."
         )
     return TowerConfig(
-        activation="swiglu" if gated else activation,
-        gated_linear_unit=gated,
-        kv_channels=kv_channels,
-        **sizes,
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=vision.num_heads,
+        kv_channels=vision.head_dim,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        activation="swiglu" if vision.gated else vision.activation,
+        gated_linear_unit=vision.gated,
+        normalization=normalization,
+        layernorm_epsilon=vision.norm_eps,
         **_initialization(options, spec.decoder.init_std),
         **(_pipeline(layout, split, tower) if split.spans(tower) else {}),
-        **_recompute(options.vit_recompute, options, kv_channels),
+        **_recompute(options.vit_recompute, options, vision.head_dim),
         # Patch counts need not divide by tp, so vision activations stay whole on every tp rank.
         **_shared(_vision_layout(layout), options, sequence_parallel=False),
     )

@@ -5,7 +5,7 @@ W vision width, M merged width (W x merge^2), A heads of the vision tower.
 
 from __future__ import annotations
 
-from megatron_vl.models.spec import VisionSpec
+from megatron_vl.models.tower_spec import VisionSpec
 from megatron_vl.parallel import VISION
 from megatron_vl.weights.map import Place, Weight, Where
 from megatron_vl.weights.rules import ColumnParallel, Copy, FusedQKV, GateUp, RowParallel

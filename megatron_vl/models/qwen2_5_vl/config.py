@@ -9,7 +9,8 @@ from pydantic import Field
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.decoder_config import Width, first
 from megatron_vl.models.common.media_config import PatchKeys, read_vision_language
-from megatron_vl.models.spec import JsonGrounding, ModelSpec, VisionSpec
+from megatron_vl.models.spec import JsonGrounding, ModelSpec
+from megatron_vl.models.tower_spec import VisionSpec
 from megatron_vl.typed import Name, Positive
 
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.decoder_config import Layers, TokenId, Width, first, read_dtype
+from megatron_vl.models.decoder_spec import DecoderSpec
 from megatron_vl.models.qwen_vl.vision_spec import ResampledVisionSpec
-from megatron_vl.models.spec import DecoderSpec, Grounding, ModelSpec, TokenIds
+from megatron_vl.models.spec import Grounding, ModelSpec, TokenIds
 from megatron_vl.typed import Positive, Shape, Size
 
 SIZES = {"7B": (32, 4096)}  # published: (language layers, hidden size)

@@ -40,17 +40,7 @@ def build_tower(
     vision = spec.vision
     config = encoder_config(
         VISION, spec, layout, split, options,
-        num_layers=vision.depth,
-        hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.ffn_hidden_size,
-        num_attention_heads=vision.num_heads,
-        kv_channels=vision.head_dim,
-        add_bias_linear=True,
-        add_qkv_bias=True,
-        gated=vision.gated,
-        activation=vision.activation,
-        normalization="LayerNorm",
-        layernorm_epsilon=vision.norm_eps,
+        ffn_hidden_size=vision.ffn_hidden_size, normalization="LayerNorm",
     )
     resampler_config = encoder_projector_config(
         spec, layout, options,

@@ -14,7 +14,7 @@ from megatron_vl.errors import InputError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResampledVisionSpec:
-    """A `megatron_vl.models.spec.TowerSpec`: every image becomes P patches and then Q tokens.
+    """A `megatron_vl.models.tower_spec.TowerSpec`: every image becomes P patches and then Q tokens.
 
     Raises:
         InputError: sizes that do not fit one another.
