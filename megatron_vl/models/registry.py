@@ -41,8 +41,11 @@ class Family:
     def _part(self, module: str, name: str) -> Callable:
         return getattr(import_module(f"{self.package}.{module}"), name)
 
-    def _has(self, module: str) -> bool:
-        return find_spec(f"{self.package}.{module}") is not None
+    def _optional(self, module: str, name: str, default=None):
+        """The part; `default` where the folder or its module has none."""
+        if find_spec(f"{self.package}.{module}") is None:
+            return default
+        return getattr(import_module(f"{self.package}.{module}"), name, default)
 
     def read_config(self, config: dict) -> ModelSpec:
         """The spec of a parsed config.json. Raises InputError for a missing or unusable key."""
@@ -82,17 +85,17 @@ class Family:
     def tokenizer_files(self) -> tuple[str, ...]:
         """See `megatron_vl.models.family.Family`; those of transformers, unless the folder has a
         `tokenizer.py`."""
-        return self._part("tokenizer", "FILES") if self._has("tokenizer") else TOKENIZER
+        return self._optional("tokenizer", "FILES", TOKENIZER)
 
     def prompt(self, hf_dir: str | Path, spec: ModelSpec) -> Prompt | None:
-        """See `megatron_vl.models.family.Family`; a folder with a `tokenizer.py` has one."""
-        if not self._has("tokenizer"):
-            return None
-        return self._part("prompt", "prompt")(Path(hf_dir), spec)
+        """See `megatron_vl.models.family.Family`; None unless its `prompt.py` has one."""
+        make = self._optional("prompt", "prompt")
+        return None if make is None else make(Path(hf_dir), spec)
 
     def template_writer(self, source: str) -> TemplateWriter | None:
-        """See `megatron_vl.models.family.Family`; a folder without `prompt.py` knows none."""
-        return self._part("prompt", "template_writer")(source) if self._has("prompt") else None
+        """See `megatron_vl.models.family.Family`; None unless its `prompt.py` has one."""
+        make = self._optional("prompt", "template_writer")
+        return None if make is None else make(source)
 
     def judge(self):
         """The class that loads a published directory of this family, as transformers' do."""
@@ -101,7 +104,7 @@ class Family:
     @property
     def judge_name(self) -> str:
         """What the judge is, in reports: transformers' model, unless `reference` says another."""
-        return getattr(import_module(f"{self.package}.reference"), "NAME", "transformers")
+        return self._optional("reference", "NAME", "transformers")
 
     def judge_inputs(self, spec: ModelSpec, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
@@ -113,19 +116,18 @@ class Family:
 
     def tiny_sizes(self, **given) -> TinySizes:
         """Those that are given, and the family's own or everybody's defaults of the others."""
-        own = getattr(import_module(f"{self.package}.tiny"), "DEFAULTS", {})
-        return TinySizes(**(own | given))
+        return TinySizes(**(self._optional("tiny", "DEFAULTS", {}) | given))
 
     def tiny_constants(self, spec: ModelSpec) -> dict:
         """Weights of a tiny model that are not drawn at random, by their published names; none,
         unless the family's `tiny` has `constants`."""
-        constants = getattr(import_module(f"{self.package}.tiny"), "constants", None)
+        constants = self._optional("tiny", "constants")
         return {} if constants is None else constants(spec)
 
     def finetune_defaults(self) -> dict[str, str]:
         """Flags of the family's published fine-tuning script -> defaults that are its own, not the
         Trainer's; a folder without `finetune.py` has none."""
-        return dict(self._part("finetune", "DEFAULTS")) if self._has("finetune") else {}
+        return dict(self._optional("finetune", "DEFAULTS", {}))
 
     def llama_target(self, config_dir: str | Path, spec: ModelSpec, *, max_shard_bytes: int):
         """The `megatron_vl.weights.targets.Target` that writes this model as a Llama.
@@ -133,12 +135,11 @@ class Family:
         Raises:
             InputError: it is none but for its names, or its tokenizer cannot be Llama's.
         """
-        if not self._has("llama"):
+        make = self._optional("llama", "llama_target")
+        if make is None:
             raise InputError(f"--llamafy is not for {self.model_type}, which is no Llama; leave it "
                              f"out.")
-        return self._part("llama", "llama_target")(
-            Path(config_dir), spec, max_shard_bytes=max_shard_bytes
-        )
+        return make(Path(config_dir), spec, max_shard_bytes=max_shard_bytes)
 
     def check_size(self, spec: ModelSpec, size: str) -> None:
         """Whether `size`, as a launcher names it, is the model of config.json; "auto" always is.
