@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 LARGE = 10_000  # entries; a larger file is written without indents
 
 
-def _size(default: int, what: str, *, vision: bool = False) -> int:
-    return field(default=default, metadata={"what": what, "vision": vision})
+def _size(default: int, what: str) -> int:
+    return field(default=default, metadata={"what": what})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,29 +41,28 @@ class TinySizes:
     num_heads: int = _size(4, "query heads")
     num_kv_heads: int = _size(2, "key/value heads")
     ffn_size: int = _size(384, "width of gate and up")
-    vision_depth: int = _size(2, "vision layers", vision=True)
-    vision_hidden_size: int = _size(64, "width of the vision tower", vision=True)
-    vision_heads: int = _size(4, "heads of the vision tower", vision=True)
-    patch_size: int = _size(14, "pixels a side of a patch; small images want smaller ones",
-                            vision=True)
-    vision_mlp_ratio: int = _size(4, "vision MLP width / vision width", vision=True)
-    vision_queries: int = _size(256, "tokens of an image, where a resampler makes them",
-                                vision=True)
+    vision_depth: int = _size(2, "vision layers")
+    vision_hidden_size: int = _size(64, "width of the vision tower")
+    vision_heads: int = _size(4, "heads of the vision tower")
+    patch_size: int = _size(14, "pixels a side of a patch; small images want smaller ones")
+    vision_mlp_ratio: int = _size(4, "vision MLP width / vision width")
+    vision_queries: int = _size(256, "tokens of an image, where a resampler makes them")
     max_positions: int = _size(32768, "max_position_embeddings")
     ranks: int = _size(4096, "BPE ranks to keep, 151643 for the published vocabulary")
-    min_pixels: int = _size(56 * 56, "smallest image, in pixels, after resizing", vision=True)
-    max_pixels: int = _size(28 * 28 * 1280, "largest image, in pixels, after resizing", vision=True)
+    min_pixels: int = _size(56 * 56, "smallest image, in pixels, after resizing")
+    max_pixels: int = _size(28 * 28 * 1280, "largest image, in pixels, after resizing")
     seed: int = _size(0, "of the random weights")
     init_std: float = 0.02  # standard deviation of the random weights
     dtype: str = "bfloat16"
     untied: bool = False  # the output layer is no copy of the embedding
-    mrope_section: tuple[int, int, int] | None = field(default=None, metadata={"vision": True})
+    mrope_section: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         for one in fields(self):
             size = getattr(self, one.name)
-            if one.type == "int" and size < (0 if one.name == "seed" else 1):
-                raise InputError(f"{_flag(one.name)} is {size}; give 1 or more.")
+            least = 0 if one.name == "seed" else 1
+            if one.type == "int" and size < least:
+                raise InputError(f"{_flag(one.name)} is {size}; give {least} or more.")
         for what, size, parts in (
             ("--hidden-size", self.hidden_size, self.num_heads),
             ("--num-heads", self.num_heads, self.num_kv_heads),
@@ -73,11 +72,6 @@ class TinySizes:
         ):
             if size % parts:
                 raise InputError(f"{what} is {size}; it must be a multiple of {parts}.")
-
-    def about_vision(self) -> dict[str, object]:
-        """The options about vision that are not as they are by default."""
-        return {one.name: getattr(self, one.name) for one in fields(self)
-                if one.metadata.get("vision") and getattr(self, one.name) != one.default}
 
 
 def _flag(name: str) -> str:
@@ -94,11 +88,8 @@ def write_tiny(out: Path, family: Family, sizes: TinySizes) -> tuple[ModelSpec, 
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty; remove it or choose another OUT.")
-    files = family.tiny(sizes)
+    files = _files(family, sizes)
     spec = family.read_config(files["config.json"])
-    if spec.vision is None:
-        for option, value in sizes.about_vision().items():
-            raise spec.takes_text_alone(option, value)
     weights = random_weights(family.weight_map(spec), spec, sizes.seed)
     for name, table in family.tiny_constants(spec).items():
         weights[name] = table.to(weights[name].dtype)
@@ -106,6 +97,36 @@ def write_tiny(out: Path, family: Family, sizes: TinySizes) -> tuple[ModelSpec, 
         write_files(directory, files)
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return spec, sum(one.numel() for one in weights.values())
+
+
+class _Asked:
+    """Sizes that know which of them were asked for."""
+
+    def __init__(self, sizes: TinySizes):
+        self._sizes, self.names = sizes, {"seed"}
+
+    def __getattr__(self, name: str):
+        self.names.add(name)
+        return getattr(self._sizes, name)
+
+
+def _files(family: Family, sizes: TinySizes) -> dict[str, object]:
+    """Those of the family.
+
+    Raises:
+        InputError: a size was given on which nothing of the family depends; and what it raises.
+    """
+    asked = _Asked(sizes)
+    files = family.tiny(asked)
+    plain = family.tiny_sizes()
+    for one in fields(sizes):
+        value = getattr(sizes, one.name)
+        if one.name not in asked.names and value != getattr(plain, one.name):
+            raise InputError(
+                f"{_flag(one.name)} is {value}, but nothing of a {family.model_type} depends on "
+                f"it; leave it out."
+            )
+    return files
 
 
 def write_files(directory: Path, files: Mapping[str, object]) -> None:

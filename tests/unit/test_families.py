@@ -230,11 +230,3 @@ def test_a_run_that_goes_on_is_of_the_same_family_and_sizes(
                         (tmp_path, "(decoder num_layers 4 and 5)")):
         with pytest.raises(InputError, match=re.escape(says)):
             check_same_model(text_model_dir, other)
-
-
-@pytest.mark.parametrize("option", ["--vision-depth", "--patch-size", "--max-pixels"])
-def test_a_tiny_text_model_takes_no_words_about_vision(option, tmp_path):
-    done = megatron_vl("tiny", tmp_path / "out", "--model-type", "qwen2", option, 3)
-    says = f"{option[2:]} is 3, but qwen2 takes text alone; leave it out"
-    assert done.code == 2 and says in done.err, done.text
-    assert not (tmp_path / "out").exists()

@@ -239,7 +239,6 @@ TINY = [
     (["--num-kv-heads", 2], "--num-kv-heads is 2; Qwen-VL has as many as --num-heads, 4"),
     (["--hidden-size", 64], "--hidden-size is 64; the heads of Qwen-VL's resampler are 128 wide"),
     (["--max-pixels", 3136], "--min-pixels is 200704 and --max-pixels 3136"),
-    (["--mrope-section", 4, 6, 6], "--mrope-section is given"),
     (["--vision-queries", 5], "visual n_queries is 5; it must be a square"),
 ]
 

@@ -8,6 +8,9 @@ import torch
 from commands import megatron_vl, run
 from tiny_hf import ROOT, assert_equal, make, read
 
+from megatron_vl.models import known_families
+from megatron_vl.models.registry import family_named
+
 SAMPLES = [
     "Hello, world! It's 2024-05-01; don't PANIC, we'll see.",
     "你好，世界！今天天气很好。",
@@ -83,7 +86,6 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(tmp_path):
     (["--num-kv-heads", "-2"], "--num-kv-heads is -2; give 1 or more"),
     (["--ranks", "5"], "--ranks is 5; give 256 to 151643"),
     (["--model-type", "gpt2"], "model_type 'gpt2' is not supported; known are: baichuan, qwen"),
-    (["--vision-queries", "16"], "but qwen2_vl has no resampler; leave it out"),
     (["--mrope-section", "1", "2", "3"], "it must be half of the head width 32"),
 ])
 def test_what_cannot_be_made_is_refused(options, says, tmp_path):
@@ -91,6 +93,30 @@ def test_what_cannot_be_made_is_refused(options, says, tmp_path):
     assert done.code == 2 and says in done.err
     assert len(done.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+ALIEN = {  # of each family, options on which nothing of it depends
+    "qwen2_vl": ["--vision-queries 16"],
+    "qwen2_5_vl": ["--vision-queries 16"],
+    "qwen_vl": ["--mrope-section 4 6 6"],
+    "baichuan2": ["--ranks 300", "--vision-depth 3", "--mrope-section 4 6 6", "--untied"],
+    **{text: ["--vision-depth 3", "--patch-size 3", "--max-pixels 3", "--mrope-section 4 6 6"]
+       for text in ("qwen2", "qwen3", "qwen3_moe")},
+}
+
+
+@pytest.mark.parametrize(("family", "option"), [(family, option) for family, options in
+                                                ALIEN.items() for option in options])
+def test_an_option_on_which_nothing_depends_is_refused(family, option, tmp_path):
+    done = megatron_vl("tiny", tmp_path / "out", "--model-type", family, *option.split())
+    says = f"{option.split()[0]} is "
+    assert done.code == 2 and says in done.err and "depends on it; leave it out" in done.err, (
+        done.text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_family_is_tried_here():
+    assert {family_named(name).model_type for name in ALIEN} == set(known_families())
 
 
 def test_the_toolkit_is_the_command(tmp_path):

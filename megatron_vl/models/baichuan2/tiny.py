@@ -38,16 +38,13 @@ def files(sizes: TinySizes) -> dict[str, object]:
     """The files of its directory, without weights.
 
     Raises:
-        InputError: heads that share keys and values, which it has none of, or another vocabulary.
+        InputError: heads that share keys and values, which it has none of.
     """
-    plain = TinySizes()
-    if sizes.num_kv_heads not in (plain.num_kv_heads, sizes.num_heads):
+    if sizes.num_kv_heads not in (TinySizes().num_kv_heads, sizes.num_heads):
         raise InputError(
             f"--num-kv-heads is {sizes.num_kv_heads}, but every head of Baichuan2 has its own key "
             f"and value; leave it out."
         )
-    if sizes.ranks != plain.ranks:
-        raise InputError("--ranks is about Qwen's vocabulary; leave it out for Baichuan2.")
     return {
         "config.json": {
             "architectures": ["BaichuanForCausalLM"],

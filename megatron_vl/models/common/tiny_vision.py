@@ -43,11 +43,6 @@ def patch_model_files(
     Raises:
         InputError: an mrope section that does not fit the head, or sizes of a resampler.
     """
-    if sizes.vision_queries != TinySizes().vision_queries:
-        raise InputError(
-            f"--vision-queries is {sizes.vision_queries}, but {model_type} has no resampler; leave "
-            f"it out."
-        )
     vocabulary = qwen2_vocabulary(sizes, CHAT_TEMPLATE)
     ids, head_dim = vocabulary.ids, sizes.hidden_size // sizes.num_heads
     section = list(sizes.mrope_section or _mrope_section(head_dim))

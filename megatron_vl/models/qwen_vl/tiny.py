@@ -41,8 +41,6 @@ def files(sizes: TinySizes) -> dict[str, object]:
         (sizes.min_pixels != sizes.max_pixels or image_size**2 != sizes.max_pixels,
          f"--min-pixels is {sizes.min_pixels} and --max-pixels {sizes.max_pixels}; every image of "
          f"Qwen-VL has one size, a square: give the same square number for both"),
-        (sizes.mrope_section is not None,
-         "--mrope-section is given, but Qwen-VL's positions have one axis; leave it out"),
     ):
         if wrong:
             raise InputError(f"{says}.")
