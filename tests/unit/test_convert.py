@@ -18,7 +18,7 @@ from tiny_hf import ROOT, assert_equal, make, read, read_mcore, reference_ranks
 
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
-from megatron_vl.models import spec
+from megatron_vl.models import tower_spec
 from megatron_vl.weights import inspect_checkpoint, load_rank, reshard
 
 
@@ -408,7 +408,7 @@ def padded_to(window_model_dir, tmp_path, monkeypatch):
 
     def write(multiple: int, *options: object):
         with monkeypatch.context() as patch:
-            patch.setattr(spec, "FFN_MULTIPLE", multiple)
+            patch.setattr(tower_spec, "FFN_MULTIPLE", multiple)
             convert(window_model_dir, tmp_path / f"to-{multiple}", *options)
         return tmp_path / f"to-{multiple}"
 
