@@ -23,6 +23,7 @@ setup(
         "braceexpand>=0.1.7",
         "safetensors>=0.5",
         "transformers>=5,<6",
+        "huggingface_hub>=1,<3",
         "jinja2>=3.1.6,<4",
         "pillow>=10",
         "pydantic>=2.10,<3",

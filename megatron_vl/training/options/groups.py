@@ -400,7 +400,10 @@ class DataOptions:
 class CheckpointOptions:
     """What is read at the start and written on the way."""
 
-    load: str | None = option(None, "checkpoint directory to start from", kind=str)
+    load: str | None = option(
+        None, "checkpoint directory to start from, or a model's name on a hub, such as "
+        "Qwen/Qwen2-VL-2B-Instruct", kind=str
+    )
     model_size: str = option("auto", "a published size, as 7B: refuse another's config.json; "
                              "auto: take what it says")
     hf_config: str | None = option(

@@ -20,6 +20,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.options.spellings import answer
 from megatron_vl.typed import Count, Name, Positive, Size, Text, read_file, typed
+from megatron_vl.weights.hub import local_model
 
 UNUSED = {  # flags -> whether they have a value, and why they do nothing, if `answer` does not say
     "--use-mcore-models": (False, ""), "--swiglu": (False, ""),
@@ -134,6 +135,7 @@ def translated(argv: list[str]) -> tuple[list[list[str]], list[str]]:
             f"{data.path}: dataset_param.preprocess_parameters.model_name_or_path is missing; give "
             f"the model's Hugging Face directory."
         )
+    hf_dir = str(local_model(hf_dir, weights=False))
     jobs, of_data = data_words(data)
     data.name_unread("these keys have no meaning here")
     of_model = model_words(model, load_spec(hf_dir))
