@@ -12,6 +12,8 @@ import torch
 from megatron_vl.errors import InputError, as_called
 from megatron_vl.launch.stop import StopRequest
 from megatron_vl.platform import current_device, initialize
+from megatron_vl.training.checkpoint.export import Exporter
+from megatron_vl.training.checkpoint.files import folder
 from megatron_vl.training.checkpoint.record import write_beginning, write_options
 from megatron_vl.training.checkpoint.resume import (
     check_files,
@@ -115,8 +117,9 @@ class Trainer:
         watch.beat("building the model")
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
-        fault = self.config.fault
+        fault, exports = self.config.fault, self.config.checkpoint.exports
         self.guard = StepGuard(max_skipped=fault.max_skipped_steps, spike=fault.skip_grad_spikes)
+        self.exporter = Exporter(self.say) if self.rank == 0 and exports else None
         self.saver = self._saver()
         self.microbatches = Microbatches(plan, self.model, watch, timed=self.show.clock.running)
         self.exchange = self.microbatches.exchange
@@ -154,7 +157,9 @@ class Trainer:
         options = self.config.checkpoint
         if options.save is None:
             return None
-        return Saver(Path(options.save), behind=options.async_save, limit=options.save_total_limit)
+        held = {} if self.exporter is None else {"held": lambda: self.exporter.held}
+        return Saver(Path(options.save), behind=options.async_save, limit=options.save_total_limit,
+                     **held)
 
     def restore(self) -> None:
         """Load what there is to load, and open the data where it was left."""
@@ -306,6 +311,8 @@ class Trainer:
         """Tell the saves that have ended; `wait` for what is behind training, as before an end."""
         if self.saver is not None:
             self._tell_saved(self.saver.poll(wait=wait))
+        if self.exporter is not None:
+            self.exporter.poll()
 
     def _tell_saved(self, ended: list[Saved]) -> None:
         for one in ended:
@@ -323,9 +330,30 @@ class Trainer:
                          f"save-total-limit {self.saver.limit} says")
             if one.warning:
                 self.say(f"WARNING: {one.warning}")
+            every = self.config.checkpoint.export_hf_interval
+            if self.exporter is not None and _due(one.iteration, every or 0):
+                self.exporter.export(one.path)
+
+    def _finish_exports(self) -> None:
+        """Export the end of the run, unless this start ends before it, and wait for that."""
+        if not self.config.checkpoint.exports:
+            return
+        last = folder(self.saver.root, self.done)
+        early, busy = not self.ended or self.stopping, True
+        if self.exporter is not None and not early and last.is_dir():
+            self.exporter.export(last)
+        while busy and not early:
+            self.watch.beat(f"exporting {last}")
+            time.sleep(0.1)
+            busy, early = self._largest(
+                self.exporter is not None and self.exporter.poll(), bool(self.stop.reason)
+            )
+        if self.exporter is not None and early and last.is_dir():
+            self.exporter.give_up(last)
 
     def close(self) -> None:
         self.poll_saves(wait=True)
+        self._finish_exports()
         self.watch.close()
         (peak,) = self._largest(self.platform.peak_memory_bytes())
         done = "done"
@@ -345,3 +373,6 @@ class Trainer:
                 f"saved ({self.failed_save.error}); mend that and start again, which goes on from "
                 f"the one before."
             )
+        if self.exporter is not None and self.exporter.failed:
+            raise InputError(f"the run is done, but it could not be exported: "
+                             f"{self.exporter.failed}.")

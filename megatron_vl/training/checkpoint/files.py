@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from megatron_vl.weights.found import LATEST, RELEASE, iterations, latest
@@ -81,9 +81,11 @@ def _point(root: Path, iteration: int | None) -> None:
     _sync(root)
 
 
-def delete_old(root: Path, iteration: int, limit: int) -> list[int]:
-    """Delete all but the `limit` newest checkpoints up to `iteration`; returns those deleted."""
+def delete_old(root: Path, iteration: int, limit: int, held: Container[str] = ()) -> list[int]:
+    """Delete all but the `limit` newest checkpoints up to `iteration`, and those whose names are
+    `held`; returns those deleted."""
     old = [one for one in iterations(root) if one <= iteration][:-limit]
+    old = [one for one in old if folder(root, one).name not in held]
     for one in old:
         shutil.rmtree(_hide(folder(root, one)))
     return old

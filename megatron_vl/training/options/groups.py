@@ -413,6 +413,13 @@ class CheckpointOptions:
     save: str | None = option(None, "directory of the run's checkpoints; resumes what it holds",
                               kind=str)
     save_interval: int = option(1000, "steps between checkpoints; the last step is always saved")
+    export_hf: bool = option(
+        False, "write save/hf, the model of the run's end as a Hugging Face directory"
+    )
+    export_hf_interval: int | None = option(
+        None, "write it also every so many steps, a multiple of save-interval, while training goes "
+        "on", kind=int
+    )
     ckpt_format: str = option("torch_dist", "format of the run's checkpoints; megatron-vl convert "
                               "makes torch of it", choices=("torch_dist",))
     finetune: bool = option(False, "take only the weights of load, start at step 0")
@@ -434,6 +441,19 @@ class CheckpointOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)
+        if self.exports and self.save is None:
+            option = "export-hf" if self.export_hf else "export-hf-interval"
+            raise InputError(f"{option} writes save/hf and there is no save; give save.")
+        if self.export_hf_interval is not None and self.export_hf_interval % self.save_interval:
+            raise InputError(
+                f"export-hf-interval {self.export_hf_interval} is not a multiple of save-interval "
+                f"{self.save_interval}, and it is checkpoints that are exported; give a multiple."
+            )
+
+    @property
+    def exports(self) -> bool:
+        """Whether save/hf is written at the end."""
+        return self.export_hf or self.export_hf_interval is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

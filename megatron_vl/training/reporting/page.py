@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_vl.outputs import replacing_file
 from megatron_vl.pages import escape, page, picture, table
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.training.checkpoint.export import HF, exported
 from megatron_vl.training.dry_run import stage_rows
 from megatron_vl.training.options.groups import GROUPS
 from megatron_vl.training.reporting.history import History, names_of, page_of, read_history, total
@@ -160,9 +161,11 @@ def _checkpoints(start: dict) -> list[str]:
     if save is None:
         return ["<h2>checkpoints</h2>\n<p>The run had no place to save them.</p>\n"]
     rows = []
-    for path in sorted(Path(save).glob("iter_*")):
+    made_of = exported(Path(save))
+    for path in [*sorted(Path(save).glob("iter_*")), *([Path(save) / HF] if made_of else [])]:
         sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-        rows.append((path.name, f"{len(sizes):,} files", _bytes(sum(sizes))))
+        of = f", {made_of.checkpoint} for transformers" if path.name == HF else ""
+        rows.append((path.name, f"{len(sizes):,} files{of}", _bytes(sum(sizes))))
     return [
         f"<h2>checkpoints in {escape(save)}</h2>\n",
         table(rows, header=("checkpoint", "", "size")) if rows else "<p>None is there now.</p>\n",
