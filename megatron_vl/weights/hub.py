@@ -110,7 +110,8 @@ def _downloaded(given: str, weights: bool, lacks: str) -> Path:
                     return found
             failed.append(f"{hub}: {lacks.rstrip('.')}")
         except (OSError, ValueError) as error:
-            failed.append(f"{hub}: {shown(str(error).strip().partition(chr(10))[0])}")
+            why = str(error.__cause__ or error).strip().partition("\n")[0]
+            failed.append(f"{hub}: {shown(why)}")
     raise InputError(
         f"{given} {here}; it cannot be downloaded ({'; '.join(failed)}): give the model's "
         f"directory, or its right name."

@@ -170,6 +170,10 @@ BAD = {
         "profile-step-start: 5\nprofile-step-end: 5", "must be above profile-step-start 5"),
     "a name for no tracker": (
         "wandb-exp-name: a", "wandb-exp-name is given without wandb-project"),
+    "an export without a save": (
+        "export-hf: true", "export-hf writes save/hf and there is no save"),
+    "an export between checkpoints": (
+        "save: s\nsave-interval: 10\nexport-hf-interval: 15", "15 is not a multiple of save-int"),
     "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one whole number"),
     "a word among ranks": ("profile-ranks: [0, all]", "is 'all'; give a whole number"),
     "a negative spread": ("init-method-std: -0.02", "must be at least 0"),

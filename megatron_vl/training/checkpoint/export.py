@@ -121,8 +121,8 @@ class Exporter:
             self._job.said.close()
         self._job = self._next = None
         if exported(last.parent) != _mark(last):
-            self.say(f"{last} is not exported, as the run is not at its end; to do so by hand: "
-                     f"{by_hand(last)}")
+            self.say(f"{last} is not exported, as the run is not at its end; {by_hand(last)} does "
+                     f"so")
 
     def _tell(self) -> None:
         job, self._job = self._job, None
@@ -136,8 +136,8 @@ class Exporter:
                      f"{seconds:.1f} s")
             return
         why = lines[-1] if lines else f"its process ended with {job.process.returncode}"
-        self.failed = (f"{job.checkpoint}: {why.rstrip('.')}; to do so by hand: "
-                       f"{by_hand(job.checkpoint)}")
+        self.failed = (f"{job.checkpoint}: {why.rstrip('.')}; once that is mended, "
+                       f"{by_hand(job.checkpoint)} exports it")
         self.say(f"NOT EXPORTED: {self.failed}")
 
 
