@@ -34,7 +34,8 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash ${LAUNCHER:-$0} \\
   17 SAVE_INTERVAL             steps between checkpoints and validations
   18 DATASET_PATH              energon dataset to train on
   19 VALID_DATASET_PATH        energon dataset whose validation split is evaluated
-  20 PRETRAIN_CHECKPOINT_PATH  Hugging Face directory, converted checkpoint of any layout, or none
+  20 PRETRAIN_CHECKPOINT_PATH  Hugging Face directory or model name, converted
+                               checkpoint of any layout, or none
   21 TRAIN_ITERS               optimizer steps
   22 LR_WARMUP_ITERS           steps of linear warmup
   23 OUTPUT_BASEPATH           gets checkpoint/NAME, tensorboard/NAME and log/NAME

@@ -349,7 +349,8 @@ class Trainer:
                 self.exporter is not None and self.exporter.poll(), bool(self.stop.reason)
             )
         if self.exporter is not None and early and last.is_dir():
-            self.exporter.give_up(last)
+            why = "the run was asked to stop" if self.ended else "the run is not at its end"
+            self.exporter.give_up(last, why)
 
     def close(self) -> None:
         self.poll_saves(wait=True)

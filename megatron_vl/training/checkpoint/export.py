@@ -113,16 +113,15 @@ class Exporter:
             self._job, self._next = _begin(self._next), None
         return self._job is not None
 
-    def give_up(self, last: Path) -> None:
-        """End what runs and forget what waits, for the run ends early; say how to export `last`."""
+    def give_up(self, last: Path, why: str) -> None:
+        """End what runs and forget what waits; say why, and how to export `last` by hand."""
         if self._job is not None:
             self._job.process.terminate()
             self._job.process.wait()
             self._job.said.close()
-        self._job = self._next = None
+        self._job, self._next, self.failed = None, None, ""
         if exported(last.parent) != _mark(last):
-            self.say(f"{last} is not exported, as the run is not at its end; {by_hand(last)} does "
-                     f"so")
+            self.say(f"{last} is not exported, as {why}; {by_hand(last)} does so")
 
     def _tell(self) -> None:
         job, self._job = self._job, None
