@@ -109,7 +109,7 @@ def _downloaded(given: str, weights: bool, lacks: str) -> Path:
                 if not lacks:
                     return found
             failed.append(f"{hub}: {lacks.rstrip('.')}")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each library has kinds of its own
             why = str(error.__cause__ or error).strip().partition("\n")[0]
             failed.append(f"{hub}: {shown(why)}")
     raise InputError(

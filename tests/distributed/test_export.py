@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from commands import ROOT, megatron_vl, run
@@ -91,7 +92,13 @@ def test_of_exports_that_wait_the_newest_is_made_and_none_is_deleted_meanwhile(m
     assert said == [f"{checkpoints[1]} is not exported: iter_0000001 still is, and iter_0000003 is "
                     f"newer"]
     assert exporter.held == {"iter_0000001", "iter_0000003"}
+    (process,) = [one for one in psutil.Process().children()
+                  if str(checkpoints[0]) in one.cmdline()]
+    process.kill()
+    while exporter.held != {"iter_0000003"}:
+        assert exporter.poll()
+    assert said[1].startswith(f"NOT EXPORTED: {checkpoints[0]}: its process was ended by SIGKILL; ")
     exporter.give_up(checkpoints[2], "the run is not at its end")
     assert not exporter.poll() and not exporter.held
-    assert said[1].startswith(f"{checkpoints[2]} is not exported, as the run is not at its end")
+    assert said[2].startswith(f"{checkpoints[2]} is not exported, as the run is not at its end")
     assert not list((made / "fails").glob(".hf*"))

@@ -31,13 +31,14 @@ from megatron_vl.workers import end_with
 
 HF = "hf"  # in SAVE
 EXPORTED = "exported_from.json"  # in SAVE/hf
+_PATIENCE = 10.0  # seconds that a process may take to remove what it has written
 
 
 class Exported(Shape):
     """EXPORTED: which checkpoint a directory was made of."""
 
     checkpoint: Name  # its directory's name
-    sums: Name  # the SHA-256 of its SHA256SUMS, which no other checkpoint has
+    sums: Name  # the SHA-256 of its SHA256SUMS, which tells it from others of that name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,13 @@ def exported(save: Path) -> Exported | None:
         return read_file(save / HF / EXPORTED, Exported, mend="")
     except InputError:
         return None
+
+
+def _is_exported(checkpoint: Path) -> bool:
+    try:
+        return exported(checkpoint.parent) == _mark(checkpoint)
+    except OSError:  # the export meets that too, and tells it
+        return False
 
 
 def by_hand(checkpoint: Path) -> str:
@@ -97,7 +105,7 @@ class Exporter:
 
     def export(self, checkpoint: Path) -> None:
         """Begin, or as soon as the export that runs has ended; nothing if it is done already."""
-        if checkpoint.name in self.held or exported(checkpoint.parent) == _mark(checkpoint):
+        if checkpoint.name in self.held or _is_exported(checkpoint):
             return
         if self._next is not None:
             self.say(f"{self._next} is not exported: {self._job.checkpoint.name} still is, and "
@@ -110,33 +118,43 @@ class Exporter:
         if self._job is not None and self._job.process.poll() is not None:
             self._tell()
         if self._job is None and self._next is not None:
-            self._job, self._next = _begin(self._next), None
+            checkpoint, self._next = self._next, None
+            try:
+                self._job = _begin(checkpoint)
+            except OSError as error:  # of want of memory, or of room for a file
+                self._fail(checkpoint, str(error))
         return self._job is not None
 
     def give_up(self, last: Path, why: str) -> None:
         """End what runs and forget what waits; say why, and how to export `last` by hand."""
         if self._job is not None:
             self._job.process.terminate()
-            self._job.process.wait()
+            try:
+                self._job.process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._job.process.kill()
             self._job.said.close()
         self._job, self._next, self.failed = None, None, ""
-        if exported(last.parent) != _mark(last):
+        if not _is_exported(last):
             self.say(f"{last} is not exported, as {why}; {by_hand(last)} does so")
 
     def _tell(self) -> None:
         job, self._job = self._job, None
-        seconds = time.perf_counter() - job.started
+        seconds, code = time.perf_counter() - job.started, job.process.returncode
         with job.said:
             job.said.seek(0)
-            lines = job.said.read().strip().splitlines()
-        if job.process.returncode == 0:
+            *_, last = ["", *job.said.read().strip().splitlines()]
+        if code == 0:
             self.failed = ""
             self.say(f"exported {job.checkpoint} to {job.checkpoint.parent / HF} in "
                      f"{seconds:.1f} s")
-            return
-        why = lines[-1] if lines else f"its process ended with {job.process.returncode}"
-        self.failed = (f"{job.checkpoint}: {why.rstrip('.')}; once that is mended, "
-                       f"{by_hand(job.checkpoint)} exports it")
+        else:
+            ended = f"its process was ended by {signal.Signals(-code).name}" if code < 0 else last
+            self._fail(job.checkpoint, ended)
+
+    def _fail(self, checkpoint: Path, why: str) -> None:
+        self.failed = (f"{checkpoint}: {why.rstrip('.')}; once that is mended, "
+                       f"{by_hand(checkpoint)} exports it")
         self.say(f"NOT EXPORTED: {self.failed}")
 
 
