@@ -85,6 +85,7 @@ def test_an_export_that_fails_is_said_and_costs_no_step(made):
 
 def test_of_exports_that_wait_the_newest_is_made_and_none_is_deleted_meanwhile(made):
     said: list[str] = []
+    others = set(psutil.Process().children())
     exporter = Exporter(said.append)
     checkpoints = [made / "fails" / f"iter_{number:07d}" for number in (1, 2, 3)]
     for one in checkpoints:
@@ -92,8 +93,7 @@ def test_of_exports_that_wait_the_newest_is_made_and_none_is_deleted_meanwhile(m
     assert said == [f"{checkpoints[1]} is not exported: iter_0000001 still is, and iter_0000003 is "
                     f"newer"]
     assert exporter.held == {"iter_0000001", "iter_0000003"}
-    (process,) = [one for one in psutil.Process().children()
-                  if str(checkpoints[0]) in one.cmdline()]
+    (process,) = set(psutil.Process().children()) - others
     process.kill()
     while exporter.held != {"iter_0000003"}:
         assert exporter.poll()
