@@ -17,8 +17,8 @@ from megatron_vl.training.checkpoint.start import hf_directory
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.groups import CheckpointOptions
 from megatron_vl.training.reporting.trackers import check_trackers
-from megatron_vl.weights.convert import check_conversion_target
 from megatron_vl.weights.found import others
+from megatron_vl.weights.hf_io import is_hf_directory
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -76,8 +76,23 @@ def check_outputs(config: TrainConfig) -> None:
 
 def _check_export(options: CheckpointOptions) -> None:
     """Raises InputError: SAVE/hf holds what an export must not replace."""
-    models = [Path(one) for one in (options.load, options.hf_config) if one is not None]
-    check_conversion_target(Path(options.save) / HF, overwrite=True, needed=models)
+    target = Path(options.save) / HF
+    for name in ("load", "hf_config"):
+        given = getattr(options, name)
+        if given is not None and Path(given).resolve().is_relative_to(target.resolve()):
+            raise InputError(
+                f"the export replaces {target}, which {name.replace('_', '-')} reads; give another "
+                f"save."
+            )
+    if target.is_dir():
+        free = not any(target.iterdir()) or is_hf_directory(target)
+    else:
+        free = not target.exists()
+    if not free:
+        raise InputError(
+            f"the export writes {target}, where something else is; move that away, or give another "
+            f"save."
+        )
 
 
 def mixtures(config: TrainConfig) -> tuple[Mixture, Mixture]:

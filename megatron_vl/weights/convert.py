@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,14 +150,6 @@ def plan_conversion(
     )
 
 
-def check_conversion_target(directory: Path, *, overwrite: bool, needed: Iterable[Path]) -> None:
-    """Raises InputError: see `check_target`; a checkpoint of any kind may be overwritten."""
-    check_target(
-        directory, overwrite=overwrite, needed=needed, what="checkpoint",
-        is_ours=lambda there: _kind(there) is not None,
-    )
-
-
 def run_conversion(
     conversion: Conversion,
     directory: Path,
@@ -178,7 +170,10 @@ def run_conversion(
     """
     target = conversion.target
     reads = {side_files, *(tensor.path for tensor in conversion.source.tensors.values())}
-    check_conversion_target(directory, overwrite=overwrite, needed=sorted(reads))
+    check_target(
+        directory, overwrite=overwrite, needed=sorted(reads), what="checkpoint",
+        is_ours=lambda there: _kind(there) is not None,
+    )
     with replacing(directory) as new:
         free = shutil.disk_usage(new).free
         if free < conversion.nbytes:
