@@ -60,7 +60,7 @@ SCHEDULES = {  # lr_scheduler_type -> lr-decay-style
 }
 IGNORED = {  # flag -> why nothing becomes of it
     "tf32": "products of fp32 are computed as torch is set up",
-    "cache_dir": "nothing is downloaded",
+    "cache_dir": "a model's name is looked up in the hubs' own caches, which HF_HOME moves",
     "optim": "the optimizer is AdamW",
     "remove_unused_columns": "data are prepared before",
     "lazy_preprocess": "data are prepared before",
