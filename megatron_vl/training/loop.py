@@ -157,9 +157,10 @@ class Trainer:
         options = self.config.checkpoint
         if options.save is None:
             return None
-        held = {} if self.exporter is None else {"held": lambda: self.exporter.held}
-        return Saver(Path(options.save), behind=options.async_save, limit=options.save_total_limit,
-                     **held)
+        return Saver(
+            Path(options.save), behind=options.async_save, limit=options.save_total_limit,
+            held=lambda: self.exporter.held if self.exporter is not None else (),
+        )
 
     def restore(self) -> None:
         """Load what there is to load, and open the data where it was left."""
