@@ -1,0 +1,290 @@
+"""A model that answers: training's own tokens, pixels and positions, transformers' `generate`.
+
+S tokens of a sample, P patches, D numbers a patch, B samples at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from megatron_vl.data.conversation import BadEntry, Turn
+from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.encode.model_files import check_model_files
+from megatron_vl.errors import Bounds, InputError, check_bounds
+from megatron_vl.models.family import Grid
+from megatron_vl.models.media import MediaLimits, StoredMedia
+from megatron_vl.models.registry import Family, family, load_spec
+from megatron_vl.models.spec import ModelSpec
+from megatron_vl.platform import select_platform
+
+_BOUNDS = {
+    "max_new_tokens": Bounds(least=1, most=2**20),
+    "temperature": Bounds(least=0, most=100),
+    "top_p": Bounds(above=0, most=1),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        InputError: numbers that cannot be used, or not together.
+    """
+
+    max_new_tokens: int = 512  # of an answer
+    temperature: float = 0.0  # 0: the likeliest token
+    top_p: float | None = None  # of the likeliest tokens with this probability together; None: all
+
+    def __post_init__(self) -> None:
+        check_bounds(self, _BOUNDS)
+        if self.top_p is not None and not self.temperature:
+            raise InputError("--top-p is for answers drawn at random; give --temperature above 0.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What an answer follows: `megatron_vl.models.family.Asked`, its pixels not yet decoded."""
+
+    tokens: torch.Tensor  # int64 [S]
+    grids: tuple[Grid, ...]
+    positions: torch.Tensor  # int64 [axes, S]
+    media: tuple[StoredMedia, ...]
+    read: Callable[[str], bytes]  # a file of `media` by its name there
+    patches: torch.Tensor | None = None  # float32 [P, D]
+
+
+class Answerer:
+    """A published directory's model on this machine's device."""
+
+    def __init__(
+        self, model, encoder: ModelEncoder, *, spec: ModelSpec, family: Family, device: torch.device
+    ):
+        """`model` is of `Family.generator`; `from_hf_dir` loads it."""
+        self.model, self.encoder = model, encoder
+        self.spec, self.family, self.device = spec, family, device
+        published = model.generation_config.eos_token_id  # None, a token, or several
+        self.end_ids = encoder.chat.end_ids | {
+            *(published if isinstance(published, list) else [published])
+        } - {None}
+
+    @classmethod
+    def from_hf_dir(
+        cls, hf_dir: Path, *, dtype: str | None = None, limits: MediaLimits | None = None
+    ) -> Answerer:
+        """Read the files of a Hugging Face directory.
+
+        Args:
+            dtype: of the weights; None: float32 in host memory, the published one elsewhere.
+            limits: of images and videos; None: the model's own.
+
+        Raises:
+            InputError: files that are missing or cannot be used.
+        """
+        spec = load_spec(hf_dir)
+        of = family(spec.model_type)
+        check_model_files(hf_dir, spec, of)
+        encoder = ModelEncoder.from_hf_dir(hf_dir, spec, of, limits=limits)
+        platform = select_platform()
+        device = platform.device(0)
+        dtype = dtype or ("float32" if platform.in_host_memory else spec.dtype)
+        logging.disable_progress_bar()
+        model = of.generator(hf_dir, dtype=getattr(torch, dtype)).to(device)
+        return cls(model, encoder, spec=spec, family=of, device=device)
+
+    def check_thinking(self, thinking: bool | None) -> None:
+        """Raises InputError: the model's answers are never preceded by reasoning."""
+        if thinking is not None and not self.encoder.chat.thinks:
+            raise InputError(
+                f"--{'' if thinking else 'no-'}thinking is for models whose chat template can ask "
+                f"for reasoning, which this {self.spec.model_type}'s cannot; leave it out."
+            )
+
+    def seed(self, seed: int) -> None:
+        """Begin to draw anew. Raises InputError: a number that torch takes for no seed."""
+        Bounds(least=0, most=2**63 - 1).check("--seed", seed)
+        torch.manual_seed(seed)
+
+    def question(
+        self, turns: Sequence[Turn], media: Sequence[StoredMedia], read: Callable[[str], bytes],
+        tools: str = "", *, thinking: bool | None = None, max_new_tokens: int,
+    ) -> Question:
+        """The tokens of a conversation whose last turn is to be answered.
+
+        Args:
+            max_new_tokens: that must find room behind it.
+
+        Raises:
+            BadEntry: it cannot be asked, or is too long.
+            BadMedia: an image or video that the model cannot take as it is.
+        """
+        tokens, grids = self.encoder.encode_prompt(turns, media, tools, thinking=thinking)
+        most = self.spec.decoder.max_position_embeddings
+        if len(tokens) + max_new_tokens > most:
+            raise BadEntry(
+                "too long",
+                f"it has {len(tokens):,} tokens, which with an answer of {max_new_tokens:,} "
+                f"(--max-new-tokens) are more than the {most:,} positions of the model",
+            )
+        positions = self.encoder.positions(tokens, grids, self.encoder.seconds(media))
+        return Question(tokens=tokens, grids=grids, positions=positions, media=tuple(media),
+                        read=read)
+
+    def decoded(self, question: Question) -> Question:
+        """The question with its pixels. Raises BadMedia: they cannot be read or decoded."""
+        if not question.media:
+            return question
+        patches = torch.empty(sum(map(prod, question.grids)), self.encoder.processor.patch_dim)
+        self.encoder.load(question.media, question.grids, question.read, patches)
+        return Question(
+            tokens=question.tokens, grids=question.grids, positions=question.positions,
+            media=question.media, read=question.read, patches=patches,
+        )
+
+    def answers(self, questions: Sequence[Question], sampling: Sampling) -> list[tuple[str, bool]]:
+        """The answer to each question, and whether it came to its end.
+
+        Args:
+            questions: with their pixels.
+        """
+        generated = self._generate(questions, sampling)
+        return [self._text(tokens) for tokens in generated.tolist()]
+
+    def stream(self, question: Question, sampling: Sampling) -> Answer:
+        """The answer to a question with its pixels, to be iterated over while it is made."""
+        return Answer(self, question, sampling)
+
+    def _text(self, tokens: list[int]) -> tuple[str, bool]:
+        end = next((at for at, token in enumerate(tokens) if token in self.end_ids), None)
+        return self.encoder.chat.decode(tokens[:end]), end is not None
+
+    @torch.inference_mode()
+    def _generate(self, questions: Sequence[Question], sampling: Sampling, **more) -> torch.Tensor:
+        """New tokens, int64 [B, at most max_new_tokens]; behind an end token is padding."""
+        length, pad = max(len(one.tokens) for one in questions), self.encoder.chat.pad_token
+        ids, mask = (
+            torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
+            for rows, value in (([one.tokens for one in questions], pad),
+                                ([torch.ones_like(one.tokens) for one in questions], 0))
+        )
+        questions, ids = [self._on_device(one) for one in questions], ids.to(self.device)
+        generated = self.model.generate(
+            input_ids=ids, attention_mask=mask.to(self.device),
+            **self.family.generator_inputs(self.model, self.spec, questions, ids),
+            generation_config=self._settings(sampling), **more,
+        )
+        return generated[:, length:].cpu()
+
+    def _on_device(self, one: Question) -> Question:
+        return Question(
+            tokens=one.tokens.to(self.device), grids=one.grids, media=one.media, read=one.read,
+            positions=one.positions.to(self.device),
+            patches=None if one.patches is None else one.patches.to(self.device),
+        )
+
+    def _settings(self, sampling: Sampling):
+        """The model's own, such as its repetition penalty, but for how a token is chosen."""
+        settings = copy.deepcopy(self.model.generation_config)
+        draws = sampling.temperature > 0
+        settings.update(
+            max_new_tokens=sampling.max_new_tokens, max_length=None, do_sample=draws,
+            temperature=sampling.temperature if draws else None, top_k=0 if draws else None,
+            top_p=(sampling.top_p or 1.0) if draws else None,
+            eos_token_id=sorted(self.end_ids),
+            pad_token_id=self.encoder.chat.pad_token,
+        )
+        return settings
+
+
+class Answer:
+    """One answer: an iterator over pieces of its text, which a thread makes meanwhile.
+
+    To close it, or to leave it by an exception, ends the answer where it is.
+
+    Attributes:
+        text: of the pieces so far.
+        is_whole: whether it came to its end; False while it is made, and if it is cut off.
+    """
+
+    def __init__(self, answerer: Answerer, question: Question, sampling: Sampling):
+        self.text, self.is_whole = "", False
+        self._made: queue.SimpleQueue = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._pieces = self._iterate(answerer, question, sampling)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def close(self) -> None:
+        """End it; what is still being computed ends with its token."""
+        self._pieces.close()
+
+    def _iterate(self, answerer: Answerer, question: Question, sampling: Sampling):
+        def run() -> None:
+            try:
+                answerer._generate(
+                    [question], sampling, streamer=_Tokens(self._made.put),
+                    stopping_criteria=[_Stopped(self._stop)],
+                )
+            except BaseException as error:  # it is raised where the answer is read
+                self._made.put(error)
+            else:
+                self._made.put(None)
+
+        thread = threading.Thread(target=run, name="answer", daemon=True)
+        thread.start()
+        tokens: list[int] = []
+        try:
+            while (token := self._made.get()) is not None:
+                if isinstance(token, BaseException):
+                    raise token
+                tokens.append(token)
+                text, self.is_whole = answerer._text(tokens)
+                if text.endswith("\ufffd") and not self.is_whole:  # half a character
+                    continue
+                piece, self.text = text[len(self.text) :], text
+                if piece:
+                    yield piece
+            text, self.is_whole = answerer._text(tokens)
+            piece, self.text = text[len(self.text) :], text
+            if piece:
+                yield piece
+        finally:
+            self._stop.set()
+            thread.join()
+
+
+class _Tokens(BaseStreamer):
+    """Hands on new tokens one by one; the first call brings the prompt."""
+
+    def __init__(self, hand_on: Callable[[int], None]):
+        self.hand_on, self.is_prompt = hand_on, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            for token in value.flatten().tolist():
+                self.hand_on(token)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """The thread says so."""
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, stop: threading.Event):
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
