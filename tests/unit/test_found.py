@@ -101,7 +101,7 @@ COMMANDS = {  # command, and what it is given that it cannot use
     "verify": (["verify", "P", "P"], "adapter"),
     "parity": (["parity", "P"], "mcore"),
     "chat": (["chat", "P", "a?"], "adapter"),
-    "evaluate": (["evaluate", "P", "D", "--limit", "1"], "config only"),
+    "evaluate": (["evaluate", "P", "D", "--limit", "1"], "dataset"),
     "train": (["train", "--load", "P", "--hf-config", "H", "--train-data-path", "D"], "dataset"),
 }
 
