@@ -9,7 +9,7 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -148,10 +148,7 @@ class Answerer:
             return question
         patches = torch.empty(sum(map(prod, question.grids)), self.encoder.processor.patch_dim)
         self.encoder.load(question.media, question.grids, question.read, patches)
-        return Question(
-            tokens=question.tokens, grids=question.grids, positions=question.positions,
-            media=question.media, read=question.read, patches=patches,
-        )
+        return replace(question, patches=patches)
 
     def answers(self, questions: Sequence[Question], sampling: Sampling) -> list[tuple[str, bool]]:
         """The answer to each question, and whether it came to its end.
@@ -160,39 +157,40 @@ class Answerer:
             questions: with their pixels.
         """
         generated = self._generate(questions, sampling)
-        return [self._text(tokens) for tokens in generated.tolist()]
+        return [self.text_of(tokens) for tokens in generated.tolist()]
 
     def stream(self, question: Question, sampling: Sampling) -> Answer:
         """The answer to a question with its pixels, to be iterated over while it is made."""
         return Answer(self, question, sampling)
 
-    def _text(self, tokens: list[int]) -> tuple[str, bool]:
+    def text_of(self, tokens: list[int]) -> tuple[str, bool]:
+        """What generated tokens say up to their end, and whether they have one."""
         end = next((at for at, token in enumerate(tokens) if token in self.end_ids), None)
         return self.encoder.chat.decode(tokens[:end]), end is not None
 
     @torch.inference_mode()
     def _generate(self, questions: Sequence[Question], sampling: Sampling, **more) -> torch.Tensor:
         """New tokens, int64 [B, at most max_new_tokens]; behind an end token is padding."""
-        length, pad = max(len(one.tokens) for one in questions), self.encoder.chat.pad_token
-        ids, mask = (
-            torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
-            for rows, value in (([one.tokens for one in questions], pad),
-                                ([torch.ones_like(one.tokens) for one in questions], 0))
-        )
-        questions, ids = [self._on_device(one) for one in questions], ids.to(self.device)
+        questions = [self._on_device(one) for one in questions]
+        length = max(len(one.tokens) for one in questions)
+
+        def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+            return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
+
+        tokens = [one.tokens for one in questions]
+        ids = padded(tokens, self.encoder.chat.pad_token)
         generated = self.model.generate(
-            input_ids=ids, attention_mask=mask.to(self.device),
+            input_ids=ids, attention_mask=padded([torch.ones_like(row) for row in tokens], 0),
             **self.family.generator_inputs(self.model, self.spec, questions, ids),
             generation_config=self._settings(sampling), **more,
         )
         return generated[:, length:].cpu()
 
     def _on_device(self, one: Question) -> Question:
-        return Question(
-            tokens=one.tokens.to(self.device), grids=one.grids, media=one.media, read=one.read,
-            positions=one.positions.to(self.device),
-            patches=None if one.patches is None else one.patches.to(self.device),
-        )
+        names = ("tokens", "positions", "patches")
+        values = {name: getattr(one, name) for name in names}
+        return replace(one, **{name: value.to(self.device) for name, value in values.items()
+                               if value is not None})
 
     def _settings(self, sampling: Sampling):
         """The model's own, such as its repetition penalty, but for how a token is chosen."""
@@ -220,49 +218,48 @@ class Answer:
 
     def __init__(self, answerer: Answerer, question: Question, sampling: Sampling):
         self.text, self.is_whole = "", False
-        self._made: queue.SimpleQueue = queue.SimpleQueue()
-        self._stop = threading.Event()
         self._pieces = self._iterate(answerer, question, sampling)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
 
     def close(self) -> None:
-        """End it; what is still being computed ends with its token."""
+        """End it; the thread ends with the token that it computes."""
         self._pieces.close()
 
-    def _iterate(self, answerer: Answerer, question: Question, sampling: Sampling):
+    def _iterate(
+        self, answerer: Answerer, question: Question, sampling: Sampling
+    ) -> Iterator[str]:
+        made: queue.SimpleQueue = queue.SimpleQueue()  # tokens; then an error, or None
+        stop, tokens = threading.Event(), []
+
         def run() -> None:
             try:
-                answerer._generate(
-                    [question], sampling, streamer=_Tokens(self._made.put),
-                    stopping_criteria=[_Stopped(self._stop)],
-                )
+                answerer._generate([question], sampling, streamer=_Tokens(made.put),
+                                   stopping_criteria=[_Stopped(stop)])
             except BaseException as error:  # it is raised where the answer is read
-                self._made.put(error)
+                made.put(error)
             else:
-                self._made.put(None)
+                made.put(None)
 
         thread = threading.Thread(target=run, name="answer", daemon=True)
         thread.start()
-        tokens: list[int] = []
         try:
-            while (token := self._made.get()) is not None:
+            token = 0
+            while token is not None:
+                token = made.get()
                 if isinstance(token, BaseException):
                     raise token
-                tokens.append(token)
-                text, self.is_whole = answerer._text(tokens)
-                if text.endswith("\ufffd") and not self.is_whole:  # half a character
+                if token is not None:
+                    tokens.append(token)
+                text, self.is_whole = answerer.text_of(tokens)
+                if text.endswith("\ufffd") and token is not None:  # half a character
                     continue
                 piece, self.text = text[len(self.text) :], text
                 if piece:
                     yield piece
-            text, self.is_whole = answerer._text(tokens)
-            piece, self.text = text[len(self.text) :], text
-            if piece:
-                yield piece
         finally:
-            self._stop.set()
+            stop.set()
             thread.join()
 
 

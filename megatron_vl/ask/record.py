@@ -59,9 +59,10 @@ class Record:
             before = read_file(folder / ASKED, dict, mend="remove the directory")
             for name, value in asked.items():
                 if before.get(name) != value:
+                    both = "" if isinstance(value, dict) else f" ({before.get(name)}, not {value})"
                     raise InputError(
-                        f"{folder} holds answers for another {name} ({before.get(name)}, not "
-                        f"{value}); give --output another directory, or remove this one."
+                        f"{folder} holds answers for another {name}{both}; give --output another "
+                        f"directory, or remove this one."
                     )
             return cls(folder, {one.key: one for one in _read(folder / ANSWERS)})
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_vl.ask.answerer import Sampling
     from megatron_vl.ask.dialogue import Dialogue
     from megatron_vl.ask.terminal import say_answer, talk
+    from megatron_vl.ask.web import load_gradio, serve
 
     _PORT.check("--port", args.port)
     if args.web and (args.question or args.image or args.video):
@@ -105,9 +106,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
     )
     if args.web:
-        from megatron_vl.ask.web import load_gradio, serve
-
-        load_gradio()
+        load_gradio()  # before the model, which takes longer
     answerer = load_answerer(args)
     answerer.seed(args.seed)
 
@@ -115,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         return Dialogue(answerer, sampling=sampling, system=args.system, thinking=args.thinking)
 
     if args.web:
-        serve(dialogue, title=f"{args.model}", port=args.port)
+        serve(dialogue, title=str(args.model), port=args.port)
         return
     one = dialogue()
     for kind, paths in ((IMAGE, args.image), (VIDEO, args.video)):

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     record = Record.open(args.output, {
         "model": weights_mark(find_checkpoint(args.model)),
         "datasets": {one.name: one.mark for one in datasets}, "metric": args.metric,
-        "options": {name: getattr(args, name, None) for name in (
+        **{name.replace("_", "-"): getattr(args, name, None) for name in (
             "split", "format", "group_by", "limit", "seed", "max_new_tokens", "thinking", "dtype",
             *LIMITS,
         )},

@@ -25,6 +25,7 @@ from megatron_vl.ask import terminal
 from megatron_vl.ask.answerer import Answerer, Sampling
 from megatron_vl.ask.checkpoint import hf_directory
 from megatron_vl.ask.dialogue import Dialogue
+from megatron_vl.ask.media import stored_media
 from megatron_vl.ask.metrics import METRICS, answer_in, edit_distance
 from megatron_vl.cli.main import run
 from megatron_vl.data.conversation import Part, Turn
@@ -119,7 +120,7 @@ def test_a_streamed_answer_is_transformers_own(name, answerers, shown):
         content = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": content}]
     pieces = list(one.ask("What is this?"))
     tokens = by_transformers(hf_dir, processor, [{"role": "user", "content": content}], **media)
-    said, is_whole = answerer._text(tokens.tolist())
+    said, is_whole = answerer.text_of(tokens.tolist())
     assert len(pieces) > 1
     assert ("".join(pieces), one.is_whole) == (said, is_whole)
 
@@ -135,7 +136,7 @@ def test_several_turns_are_what_the_template_makes_of_them(name, answerers):
         messages = [one | {"content": [{"type": "text", "text": one["content"]}]}
                     for one in messages]
     tokens = by_transformers(hf_dir, FAMILIES[name][1], messages)
-    assert said == answerer._text(tokens.tolist())[0]
+    assert said == answerer.text_of(tokens.tolist())[0]
     assert [turn.role for turn in one.turns] == ["system", *["user", "assistant"] * 2]
 
 
@@ -152,8 +153,6 @@ def test_an_answer_is_the_judge_s_to_the_tokens_before_a_trained_one(name, answe
     else:
         one.turns = turns[:-1]
     said = "".join(one.ask(SAID[-1][1]))
-    from megatron_vl.ask.media import stored_media
-
     stored, read = stored_media(one.media)
     answer = "a cat"
     trained, _, grids = answerer.encoder.encode(
@@ -175,7 +174,7 @@ def test_an_answer_is_the_judge_s_to_the_tokens_before_a_trained_one(name, answe
             inputs = answerer.family.judge_inputs(
                 answerer.spec, torch.tensor(made), grids, patches, None)
             made.append(int(judge(input_ids=torch.tensor([made]), **inputs).logits[0, -1].argmax()))
-    assert said == answerer._text(made[len(tokens) :])[0]
+    assert said == answerer.text_of(made[len(tokens) :])[0]
 
 
 def _patches(answerer, grids):
@@ -198,8 +197,6 @@ def test_a_batch_answers_as_its_questions_alone(name, answerers, shown):
 
 
 def _question(one: Dialogue, text: str):
-    from megatron_vl.ask.media import stored_media
-
     parts = (*(Part(media=media.kind) for media in one.shown), Part(text=text))
     stored, read = stored_media(one.shown)
     return one.answerer.decoded(one.answerer.question(
