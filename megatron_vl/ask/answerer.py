@@ -75,10 +75,14 @@ class Answerer:
         """`model` is of `Family.generator`; `from_hf_dir` loads it."""
         self.model, self.encoder = model, encoder
         self.spec, self.family, self.device = spec, family, device
-        published = model.generation_config.eos_token_id  # None, a token, or several
+        published = model.generation_config
+        ends = published.eos_token_id  # None, a token, or several
         self.end_ids = encoder.chat.end_ids | {
-            *(published if isinstance(published, list) else [published])
+            *(ends if isinstance(ends, list) else [ends])
         } - {None}
+        # `generate` would take these in place of what `_settings` leaves open.
+        for name in ("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"):
+            setattr(published, name, None)
 
     @classmethod
     def from_hf_dir(

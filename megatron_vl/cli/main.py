@@ -74,7 +74,10 @@ class Parser(argparse.ArgumentParser):
         known, unknown = super().parse_known_args(args, namespace)
         # An optional positional argument would be taken for left out before the first option.
         if self.last_word is not None:
-            late = len(unknown) == 1 and not unknown[0].startswith("-")
+            late = bool(unknown) and not any(word.startswith("-") for word in unknown)
+            if late and len(unknown) > 1:
+                self.error(f"{self.last_word.upper()} is {len(unknown)} words, {unknown[0]} and so "
+                           f"on; put it in quotes")
             setattr(known, self.last_word, unknown.pop() if late else None)
         if unknown:
             self._refuse(unknown)

@@ -221,6 +221,21 @@ def test_reasoning_is_asked_for_as_the_template_does(thinking, answerers):
     assert (trained[: len(want)] == want) and (len(trained) - len(want) == 3) is (thinking is False)
 
 
+def test_a_model_s_own_way_to_draw_is_not_taken_for_a_person_s(text_model_dir, tmp_path, capfd):
+    hf_dir = shutil.copytree(text_model_dir, tmp_path / "hf")
+    said = {}
+    for penalty in (1.0, 1.5):
+        drawn = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "top_p": 0.001,
+                 "repetition_penalty": penalty}
+        (hf_dir / "generation_config.json").write_text(json.dumps(drawn))
+        answerer = Answerer.from_hf_dir(hf_dir)
+        sampling = Sampling(max_new_tokens=NEW, temperature=1.5)
+        draws = ["".join(Dialogue(answerer, sampling=sampling).ask("a?")) for _ in range(2)]
+        assert draws[0] != draws[1]
+        said[penalty] = "".join(dialogue(answerer).ask("a?"))
+    assert said[1.0] != said[1.5] and "not valid" not in capfd.readouterr().err
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(answerers):
     _, answerer = answerers("qwen2")
     said = []
@@ -464,6 +479,18 @@ def test_the_page_answers_as_the_dialogue_does(answerers, shown):
     one = dialogue(answerer)
     one.show("image", shown[0])
     assert said == "".join(one.ask("what?"))
+
+
+def test_a_question_is_one_argument_wherever_it_stands(model_dir, capsys):
+    words = [str(model_dir), "a question"], ["--max-new-tokens", "2"]
+    for order in (words, words[::-1], ([words[0][0]], words[1], ["a question"])):
+        assert run(["chat", *itertools.chain(*order)]) == 0
+    out, err = capsys.readouterr()
+    assert out and out == out[: len(out) // 3] * 3
+    assert err == "cut off after --max-new-tokens 2\n" * 3
+    with pytest.raises(SystemExit):
+        run(["chat", str(model_dir), "a", "question"])
+    assert "QUESTION is 2 words, a and so on; put it in quotes" in capsys.readouterr().err
 
 
 def test_without_gradio_the_page_is_a_sentence(model_dir, monkeypatch, capsys):
