@@ -28,6 +28,7 @@ from megatron_vl.models.media import MediaLimits, StoredMedia
 from megatron_vl.models.registry import Family, family, load_spec
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.platform import select_platform
+from megatron_vl.weights.convert import open_source
 
 _BOUNDS = {
     "max_new_tokens": Bounds(least=1, most=2**20),
@@ -95,11 +96,12 @@ class Answerer:
             limits: of images and videos; None: the model's own.
 
         Raises:
-            InputError: files that are missing or cannot be used.
+            InputError: files that are missing or cannot be used, or weights that are not all there.
         """
         spec = load_spec(hf_dir)
         of = family(spec.model_type)
         check_model_files(hf_dir, spec, of)
+        open_source(hf_dir, of.weight_map(spec))  # transformers would draw a missing one at random
         encoder = ModelEncoder.from_hf_dir(hf_dir, spec, of, limits=limits)
         platform = select_platform()
         device = platform.device(0)

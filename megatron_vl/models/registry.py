@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,12 +122,16 @@ class Family:
         """The model of a published directory that answers, in eval mode: the judge, unless
         `reference` has a `generator`.
 
-        It has the `generate` of transformers' models.
+        It has the `generate` of transformers' models; no code of the directory runs.
 
         Args:
             settings: of `from_pretrained`, such as `dtype`.
         """
-        load = self._optional("reference", "generator") or self.judge().from_pretrained
+        load = self._optional("reference", "generator")
+        if load is None:
+            load = partial(
+                self.judge().from_pretrained, trust_remote_code=False, local_files_only=True
+            )
         return load(Path(hf_dir), **settings).eval()
 
     def generator_inputs(self, model, spec: ModelSpec, samples: Sequence[Asked], ids) -> dict:

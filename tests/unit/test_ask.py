@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import shutil
 import sys
 
@@ -16,7 +17,8 @@ import torch
 from mixed_data import write_image, write_video
 from PIL import Image
 from qwen2_vl_reference import load_processor
-from tiny_hf import write_weights
+from safetensors.torch import save_file
+from tiny_hf import read, write_weights
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
@@ -240,6 +242,15 @@ def test_a_model_s_own_way_to_draw_is_not_taken_for_a_person_s(answerers, tmp_pa
         assert (draws[0] != draws[1]) is (penalty == 1.0)
         said[penalty] = "".join(dialogue(answerer).ask("a?"))
     assert said[1.0] != said[0.01] and "not valid" not in capfd.readouterr().err
+
+
+def test_a_weight_that_is_missing_is_named(answerers, tmp_path):
+    hf_dir = shutil.copytree(answerers("qwen2")[0], tmp_path / "hf")
+    weights = read(hf_dir)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, hf_dir / "model.safetensors")
+    with pytest.raises(InputError, match=re.escape("model.layers.2.mlp.up_proj.weight")):
+        Answerer.from_hf_dir(hf_dir)
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(answerers):
