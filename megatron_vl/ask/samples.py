@@ -56,20 +56,30 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawOptions:
-    """How raw data are read: see `prepare`."""
+    """How raw data are read: see `prepare`; None: not given."""
 
-    format: str = "llava"
+    format: str | None = None  # llava
     media_root: Path | None = None
     group_by: str | None = None  # key of an entry: the name of its group, or a list of several
 
 
-def open_datasets(paths: Sequence[Path], split: str, raw: RawOptions) -> list[Dataset]:
+def open_datasets(paths: Sequence[Path], split: str | None, raw: RawOptions) -> list[Dataset]:
     """The datasets of all paths, called by the last parts of where they lie, as few as will do.
 
+    Args:
+        split: of prepared datasets; None: val.
+
     Raises:
-        InputError: one cannot be read, or is there twice.
+        InputError: one cannot be read, or is there twice; or an option is for none of them.
     """
-    found = [one for path in paths for one in _open(path, split, raw)]
+    are_prepared = [*map(_is_prepared, paths)]
+    of_raw = {"--format": raw.format, "--media-root": raw.media_root, "--group-by": raw.group_by}
+    unused = [] if any(are_prepared) or split is None else [("--split", "a prepared dataset")]
+    unused += [(flag, "raw data") for flag, given in of_raw.items()
+               if given is not None and all(are_prepared)]
+    for flag, what in unused:
+        raise InputError(f"{flag} is for {what}, which no DATASET here is; leave it out.")
+    found = [one for path in paths for one in _open(path, split or "val", raw)]
     places = [one.path.absolute() for one in found]
     if twice := next((place for place in places if places.count(place) > 1), None):
         raise InputError(f"the dataset {twice} is given twice; give it once.")
@@ -81,9 +91,13 @@ def open_datasets(paths: Sequence[Path], split: str, raw: RawOptions) -> list[Da
     return found
 
 
+def _is_prepared(path: Path) -> bool:
+    return (path / ".nv-meta").is_dir() or path.suffix in (".yaml", ".yml")
+
+
 def _open(path: Path, split: str, raw: RawOptions) -> list[Dataset]:
     """The prepared datasets of a directory or a metadataset, or the one of raw data."""
-    if (path / ".nv-meta").is_dir() or path.suffix in (".yaml", ".yml"):
+    if _is_prepared(path):
         if raw.group_by is not None:
             raise InputError(
                 f"--group-by {raw.group_by} names a key of raw data, which the prepared dataset "
@@ -95,7 +109,7 @@ def _open(path: Path, split: str, raw: RawOptions) -> list[Dataset]:
             DataConfig(train=mixture, seq_length=1), None, None, None, split=split
         )
         return [PreparedDataset(leaf, encoder, split) for leaf in leaves]
-    source = open_source(path, format=raw.format, json_name=None, dataset=None)
+    source = open_source(path, format=raw.format or "llava", json_name=None, dataset=None)
     return [RawDataset(source, raw, path)]
 
 

@@ -26,10 +26,10 @@ def add_parser(subparsers) -> None:
     parser.add_argument("data", type=Path, nargs="+", metavar="DATASET",
                         help="a prepared dataset, the YAML of a metadataset, or raw data as "
                         "prepare reads them")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"),
-                        help="of prepared datasets (default: %(default)s)")
-    parser.add_argument("--format", default="llava", metavar="NAME", help="of raw data: llava, "
-                        "sharegpt, chatml, messages, qwen_vl or alpaca (default: %(default)s)")
+    parser.add_argument("--split", choices=("train", "val", "test"),
+                        help="of prepared datasets (default: val)")
+    parser.add_argument("--format", metavar="NAME", help="of raw data: llava, sharegpt, chatml, "
+                        "messages, qwen_vl or alpaca (default: llava)")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="what the media paths of "
                         "raw data are relative to, beside the file's own directory")
     parser.add_argument("--group-by", metavar="KEY", help="of raw data: a table by what an entry "

@@ -467,8 +467,19 @@ def test_a_score_below_the_gate_fails(quick, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_split_and_groups_are_of_one_kind_of_data(quick, wds_dir, llava_dir, tmp_path, capsys):
+    raw = llava_dir / "test.json"
+    assert quick(tmp_path / "out", "--split", "val", data=(raw,)) == 2
+    assert "--split is for a prepared dataset, which no DATASET" in capsys.readouterr().err
+    assert quick(tmp_path / "out", "--group-by", "groups", data=(raw, wds_dir)) == 2
+    assert "which the prepared dataset" in capsys.readouterr().err
+    assert quick(tmp_path / "out", data=(raw, raw)) == 2
+    assert "test.json is given twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("options", "said"), [
-    (["--group-by", "groups"], "--group-by groups names a key of raw data, which the prepared"),
+    (["--group-by", "groups"], "--group-by is for raw data, which no DATASET here is"),
+    (["--format", "llava"], "--format is for raw data, which no DATASET here is"),
     (["--split", "test"], "has nothing in its split 'test'"),
     (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
 ])
