@@ -6,9 +6,14 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import pty
 import re
+import select
 import shutil
+import signal
 import sys
+import time
 
 import av
 import numpy as np
@@ -311,6 +316,7 @@ def test_every_line_that_is_piped_is_a_question(answerers, shown, monkeypatch, c
     lines = f"a?\n\n/image '{shown[0]}'\nwhat?\n/reset\na?\n/exit\nunheard\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     one = dialogue(answerer)
+    capsys.readouterr()  # of making the model
     terminal.talk(one)
     again, said = dialogue(answerer), []
     said.append("".join(again.ask("a?")))
@@ -320,6 +326,49 @@ def test_every_line_that_is_piped_is_a_question(answerers, shown, monkeypatch, c
     assert out == "".join(f"{terminal.printable(text)}\n" for text in (*said, said[0]))
     assert err == f"cut off after --max-new-tokens {NEW}\n" * 3
     assert len(one.turns) == 2 and not one.media
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_program(answerers):
+    _, answerer = answerers("qwen2")
+    child, typed = pty.fork()
+    if child == 0:  # in a terminal of its own
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            terminal.talk(Dialogue(answerer, sampling=Sampling(max_new_tokens=20_000)))
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            os._exit(code)
+    said, deadline = b"", time.monotonic() + 60
+
+    def wait(enough) -> None:
+        nonlocal said
+        while not enough():
+            assert time.monotonic() < deadline, said
+            if select.select([typed], [], [], 1)[0]:
+                said += os.read(typed, 2**16)
+
+    try:
+        wait(lambda: said.endswith(b"> "))
+        os.write(typed, b"a?\n")
+        wait(lambda: len(said.partition(b"a?\r\n")[2]) > 40)
+        os.write(typed, b"\x03")
+        wait(lambda: said.endswith(b"\r\n> "))
+        os.write(typed, b"/image x.png\n")
+        wait(lambda: said.endswith(b"takes text alone; leave it out.\r\n> "))
+        os.write(typed, b"\x03")
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert os.waitstatus_to_exitcode(ended[1]) == 130
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    finally:
+        os.close(typed)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
