@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +59,8 @@ class RawOptions:
     """How raw data are read: see `prepare`; None: not given."""
 
     format: str | None = None  # llava
+    json: str | None = None  # the file in a directory that has several
+    dataset: str | None = None  # a name in a directory's dataset_info.json
     media_root: Path | None = None
     group_by: str | None = None  # key of an entry: the name of its group, or a list of several
 
@@ -73,9 +75,8 @@ def open_datasets(paths: Sequence[Path], split: str | None, raw: RawOptions) -> 
         InputError: one cannot be read, or is there twice; or an option is for none of them.
     """
     are_prepared = [*map(_is_prepared, paths)]
-    of_raw = {"--format": raw.format, "--media-root": raw.media_root, "--group-by": raw.group_by}
     unused = [] if any(are_prepared) or split is None else [("--split", "a prepared dataset")]
-    unused += [(flag, "raw data") for flag, given in of_raw.items()
+    unused += [(f"--{name.replace('_', '-')}", "raw data") for name, given in asdict(raw).items()
                if given is not None and all(are_prepared)]
     for flag, what in unused:
         raise InputError(f"{flag} is for {what}, which no DATASET here is; leave it out.")
@@ -109,7 +110,8 @@ def _open(path: Path, split: str, raw: RawOptions) -> list[Dataset]:
             DataConfig(train=mixture, seq_length=1), None, None, None, split=split
         )
         return [PreparedDataset(leaf, encoder, split) for leaf in leaves]
-    source = open_source(path, format=raw.format or "llava", json_name=None, dataset=None)
+    source = open_source(path, format=raw.format or "llava", json_name=raw.json,
+                         dataset=raw.dataset)
     return [RawDataset(source, raw, path)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_vl.ask.metrics import METRICS
@@ -30,6 +31,10 @@ def add_parser(subparsers) -> None:
                         help="of prepared datasets (default: val)")
     parser.add_argument("--format", metavar="NAME", help="of raw data: llava, sharegpt, chatml, "
                         "messages, qwen_vl or alpaca (default: llava)")
+    parser.add_argument("--json", metavar="NAME",
+                        help="the file of raw data in a directory that has several")
+    parser.add_argument("--dataset", metavar="NAME", help="an entry of the dataset_info.json in a "
+                        "directory of raw data, with its format and columns")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="what the media paths of "
                         "raw data are relative to, beside the file's own directory")
     parser.add_argument("--group-by", metavar="KEY", help="of raw data: a table by what an entry "
@@ -72,14 +77,14 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     _BATCH.check("--batch-size", args.batch_size)
     least = None if args.at_least is None else _least(args.at_least)
-    raw = RawOptions(format=args.format, media_root=args.media_root, group_by=args.group_by)
+    raw = RawOptions(**{one.name: getattr(args, one.name) for one in fields(RawOptions)})
     datasets = open_datasets(args.data, args.split, raw)
     record = Record.open(args.output, {
         "model": weights_mark(find_checkpoint(args.model)),
         "datasets": {one.name: one.mark for one in datasets}, "metric": args.metric,
         **{name.replace("_", "-"): getattr(args, name, None) for name in (
-            "split", "format", "group_by", "limit", "seed", "max_new_tokens", "thinking", "dtype",
-            *LIMITS,
+            "split", "format", "json", "dataset", "group_by", "limit", "seed", "max_new_tokens",
+            "thinking", "dtype", *LIMITS,
         )},
     })
     answerer = load_answerer(args)

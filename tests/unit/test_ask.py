@@ -522,6 +522,7 @@ def test_a_split_and_groups_are_of_one_kind_of_data(quick, wds_dir, llava_dir, t
     assert "--split is for a prepared dataset, which no DATASET" in capsys.readouterr().err
     assert quick(tmp_path / "out", "--group-by", "groups", data=(raw, wds_dir)) == 2
     assert "which the prepared dataset" in capsys.readouterr().err
+    assert quick(tmp_path / "one", "--json", "test.json", data=(llava_dir,)) == 0
     assert quick(tmp_path / "out", data=(raw, raw)) == 2
     assert "test.json is given twice" in capsys.readouterr().err
 
