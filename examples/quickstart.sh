@@ -19,7 +19,7 @@ esac
 # What differs: the tiny model, its data, the launcher and the converter.
 SIZES=(--num-layers 4 --ffn-size 192 --init-std 0.08 --dtype float32)
 IMAGES=(--patch-size 8 --min-pixels 4096 --max-pixels 4096)
-QUESTIONS=() TRAIN=() PRETRAIN=300 FINETUNE=550
+QUESTIONS=() TRAIN=() ASK=() PRETRAIN=300 FINETUNE=550
 CONVERTOR=toolkits/hf2mcore_convertor.sh
 case $FAMILY in
   qwen2_vl | qwen2_5_vl)
@@ -32,6 +32,7 @@ case $FAMILY in
     LAUNCHER=examples/qwen_vl/finetune_ds.sh
     TRAIN=(--fix_vit False --warmup_ratio 0.05)
     PRETRAIN=500 FINETUNE=700
+    ASK=(--limit 1000) # as the figures in docs/benchmarks.md
     ;;
   baichuan2)
     SIZES+=(--hidden-size 64)
@@ -163,7 +164,8 @@ run megatron-vl plot "$LOG" --output "$WORK/loss.png" \
 
 step "asking the trained weights the questions about images they never saw"
 run megatron-vl evaluate "$PUBLISHED" "$WORK/data/test.json" --group-by groups --max-new-tokens 8 \
-  --batch-size 128 --output "$WORK/answers" --at-least "colour and shape=0.80" | tee "$WORK/accuracy.txt"
+  --batch-size 128 --output "$WORK/answers" --at-least "colour and shape=0.80" \
+  ${ASK[@]+"${ASK[@]}"} | tee "$WORK/accuracy.txt"
 
 step "done"
 cat <<TXT
