@@ -51,6 +51,12 @@ class Judge(torch.nn.Module):
         return iter(self.published.items())
 
     def forward(self, **inputs):
+        weights = self.of_llama()
+        assert weights.keys() == dict(self.llama.named_parameters()).keys(), weights.keys()
+        return functional_call(self.llama, weights, kwargs=inputs)
+
+    def of_llama(self) -> dict[str, torch.Tensor]:
+        """Llama's weights: q, k and v cut out of W_pack, the head normalised."""
         weights = {}
         for name, weight in self.published.items():
             if PACKED in name:
@@ -58,10 +64,20 @@ class Judge(torch.nn.Module):
                 weights |= {name.replace(PACKED, f"{one}_proj"): part for one, part in parts}
             else:
                 weights[name] = F.normalize(weight) if name == HEAD else weight
-        assert weights.keys() == dict(self.llama.named_parameters()).keys(), weights.keys()
-        return functional_call(self.llama, weights, kwargs=inputs)
+        return weights
 
 
 def auto_class() -> type[Judge]:
     """What loads a published directory."""
     return Judge
+
+
+def generator(directory: Path, *, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The same as a Llama of its own, with `generate`; for inference."""
+    judge = Judge.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+    with torch.no_grad():
+        weights = judge.of_llama()
+    judge.config.model_type = "llama"
+    return LlamaForCausalLM.from_pretrained(
+        None, config=judge.config, state_dict=weights, dtype=dtype
+    )
