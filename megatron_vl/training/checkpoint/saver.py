@@ -79,6 +79,7 @@ class Saver:
 
     def __init__(self, root: Path, *, behind: bool = False, limit: int | None = None):
         self.root, self.behind, self.limit = root, behind, limit
+        self.kept: int | None = None  # the iteration that stays whatever the limit is
         self.first = torch.distributed.get_rank() == 0
         self.queue = AsyncCallsQueue()
         self.pending: _Pending | None = None
@@ -209,7 +210,7 @@ class Saver:
         deleted, warning = [], ""
         if self.first and self.limit is not None:
             try:
-                deleted = delete_old(self.root, pending.iteration, self.limit)
+                deleted = delete_old(self.root, pending.iteration, self.limit, self.kept)
             except OSError as error:
                 warning = f"older checkpoints could not be deleted: {error}"
         return Saved(
