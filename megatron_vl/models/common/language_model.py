@@ -114,11 +114,11 @@ def _likeliest(logits_nV: torch.Tensor) -> torch.Tensor:
         return word_n
     word_n = word_n + parallel_state.get_tensor_model_parallel_rank() * logits_nV.shape[1]
     mine_2n = torch.stack([largest_n.double(), word_n.double()])  # which holds any word's id
-    found_R2n = mine_2n.new_empty(size, *mine_2n.shape)
+    found = mine_2n.new_empty(2 * size, mine_2n.shape[1])  # gloo takes no third dimension
     torch.distributed.all_gather_into_tensor(
-        found_R2n, mine_2n, group=parallel_state.get_tensor_model_parallel_group()
+        found, mine_2n, group=parallel_state.get_tensor_model_parallel_group()
     )
-    largest_Rn, word_Rn = found_R2n.unbind(1)
+    largest_Rn, word_Rn = found[::2], found[1::2]
     rank_n = largest_Rn.max(dim=0).indices  # ranks ascend as words do
     return word_Rn.gather(0, rank_n[None])[0].long()
 
