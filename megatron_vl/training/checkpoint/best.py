@@ -69,19 +69,15 @@ class Best:
         Raises:
             InputError: the file is damaged.
         """
-        save = config.checkpoint.save
-        if save is None or not done or not (Path(save) / BEST).is_file():
-            found, there = None, [] if save is None or not done else iterations(Path(save))
-        else:
-            found = read_file(
-                Path(save) / BEST, Record, mend="remove it to forget the validations so far"
-            )
-            there = iterations(Path(save))
-        validations = [] if found is None else [
-            one for one in found.validations if one.iteration <= done
-        ]
-        return cls(config, validations, {one for one in there if one <= done},
-                   None if found is None else found.checkpoint)
+        if config.checkpoint.save is None or not done:
+            return cls(config, [], set(), None)
+        root = Path(config.checkpoint.save)
+        whole = {one for one in iterations(root) if one <= done}
+        if not (root / BEST).is_file():
+            return cls(config, [], whole, None)
+        found = read_file(root / BEST, Record, mend="remove it to forget the validations so far")
+        validations = [one for one in found.validations if one.iteration <= done]
+        return cls(config, validations, whole, found.checkpoint)
 
     @property
     def compares(self) -> bool:
