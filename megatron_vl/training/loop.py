@@ -12,6 +12,7 @@ import torch
 from megatron_vl.errors import InputError, as_called
 from megatron_vl.launch.stop import StopRequest
 from megatron_vl.platform import current_device, initialize
+from megatron_vl.training.checkpoint.best import read_best
 from megatron_vl.training.checkpoint.export import Exporter
 from megatron_vl.training.checkpoint.files import folder
 from megatron_vl.training.checkpoint.record import write_beginning, write_options
@@ -72,8 +73,12 @@ def train(
         if not trainer.own:
             write_beginning(plan)
     begun = trainer.done
+    if trainer.best.compares and not trainer.stopping and trainer.validation_due and (
+        not trainer.best.knows(trainer.done)
+    ):
+        trainer.evaluate(trainer.done)  # which the start before did not come to
     saves = config.checkpoint.save is not None
-    while not trainer.ended and not trainer.stopping:
+    while not trainer.ended and not trainer.stopping and not trainer.leaving:
         trainer.step(trainer.done + 1)
         trainer.poll_saves()
         if trainer.done == begun + 1:
@@ -82,16 +87,13 @@ def train(
         # Saved first: a validation that fails costs no training.
         if saves and (last or _due(trainer.done, config.checkpoint.save_interval)):
             trainer.save()
-        evals = config.data.validates and (trainer.ended or _due(
-            trainer.done, config.data.eval_interval
-        ))
-        if evals and not trainer.stopping:
+        if trainer.validation_due and not trainer.stopping:
             if trainer.ended:
                 trainer.poll_saves(wait=True)
             trainer.evaluate(trainer.done)
         if trainer.leaving:
             break
-    if saves and trainer.saved < trainer.done:  # asked to stop while it validated
+    if saves and trainer.saved < trainer.done:  # asked to stop while it validated, or early
         trainer.save()
     trainer.close()
 
@@ -132,6 +134,14 @@ class Trainer:
     def ended(self) -> bool:
         return self.show.ended(self.done)
 
+    @property
+    def validation_due(self) -> bool:
+        """Whether the step that was done last is to be validated."""
+        data = self.config.data
+        return data.validates and self.done > 0 and (
+            self.ended or _due(self.done, data.eval_interval)
+        )
+
     def say(self, text: str) -> None:
         self.show.say(text)
 
@@ -159,8 +169,14 @@ class Trainer:
             return None
         return Saver(
             Path(options.save), behind=options.async_save, limit=options.save_total_limit,
-            held=lambda: self.exporter.held if self.exporter is not None else (),
+            held=self._held,
         )
+
+    def _held(self) -> set[str]:
+        """Names of checkpoints that stay whatever the limit is: the best, and what is exported."""
+        held = set(self.exporter.held) if self.exporter is not None else set()
+        best = self.best.checkpoint
+        return held if best is None else {*held, folder(self.saver.root, best).name}
 
     def restore(self) -> None:
         """Load what there is to load, and open the data where it was left."""
@@ -185,6 +201,8 @@ class Trainer:
                 self.say(told)
         else:
             self.say("no checkpoint given: every weight starts random")
+        self.best = read_best(self.config, self.done if self.own else 0)
+        self._keep_best()
         self.watch.beat("opening the data")
         self.stopping = self._asked_to_stop()
         self.optimizer.zero_grad()
@@ -205,6 +223,12 @@ class Trainer:
                 f"{self.config.resolved()[option.replace('-', '_')]}; raise {option} to go on with "
                 f"this run, or give --finetune and another --save to start a new one from its "
                 f"weights"
+            ))
+        elif self.best.early_end:
+            self.leaving = self.best.early_end
+            self.say(as_called(
+                f"nothing to do: {self.done} steps are done, and {self.leaving}; raise early-stop, "
+                f"or leave it out, to go on with this run"
             ))
         self.streams = self.microbatches.streams(batches)
         self.show.start(self.done, self.described)
@@ -273,7 +297,8 @@ class Trainer:
     # ---- validation -------------------------------------------------------------------------
 
     def evaluate(self, iteration: int) -> None:
-        """Validate and tell it, or give it up where a rank was asked to stop."""
+        """Validate and tell it, or give it up where a rank was asked to stop; what is better than
+        any checkpoint is saved."""
         with torch.no_grad(), whole_weights(self.model):
             found = evaluate(
                 self.microbatches, iteration, stopping=self._asked_to_stop, tell=self.left_out.tell
@@ -288,11 +313,21 @@ class Trainer:
                 "the validation split has no trained token; give another valid-data-path, or "
                 "eval-interval 0."
             )
-        if self.show.log is not None:
-            self.show.log.evaluation(
-                iteration, found.loss, found.trained, found.seconds, found.skipped,
-                found.cut,
-            )
+        self.show.validation(iteration, found)
+        figures = found.figures
+        self.best.add(iteration, loss=figures.loss, exact=figures.exact_accuracy)
+        if self.best.to_be_saved() and self.saved < iteration:
+            self.save()
+        self._keep_best()
+        self.leaving = self.leaving or self.best.early_end
+
+    def _keep_best(self) -> None:
+        """Say which checkpoint is the best where it is read."""
+        if self.rank == 0 and self.done:
+            try:
+                self.best.write()
+            except OSError as error:
+                self.say(f"WARNING: {self.best.file} was not written: {error}")
 
     # ---- end --------------------------------------------------------------------------------
 
@@ -325,6 +360,8 @@ class Trainer:
                 )
                 continue
             self.failed_save = None
+            self.best.whole.add(one.iteration)
+            self._keep_best()
             self.say(f"saved {one.path} in {one.seconds:.1f} s")
             if one.deleted:
                 self.say(f"deleted iterations {', '.join(map(str, one.deleted))}, as "
@@ -361,9 +398,12 @@ class Trainer:
         done = "done"
         if self.stopping or (self.leaving and not self.ended):
             why = self.leaving or "asked to stop"
-            done = f"{why}; {self.done} steps are done, the same command goes on; ran"
+            goes_on = "" if self.best.early_end else ", the same command goes on"
+            done = f"{as_called(why)}; {self.done} steps are done{goes_on}; ran"
         elif told := short_of_schedule(self.config, self.done):
             self.say(as_called(told))
+        if told := self.best.told():
+            self.say(told)
         self.say(f"{done} in {duration(time.perf_counter() - self.started)}; "
                  f"peak memory of a rank {peak / 2**30:.2f} GiB")
         if self.loader is not None:

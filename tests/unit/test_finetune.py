@@ -89,6 +89,7 @@ IGNORED = [  # flags, and that of them which does nothing
     ({"lr_scheduler_type": "constant", "warmup_steps": "9"}, "warmup_steps"),
     ({"warmup_steps": "9", "warmup_ratio": "0.1"}, "warmup_ratio"),
     ({"warmup_steps": "0", "warmup_ratio": "0.1"}, "warmup_steps"), ({"tf32": "True"}, "tf32"),
+    ({"load_best_model_at_end": "True"}, "load_best_model_at_end"),
 ]
 
 

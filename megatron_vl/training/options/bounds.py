@@ -34,6 +34,7 @@ BOUNDS = DATA | {
     "init_method_std": _SCALE,
     "eval_interval": _STEPS_OR_NONE, "eval_iters": _STEPS_OR_NONE,
     "save_interval": _STEPS, "export_hf_interval": _STEPS, "save_total_limit": _STEPS,
+    "early_stop": _STEPS,
     "max_restarts": Bounds(least=0, most=10**6), "max_skipped_steps": _STEPS_OR_NONE,
     "skip_grad_spikes": _SCALE,
     "log_interval": _STEPS, "device_peak_tflops": Bounds(above=0, most=10**9),

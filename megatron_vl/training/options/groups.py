@@ -110,6 +110,11 @@ class BatchOptions:
         kind=float
     )
 
+    early_stop: int | None = option(
+        None, "end after so many validations without a better one, by save-best, else by "
+        "eval_loss; saved and with code 0", kind=int
+    )
+
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)
         # Megatron-LM has a third loss, whose weight of a token depends on its microbatch.
@@ -433,6 +438,10 @@ class CheckpointOptions:
     )
     save_total_limit: int | None = option(
         None, "checkpoints to keep, the newest; default: all", kind=int
+    )
+    save_best: str | None = option(
+        None, "keep the checkpoint of the best validation too, by its loss or its exact answers",
+        choices=("eval_loss", "eval_exact"), kind=str
     )
     verify_checksums: bool = option(
         True, "read a checkpoint once before resuming from it, and take the one before if it is "
