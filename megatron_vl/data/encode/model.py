@@ -74,7 +74,7 @@ class ModelEncoder:
         tokens, labels = self.chat.encode(
             turns, self.places(grids), tools,
             pixels=lambda number: self.processor.pixels(media[number]),
-            media_names=[one.files[0] for one in media],
+            media_names=[one.name for one in media],
         )
         return tokens, labels, grids
 
