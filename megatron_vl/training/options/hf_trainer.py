@@ -160,6 +160,8 @@ def translate(
     _schedule(made)
     if flags["deepspeed"]:
         _deepspeed(flags["deepspeed"], made)
+    if "--use-distributed-optimizer" not in made.words:
+        made.words.append("--no-use-distributed-optimizer")
     for flag, why in IGNORED.items():
         made.ignore(flag, why)
     return made
