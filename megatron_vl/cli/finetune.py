@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
         args.options = [*node_flags, *args.options]
     flags, output = {flag: getattr(args, flag) for flag in FLAGS}, Path(args.output_dir)
     model, given = Path(args.model_name_or_path), Path(args.data_path)
-    saves = ["--save", str(output / "checkpoint"), "--eval-interval", "0", "--truncate-samples",
-             "--packing-buffer-size", "0"]
+    saves = ["--save", str(output / "checkpoint"), "--eval-interval", "0", "--truncate-samples"]
 
     def started(words: list[str]):
         return started_with([*words, *saves, *args.options], command="finetune")
@@ -73,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
     made = translate(flags, script_defaults(hf_directory(started(made.words)[2])))
     if args.dry_run and not _has_weights(model):
         made.words[made.words.index("--load")] = "--hf-config"
-    made.told += ["texts longer than --model_max_length are cut: --truncate-samples",
-                  "a row holds one sample: --packing-buffer-size 0"]
+    made.told.append("texts longer than --model_max_length are cut: --truncate-samples")
     node, processes, config = started(made.words)
     data = data_directory(given, output)
     set_batch(made, config.parallel.layout(node.nnodes * processes).dp)
