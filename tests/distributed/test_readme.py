@@ -13,7 +13,8 @@ from test_docs import blocks, text
 ELSEWHERE = ("bash examples/quickstart.sh", "bash tests/run.sh", "pip install")
 SMALLER = {  # than the configuration file says, for a tiny model on two processes
     "MEGATRON_VL_MODEL_SIZE": "auto", "MEGATRON_VL_SEQ_LENGTH": "512",
-    "MEGATRON_VL_GLOBAL_BATCH_SIZE": "4",
+    "MEGATRON_VL_GLOBAL_BATCH_SIZE": "4", "MEGATRON_VL_MAX_SAMPLES": "60",
+    "MEGATRON_VL_NUM_WORKERS": "1", "MEGATRON_VL_EVAL_ITERS": "1",
 }
 
 
