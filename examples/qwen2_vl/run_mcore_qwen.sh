@@ -112,10 +112,10 @@ case $ENV in
 esac
 
 OPTIONS=()
-switch() { # NAME VALUE FLAG: adds FLAG when VALUE is true
+switch() { # NAME VALUE FLAG [OTHER]: adds FLAG when VALUE is true, and OTHER when it is false
   case $2 in
     true) OPTIONS+=("$3") ;;
-    false) ;;
+    false) OPTIONS+=(${4+"$4"}) ;;
     *) refuse "$1 is '$2'; use true or false." ;;
   esac
 }
@@ -129,7 +129,7 @@ case $PR in
 esac
 
 switch SP "$SP" --sequence-parallel
-switch DO "$DO" --use-distributed-optimizer
+switch DO "$DO" --use-distributed-optimizer --no-use-distributed-optimizer
 switch MP_DRY_RUN "$MP_DRY_RUN" --dry-run
 
 case $FL in
@@ -233,6 +233,7 @@ COMMAND=(
   --save-interval "$SAVE_INTERVAL"
   --tensorboard-dir "$OUTPUT_BASEPATH/tensorboard/$NAME"
   --metrics-file "$OUTPUT_BASEPATH/log/$NAME/metrics.jsonl"
+  --log-interval 1
   "${OPTIONS[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
 )
 printf '%q ' "${COMMAND[@]}" && echo

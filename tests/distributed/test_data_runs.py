@@ -20,7 +20,7 @@ from distributed_launch import Workshop
 RUN = {  # of a run on the mixed dataset
     "--seq-length": 512, "--packing-buffer-size": 32, "--shuffle-buffer-size": 30,
     "--global-batch-size": 4, "--train-iters": 4, "--lr": "1e-3", "--save-interval": 2,
-    "--eval-interval": 0, "--num-workers": 1,
+    "--eval-interval": 0, "--num-workers": 1, "--log-interval": 1,
 }
 
 

@@ -124,7 +124,7 @@ def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path)
         assert "was trained with lr 0.001" in done.err, done.text
     # Rows of one sample over two stages.
     run = (*given, "--load", other, "--pp", 2, "--micro-batch-size", 2, "--global-batch-size", 4,
-           "--no-report", "--num-workers", 0, "--nproc-per-node", 2)
+           "--packing-buffer-size", 0, "--no-report", "--num-workers", 0, "--nproc-per-node", 2)
     done = megatron_vl(*run, "--eval-iters", 1, "--train-iters", 1)
     assert done.code == 0 and "nothing of this run will be kept" in done.out, done.text
     assert "at most 256 tokens, no longer than a microbatch needs" in done.out, done.out

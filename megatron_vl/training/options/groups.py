@@ -85,7 +85,7 @@ class BatchOptions:
     global_batch_size: int = option(1, "rows of one optimizer step over all ranks")
     seq_length: int = option(2048, "tokens of a row, and the longest sample")
     max_padding_length: int | None = option(
-        None, "longest row when a row holds one sample; default: seq-length", kind=int
+        None, "longest row with packing-buffer-size 0; default: seq-length", kind=int
     )
     train_iters: int = option(100, "optimizer steps")
     train_samples: int | None = option(
@@ -166,7 +166,7 @@ class OptimizerOptions:
     adam_beta2: float = option(0.95, "decay of the second moment")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 never clips")
-    use_distributed_optimizer: bool = option(False, "share optimizer state over data ranks")
+    use_distributed_optimizer: bool = option(True, "share optimizer state over data ranks")
     optimizer_cpu_offload: bool = option(False, "keep and update optimizer state in host memory")
     optimizer_offload_fraction: float = option(
         1.0, "with optimizer-cpu-offload: the share of the state that is kept there, 0 to 1"
@@ -339,7 +339,7 @@ class DataOptions:
     )
     num_workers: int = option(1, "data processes per data-parallel rank; 0 reads in the trainer")
     packing_buffer_size: int = option(
-        0, "samples packed together into rows of seq-length; 0: one sample a row"
+        1024, "samples packed together into rows of seq-length; 0: one sample a row"
     )
     max_patches_per_row: int | None = option(
         None, "vision patches of a row at most, to even out the vision tower's work", kind=int

@@ -162,8 +162,12 @@ def translate(
             made.add(flag, *words)
     _length(made)
     _schedule(made)
+    made.words += ["--packing-buffer-size", "0"]
+    made.told.append("a row holds one sample: --packing-buffer-size 0")
     if flags["deepspeed"]:
         _deepspeed(flags["deepspeed"], made)
+    if "--use-distributed-optimizer" not in made.words:
+        made.words.append("--no-use-distributed-optimizer")
     for flag, why in IGNORED.items():
         made.ignore(flag, why)
     return made

@@ -119,7 +119,8 @@ _SAYS = {
         "per_device_train_batch_size batch_size train_batch_size",
     "give global-batch-size, which is micro-batch-size x data-parallel ranks x accumulation":
         "gradient_accumulation_steps gradient_accumulation",
-    "give packing-buffer-size, as 1000": "packing sample_packing padding_free neat_packing",
+    "samples are packed, and with packing-buffer-size 0 they are not":
+        "packing sample_packing padding_free neat_packing",
     "give recompute-granularity, selective or full":
         "gradient_checkpointing recompute_activations activation_checkpointing",
     "a run goes on by itself from what save holds; give the same command again":
