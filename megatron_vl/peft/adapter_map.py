@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_vl.models.common.parts import part_of
 from megatron_vl.parallel import StageSplit
 from megatron_vl.peft.adapter import Adapter, factor_key
 from megatron_vl.weights.map import Stored, Weight, WeightMap
@@ -70,6 +71,11 @@ class AdapterMap:
             if weight.experts is None and self.adapter.of(rule):
                 yield AdaptedWeight(weight=weight, rule=rule, layer=layer, local=local,
                                     adapter=self.adapter)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Keys of PARTS that the adapter has factors in."""
+        return tuple(dict.fromkeys(part_of(one.weight.name) for one in self.whole()))
 
     def whole(self) -> Iterator[AdaptedWeight]:
         """The adapted weights of the model."""

@@ -8,7 +8,6 @@ A factor's key is `base_model.model.`, what transformers calls the layer in memo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from megatron_vl.errors import InputError, shown
 from megatron_vl.peft.adapter import Adapter, Factors, factor_key, scale_of
 from megatron_vl.peft.targets import linears
 from megatron_vl.typed import Shape, Text, read_file
-from megatron_vl.weights.files import TensorAt
+from megatron_vl.weights.convert import Source
 from megatron_vl.weights.hf_io import open_safetensors
 from megatron_vl.weights.map import Stored, WeightMap, listed
 from megatron_vl.weights.rules import Piece
@@ -49,8 +48,7 @@ class StoredAdapter:
     """An adapter and where its factors lie."""
 
     adapter: Adapter
-    inventory: list[Stored]
-    tensors: Mapping[tuple[str, str, str], TensorAt]
+    source: Source
 
 
 def is_adapter_directory(directory: Path) -> bool:
@@ -114,8 +112,11 @@ def read_adapter(directory: Path, weights: WeightMap) -> StoredAdapter:
         ))
         for key in published if key in ranks
     }
-    return StoredAdapter(adapter=Adapter(factors=factors, dropout=config.lora_dropout),
-                         inventory=inventory, tensors=tensors)
+    dtypes = {one: at.dtype for one, at in tensors.items()}
+    return StoredAdapter(
+        adapter=Adapter(factors=factors, dropout=config.lora_dropout),
+        source=Source(inventory=inventory, dtypes=dtypes, tensors=tensors),
+    )
 
 
 def _check_kind(path: Path, config: _Config, whole: dict[str, Any]) -> None:

@@ -23,9 +23,8 @@ from torch.nn import functional as F
 from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
-from megatron_vl.peft.adapter import Adapter
-from megatron_vl.peft.adapter_map import AdaptedWeight, AdapterMap, blocks
-from megatron_vl.weights.map import Stored, WeightMap
+from megatron_vl.peft.adapter_map import FACTORS, AdaptedWeight, AdapterMap, blocks
+from megatron_vl.weights.map import Stored
 from megatron_vl.weights.rules import box
 
 
@@ -84,29 +83,28 @@ class Lora(torch.nn.Module):
 
 
 def attach(
-    chunks: Sequence[torch.nn.Module], weights: WeightMap, adapter: Adapter, layout: Layout,
-    split: StageSplit, *, seed: int,
+    chunks: Sequence[torch.nn.Module], of: AdapterMap, layout: Layout, split: StageSplit, *,
+    seed: int,
 ) -> None:
     """Puts factors beside every adapted layer of this rank's model; B is zero.
 
     A starts as PEFT's does, uniform up to 1/sqrt(in), from numbers that depend on `seed` and the
     layer's name alone: a run starts alike in every layout.
     """
-    for one, module, rank in adapted(chunks, weights, adapter, layout, split):
+    for one, _, _, module in adapted(chunks, of, split):
         group = module.tp_group
-        tp = group.size()
+        tp, rank, here = group.size(), group.rank(), of.adapter.of(one.rule)
         a, b = (one.stored(factor, tp=tp, rank=rank, local=True) for factor in "AB")
         like = dict(dtype=module.weight.dtype, device=module.weight.device)
-        spread = torch.zeros(b.shape[0], len(adapter.of(one.rule)))
-        scales = [factors.scale for factors in adapter.of(one.rule).values()]
+        spread, scales = torch.zeros(b.shape[0], len(here)), [one.scale for one in here.values()]
         if one.rule.axis == 1:
             spread[:, 0] = scales[0]
         else:
-            for at, rows, number in blocks(one.rule, adapter, tp, rank):
+            for at, rows, number in blocks(one.rule, of.adapter, tp, rank):
                 spread[at : at + rows, number] = scales[number]
         module.add_module("lora", Lora(
             _drawn(one, a, seed).to(**like), torch.zeros(b.shape, **like), spread.to(**like),
-            cut=one.rule.axis, dropout=adapter.dropout,
+            cut=one.rule.axis, dropout=of.adapter.dropout,
             sequence_parallel=layout.sequence_parallel and part_of(one.weight.name) == LANGUAGE,
             group=group,
         ))
@@ -114,14 +112,18 @@ def attach(
 
 
 def factors(
-    chunks: Sequence[torch.nn.Module], weights: WeightMap, adapter: Adapter, layout: Layout,
-    split: StageSplit,
-) -> Iterator[tuple[AdaptedWeight, Stored, torch.nn.Parameter]]:
-    """(adapted weight, what of the published factor it holds, the parameter) of this rank."""
-    for one, module, rank in adapted(chunks, weights, adapter, layout, split):
+    chunks: Sequence[torch.nn.Module], of: AdapterMap, split: StageSplit
+) -> Iterator[tuple[Stored, torch.nn.Parameter]]:
+    """(what it holds of the published factors, the parameter) of every factor of this rank."""
+    for one, _, _, module in adapted(chunks, of, split):
+        group = module.tp_group
         for factor, parameter in (("A", module.lora.a), ("B", module.lora.b)):
-            yield one, one.stored(factor, tp=module.tp_group.size(), rank=rank, local=True), (
-                parameter)
+            yield one.stored(factor, tp=group.size(), rank=group.rank(), local=True), parameter
+
+
+def is_second(name: str) -> bool:
+    """Whether a parameter of this name is B of an adapted layer."""
+    return name.endswith(f".{FACTORS['B']}")
 
 
 def _add(module: torch.nn.Module, given: tuple, output: tuple) -> tuple:
@@ -131,16 +133,14 @@ def _add(module: torch.nn.Module, given: tuple, output: tuple) -> tuple:
 
 
 def adapted(
-    chunks: Sequence[torch.nn.Module], weights: WeightMap, adapter: Adapter, layout: Layout,
-    split: StageSplit,
-) -> Iterator[tuple[AdaptedWeight, torch.nn.Module, int]]:
-    """(weight, its linear layer, this rank's number among those that share it) of this rank."""
+    chunks: Sequence[torch.nn.Module], of: AdapterMap, split: StageSplit
+) -> Iterator[tuple[AdaptedWeight, int, str, torch.nn.Module]]:
+    """(weight, number of its chunk, name in that, the linear layer) of this rank's model."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
     for number, chunk in enumerate(chunks):
-        for one in AdapterMap(weights=weights, adapter=adapter).chunk(split, stage, number):
+        for one in of.chunk(split, stage, number):
             name = to_local_names(f"{one.module(local=True)}.weight").removesuffix(".weight")
-            module = chunk.get_submodule(name)
-            yield one, module, module.tp_group.rank()
+            yield one, number, name, chunk.get_submodule(name)
 
 
 def _drawn(one: AdaptedWeight, a: Stored, seed: int) -> torch.Tensor:

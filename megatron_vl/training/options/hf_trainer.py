@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.training.options.spellings import ANSWERS
 from megatron_vl.typed import read_file
 
 SAME = {  # flag -> the option that says the same
@@ -149,7 +148,7 @@ def translate(
     flags = made.flags
     for flag in ("use_lora", "q_lora"):
         if flags[flag] and _truth(flag, flags[flag]):
-            raise InputError(f"--{flag} is {flags[flag]}, but {ANSWERS['lora']}; leave it out.")
+            raise InputError(f"--{flag} is {flags[flag]}, and no adapter is trained by these flags yet; leave it out, or use megatron-vl train --lora-rank.")
     for flag, option in SAME.items():
         if flags[flag] is not None:
             made.add(flag, f"--{option}", flags[flag])
