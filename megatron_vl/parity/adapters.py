@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
@@ -19,6 +20,7 @@ from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 from megatron_vl.parity.compare import COPY
 from megatron_vl.peft.adapter import Adapter, factor_key
 from megatron_vl.peft.adapter_map import AdapterMap
+from megatron_vl.peft.files import WEIGHTS
 from megatron_vl.peft.targets import resolve
 from megatron_vl.platform import barrier
 from megatron_vl.weights.map import Stored, WeightMap
@@ -52,7 +54,8 @@ def write_adapter(
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=STD)
-    model.save_pretrained(work_dir / ADAPTER)
+    model.peft_config["default"].save_pretrained(work_dir / ADAPTER)
+    save_file(peft.get_peft_model_state_dict(model), work_dir / ADAPTER / WEIGHTS)
 
 
 def save_gradients(directory: Path, held: Held) -> None:

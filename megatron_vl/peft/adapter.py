@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from megatron_vl.typed import Positive, Shape, Size, Text, typed
 from megatron_vl.weights.rules import Rule
 
 
@@ -18,7 +20,7 @@ class Factors:
     """A and B of one published linear layer."""
 
     rank: int
-    scale: float  # that B A is multiplied by
+    alpha: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,15 +28,44 @@ class Adapter:
     """Which published linear layers are adapted, and how."""
 
     factors: Mapping[str, Factors]  # by the published name of the layer's weight
+    rank_stabilized: bool = False
     dropout: float = 0.0  # share of an adapted layer's input that A does not see in training
 
     def of(self, rule: Rule) -> dict[str, Factors]:
         """Those of a Megatron-Core weight, which may be made of several published ones."""
         return {key: self.factors[key] for key in rule.published() if key in self.factors}
 
+    def scale(self, one: Factors) -> float:
+        """What B A is multiplied by."""
+        return one.alpha / (math.sqrt(one.rank) if self.rank_stabilized else one.rank)
 
-def scale_of(rank: int, alpha: float, *, rank_stabilized: bool) -> float:
-    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {"rank_stabilized": self.rank_stabilized,
+                "factors": {key: asdict(one) for key, one in self.factors.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Adapter:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        noted = typed(_Noted, values)
+        factors = {key: Factors(one.rank, one.alpha) for key, one in noted.factors.items()}
+        return cls(factors=factors, rank_stabilized=noted.rank_stabilized)
+
+
+class _Factors(Shape):
+    rank: Size
+    alpha: Positive
+
+
+class _Noted(Shape):
+    """An adapter in a checkpoint."""
+
+    rank_stabilized: bool
+    factors: dict[Text, _Factors]
 
 
 def factor_key(key: str, factor: str) -> str:

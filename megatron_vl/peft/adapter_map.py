@@ -13,16 +13,18 @@ since the gradient of each is a product with a zero of the other factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.parallel import StageSplit
 from megatron_vl.peft.adapter import Adapter, factor_key
-from megatron_vl.weights.map import Stored, Weight, WeightMap
+from megatron_vl.weights.map import Stored, Weight, WeightMap, listed
 from megatron_vl.weights.rules import Piece, Rule
 
 Shape = tuple[int, ...]
+FACTOR_NAMES = r".*\.lora\.[ab]"  # a pattern of them
 FACTORS = {"A": "lora.a", "B": "lora.b"}  # and the leaf of its Megatron-Core name
 
 
@@ -80,6 +82,21 @@ class AdapterMap:
     def whole(self) -> Iterator[AdaptedWeight]:
         """The adapted weights of the model."""
         return self.chunk(StageSplit.create(layers=self.weights.layers), 0, 0)
+
+    def global_inventory(self, found: Mapping[str, Shape]) -> list[Stored]:
+        """What a torch_dist checkpoint holds of the factors; `found` has every tensor's shape.
+
+        Raises:
+            InputError: some are missing.
+        """
+        inventory = [one.stored(factor, tp=1, rank=0, local=False)
+                     for one in self.whole() for factor in FACTORS]
+        if missing := [one.name for one in inventory if one.name not in found]:
+            raise InputError(
+                f"the checkpoint lacks {len(missing)} factor(s) of its adapter: {listed(missing)}; "
+                f"copy it again."
+            )
+        return inventory
 
     def published(self) -> dict[str, Shape]:
         """Shape of every published factor, in the order of the model."""

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.peft.adapter import Adapter, Factors, factor_key, scale_of
+from megatron_vl.peft.adapter import Adapter, Factors, factor_key
 from megatron_vl.peft.targets import linears
 from megatron_vl.typed import Shape, Text, read_file
-from megatron_vl.weights.convert import Source
+from megatron_vl.weights.convert import ADAPTER_CONFIG, Source
 from megatron_vl.weights.hf_io import open_safetensors
 from megatron_vl.weights.map import Stored, WeightMap, listed
 from megatron_vl.weights.rules import Piece
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.weight")
 # What another kind of adapter sets, and what it then is.
@@ -106,15 +106,15 @@ def read_adapter(directory: Path, weights: WeightMap) -> StoredAdapter:
             f"it again."
         )
     factors = {
-        key: Factors(ranks[key], scale_of(
-            ranks[key], _alpha(config, weights.in_memory_name(key).removesuffix(".weight")),
-            rank_stabilized=config.use_rslora,
-        ))
+        key: Factors(
+            ranks[key], _alpha(config, weights.in_memory_name(key).removesuffix(".weight"))
+        )
         for key in published if key in ranks
     }
     dtypes = {one: at.dtype for one, at in tensors.items()}
     return StoredAdapter(
-        adapter=Adapter(factors=factors, dropout=config.lora_dropout),
+        adapter=Adapter(factors=factors, rank_stabilized=config.use_rslora,
+                        dropout=config.lora_dropout),
         source=Source(inventory=inventory, dtypes=dtypes, tensors=tensors),
     )
 

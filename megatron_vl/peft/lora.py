@@ -96,7 +96,7 @@ def attach(
         tp, rank, here = group.size(), group.rank(), of.adapter.of(one.rule)
         a, b = (one.stored(factor, tp=tp, rank=rank, local=True) for factor in "AB")
         like = dict(dtype=module.weight.dtype, device=module.weight.device)
-        spread, scales = torch.zeros(b.shape[0], len(here)), [one.scale for one in here.values()]
+        spread, scales = torch.zeros(b.shape[0], len(here)), [*map(of.adapter.scale, here.values())]
         if one.rule.axis == 1:
             spread[:, 0] = scales[0]
         else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
-from megatron_vl.peft.adapter import Adapter, Factors, scale_of
+from megatron_vl.peft.adapter import Adapter, Factors
 from megatron_vl.peft.adapter_map import AdapterMap
 from megatron_vl.peft.files import StoredAdapter, read_adapter
 from megatron_vl.peft.targets import resolve
@@ -42,8 +43,7 @@ def stored_adapter(config: TrainConfig, weights: WeightMap) -> StoredAdapter | N
 def _adapter(config: TrainConfig, weights: WeightMap) -> Adapter:
     options = config.lora
     if (stored := stored_adapter(config, weights)) is not None:
-        return Adapter(factors=stored.adapter.factors, dropout=options.lora_dropout)
-    scale = scale_of(options.lora_rank, options.alpha, rank_stabilized=options.use_rslora)
-    one = Factors(options.lora_rank, scale)
+        return replace(stored.adapter, dropout=options.lora_dropout)
+    one = Factors(options.lora_rank, options.alpha)
     return Adapter(factors=dict.fromkeys(resolve(weights, options.lora_target), one),
-                   dropout=options.lora_dropout)
+                   rank_stabilized=options.use_rslora, dropout=options.lora_dropout)

@@ -13,7 +13,7 @@ from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.lora import LoraOptions
 from megatron_vl.training.options.option import defaults
 from megatron_vl.weights.convert import inspect_weights, open_weights
-from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
+from megatron_vl.weights.mcore_io import CheckpointInfo, check_whole, inspect_checkpoint
 
 # Options of a run that its checkpoint goes on with.
 SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_iters",
@@ -38,6 +38,8 @@ def find_checkpoint(
     info, own = source_of(config, damaged)
     if info is None:
         return None, False
+    if not own:
+        check_whole(info)
     if not weights_alone(config, info, own):
         _check_options(config, info)
     return _checked(spec, info), own

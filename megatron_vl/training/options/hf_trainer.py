@@ -148,7 +148,10 @@ def translate(
     flags = made.flags
     for flag in ("use_lora", "q_lora"):
         if flags[flag] and _truth(flag, flags[flag]):
-            raise InputError(f"--{flag} is {flags[flag]}, and no adapter is trained by these flags yet; leave it out, or use megatron-vl train --lora-rank.")
+            raise InputError(
+                f"--{flag} is {flags[flag]}, and these flags train no adapter yet; leave it out, "
+                f"or use megatron-vl train --lora-rank."
+            )
     for flag, option in SAME.items():
         if flags[flag] is not None:
             made.add(flag, f"--{option}", flags[flag])
