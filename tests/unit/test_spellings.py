@@ -141,7 +141,8 @@ def test_answers_are_of_words_that_are_no_option_and_name_options_that_are_there
 
 
 @pytest.mark.parametrize(("word", "says"), [
-    ("lora-rank", "there is no LoRA"), ("epochs", "use num-train-epochs"),
+    ("lora-r", "use lora-rank"), ("use-dora", "LoRA is the only kind of adapter"),
+    ("epochs", "use num-train-epochs"),
     ("deepspeed", "neither DeepSpeed nor FSDP"), ("zero-stage", "use-distributed-optimizer"),
     ("learning-rate", "use lr"), ("no-packing", "packing-buffer-size"),
     ("num-layers", "config.json"), ("trian-iters", "did you mean"),
