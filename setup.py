@@ -51,6 +51,7 @@ setup(
         ],
         "parquet": ["pyarrow>=15"],
         "parity": ["peft>=0.17"],
+        "web": ["gradio>=6,<7"],
         "trackers": ["wandb>=0.17", "swanlab>=0.6", "mlflow>=2.14"],
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7", "triton>=3",
                  "liger-kernel>=0.8,<0.9"],

@@ -39,6 +39,8 @@ COMMANDS = {
     "finetune": "train by the flags of a published fine-tuning script",
     "launch": "one command on every host of a hostfile, over ssh",
     "cluster-env": "which node of how many this is, as the scheduler's variables say",
+    "chat": "ask a trained model, in the terminal or on a page",
+    "evaluate": "a trained model's answers to a dataset's questions, scored",
     "parity": "logits, loss and gradients against transformers, in any layout",
     "tiny": "a small random model as a complete Hugging Face directory",
     "plot": "runs' loss, gradient norm and throughput as PNG, over each other",
@@ -48,6 +50,8 @@ COMMANDS = {
 
 class Parser(argparse.ArgumentParser):
     """Refuses arguments by one sentence instead of every flag, and takes no abbreviations."""
+
+    last_word: str | None = None  # the name of a word that may stand last, behind the options
 
     def __init__(self, **settings) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
@@ -68,6 +72,13 @@ class Parser(argparse.ArgumentParser):
         end = args.index("--") if "--" in args else len(args)  # behind it words are another's
         args = [*map(self._dashed, args[:end]), *args[end:]]
         known, unknown = super().parse_known_args(args, namespace)
+        # An optional positional argument would be taken for left out before the first option.
+        if self.last_word is not None:
+            late = bool(unknown) and not any(word.startswith("-") for word in unknown)
+            if late and len(unknown) > 1:
+                self.error(f"{self.last_word.upper()} is {len(unknown)} words, {unknown[0]} and so "
+                           f"on; put it in quotes")
+            setattr(known, self.last_word, unknown.pop() if late else None)
         if unknown:
             self._refuse(unknown)
         return known, unknown

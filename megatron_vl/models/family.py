@@ -133,6 +133,10 @@ class Prompt(Protocol):
     def special(self) -> frozenset[int]:
         """Tokens that are marks and no text."""
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+
     def encode(
         self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = (),
         media_names: Sequence[str] = (),
@@ -152,8 +156,27 @@ class Prompt(Protocol):
             ValueError: a turn holds one of the marks; in one phrase, which turn and mark.
         """
 
+    def encode_prompt(
+        self, turns: Sequence[Said], media_tokens: Sequence[int] = (),
+        media_names: Sequence[str] = (),
+    ) -> list[int]:
+        """Tokens that the answer to the last turn follows, as `encode` has them before it.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, marks as they are written."""
+
+
+class Asked(Protocol):
+    """One sample that is to be answered: what an answer follows."""
+
+    tokens: torch.Tensor  # int64 [S]
+    grids: Sequence[Grid]  # of its images and videos
+    patches: torch.Tensor | None  # float32 [P, D] of them all; None without any
+    positions: torch.Tensor  # int64 [axes, S]
 
 
 class Family(Protocol):

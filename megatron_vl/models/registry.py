@@ -6,14 +6,22 @@ asked for, so converting needs no Megatron-Core.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.family import TOKENIZER, Positions, Processor, Prompt, TemplateWriter
+from megatron_vl.models.family import (
+    TOKENIZER,
+    Asked,
+    Positions,
+    Processor,
+    Prompt,
+    TemplateWriter,
+)
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.models.tiny import TinySizes
@@ -109,6 +117,33 @@ class Family:
     def judge_inputs(self, spec: ModelSpec, *sample) -> dict:
         """What the judge takes beside the tokens of a sample: see the family's `reference`."""
         return {} if spec.vision is None else self._part("reference", "inputs")(spec, *sample)
+
+    def generator(self, hf_dir: str | Path, **settings):
+        """The model of a published directory that answers, in eval mode: the judge, unless
+        `reference` has a `generator`.
+
+        It has the `generate` of transformers' models; no code of the directory runs.
+
+        Args:
+            settings: of `from_pretrained`, such as `dtype`.
+        """
+        load = self._optional("reference", "generator")
+        if load is None:
+            load = partial(
+                self.judge().from_pretrained, trust_remote_code=False, local_files_only=True
+            )
+        return load(Path(hf_dir), **settings).eval()
+
+    def generator_inputs(self, model, spec: ModelSpec, samples: Sequence[Asked], ids) -> dict:
+        """What the `generate` of `generator` takes beside tokens: see the family's `reference`.
+
+        Args:
+            model: of `generator`.
+            ids: int64 [B, S], the samples' tokens, padded on the left.
+        """
+        if spec.vision is None:
+            return {}
+        return self._part("reference", "generator_inputs")(model, spec, samples, ids)
 
     def tiny(self, sizes: TinySizes) -> dict[str, object]:
         """See `megatron_vl.models.family.Family`."""

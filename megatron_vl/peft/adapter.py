@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_vl.typed import Positive, Shape, Size, Text, typed
+from megatron_vl.typed import Number, Positive, Shape, Size, Text, typed
 from megatron_vl.weights.rules import Rule
 
 
@@ -41,7 +41,7 @@ class Adapter:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {"rank_stabilized": self.rank_stabilized,
+        return {"rank_stabilized": self.rank_stabilized, "dropout": self.dropout,
                 "factors": {key: asdict(one) for key, one in self.factors.items()}}
 
     @classmethod
@@ -53,7 +53,7 @@ class Adapter:
         """
         noted = typed(_Noted, values)
         factors = {key: Factors(one.rank, one.alpha) for key, one in noted.factors.items()}
-        return cls(factors=factors, rank_stabilized=noted.rank_stabilized)
+        return cls(factors=factors, rank_stabilized=noted.rank_stabilized, dropout=noted.dropout)
 
 
 class _Factors(Shape):
@@ -65,6 +65,7 @@ class _Noted(Shape):
     """An adapter in a checkpoint."""
 
     rank_stabilized: bool
+    dropout: Number
     factors: dict[Text, _Factors]
 
 

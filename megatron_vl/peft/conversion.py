@@ -94,13 +94,17 @@ def peft_config(of: AdapterMap, base: Path) -> dict[str, Any]:
     names = {key: weights.in_memory_name(key).removesuffix(".weight") for key in adapter.factors}
     rank = Counter(one.rank for one in adapter.factors.values()).most_common(1)[0][0]
     alpha = Counter(one.alpha for one in adapter.factors.values()).most_common(1)[0][0]
+
+    def number(value: float) -> float:
+        return int(value) if value.is_integer() else value  # as PEFT's own files have it
+
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
-        "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout,
+        "r": rank, "lora_alpha": number(alpha), "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rank_stabilized, "target_modules": _targets(of, names),
         "rank_pattern": {names[key]: one.rank for key, one in adapter.factors.items()
                          if one.rank != rank},
-        "alpha_pattern": {names[key]: one.alpha for key, one in adapter.factors.items()
+        "alpha_pattern": {names[key]: number(one.alpha) for key, one in adapter.factors.items()
                           if one.alpha != alpha},
         "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None,
         "init_lora_weights": True, "inference_mode": True, "layers_to_transform": None,

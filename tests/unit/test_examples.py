@@ -159,7 +159,8 @@ def test_every_command_of_a_familys_quickstart_is_taken_by_its_parser(family, tm
             translate({flag: getattr(args, flag) for flag in FLAGS})
             parser("train").parse_args(args.options)
     trained = "train" if family.startswith("qwen2") else "finetune"
-    assert called == ["tiny", "convert", trained, trained, "convert", "plot", "plot"]
+    assert called == ["tiny", "convert", trained, trained, "convert", "plot", "plot",
+                      "evaluate"]
 
 
 def test_a_family_without_a_quickstart_is_refused():
@@ -178,7 +179,8 @@ def test_easy_vqa_in_words_says_what_its_questions_are_about(tmp_path):
     for split in ("train", "test"):
         entries = json.loads((tmp_path / f"{split}.json").read_text())
         assert len(entries) > 20
-        assert all(entry.keys() == {"id", "conversations"} for entry in entries)
+        groups = {"groups"} if split == "test" else set()
+        assert all(entry.keys() == {"id", "conversations"} | groups for entry in entries)
         for asked, answer in (entry["conversations"] for entry in entries):
             said, question = asked["value"].split("\n")
             assert re.fullmatch(r"The image shows one \w+ \w+\.", said) and question.endswith("?")

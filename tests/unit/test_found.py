@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 
 import pytest
-from commands import ROOT, megatron_vl, run
+from commands import megatron_vl
 
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
@@ -101,6 +100,8 @@ COMMANDS = {  # command, and what it is given that it cannot use
     "convert": (["convert", "P", "T"], "empty"),
     "verify": (["verify", "P", "P"], "adapter"),
     "parity": (["parity", "P"], "mcore"),
+    "chat": (["chat", "P", "a?"], "adapter"),
+    "evaluate": (["evaluate", "P", "D", "--limit", "1"], "dataset"),
     "train": (["train", "--load", "P", "--hf-config", "H", "--train-data-path", "D"], "dataset"),
 }
 
@@ -115,11 +116,3 @@ def test_every_command_says_it_at_once_and_leaves_nothing(command, places, wds_d
     assert done.code == 2 and f"megatron-vl {command}: {places / name} is " in done.err, done.text
     assert len(done.err.strip().splitlines()) == 1, done.err
     assert not any(tmp_path.iterdir())
-
-
-def test_the_evaluation_says_that_there_are_no_weights(places, tmp_path):
-    questions = tmp_path / "questions.json"
-    questions.write_text("[]")
-    done = run([sys.executable, ROOT / "toolkits/evaluate_vqa.py", places / "mcore", questions])
-    assert done.code == 2, done.text
-    assert f"megatron-vl convert {places / 'mcore'} HF_DIR" in done.err

@@ -32,8 +32,9 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "peft": ("parallel", "platform", "weights", "models"),
     "training": ("parallel", "platform", "launch", "ops", "weights", "models", "peft", "data"),
     "parity": ("parallel", "platform", "ops", "weights", "models", "peft", "data", "training"),
+    "ask": ("parallel", "platform", "weights", "models", "peft", "data"),
     "cli": ("parallel", "platform", "launch", "ops", "weights", "models", "peft", "data",
-            "training", "parity"),
+            "training", "parity", "ask"),
     "__main__": ("cli",),
 }
 WITHIN = {  # room within a room -> those beside it that it may import; what lies loose is for all
@@ -47,7 +48,6 @@ WITHIN = {  # room within a room -> those beside it that it may import; what lie
 OUTSIDE = ("toolkits", "examples")  # they call the command line
 MAY_IMPORT_THE_PACKAGE = (
     "toolkits/benchmarks", "toolkits/gpu",  # they time what no command shows
-    "toolkits/evaluate_vqa.py",  # it asks Qwen-VL's reference, which no library has
 )
 
 # What converting, reading raw data and planning a run need nothing of.
@@ -63,7 +63,8 @@ LIGHT = (
     "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",
-    "cli.finetune", "cli.tiny", "cli.train",
+    "cli.finetune", "cli.tiny", "cli.train", "cli.chat", "cli.evaluate",
+    "ask.answerer", "ask.checkpoint", "ask.dialogue", "ask.evaluate", "ask.page", "ask.terminal",
 )
 
 

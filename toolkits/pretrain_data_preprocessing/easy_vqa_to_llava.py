@@ -4,7 +4,8 @@
         [--image-size N | --text]
 
 OUT/train.json and OUT/test.json hold `[{id, image, conversations}, ...]`, OUT/train-shape.json the
-training questions that ask for the shape; OUT/images holds the PNG files of the PyPI package
+training questions that ask for the shape; a test question also has its `groups`, for `megatron-vl
+evaluate --group-by groups`. OUT/images holds the PNG files of the PyPI package
 `easy-vqa` (MIT), 64 x 64, byte for byte; with --image-size enlarged, as JPEG, to sizes around N as
 photos have them. Every question is one entry.
 
@@ -28,6 +29,12 @@ def kind_of(answer: str) -> str:
     if answer in ("yes", "no"):
         return "yes-no"
     return "shape" if answer in SHAPES else "colour"
+
+
+def groups_of(answer: str) -> list[str]:
+    """Under which names `megatron-vl evaluate` counts a question."""
+    kind = kind_of(answer)
+    return ["yes/no"] if kind == "yes-no" else [kind, "colour and shape"]
 
 
 def entries_of(split: str, questions, kept: set[int], extension: str) -> list[dict]:
@@ -68,7 +75,8 @@ def in_words(entry: dict, told: dict[int, str]) -> dict:
     asked, answer = entry["conversations"]
     description = told[int(Path(entry["image"]).stem)]
     asked = asked | {"value": asked["value"].replace("<image>", description)}
-    return {"id": entry["id"], "conversations": [asked, answer]}
+    left = {key: value for key, value in entry.items() if key != "image"}
+    return left | {"conversations": [asked, answer]}
 
 
 def answer_of(entry: dict) -> str:
@@ -149,6 +157,8 @@ def main() -> int:
         else:
             write_images(images, kept, args.out / "images" / split, args.image_size)
         entries = entries_of(split, questions, kept, "png" if args.image_size is None else "jpg")
+        if split == "test":
+            entries = [one | {"groups": groups_of(answer_of(one))} for one in entries]
         made = {split: entries}
         if split == "train":
             made["train-shape"] = [one for one in entries if kind_of(answer_of(one)) == "shape"]

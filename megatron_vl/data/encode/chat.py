@@ -62,6 +62,20 @@ class ChatTokenizer:
         """Of the tokenizer's own marks."""
         return frozenset((*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder))
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the template's, and the tokenizer's end of text."""
+        closing = self.tokenizer.backend_tokenizer.encode(
+            self.template.closing, add_special_tokens=False
+        ).ids
+        ends = {self.tokenizer.eos_token_id, *(closing if len(closing) == 1 else ())}
+        return frozenset(ends - {None})
+
+    @property
+    def thinks(self) -> bool:
+        """See `ChatTemplate.thinks`."""
+        return self.template.thinks
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, marks as they are written."""
         return self.tokenizer.decode(tokens)
@@ -162,13 +176,37 @@ class ChatTokenizer:
                 template refuses it or writes no tools, or the model has no form for its objects.
         """
         trained_turns(turns, self.trained)
-        turns = render(turns, self.tokens.grounding, self._own_tokens.__contains__, pixels)
+        turns = self.rendered(turns, pixels)
         tokens, labels = self._tokens(*self.template.write(turns, tools))
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)
         labels = [*labels[1:], IGNORE]
         # By way of numpy: torch looks at every number of a list, several times.
         return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, labels))
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
+        thinking: bool | None = None, pixels: Pixels | None = None,
+        media_names: Sequence[str] = (),
+    ) -> torch.Tensor:
+        """Tokens that the answer to the last turn follows, int64 [L]: see `encode`.
+
+        Args:
+            thinking: see `ChatTemplate.prompt`.
+
+        Raises:
+            BadEntry: placeholders unlike the media, the template refuses it or writes no tools, or
+                the model has no form for its objects.
+        """
+        turns = self.rendered(turns, pixels)
+        tokens, labels = self._tokens(self.template.prompt(turns, tools, thinking=thinking), ())
+        self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
+                          tokens, labels)
+        return torch.tensor(tokens)
+
+    def rendered(self, turns: Sequence[Turn], pixels: Pixels | None = None) -> Sequence[Turn]:
+        """The turns with their objects as this model writes them. Raises BadEntry: see `render`."""
+        return render(turns, self.tokens.grounding, self._own_tokens.__contains__, pixels)
 
     def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
         """Tokens of a text, and what is trained of them."""

@@ -63,6 +63,37 @@ class ModelEncoder:
             BadEntry: it cannot be encoded, or has media of a kind that the model does not take.
             BadMedia: an image or video that the model cannot take as it is.
         """
+        grids = self._grids(media)
+        tokens, labels = self.chat.encode(turns, self.places(grids), tools, **self._shown(media))
+        return tokens, labels, grids
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], media: Sequence[StoredMedia], tools: str = "", *,
+        thinking: bool | None = None,
+    ) -> tuple[torch.Tensor, tuple[Grid, ...]]:
+        """Tokens that the answer to the last turn follows, int64 [L], and the grids of the media.
+
+        No pixel is decoded. See `ChatTokenizer.encode_prompt`.
+
+        Raises:
+            BadEntry, BadMedia: see `encode`.
+        """
+        grids = self._grids(media)
+        tokens = self.chat.encode_prompt(
+            turns, self.places(grids), tools, thinking=thinking, **self._shown(media)
+        )
+        return tokens, grids
+
+    def written(self, turns: Sequence[Turn], media: Sequence[StoredMedia]) -> str:
+        """What the last turn says, as the model writes it; `[image]` where it shows one.
+
+        Raises:
+            BadEntry: the model has no form for its objects.
+        """
+        shown = self.chat.rendered(turns, lambda number: self.processor.pixels(media[number]))[-1]
+        return "".join(f"[{part.media}]" if part.media else part.text for part in shown.parts)
+
+    def _grids(self, media: Sequence[StoredMedia]) -> tuple[Grid, ...]:
         taken = self.chat.tokens.media_kinds
         if untaken := sorted({one.kind for one in media}.difference(taken)):
             raise BadEntry(
@@ -70,13 +101,11 @@ class ModelEncoder:
                 f"it has {_plural(untaken)}, but the model takes {_plural(taken) or 'text'} alone; "
                 f"train a model that takes them, or remove the sample",
             )
-        grids = tuple(self.processor.shape(one) for one in media)
-        tokens, labels = self.chat.encode(
-            turns, self.places(grids), tools,
-            pixels=lambda number: self.processor.pixels(media[number]),
-            media_names=[one.files[0] for one in media],
-        )
-        return tokens, labels, grids
+        return tuple(self.processor.shape(one) for one in media)
+
+    def _shown(self, media: Sequence[StoredMedia]) -> dict:
+        return {"pixels": lambda number: self.processor.pixels(media[number]),
+                "media_names": [one.files[0] for one in media]}
 
     def places(self, grids: Sequence[Grid]) -> list[int]:
         """Tokens of each image and video."""

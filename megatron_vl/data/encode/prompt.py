@@ -32,6 +32,14 @@ class PromptTokenizer:
     def special_ids(self) -> frozenset[int]:
         return self.prompt.special
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self.prompt.ends
+
+    @property
+    def thinks(self) -> bool:
+        return False
+
     def decode(self, tokens: Iterable[int]) -> str:
         return self.prompt.decode(tokens)
 
@@ -46,15 +54,41 @@ class PromptTokenizer:
                 the model has no form for its objects.
         """
         trained = trained_turns(turns, self.trained)
-        if tools or any(turn.of_tools for turn in turns):
-            raise BadEntry(
-                "chat template", "it has tools, which this model has no form for; leave such "
-                "entries out"
-            )
-        turns = render(turns, self.tokens.grounding, lambda mark: True, pixels)
+        turns = self._checked(turns, tools, pixels)
         try:
             tokens, labels = self.prompt.encode(turns, trained, media_tokens, media_names)
         except ValueError as error:
             raise BadEntry("reserved mark", str(error)) from error
         wanted = [IGNORE if label is None else label for label in [*labels[1:], None]]
         return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, wanted))
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
+        thinking: bool | None = None, pixels: Pixels | None = None,
+        media_names: Sequence[str] = (),
+    ) -> torch.Tensor:
+        """Tokens that an answer follows, int64 [L]: see `ChatTokenizer.encode_prompt`.
+
+        Raises:
+            BadEntry: tools, a mark of the tokenizer in it, or the model has no form for its
+                objects.
+        """
+        turns = self._checked(turns, tools, pixels)
+        try:
+            return torch.tensor(self.prompt.encode_prompt(turns, media_tokens, media_names))
+        except ValueError as error:
+            raise BadEntry("reserved mark", str(error)) from error
+
+    def rendered(self, turns: Sequence[Turn], pixels: Pixels | None = None) -> Sequence[Turn]:
+        """See `ChatTokenizer.rendered`."""
+        return render(turns, self.tokens.grounding, lambda mark: True, pixels)
+
+    def _checked(
+        self, turns: Sequence[Turn], tools: str, pixels: Pixels | None
+    ) -> Sequence[Turn]:
+        if tools or any(turn.of_tools for turn in turns):
+            raise BadEntry(
+                "chat template", "it has tools, which this model has no form for; leave such "
+                "entries out"
+            )
+        return self.rendered(turns, pixels)

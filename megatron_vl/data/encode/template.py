@@ -10,7 +10,8 @@ rendered: the family writes what it would.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 
@@ -69,24 +70,48 @@ class ChatTemplate:
         Raises:
             BadEntry: the template refuses it or writes no tools, or an answer is not found.
         """
-        try:
+        with _refusals():
             functions = json.loads(tools) if tools else None
             self._check_tools(turns, functions)
             if self._writer is not None:
                 text, spans = self._writer(turns)
             else:
                 text, spans = self._render_with_spans(turns, functions)
-        except BadEntry:
-            raise
-        except _TEMPLATE_ERRORS as error:
-            words = str(error).strip().splitlines() or [type(error).__name__]
-            raise BadEntry(
-                "chat template", f"the model's chat template refuses it ({words[0].rstrip('.')})"
-            ) from error
         if self.everything:
             return text, _untrained(turns, spans, len(text))
         kept = list(spans)[-1:] if self.last_answer_only else spans
         return text, [spans[number] for number in kept if turns[number].trained]
+
+    def prompt(
+        self, turns: Sequence[Turn], tools: str = "", *, thinking: bool | None = None
+    ) -> str:
+        """The text that the answer to the last turn follows.
+
+        Args:
+            thinking: whether reasoning is to precede the answer; None: the template's default.
+                Without, the prompt ends as before a trained answer that brings none.
+
+        Raises:
+            BadEntry: the template refuses it, or writes no tools.
+        """
+        with _refusals():
+            functions = json.loads(tools) if tools else None
+            self._check_tools(turns, functions)
+            asked = {} if thinking is None else {"enable_thinking": True}
+            text = self.render(
+                self.messages(turns), functions, add_generation_prompt=True, **asked
+            )
+            return text + self._around[0] if thinking is False else text
+
+    @property
+    def closing(self) -> str:
+        """What the template writes behind an answer: its end token."""
+        return self._around[1]
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it can be asked for an answer with or without reasoning."""
+        return "enable_thinking" in self._names or bool(self._around[0])
 
     def _render_with_spans(
         self, turns: Sequence[Turn], tools: list[dict] | None
@@ -164,6 +189,20 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(tools=[{}])
         words = jinja2.Environment().lex(source)
         return {word.strip("'\"") for _, kind, word in words if kind in ("name", "string")}
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a template raises, as BadEntry."""
+    try:
+        yield
+    except BadEntry:
+        raise
+    except _TEMPLATE_ERRORS as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadEntry(
+            "chat template", f"the model's chat template refuses it ({words[0].rstrip('.')})"
+        ) from error
 
 
 def _unused(text: str) -> str:

@@ -10,6 +10,7 @@ label. So a position's label is not always its token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from megatron_vl.models.baichuan2.tokenizer import ASSISTANT, EOS, MARKS, USER, load_pieces
@@ -23,6 +24,7 @@ class ReservedPrompt:
     """`megatron_vl.models.family.Prompt`, with the reserved tokens 195 and 196."""
 
     special = frozenset(MARKS)
+    ends = frozenset({EOS})
 
     def __init__(self, pieces, pad_token: int):
         self.pieces = pieces
@@ -46,6 +48,14 @@ class ReservedPrompt:
             before = turn.role, is_trained
         return [*tokens, EOS], [*labels, _label_of_mark("user", before)]
 
+    def encode_prompt(
+        self, turns: Sequence[Said], media_tokens: Sequence[int] = (),
+        media_names: Sequence[str] = (),
+    ) -> list[int]:
+        """See `megatron_vl.models.family.Prompt`."""
+        (*asked, _), _ = self.encode(turns, [False] * len(turns))
+        return [*asked, ASSISTANT]
+
     def _text(self, turn: Said, number: int) -> list[int]:
         text = self.pieces.encode("".join(part.text or "" for part in turn.parts))
         if marks := self.special.intersection(text) - {0}:
@@ -53,8 +63,10 @@ class ReservedPrompt:
         return text
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens, marks as they are written."""
-        return self.pieces.decode(list(tokens))
+        """The text of tokens, marks as they are written; an id behind the last is U+FFFD."""
+        runs = groupby(tokens, key=lambda token: token < len(self.pieces))
+        return "".join(self.pieces.decode(list(run)) if known else "\ufffd" * len(list(run))
+                       for known, run in runs)
 
 
 def _label_of_mark(role: str, before: tuple[str, bool] | None) -> int | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
+
+from megatron_vl.models.family import Asked
 
 
 def auto_class():
@@ -43,3 +47,19 @@ def inputs(spec, tokens, grids, patches, positions) -> dict:
             arguments[values] = torch.cat([pixels for pixels, _ in found])
             arguments[grid_thw] = torch.tensor([grid for _, grid in found])
     return arguments
+
+
+def generator_inputs(model, spec, samples: Sequence[Asked], ids: torch.Tensor) -> dict:
+    """What `generate` takes beside the tokens of several samples, int64 [B, S], padded on the left.
+
+    Positions are ours, as in `inputs`; transformers counts on from a sample's last.
+    """
+    made = [inputs(spec, one.tokens, one.grids, one.patches, one.positions) for one in samples]
+    if not any(made):
+        return {}
+    padded = [F.pad(one.positions, (ids.shape[1] - one.positions.shape[1], 0)) for one in samples]
+    media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    return {"position_ids": torch.stack(padded, dim=1)} | {
+        name: torch.cat([one[name] for one in made if name in one])
+        for name in media if any(name in one for one in made)
+    }

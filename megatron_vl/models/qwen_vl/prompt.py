@@ -46,6 +46,7 @@ class ChatMLPrompt:
         self.ids = {mark: encoding.encode_single_token(mark) for mark in MARKS}
         self.special = frozenset(self.ids.values())
         self.pad_token = self.ids[END_OF_TEXT]
+        self.ends = frozenset({self.ids[TURN_END], self.ids[END_OF_TEXT]})
         self.new_line = encoding.encode("\n")
 
     def encode(
@@ -66,12 +67,23 @@ class ChatMLPrompt:
             ))
         return tuple([one for part in parts for one in part] for parts in zip(*made, strict=True))
 
+    def encode_prompt(
+        self, turns: Sequence[Said], media_tokens: Sequence[int] = (),
+        media_names: Sequence[str] = (),
+    ) -> list[int]:
+        """See `megatron_vl.models.family.Prompt`."""
+        asked, _ = self.encode(turns, [False] * len(turns), media_tokens, media_names)
+        return [*asked, self.ids[TURN_START], *self._role_line("assistant")]
+
+    def _role_line(self, role: str) -> list[int]:
+        return [*self.encoding.encode_ordinary(role), *self.new_line]
+
     def _turn(
         self, role: str, text: list[int], labels: list[int | None], *, marked: bool
     ) -> tuple[list[int], list[int | None]]:
         """Tokens and labels of a turn; those of its marks are trained where it is `marked`."""
         start, end = [self.ids[TURN_START]], [self.ids[TURN_END], *self.new_line]
-        role_line = [*self.encoding.encode_ordinary(role), *self.new_line]
+        role_line = self._role_line(role)
 
         def of_marks(ids: list[int]) -> list[int | None]:
             return ids if marked else [None] * len(ids)
@@ -126,8 +138,10 @@ class ChatMLPrompt:
         return tokens, labels
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """See `megatron_vl.models.family.Prompt`."""
-        return self.encoding.decode(list(tokens))
+        """See `megatron_vl.models.family.Prompt`; an id behind the last token is U+FFFD."""
+        known, unknown = self.encoding.decode_single_token_bytes, "\ufffd".encode()
+        written = (known(one) if one < self.encoding.n_vocab else unknown for one in tokens)
+        return b"".join(written).decode("utf-8", "replace")
 
 
 def prompt(hf_dir: Path, spec: ModelSpec) -> ChatMLPrompt:

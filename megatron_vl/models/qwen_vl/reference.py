@@ -9,6 +9,7 @@ Letters: S tokens, P patches, Q queries, N heads, H head dim, D width, C numbers
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from megatron_vl.models.family import Asked
 from megatron_vl.models.registry import load_spec
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.weights.hf_io import weight_files
 
 NAME = "plain torch"
+_QWEN2_NAMES = {  # parts of names here -> in transformers' Qwen2
+    "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
+    "transformer.h.": "model.layers.", "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
+    "attn.c_attn": "self_attn.c_attn", "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
 
 
 def attend(q_SNH, k_PNH, v_PNH, *, causal: bool = False) -> torch.Tensor:
@@ -205,3 +214,51 @@ def auto_class():
 def inputs(spec, tokens, grids, patches, positions) -> dict:
     """What the model takes beside the tokens of one sample: the patches of each image."""
     return {"pixels": [] if patches is None else patches.split([*map(math.prod, grids)])}
+
+
+def generator(hf_dir: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """For inference: transformers' Qwen2, which the language model is but for its names, and the
+    tower as `visual`; with `generate`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    whole = QwenVL.from_pretrained(hf_dir, dtype)
+    decoder = load_spec(hf_dir).decoder
+    config = Qwen2Config(
+        vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.ffn_hidden_size, num_hidden_layers=decoder.num_layers,
+        num_attention_heads=decoder.num_attention_heads,
+        num_key_value_heads=decoder.num_attention_heads, rms_norm_eps=decoder.norm_eps,
+        max_position_embeddings=decoder.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": decoder.rope_theta},
+        tie_word_embeddings=decoder.tie_word_embeddings, bos_token_id=None, eos_token_id=None,
+    )
+    model = Qwen2ForCausalLM.from_pretrained(
+        None, config=config, state_dict=dict(_as_qwen2(whole)), dtype=dtype
+    )
+    model.visual = whole.transformer["visual"]
+    return model
+
+
+def _as_qwen2(model: QwenVL) -> Iterator[tuple[str, torch.Tensor]]:
+    """The language model's weights under Qwen2's names."""
+    for name, weight in model.state_dict().items():
+        for own, theirs in _QWEN2_NAMES.items():
+            name = name.replace(own, theirs)
+        if "c_attn" in name:
+            parts = zip("qkv", weight.chunk(3), strict=True)
+            yield from ((name.replace("c_attn", f"{one}_proj"), part) for one, part in parts)
+        elif ".visual." not in name:
+            yield name, weight
+
+
+def generator_inputs(model, spec, samples: Sequence[Asked], ids: torch.Tensor) -> dict:
+    """What `generate` takes beside the tokens of several samples, int64 [B, S], padded on the left:
+    their embeddings, with those of the images in their places."""
+    places = spec.tokens.places(ids)
+    if not places.any():
+        return {}
+    embeddings = model.get_input_embeddings()(ids)
+    shown = [one for sample in samples if sample.patches is not None
+             for one in sample.patches.split([*map(math.prod, sample.grids)])]
+    embeddings[places] = torch.cat([model.visual(patches_PC) for patches_PC in shown])
+    return {"inputs_embeds": embeddings}

@@ -1,0 +1,579 @@
+"""Answers are transformers' own to the tokens that training encodes; checkpoints answer as their
+Hugging Face directories do; scores are those of the published formulas."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import sys
+import time
+
+import av
+import numpy as np
+import pytest
+import torch
+from mixed_data import write_image, write_video
+from PIL import Image
+from qwen2_vl_reference import load_processor
+from safetensors.torch import save_file
+from tiny_hf import read, write_weights
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+from megatron_vl.ask import terminal
+from megatron_vl.ask.answerer import Answerer, Sampling
+from megatron_vl.ask.checkpoint import hf_directory
+from megatron_vl.ask.dialogue import Dialogue
+from megatron_vl.ask.media import stored_media
+from megatron_vl.ask.metrics import METRICS, answer_in, edit_distance
+from megatron_vl.cli.main import run
+from megatron_vl.data.conversation import Part, Turn
+from megatron_vl.errors import InputError
+from megatron_vl.models import family, load_spec
+from megatron_vl.models.media import MediaLimits
+
+NEW = 12  # tokens of an answer
+IMAGES = ("--min-pixels", 56 * 56, "--max-pixels", 56 * 56)
+FAMILIES = {  # options of the tiny model, and transformers' processor of one with vision
+    "qwen2_vl": (("--ranks", 1500), Qwen2VLProcessor),
+    "qwen2_5_vl": (("--ranks", 1500), Qwen2_5_VLProcessor),
+    "qwen_vl": (("--hidden-size", 256, "--vision-hidden-size", 32, "--vision-queries", 4, "--ranks",
+                 600, *IMAGES), None),
+    "qwen2": (("--ranks", 1500), None),
+    "qwen3": (("--ranks", 1500), None),
+    "qwen3_moe": (("--ranks", 1500), None),
+    "baichuan2": ((), None),
+}
+OF_TRANSFORMERS = [name for name in FAMILIES if name not in ("qwen_vl", "baichuan2")]
+WITH_VISION = ("qwen2_vl", "qwen2_5_vl")
+SAID = (("user", "What is this?"), ("assistant", "a red\ncircle"), ("user", "And what colour?"))
+
+
+@pytest.fixture(scope="module")
+def answerers(tmp_path_factory):
+    """A directory and its answerer, by the family's name; made once. Weights are large, so that
+    every token that is asked, its place and every pixel count in an answer."""
+    made, root = {}, tmp_path_factory.mktemp("models")
+
+    def of(name: str) -> tuple:
+        if name not in made:
+            hf_dir = root / name
+            assert run(["tiny", str(hf_dir), "--model-type", name, "--hidden-size", "64",
+                        "--ffn-size", "96", *map(str, FAMILIES[name][0]), "--init-std", "0.5",
+                        "--dtype", "float32"]) == 0
+            # Positions behind a video are then transformers' own, which is the judge.
+            limits = MediaLimits(video_positions="transformers5") if name in WITH_VISION else None
+            made[name] = hf_dir, Answerer.from_hf_dir(hf_dir, limits=limits)
+        return made[name]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """An image and a video."""
+    root = tmp_path_factory.mktemp("shown")
+    return (write_image(root / "a.png", (90, 64)),
+            write_video(root / "b.mkv", frames=8, fps=4, size=(84, 64)))
+
+
+def dialogue(answerer, **options) -> Dialogue:
+    return Dialogue(answerer, sampling=Sampling(max_new_tokens=NEW), **options)
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def by_transformers(hf_dir, processor, messages, image=None, video=None) -> torch.Tensor:
+    """New tokens, int64 [N], by transformers alone."""
+    if processor is None:
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        both = load_processor(hf_dir, processor)
+        model = AutoModelForImageTextToText.from_pretrained(hf_dir, dtype=torch.float32)
+        text = both.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        media = {} if image is None else {"images": [Image.open(image)]}
+        if video is not None:
+            frames = np.stack(frames_of(video)).transpose(0, 3, 1, 2)
+            media |= dict(videos=[frames], do_sample_frames=True, fps=2.0, max_frames=128,
+                          video_metadata=[dict(total_num_frames=len(frames), fps=4.0)])
+        inputs = both(text=[text], return_tensors="pt", **media)
+    made = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    return made[0, inputs["input_ids"].shape[1] :]
+
+
+# ---- dialogues -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_a_streamed_answer_is_transformers_own(name, answerers, shown):
+    hf_dir, answerer = answerers(name)
+    one, processor = dialogue(answerer), FAMILIES[name][1]
+    content, media = "What is this?", {}
+    if processor is not None:
+        for kind, path in zip(("image", "video"), shown, strict=True):
+            one.show(kind, path)
+            media[kind] = path
+        content = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": content}]
+    pieces = list(one.ask("What is this?"))
+    tokens = by_transformers(hf_dir, processor, [{"role": "user", "content": content}], **media)
+    said, is_whole = answerer.text_of(tokens.tolist())
+    assert len(pieces) > 1
+    assert ("".join(pieces), one.is_whole) == (said, is_whole)
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_several_turns_are_what_the_template_makes_of_them(name, answerers):
+    hf_dir, answerer = answerers(name)
+    one = dialogue(answerer, system="Look.")
+    one.turns += [Turn(role=role, parts=(Part(text=text),)) for role, text in SAID[:-1]]
+    said = "".join(one.ask(SAID[-1][1]))
+    messages = [{"role": role, "content": text} for role, text in (("system", "Look."), *SAID)]
+    if name in WITH_VISION:
+        messages = [one | {"content": [{"type": "text", "text": one["content"]}]}
+                    for one in messages]
+    tokens = by_transformers(hf_dir, FAMILIES[name][1], messages)
+    assert said == answerer.text_of(tokens.tolist())[0]
+    assert [turn.role for turn in one.turns] == ["system", *["user", "assistant"] * 2]
+
+
+@pytest.mark.parametrize("name", ["qwen_vl", "baichuan2"])
+def test_an_answer_is_the_judge_s_to_the_tokens_before_a_trained_one(name, answerers, shown):
+    hf_dir, answerer = answerers(name)
+    image = (Part(media="image"),) if name == "qwen_vl" else ()
+    turns = [Turn(role="user", parts=(*image, Part(text=SAID[0][1]))),
+             *(Turn(role=role, parts=(Part(text=text),)) for role, text in SAID[1:])]
+    one = dialogue(answerer)
+    if image:
+        one.show("image", shown[0])
+        one.turns, one.media, one.shown = turns[:-1], one.shown, []
+    else:
+        one.turns = turns[:-1]
+    said = "".join(one.ask(SAID[-1][1]))
+    stored, read = stored_media(one.media)
+    answer = "a cat"
+    trained, _, grids = answerer.encoder.encode(
+        [*turns, Turn(role="assistant", parts=(Part(text=answer),))], stored
+    )
+    prompt = answerer.encoder.chat.prompt
+    after = {"qwen_vl": lambda: prompt.encoding.encode("a cat<|im_end|>\n", allowed_special="all"),
+             "baichuan2": lambda: [*prompt.pieces.encode(answer), 2]}[name]()
+    assert trained.tolist()[-len(after) :] == after
+    tokens = trained.tolist()[: -len(after)]
+    patches = None
+    if image:
+        patches = torch.empty(*_patches(answerer, grids))
+        answerer.encoder.load(stored, grids, read, patches)
+    judge = family(load_spec(hf_dir).model_type).judge().from_pretrained(hf_dir)
+    made = list(tokens)
+    with torch.inference_mode():
+        while len(made) < len(tokens) + NEW and made[-1] not in answerer.end_ids:
+            inputs = answerer.family.judge_inputs(
+                answerer.spec, torch.tensor(made), grids, patches, None)
+            made.append(int(judge(input_ids=torch.tensor([made]), **inputs).logits[0, -1].argmax()))
+    assert said == answerer.text_of(made[len(tokens) :])[0]
+
+
+def _patches(answerer, grids):
+    return sum(a * b * c for a, b, c in grids), answerer.encoder.processor.patch_dim
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_answers_as_its_questions_alone(name, answerers, shown):
+    _, answerer = answerers(name)
+    asked = []
+    for text in ("a?", "Of what colour are these two, and how many?"):
+        one = dialogue(answerer)
+        if answerer.spec.vision is not None and text == "a?":
+            one.show("image", shown[0])
+        asked.append(_question(one, text))
+    sampling = Sampling(max_new_tokens=4)
+    assert answerer.answers(asked, sampling) == [
+        *answerer.answers(asked[:1], sampling), *answerer.answers(asked[1:], sampling)
+    ]
+
+
+def _question(one: Dialogue, text: str):
+    parts = (*(Part(media=media.kind) for media in one.shown), Part(text=text))
+    stored, read = stored_media(one.shown)
+    return one.answerer.decoded(one.answerer.question(
+        [Turn(role="user", parts=parts)], stored, read, max_new_tokens=NEW
+    ))
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_reasoning_is_asked_for_as_the_template_does(thinking, answerers):
+    hf_dir, answerer = answerers("qwen3")
+    turns = [Turn(role="user", parts=(Part(text="1 + 1?"),))]
+    question = answerer.question(turns, (), None, thinking=thinking, max_new_tokens=NEW)
+    asked = {} if thinking is None else {"enable_thinking": thinking}
+    want = AutoTokenizer.from_pretrained(hf_dir).apply_chat_template(
+        [{"role": "user", "content": "1 + 1?"}], add_generation_prompt=True, return_dict=False,
+        **asked,
+    )
+    assert question.tokens.tolist() == want
+    # Without, it is what stands before an answer in training.
+    answer = Turn(role="assistant", parts=(Part(text="2"),))
+    trained = answerer.encoder.encode([*turns, answer], ())[0].tolist()
+    assert (trained[: len(want)] == want) and (len(trained) - len(want) == 3) is (thinking is False)
+
+
+def test_a_model_s_own_way_to_draw_is_not_taken_for_a_person_s(answerers, tmp_path, capfd):
+    hf_dir = shutil.copytree(answerers("qwen2")[0], tmp_path / "hf")
+    said = {}
+    for penalty in (1.0, 0.01):  # the second leaves nothing but what was said
+        drawn = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "top_p": 0.001,
+                 "repetition_penalty": penalty}
+        (hf_dir / "generation_config.json").write_text(json.dumps(drawn))
+        answerer = Answerer.from_hf_dir(hf_dir)
+        sampling = Sampling(max_new_tokens=NEW, temperature=1.5)
+        draws = ["".join(Dialogue(answerer, sampling=sampling).ask("a?")) for _ in range(2)]
+        assert (draws[0] != draws[1]) is (penalty == 1.0)
+        said[penalty] = "".join(dialogue(answerer).ask("a?"))
+    assert said[1.0] != said[0.01] and "not valid" not in capfd.readouterr().err
+
+
+def test_a_weight_that_is_missing_is_named(answerers, tmp_path):
+    hf_dir = shutil.copytree(answerers("qwen2")[0], tmp_path / "hf")
+    weights = read(hf_dir)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, hf_dir / "model.safetensors")
+    with pytest.raises(InputError, match=re.escape("model.layers.2.mlp.up_proj.weight")):
+        Answerer.from_hf_dir(hf_dir)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(answerers):
+    _, answerer = answerers("qwen2")
+    said = []
+    for seed in (1, 1, 2):
+        answerer.seed(seed)
+        sampling = Sampling(max_new_tokens=NEW, temperature=1.5, top_p=0.9)
+        said.append("".join(Dialogue(answerer, sampling=sampling).ask("a?")))
+    assert said[0] == said[1] != said[2]
+
+
+def test_an_answer_that_is_left_ends_there_and_stays_in_the_dialogue(answerers):
+    _, answerer = answerers("qwen2")
+    one = Dialogue(answerer, sampling=Sampling(max_new_tokens=400))
+    answer = one.ask("a?")
+    said = "".join(itertools.islice(answer, 3))
+    answer.close()
+    assert [turn.role for turn in one.turns] == ["user", "assistant"]
+    assert one.turns[1].parts[0].text == said and not one.is_whole
+
+
+REFUSED = {  # what is done -> what is said
+    "an image under a text model": ("qwen2", lambda one, root: one.show("image", root / "a.png"),
+                                    "a.png is shown as an image, but this qwen2 takes text alone"),
+    "a video under Qwen-VL": ("qwen_vl", lambda one, root: one.show("video", root / "b.mkv"),
+                              "b.mkv is shown as a video, but this qwen takes images"),
+    "no file": ("qwen2_vl", lambda one, root: one.show("image", root / "c.png"),
+                "c.png does not exist; give the file of an image"),
+    "no image": ("qwen2_vl", lambda one, root: one.show("image", __file__),
+                 "test_ask.py cannot be shown: its image"),
+    "a directory": ("qwen2_vl", lambda one, root: one.show("image", root), "is a directory"),
+    "too long": ("qwen2", lambda one, root: one.ask("a " * 40_000), "positions of the model; ask "
+                 "it otherwise, lower --max-new-tokens, or show less"),
+    "a mark": ("qwen2_vl", lambda one, root: one.ask("<|image_pad|>"),
+               "its text has 1 image marks"),
+    "no such command": ("qwen2", lambda one, root: terminal._is_last(one, "/imgae a.png"),
+                        "/imgae is no command; /help lists them"),
+    "two files": ("qwen2_vl", lambda one, root: terminal._is_last(one, "/image a b"),
+                  "/image a b names 2 files"),
+    "thinking": ("qwen2", lambda one, root: Dialogue(one.answerer, sampling=one.sampling,
+                                                     thinking=False),
+                 "--no-thinking is for models whose chat template can ask for reasoning"),
+    "top-p alone": ("qwen2", lambda one, root: Sampling(top_p=0.5), "give --temperature above 0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_asked_is_said_in_a_sentence(what, answerers, shown):
+    name, do, said = REFUSED[what]
+    with pytest.raises(InputError) as told:
+        do(dialogue(answerers(name)[1]), shown[0].parent)
+    assert said in str(told.value) and "\n" not in str(told.value)
+
+
+def test_every_line_that_is_piped_is_a_question(answerers, shown, monkeypatch, capsys):
+    _, answerer = answerers("qwen2_vl")
+    lines = f"a?\n\n/image '{shown[0]}'\nwhat?\n/reset\na?\n/exit\nunheard\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    one = dialogue(answerer)
+    capsys.readouterr()  # of making the model
+    terminal.talk(one)
+    again, said = dialogue(answerer), []
+    said.append("".join(again.ask("a?")))
+    again.show("image", shown[0])
+    said.append("".join(again.ask("what?")))
+    out, err = capsys.readouterr()
+    assert out == "".join(f"{terminal.printable(text)}\n" for text in (*said, said[0]))
+    assert err == f"cut off after --max-new-tokens {NEW}\n" * 3
+    assert len(one.turns) == 2 and not one.media
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_program(answerers):
+    _, answerer = answerers("qwen2")
+    child, typed = pty.fork()
+    if child == 0:  # in a terminal of its own
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            terminal.talk(Dialogue(answerer, sampling=Sampling(max_new_tokens=20_000)))
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            os._exit(code)
+    said, deadline = b"", time.monotonic() + 60
+
+    def wait(enough) -> None:
+        nonlocal said
+        while not enough():
+            assert time.monotonic() < deadline, said
+            if select.select([typed], [], [], 1)[0]:
+                said += os.read(typed, 2**16)
+
+    try:
+        wait(lambda: said.endswith(b"> "))
+        os.write(typed, b"a?\n")
+        wait(lambda: len(said.partition(b"a?\r\n")[2]) > 40)
+        os.write(typed, b"\x03")
+        wait(lambda: said.endswith(b"\r\n> "))
+        os.write(typed, b"/image x.png\n")
+        wait(lambda: said.endswith(b"takes text alone; leave it out.\r\n> "))
+        os.write(typed, b"\x03")
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert os.waitstatus_to_exitcode(ended[1]) == 130
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    finally:
+        os.close(typed)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_answers_as_its_hf_directory_and_is_exported_once(
+    answerers, tmp_path, capsys
+):
+    model_dir, answerer = answerers("qwen2_vl")
+    checkpoint = tmp_path / "out" / "checkpoint" / "first"
+    layout = ["--tp", "2", "--pp", "2", "--pp-layers", "1,3"]
+    assert run(["convert", str(model_dir), str(checkpoint), *layout]) == 0
+    told: list[str] = []
+    exported = hf_directory(tmp_path / "out", say=told.append)
+    assert exported.parent == checkpoint / ".hf" and "exported release" in told[0]
+    weights = exported / "model.safetensors"
+    first = weights.stat().st_mtime_ns
+    for same in (tmp_path / "out", checkpoint, checkpoint / "release"):
+        assert hf_directory(same, say=told.append) == exported
+    assert weights.stat().st_mtime_ns == first
+    assert all("exported before" in line for line in told[1:])
+    said = "".join(dialogue(Answerer.from_hf_dir(exported)).ask("a?"))
+    assert said == "".join(dialogue(answerer).ask("a?"))
+
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    write_weights(other, seed=1)
+    assert run(["convert", str(other), str(checkpoint), *layout, "--overwrite"]) == 0
+    assert hf_directory(checkpoint, say=told.append) != exported
+    capsys.readouterr()
+
+
+def test_an_export_goes_nowhere_else(model_dir, tmp_path, capsys):
+    assert run(["convert", str(model_dir), str(tmp_path / "mcore")]) == 0
+    capsys.readouterr()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(InputError, match="full holds something else than an export"):
+        hf_directory(tmp_path / "mcore", export=tmp_path / "full", say=print)
+    with pytest.raises(InputError, match="--export is for a Megatron-Core checkpoint"):
+        hf_directory(model_dir, export=tmp_path / "new", say=print)
+    assert hf_directory(tmp_path / "mcore", export=tmp_path / "new", say=print).name == "new"
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+SCORES = [  # metric, given, expected, score
+    ("exact", "red", "red", 1), ("exact", "Red", "red", 0),
+    ("contains", "It is Red.", "red", 1), ("contains", "blue", "red", 0),
+    # Biten et al.: half of the letters right is not enough.
+    ("anls", "Hello", "hello", 1), ("anls", "hallo", "hello", 0.8), ("anls", "ab", "cb", 0),
+    ("anls", "", "", 1), ("anls", "kitten", "sitting", 1 - 3 / 7),
+    # Masry et al.: within 5%, and no other answer is near.
+    ("relaxed", "95", "100", 1), ("relaxed", "94.9", "100", 0), ("relaxed", "47%", "0.48", 1),
+    ("relaxed", "Yes", "yes", 1), ("relaxed", "2", "two", 0), ("relaxed", "0.01", "0", 0),
+]
+
+
+@pytest.mark.parametrize(("metric", "given", "expected", "score"), SCORES)
+def test_a_metric_is_its_published_formula(metric, given, expected, score):
+    assert METRICS[metric](given, expected) == pytest.approx(score)
+
+
+def test_the_edit_distance_is_that_of_its_definition():
+    def distance(one: str, other: str) -> int:
+        if not one or not other:
+            return len(one) + len(other)
+        if one[0] == other[0]:
+            return distance(one[1:], other[1:])
+        return 1 + min(distance(one[1:], other), distance(one, other[1:]),
+                       distance(one[1:], other[1:]))
+
+    words = ["".join(word) for size in range(4) for word in itertools.product("ab", repeat=size)]
+    for one, other in itertools.product(words, repeat=2):
+        assert edit_distance(one, other) == distance(one, other)
+
+
+def test_reasoning_is_no_part_of_an_answer():
+    assert answer_in("<think>\nred?\n</think>\n\nblue ") == "blue"
+
+
+@pytest.fixture(scope="module")
+def quick(answerers, llava_dir):
+    """Evaluates a few questions; the exit code."""
+    model_dir, _ = answerers("qwen2_vl")
+
+    def evaluate(out, *options, data=(llava_dir / "test.json",)) -> int:
+        return run(["evaluate", str(model_dir), *map(str, data), "--output", str(out), "--quiet",
+                    "--max-new-tokens", "3", "--batch-size", "4", "--limit", "12",
+                    *map(str, options)])
+
+    return evaluate
+
+
+def test_a_resumed_evaluation_equals_an_uninterrupted_one(quick, tmp_path, capsys):
+    grouped = ["--group-by", "groups"]
+    assert quick(tmp_path / "whole", *grouped) == 0
+    table, _ = capsys.readouterr()
+    lines = (tmp_path / "whole/answers.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 12 and "colour and shape" in table
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut/answers.jsonl").write_text("".join(lines[:6]) + lines[6][:20])
+    assert quick(tmp_path / "cut", *grouped) == 0
+    again, _ = capsys.readouterr()
+    assert again.splitlines()[:-2] == table.splitlines()[:-2]  # but for the seconds and the page
+    cut = (tmp_path / "cut/answers.jsonl").read_text().splitlines(keepends=True)
+    assert cut[:6] == lines[:6] and sorted(cut) == sorted(lines)
+    page = (tmp_path / "cut/worst.html").read_text()
+    wrong = [one for one in map(json.loads, lines) if one["score"] < 1]
+    assert page.count("<img alt=") == len(wrong) and "always the commonest answer" in page
+    assert quick(tmp_path / "cut", *grouped, "--metric", "anls") == 2
+    assert "cut holds answers for another metric (exact, not anls)" in capsys.readouterr().err
+
+
+def test_datasets_of_every_kind_are_asked_and_what_cannot_be_is_counted(
+    quick, wds_dir, tmp_path, capsys
+):
+    write_image(tmp_path / "in/b.png", (9, 9))
+    (tmp_path / "in/c.png").write_bytes(b"no image")
+    several = [{"from": who, "value": text} for who, text in (
+        ("human", "<image>\nWhat?"), ("gpt", "a"), ("human", "Sure?"), ("gpt", "b"))]
+    bad = [{"id": name, "image": f"{name}.png", "conversations": several} for name in "bcd"]
+    (tmp_path / "in/some.json").write_text(json.dumps(bad))
+    assert quick(tmp_path / "out", data=(wds_dir, tmp_path / "in/some.json")) == 0
+    table, _ = capsys.readouterr()
+    rows = {line.split()[0]: line.split()[1] for line in table.splitlines()[1:4]}
+    assert rows == {"some.json": "2", "wds": "12", "all": "14"}
+    assert "not asked: 1 (unusable media), such as entry 1 of some.json: its image" in table
+    assert "not asked: 1 (missing media)" in table
+    made = map(json.loads, (tmp_path / "out/answers.jsonl").read_text().splitlines())
+    asked = {(one["question"], one["expected"], one["turn"]) for one in made
+             if one["dataset"] == "some.json" and not one["refused"]}
+    assert asked == {("[image]What?", "a", 1), ("Sure?", "b", 3)}
+
+
+GATES = [("0", 0, ""), ("colour and shape=1", 1, "colour and shape scores 0.000, below"),
+         ("size=0.5", 2, "--at-least names 'size', but the table's rows are"),
+         ("much", 2, "--at-least 'much' is no share"), ("2", 2, "--at-least is 2.0; it must be")]
+
+
+def test_a_score_below_the_gate_fails(quick, tmp_path, capsys):
+    for gate, code, said in GATES:
+        assert quick(tmp_path / "out", "--group-by", "groups", "--at-least", gate) == code, gate
+        assert said in capsys.readouterr().err
+
+
+def test_a_split_and_groups_are_of_one_kind_of_data(quick, wds_dir, llava_dir, tmp_path, capsys):
+    raw = llava_dir / "test.json"
+    assert quick(tmp_path / "out", "--split", "val", data=(raw,)) == 2
+    assert "--split is for a prepared dataset, which no DATASET" in capsys.readouterr().err
+    assert quick(tmp_path / "out", "--group-by", "groups", data=(raw, wds_dir)) == 2
+    assert "which the prepared dataset" in capsys.readouterr().err
+    assert quick(tmp_path / "one", "--json", "test.json", data=(llava_dir,)) == 0
+    assert quick(tmp_path / "out", data=(raw, raw)) == 2
+    assert "test.json is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--group-by", "groups"], "--group-by is for raw data, which no DATASET here is"),
+    (["--format", "llava"], "--format is for raw data, which no DATASET here is"),
+    (["--split", "test"], "has nothing in its split 'test'"),
+    (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+])
+def test_options_of_an_evaluation_that_cannot_be_used(options, said, quick, wds_dir, tmp_path,
+                                                      capsys):
+    assert quick(tmp_path / "out", *options, data=(wds_dir,)) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_answers_as_the_dialogue_does(answerers, shown):
+    pytest.importorskip("gradio", reason="the page needs gradio (pip install megatron-vl[web])")
+    from gradio_client import Client, handle_file
+
+    from megatron_vl.ask.web import page
+
+    _, answerer = answerers("qwen2_vl")
+    served = page(lambda: dialogue(answerer), title="tiny")
+    _, url, _ = served.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        message = {"text": "what?", "files": [handle_file(shown[0])]}
+        said = Client(url, verbose=False).predict(message=message, api_name="/chat")
+    finally:
+        served.close()
+    one = dialogue(answerer)
+    one.show("image", shown[0])
+    assert said == "".join(one.ask("what?"))
+
+
+def test_a_question_is_one_argument_wherever_it_stands(model_dir, capsys):
+    words = [str(model_dir), "a question"], ["--max-new-tokens", "2"]
+    for order in (words, words[::-1], ([words[0][0]], words[1], ["a question"])):
+        assert run(["chat", *itertools.chain(*order)]) == 0
+    out, err = capsys.readouterr()
+    assert out and out == out[: len(out) // 3] * 3
+    assert err == "cut off after --max-new-tokens 2\n" * 3
+    with pytest.raises(SystemExit):
+        run(["chat", str(model_dir), "a", "question"])
+    assert "QUESTION is 2 words, a and so on; put it in quotes" in capsys.readouterr().err
+
+
+def test_without_gradio_the_page_is_a_sentence(model_dir, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert run(["chat", str(model_dir), "--web"]) == 2
+    assert "--web needs gradio, which cannot be imported" in capsys.readouterr().err
