@@ -77,10 +77,16 @@ def table(
     return f"<div class=wide><table>\n{head}{body}</table></div>\n"
 
 
-def picture(png: bytes, what: str) -> str:
-    """A picture inside the page; `what` is said where it cannot be seen."""
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{escape(what)}" src="data:image/png;base64,{data}">'
+def picture(data: bytes, what: str, *, kind: str = "png", css: str = "") -> str:
+    """A picture inside the page; `what` is said where it cannot be seen.
+
+    Args:
+        kind: of the file, png or jpeg.
+        css: the class of its looks.
+    """
+    data = base64.b64encode(data).decode("ascii")
+    looks = f'class="{escape(css)}" ' if css else ""
+    return f'<img {looks}alt="{escape(what)}" src="data:image/{kind};base64,{data}">'
 
 
 def escape(anyones: object) -> str:

@@ -76,11 +76,19 @@ def peak_memory(workers: int) -> int:
     return unit * (own + workers * children)
 
 
-def _begin(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends us
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Let this process get the signal `by` when its parent has ended, however that does; on
+    Linux."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:  # it was gone before we asked
         os._exit(1)
+
+
+def _begin(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends us
+    end_with(parent)
 
 
 def _work(number: int) -> Any:

@@ -18,6 +18,7 @@ LONGEST_FIRST = (
     "test_shadow_device.py",
     "test_determinism.py",
     "test_faults.py",
+    "test_validation.py",
     "test_memory.py",
     "test_recompute.py",
     "test_parity_layouts.py",

@@ -34,7 +34,8 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash ${LAUNCHER:-$0} \\
   17 SAVE_INTERVAL             steps between checkpoints and validations
   18 DATASET_PATH              energon dataset to train on
   19 VALID_DATASET_PATH        energon dataset whose validation split is evaluated
-  20 PRETRAIN_CHECKPOINT_PATH  Hugging Face directory, converted checkpoint of any layout, or none
+  20 PRETRAIN_CHECKPOINT_PATH  Hugging Face directory or model name, converted
+                               checkpoint of any layout, or none
   21 TRAIN_ITERS               optimizer steps
   22 LR_WARMUP_ITERS           steps of linear warmup
   23 OUTPUT_BASEPATH           gets checkpoint/NAME, tensorboard/NAME and log/NAME
@@ -111,10 +112,10 @@ case $ENV in
 esac
 
 OPTIONS=()
-switch() { # NAME VALUE FLAG: adds FLAG when VALUE is true
+switch() { # NAME VALUE FLAG [OTHER]: adds FLAG when VALUE is true, and OTHER when it is false
   case $2 in
     true) OPTIONS+=("$3") ;;
-    false) ;;
+    false) OPTIONS+=(${4+"$4"}) ;;
     *) refuse "$1 is '$2'; use true or false." ;;
   esac
 }
@@ -128,7 +129,7 @@ case $PR in
 esac
 
 switch SP "$SP" --sequence-parallel
-switch DO "$DO" --use-distributed-optimizer
+switch DO "$DO" --use-distributed-optimizer --no-use-distributed-optimizer
 switch MP_DRY_RUN "$MP_DRY_RUN" --dry-run
 
 case $FL in
@@ -232,6 +233,7 @@ COMMAND=(
   --save-interval "$SAVE_INTERVAL"
   --tensorboard-dir "$OUTPUT_BASEPATH/tensorboard/$NAME"
   --metrics-file "$OUTPUT_BASEPATH/log/$NAME/metrics.jsonl"
+  --log-interval 1
   "${OPTIONS[@]}" ${EXTRA[@]+"${EXTRA[@]}"}
 )
 printf '%q ' "${COMMAND[@]}" && echo

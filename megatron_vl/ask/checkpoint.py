@@ -16,6 +16,7 @@ from megatron_vl.models.registry import family
 from megatron_vl.weights import convert as work
 from megatron_vl.weights.found import is_mcore_directory, no_checkpoint, weights_mark
 from megatron_vl.weights.hf_io import is_hf_directory
+from megatron_vl.weights.hub import local_model
 
 EXPORTS = ".hf"  # of a checkpoint: what was exported of it
 _KEY = ".exported_from"  # in an export: what tells its checkpoint from others
@@ -48,6 +49,7 @@ def hf_directory(
     once, and found again by where it lies, its iteration and its weights' fingerprints.
 
     Args:
+        model: or its name on a hub: see `local_model`.
         export: where to; None: in the checkpoint's folder EXPORTS, or, where that cannot be
             written, in the user's cache.
         hf_config: holds config.json and the tokenizer of a checkpoint that has none beside it.
@@ -56,7 +58,7 @@ def hf_directory(
     Raises:
         InputError: no checkpoint, or one that cannot be exported.
     """
-    model = find_checkpoint(model)
+    model = find_checkpoint(local_model(model))
     if not is_mcore_directory(model):
         if given := next((name for name, value in (("export", export), ("hf-config", hf_config))
                           if value is not None), None):

@@ -9,7 +9,7 @@ from megatron_vl.ask.record import Answered
 from megatron_vl.ask.samples import Dataset
 from megatron_vl.ask.scores import Score, refusals
 from megatron_vl.data.conversation import BadEntry
-from megatron_vl.data.lint.mask import thumbnail
+from megatron_vl.data.encode.media import thumbnail
 from megatron_vl.models.media import BadMedia
 from megatron_vl.pages import escape, page, picture, table
 

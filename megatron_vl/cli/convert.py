@@ -35,7 +35,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         description="Convert SRC, a Hugging Face directory or a Megatron-Core checkpoint (its kind "
         "and layout are detected), into a new directory DST. Needs no GPU and no Megatron-Core.",
     )
-    parser.add_argument("src", type=Path, metavar="SRC")
+    parser.add_argument("src", type=Path, metavar="SRC", help="a directory, or a model's name on a "
+                        "hub, such as Qwen/Qwen2-VL-2B-Instruct")
     parser.add_argument("dst", type=Path, metavar="DST")
     parser.add_argument("--from", dest="source_kind", choices=tuple(KINDS),
                         help="refuse a SRC of another kind (default: any)")
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     check_workers(args.workers)
-    found = describe(args.src, args.hf_config)
+    found = describe(args.src, args.hf_config, weights=not args.dry_run)
     if args.source_kind not in (None, found.kind):
         raise InputError(
             f"{args.src} is a {KINDS[found.kind]} but --from {args.source_kind} asks for a "
@@ -112,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
         if args.llamafy:
             target = _as_llama(args, family(spec.model_type), found)
         source = work.open_source(
-            args.src, weights, info=found.info, planned_dtype=spec.dtype if args.dry_run else None
+            found.directory, weights, info=found.info,
+            planned_dtype=spec.dtype if args.dry_run else None,
         )
     conversion = work.plan_conversion(source, weights, target, args.dtype)
     if says := told_normalized(source, weights):
@@ -189,7 +191,7 @@ def _of_adapter(
         raise InputError("--merge writes a Hugging Face directory; leave out --to mcore, and "
                          "convert it again.")
     if args.adapter is not None:
-        source = work.open_source(args.src, weights, info=found.info)
+        source = work.open_source(found.directory, weights, info=found.info)
         stored = read_adapter(args.adapter, weights)
     else:
         stored = open_trained(_trained(args, found), weights)

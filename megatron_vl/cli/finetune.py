@@ -54,14 +54,17 @@ def run(args: argparse.Namespace) -> int:
         set_intervals,
     )
     from megatron_vl.training.plan import plan_run
+    from megatron_vl.weights.hub import local_model
 
     if started_by_torchrun():
         node_flags = take_over(os.environ)
         if node_flags is None:
             return 0
         args.options = [*node_flags, *args.options]
+    model = local_model(args.model_name_or_path, weights=not args.dry_run)
+    args.model_name_or_path = str(model)
     flags, output = {flag: getattr(args, flag) for flag in FLAGS}, Path(args.output_dir)
-    model, given = Path(args.model_name_or_path), Path(args.data_path)
+    given = Path(args.data_path)
     saves = ["--save", str(output / "checkpoint"), "--eval-interval", "0", "--truncate-samples"]
 
     def started(words: list[str]):

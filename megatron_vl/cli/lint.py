@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> None:
     from megatron_vl.data.lint import LintConfig, lint
     from megatron_vl.data.load.mixture import Mixture
     from megatron_vl.models.registry import family, load_spec
+    from megatron_vl.weights.hub import local_model
 
+    if args.model is not None:
+        args.model = local_model(args.model, weights=False)
     given = {name: getattr(args, name) for name in AS_IN_TRAINING if hasattr(args, name)}
 
     def chosen(kind: type):

@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.parity.ranks import Setting, run_ranks
     from megatron_vl.weights.found import no_checkpoint
     from megatron_vl.weights.hf_io import is_hf_directory
+    from megatron_vl.weights.hub import local_model
 
+    args.hf_dir = local_model(args.hf_dir)
     if not is_hf_directory(args.hf_dir):
         raise no_checkpoint(args.hf_dir, "hf")
     spec = load_spec(args.hf_dir)

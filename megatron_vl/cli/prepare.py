@@ -105,9 +105,11 @@ def run(args: argparse.Namespace) -> None:
     if args.tokenizer is not None:
         from megatron_vl.data.raw.lengths import LengthCounter
         from megatron_vl.models.registry import family, load_spec
+        from megatron_vl.weights.hub import local_model
 
-        spec = load_spec(args.tokenizer)
-        lengths = LengthCounter.from_hf_dir(args.tokenizer, spec, family(spec.model_type))
+        model = local_model(args.tokenizer, weights=False)
+        spec = load_spec(model)
+        lengths = LengthCounter.from_hf_dir(model, spec, family(spec.model_type))
     summary = prepare(
         PrepareConfig(
             source=args.source,

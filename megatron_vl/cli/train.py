@@ -66,12 +66,15 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args)
+    given = _config(args)
     if args.show_config:
         import yaml
 
-        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        print(yaml.safe_dump(given.to_dict(), sort_keys=False), end="")
         return 0
+    from megatron_vl.training.checkpoint.start import with_local_models
+
+    config = with_local_models(given, weights=not args.dry_run)
     if args.dry_run:
         from megatron_vl.training.dry_run import dry_run
 
@@ -107,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"node {env.node_rank} of {env.nnodes}, {processes} processes each, node 0 is "
               f"{env.master_addr}:{env.master_port} ({env.source})", flush=True)
     return launch(
-        args.argv, nproc_per_node=processes, nnodes=env.nnodes, node_rank=env.node_rank,
-        master_addr=env.master_addr, master_port=env.master_port,
+        [*args.argv, *_found(given, config)], nproc_per_node=processes, nnodes=env.nnodes,
+        node_rank=env.node_rank, master_addr=env.master_addr, master_port=env.master_port,
         rendezvous_timeout=args.rendezvous_timeout,
         max_restarts=0 if config.checkpoint.save is None else config.fault.max_restarts,
         saves=config.checkpoint.save is not None,
@@ -163,6 +166,13 @@ def _nodes(args: argparse.Namespace) -> ClusterEnv:
         )
     given = {name: getattr(args, name) for name in NODES if getattr(args, name) is not None}
     return replace(env, **given)
+
+
+def _found(given: TrainConfig, config: TrainConfig) -> list[str]:
+    """Where models were found that were given by name, as flags for the ranks."""
+    return [word for name in ("load", "hf_config")
+            if (path := getattr(config.checkpoint, name)) != getattr(given.checkpoint, name)
+            for word in (f"--{name.replace('_', '-')}", path)]
 
 
 def _looks(args: argparse.Namespace) -> bool:

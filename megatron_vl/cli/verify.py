@@ -60,8 +60,7 @@ def verify(a: Path, b: Path, hf_config: Path | None, *, cast: bool, workers: int
             f"checkpoints of one model."
         )
     weights = replace(family(spec.model_type).weight_map(spec), partial=True)
-    first, second = (work.open_source(path, weights, info=one.info)
-                     for path, one in zip((a, b), found, strict=True))
+    first, second = (work.open_source(one.directory, weights, info=one.info) for one in found)
     nbytes = sum(at.nbytes for at in first.tensors.values())
     with work.progress_bar(nbytes, "verify") as progress:
         compared = compare(first, second, weights, tolerant=cast, workers=workers,

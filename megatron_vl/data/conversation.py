@@ -282,6 +282,7 @@ def to_json(turns: tuple[Turn, ...], media: tuple[StoredMedia, ...], tools: str 
         {name: getattr(m, name) for name in ("kind", "files", "height", "width")}
         | ({name: getattr(m, name) for name in _OF_VIDEOS} if m.kind == VIDEO else {})
         | ({"settings": m.settings.to_dict()} if m.settings is not None else {})
+        | ({"path": m.path} if m.path is not None else {})
         for m in media
     ]
     value = {"messages": [turn.stored() for turn in turns], "media": stored}

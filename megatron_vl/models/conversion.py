@@ -11,6 +11,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.weights import convert as work
+from megatron_vl.weights.hub import local_model
 from megatron_vl.weights.mcore_io import CheckpointInfo
 from megatron_vl.weights.targets import HFTarget, McoreTarget, ShardedTarget, Target
 
@@ -19,18 +20,26 @@ from megatron_vl.weights.targets import HFTarget, McoreTarget, ShardedTarget, Ta
 class Described:
     """A checkpoint and the model in it."""
 
+    directory: Path
     kind: str  # "hf" or "mcore"
     info: CheckpointInfo | None  # of a Megatron-Core checkpoint
     config_dir: Path  # where its config.json lies
     spec: ModelSpec
 
 
-def describe(directory: Path, hf_config: Path | None) -> Described:
+def describe(directory: Path, hf_config: Path | None, *, weights: bool = True) -> Described:
     """What lies in `directory`; `hf_config` holds config.json where none is beside the weights.
+
+    Args:
+        directory, hf_config: or models' names on a hub: see `local_model`.
+        weights: whether more than config.json is needed of a model on a hub.
 
     Raises:
         InputError: no checkpoint, no config.json, or that of another model.
     """
+    directory = local_model(directory, weights=weights)
+    if hf_config is not None:
+        hf_config = local_model(hf_config, weights=False)
     kind = work.detect(directory)
     info = work.inspect_checkpoint(directory) if kind == "mcore" else None
     config_dir = hf_config or _config_dir(directory, info)
@@ -40,7 +49,7 @@ def describe(directory: Path, hf_config: Path | None) -> Described:
             f"{directory} holds a {info.model_type} model but {config_dir} has the config.json of "
             f"{spec.model_type}; give the right one with --hf-config."
         )
-    return Described(kind=kind, info=info, config_dir=config_dir, spec=spec)
+    return Described(directory=directory, kind=kind, info=info, config_dir=config_dir, spec=spec)
 
 
 def _config_dir(directory: Path, info: CheckpointInfo | None) -> Path:

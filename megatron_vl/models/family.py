@@ -150,7 +150,7 @@ class Prompt(Protocol):
             turns: of system, user and assistant.
             trained: of each turn, whether its text is; of a trained answer its end is too.
             media_tokens: places that each image and video takes, in order.
-            media_names: of their files.
+            media_names: their paths as the entry has them, else their files' names in the shard.
 
         Raises:
             ValueError: a turn holds one of the marks; in one phrase, which turn and mark.

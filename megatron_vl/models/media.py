@@ -180,6 +180,12 @@ class StoredMedia:
     fps: float | None = None  # frames a second of a video; None for images
     separate: bool = False  # a video whose frames are images, one a file
     settings: MediaSettings | None = None  # what its entry asks for it
+    path: str | None = None  # as its entry names it; None: it names no file, or several
+
+    @property
+    def name(self) -> str:
+        """What a prompt calls it that writes names."""
+        return self.path or self.files[0]
 
 
 def _check(name: str, value) -> None:

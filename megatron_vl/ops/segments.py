@@ -78,6 +78,12 @@ class Segments:
         ]
 
 
+def segment_numbers(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The segment of every token, int64 [T], of int32 [n+1] cumulative lengths on the host."""
+    lengths = cu_seqlens.diff()
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+
 class Buckets:
     """All rectangles of a row's segments, and the way back to packed order.
 

@@ -1,37 +1,28 @@
-"""Validation: the mean loss over the validation split, or over its first batches."""
+"""Validation: loss and accuracy over the validation split, or over its first batches."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 
 import torch
 
 from megatron_vl.data.encode.samples import Skipped
+from megatron_vl.training.answers import answer_of
 from megatron_vl.training.microbatches import Microbatches, valid_loader
+from megatron_vl.training.reporting.validation import Figures, Validation
+from megatron_vl.training.scores import Tally, shown_samples, sum_of, tally_up
 from megatron_vl.training.step import blank_like, mean_loss
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Validation:
-    """What a validation found, alike on every rank but for `skipped`."""
-
-    loss: float
-    trained: int  # tokens that the loss is the mean over
-    seconds: float
-    # By reason. A reader reads the integers of the whole split, but only its own rows' pixels.
-    skipped: dict[str, int]
-    cut: tuple[int, int]  # long samples that were truncated, and tokens of them, over all ranks
 
 
 def evaluate(
     microbatches: Microbatches, iteration: int, *, stopping: Callable[[], bool],
     tell: Callable[[list[Skipped]], None],
 ) -> Validation | None:
-    """Mean loss over the validation split, or its first `eval_iters` batches; all ranks call it.
+    """Validate on the validation split, or its first `eval_iters` batches; all ranks call it.
 
     Args:
         stopping: whether any rank was asked to stop; all ranks ask together.
@@ -75,9 +66,25 @@ def evaluate(
     if stopped:
         return None
     loss, trained = mean_loss(losses, microbatches.device)
+    scores = [one["samples"] for one in losses]
+    tallies, shown = tally_up(scores, microbatches.device), shown_samples(scores)
+    per_sample = plan.config.batch.calculate_per_sample_loss
+    datasets = {name: _figures(one, per_sample=per_sample) for name, one in tallies.items()}
+    total = _figures(sum_of(tallies.values()), per_sample=per_sample)
     torch.distributed.all_reduce(cut)
     samples_cut, tokens_cut = cut.tolist()
     return Validation(
-        loss=loss, trained=trained, seconds=time.perf_counter() - started, skipped=dict(skipped),
+        figures=replace(total, loss=loss), datasets=datasets if len(datasets) > 1 else {},
+        answers=[answer_of(one, loader.chat) for one in shown],
+        trained=trained, seconds=time.perf_counter() - started, skipped=dict(skipped),
         cut=(samples_cut, tokens_cut),
+    )
+
+
+def _figures(of: Tally, *, per_sample: bool) -> Figures:
+    """`per_sample`: whether every sample has the same weight in the loss, and not every token."""
+    samples, tokens = max(1, of.samples), max(1, of.trained)
+    return Figures(
+        loss=of.loss / (samples if per_sample else tokens), token_accuracy=of.right / tokens,
+        exact_accuracy=of.exact / samples, samples=of.samples,
     )

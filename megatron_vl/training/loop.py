@@ -12,6 +12,9 @@ import torch
 from megatron_vl.errors import InputError, as_called
 from megatron_vl.launch.stop import StopRequest
 from megatron_vl.platform import current_device, initialize
+from megatron_vl.training.checkpoint.best import read_best
+from megatron_vl.training.checkpoint.export import Exporter
+from megatron_vl.training.checkpoint.files import folder
 from megatron_vl.training.checkpoint.record import write_beginning, write_options
 from megatron_vl.training.checkpoint.resume import (
     check_files,
@@ -70,8 +73,12 @@ def train(
         if not trainer.own:
             write_beginning(plan)
     begun = trainer.done
+    if trainer.best.compares and not trainer.stopping and trainer.validation_due and (
+        not trainer.best.knows(trainer.done)
+    ):
+        trainer.evaluate(trainer.done)  # which the start before did not come to
     saves = config.checkpoint.save is not None
-    while not trainer.ended and not trainer.stopping:
+    while not trainer.ended and not trainer.stopping and not trainer.leaving:
         trainer.step(trainer.done + 1)
         trainer.poll_saves()
         if trainer.done == begun + 1:
@@ -80,16 +87,13 @@ def train(
         # Saved first: a validation that fails costs no training.
         if saves and (last or _due(trainer.done, config.checkpoint.save_interval)):
             trainer.save()
-        evals = config.data.validates and (trainer.ended or _due(
-            trainer.done, config.data.eval_interval
-        ))
-        if evals and not trainer.stopping:
+        if trainer.validation_due and not trainer.stopping:
             if trainer.ended:
                 trainer.poll_saves(wait=True)
             trainer.evaluate(trainer.done)
         if trainer.leaving:
             break
-    if saves and trainer.saved < trainer.done:  # asked to stop while it validated
+    if saves and trainer.saved < trainer.done:  # asked to stop while it validated, or early
         trainer.save()
     trainer.close()
 
@@ -115,8 +119,9 @@ class Trainer:
         watch.beat("building the model")
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
-        fault = self.config.fault
+        fault, exports = self.config.fault, self.config.checkpoint.exports
         self.guard = StepGuard(max_skipped=fault.max_skipped_steps, spike=fault.skip_grad_spikes)
+        self.exporter = Exporter(self.say) if self.rank == 0 and exports else None
         self.saver = self._saver()
         self.microbatches = Microbatches(plan, self.model, watch, timed=self.show.clock.running)
         self.exchange = self.microbatches.exchange
@@ -128,6 +133,14 @@ class Trainer:
     @property
     def ended(self) -> bool:
         return self.show.ended(self.done)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the step that was done last is to be validated."""
+        data = self.config.data
+        return data.validates and self.done > 0 and (
+            self.ended or _due(self.done, data.eval_interval)
+        )
 
     def say(self, text: str) -> None:
         self.show.say(text)
@@ -154,7 +167,16 @@ class Trainer:
         options = self.config.checkpoint
         if options.save is None:
             return None
-        return Saver(Path(options.save), behind=options.async_save, limit=options.save_total_limit)
+        return Saver(
+            Path(options.save), behind=options.async_save, limit=options.save_total_limit,
+            held=self._held,
+        )
+
+    def _held(self) -> set[str]:
+        """Names of checkpoints that stay whatever the limit is: the best, and what is exported."""
+        held = set(self.exporter.held) if self.exporter is not None else set()
+        best = self.best.checkpoint
+        return held if best is None else {*held, folder(self.saver.root, best).name}
 
     def restore(self) -> None:
         """Load what there is to load, and open the data where it was left."""
@@ -180,6 +202,8 @@ class Trainer:
                 self.say(told)
         else:
             self.say("no checkpoint given: every weight starts random")
+        self.best = read_best(self.config, self.done if self.own else 0)
+        self._keep_best()
         self.watch.beat("opening the data")
         self.stopping = self._asked_to_stop()
         self.optimizer.zero_grad()
@@ -200,6 +224,12 @@ class Trainer:
                 f"{self.config.resolved()[option.replace('-', '_')]}; raise {option} to go on with "
                 f"this run, or give --finetune and another --save to start a new one from its "
                 f"weights"
+            ))
+        elif self.best.early_end:
+            self.leaving = self.best.early_end
+            self.say(as_called(
+                f"nothing to do: {self.done} steps are done, and {self.leaving}; raise early-stop, "
+                f"or leave it out, to go on with this run"
             ))
         self.streams = self.microbatches.streams(batches)
         self.show.start(self.done, self.described)
@@ -268,7 +298,8 @@ class Trainer:
     # ---- validation -------------------------------------------------------------------------
 
     def evaluate(self, iteration: int) -> None:
-        """Validate and tell it, or give it up where a rank was asked to stop."""
+        """Validate and tell it, or give it up where a rank was asked to stop; what is better than
+        any checkpoint is saved."""
         with torch.no_grad(), whole_weights(self.model):
             found = evaluate(
                 self.microbatches, iteration, stopping=self._asked_to_stop, tell=self.left_out.tell
@@ -283,11 +314,21 @@ class Trainer:
                 "the validation split has no trained token; give another valid-data-path, or "
                 "eval-interval 0."
             )
-        if self.show.log is not None:
-            self.show.log.evaluation(
-                iteration, found.loss, found.trained, found.seconds, found.skipped,
-                found.cut,
-            )
+        self.show.validation(iteration, found)
+        figures = found.figures
+        self.best.add(iteration, loss=figures.loss, exact=figures.exact_accuracy)
+        if self.best.to_be_saved() and self.saved < iteration:
+            self.save()
+        self._keep_best()
+        self.leaving = self.leaving or self.best.early_end
+
+    def _keep_best(self) -> None:
+        """Say which checkpoint is the best where it is read."""
+        if self.rank == 0 and self.done:
+            try:
+                self.best.write()
+            except OSError as error:
+                self.say(f"WARNING: {self.best.file} was not written: {error}")
 
     # ---- end --------------------------------------------------------------------------------
 
@@ -307,6 +348,8 @@ class Trainer:
         """Tell the saves that have ended; `wait` for what is behind training, as before an end."""
         if self.saver is not None:
             self._tell_saved(self.saver.poll(wait=wait))
+        if self.exporter is not None:
+            self.exporter.poll()
 
     def _tell_saved(self, ended: list[Saved]) -> None:
         for one in ended:
@@ -318,23 +361,50 @@ class Trainer:
                 )
                 continue
             self.failed_save = None
+            self.best.whole.add(one.iteration)
+            self._keep_best()
             self.say(f"saved {one.path} in {one.seconds:.1f} s")
             if one.deleted:
                 self.say(f"deleted iterations {', '.join(map(str, one.deleted))}, as "
                          f"save-total-limit {self.saver.limit} says")
             if one.warning:
                 self.say(f"WARNING: {one.warning}")
+            every = self.config.checkpoint.export_hf_interval
+            if self.exporter is not None and _due(one.iteration, every or 0):
+                self.exporter.export(one.path)
+
+    def _finish_exports(self) -> None:
+        """Export the end of the run, unless this start ends before it, and wait for that."""
+        if not self.config.checkpoint.exports:
+            return
+        last = folder(self.saver.root, self.done)
+        early, busy = not self.ended or self.stopping, True
+        if self.exporter is not None and not early and last.is_dir():
+            self.exporter.export(last)
+        while busy and not early:
+            self.watch.beat(f"exporting {last}")
+            time.sleep(0.1)
+            busy, early = self._largest(
+                self.exporter is not None and self.exporter.poll(), bool(self.stop.reason)
+            )
+        if self.exporter is not None and early and last.is_dir():
+            why = "the run was asked to stop" if self.ended else "the run is not at its end"
+            self.exporter.give_up(last, why)
 
     def close(self) -> None:
         self.poll_saves(wait=True)
+        self._finish_exports()
         self.watch.close()
         (peak,) = self._largest(self.platform.peak_memory_bytes())
         done = "done"
         if self.stopping or (self.leaving and not self.ended):
             why = self.leaving or "asked to stop"
-            done = f"{why}; {self.done} steps are done, the same command goes on; ran"
+            goes_on = "" if self.best.early_end else ", the same command goes on"
+            done = f"{as_called(why)}; {self.done} steps are done{goes_on}; ran"
         elif told := short_of_schedule(self.config, self.done):
             self.say(as_called(told))
+        if told := self.best.told():
+            self.say(told)
         self.say(f"{done} in {duration(time.perf_counter() - self.started)}; "
                  f"peak memory of a rank {peak / 2**30:.2f} GiB")
         if self.loader is not None:
@@ -346,3 +416,6 @@ class Trainer:
                 f"saved ({self.failed_save.error}); mend that and start again, which goes on from "
                 f"the one before."
             )
+        if self.exporter is not None and self.exporter.failed:
+            raise InputError(f"the run is done, but it could not be exported: "
+                             f"{self.exporter.failed}.")

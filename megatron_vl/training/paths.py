@@ -12,10 +12,13 @@ from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
+from megatron_vl.training.checkpoint.export import HF
 from megatron_vl.training.checkpoint.start import hf_directory
 from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.options.groups import CheckpointOptions
 from megatron_vl.training.reporting.trackers import check_trackers
 from megatron_vl.weights.found import others
+from megatron_vl.weights.hf_io import is_hf_directory
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -49,6 +52,8 @@ def check_outputs(config: TrainConfig) -> None:
         raise InputError(
             f"--save {config.checkpoint.save} is {what}; give a directory of the run's own."
         )
+    if config.checkpoint.exports:
+        _check_export(config.checkpoint)
     for option, given in (
         ("save", config.checkpoint.save),
         ("tensorboard-dir", config.log.tensorboard_dir),
@@ -67,6 +72,27 @@ def check_outputs(config: TrainConfig) -> None:
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             what = "may not be written to" if there.is_dir() else "is a file"
             raise InputError(f"{option} {given} cannot be made: {there} {what}; give another.")
+
+
+def _check_export(options: CheckpointOptions) -> None:
+    """Raises InputError: SAVE/hf holds what an export must not replace."""
+    target = Path(options.save) / HF
+    for name in ("load", "hf_config"):
+        given = getattr(options, name)
+        if given is not None and Path(given).resolve().is_relative_to(target.resolve()):
+            raise InputError(
+                f"the export replaces {target}, which {name.replace('_', '-')} reads; give another "
+                f"save."
+            )
+    if target.is_dir():
+        free = not any(target.iterdir()) or is_hf_directory(target)
+    else:
+        free = not target.exists()
+    if not free:
+        raise InputError(
+            f"the export writes {target}, where something else is; move that away, or give another "
+            f"save."
+        )
 
 
 def mixtures(config: TrainConfig) -> tuple[Mixture, Mixture]:

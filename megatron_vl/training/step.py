@@ -16,7 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.encode.samples import IGNORE, RowBatch, Skipped
 from megatron_vl.errors import InputError
-from megatron_vl.ops.segments import Segments
+from megatron_vl.ops.segments import Segments, segment_numbers
+from megatron_vl.training.scores import sum_scores
 
 
 @dataclass
@@ -154,8 +155,9 @@ def forward_step(
 ):
     """Megatron-Core's forward step: the chunk's output, and the function that sums its loss.
 
-    `per_sample` gives every sample the same weight, instead of every trained token; `timed` is
-    entered around the chunk's own work.
+    Of a chunk in evaluation it scores the samples too: see `sum_scores`. `per_sample` gives every
+    sample the same weight, instead of every trained token; `timed` is entered around the chunk's
+    own work.
     """
     batch = next(stream)
     loss_mask, samples = batch.loss_mask, None
@@ -173,7 +175,12 @@ def forward_step(
             labels=batch.labels,
             loss_mask=loss_mask,
         )
-    return output, partial(sum_loss, samples=samples)
+    if model.training:
+        return output, partial(sum_loss, samples=samples)
+    return output, partial(
+        sum_scores, batch=batch, share=model.module.share,
+        sum_loss=partial(sum_loss, samples=samples),
+    )
 
 
 def equal_samples(
@@ -186,9 +193,8 @@ def equal_samples(
         cu_seqlens: int32 [segments + 1], cumulative lengths of the samples and the padding.
     """
     trained = (loss_mask.flatten() > 0).to(loss_mask.dtype)
-    lengths = cu_seqlens.diff()
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    counts = trained.new_zeros(len(lengths)).index_add(0, segment, trained)
+    segment = segment_numbers(cu_seqlens)
+    counts = trained.new_zeros(len(cu_seqlens) - 1).index_add(0, segment, trained)
     weights = trained / counts.clamp(min=1)[segment]
     return weights.view_as(loss_mask), (counts > 0).sum(dtype=torch.int)
 

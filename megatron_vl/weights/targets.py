@@ -45,7 +45,7 @@ class HFTarget:
     """Published names in safetensors of at most `max_shard_bytes`."""
 
     side_files: ClassVar[Sequence[str]] = SIDE_FILES
-    max_shard_bytes: int
+    max_shard_bytes: int = 5 * 10**9
 
     def wanted(self, weights: WeightMap) -> list[Stored]:
         return weights.hf_inventory()

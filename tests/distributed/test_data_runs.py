@@ -20,7 +20,7 @@ from distributed_launch import Workshop
 RUN = {  # of a run on the mixed dataset
     "--seq-length": 512, "--packing-buffer-size": 32, "--shuffle-buffer-size": 30,
     "--global-batch-size": 4, "--train-iters": 4, "--lr": "1e-3", "--save-interval": 2,
-    "--eval-interval": 0, "--num-workers": 1,
+    "--eval-interval": 0, "--num-workers": 1, "--log-interval": 1,
 }
 
 
@@ -133,7 +133,7 @@ def test_a_run_of_an_epoch_of_packed_rows_ends_when_all_was_read_also_after_a_br
     assert [step["epoch"] for step in steps.values()] == pytest.approx(
         [sum(read[: i + 1]) / 126 for i in range(len(read))])
     assert f", 'epoch': {sum(read) / 126:.2f}}} | " in done.out
-    forecast = int(re.search(r"data ranks; (\d+) steps", done.out)[1])
+    forecast = int(re.search(r"; 1 epoch, about (\d+) steps by a forecast", done.out)[1])
     assert abs(forecast - len(steps)) <= 1
     assert "nothing to do" in runs.train("epoch", **epoch).out
     save = runs.root / "epoch"

@@ -13,6 +13,7 @@ import torch
 import yaml
 from commands import ROOT, Done, environment_with, executed_by, recorded, shell
 from distributed_launch import CONVERTOR, LAUNCHER, words
+from safetensors.torch import load_file, save_file
 
 from megatron_vl.cli.main import main
 
@@ -184,13 +185,38 @@ def empty_validation(workshop, tmp_path):
     return dict(VALID_DATASET_PATH=data)
 
 
-def remove_weight(workshop, tmp_path):
-    weights = shutil.copytree(workshop.weights(1, 2), tmp_path / "weights")
-    file = weights / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
-    content = torch.load(file, weights_only=False)
-    del content["model"]["language_model.decoder.final_layernorm.weight"]
-    torch.save(content, file)
-    return dict(PRETRAIN_CHECKPOINT_PATH=weights)
+def of_megatron(change):
+    """Weights whose last stage is changed by `change`."""
+    def make(workshop, tmp_path):
+        weights = shutil.copytree(workshop.weights(1, 2), tmp_path / "weights")
+        file = weights / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+        content = torch.load(file, weights_only=False)
+        change(content["model"], "language_model.decoder.final_layernorm.weight")
+        torch.save(content, file)
+        return dict(PRETRAIN_CHECKPOINT_PATH=weights)
+    return make
+
+
+def of_hugging_face(change):
+    def make(workshop, tmp_path):
+        model = shutil.copytree(workshop.model_dir, tmp_path / "model")
+        content = load_file(model / "model.safetensors")
+        change(content, "model.norm.weight")
+        save_file(content, model / "model.safetensors", {"format": "pt"})
+        return dict(PRETRAIN_CHECKPOINT_PATH=model)
+    return make
+
+
+def remove(tensors, name):
+    del tensors[name]
+
+
+def add(tensors, name):
+    tensors[f"{name}s"] = tensors[name].clone()
+
+
+def cut(tensors, name):
+    tensors[name] = tensors[name][:-1].clone()
 
 
 def damage_images(workshop, tmp_path):
@@ -209,7 +235,12 @@ BAD_FILES = {
     "a missing index": (remove_index, ".nv-meta"),
     "a missing shard": (remove_shard, "shard-"),
     "an empty validation split": (empty_validation, "'val'"),
-    "a missing weight": (remove_weight, "language_model.decoder.final_layernorm.weight"),
+    **{f"a weight that {how}, {kind}": (of(change), f"{name}{end}")
+       for how, change, end in (("is missing", remove, ""), ("nobody knows", add, "s"),
+                                ("is cut short", cut, " has shape [63]"))
+       for kind, of, name in (
+           ("Megatron-Core's", of_megatron, "language_model.decoder.final_layernorm.weight"),
+           ("Hugging Face's", of_hugging_face, "model.norm.weight"))},
 }
 FOUND_BY_RANKS = {
     "corrupt images": (damage_images, "its image or video is unusable"),

@@ -261,7 +261,7 @@ def test_a_checkpoint_that_holds_a_program_is_refused_and_not_run(undisturbed, w
 def test_a_signal_saves_within_the_grace_period_and_ends_well(
     name, undisturbed, workshop, tmp_path
 ):
-    run = Run(tmp_path, workshop, train_iters=40, save_interval=1000)
+    run = Run(tmp_path, workshop, train_iters=40, save_interval=1000, export_hf=name == "SIGTERM")
     job = run.start()
     run.wait_for(job, lambda: len(run.records) > 2)
     asked = time.monotonic()
@@ -271,8 +271,12 @@ def test_a_signal_saves_within_the_grace_period_and_ends_well(
     done = run.records[-1]["iteration"]
     assert run.iterations == [done] and done < 40
     assert f"asked to stop; {done} steps are done" in run.said
+    assert not (run.save / "hf").exists()
+    told = f"{run.save}/iter_{done:07d} is not exported, as the run is not at its end"
+    assert (told in run.said) == (name == "SIGTERM")
     assert run.finish().code == 0
     assert run.losses == undisturbed.losses
+    assert (run.save / "hf" / "model.safetensors").exists() == (name == "SIGTERM")
 
 
 def test_a_rank_that_hangs_is_noticed_and_every_rank_says_where_it_is(workshop, tmp_path):

@@ -32,6 +32,7 @@ LR, MIN_LR, VIT_LR, MERGER_LR = 1e-3, 1e-4, 3e-4, 2e-3
 RUN = {
     "seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS,
     "save_interval": STEPS, "lr": LR, "min_lr": MIN_LR, "eval_interval": 0, "num_workers": 0,
+    "packing_buffer_size": 0, "use_distributed_optimizer": False,
 }
 DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}

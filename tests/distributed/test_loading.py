@@ -37,6 +37,9 @@ GRID = {
     "tp2 pp2 with whole towers": ("tied", dict(tp=2, pp=2, vit_data_parallel=True), [], "hf"),
     "tp2 pp2 with whole towers over both": (
         "tied", dict(tp=2, pp=2, vit_data_parallel=True), SPAN, "hf"),
+    "tp2 of vision over two stages": ("tied", dict(tp=2), [], "spread"),
+    "pp2 of virtual stages": ("untied", dict(pp=2), ["--first-stage-layers", "1"], "virtual"),
+    "tp2 pp2 of tp4": ("tied", dict(tp=2, pp=2), [], "tp4"),
 }
 
 
@@ -71,7 +74,8 @@ def found(shared) -> Path:
             made = convert(hf, out / f"{name}-made", *sizes, *options)
             sources = {
                 "hf": [], "torch_dist": ["--format", "torch_dist"], "tp2": ["--tp", "2"],
-                "other": ["--pp", "2", "--first-stage-layers", "3"],
+                "tp4": ["--tp", "4"], "other": ["--pp", "2", "--first-stage-layers", "3"],
+                "spread": ["--pp", "2", *SPAN], "virtual": ["--pp", "2", "--vp", "2"],
             }[source]
             given = convert(hf, out / f"{model}-{source}", *sources) if sources else hf
             jobs[name] = {

@@ -17,6 +17,7 @@ from megatron_vl.training.plan import plan_run
 RUN = {
     "seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 1, "lr": 1e-3,
     "min_lr": 1e-4, "eval_interval": 0, "num_workers": 0, "save_interval": 10,
+    "packing_buffer_size": 0, "use_distributed_optimizer": False,
 }
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}

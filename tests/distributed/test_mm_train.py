@@ -68,7 +68,9 @@ BECOMES = [  # of data.json, of model.json, and what is among the options
     ({}, {}, {"--freeze-vit": "", "--freeze-merger": "", "--pp-layers": "[0, 4]",
               "--vit-pp-layers": "[1, 1]", "--image-max-pixels": "262144",
               "--image-min-pixels": "1", "--video-max-pixels": "16384", "--video-fps": "2",
-              "--video-maxlen": "64", "--eval-interval": "0", "--min-lr": "0"}),
+              "--video-maxlen": "64", "--eval-interval": "0", "--min-lr": "0",
+              "--packing-buffer-size": "0", "--no-use-distributed-optimizer": "",
+              "--log-interval": "1"}),
     # What MindSpeed-MM takes where a key is missing.
     ({f"{MEDIA}.image_max_pixels": None, f"{MEDIA}.image_min_pixels": None,
       f"{MEDIA}.video_max_pixels": None, f"{MEDIA}.video_min_pixels": None,

@@ -63,7 +63,7 @@ def test_a_rank_that_is_really_slow_is_named(model_dir, wds_dir, tmp_path):
     options = {
         "micro_batch_size": 2, "global_batch_size": 8, "seq_length": 192, "train_iters": 6,
         "eval_interval": 0, "save_interval": 100, "hf_config": str(model_dir),
-        "train_data_path": str(wds_dir), "report": False, "num_workers": 0,
+        "train_data_path": str(wds_dir), "report": False, "num_workers": 0, "log_interval": 1,
     }
     jobs = {
         name: options | {"metrics_file": str(tmp_path / f"{name}.jsonl"), **more}

@@ -59,11 +59,16 @@ def every_layout(workshop) -> Path:
     return weights
 
 
+def on_a_hub(workshop) -> str:
+    """The model's name in ModelScope's cache."""
+    shutil.copytree(workshop.model_dir, workshop.root / "hub" / "models" / "Qwen" / "Tiny-VL")
+    return "Qwen/Tiny-VL"
+
+
 SOURCES = {  # what a run that was not converted for is given, its layout, what it says of it
     "torch_dist": (every_layout, dict(TP=2, PP=2, first=1), "llm 1-3, vision 2-0"),
-    "a Hugging Face directory": (
-        lambda workshop: workshop.model_dir, dict(TP=2, PP=2, extra="--vit-data-parallel"),
-        "llm 2-2, vision 2-0"),
+    "a name on a hub": (on_a_hub, dict(TP=2, PP=2, extra="--vit-data-parallel"),
+                        "/hub/models/Qwen/Tiny-VL: 0 steps done"),
     "another split": (
         lambda workshop: workshop.weights(1, 2), dict(PP=2, first=1), "llm 1-3, vision 2-0"),
     "another TP and PP": (
@@ -72,7 +77,10 @@ SOURCES = {  # what a run that was not converted for is given, its layout, what 
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_ten_steps_from_weights_of_any_layout_follow_those_of_one_rank(name, workshop, plain_run):
+def test_ten_steps_from_weights_of_any_layout_follow_those_of_one_rank(
+    name, workshop, plain_run, monkeypatch
+):
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(workshop.root / "hub"))
     weights, layout, said = SOURCES[name]
     done = workshop.train(name, **layout, PRETRAIN_CHECKPOINT_PATH=weights(workshop))
     assert done.code == 0 and said in done.out and "GiB a rank in" in done.out, done.text
@@ -116,7 +124,7 @@ def test_what_a_run_leaves_unsaid_is_said(workshop, plain_run, hf_dir, tmp_path)
         assert "was trained with lr 0.001" in done.err, done.text
     # Rows of one sample over two stages.
     run = (*given, "--load", other, "--pp", 2, "--micro-batch-size", 2, "--global-batch-size", 4,
-           "--no-report", "--num-workers", 0, "--nproc-per-node", 2)
+           "--packing-buffer-size", 0, "--no-report", "--num-workers", 0, "--nproc-per-node", 2)
     done = megatron_vl(*run, "--eval-iters", 1, "--train-iters", 1)
     assert done.code == 0 and "nothing of this run will be kept" in done.out, done.text
     assert "at most 256 tokens, no longer than a microbatch needs" in done.out, done.out

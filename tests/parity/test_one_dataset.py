@@ -43,7 +43,7 @@ class Row:
     left_out: dict[str, tuple[str, str]] = field(default_factory=dict)  # the reason, and why
 
 
-IMAGES = {"images": ["0.png"]}
+IMAGES = {"images": ["shown/0.png"]}
 ROWS = {
     "boxes": Row(
         ("<image>Find the <ref-object>.", "<bbox> and <bbox>"), IMAGES | {"objects": SHEEP},
@@ -71,10 +71,10 @@ ROWS = {
     ),
     "several turns": Row(
         ("<image>What is it?", "noise", "Sure?\n", " yes, 是的 🔴", "<image>And this?", "the same"),
-        {"images": ["0.png", "1.png"]}),
+        {"images": ["shown/0.png", "shown/1.png"]}),
     "text alone": Row(("1 + 1?", "2")),
     "a video": Row(
-        ("<video>What happens?", "nothing"), {"videos": [["0.png"] * 4]},
+        ("<video>What happens?", "nothing"), {"videos": [["shown/0.png"] * 4]},
         left_out={"qwen": ("not served", "it has videos, but the model takes images alone")}),
     "tools": Row(("1 + 1?", "2, without them"), {"tools": TOOLS},
                  left_out=dict.fromkeys(MODELS, ("chat template", "it has tools"))),
@@ -92,8 +92,9 @@ def pictures() -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def prepared(pictures, tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
+    (root / "shown").mkdir()
     for number, picture in enumerate(pictures):
-        picture.save(root / f"{number}.png")
+        picture.save(root / "shown" / f"{number}.png")
     entries = [{"messages": openai(*row.said)} | row.more for row in ROWS.values()]
     (root / "data.json").write_text(json.dumps(entries))
     assert run(["prepare", str(root / "data.json"), str(root / "wds"), "--format", "sharegpt",
@@ -106,7 +107,7 @@ def model(request) -> dict:
     """What a loader is told of a model."""
     hf_dir = request.getfixturevalue(MODELS[request.param][0])
     spec = load_spec(hf_dir)
-    if request.param == "qwen":  # places for the name of an image's file
+    if request.param == "qwen":  # places for an image's path
         spec = replace(spec, vision=replace(spec.vision, num_queries=16))
     return {"hf_dir": hf_dir, "spec": spec, "family": family(spec.model_type)}
 
@@ -138,11 +139,12 @@ def by_transformers(row: Row, pictures, model) -> tuple[list[int], list[int]]:
 
 
 def by_the_recipe(row: Row, pictures, model) -> tuple[list[int], list[int]]:
-    """Of Qwen-VL's own fine-tuning, whose texts hold the images' names."""
+    """Of Qwen-VL's own fine-tuning, whose texts hold the images' paths."""
     shown, turns = 0, []
     for number, text in enumerate(row.spelled.get("qwen", row.said)):
         if text.startswith("<image>"):
-            text = f"Picture {shown + 1}: <img>{shown}.png</img>\n{text.removeprefix('<image>')}"
+            text = text.removeprefix("<image>")
+            text = f"Picture {shown + 1}: <img>shown/{shown}.png</img>\n{text}"
             shown += 1
         turns.append((("user", "assistant")[number % 2], text))
     tokenizer = load_encoding(model["hf_dir"], model["spec"])

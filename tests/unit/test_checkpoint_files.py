@@ -116,6 +116,7 @@ def test_only_the_oldest_up_to_the_newest_are_deleted(run):
     assert delete_old(run, 20, 1) == [10]
     assert iterations(run) == [20, 30]
     assert delete_old(run, 30, 5) == []
+    assert delete_old(run, 30, 1, held={"iter_0000020"}) == []
 
 
 def test_checksums_are_those_of_sha256sum_and_find_every_kind_of_damage(tmp_path):

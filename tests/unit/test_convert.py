@@ -18,7 +18,7 @@ from tiny_hf import ROOT, assert_equal, make, read, read_mcore, reference_ranks
 
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
-from megatron_vl.models import tower_spec
+from megatron_vl.models import load_spec, tower_spec
 from megatron_vl.weights import inspect_checkpoint, load_rank, reshard
 
 
@@ -122,6 +122,39 @@ def test_a_cast_is_torchs_and_is_named_in_config_json(dtype, tied, tmp_path):
     assert_equal(read(tmp_path / "back"), wanted)
     assert config_of(tmp_path / "back")["torch_dtype"] == dtype
     assert inspect_checkpoint(tmp_path / "mcore").dtype == dtype
+
+
+def by_transformers_4_57(config: dict) -> dict:
+    """As that release saves it: the language model's numbers once more in a table of their own."""
+    own = ("architectures", "model_type", "torch_dtype", "tie_word_embeddings", "vision_config")
+    rope = {"rope_type": "default", "type": "default",
+            "mrope_section": config["rope_scaling"]["mrope_section"]}
+    text = {key: value for key, value in config.items() if key not in own} | {"rope_scaling": rope}
+    rest = {key: config[key] for key in ("architectures", "model_type")}
+    vision = config["vision_config"] | {"model_type": "qwen2_vl"}
+    return text | rest | {
+        "dtype": config["torch_dtype"], "transformers_version": "4.57.6", "vision_config": vision,
+        "text_config": text | {
+            "model_type": "qwen2_vl_text", "dtype": config["torch_dtype"],
+            "tie_word_embeddings": config["tie_word_embeddings"],
+        },
+    }
+
+
+@pytest.mark.parametrize("form", [dict, by_transformers_4_57])
+def test_config_json_comes_back_byte_for_byte_and_after_a_cast_but_for_the_dtype(
+    form, tied, tmp_path
+):
+    source = shutil.copytree(tied, tmp_path / "source")
+    text = json.dumps(form(config_of(tied)), indent=4)
+    (source / "config.json").write_text(text)
+    assert load_spec(source) == load_spec(tied)
+    convert(source, tmp_path / "mcore", "--tp", 2)
+    convert(tmp_path / "mcore", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_text() == text
+    convert(tmp_path / "mcore", tmp_path / "cast", "--to", "hf", "--dtype", "float16")
+    dtype = config_of(tied)["torch_dtype"]
+    assert config_of(tmp_path / "cast") == json.loads(text.replace(f'"{dtype}"', '"float16"'))
 
 
 def test_a_checkpoint_says_what_it_is_and_serves_each_rank(tied, tmp_path):

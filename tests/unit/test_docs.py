@@ -31,8 +31,9 @@ ARGUMENTS = {  # script -> numbers of arguments it takes
     "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh": (7, 8),
     "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_5_vl_convertor.sh": (7, 8),
 }
-# What the commands shown there write, and what a checkpoint holds.
-MADE = ("runs", "ckpt", ".quickstart", ".venv", ".venv-test", "iter_0000100", "release")
+# What the commands shown there write, what a checkpoint holds, and whose models a hub has.
+MADE = ("runs", "ckpt", ".quickstart", ".venv", ".venv-test", "iter_0000100", "release", "hf",
+        "Qwen")
 # A table of a folder names what is in it without repeating the folder.
 FOLDERS = (ROOT, ROOT / "tests", ROOT / "megatron_vl", ROOT / "megatron_vl" / "models")
 SITES = ("https://github.com/", "https://arxiv.org/", "http://www.apache.org/")

@@ -22,6 +22,8 @@ def model(tmp_path_factory):
 def said(capsys, model, *words: object, code: int = 0) -> str:
     """What a dry run prints: its tables, or the one sentence of a refusal."""
     known = ["train", "--dry-run", "--hf-config", model, "--nproc-per-node", 2]
+    if "--use-distributed-optimizer" not in words:
+        words = ("--no-use-distributed-optimizer", *words)
     for option, value in (("--train-data-path", "nowhere/wds"), ("--global-batch-size", 2)):
         known += [option, value] if option not in words else []
     assert command([str(word) for word in (*known, *words)]) == code

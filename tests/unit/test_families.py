@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from commands import megatron_vl
+from true_sizes import COUNTED, counted
 
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, known_families, load_spec
@@ -17,34 +18,6 @@ from megatron_vl.training.checkpoint.same_model import check_same_model
 TINY = {"baichuan": "baichuan_model_dir", "qwen": "resampler_model_dir", "qwen2": "text_model_dir",
         "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir", "qwen3": "qk_norm_model_dir",
         "qwen3_moe": "experts_model_dir"}
-PUBLISHED = {
-    # layers, width, heads, key/value heads, ffn, vocabulary, tied; the
-    # tower's ffn; billions of numbers
-    ("baichuan", "7B"): ((32, 4096, 32, 32, 11008, 125696, False), None, 7.506),
-    ("qwen", "7B"): ((32, 4096, 32, 32, 11008, 151936, False), None, 9.657),
-    ("qwen2", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), None, 7.616),
-    ("qwen2_5_vl", "3B"): ((36, 2048, 16, 2, 11008, 151936, True), 3420, 3.755),
-    ("qwen2_5_vl", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), 3420, 8.292),
-    ("qwen2_5_vl", "32B"): ((64, 5120, 40, 8, 27648, 152064, False), 3456, 33.453),
-    ("qwen2_5_vl", "72B"): ((80, 8192, 64, 8, 29568, 152064, False), 3456, 73.411),
-    ("qwen3", "4B"): ((36, 2560, 32, 8, 9728, 151936, True), None, 4.022),
-    ("qwen3", "32B"): ((64, 5120, 64, 8, 25600, 151936, False), None, 32.762),
-    ("qwen3_moe", "30B-A3B"): ((48, 2048, 32, 4, 6144, 151936, False), None, 30.532),
-}
-KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-        "intermediate_size", "vocab_size", "tie_word_embeddings")
-WINDOWS = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14, "window_size": 112,
-           "fullatt_block_indexes": [7, 15, 23, 31]}
-OTHERWISE = {  # what a family calls or counts as no other does
-    "qwen": {"intermediate_size": 2 * 11008, "kv_channels": 128, "visual": {
-        "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48,
-        "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664,
-    }},
-    "qwen3": {"head_dim": 128},
-    "qwen3_moe": {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
-                  "moe_intermediate_size": 768},
-}
-
 
 @pytest.fixture(params=sorted(TINY))
 def tiny(request):
@@ -77,23 +50,15 @@ def test_a_sample_has_a_position_on_every_axis(tiny):
     assert torch.equal(made, torch.arange(7).expand(positions.axes, 7))
 
 
-@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+@pytest.mark.parametrize(("name", "size"), COUNTED)
 def test_a_published_size_is_counted_right(name, size, request, tmp_path):
-    sizes, vision_ffn, billions = PUBLISHED[name, size]
-    config = read_config_json(request.getfixturevalue(TINY[name])) | dict(
-        zip(KEYS, sizes, strict=True)
-    ) | OTHERWISE.get(name, {})
-    if vision_ffn:
-        config["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
-        config["vision_config"] |= WINDOWS | {
-            "intermediate_size": vision_ffn, "out_hidden_size": config["hidden_size"],
-        }
+    config = counted(request.getfixturevalue(TINY[name]), name, size)
     (tmp_path / "config.json").write_text(json.dumps(config))
     spec = load_spec(tmp_path)
     family(name).check_size(spec, size)
     numbers = sum(family(name).weight_map(spec).counts().values())
-    assert round(numbers / 1e9, 3) == billions
-    tp, pp = 4 if sizes[2] % 8 else 8, 4  # 8 does not divide an ffn of 3420
+    assert round(numbers / 1e9, 3) == COUNTED[name, size][2]
+    tp, pp = 4 if COUNTED[name, size][0][2] % 8 else 8, 4  # 8 does not divide an ffn of 3420
     if spec.decoder.experts is not None:
         tp, pp = 2, 2  # each rank has every expert, and each expert its lines
     done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", tp, "--pp", pp, "--dry-run")

@@ -11,6 +11,8 @@ from commands import megatron_vl
 
 from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.paths import check_outputs
 from megatron_vl.weights.found import no_checkpoint, others
 
 
@@ -94,6 +96,30 @@ def test_training_refuses_to_save_into_a_dataset(places, hf_dir, wds_dir):
     said = f"--save {save} is a prepared dataset; give a directory of the run's own.\n"
     assert (done.code, done.err) == (2, f"megatron-vl train: {said}"), done.text
     assert sorted(save.rglob("*")) == before
+
+
+EXPORTS = {  # SAVE, what else is given -> what is said of SAVE/hf
+    ".": ({"load": "hf"}, "the export replaces ROOT/hf, which load reads; give another save."),
+    "notes": ({}, "the export writes ROOT/notes/hf, where something else is; move that away"),
+    "exported": ({"load": "hf"}, None),
+}
+
+
+@pytest.mark.parametrize("save", EXPORTS)
+def test_an_export_replaces_nothing_else_and_no_model_that_is_read(save, places):
+    more, said = EXPORTS[save]
+    (places / "notes" / "hf" / "more").mkdir(parents=True, exist_ok=True)
+    if save == "exported":
+        shutil.copytree(places / "hf", places / "exported" / "hf")
+    config = TrainConfig.from_dict({
+        "save": str(places / save), "export_hf": True,
+        **{name: str(places / value) for name, value in more.items()},
+    })
+    if said is None:
+        return check_outputs(config)
+    with pytest.raises(InputError) as told:
+        check_outputs(config)
+    assert said.replace("ROOT", str(places)) in str(told.value)
 
 
 COMMANDS = {  # command, and what it is given that it cannot use

@@ -1,5 +1,6 @@
 """Runs as pictures and as a page: what is on it, and that it obeys nobody's text."""
 
+import base64
 import json
 import re
 
@@ -191,6 +192,45 @@ def test_the_page_holds_plots_layout_data_ranks_checkpoints_and_options(tmp_path
     # Nothing is loaded from elsewhere, and another's text stays text.
     assert EVIL not in page and page.count("&lt;script&gt;") == 3
     assert not re.search(r"<script|https?://|<link", page)
+
+
+def test_the_page_shows_what_the_same_samples_are_answered_from_the_first_validation_to_the_last(
+    tmp_path
+):
+    folder = write_run(tmp_path / "log", steps=6)
+    picture = base64.b64encode(b"\xff\xd8 a picture").decode()
+    asked = {"question": EVIL, "expected": "red", "pictures": [picture], "other_media": 2}
+    accuracy = {"token_accuracy": 0.5, "exact_accuracy": 0.25}
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in range(1, 7):
+            answer = {"sample": "a/1", "answer": f"said {step}", "exact": step == 6}
+            file.write(json.dumps({
+                "kind": "validation", "iteration": step, "validation_loss": 1 / step,
+                "epoch": step / 4, **accuracy, "answers": [answer | (asked if step == 1 else {})],
+                "datasets": {"a": {"validation_loss": 2.5, "samples": 3, **accuracy}},
+            }) + "\n")
+    page = write_page(folder).read_text()
+    assert f'<img alt="a/1" src="data:image/jpeg;base64,{picture}"><br>and 2 more' in page
+    assert "<td class=wrong>✗ said 4</td><td class=right>✓ said 6</td>" in page
+    text = re.sub(r"<[^>]+>", "|", page)
+    assert "iteration 1||iteration 2||iteration 4||iteration 6" in text and EVIL not in page
+    assert "a||3||2.5000||50.0%||25.0%" in text
+    assert "exact answers||25.0% at last, 25.0% at best, iteration 1|" in text
+
+
+@pytest.mark.parametrize(("packed", "says"), [
+    (0, "|steps||4 in 8 s"), (64, "|steps||4 of about 9 (forecast: rows are packed) in 8 s"),
+])
+def test_the_page_says_the_epochs_and_what_of_them_is_a_forecast(packed, says, tmp_path):
+    folder = write_run(tmp_path / "log")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["options"] |= {"num_train_epochs": 3.0, "packing_buffer_size": packed,
+                            "train_iters": 9}
+    for line in lines[1:5]:
+        line["epoch"] = 0.3 * line["iteration"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    text = re.sub(r"<[^>]+>", "|", write_page(folder).read_text())
+    assert says in text and "|epochs||1.20 of 3|" in text
 
 
 def test_a_page_can_be_made_of_an_older_run_s_numbers_alone(tmp_path):

@@ -79,14 +79,15 @@ def test_what_cannot_run_is_refused_with_what_to_use_instead(options, sentence, 
     assert sentence in str(refused.value)
 
 
+ALONE = dict(packing_buffer_size=0)
 PP2 = dict(pipeline_model_parallel_size=2)
 WIDE = dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2)
 
 
 @pytest.mark.parametrize(("options", "world", "multiple"), [
-    (dict(), 1, 64), (PP2, 2, 64), (WIDE, 4, 64), (dict(packing_buffer_size=8), 1, None),
+    (ALONE, 1, 64), (PP2 | ALONE, 2, 64), (WIDE | ALONE, 4, 64), (dict(), 1, None),
     # Megatron-Core would swap the lengths that virtual stages tell one another.
-    (dict(**PP2, num_virtual_stages_per_pipeline_rank=2), 2, None),
+    (dict(**PP2, **ALONE, num_virtual_stages_per_pipeline_rank=2), 2, None),
 ])
 def test_rows_of_one_sample_vary_in_length_where_the_layout_lets_them(
     options, world, multiple, model_dir
@@ -269,3 +270,12 @@ def test_a_resumed_run_may_have_another_length_and_nothing_else_of_its_schedule(
     with pytest.raises(InputError, match=f"was trained with {refused}"):
         _check_options(now, info)
     _check_options(TrainConfig.from_dict({**has, "override_opt_param_scheduler": True}), info)
+
+
+def test_a_run_without_todays_default_optimizer_is_told_so(tmp_path):
+    before = TrainConfig.from_dict({"use_distributed_optimizer": False})
+    info = checkpoint_of(before.resolved(), tmp_path)
+    says = "with use-distributed-optimizer false but this run has true; give the old value"
+    with pytest.raises(InputError, match=says):
+        _check_options(TrainConfig.from_dict({}), info)
+    _check_options(before, info)

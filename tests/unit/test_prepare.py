@@ -44,7 +44,8 @@ def test_every_question_is_a_sample_with_the_image_s_own_bytes(llava_dir, wds_di
                 ]},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
-            "media": [{"kind": "image", "files": ["0.png"], "height": 64, "width": 64}],
+            "media": [{"kind": "image", "files": ["0.png"], "height": 64, "width": 64,
+                       "path": entry["image"]}],
         }
 
 

@@ -64,7 +64,7 @@ def test_every_format_of_every_file_gives_the_same_shards(tmp_path, name, kind):
             {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
         ]  # fmt: skip
         assert sample["media"] == [
-            {"kind": "image", "files": ["0.png"], "height": 30, "width": 40}
+            {"kind": "image", "files": ["0.png"], "height": 30, "width": 40, "path": "0.png"}
         ]
     assert {data for file, data in members.items() if file.endswith(".png")} == {_png()}
 

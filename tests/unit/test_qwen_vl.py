@@ -251,13 +251,14 @@ def test_a_tiny_model_that_no_qwen_vl_is_refused(options, says, tmp_path):
 
 # ---- tokens and labels ------------------------------------------------------------------------
 
-ENTRIES = [  # (turns as Qwen-VL's JSON has them, files of their images)
-    ([("user", "Picture 1: <img>0.jpg</img>\nWhere is the cat? 猫在哪里？"),
+ENTRIES = [  # (turns as Qwen-VL's JSON has them, paths of their images)
+    ([("user", "Picture 1: <img>/data/cafe\u0301/0 (1).jpg</img>\nWhere is the cat? 猫在哪里？"),
       ("assistant", "<ref>The cat</ref><box>(10,20),(300,400)</box>."),
-      ("user", "Thanks\n"), ("assistant", "  You're welcome.\n\n")], ["0.jpg"]),
+      ("user", "Thanks\n"), ("assistant", "  You're welcome.\n\n")],
+     ["/data/cafe\u0301/0 (1).jpg"]),
     ([("user", "Picture 1: <img>0.png</img>\nPicture 2: <img>1.png</img>\nCompare e\u0301."),
-      ("assistant", "Equal."), ("user", "Picture 3: <img>2.png</img>\nAnd this?"),
-      ("assistant", "<quad>(1,2),(3,4),(5,6),(7,8)</quad>")], ["0.png", "1.png", "2.png"]),
+      ("assistant", "Equal."), ("user", "Picture 3: <img>0.png</img>\nAnd this?"),
+      ("assistant", "<quad>(1,2),(3,4),(5,6),(7,8)</quad>")], ["0.png", "1.png", "0.png"]),
     ([("user", "No image."), ("assistant", "None.")], []),
 ]
 
@@ -282,18 +283,31 @@ def published(resampler_model_dir, tmp_path_factory):
     return ModelEncoder.from_hf_dir(out, spec, family("qwen")), spec, out
 
 
-@pytest.mark.parametrize(("said", "files"), ENTRIES)
-def test_tokens_and_labels_are_those_of_the_published_fine_tuning(said, files, published):
+@pytest.mark.parametrize(("said", "paths"), ENTRIES)
+def test_tokens_and_labels_are_those_of_the_published_fine_tuning(said, paths, published):
     encoder, spec, _ = published
     entry = {"conversations": [{"from": role, "value": value} for role, value in said]}
     turns = read_entry("qwen_vl", entry).turns
-    media = [StoredMedia(kind="image", files=(name,), height=9, width=9) for name in files]
+    media = [StoredMedia(kind="image", files=("0.jpg",), height=9, width=9, path=path)
+             for path in paths]
     tokens, labels, grids = encoder.encode(turns, media)
     ids, wanted = as_finetune_does(encoder.chat.prompt.encoding, said)
     assert tokens.tolist() == ids
     assert labels.tolist() == [*wanted[1:], -100]
-    assert len(grids) == len(files)
-    assert int(spec.tokens.places(tokens).sum()) == 256 * len(files)
+    assert len(grids) == len(paths)
+    assert int(spec.tokens.places(tokens).sum()) == 256 * len(paths)
+
+
+def test_of_a_path_longer_than_its_places_they_hold_the_beginning(published):
+    encoder, _, _ = published
+    turns = read_entry("qwen_vl", {"conversations": [
+        {"from": "user", "value": "<img>0.png</img>?"}, {"from": "assistant", "value": "a"}]}).turns
+    tokens = [
+        encoder.encode(turns, [StoredMedia(kind="image", files=("0.png",), height=9, width=9,
+                                           path="a" * length)])[0].tolist()
+        for length in (256, 300)
+    ]
+    assert tokens[0] == tokens[1] and tokens[0].count(ord("a")) >= 256
 
 
 def test_the_published_scripts_flags_plan_the_true_size(published, tmp_path):
@@ -354,7 +368,7 @@ def test_a_long_sample_is_cut_behind_its_images_and_never_within_one(
     tokens = {}
     for entry in entries:
         turns = read_entry("qwen_vl", entry).turns
-        media = [StoredMedia(kind="image", files=("0.png",), height=8, width=8)]
+        media = [StoredMedia(kind="image", files=("0.png",), height=8, width=8, path="0.png")]
         tokens[entry["id"]], _, _ = ModelEncoder.from_hf_dir(**model).encode(turns, media)
     *_, last = of_model.tokens.places(tokens["image"]).nonzero().flatten().tolist()
     # Within the image, behind its last place, behind its end.

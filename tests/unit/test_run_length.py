@@ -14,7 +14,8 @@ def steps(hf_dir, wds_dir, mixed_dir):
         for name, path in (("wds", wds_dir), ("mixed", mixed_dir)):
             data = data.replace(name, str(path))
         return with_steps(TrainConfig.from_dict({
-            "hf_config": str(hf_dir), "train_data_path": data, "seq_length": 1000, **options,
+            "hf_config": str(hf_dir), "train_data_path": data, "seq_length": 1000,
+            "packing_buffer_size": 0, **options,
         })).batch.train_iters
 
     return steps
@@ -56,7 +57,7 @@ def test_a_dry_run_of_epochs_tells_the_steps_and_notes_data_that_are_not_there(h
     def tell(data):
         return dry_run(TrainConfig.from_dict({
             "hf_config": str(hf_dir), "train_data_path": str(data), "num_train_epochs": 2,
-            "global_batch_size": 10,
+            "global_batch_size": 10, "packing_buffer_size": 0,
         }), nnodes=1, nproc_per_node=1)
 
     assert "; 74 steps\n" in tell(wds_dir)

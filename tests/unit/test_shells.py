@@ -80,6 +80,7 @@ def test_the_published_recipe_runs_as_it_is_typed(family, name, tmp_path):
     for option, value in {
         "--model-size": "7B", "--global-batch-size": "32", "--max-padding-length": "2048",
         "--attention-backend": "auto", "--recompute-granularity": "selective", "--load": "mcore",
+        "--packing-buffer-size": "0", "--log-interval": "1",
     }.items():
         assert words[words.index(option) + 1] == value
     assert {"--bf16", "--use-distributed-optimizer"} < set(words)
@@ -88,6 +89,8 @@ def test_the_published_recipe_runs_as_it_is_typed(family, name, tmp_path):
 
 
 CHOSEN = {  # what is typed -> the option it becomes, what is said about it
+    "DO true": (dict(DO="true"), ("--use-distributed-optimizer",), ""),
+    "DO false": (dict(DO="false"), ("--no-use-distributed-optimizer",), ""),
     "FL true": (dict(FL="true"), ("--attention-backend", "flash-first"), ""),
     "FL false": (dict(FL="false"), ("--attention-backend", "auto"), ""),
     "AC true": (dict(AC="true"), ("--recompute-granularity", "selective"),
@@ -101,7 +104,8 @@ CHOSEN = {  # what is typed -> the option it becomes, what is said about it
 def test_each_word_becomes_its_option(words, option, said, tmp_path):
     done = sh(TRAINER, *published(**{"AC": "false", **words}), PYTHON=stub(tmp_path, "python"))
     became = given(done)
-    assert became[became.index(option[0]) + 1] == option[1]
+    at = became.index(option[0])
+    assert tuple(became[at : at + len(option)]) == option
     assert done.stderr == said
 
 

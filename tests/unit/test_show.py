@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from metric_log import STEP, Kept, line, log
+from metric_log import STEP, VALIDATION, Kept, line, log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vl.errors import InputError
@@ -135,18 +135,29 @@ def test_every_step_goes_to_the_files_and_every_line_to_trackers(tmp_path):
                     tensorboard_dir=str(tmp_path / "board"), trackers=kept, peak_flops=10e12)
     for i in (1, 2, 3):
         one.step(replace(STEP, iteration=i, loss=1 / i))
-    one.evaluation(3, 2.5, 50, 1.0)
+    one.evaluation(3, VALIDATION, epoch=0.5)
+    one.evaluation(3, VALIDATION)
     one.close()
-    assert [text[:14] for text in said] == ["iteration 2/3 ", "iteration 3/3 ", "validation at "]
-    assert "| {'eval_loss': 2.5000} |" in said[-1]
+    assert [text[:14] for text in said] == ["iteration 2/3 ", "iteration 3/3 "] + [
+        "validation at ", "  of a: loss 2", "  of b: loss 3"] * 2
+    assert ("| {'eval_loss': 2.5000, 'eval_token_accuracy': 0.7500, 'eval_exact': 0.5000, "
+            "'epoch': 0.50} | perplexity 12.182 | 4 samples, 50 trained tokens | 1.0 s") in said[2]
+    assert said[3] == "  of a: loss 2.0000, token accuracy 50.0%, exact answers 25.0% of 3 samples"
     run = read_history(tmp_path / "log")
     assert [step["loss"] for step in run.steps] == [1.0, 0.5, 1 / 3]  # not rounded
     first = run.steps[0]
     assert (first["llm_tokens_per_second"], first["tokens_per_second"]) == (2400, 2000)
     assert (first["vision_mfu"], first["llm_mfu"], first["llm_flops_per_second"]) == (.2, .6, 6e12)
-    assert run.validations[0]["validation_loss"] == 2.5
+    (validation,) = run.validations
+    assert validation["validation_loss"] == 2.5 and validation["exact_accuracy"] == 0.5
+    assert validation["datasets"]["b"]["validation_loss"] == 3.0
+    # Pictures are written once.
+    lines = (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()
+    asked = [one.get("answers", [{}])[0].get("question") for one in map(json.loads, lines)]
+    assert asked[-2:] == ["What?", None]
     assert list((tmp_path / "board").glob("events*"))
-    assert [got[0] for got in kept.got[:-1]] == [2, 3, 3] and kept.got[-1] == "closed"
+    assert kept.got[2][1]["validation/token_accuracy/a"] == 0.5
+    assert [got[0] for got in kept.got[:-1]] == [2, 3, 3, 3] and kept.got[-1] == "closed"
     assert kept.got[0][1]["train/loss"] == 0.5
 
 
@@ -222,7 +233,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_in_the_history
     one = log(jsonl=file, say=lambda _: None)
     one.start({"done": 0, "hosts": [math.inf]})
     one.step(replace(STEP, loss=math.nan, grad_norm=math.inf))
-    one.evaluation(1, math.nan, 50, 1.0)
+    one.evaluation(1, replace(VALIDATION, figures=replace(VALIDATION.figures, loss=math.nan)))
     one.close()
 
     def refuse(word: str) -> None:

@@ -117,6 +117,12 @@ def test_megatron_lms_flags_are_taken(words, holds):
     (dict(exit_interval=5), "there is no save to keep them; give save"),
     (dict(exit_duration_in_mins=5), "there is no save to keep them; give save"),
     (dict(exit_interval=0), "exit-interval is 0; it must be at least 1"),
+    (dict(early_stop=0), "early-stop is 0; it must be at least 1"),
+    (dict(early_stop=2, eval_iters=0), "early-stop compares validations, and eval-iters 0 means"),
+    (dict(save_best="eval_exact", eval_interval=0),
+     "save-best compares validations, and eval-interval 0 means that there are none"),
+    (dict(save_best="eval_loss"), "save-best keeps a checkpoint, and there is no save"),
+    (dict(save_best="eval_bleu"), "use one of eval_loss, eval_exact"),
     (dict(exit_duration_in_mins=0), "exit-duration-in-mins is 0.0; it must be above 0"),
     (dict(calculate_per_token_loss=True, calculate_per_sample_loss=True), "give one of them"),
     (dict(calculate_per_token_loss=False), "give one of them"),
@@ -141,8 +147,10 @@ def test_answers_are_of_words_that_are_no_option_and_name_options_that_are_there
 
 
 @pytest.mark.parametrize(("word", "says"), [
-    ("lora-r", "use lora-rank"), ("use-dora", "LoRA is the only kind of adapter"),
-    ("epochs", "use num-train-epochs"),
+    ("metric-for-best-model", "use save-best"), ("early_stopping_patience", "use early-stop"),
+    ("load_best_model_at_end", "give save-best"),
+    ("lora-r", "use lora-rank"), ("epochs", "use num-train-epochs"),
+    ("use-dora", "LoRA is the only kind of adapter"),
     ("deepspeed", "neither DeepSpeed nor FSDP"), ("zero-stage", "use-distributed-optimizer"),
     ("learning-rate", "use lr"), ("no-packing", "packing-buffer-size"),
     ("num-layers", "config.json"), ("trian-iters", "did you mean"),

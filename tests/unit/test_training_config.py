@@ -170,6 +170,10 @@ BAD = {
         "profile-step-start: 5\nprofile-step-end: 5", "must be above profile-step-start 5"),
     "a name for no tracker": (
         "wandb-exp-name: a", "wandb-exp-name is given without wandb-project"),
+    "an export without a save": (
+        "export-hf: true", "export-hf writes save/hf and there is no save"),
+    "an export between checkpoints": (
+        "save: s\nsave-interval: 10\nexport-hf-interval: 15", "15 is not a multiple of save-int"),
     "no rank": ("profile-ranks: []", "profile-ranks is empty; give at least one whole number"),
     "a word among ranks": ("profile-ranks: [0, all]", "is 'all'; give a whole number"),
     "a negative spread": ("init-method-std: -0.02", "must be at least 0"),
@@ -270,7 +274,8 @@ def test_a_text_that_yaml_reads_as_something_else_is_not_guessed(line, tmp_path)
 
 @pytest.mark.parametrize(("words", "sentence"), [
     ("--overlap-param-gather", "needs use-distributed-optimizer and overlap-grad-reduce"),
-    ("--overlap-param-gather --overlap-grad-reduce", "overlap-param-gather needs use-distributed"),
+    ("--overlap-param-gather --overlap-grad-reduce --no-use-distributed-optimizer",
+     "overlap-param-gather needs use-distributed"),
     ("--overlap-param-gather --use-distributed-optimizer", "overlap-grad-reduce; give both"),
     ("--grad-reduce-in-bf16 --fp32", "is for bf16 training and this is float32; add bf16"),
     ("--grad-reduce-in-bf16 --fp16", "is for bf16 training and this is float16; add bf16"),
@@ -293,8 +298,7 @@ def test_a_list_of_layers_that_yaml_reads_as_something_else_is_refused(rows, wha
 
 
 # What a loader that no run makes reads otherwise than a run that was told nothing.
-OTHERWISE = {"packing_buffer_size": (1024, 0), "shuffle_buffer_size": (100, 1000),
-             "max_skipped_samples": (0, 100)}
+OTHERWISE = {"shuffle_buffer_size": (100, 1000), "max_skipped_samples": (0, 100)}
 
 
 def test_a_loader_has_the_defaults_of_a_run_but_for_those_that_are_meant():

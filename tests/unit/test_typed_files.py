@@ -313,7 +313,7 @@ STORED = {
         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
     ],
     "media": [
-        {"kind": "image", "files": ["0.jpg"], "height": 240, "width": 320,
+        {"kind": "image", "files": ["0.jpg"], "height": 240, "width": 320, "path": "a/dog.jpg",
          "settings": {"min_pixels": 784, "max_pixels": 78400}},
         {"kind": "video", "files": ["1.0000.jpg", "1.0001.jpg"], "height": 56, "width": 56,
          "num_frames": 2, "fps": 2.0, "separate": True, "settings": {"fps": 1.0}},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_vl.models.registry import read_config_json
+
 SIZES = {  # layers, hidden, heads, key/value heads, ffn, vocabulary, tied, norm eps
     "qwen2_vl": {
         "2B": (28, 1536, 12, 2, 8960, 151936, True, 1e-6),
@@ -80,6 +82,52 @@ def published(size: str, family: str = "qwen2_vl") -> dict:
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
         "vocab_size": vocab,
     }  # fmt: skip
+
+
+COUNTED = {  # further ones, as a tiny model's config.json with these values:
+    # layers, width, heads, key/value heads, ffn, vocabulary, tied; the
+    # tower's ffn; billions of numbers
+    ("baichuan", "7B"): ((32, 4096, 32, 32, 11008, 125696, False), None, 7.506),
+    ("qwen", "7B"): ((32, 4096, 32, 32, 11008, 151936, False), None, 9.657),
+    ("qwen2", "1.5B"): ((28, 1536, 12, 2, 8960, 151936, True), None, 1.544),
+    ("qwen2", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), None, 7.616),
+    ("qwen2", "14B"): ((48, 5120, 40, 8, 13824, 152064, False), None, 14.77),
+    ("qwen2", "32B"): ((64, 5120, 40, 8, 27648, 152064, False), None, 32.764),
+    ("qwen2", "72B"): ((80, 8192, 64, 8, 29568, 152064, False), None, 72.706),
+    ("qwen2_5_vl", "3B"): ((36, 2048, 16, 2, 11008, 151936, True), 3420, 3.755),
+    ("qwen2_5_vl", "7B"): ((28, 3584, 28, 4, 18944, 152064, False), 3420, 8.292),
+    ("qwen2_5_vl", "32B"): ((64, 5120, 40, 8, 27648, 152064, False), 3456, 33.453),
+    ("qwen2_5_vl", "72B"): ((80, 8192, 64, 8, 29568, 152064, False), 3456, 73.411),
+    ("qwen3", "4B"): ((36, 2560, 32, 8, 9728, 151936, True), None, 4.022),
+    ("qwen3", "8B"): ((36, 4096, 32, 8, 12288, 151936, False), None, 8.191),
+    ("qwen3", "32B"): ((64, 5120, 64, 8, 25600, 151936, False), None, 32.762),
+    ("qwen3_moe", "30B-A3B"): ((48, 2048, 32, 4, 6144, 151936, False), None, 30.532),
+}
+KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "vocab_size", "tie_word_embeddings")
+WINDOWS = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14, "window_size": 112,
+           "fullatt_block_indexes": [7, 15, 23, 31]}
+OTHERWISE = {  # what a family calls or counts as no other does
+    "qwen": {"intermediate_size": 2 * 11008, "kv_channels": 128, "visual": {
+        "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48,
+        "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664,
+    }},
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768},
+}
+
+
+def counted(tiny: Path, name: str, size: str) -> dict:
+    """config.json of a size of COUNTED, from that of a tiny model of its family."""
+    sizes, vision_ffn, _ = COUNTED[name, size]
+    config = read_config_json(tiny) | dict(zip(KEYS, sizes, strict=True)) | OTHERWISE.get(name, {})
+    if vision_ffn:
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
+        config["vision_config"] |= WINDOWS | {
+            "intermediate_size": vision_ffn, "out_hidden_size": config["hidden_size"],
+        }
+    return config
 
 
 def write(directory: Path, size: str, family: str = "qwen2_vl") -> Path:

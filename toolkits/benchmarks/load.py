@@ -1,12 +1,13 @@
 """Loading a Hugging Face directory into a running model against `cat` of its files, in turn.
 
-    python load.py [--model-size 2B] [--tp 2] [--pp 2] [--work DIR] [--repeat 3] [--cold]
+    python load.py [--model-size 2B] [--tp 2] [--pp 2] [--dp 1] [--work DIR] [--repeat 3] [--cold]
 
 Writes a random bfloat16 checkpoint of the published model's true shapes. Then, in turn: `cat` of
-its files, and TP x PP ranks that build the model and take their own slices, as `megatron-vl train
---load` does. Their time is the slowest rank's, from opening the files to the last parameter; their
-memory is what the largest rank had in memory above its parameters while it read, mapped parts of
-the files counted. `--cold` takes the files out of the machine's memory before each run.
+its files, and TP x PP x DP ranks that build the model and take their own slices, as `megatron-vl
+train --load` does. Their time is the slowest rank's, from opening the files to the last parameter;
+their memory is what the largest rank had in memory above its parameters while it read, mapped parts
+of the files counted. What they read is the sum of their slices, and what the disk was asked for on
+their behalf. `--cold` takes the files out of the machine's memory before each run.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def load(args) -> None:
     from megatron_vl.training.setup import wrap_for_data_parallel
     from megatron_vl.weights.convert import inspect_weights
 
-    spec, layout = load_spec(args.work), Layout(tp=args.tp, pp=args.pp)
+    spec, layout = load_spec(args.work), Layout(tp=args.tp, pp=args.pp, dp=args.dp)
     split = spec.split(pp=args.pp)
     platform = initialize(layout, embedding_stage=split.embedding_chunk[0])
     chunks = family(spec.model_type).build_model(
@@ -46,12 +47,16 @@ def load(args) -> None:
         parameter.requires_grad_(False)  # no gradient buffer
     model = wrap_for_data_parallel(chunks, platform.device(0), overlap_grad_reduce=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = _status("VmRSS")
+    before, from_disk = _status("VmRSS"), _from_disk()
     loaded = load_weights(inspect_weights(args.work), model, spec, layout, split)
     above = torch.tensor(_status("VmHWM") - before)
     torch.distributed.all_reduce(above, op=torch.distributed.ReduceOp.MAX)
+    read = torch.tensor([sum(one.numel() * 2 for chunk in model for one in chunk.parameters()),
+                         _from_disk() - from_disk])
+    torch.distributed.all_reduce(read)
     if torch.distributed.get_rank() == 0:
-        print(json.dumps({"seconds": loaded.seconds, "nbytes": loaded.nbytes, "above": int(above)}))
+        print(json.dumps({"seconds": loaded.seconds, "nbytes": loaded.nbytes, "above": int(above),
+                          "all": int(read[0]), "disk": int(read[1])}))
 
 
 def _status(name: str) -> int:
@@ -61,14 +66,21 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _from_disk() -> int:
+    """Bytes that this process made the machine read from a device, mapped ones too."""
+    (line,) = (line for line in Path("/proc/self/io").read_text().splitlines()
+               if line.startswith("read_bytes:"))
+    return int(line.split()[1])
+
+
 def measure(args, hf: Path) -> int:
     own = [__file__, "--model-size", args.model_size]
     print(f"writing a random Qwen2-VL {args.model_size} to {hf}", flush=True)
     subprocess.run([sys.executable, *own, "--work", hf, "--step", "write"], check=True)
     files = sorted(hf.glob("*.safetensors"))
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             str(args.tp * args.pp), *own, "--tp", str(args.tp), "--pp", str(args.pp),
-             "--work", str(hf), "--step", "load"]
+             str(args.tp * args.pp * args.dp), *own, "--tp", str(args.tp), "--pp", str(args.pp),
+             "--dp", str(args.dp), "--work", str(hf), "--step", "load"]
     seconds: dict[str, list[float]] = {"cat": [], "load": []}
     for number in range(args.repeat + 1):
         if args.cold:
@@ -90,18 +102,23 @@ def measure(args, hf: Path) -> int:
                   flush=True)
     size = sum(path.stat().st_size for path in files)
     cat, taken = (statistics.median(seconds[name]) for name in ("cat", "load"))
-    print(f"\nQwen2-VL {args.model_size}, TP {args.tp} PP {args.pp}, median of {args.repeat}"
+    print(f"\nQwen2-VL {args.model_size}, TP {args.tp} PP {args.pp} DP {args.dp}, median of "
+          f"{args.repeat}"
           f"{', read from the disk' if args.cold else ''}\n"
           f"cat of {size / 1e9:.2f} GB             {cat:8.2f} s\n"
-          f"load by {args.tp * args.pp} ranks            {taken:8.2f} s\n"
+          f"load by {args.tp * args.pp * args.dp} ranks            {taken:8.2f} s\n"
           f"load / cat                 {taken / cat:8.2f}\n"
           f"most that a rank read      {found['nbytes'] / 1e9:8.2f} GB\n"
+          f"what all ranks read        {found['all'] / 1e9:8.2f} GB\n"
+          f"of it from the disk        {found['disk'] / 1e9:8.2f} GB\n"
           f"memory above parameters    {found['above'] / 2**20:8.0f} MiB")
     return 0
 
 
 def main() -> int:
-    args = parser_of(__doc__, steps=("load",)).parse_args()
+    parser = parser_of(__doc__, steps=("load",))
+    parser.add_argument("--dp", type=int, default=1)
+    args = parser.parse_args()
     if args.step == "write":
         write_checkpoint(args.work, args.model_size)
     elif args.step == "load":

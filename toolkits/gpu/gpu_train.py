@@ -50,7 +50,7 @@ def command(args, options: list[str], scratch: Path) -> list[str]:
         "--packing-buffer-size", 100, "--num-workers", args.workers,
         "--train-iters", args.steps, "--lr", 1e-5, "--min-lr", 1e-5,
         "--lr-decay-style", "constant", "--eval-interval", 0,
-        "--metrics-file", scratch / "metrics.jsonl", "--no-report", *options,
+        "--metrics-file", scratch / "metrics.jsonl", "--log-interval", 1, "--no-report", *options,
     ]
     if args.trace:
         words += ["--profile", "--profile-step-start", 5, "--profile-step-end", 7,

@@ -46,7 +46,7 @@ class Runs:
             "--packing-buffer-size", 50, "--num-workers", 1, "--lr", 1e-3, "--min-lr", 1e-3,
             "--lr-decay-style", "constant", "--lr-decay-iters", self.steps, "--eval-interval", 0,
             "--train-iters", steps or self.steps, "--metrics-file", log, "--no-report",
-            "--max-restarts", 0, *options,
+            "--max-restarts", 0, "--no-use-distributed-optimizer", *options,
         ]
         if save is not None:
             words += ["--save", self.scratch / f"{save}-checkpoints"]

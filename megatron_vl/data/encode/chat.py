@@ -165,7 +165,7 @@ class ChatTokenizer:
             media_tokens: placeholders each image and video takes, in order.
             tools: a JSON list of the functions that may be called.
             pixels: see `render`; needed where the family's form of objects counts pixels.
-            media_names: of each image's or video's file; no template writes it.
+            media_names: see `Prompt.encode`; no template writes them.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or

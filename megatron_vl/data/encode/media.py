@@ -26,6 +26,7 @@ MAX_FRAME_PIXELS = 40_000_000  # of a video; 8K has 33 million
 # It tries them in turn: the most frequent first, the one without a mark at its beginning last.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "AVIF", "ICO", "JPEG2000", "MPO", "PPM",
            "TIFF", "TGA")
+_SIDE = 112  # pixels of a thumbnail's longer side at most
 _SLACK = 1.05  # by which a whole video may be shorter than its header says
 _CUT = "the file is cut off"
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -91,6 +92,22 @@ def decoded(
     if media.kind == VIDEO and not media.separate:
         return (frame for _, frame in video_frames(read(media.files[0]), taken))
     return (decode_rgb(read(media.files[number])) for number in taken)
+
+
+def thumbnail(media: StoredMedia, read: Callable[[str], bytes], *, format: str = "PNG") -> bytes:
+    """A small file of an image, or of a video's first frame, in a format that PIL writes.
+
+    Args:
+        read: a file's bytes by its name in `media.files`.
+
+    Raises:
+        BadMedia: it cannot be read or decoded.
+    """
+    (image,) = decoded(media, read, [0])
+    image.thumbnail((_SIDE, _SIDE), resample=Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, format=format)
+    return file.getvalue()
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -105,7 +105,7 @@ class ModelEncoder:
 
     def _shown(self, media: Sequence[StoredMedia]) -> dict:
         return {"pixels": lambda number: self.processor.pixels(media[number]),
-                "media_names": [one.files[0] for one in media]}
+                "media_names": [one.name for one in media]}
 
     def places(self, grids: Sequence[Grid]) -> list[int]:
         """Tokens of each image and video."""

@@ -95,6 +95,9 @@ def make_batch(
         sample_keys=[sample.name for sample in samples],
         sample_lengths=[sample.num_tokens for sample in samples],
         tokens_cut=[sample.tokens_cut for sample in samples],
+        datasets=[sample.dataset for sample in samples],
+        previews={number: sample.preview for number, sample in enumerate(samples)
+                  if sample.preview is not None},
     )
 
 

@@ -15,6 +15,7 @@ from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 
 from megatron_vl.data.conversation import Turn
+from megatron_vl.data.encode.previews import Preview
 from megatron_vl.models.family import Grid
 from megatron_vl.models.media import StoredMedia
 
@@ -51,6 +52,9 @@ class EncodedSample(Sample):
     read: Callable[[str], bytes]
     patches: torch.Tensor | None = None  # float32 [P, D] once decoded, of all media in order
     tokens_cut: int = 0  # off its end, which a row did not hold
+    dataset: str = ""  # its name, where several are read
+    turns: tuple[Turn, ...] = ()
+    preview: Preview | None = None  # of one that is shown
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +63,14 @@ class EncodedSample(Sample):
     @property
     def num_patches(self) -> int:
         return sum(map(prod, self.grids))
+
+
+def dataset_name(sources: Sequence | None, datasets: Mapping[str, str]) -> str:
+    """Of a sample's sources the dataset, by `datasets` as of `sample_name`; empty without names."""
+    if not sources or not datasets:
+        return ""
+    path = str(sources[0].dataset_path)
+    return datasets.get(path, path)
 
 
 def sample_name(
@@ -77,8 +89,7 @@ def sample_name(
         sources = sources or getattr(sample, "__sources__", None)
     if not sources:
         return str(key)
-    path = str(sources[0].dataset_path)
-    dataset = f"{datasets.get(path, path)}/" if datasets else ""
+    dataset = f"{dataset_name(sources, datasets)}/" if datasets else ""
     return f"{dataset}{sources[0].shard_name}/{key}"
 
 
@@ -113,6 +124,8 @@ class RowBatch:
     sample_keys: list[str]  # names of the samples, in order
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
     tokens_cut: list[int] = field(default_factory=list)  # off the end of every sample, in order
+    datasets: list[str] = field(default_factory=list)  # of every sample, in order
+    previews: dict[int, Preview] = field(default_factory=dict)  # of those shown, by their number
     skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
     __restore_key__: tuple = ()  # set by energon
 

@@ -73,6 +73,7 @@ class _Media(Shape):
     fps: Annotated[float, Field(gt=0, le=MAX_FPS)] | None = None
     separate: bool = False
     settings: dict | None = None  # MediaSettings looks at them
+    path: Text | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> _Media:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
 from megatron_vl.data.encode.chat import ChatTokenizer
-from megatron_vl.data.encode.media import decode_rgb, video_frames
 from megatron_vl.data.encode.prompt import PromptTokenizer
 from megatron_vl.data.encode.samples import IGNORE
-from megatron_vl.models.media import VIDEO, StoredMedia
-
-_SIDE = 112  # pixels of a thumbnail's longer side at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,20 +50,3 @@ def pieces(
             end += 1
         yield ShownPiece(text=chat.decode(ids[at:end]), special=kind[0], trained=kind[1])
         at = end
-
-
-def thumbnail(media: StoredMedia, read: Callable[[str], bytes]) -> bytes:
-    """A small PNG of an image, or of a video's first frame.
-
-    Raises:
-        BadMedia: it cannot be read or decoded.
-    """
-    data = read(media.files[0])
-    if media.kind == VIDEO and not media.separate:
-        ((_, image),) = video_frames(data, [0])
-    else:
-        image = decode_rgb(data)
-    image.thumbnail((_SIDE, _SIDE), resample=Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()

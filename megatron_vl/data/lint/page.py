@@ -6,8 +6,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vl.data.encode.media import thumbnail
 from megatron_vl.data.lint.look import Look, Looker
-from megatron_vl.data.lint.mask import ShownPiece, pieces, thumbnail
+from megatron_vl.data.lint.mask import ShownPiece, pieces
 from megatron_vl.data.lint.tables import Table, count, headline, notes, tables
 from megatron_vl.models.media import BadMedia
 from megatron_vl.pages import escape, page, picture, table

@@ -27,6 +27,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.gc_dataset import GC_DEFAULT_EVERY_N_ITER
 
 from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.encode.previews import Candidates, preview_of
 from megatron_vl.data.encode.rows import empty_row
 from megatron_vl.data.encode.samples import EncodedSample, RowBatch
 from megatron_vl.data.load.config import DataConfig
@@ -37,6 +38,7 @@ from megatron_vl.data.load.shard_files import note_places
 from megatron_vl.data.load.task_encoder import RowEncoder, SampleEncoder, stop_on_error
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import Family
+from megatron_vl.models.media import BadMedia
 from megatron_vl.models.spec import ModelSpec
 
 
@@ -132,7 +134,9 @@ def build_valid_loader(
         samples, encoder=encoder, config=config, dp_rank=dp_rank, dp_size=dp_size,
         max_batches=max_batches,
     )  # fmt: skip
-    return RowLoader(BasicDataLoader(rows, **_housekeeping(config)))
+    return RowLoader(
+        BasicDataLoader(rows, **_housekeeping(config)), chat=encoder.model.chat
+    )
 
 
 class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
@@ -147,9 +151,11 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
 
     def __iter__(self) -> Iterator[RowBatch]:
         size = self.settings.micro_batch_size
-        rows, count, batches = [], 0, 0
+        rows, count, batches, candidates = [], 0, 0, Candidates()
         for group in self._groups():
             if count % self.dp_size == self.dp_rank:
+                for sample in group:
+                    _preview(sample, candidates)
                 rows.append(self.encoder.make_row(group) or empty_row())
             count += 1
             # A batch goes out once every rank has its rows for it, so that all stop alike.
@@ -181,6 +187,18 @@ class _OwnRows(BaseWrapperDataset[EncodedSample, RowBatch]):
 
     def config(self) -> dict:
         return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
+
+
+def _preview(sample: EncodedSample, candidates: Candidates) -> None:
+    """Give a sample that may be shown its preview; the files are there, and being read anyway."""
+    if candidates.wants(sample.dataset, sample.name):
+        try:
+            sample.preview = preview_of(
+                sample.name, sample.dataset, sample.turns, sample.media, sample.read
+            )
+        except BadMedia:  # as its row will find, which leaves it out
+            return
+        candidates.add(sample.dataset, sample.name)
 
 
 def _encoder_parts(config: DataConfig, hf_dir: Path, spec: ModelSpec, family: Family) -> dict:

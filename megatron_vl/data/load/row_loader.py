@@ -15,6 +15,8 @@ from megatron.energon.savable_loader import (
     SavableDatasetCheckpoint,
 )
 
+from megatron_vl.data.encode.chat import ChatTokenizer
+from megatron_vl.data.encode.prompt import PromptTokenizer
 from megatron_vl.data.encode.samples import RowBatch
 from megatron_vl.data.load.read_ahead import ReadAhead
 from megatron_vl.data.load.resume import ANEW, state_for
@@ -31,10 +33,11 @@ class RowLoader:
     """
 
     def __init__(self, loader: SavableDataLoader | BasicDataLoader, made_for: dict | None = None,
-                 epoch: int | None = None):
+                 epoch: int | None = None, chat: ChatTokenizer | PromptTokenizer | None = None):
         """Of training loaders only: `made_for`, what a saved state is bound to; `epoch`, samples of
-        one over all ranks, None where datasets are mixed by weight."""
-        self._loader, self.epoch = loader, epoch
+        one over all ranks, None where datasets are mixed by weight. Of validation loaders: `chat`,
+        what tokens are decoded with."""
+        self._loader, self.epoch, self.chat = loader, epoch, chat
         self._made_for = made_for
         self._started = False
         self._restored: SavableDataLoaderState | None = None

@@ -44,6 +44,7 @@ from megatron_vl.data.encode.samples import (
     EncodedSample,
     RowBatch,
     Skipped,
+    dataset_name,
     sample_name,
 )
 from megatron_vl.data.encode.stored import read_stored
@@ -155,6 +156,8 @@ class SampleEncoder(TaskEncoder):
         return EncodedSample.derive_from(
             sample,
             name=self.name_of(sample),
+            dataset=dataset_name(sample.__sources__, self.datasets),
+            turns=sample.turns,
             tokens=tokens,
             labels=labels,
             tokens_cut=max(cut, 0),

@@ -242,6 +242,7 @@ class _Preparation:
             self.entries.append(Entry(
                 number=number, name=name, turns=conversation.turns, media=media,
                 settings=tuple(source.settings for source in conversation.media),
+                paths=tuple(source.path for source in conversation.media),
                 tools=conversation.tools,
             ))
         self.notes.check(self.entries)

@@ -39,6 +39,7 @@ class Entry:
     turns: tuple[Turn, ...]
     media: tuple[RawMedia, ...]
     settings: tuple[MediaSettings | None, ...] = ()  # of each of `media`; empty: of none
+    paths: tuple[str | None, ...] = ()  # the same, as the source names them
     tools: str = ""  # see Conversation
 
 
@@ -232,6 +233,7 @@ def store(
             kind=media.kind, files=tuple(names), height=info.height, width=info.width,
             num_frames=info.num_frames, fps=info.fps, separate=media.separate,
             settings=entry.settings[place] if entry.settings else None,
+            path=entry.paths[place] if entry.paths else None,
         ))
     return tuple(stored), files
 

@@ -28,6 +28,15 @@ class RowShare:
         part = row_length // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
+    def trained(self, x_bs: torch.Tensor, loss_mask_bs: torch.Tensor) -> torch.Tensor:
+        """Of values [b, s] those of this rank's trained tokens, in the order of their losses [n].
+
+        Args:
+            loss_mask_bs: above 0 where a token is trained.
+        """
+        columns = self.columns(x_bs.shape[1])
+        return x_bs[:, columns].T[loss_mask_bs[:, columns].T > 0]
+
     def tokens_to_heads(self, x_tbXH: torch.Tensor) -> torch.Tensor:
         """[t, b, X, H] -> [s, b, X/c, H]; with fewer heads than ranks each is on several."""
         if self.size == 1:

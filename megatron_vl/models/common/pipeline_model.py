@@ -161,8 +161,8 @@ class PipelineModel(MegatronModule):
 
         Returns:
             Hidden states [s, b, E] before the last chunk; on the last one the loss of every
-            trained position [n], or without labels the logits [b, s, V]; under context
-            parallelism those of this rank's part of s.
+            trained position [n], in evaluation `Scores`, or without labels the logits [b, s, V];
+            under context parallelism those of this rank's part of s.
 
         Raises:
             ValueError: image tokens and image embeddings differ in number.

@@ -8,7 +8,8 @@
 behind it are trained; of an answer its text is too. Roles and the other turns' text are not.
 
 An image is <img>, a place for each of its embeddings, and </img>. In the places are the bytes of
-its file's name, filled up with <imgpad>: embeddings cover them, and nothing reads them in training.
+its path, filled up with <imgpad>: embeddings cover them, and nothing reads them in training. Of a
+path longer than the places, which the published tokenizer refuses, they hold the beginning.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class ChatMLPrompt:
             labels.append(token)
             if token == self.ids[IMAGE_START]:
                 count, name = next(shown)
-                places = [*name.encode()[:count]]
+                places = [*unicodedata.normalize("NFC", name).encode()[:count]]
                 tokens += [*places, *[self.ids[IMAGE_PAD]] * (count - len(places))]
                 labels += [None] * count
         return tokens, labels

@@ -2,6 +2,7 @@
 
 SAVE/
     latest_checkpointed_iteration.txt    the iteration to go on from; may be edited by hand
+    best_checkpoint.json                 the best one by its validation: see `best`
     iter_0000100/                        named so when all of it is there
         SHA256SUMS                       of its files; `sha256sum -c SHA256SUMS` checks them too
     .iter_0000110.partial/               being written, or left by a run that was ended meanwhile
@@ -13,7 +14,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from megatron_vl.weights.found import LATEST, RELEASE, iterations, latest
@@ -72,18 +73,26 @@ def _point(root: Path, iteration: int | None) -> None:
     """Say which checkpoint to go on from; None: whichever is there."""
     if iteration is None:
         (root / LATEST).unlink(missing_ok=True)
+        _sync(root)
     else:
-        pending = root / f".{LATEST}.partial"
-        with pending.open("w", encoding="utf-8") as file:
-            file.write(f"{iteration}\n")
-            _flush(file)
-        os.replace(pending, root / LATEST)
-    _sync(root)
+        write_whole(root / LATEST, f"{iteration}\n")
 
 
-def delete_old(root: Path, iteration: int, limit: int) -> list[int]:
-    """Delete all but the `limit` newest checkpoints up to `iteration`; returns those deleted."""
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small file, such that a power cut leaves the old one or the new one."""
+    pending = path.with_name(f".{path.name}.partial")
+    with pending.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _flush(file)
+    os.replace(pending, path)
+    _sync(path.parent)
+
+
+def delete_old(root: Path, iteration: int, limit: int, held: Container[str] = ()) -> list[int]:
+    """Delete all but the `limit` newest checkpoints up to `iteration`, and those whose names are
+    `held`; returns those deleted."""
     old = [one for one in iterations(root) if one <= iteration][:-limit]
+    old = [one for one in old if folder(root, one).name not in held]
     for one in old:
         shutil.rmtree(_hide(folder(root, one)))
     return old

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,13 +72,17 @@ class Saver:
         root: SAVE.
         behind: write behind training.
         limit: complete checkpoints to keep; None keeps all.
+        held: names of further ones that are still in use; rank 0 is asked.
 
     Raises:
         InputError: another run writes there.
     """
 
-    def __init__(self, root: Path, *, behind: bool = False, limit: int | None = None):
-        self.root, self.behind, self.limit = root, behind, limit
+    def __init__(
+        self, root: Path, *, behind: bool = False, limit: int | None = None,
+        held: Callable[[], Container[str]] = tuple,
+    ):
+        self.root, self.behind, self.limit, self.held = root, behind, limit, held
         self.first = torch.distributed.get_rank() == 0
         self.queue = AsyncCallsQueue()
         self.pending: _Pending | None = None
@@ -209,7 +213,7 @@ class Saver:
         deleted, warning = [], ""
         if self.first and self.limit is not None:
             try:
-                deleted = delete_old(self.root, pending.iteration, self.limit)
+                deleted = delete_old(self.root, pending.iteration, self.limit, self.held())
             except OSError as error:
                 warning = f"older checkpoints could not be deleted: {error}"
         return Saved(

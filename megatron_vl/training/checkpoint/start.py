@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
@@ -13,6 +14,7 @@ from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.lora import LoraOptions
 from megatron_vl.training.options.option import defaults
 from megatron_vl.weights.convert import inspect_weights, open_weights
+from megatron_vl.weights.hub import local_model
 from megatron_vl.weights.mcore_io import CheckpointInfo, check_whole, inspect_checkpoint
 
 # Options of a run that its checkpoint goes on with.
@@ -43,6 +45,28 @@ def find_checkpoint(
     if not weights_alone(config, info, own):
         _check_options(config, info)
     return _checked(spec, info), own
+
+
+def with_local_models(config: TrainConfig, *, weights: bool = True) -> TrainConfig:
+    """The options with directories instead of models' names on a hub: see `local_model`.
+
+    A name that is not read, as by a resumed run, stays as it is.
+
+    Args:
+        weights: whether the run is to start; a look at it needs config.json alone.
+
+    Raises:
+        InputError: a name that leads nowhere; or none of SAVE's checkpoints can be used.
+    """
+    options, found = config.checkpoint, {}
+    if options.hf_config is not None:
+        found["hf_config"] = str(local_model(options.hf_config, weights=False))
+    load = options.load
+    if load is not None and not Path(load).exists() and (
+        hf_directory(config) == Path(load) or (weights and needs_load(config))
+    ):
+        found["load"] = str(local_model(load, weights=weights))
+    return replace(config, checkpoint=replace(options, **found))
 
 
 def check_weights(

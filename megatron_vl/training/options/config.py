@@ -55,6 +55,17 @@ class TrainConfig:
                     f"{name.replace('_', '-')} ends a start whose steps another goes on from, and "
                     f"there is no save to keep them; give save."
                 )
+        for name in ("save_best", "early_stop"):
+            if self.resolved()[name] is not None and not self.data.validates:
+                off = "eval-iters" if self.data.eval_interval else "eval-interval"
+                raise InputError(
+                    f"{name.replace('_', '-')} compares validations, and {off} 0 means that there "
+                    f"are none; leave out one of them."
+                )
+        if self.checkpoint.save_best is not None and self.checkpoint.save is None:
+            raise InputError(
+                "save-best keeps a checkpoint, and there is no save to keep it in; give save."
+            )
         # Where no option says the precision, it is looked at again when config.json has.
         if self.optimizer.grad_reduce_in_bf16 and self.model.dtype not in (None, "bfloat16"):
             raise InputError(

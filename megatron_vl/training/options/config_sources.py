@@ -43,7 +43,7 @@ def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
         # --no-bf16 beats a file's `bf16: true`; --no-load-optim has no such counterpart.
         negative = f.name.startswith("no_")
         section.add_argument(
-            *flags, default=argparse.SUPPRESS, help=help_text,
+            *flags, default=argparse.SUPPRESS, help=help_text + " (default: on)" * bool(f.default),
             action="store_true" if negative else argparse.BooleanOptionalAction,
         )
         return

@@ -86,7 +86,7 @@ class BatchOptions:
     global_batch_size: int = option(1, "rows of one optimizer step over all ranks")
     seq_length: int = option(2048, "tokens of a row, and the longest sample")
     max_padding_length: int | None = option(
-        None, "longest row when a row holds one sample; default: seq-length", kind=int
+        None, "longest row with packing-buffer-size 0; default: seq-length", kind=int
     )
     train_iters: int = option(100, "optimizer steps")
     train_samples: int | None = option(
@@ -109,6 +109,11 @@ class BatchOptions:
     exit_duration_in_mins: float | None = option(
         None, "end after the step in which so many minutes are over, saved and with code 0",
         kind=float
+    )
+
+    early_stop: int | None = option(
+        None, "end after so many validations without a better one, by save-best, else by "
+        "eval_loss; saved and with code 0", kind=int
     )
 
     def __post_init__(self) -> None:
@@ -162,7 +167,7 @@ class OptimizerOptions:
     adam_beta2: float = option(0.95, "decay of the second moment")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 never clips")
-    use_distributed_optimizer: bool = option(False, "share optimizer state over data ranks")
+    use_distributed_optimizer: bool = option(True, "share optimizer state over data ranks")
     optimizer_cpu_offload: bool = option(False, "keep and update optimizer state in host memory")
     optimizer_offload_fraction: float = option(
         1.0, "with optimizer-cpu-offload: the share of the state that is kept there, 0 to 1"
@@ -335,7 +340,7 @@ class DataOptions:
     )
     num_workers: int = option(1, "data processes per data-parallel rank; 0 reads in the trainer")
     packing_buffer_size: int = option(
-        0, "samples packed together into rows of seq-length; 0: one sample a row"
+        1024, "samples packed together into rows of seq-length; 0: one sample a row"
     )
     max_patches_per_row: int | None = option(
         None, "vision patches of a row at most, to even out the vision tower's work", kind=int
@@ -401,7 +406,10 @@ class DataOptions:
 class CheckpointOptions:
     """What is read at the start and written on the way."""
 
-    load: str | None = option(None, "checkpoint directory to start from", kind=str)
+    load: str | None = option(
+        None, "checkpoint directory to start from, or a model's name on a hub, such as "
+        "Qwen/Qwen2-VL-2B-Instruct", kind=str
+    )
     model_size: str = option("auto", "a published size, as 7B: refuse another's config.json; "
                              "auto: take what it says")
     hf_config: str | None = option(
@@ -411,6 +419,13 @@ class CheckpointOptions:
     save: str | None = option(None, "directory of the run's checkpoints; resumes what it holds",
                               kind=str)
     save_interval: int = option(1000, "steps between checkpoints; the last step is always saved")
+    export_hf: bool = option(
+        False, "write save/hf, the model of the run's end as a Hugging Face directory"
+    )
+    export_hf_interval: int | None = option(
+        None, "write it also every so many steps, a multiple of save-interval, while training goes "
+        "on", kind=int
+    )
     ckpt_format: str = option("torch_dist", "format of the run's checkpoints; megatron-vl convert "
                               "makes torch of it", choices=("torch_dist",))
     finetune: bool = option(False, "take only the weights of load, start at step 0")
@@ -425,6 +440,10 @@ class CheckpointOptions:
     save_total_limit: int | None = option(
         None, "checkpoints to keep, the newest; default: all", kind=int
     )
+    save_best: str | None = option(
+        None, "keep the checkpoint of the best validation too, by its loss or its exact answers",
+        choices=("eval_loss", "eval_exact"), kind=str
+    )
     verify_checksums: bool = option(
         True, "read a checkpoint once before resuming from it, and take the one before if it is "
         "damaged"
@@ -432,6 +451,19 @@ class CheckpointOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)
+        if self.exports and self.save is None:
+            option = "export-hf" if self.export_hf else "export-hf-interval"
+            raise InputError(f"{option} writes save/hf and there is no save; give save.")
+        if self.export_hf_interval is not None and self.export_hf_interval % self.save_interval:
+            raise InputError(
+                f"export-hf-interval {self.export_hf_interval} is not a multiple of save-interval "
+                f"{self.save_interval}, and it is checkpoints that are exported; give a multiple."
+            )
+
+    @property
+    def exports(self) -> bool:
+        """Whether save/hf is written at the end."""
+        return self.export_hf or self.export_hf_interval is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

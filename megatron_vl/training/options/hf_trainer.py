@@ -72,11 +72,15 @@ SCHEDULES = {  # lr_scheduler_type -> lr-decay-style
 }
 IGNORED = {  # flag -> why nothing becomes of it
     "tf32": "products of fp32 are computed as torch is set up",
-    "cache_dir": "nothing is downloaded",
+    "cache_dir": "a model's name is looked up in the hubs' own caches, which HF_HOME moves",
     "optim": "the optimizer is AdamW",
     "remove_unused_columns": "data are prepared before",
     "lazy_preprocess": "data are prepared before",
     "evaluation_strategy": "data_path has nothing to validate on",
+    "eval_strategy": "data_path has nothing to validate on",
+    "load_best_model_at_end": "data_path has nothing to validate on",
+    "metric_for_best_model": "data_path has nothing to validate on",
+    "greater_is_better": "data_path has nothing to validate on",
     "per_device_eval_batch_size": "data_path has nothing to validate on",
     "ddp_find_unused_parameters": "every parameter has a gradient",
     "report_to": "the run's numbers go to metrics.jsonl and report.html beside its checkpoints",
@@ -170,8 +174,12 @@ def translate(
     _lora(made)
     _length(made)
     _schedule(made)
+    made.words += ["--packing-buffer-size", "0"]
+    made.told.append("a row holds one sample: --packing-buffer-size 0")
     if flags["deepspeed"]:
         _deepspeed(flags["deepspeed"], made)
+    if "--use-distributed-optimizer" not in made.words:
+        made.words.append("--no-use-distributed-optimizer")
     for flag, why in IGNORED.items():
         made.ignore(flag, why)
     return made

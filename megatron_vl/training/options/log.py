@@ -13,7 +13,7 @@ from megatron_vl.training.options.option import option
 class LogOptions:
     """What is shown."""
 
-    log_interval: int = option(1, "steps between log lines")
+    log_interval: int = option(10, "steps between log lines")
     tensorboard_dir: str | None = option(None, "TensorBoard directory", kind=str)
     metrics_file: str | None = option(
         None, "JSONL with the numbers of every step; default: metrics.jsonl in save", kind=str

@@ -20,6 +20,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.training.options.spellings import answer
 from megatron_vl.typed import Count, Name, Positive, Size, Text, read_file, typed
+from megatron_vl.weights.hub import local_model
 
 UNUSED = {  # flags -> whether they have a value, and why they do nothing, if `answer` does not say
     "--use-mcore-models": (False, ""), "--swiglu": (False, ""),
@@ -34,7 +35,10 @@ UNUSED = {  # flags -> whether they have a value, and why they do nothing, if `a
     "--enable-dummy-optimizer": (False, "a rank without anything to train needs no flag"),
     "--mm-tool": (True, "there are no such tools here"),
 }  # fmt: skip
-MIN_LR = ["--min-lr", "0"]  # Megatron-LM's default
+DEFAULTS = [  # there, where they are others here
+    "--min-lr", "0", "--packing-buffer-size", "0", "--no-use-distributed-optimizer",
+    "--log-interval", "1",
+]
 PIXELS = {  # data.json's limits and their defaults there; 0 is no limit from below
     "image_max_pixels": 768**2, "image_min_pixels": 32**2, "video_max_pixels": 256**2,
     "video_min_pixels": 16**2,
@@ -134,11 +138,12 @@ def translated(argv: list[str]) -> tuple[list[list[str]], list[str]]:
             f"{data.path}: dataset_param.preprocess_parameters.model_name_or_path is missing; give "
             f"the model's Hugging Face directory."
         )
+    hf_dir = str(local_model(hf_dir, weights=False))
     jobs, of_data = data_words(data)
     data.name_unread("these keys have no meaning here")
     of_model = model_words(model, load_spec(hf_dir))
     model.name_unread("the model is what config.json says, whatever these keys say")
-    return jobs, ["train", *MIN_LR, *words, "--hf-config", hf_dir, *of_model, *of_data]
+    return jobs, ["train", *DEFAULTS, *words, "--hf-config", hf_dir, *of_model, *of_data]
 
 
 def data_words(data: Keys) -> tuple[list[list[str]], list[str]]:

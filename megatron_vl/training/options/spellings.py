@@ -49,6 +49,8 @@ _SAME_AS = {
     "seq-length": "max_length max_seq_length cutoff_len model_max_length seq_len max_seq_len",
     "save": "output_dir save_dir", "valid-data-path": "val_dataset eval_dataset valid_data",
     "save-interval": "save_steps", "eval-interval": "eval_steps evaluation_steps",
+    "save-best": "metric_for_best_model best_metric save_best_model",
+    "early-stop": "early_stopping_patience early_stopping early_stop_patience patience",
     "log-interval": "logging_steps log_every", "clip-grad": "max_grad_norm gradient_clipping",
     "attention-backend": "attn_impl attn_implementation flash_attn use_flash_attn enable_fa2",
     "num-workers": "dataloader_num_workers preprocessing_num_workers",
@@ -89,6 +91,11 @@ _SAYS = {
         "template prompt_template chat_template",
     "give train-data-path a dataset that megatron-vl prepare made":
         "dataset datasets data_path dataset_dir train_data data",
+    "give save-best, eval_loss or eval_exact: the best checkpoint is kept beside the newest, and "
+    "the end of the run says how to convert it": "load_best_model_at_end",
+    "save-best knows which way is better": "greater_is_better",
+    "give early-stop; every better validation counts, however little better it is":
+        "early_stopping_threshold",
     "data are always streamed from their shards": "streaming dataset_streaming",
     "give bf16, fp16 or fp32": "dtype torch_dtype params_dtype precision mixed_precision",
     "these models are trained without dropout": "attention_dropout hidden_dropout dropout",
@@ -112,7 +119,8 @@ _SAYS = {
         "per_device_train_batch_size batch_size train_batch_size",
     "give global-batch-size, which is micro-batch-size x data-parallel ranks x accumulation":
         "gradient_accumulation_steps gradient_accumulation",
-    "give packing-buffer-size, as 1000": "packing sample_packing padding_free neat_packing",
+    "samples are packed, and with packing-buffer-size 0 they are not":
+        "packing sample_packing padding_free neat_packing",
     "give recompute-granularity, selective or full":
         "gradient_checkpointing recompute_activations activation_checkpointing",
     "a run goes on by itself from what save holds; give the same command again":

@@ -23,12 +23,23 @@ def describe(plan: Plan, platform) -> str:
         f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
         f"{rows} rows of {plan.described_length} a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
-        f"{config.batch.train_iters} steps; {plan.precision}"
+        f"{_steps(plan)}; {plan.precision}"
         f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"
         f"{describe_parts(plan)}\n{describe_attention(plan)}\n{describe_kernels(plan, platform)}"
         + ("" if not platform.in_host_memory or not config.optimizer.optimizer_cpu_offload else
            "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
     )
+
+
+def _steps(plan: Plan) -> str:
+    batch = plan.config.batch
+    epochs = batch.num_train_epochs
+    if epochs is None:
+        return f"{batch.train_iters} steps"
+    read = f"{epochs:g} epoch{'s' if epochs != 1 else ''}"
+    if plan.config.data.packs:  # how many samples share a row is not known yet
+        return f"{read}, about {batch.train_iters} steps by a forecast of the packed rows"
+    return f"{read}, {batch.train_iters} steps"
 
 
 def describe_parts(plan: Plan) -> str:

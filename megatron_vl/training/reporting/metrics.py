@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_vl.errors import printable
 from megatron_vl.training.reporting.flops import utilization
 from megatron_vl.training.reporting.metrics_file import MetricsFile
 from megatron_vl.training.reporting.trackers import attempt
+from megatron_vl.training.reporting.validation import Answer, Figures, Validation
 from megatron_vl.training.resilience.stragglers import Straggler
+
+_LONGEST = 1000  # characters of a question or an answer in the metrics file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +90,7 @@ class MetricLog:
         self.log_interval = log_interval
         self.say, self.trackers = say, trackers
         self.ranks, self.peak_flops = ranks, peak_flops
+        self._asked: set[str] = set()  # samples whose question and pictures the file has
         self.first: tuple[int, float] | None = None  # iteration of the first step, and its end
         self.file = None if jsonl is None else MetricsFile(Path(jsonl), say)
         self.board = None
@@ -118,11 +124,10 @@ class MetricLog:
         """
         width, rates = len(str(self.train_iters)), step.rates()
         vision, language = self._mfu(step)
-        epoch = "" if step.epoch is None else f", 'epoch': {step.epoch:.2f}"
         parts = [
             f"iteration {step.iteration:>{width}}/{self.train_iters}",
             f"{{'loss': {step.loss:.4f}, 'grad_norm': {step.grad_norm:.3f}, "
-            f"'learning_rate': {step.lr:.3e}{epoch}}}",
+            f"'learning_rate': {step.lr:.3e}{_epoch(step.epoch)}}}",
             f"{rates['llm_tokens_per_second']:,.0f} tokens/s, "
             f"{rates['tokens_per_second']:,.0f} without padding",
             *([f"{rates['images_per_second']:,.1f} images/s"] if step.images else []),
@@ -146,21 +151,49 @@ class MetricLog:
             parts.append(f"SKIPPED: {step.fault or 'the gradient is too large for the loss scale'}")
         return " | ".join(parts)
 
-    def evaluation(
-        self, iteration: int, loss: float, trained_tokens: int, seconds: float,
-        skipped_samples: dict[str, int] | None = None, cut: tuple[int, int] = (0, 0),
-    ) -> None:
-        perplexity = math.exp(min(loss, 50.0)) if trained_tokens else float("nan")
-        self.say(
-            f"validation at iteration {iteration} | {{'eval_loss': {loss:.4f}}} | "
-            f"perplexity {perplexity:.3f} | {trained_tokens:,} trained tokens | {seconds:.1f} s"
-            + (f" | {cut_off(*cut)}" if any(cut) else "")
-            + (f" | {left_out(skipped_samples)}" if skipped_samples else "")
-        )
+    def evaluation(self, iteration: int, found: Validation, *, epoch: float | None = None) -> None:
+        figures, cut = found.figures, found.cut
+        parts = [
+            f"validation at iteration {iteration}",
+            f"{{'eval_loss': {figures.loss:.4f}, 'eval_token_accuracy': "
+            f"{figures.token_accuracy:.4f}, 'eval_exact': {figures.exact_accuracy:.4f}"
+            f"{_epoch(epoch)}}}",
+            f"perplexity {math.exp(min(figures.loss, 50.0)):.3f}",
+            f"{figures.samples:,} samples, {found.trained:,} trained tokens",
+            f"{found.seconds:.1f} s",
+            *([cut_off(*cut)] if any(cut) else []),
+            *([left_out(found.skipped)] if found.skipped else []),
+        ]
+        self.say(" | ".join(parts))
+        for name, one in found.datasets.items():
+            self.say(
+                f"  of {printable(name)}: loss {one.loss:.4f}, token accuracy "
+                f"{one.token_accuracy:.1%}, exact answers {one.exact_accuracy:.1%} of "
+                f"{one.samples:,} samples"
+            )
         self._record("validation", iteration, {
-            "iteration": iteration, "validation_loss": loss, "trained_tokens": trained_tokens,
-            "skipped_samples": skipped_samples or {}, "samples_cut": cut[0], "tokens_cut": cut[1],
+            "iteration": iteration, "epoch": epoch, **_named(figures),
+            "trained_tokens": found.trained,
+            "datasets": {name: _named(one) for name, one in found.datasets.items()},
+            "skipped_samples": found.skipped, "samples_cut": cut[0], "tokens_cut": cut[1],
+            "answers": [self._answer(one) for one in found.answers],
+        }, more={
+            f"{number}/{name}": value for name, one in found.datasets.items()
+            for number, value in _named(one).items()
         })
+
+    def _answer(self, one: Answer) -> dict:
+        """What is asked stands where a start shows a sample first, as its pictures are large."""
+        preview, answer = one.preview, {"sample": one.preview.name, "answer": _short(one.answer),
+                                        "exact": one.exact}
+        if preview.name in self._asked:
+            return answer
+        self._asked.add(preview.name)
+        pictures = [base64.b64encode(data).decode("ascii") for data in preview.pictures]
+        return answer | {
+            "question": _short(preview.question), "expected": _short(one.expected),
+            "pictures": pictures, "other_media": preview.others,
+        }
 
     def ranks_seen(self, iteration: int, ranks: dict[str, list]) -> None:
         """Every rank's own numbers, for the file alone: they are many."""
@@ -181,10 +214,14 @@ class MetricLog:
         of = dict(seconds=step.step_seconds, ranks=self.ranks, peak=self.peak_flops)
         return utilization(step.vision_flops, **of), utilization(step.llm_flops, **of)
 
-    def _record(self, kind: str, iteration: int, values: dict, *, track: bool = True) -> None:
+    def _record(
+        self, kind: str, iteration: int, values: dict, *, track: bool = True,
+        more: dict[str, float] | None = None,
+    ) -> None:
+        """`more`: numbers that stand elsewhere in the file."""
         self._write(kind, values)
         numbers = {
-            f"{kind}/{name}": value for name, value in values.items()
+            f"{kind}/{name}": value for name, value in (values | (more or {})).items()
             if name != "iteration" and isinstance(value, (int, float))
         }
         if self.board is not None:
@@ -217,6 +254,23 @@ class MetricLog:
             self._board(self.board.close)
         if self.trackers is not None:
             self.trackers.close()
+
+
+def _named(of: Figures) -> dict[str, float]:
+    """As the files name them."""
+    return {
+        "validation_loss": of.loss, "token_accuracy": of.token_accuracy,
+        "exact_accuracy": of.exact_accuracy, "samples": of.samples,
+    }
+
+
+def _epoch(epoch: float | None) -> str:
+    return "" if epoch is None else f", 'epoch': {epoch:.2f}"
+
+
+def _short(text: str) -> str:
+    more = len(text) - _LONGEST
+    return text if more <= 0 else f"{text[:_LONGEST]} … and {more:,} characters"
 
 
 def left_out(skipped_samples: dict[str, int]) -> str:

@@ -15,10 +15,12 @@ from pathlib import Path
 from megatron_vl.outputs import replacing_file
 from megatron_vl.pages import escape, page, picture, table
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.training.checkpoint.export import HF, exported
 from megatron_vl.training.dry_run import stage_rows
 from megatron_vl.training.options.groups import GROUPS
+from megatron_vl.training.reporting.answers import ANSWERS_STYLE, answers
 from megatron_vl.training.reporting.history import History, names_of, page_of, read_history, total
-from megatron_vl.training.reporting.report import plot_runs
+from megatron_vl.training.reporting.report import ACCURACIES, plot_runs
 
 _RANKS = 64  # ranks whose times are listed, the slowest first
 
@@ -50,11 +52,12 @@ def page_text(run: History) -> str:
     start = run.starts[-1] if run.starts else None
     if start is not None:
         parts += _layout(start)
+    parts += answers(run.validations)
     parts += _data(run)
     parts += _ranks(run)
     if start is not None:
         parts += _checkpoints(start) + _configuration(start)
-    return page(title, parts, style=_STYLE)
+    return page(title, parts, style=_STYLE + ANSWERS_STYLE)
 
 
 def _summary(run: History) -> list[str]:
@@ -63,15 +66,17 @@ def _summary(run: History) -> list[str]:
     last = run.steps[-1]
     seconds = total(run.steps, "step_seconds")
     rows = [
-        ("steps", f"{last['iteration']:,} in {_hours(seconds)}, without validation and "
-         f"checkpoints"),
+        ("steps", f"{last['iteration']:,}{_of_forecast(run)} in {_hours(seconds)}, without "
+         f"validation and checkpoints"),
+        *_epochs(run),
         ("loss", f"{run.steps[0]['loss']:.4f} at first, {last['loss']:.4f} at last"),
     ]
     if run.validations:
         finite = [one for one in run.validations if math.isfinite(one["validation_loss"])]
         best = min(finite or run.validations, key=lambda one: one["validation_loss"])
-        rows.append(("validation", f"{run.validations[-1]['validation_loss']:.4f} at last, "
+        rows.append(("validation loss", f"{run.validations[-1]['validation_loss']:.4f} at last, "
                      f"{best['validation_loss']:.4f} at best, iteration {best['iteration']:,}"))
+        rows += _accuracies(run.validations)
     rows.append(("throughput", f"{total(run.steps, 'tokens') / seconds:,.0f} tokens/s without "
                  f"padding" if seconds else "not known"))
     if "llm_mfu" in last:
@@ -94,6 +99,34 @@ def _summary(run: History) -> list[str]:
         rows.append(("device", f"{len(start['hosts'])} x {start['device']} ({start['platform']}) "
                      f"on {', '.join(dict.fromkeys(start['hosts']))}"))
     return [table(rows)]
+
+
+def _of_forecast(run: History) -> str:
+    """Of a run of epochs with packed rows, whose steps nobody knows beforehand."""
+    options = run.starts[-1]["options"] if run.starts else {}
+    if options.get("num_train_epochs") is None or not options.get("packing_buffer_size"):
+        return ""
+    return f" of about {options['train_iters']:,} (forecast: rows are packed)"
+
+
+def _epochs(run: History) -> list[tuple[str, str]]:
+    done = run.steps[-1].get("epoch")
+    if done is None:
+        return []
+    told = run.starts[-1]["options"].get("num_train_epochs") if run.starts else None
+    return [("epochs", f"{done:.2f}" + ("" if told is None else f" of {told:g}"))]
+
+
+def _accuracies(validations: list[dict]) -> list[tuple[str, str]]:
+    """Of the validations that have any, which those of older runs have not."""
+    rows = []
+    for name, title in ACCURACIES.items():
+        having = [one for one in validations if name in one]
+        if having:
+            best = max(having, key=lambda one: one[name])
+            rows.append((title, f"{having[-1][name]:.1%} at last, {best[name]:.1%} at best, "
+                         f"iteration {best['iteration']:,}"))
+    return rows
 
 
 def _plots(run: History) -> str:
@@ -160,9 +193,11 @@ def _checkpoints(start: dict) -> list[str]:
     if save is None:
         return ["<h2>checkpoints</h2>\n<p>The run had no place to save them.</p>\n"]
     rows = []
-    for path in sorted(Path(save).glob("iter_*")):
+    made_of = exported(Path(save))
+    for path in [*sorted(Path(save).glob("iter_*")), *([Path(save) / HF] if made_of else [])]:
         sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-        rows.append((path.name, f"{len(sizes):,} files", _bytes(sum(sizes))))
+        of = f", {made_of.checkpoint} for transformers" if path.name == HF else ""
+        rows.append((path.name, f"{len(sizes):,} files{of}", _bytes(sum(sizes))))
     return [
         f"<h2>checkpoints in {escape(save)}</h2>\n",
         table(rows, header=("checkpoint", "", "size")) if rows else "<p>None is there now.</p>\n",

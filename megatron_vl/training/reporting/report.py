@@ -14,12 +14,16 @@ from megatron_vl.training.reporting.history import History
 # Told apart by people who see few colours too (Okabe and Ito); the first is for one run alone.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 SHARE = "% of a step"
+ACCURACIES = {"token_accuracy": "token accuracy", "exact_accuracy": "exact answers"}
+_PANELS = {"loss": 4, "accuracy": 2, "norm": 2, "rate": 2, "speed": 2, "wait": 1.6}  # heights
+_EPOCH_TICKS = 8
 
 
 def plot_runs(
     runs: Sequence[History], names: Sequence[str], png: str | Path, title: str = ""
 ) -> Path:
-    """Loss with validation, gradient norm, learning rate, throughput and data wait, over the steps.
+    """Loss with validation, its accuracies, gradient norm, learning rate, throughput and data wait,
+    over the steps; of one run alone with the epochs above.
 
     Several runs lie over each other, a color each.
 
@@ -36,27 +40,41 @@ def plot_runs(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
 
+    panels = dict(_PANELS)
+    if not any(_having(run, name) for run in runs for name in ACCURACIES):
+        del panels["accuracy"]
     figure, axes = pyplot.subplots(
-        5, 1, figsize=(9, 12), sharex=True, height_ratios=(4, 2, 2, 2, 1.6), layout="constrained"
+        len(panels), 1, figsize=(9, sum(panels.values()) + 0.4), sharex=True,
+        height_ratios=list(panels.values()), layout="constrained",
     )
+    axes = dict(zip(panels, axes, strict=True))
     alone = len(runs) == 1
     for run, name, color in zip(runs, names, COLORS, strict=False):
         _draw(axes, run, color, "" if alone else _lines(name, 60))
-    loss, norm, rate, speed, wait = axes
-    loss.set_ylabel("loss per trained token")
-    loss.legend(fontsize=9)
-    norm.set_ylabel("gradient norm")
-    rate.set_ylabel("learning rate")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    speed.set_ylabel("tokens/s\nwithout padding")
-    wait.set_ylabel(f"data wait,\n{SHARE}")
-    wait.set_xlabel("iteration")
-    for axis in axes:
+    for name, label in (
+        ("loss", "loss per trained token"), ("accuracy", "validation\naccuracy"),
+        ("norm", "gradient norm"), ("rate", "learning rate"),
+        ("speed", "tokens/s\nwithout padding"), ("wait", f"data wait,\n{SHARE}"),
+    ):
+        if name in axes:
+            axes[name].set_ylabel(label)
+    axes["loss"].legend(fontsize=9)
+    if "accuracy" in axes:
+        axes["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes["accuracy"].legend(fontsize=9)
+    if alone:
+        _epochs(axes["loss"], runs[0].steps)
+    axes["rate"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes["wait"].set_xlabel("iteration")
+    for axis in axes.values():
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.margins(x=0.01)
-    figure.align_ylabels(axes)
+    if "accuracy" in axes:
+        axes["accuracy"].set_ylim(top=1.05)
+    figure.align_ylabels(list(axes.values()))
     figure.suptitle("\n".join(_lines(one, 85) for one in ([title] if title else names)))
     try:
         with replacing_file(Path(png)) as pending:
@@ -71,9 +89,14 @@ def _lines(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text
 
 
-def _draw(axes, run: History, color: str, name: str) -> None:
+def _having(run: History, name: str) -> list[dict]:
+    """The validations that have a figure, which older runs' have not."""
+    return [one for one in run.validations if name in one]
+
+
+def _draw(axes: dict, run: History, color: str, name: str) -> None:
     """One run in every panel; where it has no name the legend says what is drawn instead."""
-    loss, norm, rate, speed, wait = axes
+    loss = axes["loss"]
     at = [step["iteration"] for step in run.steps]
     values = [step["loss"] for step in run.steps]
     loss.plot(at, values, color=color, alpha=0.35, linewidth=0.8,
@@ -87,13 +110,37 @@ def _draw(axes, run: History, color: str, name: str) -> None:
             linewidth=1, markerfacecolor="white",
             label=f"{name}, validation" if name else "validation",
         )
-    for axis, key in ((norm, "grad_norm"), (rate, "lr"), (speed, "tokens_per_second")):
-        axis.plot(at, [step[key] for step in run.steps], color=color, linewidth=1)
+    for key, line in (("token_accuracy", "o:"), ("exact_accuracy", "o-")):
+        if having := _having(run, key):
+            axes["accuracy"].plot(
+                [one["iteration"] for one in having], [one[key] for one in having], line,
+                color=color, markersize=5, linewidth=1, markerfacecolor="white",
+                label=f"{name}, {ACCURACIES[key]}" if name else ACCURACIES[key],
+            )
+    for panel, key in (("norm", "grad_norm"), ("rate", "lr"), ("speed", "tokens_per_second")):
+        axes[panel].plot(at, [step[key] for step in run.steps], color=color, linewidth=1)
     waits = [  # files of older runs have no such number
         (step["iteration"], 100 * step["data_wait_seconds"] / step["step_seconds"])
         for step in run.steps if "data_wait_seconds" in step
     ]
-    wait.plot(*zip(*waits, strict=True) if waits else ((), ()), color=color, linewidth=1)
+    axes["wait"].plot(*zip(*waits, strict=True) if waits else ((), ()), color=color, linewidth=1)
+
+
+def _epochs(axis, steps: list[dict]) -> None:
+    """Above a panel, how often the data had been read."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    having = [step for step in steps if step.get("epoch") is not None]
+    if len(having) < 2:
+        return
+    epochs = [step["epoch"] for step in having]
+    ticks = MaxNLocator(_EPOCH_TICKS, steps=(1, 2, 5, 10)).tick_values(epochs[0], epochs[-1])
+    ticks = [one for one in ticks if epochs[0] <= one <= epochs[-1]]
+    above = axis.secondary_xaxis("top")
+    above.set_xticks(np.interp(ticks, epochs, [step["iteration"] for step in having]),
+                     [f"{one:g}" for one in ticks])
+    above.set_xlabel("epoch")
 
 
 def smoothed(values: list[float]) -> list[float]:

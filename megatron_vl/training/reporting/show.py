@@ -26,6 +26,7 @@ from megatron_vl.training.reporting.profile import StepProfiler
 from megatron_vl.training.reporting.progress import Console
 from megatron_vl.training.reporting.throughput import Throughput
 from megatron_vl.training.reporting.trackers import Trackers
+from megatron_vl.training.reporting.validation import Validation
 from megatron_vl.training.resilience.stragglers import ForwardClock, Stragglers, gather, host_names
 from megatron_vl.training.step import StepCounts
 
@@ -131,7 +132,7 @@ class Show:
             metrics = StepMetrics(
                 iteration=iteration, step_seconds=seconds, data_wait_seconds=max(waits),
                 memory_bytes=max(memory), slowest=self.stragglers.slowest(), **totals, **numbers,
-                epoch=None if self.samples is None or not self.epoch else self.samples / self.epoch,
+                epoch=self._epochs(),
             )
             self.log.step(metrics, last=last)
             self.throughput.add(metrics)
@@ -141,6 +142,14 @@ class Show:
             if iteration % RANKS_EVERY == 0:
                 self._tell_ranks()
         return new, any(asked)
+
+    def validation(self, iteration: int, found: Validation) -> None:
+        if self.log is not None:
+            self.log.evaluation(iteration, found, epoch=self._epochs())
+
+    def _epochs(self) -> float | None:
+        """Times that the data were read; None where that is not known."""
+        return None if self.samples is None or not self.epoch else self.samples / self.epoch
 
     def _counted(self, counts: StepCounts) -> list[float]:
         """This rank's part of what `_totals` adds up."""
