@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     family(spec.model_type).check_size(spec, args.model_size)
     weights = family(spec.model_type).weight_map(spec)
     layout = LayoutOptions(**{one.name: getattr(args, one.name) for one in fields(LayoutOptions)})
-    if args.merge or args.to == "peft":
+    holds = found.info is not None and found.info.adapter is not None
+    if args.merge or args.to == "peft" or (holds and args.to == "hf"):
         source, target = _of_adapter(args, found, weights, layout)
     else:
         _check_no_adapter(args)
@@ -165,9 +166,10 @@ def _of_adapter(
         InputError: options that do not go together, or no adapter.
     """
     from megatron_vl.peft.adapter_map import AdapterMap
-    from megatron_vl.peft.conversion import MergedTarget, PeftTarget, open_model, open_trained
+    from megatron_vl.peft.conversion import Merging, PeftTarget, open_trained, open_whole
     from megatron_vl.peft.files import read_adapter
     from megatron_vl.weights import convert as work
+    from megatron_vl.weights.targets import HFTarget
 
     what = "--to peft" if args.to == "peft" else "--merge"
     if option := layout.given or (args.format and "--format") or (args.llamafy and "--llamafy"):
@@ -190,16 +192,17 @@ def _of_adapter(
     if args.to == "mcore":
         raise InputError("--merge writes a Hugging Face directory; leave out --to mcore, and "
                          "convert it again.")
-    if args.adapter is not None:
-        source = work.open_source(found.directory, weights, info=found.info)
-        stored = read_adapter(args.adapter, weights)
-    else:
-        stored = open_trained(_trained(args, found), weights)
-        source = open_model(found.info, weights, args.base)
-    return source, MergedTarget(
-        max_shard_bytes=_bytes(args.max_shard_size), stored=stored, base=source, weights=weights,
-        workers=args.workers,
-    )
+    target = HFTarget(max_shard_bytes=_bytes(args.max_shard_size))
+    if args.adapter is None:
+        info = _trained(args, found)
+        if info.adapter is None:
+            open_trained(info, weights)  # which says that there is none
+        print(f"the adapter of {args.src} is merged into {args.base or info.adapter['base']}")
+        return open_whole(found.directory, info, weights, target, base=args.base,
+                          workers=args.workers)
+    source = work.open_source(found.directory, weights, info=found.info)
+    return source, Merging(target=target, stored=read_adapter(args.adapter, weights), base=source,
+                           weights=weights, workers=args.workers)
 
 
 def _trained(args: argparse.Namespace, found: Described) -> CheckpointInfo:

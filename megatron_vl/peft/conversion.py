@@ -18,7 +18,7 @@ from megatron_vl.peft.adapter import Adapter, factor_key
 from megatron_vl.peft.adapter_map import FACTOR_NAMES, AdapterMap
 from megatron_vl.peft.files import CONFIG, PREFIX, WEIGHTS, StoredAdapter
 from megatron_vl.peft.targets import linears
-from megatron_vl.weights.convert import Source, inspect_weights, open_weights
+from megatron_vl.weights.convert import Source, inspect_weights, open_source, open_weights
 from megatron_vl.weights.dtypes import FLOAT32, DType, cast
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.hf_io import lay_out_hf, open_safetensors, weight_files
@@ -27,7 +27,7 @@ from megatron_vl.weights.mcore_io import CheckpointInfo
 from megatron_vl.weights.plan import make_plan
 from megatron_vl.weights.reshard import SPAN, Reader, chunks
 from megatron_vl.weights.rules import Piece
-from megatron_vl.weights.targets import Files, HFTarget, Ids
+from megatron_vl.weights.targets import Files, HFTarget, Ids, Target
 from megatron_vl.weights.torch_dist import open_torch_dist
 from megatron_vl.workers import in_parallel
 
@@ -125,17 +125,51 @@ def _targets(of: AdapterMap, names: Mapping[str, str]) -> str | list[str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MergedTarget(HFTarget):
-    """A Hugging Face directory of the model with an adapter added to its weights."""
+class Merging:
+    """A target that is a Hugging Face directory, with an adapter added to its weights."""
 
+    side_files: ClassVar[Sequence[str]] = HFTarget.side_files
+    target: HFTarget
     stored: StoredAdapter
     base: Source
     weights: WeightMap
     workers: int
 
+    def wanted(self, weights: WeightMap) -> list[Stored]:
+        return self.target.wanted(weights)
+
+    def files(self, wanted: Sequence[Stored], dtypes: Mapping[Ids, DType]) -> Files:
+        return self.target.files(wanted, dtypes)
+
+    def lay_out(
+        self, root: Path, files: Files, dtypes: Mapping[Ids, DType], dtype: str, weights: WeightMap
+    ) -> dict[Ids, TensorAt]:
+        return self.target.lay_out(root, files, dtypes, dtype, weights)
+
     def finish(self, root: Path, dtype: str) -> None:
-        HFTarget.finish(self, root, dtype)
+        self.target.finish(root, dtype)
         merge(root, self.stored, self.base, self.weights, workers=self.workers)
+
+
+def open_whole(
+    directory: Path, info: CheckpointInfo | None, weights: WeightMap, target: HFTarget, *,
+    base: Path | None = None, workers: int = 1,
+) -> tuple[Source, Target]:
+    """What to write as a Hugging Face directory: a checkpoint's weights, with its adapter merged if
+    it holds one.
+
+    Args:
+        info: of a Megatron-Core checkpoint; None of a Hugging Face directory.
+        base: see `open_model`.
+
+    Raises:
+        InputError: see `open_source`, `open_trained` and `open_model`.
+    """
+    if info is None or info.adapter is None:
+        return open_source(directory, weights, info=info), target
+    source = open_model(info, weights, base)
+    return source, Merging(target=target, stored=open_trained(info, weights), base=source,
+                           weights=weights, workers=workers)
 
 
 def merge(

@@ -116,7 +116,7 @@ def test_what_is_not_trained_has_no_buffer_and_no_optimizer_state(name, jobs):
         # Every factor begins at a multiple of 64 numbers; the model has 40 times as many.
         assert one["trained"] <= one["buffers"] < 1.2 * one["trained"]
         assert not one["frozen with a gradient"]
-    copies = 2 if name == "dp2" else 1  # whose state is divided
+    copies = 2 if name in ("dp2", "cp2") else 1  # whose state is divided
     assert sum(one["moments"] for one in ranks) == sum(one["trained"] for one in ranks) / copies
 
 
@@ -220,7 +220,7 @@ def test_a_merger_trained_in_full_goes_into_the_merged_model_and_not_into_an_ada
     assert moved >= {"q_proj", "down_proj", "qkv", "proj", "fc1", "fc2", "0", "2"}
     assert not moved & {"k_proj", "up_proj", "embed_tokens", "lm_head"}
     for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=LR / 100)
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=LR / 20)
     done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "peft")
     assert done.code == 2 and "--train-merger, which an adapter has no place for" in done.err
     done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "hf")
