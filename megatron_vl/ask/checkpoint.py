@@ -11,12 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.conversion import Described, LayoutOptions, choose_target, describe
+from megatron_vl.models.conversion import Described, describe
 from megatron_vl.models.registry import family
+from megatron_vl.peft.conversion import open_whole
 from megatron_vl.weights import convert as work
 from megatron_vl.weights.found import is_mcore_directory, no_checkpoint, weights_mark
 from megatron_vl.weights.hf_io import is_hf_directory
 from megatron_vl.weights.hub import local_model
+from megatron_vl.weights.targets import HFTarget
 
 EXPORTS = ".hf"  # of a checkpoint: what was exported of it
 _KEY = ".exported_from"  # in an export: what tells its checkpoint from others
@@ -91,11 +93,10 @@ def hf_directory(
 
 def _export(found: Described, model: Path, target: Path, key: str) -> None:
     weights = family(found.spec.model_type).weight_map(found.spec)
-    conversion = work.plan_conversion(
-        work.open_source(model, weights, info=found.info), weights,
-        choose_target(found.spec, "mcore", LayoutOptions(), to="hf", file_format=None,
-                      max_shard_bytes=_SHARD_BYTES),
+    source, target_kind = open_whole(
+        model, found.info, weights, HFTarget(max_shard_bytes=_SHARD_BYTES)
     )
+    conversion = work.plan_conversion(source, weights, target_kind)
     with work.progress_bar(conversion.nbytes, "export") as progress:
         work.run_conversion(
             conversion, target, side_files=found.config_dir, overwrite=True, progress=progress

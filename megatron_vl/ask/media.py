@@ -13,12 +13,14 @@ Read = Callable[[str], bytes]  # the bytes of a file by its name in `StoredMedia
 
 
 def stored_media(
-    media: Sequence[RawMedia], settings: Sequence[MediaSettings | None] = ()
+    media: Sequence[RawMedia], settings: Sequence[MediaSettings | None] = (),
+    paths: Sequence[str | None] = (),
 ) -> tuple[tuple[StoredMedia, ...], Read]:
     """Images and videos with their sizes, and what reads their files.
 
     Args:
         settings: what is asked for each of `media`; empty: nothing.
+        paths: as an entry names each; empty: those of the files.
 
     Raises:
         BadMedia: one cannot be decoded.
@@ -28,7 +30,10 @@ def stored_media(
         sizes[one] = measure(one)
         if isinstance(sizes[one], str):
             raise BadMedia(f"its {one} is unusable: {sizes[one]}")
-    entry = Entry(number=0, name=None, turns=(), media=tuple(media), settings=tuple(settings))
+    entry = Entry(
+        number=0, name=None, turns=(), media=tuple(media), settings=tuple(settings),
+        paths=tuple(paths) or tuple(str(one.files[0]) for one in media),
+    )
     stored, files = store(entry, sizes)
     paths: dict[str, Path] = {file.extension: file.path for file in files}
     return stored, lambda name: paths[name].read_bytes()

@@ -166,7 +166,9 @@ class RawDataset:
             raise entry
         said = self.source.read(entry)
         media = [self.library.locate(one) for one in said.media]
-        stored, read = stored_media(media, [one.settings for one in said.media])
+        stored, read = stored_media(
+            media, [one.settings for one in said.media], [one.path for one in said.media]
+        )
         return Sample(turns=said.turns, media=stored, read=read, tools=said.tools,
                       groups=self._groups(entry))
 

@@ -18,7 +18,10 @@ from megatron_vl.training.options.spellings import dtype_of, flags_of
 from megatron_vl.weights.map import listed
 
 if TYPE_CHECKING:
-    from megatron_vl.models.conversion import Described
+    from megatron_vl.models.conversion import Described, LayoutOptions
+    from megatron_vl.weights.convert import Source
+    from megatron_vl.weights.map import WeightMap
+    from megatron_vl.weights.mcore_io import CheckpointInfo
     from megatron_vl.weights.targets import Target
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -37,8 +40,15 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("dst", type=Path, metavar="DST")
     parser.add_argument("--from", dest="source_kind", choices=tuple(KINDS),
                         help="refuse a SRC of another kind (default: any)")
-    parser.add_argument("--to", choices=("hf", "mcore"), help="kind of DST (default: mcore for a "
-                        "Hugging Face SRC or if a layout is given, hf otherwise)")
+    parser.add_argument("--to", choices=("hf", "mcore", "peft"), help="kind of DST (default: mcore "
+                        "for a Hugging Face SRC or if a layout is given, hf otherwise); peft: the "
+                        "adapter that a run trained, as PEFT stores it")
+    parser.add_argument("--merge", action="store_true", help="write the model with the adapter of "
+                        "SRC, or of --adapter, added to its weights, as --to hf")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="with --merge, an adapter of "
+                        "PEFT's for the model SRC")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the model that the adapter of "
+                        "SRC is beside (default: where its run found it)")
     parser.add_argument("--llamafy", action="store_true", help="with --to hf, write the model as a "
                         "Llama, for inference; of Baichuan2")
     parser.add_argument("--format", choices=("torch", "torch_dist"), help="of a Megatron-Core DST: "
@@ -91,17 +101,22 @@ def run(args: argparse.Namespace) -> int:
     spec, config_dir = found.spec, found.config_dir
     family(spec.model_type).check_size(spec, args.model_size)
     weights = family(spec.model_type).weight_map(spec)
-    target = choose_target(
-        spec, found.kind,
-        LayoutOptions(**{one.name: getattr(args, one.name) for one in fields(LayoutOptions)}),
-        to=args.to, file_format=args.format, max_shard_bytes=_bytes(args.max_shard_size),
-    )
-    if args.llamafy:
-        target = _as_llama(args, family(spec.model_type), found)
-    source = work.open_source(
-        found.directory, weights, info=found.info,
-        planned_dtype=spec.dtype if args.dry_run else None,
-    )
+    layout = LayoutOptions(**{one.name: getattr(args, one.name) for one in fields(LayoutOptions)})
+    holds = found.info is not None and found.info.adapter is not None
+    if args.merge or args.to == "peft" or (holds and args.to == "hf"):
+        source, target = _of_adapter(args, found, weights, layout)
+    else:
+        _check_no_adapter(args)
+        target = choose_target(
+            spec, found.kind, layout, to=args.to, file_format=args.format,
+            max_shard_bytes=_bytes(args.max_shard_size),
+        )
+        if args.llamafy:
+            target = _as_llama(args, family(spec.model_type), found)
+        source = work.open_source(
+            found.directory, weights, info=found.info,
+            planned_dtype=spec.dtype if args.dry_run else None,
+        )
     conversion = work.plan_conversion(source, weights, target, args.dtype)
     if says := told_normalized(source, weights):
         print(f"{args.src}: {says}")
@@ -134,6 +149,69 @@ def _warn_of_files(args: argparse.Namespace, config_dir: Path, spec: ModelSpec) 
         check_model_files(config_dir, spec, of)
     except InputError as error:
         print(f"warning: {error}", file=sys.stderr)
+
+
+def _check_no_adapter(args: argparse.Namespace) -> None:
+    for flag in ("adapter", "base"):
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag} is for --merge; add it, or leave out --{flag}.")
+
+
+def _of_adapter(
+    args: argparse.Namespace, found: Described, weights: WeightMap, layout: LayoutOptions
+) -> tuple[Source, Target]:
+    """What --to peft and --merge read and write.
+
+    Raises:
+        InputError: options that do not go together, or no adapter.
+    """
+    from megatron_vl.peft.adapter_map import AdapterMap
+    from megatron_vl.peft.conversion import Merging, PeftTarget, open_trained, open_whole
+    from megatron_vl.peft.files import read_adapter
+    from megatron_vl.weights import convert as work
+    from megatron_vl.weights.targets import HFTarget
+
+    what = "--to peft" if args.to == "peft" else "--merge"
+    if option := layout.given or (args.format and "--format") or (args.llamafy and "--llamafy"):
+        raise InputError(f"{option} does not go with {what}; leave it out.")
+    if args.verify:
+        raise InputError(f"--verify compares a model with itself; leave it out with {what}.")
+    if args.to == "peft":
+        if args.merge or args.adapter is not None:
+            raise InputError("--to peft writes the adapter of a run by itself; leave out --merge "
+                             "and --adapter.")
+        stored = open_trained(_trained(args, found), weights)
+        of = AdapterMap(weights=weights, adapter=stored.adapter)
+        base = Path(found.info.adapter["base"]) if args.base is None else args.base
+        if whole := found.info.adapter["trained"]:
+            raise InputError(
+                f"{args.src} was trained with {', '.join(f'--train-{part}' for part in whole)}, "
+                f"which an adapter has no place for; write the model with --merge."
+            )
+        return stored.source, PeftTarget(of=of, base=base)
+    if args.to == "mcore":
+        raise InputError("--merge writes a Hugging Face directory; leave out --to mcore, and "
+                         "convert it again.")
+    target = HFTarget(max_shard_bytes=_bytes(args.max_shard_size))
+    if args.adapter is None:
+        info = _trained(args, found)
+        if info.adapter is None:
+            open_trained(info, weights)  # which says that there is none
+        print(f"the adapter of {args.src} is merged into {args.base or info.adapter['base']}")
+        return open_whole(found.directory, info, weights, target, base=args.base,
+                          workers=args.workers)
+    source = work.open_source(found.directory, weights, info=found.info)
+    return source, Merging(target=target, stored=read_adapter(args.adapter, weights), base=source,
+                           weights=weights, workers=args.workers)
+
+
+def _trained(args: argparse.Namespace, found: Described) -> CheckpointInfo:
+    if found.info is None:
+        raise InputError(
+            f"{args.src} is a {KINDS['hf']}, which holds no adapter; give the --save of a run that "
+            f"trained one, or with --merge an --adapter."
+        )
+    return found.info
 
 
 def _as_llama(args: argparse.Namespace, of: Family, found: Described) -> Target:

@@ -92,7 +92,13 @@ def run(args: argparse.Namespace) -> int:
                  *(["--dry-run"] if args.dry_run else []), *(["--debug"] if args.debug else [])])
     if code or args.dry_run or node.node_rank:
         return code
-    return _run(["convert", saves[1], str(output / "hf"), "--to", "hf", "--overwrite"])
+    to = ["--to", "hf"]
+    if config.lora.given:
+        to = ["--merge"]
+        if code := _run(["convert", saves[1], str(output / "adapter"), "--to", "peft",
+                         "--overwrite"]):
+            return code
+    return _run(["convert", saves[1], str(output / "hf"), *to, "--overwrite"])
 
 
 def _run(words: list[str]) -> int:

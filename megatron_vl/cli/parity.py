@@ -11,6 +11,7 @@ from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.parity import FP32
+from megatron_vl.peft.targets import ALL_LINEAR, HELP
 from megatron_vl.training.options.spellings import dtype_of, flags_of
 
 DTYPES = ("float32", "bfloat16")
@@ -73,6 +74,14 @@ def add_parser(commands) -> None:
         help=f"largest relative difference that passes (default: {FP32:g}; in bfloat16 twice what "
         "transformers' own bfloat16 is off)",
     )
+    parser.add_argument(
+        "--lora-rank", type=int, metavar="R", help="compare the gradients of an adapter of this "
+        "rank with PEFT's, instead of those of the weights",
+    )
+    parser.add_argument(
+        "--lora-target", nargs="+", metavar="LAYER", default=[ALL_LINEAR],
+        help=f"layers that are adapted (default: {ALL_LINEAR}): {HELP}",
+    )
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
@@ -92,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype, packed=args.pack, recompute=args.recompute,
         recompute_method=args.recompute_method, recompute_num_layers=args.recompute_num_layers,
         overlap_grad_reduce=args.overlap_grad_reduce,
+        lora_rank=args.lora_rank, lora_target=tuple(args.lora_target),
     )
     layouts = _layouts(args, spec)
     for _, split in layouts:
@@ -152,6 +162,10 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     ranks = layouts[0][0].world_size
     print(f"converting {args.hf_dir} for {len(layouts)} layout(s) of {ranks} rank(s)", flush=True)
     write_weights(work_dir, args.hf_dir, spec, layouts, setting)
+    if args.lora_rank is not None:
+        from megatron_vl.parity.adapters import write_adapter
+
+        write_adapter(work_dir, args.hf_dir, spec, rank=args.lora_rank, targets=args.lora_target)
     print("running Megatron-Core", flush=True)
     code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)
     if code:

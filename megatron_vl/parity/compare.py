@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 WORST = 5  # parameters that are named
+COPY = " (copy "  # in the name of a gradient that several ranks have, all but the first one's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,7 @@ class Outcome:
 
     logits: list[torch.Tensor]  # per sample [L, V]
     loss: float
-    gradients: dict[str, torch.Tensor]  # under Hugging Face names
+    gradients: dict[str, torch.Tensor]  # under Hugging Face names; ours may have copies
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -56,14 +57,16 @@ class Difference:
 
 def compare(case: str, ours: Outcome, theirs: Outcome) -> Difference:
     """Differences and what they are to the size of things; anything not finite is infinite."""
-    assert set(ours.gradients) == set(theirs.gradients), (
-        set(ours.gradients) ^ set(theirs.gradients)
+    published = {name: name.partition(COPY)[0] for name in ours.gradients}
+    assert set(published.values()) == set(theirs.gradients), (
+        set(published.values()) ^ set(theirs.gradients)
     )
     # A key bias shifts every score of a query alike: its true gradient is zero and what is there is
     # rounding, so the scale of a tensor never counts as smaller than 1e-4 of the largest gradient.
     floor = 1e-4 * max(float(g.abs().max()) for g in theirs.gradients.values())
     gradients = {
-        name: _apart(ours.gradients[name], g, floor) for name, g in theirs.gradients.items()
+        name: _apart(g, theirs.gradients[published[name]], floor)
+        for name, g in ours.gradients.items()
     }
     return Difference(
         case=case,

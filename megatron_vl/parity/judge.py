@@ -12,12 +12,19 @@ import torch
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
+from megatron_vl.parity.adapters import of_peft
 from megatron_vl.parity.cases import Case, make_samples
 from megatron_vl.parity.compare import Outcome
 
 
-def run_transformers(hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "float32") -> Outcome:
-    """Each sample alone through transformers' own model."""
+def run_transformers(
+    hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "float32", adapter: Path | None = None
+) -> Outcome:
+    """Each sample alone through transformers' own model.
+
+    Args:
+        adapter: a directory of PEFT's, whose factors' gradients are wanted then, not the model's.
+    """
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -28,6 +35,11 @@ def run_transformers(hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "fl
         experts_implementation="eager",  # its grouped products refuse some widths
         trust_remote_code=False, local_files_only=True,
     )
+    weights = of.weight_map(spec)
+    if adapter is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     samples, positions = make_samples(spec, case), of.positions(spec)
     logits, total, trained = [], 0.0, sum(int((s.labels != IGNORE).sum()) for s in samples)
     for sample in samples:
@@ -42,13 +54,12 @@ def run_transformers(hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "fl
         )
         (loss / trained).backward()
         total += float(loss.detach())
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.float()
-                 for name, p in model.named_parameters()}
-    # As it saves weights: where it holds several published tensors in one, each by itself.
-    gradients = revert_weight_conversion(model, gradients)
-    published_name = of.weight_map(spec).published_name
-    return Outcome(
-        logits=logits,
-        loss=total / trained,
-        gradients={published_name(name): one for name, one in gradients.items()},
-    )
+    if adapter is not None:
+        gradients = of_peft(model, weights)
+    else:
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.float()
+                     for name, p in model.named_parameters()}
+        # As it saves weights: where it holds several published tensors in one, each by itself.
+        gradients = revert_weight_conversion(model, gradients)
+        gradients = {weights.published_name(name): one for name, one in gradients.items()}
+    return Outcome(logits=logits, loss=total / trained, gradients=gradients)

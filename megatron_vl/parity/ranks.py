@@ -32,6 +32,8 @@ class Setting:
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     overlap_grad_reduce: bool = False
+    lora_rank: int | None = None  # of an adapter whose gradients are compared; None: all weights'
+    lora_target: tuple[str, ...] = ()
 
     def recompute_of(self, split: StageSplit) -> tuple[Recompute, Recompute]:
         """The language model's and the vision tower's. Raises InputError: see `recompute_of`."""
@@ -47,6 +49,8 @@ class Setting:
             words += [f"full recompute ({self.recompute_method} {self.recompute_num_layers})"]
         elif self.recompute != "none":
             words += [f"{self.recompute} recompute"]
+        if self.lora_rank is not None:
+            words += [f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
         return ", ".join(words)
 
 
@@ -81,9 +85,14 @@ def _run_layout(
 ) -> None:
     from megatron.core import parallel_state
 
+    from megatron_vl.models.common.parts import PARTS
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
-    from megatron_vl.training.checkpoint.weights import load_weights
+    from megatron_vl.parity.adapters import ADAPTER, save_gradients
+    from megatron_vl.peft.adapter_map import AdapterMap
+    from megatron_vl.peft.files import read_adapter
+    from megatron_vl.peft.lora import attach, factors
+    from megatron_vl.training.checkpoint.weights import fill, load_weights
     from megatron_vl.training.setup import wrap_for_data_parallel
     from megatron_vl.training.step import mean_loss, run_batches
     from megatron_vl.weights.mcore_io import inspect_checkpoint
@@ -91,17 +100,28 @@ def _run_layout(
     spec = load_spec(hf_dir)
     device = platform.device(int(os.environ.get("LOCAL_RANK", 0)))
     recompute, vit_recompute = setting.recompute_of(split)
+    adapter, frozen = None, {}
+    if setting.lora_rank is not None:
+        weights = family(spec.model_type).weight_map(spec)
+        adapter = read_adapter(work_dir.parent / ADAPTER, weights)
+        of = AdapterMap(weights=weights, adapter=adapter.adapter)
+        frozen = {"frozen": tuple(PARTS), "adapted": of.parts}
     options = ModelOptions(
         params_dtype=getattr(torch, setting.dtype), recompute=recompute,
         vit_recompute=vit_recompute, initialize_weights=False, fused_ops=platform.fuses_ops,
-        row_lengths_vary=layout.lengths_vary and not setting.packed,
+        row_lengths_vary=layout.lengths_vary and not setting.packed, **frozen,
     )
     chunks = family(spec.model_type).build_model(spec, layout, split, options)
+    if adapter is not None:
+        attach(chunks, of, layout, split, seed=0)
     model = wrap_for_data_parallel(
         chunks, device, overlap_grad_reduce=setting.overlap_grad_reduce
     )
     source = inspect_checkpoint(work_dir / "weights")
     load_weights(source, model, spec, layout, split)
+    if adapter is not None:
+        held = list(factors(chunks, of, split))
+        fill(held, adapter.source, work_dir.parent / ADAPTER)
     dp_rank = parallel_state.get_data_parallel_rank()
 
     for index, case in enumerate(cases(spec, setting.packed)):
@@ -114,7 +134,11 @@ def _run_layout(
             chunk.train()
             chunk.zero_grad_buffer()
         loss, _ = mean_loss(run_batches(model, batches, device), device)
-        _save_gradients(work_dir / f"{index}.gradients", source, model, spec, layout)
+        gradients = work_dir / f"{index}.gradients"
+        if adapter is not None:
+            save_gradients(gradients, held)
+        else:
+            _save_gradients(gradients, source, model, spec, layout)
         for chunk in model:
             chunk.eval()
         with torch.no_grad():

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parity.adapters import ADAPTER, read_gradients
 from megatron_vl.parity.cases import cases, make_samples
 from megatron_vl.parity.compare import Difference, compare
 from megatron_vl.parity.judge import run_transformers
 from megatron_vl.parity.ranks import Setting, read_ours
+from megatron_vl.peft.files import read_adapter
 from megatron_vl.weights.convert import (
     inspect_weights,
     open_weights,
@@ -53,23 +55,30 @@ def differences(
         every layout's of every case, and transformers' own in the dtype of `setting`, a case each;
         none in fp32.
     """
-    found, own = [[] for _ in layouts], []
+    found, own, weights = [[] for _ in layouts], [], family(spec.model_type).weight_map(spec)
+    adapter = None
+    if setting.lora_rank is not None:
+        adapter = read_adapter(work_dir / ADAPTER, weights).adapter
+    judged = {"adapter": None if adapter is None else work_dir / ADAPTER}
     for index, case in enumerate(cases(spec, setting.packed)):
-        theirs = run_transformers(hf_dir, spec, case)
+        theirs = run_transformers(hf_dir, spec, case, **judged)
         if setting.dtype != "float32":
-            theirs_rounded = run_transformers(hf_dir, spec, case, setting.dtype)
+            theirs_rounded = run_transformers(hf_dir, spec, case, setting.dtype, **judged)
             own.append(compare(case.name, theirs_rounded, theirs))
         samples = make_samples(spec, case)
-        for number, (layout, _) in enumerate(layouts):
+        for number, (layout, split) in enumerate(layouts):
             folder = work_dir / str(number)
-            gradients = folder / f"{index}.hf"
-            _convert(
-                folder / f"{index}.gradients", gradients, hf_dir, spec,
-                HFTarget(max_shard_bytes=SHARD_BYTES),
-            )
-            ours = read_ours(
-                folder, index, case, spec, samples, layout, _read_tensors(gradients)
-            )
+            if adapter is not None:
+                gradients = read_gradients(folder / f"{index}.gradients", weights, adapter, layout,
+                                           split)
+            else:
+                gradients = folder / f"{index}.hf"
+                _convert(
+                    folder / f"{index}.gradients", gradients, hf_dir, spec,
+                    HFTarget(max_shard_bytes=SHARD_BYTES),
+                )
+                gradients = _read_tensors(gradients)
+            ours = read_ours(folder, index, case, spec, samples, layout, gradients)
             found[number].append(compare(case.name, ours, theirs))
     return found, own
 

@@ -121,7 +121,7 @@ def _note(notes: list[str], check: Callable[[], None]) -> None:
 
 def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     config, layout = plan.config, plan.layout
-    frozen = ", ".join(config.model.frozen)
+    frozen = ", ".join(plan.trainable.still)
     kinds = [plan.precision]
     kinds += ["distributed optimizer"] if config.optimizer.use_distributed_optimizer else []
     kinds += [f"optimizer {config.optimizer.optimizer_offload_fraction:.0%} in host memory"
@@ -186,7 +186,7 @@ def _memory_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[
 def _sums(plan: Plan, stages: Sequence[RankMemory]) -> str:
     found, layout = copies(plan), plan.layout
     more = [(found.replicated, "replicated over TP"), (found.padding, "padding"),
-            (found.tied, "tied embedding again")]
+            (found.tied, "tied embedding again"), (found.adapter, "of the adapter")]
     held = sum(stage.weights for stage in stages) * layout.tp
     assert held == found.total, "a weight is counted twice, or not at all"
     return (

@@ -192,7 +192,8 @@ class Trainer:
             verb = "resumed from" if self.own else "loaded"
             self.say(f"{verb} {self.source.path}: {self.done} steps done"
                      + (f"; {resumed.weights}" if resumed.weights else ""))
-            if self.own and self.config.checkpoint.load is not None:
+            base = self.plan.trainable.adapter is not None and not self.config.lora.save_base
+            if self.own and self.config.checkpoint.load is not None and not base:
                 self.say(f"load {self.config.checkpoint.load} is not read: the run goes on from "
                          f"save")
             for name, count in (resumed.weights.not_finite if resumed.weights else {}).items():

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
 from megatron_vl.parallel import LANGUAGE
+from megatron_vl.peft.adapter_map import FACTORS
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.map import EMBEDDING, LAST_COPY, Where, volume
@@ -98,10 +99,11 @@ class Copies:
     replicated: int  # the same on several TP ranks
     padding: int  # zeros that TP needs, in the vocabulary or in a tower's MLP
     tied: int  # the embedding again, where logits are computed
+    adapter: int  # factors of an adapter, on all the ranks that have them
 
     @property
     def total(self) -> int:
-        return self.model + self.replicated + self.padding + self.tied
+        return self.model + self.replicated + self.padding + self.tied + self.adapter
 
 
 def rank_memory(plan: Plan, stage: int) -> RankMemory:
@@ -135,6 +137,9 @@ def copies(plan: Plan) -> Copies:
     counts = Counter()
     for stage in range(plan.layout.pp):
         for chunk in range(plan.layout.vp):
+            counts["adapter"] += plan.layout.tp * sum(
+                one.numel for one in _factors(plan, stage, chunk)
+            )
             for weight, _, _ in _weights(plan, stage, chunk):
                 own = sum(map(volume, weight.rule.published().values())) * len(weight.each)
                 tp = 1 if _is_whole(plan, weight) or weight.rule.axis is None else plan.layout.tp
@@ -147,7 +152,8 @@ def copies(plan: Plan) -> Copies:
                 counts["model"] += own
                 counts["padding"] += once - own
                 counts["replicated"] += stored - once
-    return Copies(**{name: counts[name] for name in ("model", "replicated", "padding", "tied")})
+    return Copies(**{name: counts[name] for name in (
+        "model", "replicated", "padding", "tied", "adapter")})
 
 
 def _shares(plan: Plan) -> int:
@@ -188,16 +194,33 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
         Held(
             name=name, where=weight.place.where, shape=_shape(plan, weight), layers=layers[name],
             experts=len(weight.each),
-            trained=part_of(name) not in plan.config.model.frozen
-            and (not weight.constant or plan.config.model.train_constants),
+            trained=plan.trainable.trains(weight),
             tied_over_stages=tied and weight.place in (EMBEDDING, LAST_COPY),
         )
         for name, weight in kinds.items()
     )
+    held += _factors(plan, stage, chunk)
     return ChunkMemory(
         stage=stage, chunk=chunk,
         held=held,
         buffered=_buffered(plan, held),
+    )
+
+
+def _factors(plan: Plan, stage: int, chunk: int) -> tuple[Held, ...]:
+    """An adapter's part of a chunk; layers of one kind may differ in rank."""
+    found = Counter()
+    adapter = plan.trainable.adapter
+    for one in adapter.chunk(plan.split, stage, chunk) if adapter is not None else ():
+        tp = 1 if _is_whole(plan, one.weight) else plan.layout.tp
+        for factor in FACTORS:
+            stored = one.stored(factor, tp=tp, rank=0, local=True)
+            name = f"{one.weight.name.removesuffix('.weight')}.{FACTORS[factor]}"
+            found[name, one.weight.place.where, stored.shape] += 1
+    return tuple(
+        Held(name=name, where=where, shape=shape, layers=layers, experts=1, trained=True,
+             tied_over_stages=False)
+        for (name, where, shape), layers in found.items()
     )
 
 

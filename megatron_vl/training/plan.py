@@ -14,6 +14,8 @@ from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
+from megatron_vl.peft.trainable import Trainable
+from megatron_vl.training.adapter import trainable_of
 from megatron_vl.training.checkpoint.same_model import check_same_model
 from megatron_vl.training.checkpoint.start import (
     hf_directory,
@@ -42,6 +44,7 @@ class Plan:
     num_microbatches: int
     recompute: Recompute  # of the language model
     vit_recompute: Recompute  # of the vision tower
+    trainable: Trainable
 
     @property
     def row_length(self) -> int:
@@ -149,6 +152,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         num_microbatches=config.batch.num_microbatches(layout.dp),
         recompute=recompute,
         vit_recompute=vit_recompute,
+        trainable=trainable_of(config, spec),
     )
     if plan.row_length % layout.row_parts:
         raise InputError(
@@ -172,6 +176,7 @@ def _check_text_only(config: TrainConfig, spec: ModelSpec) -> None:
         (config.model, ("freeze_vit", "freeze_merger", "vit_recompute_granularity",
                         "vit_recompute_num_layers")),
         (config.optimizer, ("vit_lr", "merger_lr")),
+        (config.lora, ("train_vit", "train_merger")),
         (config.data, ("max_patches_per_row", *(f.name for f in fields(MediaLimits)))),
     ):
         for field in fields(options):

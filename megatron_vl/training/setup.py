@@ -25,6 +25,7 @@ from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.common.pipeline_model import sum_tied, sum_vision
 from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family
+from megatron_vl.peft.lora import attach, is_second
 from megatron_vl.platform import Platform
 from megatron_vl.training.options.groups import OptimizerOptions
 from megatron_vl.training.plan import Plan
@@ -51,7 +52,8 @@ def model_options(
         initialize_weights=initialize_weights,
         row_lengths_vary=plan.row_multiple is not None,
         deterministic=run.deterministic,
-        frozen=run.frozen,
+        frozen=plan.trainable.frozen,
+        adapted=plan.trainable.adapted,
         train_constants=run.train_constants,
     )
 
@@ -60,6 +62,8 @@ def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> 
     """This rank's chunks on its device, each wrapped for data parallelism."""
     options = model_options(plan, platform, initialize_weights=initialize_weights)
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
+    if plan.trainable.adapter is not None:
+        attach(chunks, plan.trainable.adapter, plan.layout, plan.split, seed=plan.config.model.seed)
     run = plan.config.optimizer
     return wrap_for_data_parallel(
         chunks,
@@ -168,7 +172,8 @@ def build_optimizer(plan: Plan, model: list, platform: Platform):
     )
     optimizer = get_megatron_optimizer(
         config, model,
-        config_overrides=get_standard_config_overrides(config) | _part_overrides(options),
+        config_overrides=get_standard_config_overrides(config)
+        | _rate_overrides(options, plan.config.lora.lora_lr_ratio),
     )
     if not config.optimizer_cpu_offload:  # Megatron-Core's hybrid optimizer starts its own
         _start_state(optimizer)
@@ -193,20 +198,29 @@ def build_optimizer(plan: Plan, model: list, platform: Platform):
     return optimizer, scheduler
 
 
-def _part_overrides(options: OptimizerOptions) -> dict[ParamKey, ParamGroupOverride]:
-    """What sets the parameter groups of parts with a learning rate of their own apart."""
+def _rate_overrides(
+    options: OptimizerOptions, second: float
+) -> dict[ParamKey, ParamGroupOverride]:
+    """What sets the parameter groups with a learning rate of their own apart.
 
-    def key(part: str) -> ParamKey:
-        def is_of_part(_, name: str) -> bool:  # named by the data-parallel wrapper
-            return part_of(name.removeprefix("module.")) == part
+    Args:
+        second: the rate of an adapter's second factors over that of its first ones.
+    """
 
-        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=part, fn=is_of_part))
+    def key(part: str, of_second: bool) -> ParamKey:
+        def is_of(_, name: str) -> bool:  # named by the data-parallel wrapper
+            name = name.removeprefix("module.")
+            return part_of(name) == part and is_second(name) == of_second
 
-    ratios = {part: options.lr_ratio(part) for part in PARTS}
+        name = f"{part}, second factors" if of_second else part
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=is_of))
+
+    ratios = {(part, of_second): options.lr_ratio(part) * (second if of_second else 1)
+              for part in PARTS for of_second in (False, True)}
     return {
         # The schedule reads the rates alone; by `lr_mult` a checkpoint's groups are told apart.
-        key(part): dict(max_lr=options.lr * ratio, min_lr=options.min_lr * ratio, lr_mult=ratio)
-        for part, ratio in ratios.items() if ratio != 1
+        key(*of): dict(max_lr=options.lr * ratio, min_lr=options.min_lr * ratio, lr_mult=ratio)
+        for of, ratio in ratios.items() if ratio != 1
     }
 
 

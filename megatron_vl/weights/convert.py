@@ -33,6 +33,7 @@ from megatron_vl.weights.plan import CopyPlan, make_plan
 from megatron_vl.weights.reshard import Written, run_plan, target_dtypes
 from megatron_vl.weights.targets import Files, Ids, Target
 
+ADAPTER_CONFIG = "adapter_config.json"  # of a directory of PEFT's
 HF = "hf"  # the `format` of a Hugging Face directory
 
 
@@ -172,7 +173,7 @@ def run_conversion(
     reads = {side_files, *(tensor.path for tensor in conversion.source.tensors.values())}
     check_target(
         directory, overwrite=overwrite, needed=sorted(reads), what="checkpoint",
-        is_ours=lambda there: _kind(there) is not None,
+        is_ours=lambda there: _kind(there) is not None or (there / ADAPTER_CONFIG).is_file(),
     )
     with replacing(directory) as new:
         free = shutil.disk_usage(new).free

@@ -162,6 +162,13 @@ class WeightMap:
                 return new + key.removeprefix(old)
         return key
 
+    def in_memory_name(self, key: str) -> str:
+        """What transformers calls a published key's module; the inverse of `published_name`."""
+        for old, new in self.renamed:
+            if key.startswith(new):
+                return old + key.removeprefix(new)
+        return key
+
     def hf_inventory(self, found: Mapping[str, str] | None = None) -> list[Stored]:
         """The published tensors, whole; `found` gives the file of every key that is there.
 

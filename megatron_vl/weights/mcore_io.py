@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.typed import Count, Name, Shape, Size, typed
 from megatron_vl.weights.dtypes import WEIGHTS, DType
@@ -56,6 +56,7 @@ class _Noted(Shape):
     dtype: Name | None = None
     layout: _Sizes = _Sizes()
     split: dict[Name, list[list[Count]]] | None = None  # by tower; see `StageSplit.to_dict`
+    adapter: dict[Name, Any] | None = None  # what is trained beside the weights of a model
 
     @property
     def stages(self) -> StageSplit | None:
@@ -86,6 +87,7 @@ class CheckpointInfo:
     model_type: str | None  # None if the checkpoint does not say; then config.json does
     dtype: str | None
     args: Mapping[str, Any]  # what its maker noted; a run of ours its options by their names
+    adapter: Mapping[str, Any] | None = None  # which it holds, of what; None: a model's weights
 
 
 def inspect_checkpoint(directory: str | Path, *, wanted: Wanted = "mcore") -> CheckpointInfo:
@@ -150,6 +152,7 @@ def open_mcore(
     Raises:
         InputError: gaps, surpluses or wrong shapes, named.
     """
+    check_whole(info)
     if info.format == "torch_dist":
         return open_torch_dist(info.path, weights)
     tensors = {}
@@ -168,6 +171,16 @@ def open_mcore(
     inventory = [stored for stored in inventory if stored.id in tensors]
     check_tensors(inventory, tensors)
     return inventory, {stored.id: tensors[stored.id] for stored in inventory}
+
+
+def check_whole(info: CheckpointInfo) -> None:
+    """Raises InputError: a checkpoint holds an adapter, where the weights of a model are wanted."""
+    if info.adapter is not None:
+        raise InputError(
+            f"{info.path} holds an adapter of the model {shown(info.adapter.get('base'))}; make it "
+            f"PEFT's by convert --to peft, which --adapter takes, or merge it into the model by "
+            f"convert --merge."
+        )
 
 
 def check_tensors(
@@ -274,7 +287,7 @@ def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
     ours = _noted(saved.get(ENTRY) or args.get(ENTRY), path)
     return CheckpointInfo(
         **common, layout=ours.sizes, split=ours.stages,
-        model_type=ours.model_type, dtype=ours.dtype, args=args,
+        model_type=ours.model_type, dtype=ours.dtype, args=args, adapter=ours.adapter,
     )
 
 

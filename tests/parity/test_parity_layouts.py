@@ -136,6 +136,31 @@ def test_every_layout_equals_transformers(ranks, options, model, request):
     assert all(figure <= float(TOLERANCE) and count == parameters for _, figure, count in rows)
 
 
+# Layers that are adapted, and how many factors that makes; those alike on two tensor-parallel ranks
+# are compared twice.
+ADAPTED = {
+    "model_dir": (["llm", "vit", "merger"], 2 * (4 * 7 + 2 * 4 + 2)),
+    "resampler_model_dir": (["c_attn", "attn.c_proj", "w1", "w2", "mlp.c_fc"], 2 * (4 * 4 + 2)),
+    "experts_model_dir": (["all-linear"], 2 * 4 * 4),
+}
+
+
+@pytest.mark.parametrize("model", ADAPTED)
+def test_every_layout_of_an_adapter_equals_peft(model, request):
+    targets, factors = ADAPTED[model]
+    layouts = MODELS[model][1](LAYOUTS[2])
+    done = megatron_vl("parity", request.getfixturevalue(model), "--tolerance", TOLERANCE,
+                       "--sweep", 2, "--lora-rank", 3, "--recompute", "full",
+                       "--lora-target", *targets)
+    assert done.code == 0, done.text
+    rows = rows_of(done.out)
+    assert [name for name, *_ in rows] == layouts
+    assert all(figure <= float(TOLERANCE) for _, figure, _ in rows)
+    for name, _, count in rows:
+        twice = "TP2" in name and "VDP" not in name
+        assert int(count) == factors * 3 // 2 if twice else factors, name
+
+
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):
     odd = tiny_hf.make(tmp_path / "odd", "--init-std", "0.02", "--untied", vocab_size=277)
     layout = ["--tp", 2, "--pp", 2, "--sequence-parallel"]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import ROOT, megatron_vl, shell
+from peft import LoraConfig
 from test_clusters import free_port
 from test_docs import LINK, blocks, headings, parser, prose
 from tiny_hf import read
@@ -22,7 +23,7 @@ from megatron_vl.models.baichuan2.tiny import TEXT
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.hf_run import set_intervals
-from megatron_vl.training.options.hf_trainer import DEFAULTS, FLAGS, translate
+from megatron_vl.training.options.hf_trainer import DEFAULTS, FLAGS, LORA_DEFAULTS, translate
 
 SHIM = "examples/baichuan2/fine_tune_train.sh"
 
@@ -40,6 +41,9 @@ def test_a_flag_that_is_not_given_has_the_trainers_own_default():
     for flag, default in DEFAULTS.items():
         of_trainer = trainers[flag]
         assert type(of_trainer)(default) == of_trainer, flag
+    of_peft = {one.name: one.default for one in dataclasses.fields(LoraConfig)} | {"lora_r": 8}
+    for flag, default in list(LORA_DEFAULTS.items())[:3]:
+        assert float(default) == of_peft[flag], flag
     assert "--lr 5e-5 --weight-decay 0 --adam-beta1 0.9" in " ".join(given().words)
 
 
@@ -116,8 +120,8 @@ def test_the_warm_up_is_as_long_as_transformers_own(style, warmup):
 
 
 REFUSED = [
-    ({"use_lora": "True"}, "--use_lora is True, but there is no LoRA"),
-    ({"q_lora": "True"}, "--q_lora is True, but there is no LoRA"),
+    ({"use_lora": "often"}, "--use_lora is 'often'; use True or False"),
+    ({"q_lora": "True"}, "--q_lora is True, but there is no training of quantised weights"),
     ({"bf16": "maybe"}, "--bf16 is 'maybe'; use True or False"),
     ({"lr_scheduler_type": "polynomial"}, "--lr_scheduler_type is 'polynomial'"),
     ({"max_steps": "many"}, "--max_steps is 'many'; it must be a number"),
@@ -280,7 +284,10 @@ BAD = [  # flags in place of the shim's, and what is said
     (["--logging_steps", "0"], "--logging_steps is '0'; it must be a whole number of steps"),
     (["--save_strategy", "often"], "--save_strategy is 'often'; use no, steps or epoch"),
     (["--gradient_accumulation_steps", "0.5"], "--gradient_accumulation_steps is '0.5'"),
-    (["--lora_r", "8"], "unrecognized argument --lora_r: there is no LoRA"),
+    (["--lora_rank", "8"], "unrecognized argument --lora_rank"),
+    (["--use_lora", "True", "--lora_r", "0"], "--lora_r is 0; it must be at least 1"),
+    (["--use_lora", "True", "--lora_target_modules", "q_proj"],
+     "--lora_target_modules q_proj names no linear layer of this model, which has W_pack"),
 ]
 
 

@@ -1,11 +1,18 @@
 """What a step had to compute, and how much of what the devices can do that is."""
 
+import copy
+
+import peft
 import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vl.models import family, load_spec
+from megatron_vl.peft.adapter import Adapter, Factors
+from megatron_vl.peft.adapter_map import AdapterMap
+from megatron_vl.peft.targets import resolve
+from megatron_vl.peft.trainable import Trainable
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.training.reporting.flops import step_flops, utilization
 
@@ -57,6 +64,28 @@ def test_samples_of_a_row_do_not_see_each_other_and_only_trained_tokens_have_log
 FROZEN = [(), ("vit",), ("llm",), ("vit", "merger"), ("merger", "llm"), ("vit", "llm")]
 
 
+def test_an_adapter_s_are_those_that_torch_counts_with_peft(whole):
+    model, spec = whole
+    adapted = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rank, length, decoder = 16, 70, spec.decoder
+    model = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(
+        r=rank, target_modules=list(adapted)))
+    ids = torch.full((1, length), 5)
+    found = counted(lambda: model(input_ids=ids).logits.sum().backward())
+    weights = family(spec.model_type).weight_map(spec)
+    keys = resolve(weights, ["all-linear"])
+    trainable = Trainable(frozen=("vit", "merger", "llm"), adapter=AdapterMap(
+        weights=weights, adapter=Adapter(factors=dict.fromkeys(keys, Factors(rank, 1.0)))))
+    _, language = step_flops(
+        spec, grids=[], lengths=[length], trained=length, trainable=trainable)
+    width = decoder.num_layers * decoder.num_attention_heads * decoder.head_dim
+    masked = 3 * 2 * 2 * width * length * (length - 1) // 2
+    heads = decoder.num_attention_heads + 2 * decoder.num_query_groups
+    # The input of the first layer needs no gradient, of q, k and v and of their factors.
+    first = 2 * length * decoder.hidden_size * (heads * decoder.head_dim + 3 * rank)
+    assert language + masked - first == pytest.approx(found, rel=0.003)
+
+
 @pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
 def test_forward_and_backward_are_those_that_torch_counts(frozen, whole):
     model, spec = whole
@@ -77,7 +106,7 @@ def test_forward_and_backward_are_those_that_torch_counts(frozen, whole):
 
     found = counted(work)
     vision, language = step_flops(
-        spec, grids=[grid], lengths=[length], trained=length, frozen=frozen
+        spec, grids=[grid], lengths=[length], trained=length, trainable=Trainable(frozen=frozen)
     )
     decoder = spec.decoder
     width = decoder.num_layers * decoder.num_attention_heads * decoder.head_dim

@@ -149,7 +149,8 @@ def test_answers_are_of_words_that_are_no_option_and_name_options_that_are_there
 @pytest.mark.parametrize(("word", "says"), [
     ("metric-for-best-model", "use save-best"), ("early_stopping_patience", "use early-stop"),
     ("load_best_model_at_end", "give save-best"),
-    ("lora-rank", "there is no LoRA"), ("epochs", "use num-train-epochs"),
+    ("lora-r", "use lora-rank"), ("epochs", "use num-train-epochs"),
+    ("use-dora", "LoRA is the only kind of adapter"),
     ("deepspeed", "neither DeepSpeed nor FSDP"), ("zero-stage", "use-distributed-optimizer"),
     ("learning-rate", "use lr"), ("no-packing", "packing-buffer-size"),
     ("num-layers", "config.json"), ("trian-iters", "did you mean"),

@@ -1,7 +1,6 @@
 """The judge: transformers' Llama, which Baichuan2-7B is but for W_pack and NormHead.
 
-It keeps the published weights and makes Llama's of them at every call, so that gradients reach them
-under their published names.
+Its modules are those that the published weights are named after.
 """
 
 from __future__ import annotations
@@ -11,23 +10,42 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PACKED, HEAD = "W_pack", "lm_head.weight"
 
 
-class Judge(torch.nn.Module):
-    """transformers' Llama, of Baichuan2's weights."""
+class Part(torch.nn.Module):
+    """The queries, keys or values of an attention that projects them as one."""
 
-    def __init__(self, config: dict, weights: dict[str, torch.Tensor], attention: str):
+    def __init__(self, attention: torch.nn.Module, number: int):
         super().__init__()
-        of_llama = {key: value for key, value in config.items() if key in LlamaConfig().to_dict()}
-        self.config = LlamaConfig(**of_llama | {"attn_implementation": attention})
-        self.config.model_type = config["model_type"]
-        self.llama = LlamaForCausalLM(self.config)
-        self.published = {name: torch.nn.Parameter(weight) for name, weight in weights.items()}
+        self.of, self.number = [attention], number  # in a list: it is no part of this
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.of[0].W_pack(x).chunk(3, dim=-1)[self.number]
+
+
+class NormHead(torch.nn.Linear):
+    """Multiplies with the direction of each row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, F.normalize(self.weight))
+
+
+class Judge(LlamaForCausalLM):
+    """transformers' Llama with Baichuan2's layers."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            attention.W_pack = torch.nn.Linear(width, 3 * width, bias=False)
+            for number, one in enumerate("qkv"):
+                setattr(attention, f"{one}_proj", Part(attention, number))
+        self.lm_head = NormHead(width, config.vocab_size, bias=False)
 
     @classmethod
     def from_pretrained(
@@ -42,23 +60,17 @@ class Judge(torch.nn.Module):
             found |= load_file(file)
         for file in directory.glob("pytorch_model*.bin"):
             found |= torch.load(file, weights_only=True)
-        weights = {name: weight.to(dtype) for name, weight in found.items()
-                   if not name.endswith("rotary_emb.inv_freq")}  # no weight, in older files
-        return cls(config, weights, attn_implementation)
-
-    def named_parameters(self, *args, **kwargs):
-        """The published ones."""
-        return iter(self.published.items())
-
-    def forward(self, **inputs):
-        weights = self.of_llama()
-        assert weights.keys() == dict(self.llama.named_parameters()).keys(), weights.keys()
-        return functional_call(self.llama, weights, kwargs=inputs)
+        of_llama = {key: value for key, value in config.items()
+                    if key in LlamaConfig().to_dict() and key != "model_type"}
+        model = cls(LlamaConfig(**of_llama | {"attn_implementation": attn_implementation}))
+        model.load_state_dict({name: weight for name, weight in found.items()
+                               if not name.endswith("rotary_emb.inv_freq")})  # in older files
+        return model.to(dtype).eval()
 
     def of_llama(self) -> dict[str, torch.Tensor]:
         """Llama's weights: q, k and v cut out of W_pack, the head normalised."""
         weights = {}
-        for name, weight in self.published.items():
+        for name, weight in self.state_dict().items():
             if PACKED in name:
                 parts = zip("qkv", weight.chunk(3), strict=True)
                 weights |= {name.replace(PACKED, f"{one}_proj"): part for one, part in parts}
@@ -75,9 +87,6 @@ def auto_class() -> type[Judge]:
 def generator(directory: Path, *, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The same as a Llama of its own, with `generate`; for inference."""
     judge = Judge.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
-    with torch.no_grad():
-        weights = judge.of_llama()
-    judge.config.model_type = "llama"
     return LlamaForCausalLM.from_pretrained(
-        None, config=judge.config, state_dict=weights, dtype=dtype
+        None, config=judge.config, state_dict=judge.of_llama(), dtype=dtype
     )

@@ -110,9 +110,10 @@ class PipelineModel(MegatronModule):
         self.relay = Relay(config, self.share.size, _smallest(spec.vision) if self.spans else None)
         self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None
-        self.frozen = frozenset(options.frozen)
+        self.adapted = frozenset(options.adapted)
+        self.frozen = frozenset(options.frozen) - self.adapted  # nothing of them is trained
         for name, weight in self.named_parameters():
-            if part_of(name) in self.frozen:  # others may be constants by themselves
+            if part_of(name) in options.frozen:  # others may be constants by themselves
                 weight.requires_grad_(False)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
@@ -236,7 +237,7 @@ class PipelineModel(MegatronModule):
         else:
             media = pixel_patches.split(grid_thw.prod(-1).tolist())
             pixels = torch.cat([media[index] for index in mine])
-        return self.vision_model(pixels, grids)
+        return self.vision_model(_reached(pixels) if VISION in self.adapted else pixels, grids)
 
     def _own_media(self, grid_thw: torch.Tensor | None) -> list[int]:
         """Of the microbatch's images and videos those that this rank encodes."""
@@ -265,7 +266,7 @@ class PipelineModel(MegatronModule):
             hidden_tbE = hidden_tbE + nothing_of(vision_ME).to(hidden_tbE.dtype)
         if self.config.sequence_parallel:
             hidden_tbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_tbE)
-        return hidden_tbE
+        return _reached(hidden_tbE) if LANGUAGE in self.adapted else hidden_tbE
 
     def _gathered(self, vision_ME, grid_thw: torch.Tensor, mine: list[int]) -> torch.Tensor:
         """The embeddings of all the microbatch's media, from the ranks that encoded them."""
@@ -273,6 +274,12 @@ class PipelineModel(MegatronModule):
         if not mine:
             vision_ME = vision_ME[:0] + nothing_of(vision_ME).to(vision_ME.dtype)
         return self.media_share.gather(vision_ME, mine, tokens)
+
+
+def _reached(x: torch.Tensor) -> torch.Tensor:
+    """What enters layers with adapters, reached by gradients though all before it is frozen:
+    layers that are recomputed compute none otherwise, and no stage has an output without."""
+    return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
 
 
 def _smallest(vision: TowerSpec) -> tuple[int, int]:

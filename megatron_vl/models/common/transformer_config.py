@@ -37,6 +37,7 @@ class ModelOptions:
     initialize_weights: bool = True  # False when a checkpoint fills them right after
     row_lengths_vary: bool = False  # from one microbatch to the next; not with virtual stages
     frozen: tuple[str, ...] = ()  # keys of megatron_vl.models.common.parts.PARTS
+    adapted: tuple[str, ...] = ()  # those of PARTS in which adapters are trained
     train_constants: bool = False  # also what the family's weight map calls constant
 
 

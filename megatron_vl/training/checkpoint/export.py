@@ -23,9 +23,10 @@ from typing import IO
 from megatron_vl.errors import InputError
 from megatron_vl.models.conversion import describe
 from megatron_vl.models.registry import family
+from megatron_vl.peft.conversion import open_whole
 from megatron_vl.training.checkpoint.files import SUMS, checksum
 from megatron_vl.typed import Name, Shape, read_file
-from megatron_vl.weights.convert import open_source, plan_conversion, run_conversion
+from megatron_vl.weights.convert import plan_conversion, run_conversion
 from megatron_vl.weights.targets import HFTarget
 from megatron_vl.workers import end_with
 
@@ -179,8 +180,9 @@ def convert(checkpoint: Path) -> None:
     save = checkpoint.parent
     found = describe(checkpoint, save)
     weights = family(found.spec.model_type).weight_map(found.spec)
-    source = open_source(checkpoint, weights, info=found.info)
-    conversion = plan_conversion(source, weights, _ExportTarget(checkpoint=checkpoint))
+    target = _ExportTarget(checkpoint=checkpoint)
+    source, target = open_whole(checkpoint, found.info, weights, target)
+    conversion = plan_conversion(source, weights, target)
     run_conversion(conversion, save / HF, side_files=save, overwrite=True)
 
 

@@ -12,7 +12,9 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron_vl.data.load.loader_state import from_json
 from megatron_vl.errors import InputError, shown
 from megatron_vl.inputs import read_text
+from megatron_vl.peft.lora import factors
 from megatron_vl.platform import barrier, select_platform, set_device_random_state
+from megatron_vl.training.adapter import stored_adapter
 from megatron_vl.training.checkpoint.files import faults, read_checksums
 from megatron_vl.training.checkpoint.start import weights_alone
 from megatron_vl.training.checkpoint.state import (
@@ -22,8 +24,9 @@ from megatron_vl.training.checkpoint.state import (
     model_key,
     state_dict,
 )
-from megatron_vl.training.checkpoint.weights import Loaded, load_weights
+from megatron_vl.training.checkpoint.weights import Loaded, fill, load_weights
 from megatron_vl.training.plan import Plan
+from megatron_vl.weights.convert import inspect_weights
 from megatron_vl.weights.found import LATEST
 from megatron_vl.weights.mcore_io import CheckpointInfo
 from megatron_vl.weights.torch_dist import check_data_only
@@ -69,8 +72,11 @@ def load_checkpoint(
     options = plan.config.checkpoint
     if weights_alone(plan.config, info, own):
         loaded = load_weights(info, model, plan.spec, plan.layout, plan.split)
+        _begin_adapter(plan, model)
         optimizer.reload_model_params()
         return Resumed(iteration=0, weights=loaded)
+    if plan.trainable.adapter is not None and not plan.config.lora.save_base:
+        load_weights(inspect_weights(options.load), model, plan.spec, plan.layout, plan.split)
     check_data_only(info.path, torch.distributed.get_rank(), torch.distributed.get_world_size())
     barrier()  # no rank reads what another has refused
     with_optimizer = not options.no_load_optim
@@ -92,7 +98,9 @@ def load_checkpoint(
         del inner_state(state["optimizer"])["param_groups"]
     loaded = dist_checkpointing.load(state, str(info.path))
     for number, chunk in enumerate(model):
-        chunk.module.load_state_dict(loaded[model_key(number, model)], strict=True)
+        # An adapter's checkpoint has its factors alone; what it was to have was asked for by name.
+        chunk.module.load_state_dict(loaded[model_key(number, model)],
+                                     strict=plan.trainable.adapter is None)
     if with_optimizer:
         _load_optimizer(optimizer, loaded["optimizer"])
         _count_on(optimizer)
@@ -107,6 +115,15 @@ def load_checkpoint(
         samples=loaded.get("megatron_vl", {}).get("samples"),
         schedule=loaded["opt_param_scheduler"],
     )
+
+
+def _begin_adapter(plan: Plan, model) -> None:
+    """The factors that a run begins with, where they are not new."""
+    of = plan.trainable.adapter
+    stored = None if of is None else stored_adapter(plan.config, of.weights)
+    if stored is not None:
+        chunks = [chunk.module for chunk in model]
+        fill(list(factors(chunks, of, plan.split)), stored.source, Path(plan.config.lora.adapter))
 
 
 def _load_optimizer(optimizer, loaded: dict) -> None:

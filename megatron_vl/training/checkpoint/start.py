@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_vl.errors import InputError
+from megatron_vl.errors import InputError, shown
 from megatron_vl.models.common.parts import PARTS
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.training.checkpoint.files import candidates
 from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.options.lora import LoraOptions
+from megatron_vl.training.options.option import defaults
 from megatron_vl.weights.convert import inspect_weights, open_weights
 from megatron_vl.weights.hub import local_model
-from megatron_vl.weights.mcore_io import CheckpointInfo, inspect_checkpoint
+from megatron_vl.weights.mcore_io import CheckpointInfo, check_whole, inspect_checkpoint
 
 # Options of a run that its checkpoint goes on with.
 SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_iters",
             "lr_decay_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
+# What the weights in a checkpoint are, where an adapter is trained.
+ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "lora_target", "adapter", "train_vit",
+           "train_merger", "save_base")
 
 
 def find_checkpoint(
@@ -35,6 +40,8 @@ def find_checkpoint(
     info, own = source_of(config, damaged)
     if info is None:
         return None, False
+    if not own:
+        check_whole(info)
     if not weights_alone(config, info, own):
         _check_options(config, info)
     return _checked(spec, info), own
@@ -143,7 +150,7 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
 
     Its length may change, and with it the schedule's end and a warmup that is a share of it.
     """
-    saved, here = dict(info.args), config.resolved()
+    saved, here, usual = dict(info.args), config.resolved(), defaults(LoraOptions)
     follows = []
     if saved.get("lr_decay_iters") is None and here["lr_decay_iters"] is None:
         follows.append("lr_decay_iters")
@@ -169,6 +176,12 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
                     f"{here[name]}; give the old value, or --override-opt-param-scheduler to take "
                     f"the new one."
                 )
+    for name in ADAPTER:
+        if saved.get(name, usual[name]) != here[name]:
+            raise InputError(
+                f"{info.path} was trained with {_flag(name)} {shown(saved.get(name, usual[name]))} "
+                f"but this run has {shown(here[name])}; give the old value, or another --save."
+            )
     if config.checkpoint.no_load_optim:
         return
     # State is of what is trained, laid out by the kind of optimizer and, where it is not sharded,

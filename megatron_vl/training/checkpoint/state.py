@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_vl.data.load.loader_state import to_json
+from megatron_vl.models.common.parts import PARTS
+from megatron_vl.peft.checkpoint import sharded_state
 from megatron_vl.platform import current_device, device_random_state, select_platform
 from megatron_vl.platform.checkpoints import whole_buckets
 from megatron_vl.training.checkpoint.saver import Saved, Saver
@@ -72,10 +74,8 @@ def state_dict(
 ) -> dict:
     """What is saved; with `loading` the places that a checkpoint's tensors are read into."""
     metadata = _metadata()
-    state = {
-        model_key(number, model): chunk.module.sharded_state_dict(metadata=metadata)
-        for number, chunk in enumerate(model)
-    }
+    state = {model_key(number, model): chunk
+             for number, chunk in enumerate(_weights(plan, model, metadata))}
     models = dict(state)
     options = plan.config.checkpoint
     if optimizer is not None and (loading or not options.no_save_optim):
@@ -104,9 +104,31 @@ def state_dict(
                 "optimizer": not options.no_save_optim,
                 "guard": guard,
                 "samples": samples,
+                **_adapter(plan),
             },
         }
     return state
+
+
+def _weights(plan: Plan, model, metadata: dict) -> list[dict]:
+    """Of every chunk what is saved; beside an adapter the model's weights need not be."""
+    chunks = [chunk.module for chunk in model]
+    adapter = plan.trainable.adapter
+    if adapter is None:
+        return [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
+    return sharded_state(chunks, adapter, plan.split, metadata=metadata,
+                         base=plan.config.lora.save_base)
+
+
+def _adapter(plan: Plan) -> dict:
+    """What the checkpoint says of an adapter: which it is, and what it is beside."""
+    of, options = plan.trainable.adapter, plan.config
+    if of is None:
+        return {}
+    return {"adapter": of.adapter.to_dict() | {
+        "base": os.path.abspath(options.checkpoint.load), "saved_base": options.lora.save_base,
+        "trained": [part for part in PARTS if part not in plan.trainable.frozen],
+    }}
 
 
 def inner_state(optimizer_state: dict) -> dict:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -57,10 +58,25 @@ def load_weights(
         InputError: a weight that the checkpoint or the model lacks, or of another shape; or two
             copies of one weight in the checkpoint that differ.
     """
-    started = time.perf_counter()
     weights = family(spec.model_type).weight_map(spec)
     source = open_weights(info, weights)
-    parameters = list(_parameters(model, weights, layout, split))
+    loaded = fill(list(_parameters(model, weights, layout, split)), source, info.path)
+    return replace(loaded, note=told_normalized(source, weights))
+
+
+def fill(
+    parameters: Sequence[tuple[Stored, torch.Tensor]], source: Source, path: Path
+) -> Loaded:
+    """Fill this rank's tensors from its slices of `source`. All ranks call it.
+
+    Args:
+        parameters: what each holds of the published tensors, and the tensor itself.
+        path: of the source, for messages.
+
+    Raises:
+        InputError: see `load_weights`.
+    """
+    started = time.perf_counter()
     plan = make_plan(source.inventory, [stored for stored, _ in parameters], everything=False)
     bad: dict[tuple[Op, ...], int] = {}
     with contextlib.ExitStack() as stack:
@@ -68,13 +84,13 @@ def load_weights(
         reader = Reader(_needed(plan, mine, source), stack)
         for twin in mine:
             if reader.differ(twin):
-                raise InputError(f"{info.path}: {twin_differs(twin)}; use another checkpoint.")
+                raise InputError(f"{path}: {twin_differs(twin)}; use another checkpoint.")
         for (_, parameter), tensor in zip(parameters, plan.tensors, strict=True):
             if count := _fill(parameter, tensor, reader):
                 bad[tensor.ops] = count
     nbytes = sum(volume(op.shape) * source.dtypes[op.source.id].itemsize
                  for tensor in plan.tensors for op in tensor.ops)
-    return replace(_of_all_ranks(nbytes, bad, started), note=told_normalized(source, weights))
+    return _of_all_ranks(nbytes, bad, started)
 
 
 def vision_inventory(
@@ -104,7 +120,7 @@ def _parameters(
         if layout.vit_data_parallel:
             wanted = [one for one in wanted if not _is_vision(one)]
             wanted += vision_inventory(weights, **at, tp=1, rank=0)
-        own = dict(chunk.module.named_parameters())
+        own = {name: one for name, one in chunk.module.named_parameters() if ".lora." not in name}
         rules = {to_local_names(one.name): one for one in wanted}
         assert rules.keys() == own.keys(), f"weight map and model: {rules.keys() ^ own.keys()}"
         for name, stored in rules.items():

@@ -32,6 +32,8 @@ BOUNDS = DATA | {
     "recompute_num_layers": _LAYERS, "vit_recompute_num_layers": _LAYERS,
     "cpu_offloading_num_layers": _LAYERS,
     "init_method_std": _SCALE,
+    "lora_rank": Bounds(least=1, most=2**16), "lora_alpha": Bounds(above=0, most=10**6),
+    "lora_dropout": _BELOW_ONE, "lora_lr_ratio": Bounds(above=0, most=10**4),
     "eval_interval": _STEPS_OR_NONE, "eval_iters": _STEPS_OR_NONE,
     "save_interval": _STEPS, "export_hf_interval": _STEPS, "save_total_limit": _STEPS,
     "early_stop": _STEPS,

@@ -18,6 +18,7 @@ from megatron_vl.training.options.groups import (
     DataOptions,
     FaultOptions,
     LogOptions,
+    LoraOptions,
     ModelRunOptions,
     OptimizerOptions,
     ParallelOptions,
@@ -38,6 +39,7 @@ class TrainConfig:
     batch: BatchOptions
     optimizer: OptimizerOptions
     model: ModelRunOptions
+    lora: LoraOptions
     data: DataOptions
     checkpoint: CheckpointOptions
     fault: FaultOptions
@@ -70,12 +72,39 @@ class TrainConfig:
                 f"grad-reduce-in-bf16 is for bf16 training and this is {self.model.dtype}; add "
                 f"bf16, or leave it out."
             )
-        for part in self.model.frozen:
+        for part in self.frozen:
             if getattr(self.optimizer, f"{part}_lr", None) is not None:
                 raise InputError(
-                    f"{part}-lr is given but freeze-{part} keeps the {PARTS[part]} from being "
-                    f"trained; leave out one of them."
+                    f"{part}-lr is given but {self.freezes(part)} keeps the {PARTS[part]} from "
+                    f"being trained; leave out one of them."
                 )
+        if self.lora.given:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Raises InputError: an adapter of a model that is not there, or of weights that change."""
+        if self.checkpoint.load is None:
+            raise InputError(
+                "an adapter is trained beside the weights of a model; give load its directory."
+            )
+        for part in ("vit", "merger"):
+            if getattr(self.lora, f"train_{part}") and part in self.model.frozen:
+                raise InputError(
+                    f"train-{part} and freeze-{part} exclude one another; leave out one of them."
+                )
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Keys of PARTS whose own weights are not trained."""
+        if not self.lora.given:
+            return self.model.frozen
+        return tuple(part for part in PARTS if not getattr(self.lora, f"train_{part}", False))
+
+    def freezes(self, part: str) -> str:
+        """The option that keeps a part's own weights from being trained."""
+        if part in self.model.frozen:
+            return f"freeze-{part}"
+        return "lora-rank" if self.lora.adapter is None else "adapter"
 
     def check_warmup(self) -> None:
         """Raises InputError: the warmup is as long as the schedule."""

@@ -17,6 +17,7 @@ from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import VISION, Layout
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.log import LogOptions
+from megatron_vl.training.options.lora import LoraOptions
 from megatron_vl.training.options.option import defaults, option
 from megatron_vl.training.options.spellings import PRECISIONS
 
@@ -500,6 +501,7 @@ GROUPS = {
     "batch": BatchOptions,
     "optimizer": OptimizerOptions,
     "model": ModelRunOptions,
+    "lora": LoraOptions,
     "data": DataOptions,
     "checkpoint": CheckpointOptions,
     "fault": FaultOptions,

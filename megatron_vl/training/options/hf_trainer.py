@@ -48,6 +48,18 @@ DEFAULTS = {  # the Trainer's
     "save_steps": "500",
     "seed": "42",
 }
+LORA_DEFAULTS = {  # PEFT's; it has none for the layers
+    "lora_r": "8",
+    "lora_alpha": "8",
+    "lora_dropout": "0",
+    "lora_target_modules": "all-linear",
+}
+LORA = {  # flag, which counts with use_lora -> the same
+    "lora_r": "lora-rank",
+    "lora_alpha": "lora-alpha",
+    "lora_dropout": "lora-dropout",
+    "lora_target_modules": "lora-target",
+}
 SWITCHES = {  # flag -> the options that True becomes
     "bf16": ("--bf16",),
     "fp16": ("--fp16",),
@@ -78,7 +90,7 @@ OTHERS = (  # flags that are read by name
     "warmup_ratio", "warmup_steps", "lr_scheduler_type", "logging_steps", "save_strategy",
     "save_steps", "use_lora", "q_lora", "deepspeed",
 )
-FLAGS = (*SAME, *SWITCHES, *IGNORED, *OTHERS)
+FLAGS = (*SAME, *LORA, *SWITCHES, *IGNORED, *OTHERS)
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 AGREEING = {  # DeepSpeed's key -> the flag that says the same
     "gradient_clipping": "max_grad_norm",
@@ -147,19 +159,19 @@ def translate(
     """
     typed = {flag: value for flag, value in given.items() if value is not None}
     made = Translation(
-        flags={**dict.fromkeys(FLAGS), **DEFAULTS, **(own_defaults or {}), **typed},
+        flags=dict.fromkeys(FLAGS) | DEFAULTS | LORA_DEFAULTS | dict(own_defaults or {}) | typed,
         typed=frozenset(typed),
     )
     flags = made.flags
-    for flag in ("use_lora", "q_lora"):
-        if flags[flag] and _truth(flag, flags[flag]):
-            raise InputError(f"--{flag} is {flags[flag]}, but {ANSWERS['lora']}; leave it out.")
+    if flags["q_lora"] and _truth("q_lora", flags["q_lora"]):
+        raise InputError(f"--q_lora is {flags['q_lora']}, but {ANSWERS['qlora']}; leave it out.")
     for flag, option in SAME.items():
         if flags[flag] is not None:
             made.add(flag, f"--{option}", flags[flag])
     for flag, words in SWITCHES.items():
         if flags[flag] and _truth(flag, flags[flag]):
             made.add(flag, *words)
+    _lora(made)
     _length(made)
     _schedule(made)
     made.words += ["--packing-buffer-size", "0"]
@@ -171,6 +183,17 @@ def translate(
     for flag, why in IGNORED.items():
         made.ignore(flag, why)
     return made
+
+
+def _lora(made: Translation) -> None:
+    uses = made.flags["use_lora"]
+    if uses and _truth("use_lora", uses):
+        made.tell("use_lora", "trains an adapter; embedding and head stay as they are")
+        for flag, option in LORA.items():
+            made.add(flag, f"--{option}", *made.flags[flag].split())
+        return
+    for flag in LORA:
+        made.ignore(flag, "--use_lora is not True")
 
 
 def _length(made: Translation) -> None:

@@ -56,14 +56,14 @@ _SAME_AS = {
     "num-workers": "dataloader_num_workers preprocessing_num_workers",
     "freeze-vit": "freeze_vision_tower freeze_vision_model fix_vit",
     "freeze-llm": "freeze_language_model",
+    "lora-rank": "lora_r", "lora-target": "lora_target_modules target_modules",
+    "adapter": "adapters adapter_name_or_path resume_from_adapter",
     "freeze-merger": "freeze_aligner freeze_projector freeze_multi_modal_projector",
 }
 # What to say of others.
 _SAYS = {
-    "there is no LoRA or other adapter here; all parameters are trained, but for the parts that "
-    "freeze-vit, freeze-merger and freeze-llm name":
-        "lora lora_rank lora_alpha lora_r lora_dropout lora_target lora_target_modules "
-        "target_modules use_dora finetuning_type train_type tuner_type peft_type adapters",
+    "LoRA is the only kind of adapter that is trained; give lora-rank":
+        "lora use_lora use_dora finetuning_type train_type tuner_type peft_type",
     "there is no training of quantised weights here; see fp8-format":
         "quantization quantization_bit quant_bits load_in_4bit load_in_8bit qlora",
     "there is neither DeepSpeed nor FSDP here; use-distributed-optimizer shares the optimizer's "

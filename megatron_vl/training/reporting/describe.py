@@ -53,15 +53,19 @@ def describe_parts(plan: Plan) -> str:
             constant += count
         else:
             counts[part_of(name)] += count
-    trained = sum(counts[part] for part in PARTS if part not in run.frozen)
-    told = [
-        f"{title} {counts[part]:,} "
-        + ("frozen" if part in run.frozen else f"at lr {options.lr * options.lr_ratio(part):.3e}")
-        for part, title in PARTS.items() if counts[part]
-    ]
+    frozen, added = plan.trainable.frozen, plan.trainable.adapter_numbers
+    trained = sum(counts[part] for part in PARTS if part not in frozen) + sum(added.values())
+
+    def rate(part: str) -> str:
+        return f"at lr {options.lr * options.lr_ratio(part):.3e}"
+
+    told = [f"{title} {counts[part]:,} " + ("frozen" if part in frozen else rate(part))
+            for part, title in PARTS.items() if counts[part]]
+    told += [f"an adapter of the {PARTS[part]} {number:,} {rate(part)}"
+             for part, number in added.items()]
     told += [f"constant {constant:,} (train-constants trains them)"] if constant else []
-    return (f"{trained:,} of {counts.total() + constant:,} parameters are trained: "
-            + ", ".join(told))
+    whole = counts.total() + constant + sum(added.values())
+    return f"{trained:,} of {whole:,} parameters are trained: {', '.join(told)}"
 
 
 def describe_kernels(plan: Plan, platform) -> str:

@@ -9,16 +9,21 @@ do, and what recomputation computes again is not needed and not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
-from megatron_vl.models.common.parts import PARTS
+from megatron_vl.models.common.parts import MERGER, PARTS
 from megatron_vl.models.family import Grid
 from megatron_vl.models.spec import ModelSpec
+from megatron_vl.parallel import LANGUAGE, VISION
+from megatron_vl.peft.trainable import Trainable
+
+ALL = Trainable()
 
 
 def step_flops(
     spec: ModelSpec, *, grids: Iterable[Grid], lengths: Sequence[int], trained: int,
-    frozen: Sequence[str] = (),
+    trainable: Trainable = ALL,
 ) -> tuple[int, int]:
     """(vision tower and merger, language model): forward and backward of one optimizer step.
 
@@ -26,18 +31,22 @@ def step_flops(
         grids: patches of every image and video.
         lengths: tokens of every sample.
         trained: positions with a loss.
-        frozen: keys of PARTS that are not trained.
+        trainable: what is trained; each number of an adapter's factors is a product with a token,
+            a patch or an image token, computed once and twice more for the gradients.
     """
-    vit, merger, llm = (part not in frozen for part in PARTS)
+    vit, merger, llm = (part not in trainable.frozen for part in PARTS)
+    below, joined, _ = (part not in trainable.still for part in PARTS)  # reached by gradients
+    added = {part: 3 * 2 * number for part, number in trainable.adapter_numbers.items()}
     vision = 0
     for grid in grids:
         of_merger = spec.vision.merger_flops(grid)
         tower = spec.vision.forward_flops(grid) - of_merger
-        vision += tower * (3 if vit else 1) + of_merger * (1 + (vit or merger) + merger)
+        vision += tower * (1 + below + vit) + of_merger * (1 + (below or joined) + merger)
+        vision += added.get(VISION, 0) * math.prod(grid)
+        vision += added.get(MERGER, 0) * spec.vision.num_tokens(grid)
     attention = spec.decoder.attention_flops(lengths)
     matrices = spec.decoder.forward_flops(lengths, trained) - attention
-    reached = vit or merger or llm
-    language = matrices * (1 + reached + llm) + attention * (3 if reached else 1)
+    language = matrices * (2 + llm) + attention * 3 + added.get(LANGUAGE, 0) * sum(lengths)
     return vision, language
 
 

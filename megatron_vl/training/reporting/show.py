@@ -160,7 +160,7 @@ class Show:
                           for grids in counts.grids]
         vision, language = step_flops(
             spec, grids=[grid for grids in counts.grids for grid in grids],
-            lengths=counts.lengths, trained=counts.trained, frozen=self.plan.config.model.frozen,
+            lengths=counts.lengths, trained=counts.trained, trainable=self.plan.trainable,
         )
         return [
             counts.rows, counts.positions, counts.tokens, counts.samples, counts.images,

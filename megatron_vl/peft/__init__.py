@@ -1,0 +1,1 @@
+"""Training a few numbers beside the weights of a model: low-rank adapters (LoRA)."""

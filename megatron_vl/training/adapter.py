@@ -1,0 +1,49 @@
+"""What a run trains, by its options: weights of the model, or an adapter beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vl.models.registry import family
+from megatron_vl.models.spec import ModelSpec
+from megatron_vl.peft.adapter import Adapter, Factors
+from megatron_vl.peft.adapter_map import AdapterMap
+from megatron_vl.peft.files import StoredAdapter, read_adapter
+from megatron_vl.peft.targets import resolve
+from megatron_vl.peft.trainable import Trainable
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.weights.map import WeightMap
+
+
+def trainable_of(config: TrainConfig, spec: ModelSpec) -> Trainable:
+    """What a run of `config` trains of a model.
+
+    Raises:
+        InputError: an adapter that does not fit the model, or layers that it has not.
+    """
+    weights = family(spec.model_type).weight_map(spec)
+    return Trainable(
+        frozen=config.frozen, constants=config.model.train_constants,
+        adapter=AdapterMap(weights=weights, adapter=_adapter(config, weights))
+        if config.lora.given else None,
+    )
+
+
+def stored_adapter(config: TrainConfig, weights: WeightMap) -> StoredAdapter | None:
+    """The adapter that a run begins with; None: a new one.
+
+    Raises:
+        InputError: see `read_adapter`.
+    """
+    given = config.lora.adapter
+    return None if given is None else read_adapter(Path(given), weights)
+
+
+def _adapter(config: TrainConfig, weights: WeightMap) -> Adapter:
+    options = config.lora
+    if (stored := stored_adapter(config, weights)) is not None:
+        return replace(stored.adapter, dropout=options.lora_dropout)
+    one = Factors(options.lora_rank, options.alpha)
+    return Adapter(factors=dict.fromkeys(resolve(weights, options.lora_target), one),
+                   rank_stabilized=options.use_rslora, dropout=options.lora_dropout)

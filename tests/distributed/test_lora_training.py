@@ -1,0 +1,260 @@
+"""Adapters in training: the same in every layout and as PEFT's, saved alone, resumed elsewhere.
+
+All runs take steps on the same four microbatches: see training_jobs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from commands import ROOT, megatron_vl, run
+from safetensors.torch import load_file
+from training_jobs import CASE
+
+STEPS, LR = 4, 1e-2
+RUN = {
+    "seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS,
+    "save_interval": 2, "lr": LR, "min_lr": 1e-3, "eval_interval": 0, "num_workers": 0,
+    "clip_grad": 0.0, "weight_decay": 0.1, "lora_alpha": 12.0,
+}
+DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+LANGUAGE = {"lora_rank": 3}
+MIXED = {"lora_rank": 5, "lora_target": ["q_proj", "down_proj", "vit"], "use_rslora": True,
+         "lora_lr_ratio": 4.0, "train_merger": True}
+DROPPED = {"lora_rank": 3, "lora_dropout": 0.3}
+ALONE = {"language": LANGUAGE, "mixed": MIXED, "dropped": DROPPED,
+         "ten": LANGUAGE | {"train_iters": 10, "save_interval": 10, "lr_decay_style": "constant",
+                            "min_lr": LR}}
+SHORT = {  # name -> what is trained, how
+    "tp2 sp": ("language", TP2 | DISTRIBUTED | {"sequence_parallel": True}),
+    "tp2": ("mixed", TP2 | DISTRIBUTED | {"recompute_granularity": "full"}),
+    "tp2 whole towers": ("mixed", TP2 | {"vit_data_parallel": True}),
+    "pp2 uneven": ("language", PP2 | DISTRIBUTED | {"decoder_first_pipeline_num_layers": 1}),
+    "vp2": ("mixed", PP2 | DISTRIBUTED | {"num_virtual_stages_per_pipeline_rank": 2}),
+    "dp2": ("mixed", DISTRIBUTED),
+    "cp2": ("language", {"context_parallel_size": 2, "recompute_granularity": "selective"}),
+    "tp2 dropped": ("dropped", TP2),
+}
+AGAIN = {  # name -> as whom, how, whose second step it goes on from
+    "tp2 again": ("mixed", TP2 | DISTRIBUTED | {"recompute_granularity": "full"}, "tp2"),
+    "pp2 from tp2": ("language", PP2 | DISTRIBUTED, "tp2 sp"),
+    "tp2 with the base": ("language", TP2 | {"save_base": True}, None),
+}
+
+
+def options(out: Path, model_dir: Path, name: str, more: dict, resume=None) -> dict:
+    known = {**RUN, **more, "load": str(model_dir), "save": str(out / name),
+             "train_data_path": str(out / "data"), "metrics_file": str(out / f"{name}.jsonl"),
+             "report": False}
+    return known | ({"resume": [resume, 2]} if resume else {})
+
+
+@pytest.fixture(scope="session")
+def jobs(shared, model_dir, wds_dir) -> Path:
+    """All jobs, run on one rank and on two."""
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        (out / "data").symlink_to(wds_dir)
+        alone = {name: options(out, model_dir, name, one) for name, one in ALONE.items()}
+        two = {name: options(out, model_dir, name, ALONE[of] | more)
+               for name, (of, more) in SHORT.items()}
+        two |= {name: options(out, model_dir, name, ALONE[of] | more, resume)
+                for name, (of, more, resume) in AGAIN.items()}
+        for ranks, some in ((1, alone), (2, two)):
+            (out / "jobs.json").write_text(json.dumps(some))
+            start = [sys.executable]
+            if ranks > 1:
+                start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+            done = run([*start, ROOT / "tests/distributed/training_jobs.py", out])
+            assert done.code == 0, done.text
+        for name in ("mixed", "tp2", "tp2 with the base"):
+            assert megatron_vl("convert", out / name, out / f"{name} merged", "--merge").code == 0
+        for name in ("language", "ten", "tp2 sp", "pp2 from tp2", "tp2 with the base"):
+            done = megatron_vl("convert", out / name, out / f"{name} peft", "--to", "peft")
+            assert done.code == 0, done.text
+
+    return shared.made("adapters", make)
+
+
+def steps(jobs: Path, name: str) -> dict[int, dict]:
+    records = map(json.loads, (jobs / f"{name}.jsonl").read_text().splitlines())
+    return {one["iteration"]: one for one in records if one["kind"] == "train"}
+
+
+def held(jobs: Path, name: str, rank: int) -> dict:
+    return json.loads((jobs / f"{name}.{rank}.json").read_text())
+
+
+def factors(jobs: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(jobs / f"{name} peft" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT if "dropped" not in name])
+def test_every_layout_trains_the_adapter_as_one_rank_does(name, jobs):
+    of, _ = SHORT[name]
+    ours, alone = steps(jobs, name), steps(jobs, of)
+    assert sorted(ours) == list(range(1, STEPS + 1))
+    for i, step in ours.items():
+        assert step["loss"] == pytest.approx(alone[i]["loss"], rel=1e-6)
+        assert step["grad_norm"] == pytest.approx(alone[i]["grad_norm"], rel=1e-4)
+        assert step["llm_flops"] == alone[i]["llm_flops"]
+    assert alone[STEPS]["loss"] < alone[1]["loss"]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_what_is_not_trained_has_no_buffer_and_no_optimizer_state(name, jobs):
+    ranks = [held(jobs, name, rank) for rank in range(2)]
+    for one in ranks:
+        # Every factor begins at a multiple of 64 numbers; the model has 40 times as many.
+        assert one["trained"] <= one["buffers"] < 1.2 * one["trained"]
+        assert not one["frozen with a gradient"]
+    copies = 2 if name in ("dp2", "cp2") else 1  # whose state is divided
+    assert sum(one["moments"] for one in ranks) == sum(one["trained"] for one in ranks) / copies
+
+
+def test_the_second_factors_have_a_rate_of_their_own(jobs):
+    for rates in held(jobs, "dp2", 0)["rates"]:
+        rates = {float(rate): now for rate, now in rates.items()}
+        assert rates[4 * LR] == pytest.approx(4 * rates[LR])
+
+
+def test_factors_that_are_dropped_now_and_then_are_dropped_alike_on_tensor_parallel_ranks(jobs):
+    """The mask differs from one rank's; what it leaves of the loss does not by much."""
+    ours, alone = steps(jobs, "tp2 dropped"), steps(jobs, "dropped")
+    assert ours[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-6)  # B is zero still
+    assert steps(jobs, "dropped")[3]["loss"] != steps(jobs, "language")[3]["loss"]
+    assert ours[STEPS]["loss"] == pytest.approx(alone[STEPS]["loss"], rel=0.05)
+
+
+def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs):
+    for name, of in (("tp2 again", "tp2"), ("pp2 from tp2", "tp2 sp")):
+        again, undisturbed = steps(jobs, name), steps(jobs, of)
+        assert sorted(again) == [3, 4]
+        for i in again:
+            same = dict(rel=0) if name == "tp2 again" else dict(rel=1e-6)
+            assert again[i]["loss"] == pytest.approx(undisturbed[i]["loss"], **same)
+
+    def size(name: str) -> int:
+        return sum(file.stat().st_size for file in (jobs / name / "iter_0000004").rglob("*"))
+
+    # The model has 40 times the factors' numbers, and these are saved with two moments each.
+    assert size("language") < size("tp2 with the base") / 4
+    for name in ("pp2 from tp2", "tp2 with the base"):
+        for key, one in factors(jobs, "tp2 sp").items():
+            torch.testing.assert_close(factors(jobs, name)[key], one, rtol=0, atol=1e-5)
+
+
+def test_peft_loads_what_a_run_trained_and_ten_steps_are_its_own(jobs, model_dir):
+    """PEFT and torch's AdamW from the same start: losses and every factor."""
+    from megatron_vl.data.encode.samples import IGNORE
+    from megatron_vl.models import family, load_spec
+    from megatron_vl.parity.cases import CASES, make_samples
+
+    spec, of = load_spec(model_dir), family("qwen2_vl")
+    samples, positions = make_samples(spec, CASES[CASE]), of.positions(spec)
+    ours = factors(jobs, "ten")
+    base = transformers.AutoModelForImageTextToText.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(base, jobs / "ten peft", is_trainable=True)
+    found = {name.replace(".default", ""): parameter
+             for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert found.keys() == ours.keys()  # PEFT has a place for each factor
+    assert all(torch.equal(found[name], one) for name, one in ours.items())
+    for name, one in begin(model_dir).items():
+        found[name].data.copy_(one)
+    optimizer = torch.optim.AdamW(found.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    trained = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
+    for step in range(1, 11):
+        total = 0.0
+        for sample in samples:
+            inputs = of.judge_inputs(spec, sample.tokens, sample.grids, sample.patches,
+                                     positions(sample.tokens, sample.grids, sample.seconds))
+            logits = model(input_ids=sample.tokens[None], use_cache=False, **inputs).logits[0]
+            loss = torch.nn.functional.cross_entropy(
+                logits, sample.labels, ignore_index=IGNORE, reduction="sum") / trained
+            loss.backward()
+            total += float(loss.detach())
+        assert steps(jobs, "ten")[step]["loss"] == pytest.approx(total, rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, one in ours.items():  # apart by a little of one step
+        torch.testing.assert_close(found[name].detach(), one, rtol=0, atol=LR / 100, msg=name)
+
+
+def begin(model_dir: Path) -> dict[str, torch.Tensor]:
+    """The factors that every run begins with, in any layout."""
+    from megatron_vl.models import family, load_spec
+    from megatron_vl.peft.adapter import Adapter, Factors
+    from megatron_vl.peft.adapter_map import AdapterMap
+    from megatron_vl.peft.lora import _drawn
+    from megatron_vl.peft.targets import resolve
+
+    weights = family("qwen2_vl").weight_map(load_spec(model_dir))
+    adapter = Adapter(factors=dict.fromkeys(resolve(weights, ["all-linear"]), Factors(3, 12.0)))
+    made = {}
+    for one in AdapterMap(weights=weights, adapter=adapter).whole():
+        a = one.stored("A", tp=1, rank=0, local=True)
+        drawn = _drawn(one, a, seed=1234)
+        for piece in a.pieces:
+            made[piece.key] = drawn[piece.at[0] : piece.at[0] + piece.shape[0]]
+        for key, shape in one.published().items():
+            made.setdefault(key, torch.zeros(shape))
+    return {f"base_model.model.model.language_model.{key.removeprefix('model.')}": one
+            for key, one in made.items()}
+
+
+def test_a_merger_trained_in_full_goes_into_the_merged_model_and_not_into_an_adapter(
+    jobs, model_dir
+):
+    before, one, two = (load_file(folder / "model.safetensors") for folder in (
+        model_dir, jobs / "mixed merged", jobs / "tp2 merged"))
+    moved = {key.split(".")[-2] for key in before if not torch.equal(before[key], one[key])}
+    assert moved >= {"q_proj", "down_proj", "qkv", "proj", "fc1", "fc2", "0", "2"}
+    assert not moved & {"k_proj", "up_proj", "embed_tokens", "lm_head"}
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=LR / 20)
+    done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "peft")
+    assert done.code == 2 and "--train-merger, which an adapter has no place for" in done.err
+    done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "hf")
+    assert done.code == 2 and "convert --to peft" in done.err and "convert --merge" in done.err
+
+
+def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir):
+    given = ["train", "--load", model_dir, "--train-data-path", wds_dir, "--dry-run",
+             "--seq-length", 128, "--micro-batch-size", 2, "--global-batch-size", 8]
+    same = [*given, "--lr", LR, "--min-lr", 1e-3, "--weight-decay", 0.1, "--train-iters", STEPS]
+    for more, says in (
+        (["--lora-rank", 4], "was trained with lora-rank 3 but this run has 4"),
+        ([], "was trained with lora-rank 3 but this run has None"),
+    ):
+        done = megatron_vl(*same, "--save", jobs / "language", *more)
+        assert done.code == 2 and says in done.err, done.text
+    done = megatron_vl(*given, "--load", jobs / "language", "--lora-rank", 3)
+    assert done.code == 2 and "holds an adapter of the model" in done.err, done.text
+    done = megatron_vl(*given, "--adapter", jobs / "language peft")
+    assert done.code == 0 and "of the adapter" in done.out, done.text
+
+
+REFUSED = [  # what is typed beside a model, and what is said
+    (["--lora-alpha", 4], "lora-alpha is about an adapter, and none is trained; give lora-rank"),
+    (["--lora-rank", 0], "lora-rank"),
+    (["--lora-rank", 4, "--vit-lr", "1e-4"], "vit-lr is given but lora-rank keeps"),
+    (["--lora-rank", 4, "--adapter", "x"], "lora-rank is given but adapter x says it itself"),
+    (["--lora-rank", 4, "--train-vit", "--freeze-vit"], "train-vit and freeze-vit exclude"),
+    (["--lora-rank", 4, "--lora-target", "lm_head"], "lora-target lm_head names no linear layer"),
+    (["--lora-r", 4, "--train-iters", 3], "use lora-rank"),
+]
+
+
+@pytest.mark.parametrize(("typed", "says"), REFUSED)
+def test_what_makes_no_sense_is_refused(typed, says, model_dir, wds_dir):
+    done = megatron_vl("train", "--load", model_dir, "--train-data-path", wds_dir, *typed)
+    assert done.code == 2 and says in done.err, done.text

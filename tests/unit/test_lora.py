@@ -1,0 +1,261 @@
+"""Adapters: which layers, which part of a factor lies where, and PEFT's files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from commands import megatron_vl
+from safetensors.torch import load_file, save_file
+
+from megatron_vl.errors import InputError
+from megatron_vl.models import family, load_spec
+from megatron_vl.peft.adapter import Adapter, Factors, factor_key
+from megatron_vl.peft.adapter_map import AdapterMap, blocks
+from megatron_vl.peft.conversion import peft_config
+from megatron_vl.peft.files import read_adapter
+from megatron_vl.peft.targets import linears, resolve
+from megatron_vl.weights.rules import box
+
+MODELS = ("model_dir", "text_model_dir", "window_model_dir", "resampler_model_dir",
+          "baichuan_model_dir", "qk_norm_model_dir", "experts_model_dir")
+LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def weights_of(request, model: str):
+    spec = load_spec(request.getfixturevalue(model))
+    return family(spec.model_type).weight_map(spec)
+
+
+TARGETS = [  # model, what is typed, how many layers of the LLM's 4 x and of the tower's 2 x
+    ("model_dir", ["all-linear"], LEAVES, 0),
+    ("model_dir", ["linear_qkv"], {"q_proj", "k_proj", "v_proj"}, 0),
+    ("model_dir", ["linear_fc1", "o_proj"], {"gate_proj", "up_proj", "o_proj"}, 0),
+    ("model_dir", ["q_proj", "vit"], {"q_proj"}, 2 * 4),
+    ("model_dir", ["merger"], set(), 2),
+    ("model_dir", [r".*layers\.\d+\.mlp\.down_proj"], {"down_proj"}, 0),
+    ("model_dir", [r"model\.language_model\..*\.v_proj"], {"v_proj"}, 0),  # as transformers has it
+    ("model_dir", ["attn.qkv"], set(), 2),
+    ("window_model_dir", ["gate_proj"], {"gate_proj"}, 0),  # the tower has some too
+    ("window_model_dir", ["vit"], set(), 2 * 5),
+    ("baichuan_model_dir", ["W_pack"], {"W_pack"}, 0),
+    ("resampler_model_dir", ["c_attn", "attn.c_proj", "w1", "w2"],
+     {"c_attn", "c_proj", "w1", "w2"}, 0),
+    ("experts_model_dir", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj"}, 0),
+]
+
+
+@pytest.mark.parametrize(("model", "typed", "leaves", "others"), TARGETS)
+def test_a_target_names_the_layers_that_its_user_means(model, typed, leaves, others, request):
+    weights = weights_of(request, model)
+    found = resolve(weights, typed)
+    language = [key for key in found if "visual." not in key]
+    assert {key.split(".")[-2] for key in language} == leaves
+    assert len(language) == len(leaves) * weights.layers["llm"]
+    assert len(found) - len(language) == others
+
+
+@pytest.mark.parametrize(("typed", "says"), [
+    ("q_porj", "lora-target q_porj names no linear layer of this model, which has qkv"),
+    ("lm_head", "lora-target lm_head names no linear layer"),
+    ("(", "lora-target ( is no regular expression"),
+    ("W_pack", "lora-target W_pack names no linear layer"),
+])
+def test_a_target_that_names_nothing_is_refused_by_name(typed, says, request):
+    with pytest.raises(InputError, match=re.escape(says)):
+        resolve(weights_of(request, "model_dir"), ["q_proj", typed])
+
+
+def test_experts_are_no_targets_and_that_is_said(request):
+    with pytest.raises(InputError, match="gate_proj names no linear layer"):
+        resolve(weights_of(request, "experts_model_dir"), ["gate_proj"])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_factors_of_every_rank_make_the_published_update(model, tp, request):
+    """What all ranks' A and B add to the weights is s B A of each published layer, and no more.
+
+    Every third layer has another rank, every fifth none.
+    """
+    weights = weights_of(request, model)
+    generator = np.random.default_rng(0)
+    known = [one.key for number, one in enumerate(linears(weights)) if number % 5 != 4]
+    adapter = Adapter(factors={key: Factors(2 + number % 3, 5.0 + number)
+                               for number, key in enumerate(known)})
+    of = AdapterMap(weights=weights, adapter=adapter)
+    published = {key: generator.standard_normal(shape) for key, shape in of.published().items()}
+    for one in of.whole():
+        added = {key: np.zeros(one.rule.published()[key]) for key in one.rule.published()}
+        for rank in range(tp):
+            a, b = (filled(one.stored(factor, tp=tp, rank=rank, local=True), published)
+                    for factor in "AB")
+            shape, pieces = one.rule.pieces(tp, rank)
+            factors = list(adapter.of(one.rule).values())
+            spread = np.zeros((shape[0], len(factors)))
+            if one.rule.axis == 1:
+                spread[:, 0] = adapter.scale(factors[0])
+            else:
+                for at, rows, number in blocks(one.rule, adapter, tp, rank):
+                    spread[at : at + rows, number] = adapter.scale(factors[number])
+            wide = (b[:, None, :] * spread[:, :, None]).reshape(shape[0], -1)
+            update = wide @ a
+            assert update.shape == shape
+            for piece in pieces:
+                part = update[box(piece.at, piece.shape)]
+                if piece.key is None:
+                    assert not part.any()  # what fills a tower's MLP up stays zero
+                else:
+                    added[piece.key][box(piece.start, piece.shape)] = part
+        for key, whole in added.items():
+            if (factors := adapter.factors.get(key)) is None:
+                assert not whole.any()
+                continue
+            a, b = (published[factor_key(key, factor)] for factor in "AB")
+            np.testing.assert_allclose(whole, adapter.scale(factors) * b @ a, atol=1e-12)
+
+
+def filled(stored, published) -> np.ndarray:
+    made = np.zeros(stored.shape)
+    for piece in stored.pieces:
+        if piece.key is not None:
+            made[box(piece.at, piece.shape)] = published[piece.key][box(piece.start, piece.shape)]
+    return made
+
+
+# ---- PEFT's files --------------------------------------------------------------------------------
+
+
+def made_by_peft(model_dir, out, **config):
+    """An adapter with random factors, and PEFT's model."""
+    base = transformers.AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, peft.LoraConfig(**config)).eval()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(out)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 25)[None]).logits
+
+
+ADAPTERS = {
+    "ranks and alphas by pattern": dict(
+        r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "down_proj"],
+        rank_pattern={"q_proj": 7, r"layers\.1\.mlp\.down_proj": 2}, alpha_pattern={"q_proj": 3}),
+    "scaled by the root of the rank": dict(
+        r=9, lora_alpha=5, use_rslora=True, target_modules=["gate_proj", "o_proj"]),
+    "tower and merger": dict(
+        r=2, lora_alpha=8, target_modules=r".*visual\.(blocks\.\d+\.attn\.qkv|merger\.mlp\.[02])"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_of_pefts_is_merged_as_peft_merges_it(name, model_dir, tmp_path):
+    model = made_by_peft(model_dir, tmp_path / "adapter", **ADAPTERS[name])
+    done = megatron_vl("convert", model_dir, tmp_path / "merged", "--merge",
+                       "--adapter", tmp_path / "adapter")
+    assert done.code == 0, done.text
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    theirs = model.merge_and_unload().state_dict()
+    weights = family("qwen2_vl").weight_map(load_spec(model_dir))
+    changed = 0
+    before = load_file(model_dir / "model.safetensors")
+    for key, one in theirs.items():
+        key = weights.published_name(key)
+        if key in merged:
+            torch.testing.assert_close(merged[key], one, rtol=0, atol=1e-6)
+            changed += not torch.equal(merged[key], before[key])
+    assert changed == len(read_adapter(tmp_path / "adapter", weights).adapter.factors)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_expression_for_target_modules_hits_just_the_adapted_layers(model, request):
+    weights = weights_of(request, model)
+    known = {one.key: one for one in linears(weights)}
+    for typed in (["all-linear"], ["vit"], [next(iter(known.values())).name.replace(".", r"\.")]):
+        if typed == ["vit"] and "vision" not in weights.layers and "vit" not in weights.layers:
+            continue
+        keys = resolve(weights, typed)
+        adapter = Adapter(factors=dict.fromkeys(keys, Factors(4, 8.0)))
+        config = peft_config(AdapterMap(weights=weights, adapter=adapter), request.config.rootpath)
+        targets = config["target_modules"]
+        hit = [one.key for one in known.values()
+               if (re.fullmatch(targets, one.in_memory) if isinstance(targets, str)
+                   else one.in_memory in targets)]
+        assert hit == keys
+        assert (config["r"], config["lora_alpha"]) == (4, 8)
+
+
+def test_an_adapter_under_published_names_is_read_though_peft_would_load_nothing(
+    model_dir, tmp_path
+):
+    made_by_peft(model_dir, tmp_path / "a", r=2, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    save_file({name.replace("language_model.", ""): one for name, one in tensors.items()},
+              tmp_path / "a" / "adapter_model.safetensors")
+    weights = family("qwen2_vl").weight_map(load_spec(model_dir))
+    assert len(read_adapter(tmp_path / "a", weights).adapter.factors) == 4
+
+
+REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    "no factors": (lambda d: (d / "adapter_model.safetensors").unlink(),
+                   "has no adapter_model.safetensors"),
+    "DoRA": (lambda d: change(d, use_dora=True), "describes an adapter DoRA"),
+    "biases": (lambda d: change(d, bias="all"), "describes an adapter with biases (all)"),
+    "whole layers": (lambda d: change(d, modules_to_save=["lm_head"]),
+                     "with layers trained in full (lm_head)"),
+    "another kind": (lambda d: change(d, peft_type="IA3"), "of the kind IA3"),
+    "half of a layer": (lambda d: tensors(d, lambda t: t.pop(next(iter(t)))), "lacks model.layers"),
+    "another model's layer": (lambda d: tensors(d, lambda t: t.update(
+        {name.replace("q_proj", "W_pack"): t.pop(name) for name in list(t)})),
+        "layer(s) that this model has not"),
+    "another size": (lambda d: tensors(d, lambda t: t.update(
+        {name: one[..., :-1].contiguous() for name, one in t.items()})), "does not fit"),
+}
+
+
+def change(folder, **values) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def tensors(folder, edit) -> None:
+    path = folder / "adapter_model.safetensors"
+    found = load_file(path)
+    edit(found)
+    save_file(found, path)
+
+
+@pytest.fixture(scope="module")
+def sound(model_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapter") / "sound"
+    made_by_peft(model_dir, out, r=2, target_modules=["q_proj"])
+    return out
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_adapter_that_cannot_be_read_is_refused_by_what_is_wrong(
+    name, sound, model_dir, tmp_path
+):
+    break_it, says = REFUSED[name]
+    broken = shutil.copytree(sound, tmp_path / "adapter")
+    break_it(broken)
+    done = megatron_vl("convert", model_dir, tmp_path / "out", "--merge", "--adapter", broken)
+    assert done.code == 2 and says in done.err, done.text
+    assert not (tmp_path / "out").exists()
+    for words in ([], ["--dry-run"]):
+        done = megatron_vl("train", "--load", model_dir, "--adapter", broken, *words,
+                           "--train-data-path", tmp_path)
+        assert done.code == 2 and says in done.err, done.text
