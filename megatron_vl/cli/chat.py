@@ -66,20 +66,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_some_arguments(parser, DataOptions, LIMITS)
 
 
-def load_answerer(args: argparse.Namespace) -> Answerer:
-    """The model of `add_model_arguments`; tells of a checkpoint where it was exported to.
+def asked_directory(args: argparse.Namespace) -> Path:
+    """The Hugging Face directory of MODEL; tells of a checkpoint where it was exported to.
+
+    Raises:
+        InputError: there is none, and none can be made.
+    """
+    from megatron_vl.ask.checkpoint import hf_directory
+
+    return hf_directory(
+        args.model, export=args.export, hf_config=args.hf_config,
+        say=lambda text: print(f"megatron-vl {args.command}: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def load_answerer(hf_dir: Path, args: argparse.Namespace) -> Answerer:
+    """The model in `hf_dir`, as `add_model_arguments` says.
 
     Raises:
         InputError: it cannot be asked.
     """
     from megatron_vl.ask.answerer import Answerer
-    from megatron_vl.ask.checkpoint import hf_directory
     from megatron_vl.models.registry import load_spec
 
-    hf_dir = hf_directory(
-        args.model, export=args.export, hf_config=args.hf_config,
-        say=lambda text: print(f"megatron-vl {args.command}: {text}", file=sys.stderr, flush=True),
-    )
     given = {name: getattr(args, name) for name in LIMITS if hasattr(args, name)}
     spec = load_spec(hf_dir)
     if spec.vision is None:
@@ -107,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.web:
         load_gradio()  # before the model, which takes longer
-    answerer = load_answerer(args)
+    answerer = load_answerer(asked_directory(args), args)
     answerer.seed(args.seed)
 
     def dialogue() -> Dialogue:

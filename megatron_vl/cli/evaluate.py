@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_vl.ask.metrics import METRICS
-from megatron_vl.cli.chat import LIMITS, add_model_arguments, load_answerer
+from megatron_vl.cli.chat import LIMITS, add_model_arguments, asked_directory, load_answerer
 from megatron_vl.errors import Bounds, CheckFailed, InputError
 
 _BATCH = Bounds(least=1, most=2**16)
@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> None:
         CheckFailed: a score is below --at-least.
     """
     from megatron_vl.ask.answerer import Sampling
-    from megatron_vl.ask.checkpoint import find_checkpoint
     from megatron_vl.ask.evaluate import Evaluation
     from megatron_vl.ask.page import write_page
     from megatron_vl.ask.record import PAGE, Record
@@ -79,15 +78,17 @@ def run(args: argparse.Namespace) -> None:
     least = None if args.at_least is None else _least(args.at_least)
     raw = RawOptions(**{one.name: getattr(args, one.name) for one in fields(RawOptions)})
     datasets = open_datasets(args.data, args.split, raw)
+    # Of what answers, not of MODEL: a run that trains saves another checkpoint at any time.
+    hf_dir = asked_directory(args)
     record = Record.open(args.output, {
-        "model": weights_mark(find_checkpoint(args.model)),
+        "model": weights_mark(hf_dir),
         "datasets": {one.name: one.mark for one in datasets}, "metric": args.metric,
         **{name.replace("_", "-"): getattr(args, name, None) for name in (
             "split", "format", "json", "dataset", "group_by", "limit", "seed", "max_new_tokens",
             "thinking", "dtype", *LIMITS,
         )},
     })
-    answerer = load_answerer(args)
+    answerer = load_answerer(hf_dir, args)
     answerer.check_thinking(args.thinking)
     answered = Evaluation(
         answerer=answerer, metric=args.metric, thinking=bool(args.thinking), limit=args.limit,

@@ -167,7 +167,7 @@ def run_conversion(
 
     Raises:
         InputError: the target exists, is no checkpoint that `overwrite` may replace, holds what is
-            read, or cannot be written; or the source breaks off.
+            read, or cannot be written; or the source breaks off, or is deleted meanwhile.
     """
     target = conversion.target
     reads = {side_files, *(tensor.path for tensor in conversion.source.tensors.values())}
@@ -185,9 +185,16 @@ def run_conversion(
         tensors = target.lay_out(
             new, conversion.files, conversion.dtypes, conversion.dtype, conversion.weights
         )
-        written = run_plan(
-            conversion.plan, conversion.source.tensors, tensors, workers=workers, progress=progress
-        )
+        try:
+            written = run_plan(
+                conversion.plan, conversion.source.tensors, tensors, workers=workers,
+                progress=progress,
+            )
+        except FileNotFoundError as error:  # the target's are laid out already
+            raise InputError(
+                f"{error.filename} was deleted while it was read, as a run that trains deletes its "
+                f"old checkpoints; start again, or let it keep more by save-total-limit."
+            ) from error
         copy_side_files(side_files, new, target.side_files)
         target.finish(new, conversion.dtype)
     return written

@@ -16,6 +16,7 @@ import pytest
 from commands import environment_with
 from huggingface_hub import constants
 
+from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.weights.hub import local_model
 
@@ -70,6 +71,14 @@ def test_a_name_is_found_in_the_cache_of_a_hub(kind, cache, hf_dir, capsys):
         assert local_model(f"{NAME}@{branch}").samefile(made)
     with pytest.raises(InputError, match=f"^{NAME}@other is no directory here"):
         local_model(f"{NAME}@other")
+
+
+def test_a_model_is_scored_by_its_name(cache, hf_dir, capsys):
+    hugging_face(hf_dir, cache)
+    said = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    Path("data.json").write_text(json.dumps([{"conversations": said}]))
+    assert run(["evaluate", NAME, "data.json", "--max-new-tokens", "1", "--quiet"]) == 0
+    assert "1 questions answered" in capsys.readouterr().out
 
 
 def test_a_directory_of_that_name_comes_first(cache, hf_dir):
