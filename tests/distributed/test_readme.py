@@ -28,7 +28,9 @@ def lines() -> list[str]:
 def test_every_command_runs_in_the_readmes_order(tmp_path, model_dir, llava_dir):
     for folder in ("toolkits", "examples"):  # the project's root, with nothing that was made there
         (tmp_path / folder).symlink_to(ROOT / folder)
-    for name, stands_in in (("Qwen2-VL-7B-Instruct", model_dir), ("images", llava_dir / "images"),
+    (tmp_path / "Qwen").mkdir()
+    for name, stands_in in (("Qwen/Qwen2-VL-7B-Instruct", model_dir),
+                            ("images", llava_dir / "images"),
                             ("data.json", llava_dir / "train.json"),
                             ("cat.jpg", next((llava_dir / "images").rglob("*.png")))):
         (tmp_path / name).symlink_to(stands_in)
