@@ -135,6 +135,11 @@ class Trainer:
         return self.show.ended(self.done)
 
     @property
+    def over(self) -> bool:
+        """Whether nothing is left to train: the run ended, or early-stop ended it."""
+        return self.ended or bool(self.best.early_end)
+
+    @property
     def validation_due(self) -> bool:
         """Whether the step that was done last is to be validated."""
         data = self.config.data
@@ -318,7 +323,9 @@ class Trainer:
         figures = found.figures
         self.best.add(iteration, loss=figures.loss, exact=figures.exact_accuracy)
         if self.best.to_be_saved() and self.saved < iteration:
-            self.save()
+            self.poll_saves(wait=True)  # one save at a time; what was in work may be no worse
+            if self.best.to_be_saved():
+                self.save()
         self._keep_best()
         self.leaving = self.leaving or self.best.early_end
 
@@ -378,7 +385,7 @@ class Trainer:
         if not self.config.checkpoint.exports:
             return
         last = folder(self.saver.root, self.done)
-        early, busy = not self.ended or self.stopping, True
+        early, busy = not self.over or self.stopping, True
         if self.exporter is not None and not early and last.is_dir():
             self.exporter.export(last)
         while busy and not early:
@@ -388,7 +395,7 @@ class Trainer:
                 self.exporter is not None and self.exporter.poll(), bool(self.stop.reason)
             )
         if self.exporter is not None and early and last.is_dir():
-            why = "the run was asked to stop" if self.ended else "the run is not at its end"
+            why = "the run was asked to stop" if self.over else "the run is not at its end"
             self.exporter.give_up(last, why)
 
     def close(self) -> None:

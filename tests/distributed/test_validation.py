@@ -15,6 +15,7 @@ from megatron_vl.data.load.loader import build_valid_loader
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.models import family, load_spec
 from megatron_vl.models.media import MediaLimits
+from megatron_vl.training.checkpoint.export import exported
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS = {
@@ -32,7 +33,7 @@ COMMON = {
 BEST = {"lr": 0.5, "lr_warmup_iters": 2, "train_iters": 5, "eval_interval": 1, "eval_iters": 1,
         "report": False, "lr_decay_style": "constant", "save_best": "eval_loss"}
 EARLY = {"lr": 0.0, "min_lr": 0.0, "train_iters": 9, "eval_interval": 1, "eval_iters": 1,
-         "report": False, "save_interval": 100}
+         "report": False, "save_interval": 100, "save_best": "eval_loss", "async_save": True}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def out(shared, model_dir, wds_dir, mixed_dir):
             job("best", **begun, **BEST, save_interval=3, save_total_limit=1),
             job("behind", **begun, **BEST, save_interval=2, async_save=True),
             job("killed", **begun, **BEST, save_interval=2, killed=[str(out / "behind"), 1]),
-            job("early", **EARLY, early_stop=2),
+            job("early", **EARLY, early_stop=2, export_hf=True),
             job("early", **EARLY, early_stop=2),
             job("early", **EARLY, early_stop=3),
         ]
@@ -175,4 +176,5 @@ def test_a_run_without_better_validations_ends_and_does_not_go_on_in_silence(out
     assert "early-stop is 2: of the eval_loss of the last 2 validations none is better" in said
     assert "nothing to do: 3 steps are done, and early-stop is 2" in said
     assert [one["iteration"] for one in record(out, "early")["validations"]] == [1, 2, 3, 4]
-    assert kept(out, "early") == {3, 4}
+    assert kept(out, "early") == {1, 3, 4}  # the best, of equals the first, and where it ended
+    assert exported(out / "early").checkpoint == "iter_0000003"
