@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 from megatron_vl.errors import InputError
@@ -148,7 +149,8 @@ class Best:
             return ""
         best = next(one for one in self.validations if one.iteration == at)
         path = folder(self.file.parent, at)
-        command = f"megatron-vl convert {path} DIR --to hf --hf-config {self.file.parent}"
+        command = shlex.join(["megatron-vl", "convert", str(path), "DIR", "--to", "hf",
+                              "--hf-config", str(self.file.parent)])
         return (f"best checkpoint: {path}, {self.measure} {self._figure(best)}; as a Hugging Face "
                 f"directory: {command}")
 
