@@ -27,7 +27,12 @@ _FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.weight")
 # What another kind of adapter sets, and what it then is.
 _OTHER = {"use_dora": "DoRA", "fan_in_fan_out": "of transposed layers", "lora_bias": "with biases",
           "target_parameters": "of fused experts", "layer_replication": "of repeated layers",
-          "trainable_token_indices": "of single tokens"}
+          "trainable_token_indices": "of single tokens",
+          "alora_invocation_tokens": "that begins at certain tokens (aLoRA)",
+          "use_qalora": "of pooled inputs (QA-LoRA)", "use_bdlora": "of diagonal blocks (BD-LoRA)",
+          "arrow_config": "that routes tokens (Arrow)", "kasa_config": "of singular values (KaSA)"}
+# Beginnings whose factors are taken out of the model's weights: PEFT adds them to what is left.
+_TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class _Config(Shape):
@@ -123,6 +128,9 @@ def _check_kind(path: Path, config: _Config, whole: dict[str, Any]) -> None:
     other = next((what for key, what in _OTHER.items() if whole.get(key)), None)
     if config.peft_type.upper() != "LORA":
         other = f"of the kind {shown(config.peft_type)}"
+    begun = str(whole.get("init_lora_weights"))
+    if begun.lower().startswith(_TAKEN_OUT):
+        other = f"beside what its beginning, {shown(begun)}, left of the weights"
     if config.bias != "none":
         other = f"with biases ({config.bias})"
     if config.modules_to_save:

@@ -19,7 +19,8 @@ from megatron_vl.weights.mcore_io import CheckpointInfo, check_whole, inspect_ch
 
 # Options of a run that its checkpoint goes on with.
 SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_iters",
-            "lr_decay_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
+            "lr_decay_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps",
+            "lora_lr_ratio")
 # What the weights in a checkpoint are, where an adapter is trained.
 ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "lora_target", "adapter", "train_vit",
            "train_merger", "save_base")
