@@ -170,10 +170,9 @@ def build_optimizer(plan: Plan, model: list, platform: Platform):
         initial_loss_scale=options.initial_loss_scale,
         **_offload(options, platform),
     )
+    rates = _rate_overrides(options, plan.config.lora.lora_lr_ratio)
     optimizer = get_megatron_optimizer(
-        config, model,
-        config_overrides=get_standard_config_overrides(config)
-        | _rate_overrides(options, plan.config.lora.lora_lr_ratio),
+        config, model, config_overrides=get_standard_config_overrides(config) | rates
     )
     if not config.optimizer_cpu_offload:  # Megatron-Core's hybrid optimizer starts its own
         _start_state(optimizer)

@@ -13,8 +13,8 @@ from commands import ROOT, run
 
 SCRIPTS = {  # what follows the script (M model, D data, T a new directory), and its last table
     "train_step.py": (
-        "M D --rows 2 --micro-batch-size 1 --steps 1 --seq-length 256",
-        r"^ours +[\d.]+ +[\d,]+.*\n(ratio of tokens/s, ours to transformers.*\n?){2}",
+        "M D --rows 2 --micro-batch-size 1 --steps 1 --seq-length 256 --lora-rank 2",
+        r"^ours, all weights +[\d.]+ +[\d,]+.*\n(ratio of tokens/s, ours to .*\n?){3}",
     ),
     "convert.py": (
         "--model-size tiny --repeat 1 --work T",

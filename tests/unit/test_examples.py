@@ -17,7 +17,7 @@ from megatron_vl.cli.main import COMMANDS
 from megatron_vl.training.options.hf_trainer import FLAGS, translate
 
 SHELLS = sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in (".sh", ".sbatch"))
-MANIFESTS = sorted((ROOT / "examples").rglob("*.yaml"))
+MANIFESTS = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
 EVERY = sorted(p for p in (ROOT / "examples").rglob("*") if p.is_file())
 
 

@@ -1,7 +1,7 @@
 """Our training step against transformers' own, on the same weights and samples, in one run.
 
     python train_step.py HF_DIR DATASET [--rows 4] [--seq-length 512] [--no-pack] [--steps 10]
-                         [--threads 1]
+                         [--threads 1] [--lora-rank R]
 
 Ours is the step of `megatron-vl train` at TP1 PP1: packed rows, Megatron-Core's forward, backward,
 clipping and AdamW; with --no-pack a row is one sample, as long as the longest of its microbatch.
@@ -13,6 +13,9 @@ step by step in turn, so that noise of the machine meets all. Reported are the m
 step, tokens of samples (no padding) a second and the ratios; then the same and the largest resident
 memory of further processes that run one side alone, transformers without anything of ours loaded
 but the reader. The first losses must agree.
+
+With --lora-rank an adapter of all the language model's linear layers is trained, by PEFT on
+transformers' side, and a fourth side is our step that trains the weights themselves.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from itertools import pairwise
 from pathlib import Path
 
 OURS, THEIRS, EQUAL = "ours", "transformers", "transformers, equal work"
+FULL = "ours, all weights"
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-pack", action="store_true", help="one sample a row")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--only", choices=(OURS, THEIRS, EQUAL), help=argparse.SUPPRESS)
+    parser.add_argument("--lora-rank", type=int, metavar="R", help="train an adapter")
+    parser.add_argument("--only", choices=(OURS, THEIRS, EQUAL, FULL), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -67,8 +73,8 @@ def read_batches(args) -> list:
     return [next(batches) for _ in range(args.rows // args.micro_batch_size)]
 
 
-def our_step(args, batches):
-    """A function that trains one step and returns its loss."""
+def our_step(args, batches, *, lora_rank: int | None = None):
+    """A function that trains one step, of an adapter if it has a rank, and returns its loss."""
     import torch
 
     from megatron_vl.platform import initialize
@@ -84,6 +90,7 @@ def our_step(args, batches):
         "min_lr": 1e-4, "lr_decay_style": "constant", "seq_length": args.seq_length,
         "micro_batch_size": args.micro_batch_size, "global_batch_size": args.rows,
         "use_distributed_optimizer": True, "weight_decay": 0.01, "fp32": True,
+        **({} if lora_rank is None else {"lora_rank": lora_rank, "load": args.weights}),
     })
     plan = plan_run(config, 1)
     platform = initialize(plan.layout)
@@ -115,6 +122,14 @@ def transformers_step(args, batches, *, head_everywhere: bool = True):
         args.hf_dir, dtype=torch.float32, attn_implementation="sdpa"
     )
     image = model.config.image_token_id
+    head, body = model.lm_head, model.model
+    if args.lora_rank is not None:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+            target_modules=rf".*language_model.*\.({'|'.join(LAYERS)})",
+        ))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
@@ -143,7 +158,7 @@ def transformers_step(args, batches, *, head_everywhere: bool = True):
                 targets = targets.flatten()
             else:
                 at = targets != -100
-                logits = model.lm_head(model.model(**inputs).last_hidden_state[at])
+                logits = head(body(**inputs).last_hidden_state[at])
                 targets = targets[at]
             loss = torch.nn.functional.cross_entropy(
                 logits, targets, ignore_index=-100, reduction="sum"
@@ -157,11 +172,14 @@ def transformers_step(args, batches, *, head_everywhere: bool = True):
     return step
 
 
-SIDES = {
-    THEIRS: transformers_step,
-    EQUAL: partial(transformers_step, head_everywhere=False),
-    OURS: our_step,
-}
+def sides(args) -> dict:
+    """What is timed; with an adapter also our step without one."""
+    found = {
+        THEIRS: transformers_step,
+        EQUAL: partial(transformers_step, head_everywhere=False),
+        OURS: partial(our_step, lora_rank=args.lora_rank),
+    }
+    return found if args.lora_rank is None else found | {FULL: our_step}
 
 
 def convert(args, directory: str) -> None:
@@ -180,7 +198,7 @@ def alone(side: str) -> dict:
 
 def run_alone(args) -> None:
     # Both read the data in this process; what is compared is the larger peak of the step.
-    step = SIDES[args.only](args, read_batches(args))
+    step = sides(args)[args.only](args, read_batches(args))
     seconds = []
     for _ in range(args.steps + 2):
         started = time.perf_counter()
@@ -201,7 +219,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import tempfile
 
-    if args.only in (None, OURS):
+    if args.only in (None, OURS, FULL):
         from megatron_vl.platform import select_platform
 
         select_platform().install()
@@ -217,7 +235,7 @@ def main() -> int:
             return 0
         batches = read_batches(args)
         tokens = sum(batch.num_tokens for batch in batches)
-        steps = {name: make(args, batches) for name, make in SIDES.items()}
+        steps = {name: make(args, batches) for name, make in sides(args).items()}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         losses: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(args.steps + 2):
@@ -237,13 +255,14 @@ def main() -> int:
         print(f"{name:<26} {median[name]:>8.3f} {tokens / median[name]:>10,.0f} "
               f"{by_itself[name]['seconds']:>13.3f} {by_itself[name]['peak_bytes'] / 2**20:>9,.0f} "
               f"{losses[name][0]:>11.5f} {losses[name][-1]:>10.5f}")
-    for theirs in (THEIRS, EQUAL):
+    others = [name for name in steps if name != OURS]
+    for theirs in others:
         ratio = median[theirs] / median[OURS]
         ratio_alone = by_itself[theirs]["seconds"] / by_itself[OURS]["seconds"]
         print(f"ratio of tokens/s, {OURS} to {theirs}: {ratio:.2f} in turn, "
               f"{ratio_alone:.2f} alone")
     first = losses[OURS][0]
-    if any(not abs(first - losses[name][0]) <= 1e-4 * first for name in (THEIRS, EQUAL)):
+    if any(not abs(first - losses[name][0]) <= 1e-4 * first for name in others):
         print("the first losses differ: the sides did not compute the same.", file=sys.stderr)
         return 1
     return 0

@@ -65,6 +65,7 @@ class Judge(LlamaForCausalLM):
         model = cls(LlamaConfig(**of_llama | {"attn_implementation": attn_implementation}))
         model.load_state_dict({name: weight for name, weight in found.items()
                                if not name.endswith("rotary_emb.inv_freq")})  # in older files
+        model.config.model_type = config["model_type"]
         return model.to(dtype).eval()
 
     def of_llama(self) -> dict[str, torch.Tensor]:
@@ -87,6 +88,7 @@ def auto_class() -> type[Judge]:
 def generator(directory: Path, *, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The same as a Llama of its own, with `generate`; for inference."""
     judge = Judge.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+    judge.config.model_type = "llama"
     return LlamaForCausalLM.from_pretrained(
         None, config=judge.config, state_dict=judge.of_llama(), dtype=dtype
     )
