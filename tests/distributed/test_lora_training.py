@@ -18,6 +18,10 @@ from commands import ROOT, megatron_vl, run
 from safetensors.torch import load_file
 from training_jobs import CASE
 
+from megatron_vl.training.memory import rank_memory
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.plan import plan_run
+
 STEPS, LR = 4, 1e-2
 RUN = {
     "seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS,
@@ -131,6 +135,18 @@ def test_what_is_not_trained_has_no_buffer_and_no_optimizer_state(name, jobs):
         assert not one["frozen with a gradient"]
     copies = 2 if name in ("dp2", "cp2") else 1  # whose state is divided
     assert sum(one["moments"] for one in ranks) == sum(one["trained"] for one in ranks) / copies
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_rank_holds_what_a_dry_run_says(name, jobs, model_dir):
+    of, more = SHORT[name]
+    plan = plan_run(TrainConfig.from_dict(options(jobs, model_dir, name, ALONE[of] | more)), 2)
+    for rank in range(2):
+        ours = held(jobs, name, rank)["bytes"]
+        said = rank_memory(plan, plan.layout.coordinates(rank).pp)
+        assert (ours["weights"], ours["gradients"]) == (said.weight_bytes, said.gradient_bytes)
+        # Padding lies in the shares of the last ranks, and has no state.
+        assert 0.9 * said.optimizer_bytes < ours["optimizer"] <= said.optimizer_bytes
 
 
 @pytest.mark.parametrize("name", [name for name in SHORT if name.startswith("tp2")])
@@ -277,6 +293,11 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir):
     ):
         done = megatron_vl(*same, "--save", jobs / "language", *more)
         assert done.code == 2 and says in done.err, done.text
+    gone = ["--save", jobs / "language", "--lora-rank", 3, "--lora-alpha", 12, "--load", "gone"]
+    done = megatron_vl(*same, *gone)
+    assert done.code == 2 and "gone is not there, and an adapter is trained" in done.err, done.text
+    done = megatron_vl(*(word for word in same if word != "--dry-run"), *gone)
+    assert done.code == 2 and "--load gone does not exist" in done.err, done.text
     done = megatron_vl(*given, "--load", jobs / "language", "--lora-rank", 3)
     assert done.code == 2 and "holds an adapter of the model" in done.err, done.text
     done = megatron_vl(*given, "--adapter", jobs / "language peft")

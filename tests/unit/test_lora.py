@@ -253,6 +253,7 @@ REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
     "another model's layer": (lambda d: tensors(d, lambda t: t.update(
         {name.replace("q_proj", "W_pack"): t.pop(name) for name in list(t)})),
         "layer(s) that this model has not"),
+    "another rank": (lambda d: change(d, r=3), "q_proj has rank 3, and its factors in "),
     "another size": (lambda d: tensors(d, lambda t: t.update(
         {name: one[..., :-1].contiguous() for name, one in t.items()})), "does not fit"),
 }
