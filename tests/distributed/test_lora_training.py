@@ -261,8 +261,10 @@ def test_a_merger_trained_in_full_goes_into_the_merged_model_and_not_into_an_ada
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=LR / 20)
     done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "peft")
     assert done.code == 2 and "--train-merger, which an adapter has no place for" in done.err
-    done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "hf")
-    assert done.code == 2 and "convert --to peft" in done.err and "convert --merge" in done.err
+    done = megatron_vl("convert", jobs / "mixed", jobs / "mixed hf", "--to", "hf")
+    assert done.code == 0 and "mixed is merged into" in done.out, done.text
+    again = load_file(jobs / "mixed hf" / "model.safetensors")
+    assert all(torch.equal(again[key], one[key]) for key in one)
 
 
 def test_an_adapter_of_pefts_goes_on_without_its_directory_and_keeps_ranks_and_alphas(
