@@ -37,7 +37,8 @@ DROPPED = {"lora_rank": 3, "lora_dropout": 0.3, "lora_target": ["all-linear", "v
 PATTERNS = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "down_proj"],
             "rank_pattern": {"q_proj": 7}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 5}}
 GIVEN = {"lora_rank": None, "lora_alpha": None, "train_iters": 2}  # and an adapter
-ALONE = {"language": LANGUAGE, "mixed": MIXED, "dropped": DROPPED,
+ONE_LAYER = {"lora_rank": 3, "lora_target": [r"model\.layers\.0\..*"]}
+ALONE = {"one layer": ONE_LAYER, "language": LANGUAGE, "mixed": MIXED, "dropped": DROPPED,
          "ten": LANGUAGE | {"train_iters": 10, "save_interval": 10, "lr_decay_style": "constant",
                             "min_lr": LR}}
 SHORT = {  # name -> what is trained, how
@@ -53,6 +54,8 @@ SHORT = {  # name -> what is trained, how
 AGAIN = {  # name -> as whom, how, whose second step it goes on from
     "tp2 again": ("mixed", TP2 | DISTRIBUTED | {"recompute_granularity": "full"}, "tp2"),
     "pp2 from tp2": ("language", PP2 | DISTRIBUTED | {"load": "moved"}, "tp2 sp"),
+    "pp2 one stage": ("one layer", PP2 | DISTRIBUTED, None),  # the other has no factor
+    "pp2 one stage again": ("one layer", PP2 | DISTRIBUTED, "pp2 one stage"),
     "tp2 with the base": ("language", TP2 | {"save_base": True}, None),
 }
 
@@ -170,7 +173,8 @@ def test_factors_that_are_dropped_now_and_then_are_dropped_alike_on_tensor_paral
 
 
 def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs, model_dir):
-    for name, of in (("tp2 again", "tp2"), ("pp2 from tp2", "tp2 sp")):
+    for name, of in (("tp2 again", "tp2"), ("pp2 from tp2", "tp2 sp"),
+                     ("pp2 one stage again", "one layer")):
         again, undisturbed = steps(jobs, name), steps(jobs, of)
         assert sorted(again) == [3, 4]
         for i in again:

@@ -101,7 +101,8 @@ def load_checkpoint(
     loaded = dist_checkpointing.load(state, str(info.path))
     for number, chunk in enumerate(model):
         # An adapter's checkpoint has its factors alone; what it was to have was asked for by name.
-        chunk.module.load_state_dict(loaded[model_key(number, model)],
+        # Of a chunk without factors there is nothing.
+        chunk.module.load_state_dict(loaded.get(model_key(number, model), {}),
                                      strict=plan.trainable.adapter is None)
     if with_optimizer:
         _load_optimizer(optimizer, loaded["optimizer"])
