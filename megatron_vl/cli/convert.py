@@ -200,6 +200,8 @@ def _of_adapter(
         print(f"the adapter of {args.src} is merged into {args.base or info.adapter['base']}")
         return open_whole(found.directory, info, weights, target, base=args.base,
                           workers=args.workers)
+    if args.base is not None:
+        raise InputError("--adapter is merged into SRC; leave out --base, or give it as SRC.")
     source = work.open_source(found.directory, weights, info=found.info)
     return source, Merging(target=target, stored=read_adapter(args.adapter, weights), base=source,
                            weights=weights, workers=args.workers)

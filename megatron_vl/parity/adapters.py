@@ -1,6 +1,7 @@
 """An adapter for both sides: made by PEFT on the judge's model, read by ours as a user's would be.
 
-Its factors are random, B's too: a B of zeros would leave A without a gradient.
+Its factors are random, B's too: a B of zeros would leave A without a gradient. Its scales take
+turns, so that q, k and v, which Megatron-Core keeps in one, differ in them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron_vl.weights.rules import Piece, box
 
 ADAPTER = "adapter"  # in WORK_DIR
 STD = 0.1  # of B
+SCALES = 2, 3, 4.5
 
 Held = Sequence[tuple[Stored, torch.nn.Parameter]]
 
@@ -49,7 +51,11 @@ def write_adapter(
     torch.manual_seed(0)
     model = peft.get_peft_model(
         of.judge().from_pretrained(hf_dir),
-        peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=names),
+        peft.LoraConfig(
+            r=rank, target_modules=names,
+            alpha_pattern={name: rank * SCALES[number % len(SCALES)]
+                           for number, name in enumerate(names)},
+        ),
     )
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:

@@ -43,17 +43,26 @@ def open_trained(info: CheckpointInfo, weights: WeightMap) -> StoredAdapter:
             f"{info.path} holds no adapter, but all weights of a model; leave out --to peft and "
             f"--merge."
         )
-    try:
-        adapter = Adapter.from_dict(info.adapter)
-    except ValueError as error:
-        raise InputError(
-            f"{info.path} does not describe its adapter ({error}); copy it again."
-        ) from error
+    adapter = adapter_of(info)
     of = AdapterMap(weights=weights, adapter=adapter)
     inventory, tensors = open_torch_dist(info.path, of)
     dtypes = {one: at.dtype for one, at in tensors.items()}
     return StoredAdapter(adapter=adapter, source=Source(inventory=inventory, dtypes=dtypes,
                                                         tensors=tensors))
+
+
+def adapter_of(info: CheckpointInfo) -> Adapter:
+    """What a checkpoint says of the adapter that it holds.
+
+    Raises:
+        InputError: nothing that makes sense.
+    """
+    try:
+        return Adapter.from_dict(info.adapter)
+    except ValueError as error:
+        raise InputError(
+            f"{info.path} does not describe its adapter ({error}); copy it again."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

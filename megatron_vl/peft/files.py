@@ -8,6 +8,7 @@ A factor's key is `base_model.model.`, what transformers calls the layer in memo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ _FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.weight")
 # What another kind of adapter sets, and what it then is.
 _OTHER = {"use_dora": "DoRA", "fan_in_fan_out": "of transposed layers", "lora_bias": "with biases",
           "target_parameters": "of fused experts", "layer_replication": "of repeated layers",
-          "trainable_token_indices": "of single tokens"}
+          "trainable_token_indices": "of single tokens",
+          "alora_invocation_tokens": "that begins at certain tokens (aLoRA)",
+          "use_qalora": "of pooled inputs (QA-LoRA)", "use_bdlora": "of diagonal blocks (BD-LoRA)",
+          "arrow_config": "that routes tokens (Arrow)", "kasa_config": "of singular values (KaSA)"}
+# Beginnings whose factors are taken out of the model's weights: PEFT adds them to what is left.
+_TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class _Config(Shape):
@@ -39,6 +45,7 @@ class _Config(Shape):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     bias: Text = "none"
+    rank_pattern: dict[Text, int] | None = None
     alpha_pattern: dict[Text, float] | None = None
     modules_to_save: list[Text] | None = None
 
@@ -105,12 +112,16 @@ def read_adapter(directory: Path, weights: WeightMap) -> StoredAdapter:
             f"{directory / WEIGHTS} lacks {listed(missing) if missing else 'every factor'}; copy "
             f"it again."
         )
-    factors = {
-        key: Factors(
-            ranks[key], _alpha(config, weights.in_memory_name(key).removesuffix(".weight"))
-        )
-        for key in published if key in ranks
-    }
+    factors = {}
+    for key in (key for key in published if key in ranks):
+        name = weights.in_memory_name(key).removesuffix(".weight")
+        if (said := _by_pattern(config.rank_pattern, name, config.r)) != ranks[key]:
+            raise InputError(
+                f"{path} says that {name} has rank {said}, and its factors in {WEIGHTS} have "
+                f"{ranks[key]}; copy both files again."
+            )
+        alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
+        factors[key] = Factors(ranks[key], alpha)
     dtypes = {one: at.dtype for one, at in tensors.items()}
     return StoredAdapter(
         adapter=Adapter(factors=factors, rank_stabilized=config.use_rslora,
@@ -123,6 +134,9 @@ def _check_kind(path: Path, config: _Config, whole: dict[str, Any]) -> None:
     other = next((what for key, what in _OTHER.items() if whole.get(key)), None)
     if config.peft_type.upper() != "LORA":
         other = f"of the kind {shown(config.peft_type)}"
+    begun = str(whole.get("init_lora_weights"))
+    if begun.lower().startswith(_TAKEN_OUT):
+        other = f"beside what its beginning, {shown(begun)}, left of the weights"
     if config.bias != "none":
         other = f"with biases ({config.bias})"
     if config.modules_to_save:
@@ -134,9 +148,9 @@ def _check_kind(path: Path, config: _Config, whole: dict[str, Any]) -> None:
         )
 
 
-def _alpha(config: _Config, name: str) -> float:
-    """Of one layer, as PEFT matches its patterns."""
-    for pattern, alpha in (config.alpha_pattern or {}).items():
+def _by_pattern(patterns: Mapping[str, float] | None, name: str, usual: float) -> float:
+    """Rank or alpha of one layer, as PEFT matches its patterns."""
+    for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
-            return alpha
-    return config.lora_alpha
+            return value
+    return usual

@@ -9,9 +9,11 @@ from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.peft.adapter import Adapter, Factors
 from megatron_vl.peft.adapter_map import AdapterMap
+from megatron_vl.peft.conversion import adapter_of
 from megatron_vl.peft.files import StoredAdapter, read_adapter
 from megatron_vl.peft.targets import resolve
 from megatron_vl.peft.trainable import Trainable
+from megatron_vl.training.checkpoint.start import source_of
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.weights.map import WeightMap
 
@@ -42,6 +44,10 @@ def stored_adapter(config: TrainConfig, weights: WeightMap) -> StoredAdapter | N
 
 def _adapter(config: TrainConfig, weights: WeightMap) -> Adapter:
     options = config.lora
+    info, own = source_of(config)
+    if own and info.adapter is not None:
+        # What is trained already stays what it is, whatever has become of its first directory.
+        return replace(adapter_of(info), dropout=options.lora_dropout)
     if (stored := stored_adapter(config, weights)) is not None:
         return replace(stored.adapter, dropout=options.lora_dropout)
     one = Factors(options.lora_rank, options.alpha)

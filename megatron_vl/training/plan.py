@@ -18,6 +18,7 @@ from megatron_vl.peft.trainable import Trainable
 from megatron_vl.training.adapter import trainable_of
 from megatron_vl.training.checkpoint.same_model import check_same_model
 from megatron_vl.training.checkpoint.start import (
+    goes_on,
     hf_directory,
     needs_load,
     source_of,
@@ -115,7 +116,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             "or --hf-config a directory with config.json and the tokenizer."
         )
     spec = load_spec(hf_dir)
-    if load is not None and config.checkpoint.save is not None and not needs_load(config):
+    if load is not None and goes_on(config):
         check_same_model(Path(config.checkpoint.save), Path(load))
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     if spec.vision is None:

@@ -6,6 +6,7 @@ All runs take steps on the same four microbatches: see training_jobs.py.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,10 @@ import transformers
 from commands import ROOT, megatron_vl, run
 from safetensors.torch import load_file
 from training_jobs import CASE
+
+from megatron_vl.training.memory import rank_memory
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.plan import plan_run
 
 STEPS, LR = 4, 1e-2
 RUN = {
@@ -28,8 +33,12 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
 LANGUAGE = {"lora_rank": 3}
 MIXED = {"lora_rank": 5, "lora_target": ["q_proj", "down_proj", "vit"], "use_rslora": True,
          "lora_lr_ratio": 4.0, "train_merger": True}
-DROPPED = {"lora_rank": 3, "lora_dropout": 0.3}
-ALONE = {"language": LANGUAGE, "mixed": MIXED, "dropped": DROPPED,
+DROPPED = {"lora_rank": 3, "lora_dropout": 0.3, "lora_target": ["all-linear", "vit"]}
+PATTERNS = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 7}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 5}}
+GIVEN = {"lora_rank": None, "lora_alpha": None, "train_iters": 2}  # and an adapter
+ONE_LAYER = {"lora_rank": 3, "lora_target": [r"model\.layers\.0\..*"]}
+ALONE = {"one layer": ONE_LAYER, "language": LANGUAGE, "mixed": MIXED, "dropped": DROPPED,
          "ten": LANGUAGE | {"train_iters": 10, "save_interval": 10, "lr_decay_style": "constant",
                             "min_lr": LR}}
 SHORT = {  # name -> what is trained, how
@@ -40,17 +49,19 @@ SHORT = {  # name -> what is trained, how
     "vp2": ("mixed", PP2 | DISTRIBUTED | {"num_virtual_stages_per_pipeline_rank": 2}),
     "dp2": ("mixed", DISTRIBUTED),
     "cp2": ("language", {"context_parallel_size": 2, "recompute_granularity": "selective"}),
-    "tp2 dropped": ("dropped", TP2),
+    "tp2 dropped": ("dropped", TP2 | {"vit_data_parallel": True}),  # ranks see other images
 }
 AGAIN = {  # name -> as whom, how, whose second step it goes on from
     "tp2 again": ("mixed", TP2 | DISTRIBUTED | {"recompute_granularity": "full"}, "tp2"),
-    "pp2 from tp2": ("language", PP2 | DISTRIBUTED, "tp2 sp"),
+    "pp2 from tp2": ("language", PP2 | DISTRIBUTED | {"load": "moved"}, "tp2 sp"),
+    "pp2 one stage": ("one layer", PP2 | DISTRIBUTED, None),  # the other has no factor
+    "pp2 one stage again": ("one layer", PP2 | DISTRIBUTED, "pp2 one stage"),
     "tp2 with the base": ("language", TP2 | {"save_base": True}, None),
 }
 
 
 def options(out: Path, model_dir: Path, name: str, more: dict, resume=None) -> dict:
-    known = {**RUN, **more, "load": str(model_dir), "save": str(out / name),
+    known = {**RUN, **more, "load": str(out / more.get("load", model_dir)), "save": str(out / name),
              "train_data_path": str(out / "data"), "metrics_file": str(out / f"{name}.jsonl"),
              "report": False}
     return known | ({"resume": [resume, 2]} if resume else {})
@@ -63,7 +74,14 @@ def jobs(shared, model_dir, wds_dir) -> Path:
     def make(out: Path) -> None:
         out.mkdir()
         (out / "data").symlink_to(wds_dir)
-        alone = {name: options(out, model_dir, name, one) for name, one in ALONE.items()}
+        (out / "moved").symlink_to(model_dir)
+        peft.get_peft_model(
+            transformers.AutoModelForImageTextToText.from_pretrained(model_dir),
+            peft.LoraConfig(**PATTERNS),
+        ).save_pretrained(out / "from peft")
+        given = GIVEN | {"adapter": str(out / "from peft")}
+        alone = {name: options(out, model_dir, name, one)
+                 for name, one in (ALONE | {"given": given}).items()}
         two = {name: options(out, model_dir, name, ALONE[of] | more)
                for name, (of, more) in SHORT.items()}
         two |= {name: options(out, model_dir, name, ALONE[of] | more, resume)
@@ -75,9 +93,11 @@ def jobs(shared, model_dir, wds_dir) -> Path:
                 start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
             done = run([*start, ROOT / "tests/distributed/training_jobs.py", out])
             assert done.code == 0, done.text
+            (out / f"said.{ranks}").write_text(done.text)
+        shutil.rmtree(out / "from peft")
         for name in ("mixed", "tp2", "tp2 with the base"):
             assert megatron_vl("convert", out / name, out / f"{name} merged", "--merge").code == 0
-        for name in ("language", "ten", "tp2 sp", "pp2 from tp2", "tp2 with the base"):
+        for name in ("language", "ten", "given", "tp2 sp", "pp2 from tp2", "tp2 with the base"):
             done = megatron_vl("convert", out / name, out / f"{name} peft", "--to", "peft")
             assert done.code == 0, done.text
 
@@ -120,6 +140,24 @@ def test_what_is_not_trained_has_no_buffer_and_no_optimizer_state(name, jobs):
     assert sum(one["moments"] for one in ranks) == sum(one["trained"] for one in ranks) / copies
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_a_rank_holds_what_a_dry_run_says(name, jobs, model_dir):
+    of, more = SHORT[name]
+    plan = plan_run(TrainConfig.from_dict(options(jobs, model_dir, name, ALONE[of] | more)), 2)
+    for rank in range(2):
+        ours = held(jobs, name, rank)["bytes"]
+        said = rank_memory(plan, plan.layout.coordinates(rank).pp)
+        assert (ours["weights"], ours["gradients"]) == (said.weight_bytes, said.gradient_bytes)
+        # Padding lies in the shares of the last ranks, and has no state.
+        assert 0.9 * said.optimizer_bytes < ours["optimizer"] <= said.optimizer_bytes
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT if name.startswith("tp2")])
+def test_what_tensor_parallel_ranks_hold_alike_stays_so(name, jobs):
+    one, other = (held(jobs, name, rank)["alike"] for rank in range(2))
+    assert len(one) >= 4 and one == other
+
+
 def test_the_second_factors_have_a_rate_of_their_own(jobs):
     for rates in held(jobs, "dp2", 0)["rates"]:
         rates = {float(rate): now for rate, now in rates.items()}
@@ -134,13 +172,17 @@ def test_factors_that_are_dropped_now_and_then_are_dropped_alike_on_tensor_paral
     assert ours[STEPS]["loss"] == pytest.approx(alone[STEPS]["loss"], rel=0.05)
 
 
-def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs):
-    for name, of in (("tp2 again", "tp2"), ("pp2 from tp2", "tp2 sp")):
+def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs, model_dir):
+    for name, of in (("tp2 again", "tp2"), ("pp2 from tp2", "tp2 sp"),
+                     ("pp2 one stage again", "one layer")):
         again, undisturbed = steps(jobs, name), steps(jobs, of)
         assert sorted(again) == [3, 4]
         for i in again:
             same = dict(rel=0) if name == "tp2 again" else dict(rel=1e-6)
             assert again[i]["loss"] == pytest.approx(undisturbed[i]["loss"], **same)
+
+    said = (jobs / "said.2").read_text()
+    assert f"was trained beside {model_dir} and goes on beside {jobs / 'moved'}" in said
 
     def size(name: str) -> int:
         return sum(file.stat().st_size for file in (jobs / name / "iter_0000004").rglob("*"))
@@ -223,8 +265,27 @@ def test_a_merger_trained_in_full_goes_into_the_merged_model_and_not_into_an_ada
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=LR / 20)
     done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "peft")
     assert done.code == 2 and "--train-merger, which an adapter has no place for" in done.err
-    done = megatron_vl("convert", jobs / "mixed", jobs / "none", "--to", "hf")
-    assert done.code == 2 and "convert --to peft" in done.err and "convert --merge" in done.err
+    done = megatron_vl("convert", jobs / "mixed", jobs / "mixed hf", "--to", "hf")
+    assert done.code == 0 and "mixed is merged into" in done.out, done.text
+    again = load_file(jobs / "mixed hf" / "model.safetensors")
+    assert all(torch.equal(again[key], one[key]) for key in one)
+
+
+def test_an_adapter_of_pefts_goes_on_without_its_directory_and_keeps_ranks_and_alphas(
+    jobs, model_dir, wds_dir
+):
+    options = [word for name, value in RUN.items() if name != "lora_alpha"
+               for word in (f"--{name.replace('_', '-')}", value)]
+    done = megatron_vl("train", *options, "--load", model_dir, "--train-data-path", wds_dir,
+                       "--save", jobs / "given", "--adapter", jobs / "from peft", "--dry-run")
+    assert done.code == 0 and not (jobs / "from peft").exists(), done.text
+    found = peft.PeftConfig.from_pretrained(jobs / "given peft")
+    assert found.use_rslora
+    for name, rank, alpha in (("layers.0.mlp.down_proj", 4, 6), ("layers.1.mlp.down_proj", 4, 5),
+                              ("layers.1.self_attn.q_proj", 7, 6)):
+        name = f"model.language_model.{name}"
+        assert found.rank_pattern.get(name, found.r) == rank
+        assert found.alpha_pattern.get(name, found.lora_alpha) == alpha
 
 
 def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir):
@@ -234,9 +295,15 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir):
     for more, says in (
         (["--lora-rank", 4], "was trained with lora-rank 3 but this run has 4"),
         ([], "was trained with lora-rank 3 but this run has None"),
+        (["--lora-rank", 3, "--lora-lr-ratio", 2], "was trained with lora-lr-ratio 1.0 but"),
     ):
         done = megatron_vl(*same, "--save", jobs / "language", *more)
         assert done.code == 2 and says in done.err, done.text
+    gone = ["--save", jobs / "language", "--lora-rank", 3, "--lora-alpha", 12, "--load", "gone"]
+    done = megatron_vl(*same, *gone)
+    assert done.code == 2 and "gone is not there, and an adapter is trained" in done.err, done.text
+    done = megatron_vl(*(word for word in same if word != "--dry-run"), *gone)
+    assert done.code == 2 and "--load gone does not exist" in done.err, done.text
     done = megatron_vl(*given, "--load", jobs / "language", "--lora-rank", 3)
     assert done.code == 2 and "holds an adapter of the model" in done.err, done.text
     done = megatron_vl(*given, "--adapter", jobs / "language peft")

@@ -102,6 +102,10 @@ def what_is_held(trainer) -> dict:
     return {
         "trained": sum(weight.numel() for weight in weights if weight.requires_grad),
         "buffers": sum(b.numel_unpadded for chunk in trainer.model for b in chunk.buffers),
+        # What tensor-parallel ranks hold of an adapter alike, each factor by its sum.
+        "alike": [float(weight.double().sum().cpu()) for chunk in trainer.model
+                  for name, weight in chunk.named_parameters()
+                  if ".lora." in name and not getattr(weight, "tensor_model_parallel", False)],
         "frozen with a gradient": sum(
             hasattr(weight, "main_grad") or weight.grad is not None for weight in frozen
         ),

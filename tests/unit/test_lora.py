@@ -20,6 +20,7 @@ from megatron_vl.peft.adapter import Adapter, Factors, factor_key
 from megatron_vl.peft.adapter_map import AdapterMap, blocks
 from megatron_vl.peft.conversion import peft_config
 from megatron_vl.peft.files import read_adapter
+from megatron_vl.peft.lora import Lora, normed
 from megatron_vl.peft.targets import linears, resolve
 from megatron_vl.weights.rules import box
 
@@ -177,6 +178,9 @@ def test_an_adapter_of_pefts_is_merged_as_peft_merges_it(name, model_dir, tmp_pa
             torch.testing.assert_close(merged[key], one, rtol=0, atol=1e-6)
             changed += not torch.equal(merged[key], before[key])
     assert changed == len(read_adapter(tmp_path / "adapter", weights).adapter.factors)
+    done = megatron_vl("convert", model_dir, tmp_path / "other", "--merge", "--base", model_dir,
+                       "--adapter", tmp_path / "adapter")
+    assert done.code == 2 and "leave out --base, or give it as SRC" in done.err, done.text
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -195,6 +199,30 @@ def test_the_expression_for_target_modules_hits_just_the_adapted_layers(model, r
                    else one.in_memory in targets)]
         assert hit == keys
         assert (config["r"], config["lora_alpha"]) == (4, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_is_not_rounded_to_the_weights_precision(dtype):
+    """What is added is s B A x of the numbers B that the weights' precision has."""
+    generator, scale = torch.Generator().manual_seed(0), 1.3085  # 1.3047 in bf16
+    a, b = torch.ones(1, 1, dtype=dtype), torch.rand(4096, 1, generator=generator).to(dtype)
+    lora = Lora(a, b, torch.full((4096, 1), scale), cut=0, dropout=0.0, sequence_parallel=False,
+                group=torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1))
+    added = lora(torch.ones(1, 1, 1, dtype=dtype))
+    assert added.dtype == dtype
+    whole = added.detach().double().sum() / b.double().sum()
+    assert whole.item() == pytest.approx(scale, rel=5e-4)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm(8, eps=1e-3), torch.nn.LayerNorm(8, eps=1e-3)])
+def test_an_adapter_sees_what_a_norm_within_its_layer_leaves(norm):
+    """TransformerEngine's layers carry their norm under these names."""
+    layer, x = torch.nn.Linear(8, 4), torch.randn(3, 2, 8)
+    assert normed(layer, x) is x
+    torch.nn.init.normal_(norm.weight)
+    layer.normalization, layer.eps = type(norm).__name__, norm.eps
+    layer.layer_norm_weight, layer.layer_norm_bias = norm.weight, getattr(norm, "bias", None)
+    torch.testing.assert_close(normed(layer, x), norm(x))
 
 
 def test_an_adapter_under_published_names_is_read_though_peft_would_load_nothing(
@@ -216,11 +244,16 @@ REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
     "biases": (lambda d: change(d, bias="all"), "describes an adapter with biases (all)"),
     "whole layers": (lambda d: change(d, modules_to_save=["lm_head"]),
                      "with layers trained in full (lm_head)"),
+    "tokens that it begins at": (lambda d: change(d, alora_invocation_tokens=[1, 2]),
+                                 "that begins at certain tokens (aLoRA)"),
+    "beside other weights": (lambda d: change(d, init_lora_weights="pissa_niter_4"),
+                             "beside what its beginning, pissa_niter_4, left of the weights"),
     "another kind": (lambda d: change(d, peft_type="IA3"), "of the kind IA3"),
     "half of a layer": (lambda d: tensors(d, lambda t: t.pop(next(iter(t)))), "lacks model.layers"),
     "another model's layer": (lambda d: tensors(d, lambda t: t.update(
         {name.replace("q_proj", "W_pack"): t.pop(name) for name in list(t)})),
         "layer(s) that this model has not"),
+    "another rank": (lambda d: change(d, r=3), "q_proj has rank 3, and its factors in "),
     "another size": (lambda d: tensors(d, lambda t: t.update(
         {name: one[..., :-1].contiguous() for name, one in t.items()})), "does not fit"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def load_checkpoint(
         optimizer.reload_model_params()
         return Resumed(iteration=0, weights=loaded)
     if plan.trainable.adapter is not None and not plan.config.lora.save_base:
+        _tell_other_base(info, options.load)
         load_weights(inspect_weights(options.load), model, plan.spec, plan.layout, plan.split)
     check_data_only(info.path, torch.distributed.get_rank(), torch.distributed.get_world_size())
     barrier()  # no rank reads what another has refused
@@ -99,7 +101,8 @@ def load_checkpoint(
     loaded = dist_checkpointing.load(state, str(info.path))
     for number, chunk in enumerate(model):
         # An adapter's checkpoint has its factors alone; what it was to have was asked for by name.
-        chunk.module.load_state_dict(loaded[model_key(number, model)],
+        # Of a chunk without factors there is nothing.
+        chunk.module.load_state_dict(loaded.get(model_key(number, model), {}),
                                      strict=plan.trainable.adapter is None)
     if with_optimizer:
         _load_optimizer(optimizer, loaded["optimizer"])
@@ -115,6 +118,14 @@ def load_checkpoint(
         samples=loaded.get("megatron_vl", {}).get("samples"),
         schedule=loaded["opt_param_scheduler"],
     )
+
+
+def _tell_other_base(info: CheckpointInfo, load: str) -> None:
+    """The weights beside an adapter may have moved; that they are others nobody can tell."""
+    base = info.adapter["base"] if info.adapter else None
+    if base not in (None, os.path.abspath(load)) and torch.distributed.get_rank() == 0:
+        print(f"the adapter of {info.path} was trained beside {base} and goes on beside {load}",
+              flush=True)
 
 
 def _begin_adapter(plan: Plan, model) -> None:

@@ -19,7 +19,8 @@ from megatron_vl.weights.mcore_io import CheckpointInfo, check_whole, inspect_ch
 
 # Options of a run that its checkpoint goes on with.
 SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_iters",
-            "lr_decay_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
+            "lr_decay_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps",
+            "lora_lr_ratio")
 # What the weights in a checkpoint are, where an adapter is trained.
 ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "lora_target", "adapter", "train_vit",
            "train_merger", "save_base")
@@ -82,12 +83,23 @@ def check_weights(
 
 
 def needs_load(config: TrainConfig) -> bool:
-    """Whether `load` is given and SAVE holds no checkpoint to go on from instead.
+    """Whether `load` is given and read: SAVE holds no checkpoint to go on from instead, or one of
+    an adapter alone.
 
     Raises:
         InputError: none of SAVE's checkpoints can be used.
     """
-    return config.checkpoint.load is not None and _own(config, {}) is None
+    beside = config.lora.given and not config.lora.save_base
+    return config.checkpoint.load is not None and (beside or not goes_on(config))
+
+
+def goes_on(config: TrainConfig) -> bool:
+    """Whether SAVE holds a checkpoint to go on from.
+
+    Raises:
+        InputError: none of SAVE's checkpoints can be used.
+    """
+    return _own(config, {}) is not None
 
 
 def hf_directory(config: TrainConfig) -> Path | None:
@@ -99,9 +111,9 @@ def hf_directory(config: TrainConfig) -> Path | None:
         InputError: none of SAVE's checkpoints can be used.
     """
     options = config.checkpoint
-    goes_on = (options.save is not None and (Path(options.save) / "config.json").is_file()
-               and _own(config, {}) is not None)
-    found = options.hf_config or (options.save if goes_on else options.load or options.save)
+    own = (options.save is not None and (Path(options.save) / "config.json").is_file()
+           and goes_on(config))
+    found = options.hf_config or (options.save if own else options.load or options.save)
     return None if found is None else Path(found)
 
 
