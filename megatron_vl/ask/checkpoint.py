@@ -72,9 +72,10 @@ def hf_directory(
         hf_config = whole  # it is one iteration of that
     found = describe(model, hf_config)
     iteration = found.info.path.name
-    key = hashlib.sha256(json.dumps(
-        [str(found.info.path.resolve()), weights_mark(found.info.path)]
-    ).encode()).hexdigest()[:12]
+    marks = [str(found.info.path.resolve()), weights_mark(found.info.path)]
+    if found.info.adapter is not None and (base := Path(found.info.adapter["base"])).is_dir():
+        marks.append(weights_mark(base))
+    key = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12]
     target = export or _cache(found.info.root) / f"{iteration}-{key}"
     with _alone(target):
         if is_hf_directory(target) and _key_of(target) == key:

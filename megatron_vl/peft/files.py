@@ -149,8 +149,19 @@ def _check_kind(path: Path, config: _Config, whole: dict[str, Any]) -> None:
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, name: str, usual: float) -> float:
-    """Rank or alpha of one layer, as PEFT matches its patterns."""
+    """Rank or alpha of one layer, as PEFT matches its patterns.
+
+    Raises:
+        InputError: one is no regular expression.
+    """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        try:
+            matched = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise InputError(
+                f"{CONFIG} has the pattern {shown(pattern)}, which is no regular expression "
+                f"({error}); mend it."
+            ) from error
+        if matched:
             return value
     return usual

@@ -248,6 +248,8 @@ REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
                                  "that begins at certain tokens (aLoRA)"),
     "beside other weights": (lambda d: change(d, init_lora_weights="pissa_niter_4"),
                              "beside what its beginning, pissa_niter_4, left of the weights"),
+    "a broken pattern": (lambda d: change(d, alpha_pattern={"q_proj(": 3}),
+                         "has the pattern q_proj(, which is no regular expression"),
     "another kind": (lambda d: change(d, peft_type="IA3"), "of the kind IA3"),
     "half of a layer": (lambda d: tensors(d, lambda t: t.pop(next(iter(t)))), "lacks model.layers"),
     "another model's layer": (lambda d: tensors(d, lambda t: t.update(

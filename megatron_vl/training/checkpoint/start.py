@@ -174,6 +174,8 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
                             ("merger_lr", "lr")):
             if options.get(name) is None and meant in options:
                 options[name] = options[meant]
+        if options.get("lora_rank") is not None and options["lora_alpha"] is None:
+            options["lora_alpha"] = 2.0 * options["lora_rank"]
         if options.get("lr_warmup_fraction") is not None:
             options["lr_warmup_iters"] = round(
                 options["lr_warmup_fraction"] * options["lr_decay_iters"]
