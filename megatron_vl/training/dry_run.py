@@ -78,11 +78,6 @@ def _without_missing_checkpoint(config: TrainConfig, notes: list[str]) -> TrainC
     checkpoint = config.checkpoint
     if checkpoint.load is None or Path(checkpoint.load).exists():
         return config
-    if config.lora.given and needs_load(config):
-        raise InputError(
-            f"load {checkpoint.load} is not there, and an adapter is trained beside its weights; "
-            f"give their directory."
-        )
     without = replace(config, checkpoint=replace(checkpoint, load=None))
     if not needs_load(config):
         return without

@@ -133,6 +133,10 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
     config, precision = _with_precision(config, spec)
     if here:
         check_machine(config, spec)
+        if config.lora.given and load is None:
+            raise InputError(
+                "an adapter is trained beside the weights of a model; give load its directory."
+            )
     if config.model.init_method_std is not None:
         spec = replace(spec, decoder=replace(spec.decoder, init_std=config.model.init_method_std))
     layout = config.parallel.layout(world_size)

@@ -310,6 +310,14 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir):
     assert done.code == 0 and "of the adapter" in done.out, done.text
 
 
+def test_an_adapter_is_of_a_model_that_is_given(model_dir, wds_dir):
+    given = ["train", "--hf-config", model_dir, "--train-data-path", wds_dir, "--lora-rank", 3]
+    done = megatron_vl(*given)
+    assert done.code == 2 and "give load its directory" in done.err, done.text
+    done = megatron_vl(*given, "--load", "not yet there", "--dry-run")
+    assert done.code == 0 and "load not yet there is not there yet" in done.out, done.text
+
+
 REFUSED = [  # what is typed beside a model, and what is said
     (["--lora-alpha", 4], "lora-alpha is about an adapter, and none is trained; give lora-rank"),
     (["--lora-rank", 0], "lora-rank"),

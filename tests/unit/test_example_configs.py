@@ -71,7 +71,7 @@ def named(file: Path) -> tuple[str, str, int]:
     """Model, size and number of GPUs, of a file's name and its model-size."""
     size = yaml.safe_load(file.read_text())["model-size"]
     spelled = re.sub(r"\W", "_", size.lower())
-    name, gpus = re.fullmatch(rf"(\w+)_{spelled}_(\d+)gpu", file.stem).groups()
+    name, gpus = re.fullmatch(rf"(\w+)_{spelled}(?:_lora)?_(\d+)gpu", file.stem).groups()
     return name, size, int(gpus)
 
 

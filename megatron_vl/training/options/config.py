@@ -82,11 +82,7 @@ class TrainConfig:
             self._check_lora()
 
     def _check_lora(self) -> None:
-        """Raises InputError: an adapter of a model that is not there, or of weights that change."""
-        if self.checkpoint.load is None:
-            raise InputError(
-                "an adapter is trained beside the weights of a model; give load its directory."
-            )
+        """Raises InputError: a part is both to be trained and not."""
         for part in ("vit", "merger"):
             if getattr(self.lora, f"train_{part}") and part in self.model.frozen:
                 raise InputError(
