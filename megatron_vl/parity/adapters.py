@@ -86,7 +86,8 @@ def read_gradients(
     a factor up has no gradient.
     """
     of = AdapterMap(weights=weights, adapter=adapter)
-    copies = {key: [] for key in of.published()}
+    shapes = of.published()
+    copies = {key: [] for key in shapes}
     for tp, pp in product(range(layout.tp), range(layout.pp)):
         saved = iter(torch.load(directory / f"{tp}.{pp}.pt", weights_only=True))
         for one in (one for chunk in range(layout.vp) for one in of.chunk(split, pp, chunk)):
@@ -99,12 +100,14 @@ def read_gradients(
                     if piece.key is None:
                         assert not part.any(), f"{stored}: what fills it up has a gradient"
                         continue
-                    _put(copies[piece.key], of.published()[piece.key], piece, part)
+                    _put(copies[piece.key], shapes[piece.key], piece, part)
     return {key if number == 0 else f"{key}{COPY}{number + 1})": whole
             for key, several in copies.items() for number, whole in enumerate(several)}
 
 
-def _put(copies: list[torch.Tensor], shape: tuple[int, int], piece: Piece, part: torch.Tensor):
+def _put(
+    copies: list[torch.Tensor], shape: tuple[int, int], piece: Piece, part: torch.Tensor
+) -> None:
     """Into the first copy that has no numbers there yet."""
     at = box(piece.start, piece.shape)
     for whole in copies:

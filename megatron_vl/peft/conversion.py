@@ -19,7 +19,7 @@ from megatron_vl.peft.adapter_map import FACTOR_NAMES, AdapterMap
 from megatron_vl.peft.files import CONFIG, PREFIX, WEIGHTS, StoredAdapter
 from megatron_vl.peft.targets import linears
 from megatron_vl.weights.convert import Source, inspect_weights, open_source, open_weights
-from megatron_vl.weights.dtypes import FLOAT32, DType, cast
+from megatron_vl.weights.dtypes import FLOAT32, DType, cast, not_finite
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.hf_io import lay_out_hf, open_safetensors, weight_files
 from megatron_vl.weights.map import Stored, WeightMap
@@ -188,6 +188,9 @@ def merge(
 
     Args:
         base: where W is read, whatever `directory` has rounded it to.
+
+    Raises:
+        InputError: a sum is no finite number though W is.
     """
     of = AdapterMap(weights=weights, adapter=stored.adapter)
     places = {name: at for path in weight_files(directory)
@@ -200,21 +203,31 @@ def merge(
         reader = Reader({op.source.id: base.tensors[op.source.id]
                          for plan in plans for op in plan.ops}, stack)
 
-        def run(number: int) -> None:
+        def run(number: int) -> int:
+            """Merges one layer; answers how many numbers are NaN or infinite by that."""
             key, plan = keys[number], plans[number]
             a, b = (factors[factor_key(key, factor)] for factor in "AB")
             b = b * np.float32(stored.adapter.scale(stored.adapter.factors[key]))
-            place, width = places[key], reader.row_bytes(plan)
+            place, width, spoilt = places[key], reader.row_bytes(plan), 0
             with place.path.open("r+b") as file:
                 for low, high in chunks(0, place.shape[0], width, SPAN):
                     for slab in reader.chunks(plan, (low, high, plan.ops), FLOAT32, width):
-                        rows = slab.assembled().view("f4")
-                        rows = rows + b[slab.first : slab.first + len(rows)] @ a
-                        place.write(file.fileno(), slab.first,
-                                    [cast(rows.view("u4"), FLOAT32, place.dtype)])
+                        before = slab.assembled()
+                        rows = before.view("f4")
+                        with np.errstate(invalid="ignore", over="ignore"):  # which is counted
+                            rows = rows + b[slab.first : slab.first + len(rows)] @ a
+                        after = cast(rows.view("u4"), FLOAT32, place.dtype)
+                        spoilt += max(0, not_finite(after, place.dtype)
+                                      - not_finite(before, FLOAT32))
+                        place.write(file.fileno(), slab.first, [after])
+            return spoilt
 
-        for _ in in_parallel(run, range(len(keys)), workers):
-            pass
+        for key, spoilt in zip(keys, in_parallel(run, range(len(keys)), workers), strict=True):
+            if spoilt:
+                raise InputError(
+                    f"{spoilt:,} numbers of {key} are NaN or infinite in {places[key].dtype} once "
+                    f"its adapter is added; use an earlier checkpoint, or another --dtype."
+                )
 
 
 def _factors(of: AdapterMap, source: Source, stack: contextlib.ExitStack) -> dict[str, np.ndarray]:
@@ -245,6 +258,10 @@ def open_model(info: CheckpointInfo, weights: WeightMap, base: Path | None) -> S
     inventory, tensors = open_torch_dist(info.path, known)
     held = {piece.key for one in inventory for piece in one.pieces}
     if held >= weights.published().keys():
+        if base is not None:
+            raise InputError(
+                f"{info.path} holds all weights of its model beside the adapter; leave out --base."
+            )
         rest = Source(inventory=[], dtypes={}, tensors={})
     else:
         found = Path(info.adapter["base"]) if base is None else base

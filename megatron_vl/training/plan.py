@@ -117,7 +117,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         )
     spec = load_spec(hf_dir)
     if load is not None and goes_on(config):
-        check_same_model(Path(config.checkpoint.save), Path(load))
+        check_same_model(Path(config.checkpoint.save), Path(load), again=config.lora.given)
     family(spec.model_type).check_size(spec, config.checkpoint.model_size)
     if spec.vision is None:
         _check_text_only(config, spec)

@@ -288,7 +288,7 @@ def test_an_adapter_of_pefts_goes_on_without_its_directory_and_keeps_ranks_and_a
         assert found.alpha_pattern.get(name, found.lora_alpha) == alpha
 
 
-def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir):
+def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir, tmp_path):
     given = ["train", "--load", model_dir, "--train-data-path", wds_dir, "--dry-run",
              "--seq-length", 128, "--micro-batch-size", 2, "--global-batch-size", 8]
     same = [*given, "--lr", LR, "--min-lr", 1e-3, "--weight-decay", 0.1, "--train-iters", STEPS]
@@ -304,6 +304,11 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir):
     assert done.code == 2 and "load gone is not there yet" in done.err, done.text
     done = megatron_vl(*(word for word in same if word != "--dry-run"), *gone)
     assert done.code == 2 and "--load gone does not exist" in done.err, done.text
+    changed = shutil.copytree(jobs / "language", tmp_path / "run")
+    (changed / "began_with.json").write_text(json.dumps(
+        {"load": str(model_dir), "weights": {"model.safetensors": "12 bytes 0123456789ab"}}))
+    done = megatron_vl(*same, "--save", changed, "--lora-rank", 3, "--lora-alpha", 12)
+    assert done.code == 2 and "which had other weights than --load" in done.err, done.text
     done = megatron_vl(*given, "--load", jobs / "language", "--lora-rank", 3)
     assert done.code == 2 and "holds an adapter of the model" in done.err, done.text
     done = megatron_vl(*given, "--adapter", jobs / "language peft")

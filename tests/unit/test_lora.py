@@ -183,6 +183,18 @@ def test_an_adapter_of_pefts_is_merged_as_peft_merges_it(name, model_dir, tmp_pa
     assert done.code == 2 and "leave out --base, or give it as SRC" in done.err, done.text
 
 
+def test_a_merge_that_gives_no_finite_number_writes_nothing(sound, model_dir, tmp_path):
+    spoilt = shutil.copytree(sound, tmp_path / "adapter")
+
+    def edit(found) -> None:
+        found[next(name for name in found if "lora_B" in name)][3, 1] = float("inf")
+
+    tensors(spoilt, edit)
+    done = megatron_vl("convert", model_dir, tmp_path / "out", "--merge", "--adapter", spoilt)
+    assert done.code == 2 and "q_proj.weight are NaN or infinite in float32" in done.err, done.text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_expression_for_target_modules_hits_just_the_adapted_layers(model, request):
     weights = weights_of(request, model)

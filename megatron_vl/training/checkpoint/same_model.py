@@ -21,9 +21,13 @@ class Beginning(Shape):
     weights: dict[Text, Text]  # see `weights_mark`
 
 
-def check_same_model(save: Path, load: Path) -> None:
+def check_same_model(save: Path, load: Path, *, again: bool = False) -> None:
     """A run that goes on from SAVE does not read `load`, which must not be another model then, nor
     other weights than the run began with.
+
+    Args:
+        again: it reads `load` all the same, as an adapter's run does; its weights may have changed
+            where they lie.
 
     Raises:
         InputError: it is.
@@ -47,15 +51,18 @@ def check_same_model(save: Path, load: Path) -> None:
             f"give another --save, or leave out --load."
         )
     began = _beginning(save)
-    if began is None or os.path.realpath(began.load) == os.path.realpath(load):
+    if began is None or (not again
+                         and os.path.realpath(began.load) == os.path.realpath(load)):
         return
     now = weights_mark(load)
     # Of another format, or another iteration, they have other names and cannot be compared.
     if now.keys() == began.weights.keys() and now != began.weights:
+        had = "had" if os.path.realpath(began.load) == os.path.realpath(load) else "has"
+        mend = ("its adapter is of those, so bring them back, or give another --save" if again else
+                "a run goes on from --save, so give another --save, or leave out --load")
         raise InputError(
-            f"--save {save} holds a run that began with --load {began.load}, which has other "
-            f"weights than --load {load}; a run goes on from --save, so give another --save, or "
-            f"leave out --load."
+            f"--save {save} holds a run that began with --load {began.load}, which {had} other "
+            f"weights than --load {load}; {mend}."
         )
 
 

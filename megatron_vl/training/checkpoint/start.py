@@ -11,7 +11,7 @@ from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.training.checkpoint.files import candidates
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.options.lora import LoraOptions
+from megatron_vl.training.options.lora import LoraOptions, alpha_of
 from megatron_vl.training.options.option import defaults
 from megatron_vl.weights.convert import inspect_weights, open_weights
 from megatron_vl.weights.hub import local_model
@@ -174,8 +174,8 @@ def _check_options(config: TrainConfig, info: CheckpointInfo) -> None:
                             ("merger_lr", "lr")):
             if options.get(name) is None and meant in options:
                 options[name] = options[meant]
-        if options.get("lora_rank") is not None and options["lora_alpha"] is None:
-            options["lora_alpha"] = 2.0 * options["lora_rank"]
+        if options.get("lora_rank") is not None:
+            options["lora_alpha"] = alpha_of(options["lora_rank"], options["lora_alpha"])
         if options.get("lr_warmup_fraction") is not None:
             options["lr_warmup_iters"] = round(
                 options["lr_warmup_fraction"] * options["lr_decay_iters"]

@@ -83,8 +83,8 @@ class TrainConfig:
 
     def _check_lora(self) -> None:
         """Raises InputError: a part is both to be trained and not."""
-        for part in ("vit", "merger"):
-            if getattr(self.lora, f"train_{part}") and part in self.model.frozen:
+        for part in PARTS:
+            if getattr(self.lora, f"train_{part}", False) and part in self.model.frozen:
                 raise InputError(
                     f"train-{part} and freeze-{part} exclude one another; leave out one of them."
                 )

@@ -72,7 +72,12 @@ class LoraOptions:
     @property
     def alpha(self) -> float:
         """Of a new adapter."""
-        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return alpha_of(self.lora_rank, self.lora_alpha)
+
+
+def alpha_of(rank: int, given: float | None) -> float:
+    """What lora-alpha is, or comes to where it is not given."""
+    return 2.0 * rank if given is None else given
 
 
 def _flag(name: str) -> str:
