@@ -14,8 +14,8 @@ from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.training.checkpoint.export import HF
 from megatron_vl.training.checkpoint.start import hf_directory
+from megatron_vl.training.options.checkpoint import CheckpointOptions
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.options.groups import CheckpointOptions
 from megatron_vl.training.reporting.trackers import check_trackers
 from megatron_vl.weights.found import others
 from megatron_vl.weights.hf_io import is_hf_directory
