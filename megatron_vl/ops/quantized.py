@@ -33,7 +33,7 @@ NF4 = (
 )  # fmt: skip
 INT8 = tuple(max(level, -127) / 127 for level in range(-128, 128))  # as many as a byte has values
 LEVELS = {"nf4": NF4, "int8": INT8}
-SPAN = 2**22  # values that are worked on at a time: temporaries are a few tens of MiB
+SPAN = 2**21  # values that are worked on at a time: temporaries take a few tens of MiB
 
 
 class QuantizedTensor(torch.Tensor):
@@ -92,7 +92,7 @@ class QuantizedTensor(torch.Tensor):
             blocks = F.pad(part, (0, -count % BLOCK)).view(-1, BLOCK)
             scales = blocks.abs().amax(1)
             # Of a block of zeros too, whose scale stays zero.
-            ratios = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+            ratios = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
             codes = torch.bucketize(ratios, bounds, out_int32=True).view(-1)
             codes = codes[: count + count % per_byte].to(torch.uint8)
             if per_byte == 2:
@@ -119,11 +119,6 @@ class QuantizedTensor(torch.Tensor):
             flat[start : start + count] = values
         return whole
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
     @classmethod
     def __torch_dispatch__(
         cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -138,6 +133,11 @@ class QuantizedTensor(torch.Tensor):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.form}, {list(self.shape)}, {self.dtype})"
+
+
+def stored(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What is in memory of a weight: itself, or its codes and scales."""
+    return (weight.codes, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
 
 
 @cache

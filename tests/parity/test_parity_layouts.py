@@ -161,6 +161,31 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
         assert int(count) == factors * 3 // 2 if twice else factors, name
 
 
+@pytest.mark.parametrize(("model", "options"), [
+    ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
+                        "--recompute", "full"]),
+    ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2]),
+])
+def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
+    model, options, request
+):
+    model = request.getfixturevalue(model)
+    done = megatron_vl("parity", model, "--tolerance", TOLERANCE, "--lora-rank", 3, *options)
+    assert done.code == 0 and f"beside weights in {options[1]}" in done.out, done.text
+    if "--sweep" in options:
+        assert [name for name, *_ in rows_of(done.out)] == of_experts(LAYOUTS[2])
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--lora-rank", 3, "--tp", 2], "8 of 16 quantised weights (linear_proj.weight, "
+     "linear_fc2.weight of every layer) have rows on a rank of TP 2 that are no multiple of 64"),
+    ([], "--quantize-base is about the weights beside an adapter; give --lora-rank"),
+])
+def test_quantised_weights_that_transformers_cannot_judge_are_refused(options, says, model_dir):
+    done = megatron_vl("parity", model_dir, "--quantize-base", "nf4", *options)
+    assert done.code == 2 and says in done.err, done.text
+
+
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):
     odd = tiny_hf.make(tmp_path / "odd", "--init-std", "0.02", "--untied", vocab_size=277)
     layout = ["--tp", 2, "--pp", 2, "--sequence-parallel"]
