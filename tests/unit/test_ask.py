@@ -539,26 +539,7 @@ def test_options_of_an_evaluation_that_cannot_be_used(options, said, quick, wds_
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-# ---- the page ------------------------------------------------------------------------------------
-
-
-def test_the_page_answers_as_the_dialogue_does(answerers, shown):
-    pytest.importorskip("gradio", reason="the page needs gradio (pip install megatron-vl[web])")
-    from gradio_client import Client, handle_file
-
-    from megatron_vl.ask.web import page
-
-    _, answerer = answerers("qwen2_vl")
-    served = page(lambda: dialogue(answerer), title="tiny")
-    _, url, _ = served.launch(prevent_thread_lock=True, quiet=True)
-    try:
-        message = {"text": "what?", "files": [handle_file(shown[0])]}
-        said = Client(url, verbose=False).predict(message=message, api_name="/chat")
-    finally:
-        served.close()
-    one = dialogue(answerer)
-    one.show("image", shown[0])
-    assert said == "".join(one.ask("what?"))
+# ---- what is typed -------------------------------------------------------------------------------
 
 
 def test_a_question_is_one_argument_wherever_it_stands(model_dir, capsys):
@@ -571,9 +552,3 @@ def test_a_question_is_one_argument_wherever_it_stands(model_dir, capsys):
     with pytest.raises(SystemExit):
         run(["chat", str(model_dir), "a", "question"])
     assert "QUESTION is 2 words, a and so on; put it in quotes" in capsys.readouterr().err
-
-
-def test_without_gradio_the_page_is_a_sentence(model_dir, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert run(["chat", str(model_dir), "--web"]) == 2
-    assert "--web needs gradio, which cannot be imported" in capsys.readouterr().err
