@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -36,6 +37,8 @@ from megatron_vl.ask.media import stored_media
 from megatron_vl.ask.metrics import METRICS, answer_in, edit_distance
 from megatron_vl.cli.main import run
 from megatron_vl.data.conversation import Part, Turn
+from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, load_spec
 from megatron_vl.models.media import MediaLimits
@@ -192,6 +195,52 @@ def test_an_answer_is_the_judge_s_to_the_tokens_before_a_trained_one(name, answe
 
 def _patches(answerer, grids):
     return sum(a * b * c for a, b, c in grids), answerer.encoder.processor.patch_dim
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("trained", [
+    {}, {"train_on_prompt": True}, {"mask_history": True},
+], ids=str)
+def test_scored_is_what_follows_the_prompts_of_trained_answers(name, trained, answerers):
+    hf_dir, answerer = answerers(name)
+    encoder = ModelEncoder.from_hf_dir(
+        hf_dir, answerer.spec, answerer.family, trained=TrainedText(**trained)
+    )
+    turns = [Turn(role=role, parts=(Part(text=text),)) for role, text in
+             (*SAID, ("assistant", "blue"), ("user", "No."), ("assistant", "red"))]
+    last = len(turns) - 1
+    thinks = encoder.chat.thinks  # then the template writes no reasoning, before the last answer
+    turns[3] = replace(turns[3], trained=bool(trained))
+    tokens, labels, _ = encoder.encode(turns, ())
+    expected = torch.zeros(len(tokens), dtype=torch.bool)
+    for number in (last,) if "mask_history" in trained else (1, 3, last) if trained else (1, last):
+        thinking = False if number == last and thinks else None
+        prompt, _ = encoder.encode_prompt(turns[:number], (), thinking=thinking)
+        begin = len(prompt) - 1
+        assert torch.equal(tokens[: len(prompt)], prompt)
+        end = next(at for at in range(begin, len(tokens)) if int(labels[at]) in answerer.end_ids)
+        expected[begin : end + 1] = True
+    found = encoder.answers(turns, (), ())
+    assert torch.equal(found, expected)
+    assert (labels[found] >= 0).all()
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_dialogue_goes_back(system, answerers, shown):
+    _, answerer = answerers("qwen2_vl")
+
+    def asked(*questions: str) -> Dialogue:
+        one = dialogue(answerer, system=system)
+        for number, question in enumerate(questions):
+            if number < 2:
+                one.show("image", shown[0])
+            "".join(one.ask(question))
+        return one
+
+    gone, expected = asked("what?", "and then?", "why?"), asked("what?")
+    gone.show("image", shown[0])
+    gone.rewind(1)
+    assert (gone.turns, len(gone.media), gone.shown) == (expected.turns, 1, [])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
