@@ -14,6 +14,8 @@ from typing import Any
 from megatron_vl.typed import Number, Positive, Shape, Size, Text, typed
 from megatron_vl.weights.rules import Rule
 
+MAGNITUDE = "magnitude_vector"  # of DoRA: the length of every row of W + s B A (arXiv 2402.09353)
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -70,5 +72,6 @@ class _Noted(Shape):
 
 
 def factor_key(key: str, factor: str) -> str:
-    """The name of a factor, "A" or "B", of the layer whose published weight is `key`."""
-    return f"{key.removesuffix('.weight')}.lora_{factor}.weight"
+    """The name of a factor, "A", "B" or MAGNITUDE, of the layer whose published weight is `key`."""
+    leaf = "" if factor == MAGNITUDE else ".weight"
+    return f"{key.removesuffix('.weight')}.lora_{factor}{leaf}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.peft.adapter import Adapter, Factors
@@ -15,7 +16,7 @@ from megatron_vl.peft.targets import resolve
 from megatron_vl.peft.trainable import Trainable
 from megatron_vl.training.checkpoint.start import source_of
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.weights.map import WeightMap
+from megatron_vl.weights.map import WeightMap, listed
 
 
 def trainable_of(config: TrainConfig, spec: ModelSpec) -> Trainable:
@@ -36,10 +37,20 @@ def stored_adapter(config: TrainConfig, weights: WeightMap) -> StoredAdapter | N
     """The adapter that a run begins with; None: a new one.
 
     Raises:
-        InputError: see `read_adapter`.
+        InputError: one that is not trained; see also `read_adapter`.
     """
     given = config.lora.adapter
-    return None if given is None else read_adapter(Path(given), weights)
+    if given is None:
+        return None
+    stored = read_adapter(Path(given), weights)
+    if stored.dora or stored.full:
+        what = "is DoRA" if stored.dora else f"has layers trained in full ({listed(stored.full)})"
+        raise InputError(
+            f"adapter {given} {what}, from which no training begins; merge it into its model by "
+            f"convert {config.checkpoint.load} MERGED --merge --adapter {given}, and load MERGED "
+            f"with lora-rank."
+        )
+    return stored
 
 
 def _adapter(config: TrainConfig, weights: WeightMap) -> Adapter:

@@ -194,6 +194,23 @@ def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs, mode
             torch.testing.assert_close(factors(jobs, name)[key], one, rtol=0, atol=1e-5)
 
 
+VERIFIED = [  # A, B, what is said beside the table, differing, missing in A and in B
+    ("language", "language peft", None, [0, 0, 0]),
+    ("tp2 with the base", "tp2 with the base peft", None, [0, 0, 0]),
+    ("mixed", "mixed merged", None, [0, 0, 0]),
+    ("tp2 with the base merged", "tp2 with the base", None, [0, 0, 0]),
+    ("mixed", "language peft", "rank 3 at scale 4", [8, 40, 20]),
+]
+
+
+@pytest.mark.parametrize(("a", "b", "says", "figures"), VERIFIED)
+def test_verify_answers_for_a_run_with_an_adapter(a, b, says, figures, jobs):
+    done = megatron_vl("verify", jobs / a, jobs / b)
+    found = [int(one) for one in done.out.splitlines()[-1].split()[2:5]]
+    assert found == figures and done.code == int(any(figures)), done.text
+    assert says is None or says in done.out, done.text
+
+
 def test_peft_loads_what_a_run_trained_and_ten_steps_are_its_own(jobs, model_dir):
     """PEFT and torch's AdamW from the same start: losses and every factor."""
     from megatron_vl.data.encode.samples import IGNORE
