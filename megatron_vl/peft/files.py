@@ -8,11 +8,14 @@ another, `PeftModel.from_pretrained` finds nothing, keeps the model as it is, an
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.peft.adapter import MAGNITUDE, Adapter, Factors, factor_key
@@ -20,9 +23,12 @@ from megatron_vl.peft.adapter_map import AdapterMap
 from megatron_vl.peft.targets import linears
 from megatron_vl.typed import Shape, Text, read_file
 from megatron_vl.weights.convert import ADAPTER_CONFIG, Source
+from megatron_vl.weights.dtypes import FLOAT32
 from megatron_vl.weights.files import fingerprint
 from megatron_vl.weights.hf_io import open_safetensors
-from megatron_vl.weights.map import Stored, WeightMap, listed
+from megatron_vl.weights.map import Stored, WeightMap, listed, whole_tensor
+from megatron_vl.weights.plan import make_plan
+from megatron_vl.weights.reshard import Reader
 from megatron_vl.weights.rules import Piece
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
@@ -115,6 +121,21 @@ def read_adapter(directory: Path, weights: WeightMap) -> StoredAdapter:
         factors[key] = Factors(one.rank, alpha)
     return replace(stored, adapter=Adapter(
         factors=factors, rank_stabilized=config.use_rslora, dropout=config.lora_dropout))
+
+
+def read_factors(stored: StoredAdapter, weights: WeightMap) -> dict[str, np.ndarray]:
+    """Every published tensor of an adapter but those of the model itself, in fp32."""
+    wanted = [whole_tensor(key, shape) for key, shape in stored.published(weights).items()
+              if key not in stored.full]
+    found = {}
+    with contextlib.ExitStack() as stack:
+        reader = Reader(stored.source.tensors, stack)
+        for plan in make_plan(stored.source.inventory, wanted, everything=False).tensors:
+            rows, width = plan.target.shape[0], reader.row_bytes(plan)
+            slabs = reader.chunks(plan, (0, rows, plan.ops), FLOAT32, width)
+            found[plan.target.name] = np.concatenate(
+                [slab.assembled().view("f4") for slab in slabs])
+    return found
 
 
 def adapter_mark(directory: Path) -> dict[str, str]:

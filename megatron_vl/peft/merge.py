@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import numpy as np
 from megatron_vl.errors import InputError
 from megatron_vl.peft.adapter import MAGNITUDE, factor_key
 from megatron_vl.peft.conversion import open_beside, open_trained
-from megatron_vl.peft.files import StoredAdapter, read_adapter
+from megatron_vl.peft.files import StoredAdapter, read_adapter, read_factors
 from megatron_vl.weights.convert import Source, inspect_weights, open_source, open_weights
-from megatron_vl.weights.dtypes import FLOAT32, DType
-from megatron_vl.weights.map import WeightMap, whole_tensor
+from megatron_vl.weights.dtypes import DType
+from megatron_vl.weights.map import WeightMap
 from megatron_vl.weights.mcore_io import CheckpointInfo
-from megatron_vl.weights.plan import make_plan
-from megatron_vl.weights.reshard import Reader, Update
+from megatron_vl.weights.reshard import Update
 
 
 def open_whole(
@@ -106,7 +104,7 @@ def merged(base: Source, stored: StoredAdapter, weights: WeightMap) -> Source:
 
 
 def _updates(stored: StoredAdapter, weights: WeightMap) -> dict[str, Update]:
-    factors = _factors(stored, weights)
+    factors = read_factors(stored, weights)
 
     def update(key: str) -> Update:
         a, b = (factors[factor_key(key, factor)] for factor in "AB")
@@ -123,18 +121,3 @@ def _updates(stored: StoredAdapter, weights: WeightMap) -> dict[str, Update]:
         return read
 
     return {key: update(key) for key in stored.adapter.factors}
-
-
-def _factors(stored: StoredAdapter, weights: WeightMap) -> dict[str, np.ndarray]:
-    """Every published tensor of an adapter but those of the model itself, in fp32."""
-    wanted = [whole_tensor(key, shape) for key, shape in stored.published(weights).items()
-              if key not in stored.full]
-    found = {}
-    with contextlib.ExitStack() as stack:
-        reader = Reader(stored.source.tensors, stack)
-        for plan in make_plan(stored.source.inventory, wanted, everything=False).tensors:
-            rows, width = plan.target.shape[0], reader.row_bytes(plan)
-            slabs = reader.chunks(plan, (0, rows, plan.ops), FLOAT32, width)
-            found[plan.target.name] = np.concatenate(
-                [slab.assembled().view("f4") for slab in slabs])
-    return found

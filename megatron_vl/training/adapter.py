@@ -12,6 +12,7 @@ from megatron_vl.peft.adapter import Adapter, Factors
 from megatron_vl.peft.adapter_map import AdapterMap
 from megatron_vl.peft.conversion import adapter_of
 from megatron_vl.peft.files import StoredAdapter, read_adapter
+from megatron_vl.peft.fused import fused
 from megatron_vl.peft.targets import resolve
 from megatron_vl.peft.trainable import Trainable
 from megatron_vl.training.checkpoint.start import source_of
@@ -60,7 +61,10 @@ def _adapter(config: TrainConfig, weights: WeightMap) -> Adapter:
         # What is trained already stays what it is, whatever has become of its first directory.
         return replace(adapter_of(info), dropout=options.lora_dropout)
     if (stored := stored_adapter(config, weights)) is not None:
-        return replace(stored.adapter, dropout=options.lora_dropout)
+        given = (fused(stored, weights, Path(options.adapter)) if options.lora_fused
+                 else stored.adapter)
+        return replace(given, dropout=options.lora_dropout)
     one = Factors(options.lora_rank, options.alpha)
     return Adapter(factors=dict.fromkeys(resolve(weights, options.lora_target), one),
-                   rank_stabilized=options.use_rslora, dropout=options.lora_dropout)
+                   rank_stabilized=options.use_rslora, dropout=options.lora_dropout,
+                   fused=options.lora_fused)

@@ -22,6 +22,7 @@ from megatron_vl.peft.conversion import peft_config
 from megatron_vl.peft.files import read_adapter
 from megatron_vl.peft.lora import Lora, normed
 from megatron_vl.peft.targets import linears, resolve
+from megatron_vl.weights.map import volume
 from megatron_vl.weights.rules import box
 
 MODELS = ("model_dir", "text_model_dir", "window_model_dir", "resampler_model_dir",
@@ -78,33 +79,42 @@ def test_experts_are_no_targets_and_that_is_said(request):
         resolve(weights_of(request, "experts_model_dir"), ["gate_proj"])
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_factors_of_every_rank_make_the_published_update(model, tp, request):
+def test_the_factors_of_every_rank_make_the_published_update(model, tp, fused, request):
     """What all ranks' A and B add to the weights is s B A of each published layer, and no more.
 
-    Every third layer has another rank, every fifth none.
+    Every third layer has another rank, unless they are fused, every fifth none.
     """
     weights = weights_of(request, model)
     generator = np.random.default_rng(0)
     known = [one.key for number, one in enumerate(linears(weights)) if number % 5 != 4]
-    adapter = Adapter(factors={key: Factors(2 + number % 3, 5.0 + number)
-                               for number, key in enumerate(known)})
+    adapter = Adapter(fused=fused, factors={
+        key: Factors(3 if fused else 2 + number % 3, 5.0 + number)
+        for number, key in enumerate(known)})
     of = AdapterMap(weights=weights, adapter=adapter)
     published = {key: generator.standard_normal(shape) for key, shape in of.published().items()}
     for one in of.whole():
+        if fused:
+            first, *others = (factor_key(key, "A") for key in adapter.of(one.rule))
+            published |= dict.fromkeys(others, published[first])
+            a, b = (one.stored(factor, tp=1, rank=0, local=True) for factor in "AB")
+            assert one.numbers == a.numel + sum(
+                volume(piece.shape) for piece in b.pieces if piece.key is not None)
         added = {key: np.zeros(one.rule.published()[key]) for key in one.rule.published()}
         for rank in range(tp):
             a, b = (filled(one.stored(factor, tp=tp, rank=rank, local=True), published)
                     for factor in "AB")
             shape, pieces = one.rule.pieces(tp, rank)
             factors = list(adapter.of(one.rule).values())
-            spread = np.zeros((shape[0], len(factors)))
+            spread = np.zeros((shape[0], one.blocks_of_a))
             if one.rule.axis == 1:
                 spread[:, 0] = adapter.scale(factors[0])
             else:
                 for at, rows, number in blocks(one.rule, adapter, tp, rank):
-                    spread[at : at + rows, number] = adapter.scale(factors[number])
+                    column = number % one.blocks_of_a
+                    spread[at : at + rows, column] = adapter.scale(factors[number])
             wide = (b[:, None, :] * spread[:, :, None]).reshape(shape[0], -1)
             update = wide @ a
             assert update.shape == shape
