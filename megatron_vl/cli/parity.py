@@ -82,6 +82,10 @@ def add_parser(commands) -> None:
         "--lora-target", nargs="+", metavar="LAYER", default=[ALL_LINEAR],
         help=f"layers that are adapted (default: {ALL_LINEAR}): {HELP}",
     )
+    parser.add_argument(
+        "--lora-fused", action="store_true", help="one A for q, k and v, and one for gate and up, "
+        "whose gradient is to be the sum of those of PEFT's",
+    )
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
@@ -102,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         recompute_method=args.recompute_method, recompute_num_layers=args.recompute_num_layers,
         overlap_grad_reduce=args.overlap_grad_reduce,
         lora_rank=args.lora_rank, lora_target=tuple(args.lora_target),
+        lora_fused=args.lora_fused,
     )
     layouts = _layouts(args, spec)
     for _, split in layouts:
@@ -165,7 +170,8 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     if args.lora_rank is not None:
         from megatron_vl.parity.adapters import write_adapter
 
-        write_adapter(work_dir, args.hf_dir, spec, rank=args.lora_rank, targets=args.lora_target)
+        write_adapter(work_dir, args.hf_dir, spec, rank=args.lora_rank, targets=args.lora_target,
+                      fused=args.lora_fused)
     print("running Megatron-Core", flush=True)
     code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)
     if code:

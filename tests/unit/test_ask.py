@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import av
 import numpy as np
+import peft
 import pytest
 import torch
 from mixed_data import write_image, write_video
@@ -448,6 +449,38 @@ def test_a_checkpoint_answers_as_its_hf_directory_and_is_exported_once(
     assert run(["convert", str(other), str(checkpoint), *layout, "--overwrite"]) == 0
     assert hf_directory(checkpoint, say=told.append) != exported
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True, "modules_to_save": ["ln_q"]}])
+def test_a_model_with_an_adapter_answers_as_by_peft(more, answerers, tmp_path):
+    model_dir, answerer = answerers("qwen2_vl")
+    adapter, told = tmp_path / "adapter", []
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32),
+        peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj", "qkv"], lora_alpha=6, **more),
+    )
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "a?"}], return_dict=True,
+                                           add_generation_prompt=True, return_tensors="pt")
+    made = model.eval().generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    theirs, _ = answerer.text_of(made[0, inputs["input_ids"].shape[1] :].tolist())
+
+    checkpoint = tmp_path / "mcore"
+    assert run(["convert", str(model_dir), str(checkpoint), "--tp", "2"]) == 0
+    for given in (model_dir, checkpoint):
+        exported = hf_directory(given, adapter=adapter, say=told.append)
+        assert exported.parent == adapter / ".hf" and told[-1].startswith("exported ")
+        said = "".join(dialogue(Answerer.from_hf_dir(exported)).ask("a?"))
+        assert said == theirs != "".join(dialogue(answerer).ask("a?"))
+    assert hf_directory(given, adapter=adapter, say=told.append) == exported
+    assert "exported before" in told[-1]
+    with pytest.raises(InputError, match=r"mcore has no adapter_config\.json"):
+        hf_directory(model_dir, adapter=checkpoint, say=print)
 
 
 def test_an_export_goes_nowhere_else(model_dir, tmp_path, capsys):
