@@ -43,7 +43,7 @@ def write_weights(
             layout=model, split=split,
             args=lambda dtype, of=(model, split): spec.megatron_args(*of, dtype),
         )
-        _convert(hf_dir, work_dir / str(number) / "weights", hf_dir, spec, target, setting.dtype)
+        convert(hf_dir, work_dir / str(number) / "weights", hf_dir, spec, target, setting.dtype)
 
 
 def differences(
@@ -76,7 +76,7 @@ def differences(
                                            split)
             else:
                 gradients = folder / f"{index}.hf"
-                _convert(
+                convert(
                     folder / f"{index}.gradients", gradients, hf_dir, spec,
                     HFTarget(max_shard_bytes=SHARD_BYTES),
                 )
@@ -86,10 +86,11 @@ def differences(
     return found, own
 
 
-def _convert(
+def convert(
     source: Path, directory: Path, hf_dir: Path, spec: ModelSpec, target: Target,
     dtype: str | None = None,
 ) -> None:
+    """The weights of `source` as `target` in `directory`, beside the other files of `hf_dir`."""
     weights = family(spec.model_type).weight_map(spec)
     opened = open_weights(inspect_weights(source), weights)
     conversion = plan_conversion(opened, weights, target, dtype)

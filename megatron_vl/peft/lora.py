@@ -20,7 +20,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import mappings
 from torch.nn import functional as F
 
-from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 from megatron_vl.peft.adapter_map import FACTORS, AdaptedWeight, AdapterMap, blocks
@@ -152,7 +151,7 @@ def adapted(
     stage = parallel_state.get_pipeline_model_parallel_rank()
     for number, chunk in enumerate(chunks):
         for one in of.chunk(split, stage, number):
-            name = to_local_names(f"{one.module(local=True)}.weight").removesuffix(".weight")
+            name = one.module(local=True)
             yield one, number, name, chunk.get_submodule(name)
 
 

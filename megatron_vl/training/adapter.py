@@ -31,6 +31,7 @@ def trainable_of(config: TrainConfig, spec: ModelSpec) -> Trainable:
         frozen=config.frozen, constants=config.model.train_constants,
         adapter=AdapterMap(weights=weights, adapter=_adapter(config, weights))
         if config.lora.given else None,
+        quantize_base=config.lora.quantize_base,
     )
 
 

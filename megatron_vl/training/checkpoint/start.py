@@ -23,7 +23,7 @@ SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_
             "lora_lr_ratio")
 # What the weights in a checkpoint are, where an adapter is trained.
 ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "lora_target", "lora_fused", "adapter",
-           "train_vit", "train_merger", "save_base")
+           "quantize_base", "train_vit", "train_merger", "save_base")
 
 
 def find_checkpoint(
