@@ -84,6 +84,10 @@ def add_parser(commands) -> None:
         help=f"layers that are adapted (default: {ALL_LINEAR}): {HELP}",
     )
     parser.add_argument(
+        "--lora-fused", action="store_true", help="one A for q, k and v, and one for gate and up, "
+        "whose gradient is to be the sum of those of PEFT's",
+    )
+    parser.add_argument(
         *flags_of("quantize_base"), choices=FORMS, help="with --lora-rank, quantise the language "
         "layers' linear weights; transformers judges with the values that they stand for",
     )
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         recompute_method=args.recompute_method, recompute_num_layers=args.recompute_num_layers,
         overlap_grad_reduce=args.overlap_grad_reduce,
         lora_rank=args.lora_rank, lora_target=tuple(args.lora_target),
-        quantize_base=args.quantize_base,
+        lora_fused=args.lora_fused, quantize_base=args.quantize_base,
     )
     layouts = _layouts(args, spec)
     if args.quantize_base is not None:
@@ -189,7 +193,8 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     if args.lora_rank is not None:
         from megatron_vl.parity.adapters import write_adapter
 
-        write_adapter(work_dir, args.hf_dir, spec, rank=args.lora_rank, targets=args.lora_target)
+        write_adapter(work_dir, args.hf_dir, spec, rank=args.lora_rank, targets=args.lora_target,
+                      fused=args.lora_fused)
     judged_dir = args.hf_dir
     if args.quantize_base is not None:
         from megatron_vl.parity.quantized import write_quantized

@@ -9,7 +9,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Setting:
     overlap_grad_reduce: bool = False
     lora_rank: int | None = None  # of an adapter whose gradients are compared; None: all weights'
     lora_target: tuple[str, ...] = ()
+    lora_fused: bool = False
     quantize_base: str | None = None  # form of the language layers' linear weights
 
     def recompute_of(self, split: StageSplit) -> tuple[Recompute, Recompute]:
@@ -51,7 +52,8 @@ class Setting:
         elif self.recompute != "none":
             words += [f"{self.recompute} recompute"]
         if self.lora_rank is not None:
-            words += [f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
+            kind = "fused LoRA" if self.lora_fused else "LoRA"
+            words += [f"{kind} of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
         words += [] if self.quantize_base is None else [f"beside weights in {self.quantize_base}"]
         return ", ".join(words)
 
@@ -106,7 +108,8 @@ def _run_layout(
     if setting.lora_rank is not None:
         weights = family(spec.model_type).weight_map(spec)
         adapter = read_adapter(work_dir.parent / ADAPTER, weights)
-        of = AdapterMap(weights=weights, adapter=adapter.adapter)
+        of = AdapterMap(weights=weights,
+                        adapter=replace(adapter.adapter, fused=setting.lora_fused))
         frozen = {"frozen": tuple(PARTS), "adapted": of.parts}
     options = ModelOptions(
         params_dtype=getattr(torch, setting.dtype), recompute=recompute,

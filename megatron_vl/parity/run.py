@@ -6,6 +6,7 @@ Between the two the ranks run; see `ranks`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,8 +59,10 @@ def differences(
     found, own, weights = [[] for _ in layouts], [], family(spec.model_type).weight_map(spec)
     adapter = None
     if setting.lora_rank is not None:
-        adapter = read_adapter(work_dir / ADAPTER, weights).adapter
-    judged = {"adapter": None if adapter is None else work_dir / ADAPTER}
+        adapter = replace(read_adapter(work_dir / ADAPTER, weights).adapter,
+                          fused=setting.lora_fused)
+    judged = {"adapter": None if adapter is None else work_dir / ADAPTER,
+              "fused": setting.lora_fused}
     for index, case in enumerate(cases(spec, setting.packed)):
         theirs = run_transformers(hf_dir, spec, case, **judged)
         if setting.dtype != "float32":

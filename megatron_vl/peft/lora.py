@@ -97,12 +97,13 @@ def attach(
         tp, rank, here = group.size(), group.rank(), of.adapter.of(one.rule)
         a, b = (one.stored(factor, tp=tp, rank=rank, local=True) for factor in "AB")
         like = dict(dtype=module.weight.dtype, device=module.weight.device)
-        spread, scales = torch.zeros(b.shape[0], len(here)), [*map(of.adapter.scale, here.values())]
+        scales = [*map(of.adapter.scale, here.values())]
+        spread = torch.zeros(b.shape[0], one.blocks_of_a)
         if one.rule.axis == 1:
             spread[:, 0] = scales[0]
         else:
             for at, rows, number in blocks(one.rule, of.adapter, tp, rank):
-                spread[at : at + rows, number] = scales[number]
+                spread[at : at + rows, number % one.blocks_of_a] = scales[number]
         module.add_module("lora", Lora(
             _drawn(one, a, seed).to(**like), torch.zeros(b.shape, **like), spread,
             cut=one.rule.axis, dropout=of.adapter.dropout,

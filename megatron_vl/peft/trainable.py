@@ -49,5 +49,5 @@ class Trainable:
         """Numbers of all factors in every part that has some."""
         found = dict.fromkeys(self.adapted, 0)
         for one in self.adapter.whole() if self.adapter else ():
-            found[part_of(one.weight.name)] += sum(a * b for a, b in one.published().values())
+            found[part_of(one.weight.name)] += one.numbers
         return {part: found[part] for part in PARTS if part in found}

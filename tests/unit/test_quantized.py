@@ -101,7 +101,8 @@ def test_backward_keeps_codes_and_multiplies_by_the_weight_that_forward_did(form
     weight = torch.nn.Parameter(kept(torch.randn(96, 64), form), requires_grad=False)
     x = torch.randn(5, 2, 64, requires_grad=True)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda a: a):
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda a: saved.append(a) or a, lambda a: a)
+    with keep:
         y = LinearWithFrozenWeight.apply(x, weight, None, False, None)
     assert [type(one) for one in saved] == [QuantizedTensor] and saved[0].codes is weight.codes
     again, whole = x.detach().requires_grad_(), weight.dequantize()
@@ -136,11 +137,11 @@ def test_a_layout_that_cuts_no_block_changes_no_value_and_others_are_named(model
         for rank in range(tp):
             shape, pieces = rule.pieces(tp, rank)
             own = torch.zeros(shape)
-            for piece in pieces:
-                own[box(piece.at, piece.shape)] = published[piece.key][box(piece.start, piece.shape)]
+            boxes = [(one.key, box(one.at, one.shape), box(one.start, one.shape))
+                     for one in pieces]
+            for key, at, start in boxes:
+                own[at] = published[key][start]
             whole = kept(own, "nf4").dequantize()
-            same &= all(torch.equal(whole[box(piece.at, piece.shape)],
-                                    want[piece.key][box(piece.start, piece.shape)])
-                        for piece in pieces)
+            same &= all(torch.equal(whole[at], want[key][start]) for key, at, start in boxes)
         assert keeps_blocks(rule, tp) == same
         assert (".".join(weight.name.split(".")[-2:]) in said) != same

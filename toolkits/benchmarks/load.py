@@ -8,8 +8,9 @@ its files, and TP x PP x DP ranks that build the model and take their own slices
 train --load` does. Their time is the slowest rank's, from opening the files to the last parameter;
 their memory is what the largest rank had in memory above its parameters while it built the model
 and read, mapped parts of the files counted; with `--quantize-base` its parameters are codes and
-scales, and the whole weights are counted above them. What they read is the sum of their slices, and what the disk was asked for on
-their behalf. `--cold` takes the files out of the machine's memory before each run.
+scales, and the whole weights are counted above them. What they read is the sum of their slices, and
+what the disk was asked for on their behalf. `--cold` takes the files out of the machine's memory
+before each run.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def load(args) -> None:
                          _from_disk() - from_disk])
     torch.distributed.all_reduce(read)
     if torch.distributed.get_rank() == 0:
-        print(json.dumps({"seconds": loaded.seconds, "nbytes": loaded.nbytes, "held": int(above[0]), "above": int(above[1]),
+        print(json.dumps({"seconds": loaded.seconds, "nbytes": loaded.nbytes,
+                          "held": int(above[0]), "above": int(above[1]),
                           "all": int(read[0]), "disk": int(read[1])}))
 
 

@@ -30,6 +30,10 @@ class LoraOptions:
     lora_target: tuple[str, ...] = option(
         (ALL_LINEAR,), f"layers that get factors, one or several of: {HELP}", kind=str
     )
+    lora_fused: bool = option(
+        False, "one first factor for q, k and v, and one for gate and up, where each has its own "
+        "otherwise"
+    )
     lora_lr_ratio: float = option(
         1.0, "the learning rate of the second factor over that of the first (LoRA+)"
     )
