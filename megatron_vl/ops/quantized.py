@@ -53,6 +53,7 @@ class QuantizedTensor(torch.Tensor):
     codes: torch.Tensor
     scales: torch.Tensor
     form: str
+    by_byte: torch.Tensor  # what every byte stands for, float32 [256, c]
 
     # A function of Python's is run as it is; its operators come to __torch_dispatch__.
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -64,6 +65,7 @@ class QuantizedTensor(torch.Tensor):
     ) -> QuantizedTensor:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         made.codes, made.scales, made.form = codes, scales, form
+        made.by_byte = _by_byte(form, codes.device)
         return made
 
     @classmethod
@@ -104,14 +106,13 @@ class QuantizedTensor(torch.Tensor):
     @torch.no_grad()
     def dequantize(self) -> torch.Tensor:
         """The whole weight: a level times its block's scale, in fp32, rounded to the dtype."""
-        whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        whole = self.codes.new_empty(self.shape, dtype=self.dtype)
         flat, per_byte = whole.view(-1), 8 // BITS[self.form]
-        by_byte = _by_byte(self.form, self.device)
         for start in range(0, flat.numel(), SPAN):
             count = min(SPAN, flat.numel() - start)
             at, block = start // per_byte, start // BLOCK
             codes = self.codes[at : at + -(-count // per_byte)]
-            values = by_byte.index_select(0, codes.int()).view(-1)[:count]
+            values = self.by_byte.index_select(0, codes.int()).view(-1)[:count]
             full = count // BLOCK
             values[: full * BLOCK].view(-1, BLOCK).mul_(self.scales[block : block + full, None])
             if count % BLOCK:
@@ -148,6 +149,6 @@ def _levels(form: str, device: torch.device) -> torch.Tensor:
 
 @cache
 def _by_byte(form: str, device: torch.device) -> torch.Tensor:
-    """The levels that every byte stands for, float32 [256, c]."""
+    """float32 [256, c]."""
     levels = _levels(form, device)
     return levels[:, None] if BITS[form] == 8 else torch.cartesian_prod(levels, levels)

@@ -39,6 +39,10 @@ WINDOWS = {  # of Qwen2.5-VL
     "windows, tp2 sp": TP2 | {"sequence_parallel": True},
     "windows, a tower over pp2": PP2 | {"vit_pp_layers": "1,1", "pp_layers": "0,4"},
 }
+QUANTIZED = {
+    "an adapter beside nf4, tp2 sp": TP2 | {
+        "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4"},
+}
 # Other numbers than the CPU's, whose norms compute in fp32.
 BF16 = {"dp2 bf16": {"grad_reduce_in_bf16": True}}
 # Goes on from the first step of another, with a validation behind the second.
@@ -47,7 +51,7 @@ RESUMED = {
     for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
 }
 SAVED = (*RESUMED, "dp2")
-EXACT = LAYOUTS | WINDOWS | {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED} | {
+EXACT = LAYOUTS | WINDOWS | QUANTIZED | {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED} | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
