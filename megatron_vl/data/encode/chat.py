@@ -51,7 +51,7 @@ class ChatTokenizer:
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
         self.template = ChatTemplate(
             tokenizer, family=family, last_answer_only=self.trained.mask_history,
-            everything=self.trained.train_on_prompt, text_only=not self._placeholders,
+            text_only=not self._placeholders,
         )
         self._own_tokens = frozenset(
             token.content for token in tokenizer.added_tokens_decoder.values()
@@ -154,7 +154,7 @@ class ChatTokenizer:
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
         pixels: Pixels | None = None, media_names: Sequence[str] = (),
-        media_times: Sequence[Sequence[float]] = (),
+        media_times: Sequence[Sequence[float]] = (), answers_alone: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
@@ -168,6 +168,8 @@ class ChatTokenizer:
             pixels: see `render`; needed where the family's form of objects counts pixels.
             media_names: see `Prompt.encode`; no template writes them.
             media_times: see `Processor.times`, of each image and video.
+            answers_alone: what is trained beside answers has no label, as greedy decoding is not to
+                give it.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
@@ -179,13 +181,14 @@ class ChatTokenizer:
         """
         trained_turns(turns, self.trained)
         turns = self.rendered(turns, pixels)
-        text, spans = self.template.write(turns, tools)
+        with_prompts = self.trained.train_on_prompt and not answers_alone
+        text, spans = self.template.write(turns, tools, with_prompts=with_prompts)
         kinds = [kind for turn in turns for kind in turn.media]
         if any(media_times):
             text, spans, kinds, media_tokens = self._timed(
                 text, spans, kinds, media_tokens, media_times
             )
-        tokens, labels = self._tokens(text, spans)
+        tokens, labels = self._tokens(text, spans, others=with_prompts)
         self._fill_places(kinds, media_tokens, tokens, labels)
         labels = [*labels[1:], IGNORE]
         # By way of numpy: torch looks at every number of a list, several times.
@@ -210,7 +213,7 @@ class ChatTokenizer:
         kinds = [kind for turn in turns for kind in turn.media]
         if any(media_times):
             text, _, kinds, media_tokens = self._timed(text, (), kinds, media_tokens, media_times)
-        tokens, labels = self._tokens(text, ())
+        tokens, labels = self._tokens(text)
         self._fill_places(kinds, media_tokens, tokens, labels)
         return torch.tensor(tokens)
 
@@ -218,14 +221,14 @@ class ChatTokenizer:
         """The turns with their objects as this model writes them. Raises BadEntry: see `render`."""
         return render(turns, self.tokens.grounding, self._own_tokens.__contains__, pixels)
 
-    def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        """Tokens of a text, and what is trained of them."""
+    def _tokens(
+        self, text: str, spans: Sequence[Span] = (), *, others: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and what is trained of them: the spans', or all `others`."""
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         tokens = encoded.ids
         ignored = [IGNORE] * len(tokens)
-        elsewhere, inside = (
-            (tokens, ignored) if self.trained.train_on_prompt else (ignored, tokens)
-        )
+        elsewhere, inside = (tokens, ignored) if others else (ignored, tokens)
         labels = list(elsewhere)
         if spans:
             begins, ends = zip(*encoded.offsets, strict=True) if tokens else ((), ())

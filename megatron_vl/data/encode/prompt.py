@@ -46,7 +46,7 @@ class PromptTokenizer:
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
         pixels: Pixels | None = None, media_names: Sequence[str] = (),
-        media_times: Sequence[Sequence[float]] = (),
+        media_times: Sequence[Sequence[float]] = (), answers_alone: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels, int64 [L]: see `ChatTokenizer.encode`; no prompt writes times.
 
@@ -57,7 +57,9 @@ class PromptTokenizer:
         trained = trained_turns(turns, self.trained)
         turns = self._checked(turns, tools, pixels)
         try:
-            tokens, labels = self.prompt.encode(turns, trained, media_tokens, media_names)
+            tokens, labels = self.prompt.encode(
+                turns, trained, media_tokens, media_names, answers_alone=answers_alone
+            )
         except ValueError as error:
             raise BadEntry("reserved mark", str(error)) from error
         wanted = [IGNORE if label is None else label for label in [*labels[1:], None]]
