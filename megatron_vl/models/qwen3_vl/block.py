@@ -43,6 +43,8 @@ class KeepingBlock(TransformerBlock):
                           else run(hidden_P1D))
             if group[-1] in self.keeps:
                 kept.append(hidden_P1D)
+                # What follows sums its gradients first, as where it is computed again.
+                hidden_P1D = hidden_P1D.view_as(hidden_P1D)
         if self.final_layernorm is not None:
             hidden_P1D = self.final_layernorm(hidden_P1D)
         return hidden_P1D, kept
