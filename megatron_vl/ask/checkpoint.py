@@ -1,4 +1,5 @@
-"""A run or a checkpoint of any layout as the Hugging Face directory that answers."""
+"""A run, a checkpoint of any layout, or a model and an adapter as the Hugging Face directory that
+answers."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from pathlib import Path
 from megatron_vl.errors import InputError
 from megatron_vl.models.conversion import Described, describe
 from megatron_vl.models.registry import family
-from megatron_vl.peft.conversion import open_whole
+from megatron_vl.peft.files import adapter_mark
+from megatron_vl.peft.merge import open_whole
 from megatron_vl.weights import convert as work
 from megatron_vl.weights.found import is_mcore_directory, no_checkpoint, weights_mark
 from megatron_vl.weights.hf_io import is_hf_directory
 from megatron_vl.weights.hub import local_model
+from megatron_vl.weights.map import WeightMap
 from megatron_vl.weights.targets import HFTarget
 
-EXPORTS = ".hf"  # of a checkpoint: what was exported of it
+EXPORTS = ".hf"  # of a checkpoint, or an adapter: what was exported of it
 _KEY = ".exported_from"  # in an export: what tells its checkpoint from others
 _SHARD_BYTES = 5 * 10**9
 
@@ -44,16 +47,19 @@ def find_checkpoint(model: Path) -> Path:
 
 
 def hf_directory(
-    model: Path, *, export: Path | None = None, hf_config: Path | None = None,
-    say: Callable[[str], object],
+    model: Path, *, adapter: Path | None = None, base: Path | None = None,
+    export: Path | None = None, hf_config: Path | None = None, say: Callable[[str], object],
 ) -> Path:
-    """`find_checkpoint` as a Hugging Face directory: a checkpoint's latest iteration is exported
-    once, and found again by where it lies, its iteration and its weights' fingerprints.
+    """`find_checkpoint` as a Hugging Face directory: a checkpoint's latest iteration, or a model
+    with an adapter merged, is exported once, and found again by where it lies, its iteration and
+    its weights' fingerprints.
 
     Args:
         model: or its name on a hub: see `local_model`.
-        export: where to; None: in the checkpoint's folder EXPORTS, or, where that cannot be
-            written, in the user's cache.
+        adapter: of PEFT's, for the model.
+        base: the model that a checkpoint's adapter is beside; None: where its run found it.
+        export: where to; None: in the folder EXPORTS of the adapter or the checkpoint, or, where
+            that cannot be written, in the user's cache.
         hf_config: holds config.json and the tokenizer of a checkpoint that has none beside it.
         say: told in a line what is exported, or reused.
 
@@ -62,42 +68,48 @@ def hf_directory(
     """
     model = find_checkpoint(local_model(model))
     if not is_mcore_directory(model):
-        if given := next((name for name, value in (("export", export), ("hf-config", hf_config))
-                          if value is not None), None):
+        needless = {"hf-config": hf_config, "base": base}
+        needless |= {} if adapter is not None else {"export": export}
+        if given := next((name for name, value in needless.items() if value is not None), None):
             raise InputError(f"--{given} is for a Megatron-Core checkpoint, but {model} is a "
                              f"Hugging Face directory; leave it out.")
-        return model
+        if adapter is None:
+            return model
     whole = model.absolute().parent
     if hf_config is None and not (model / "config.json").is_file() and is_mcore_directory(whole):
         hf_config = whole  # it is one iteration of that
     found = describe(model, hf_config)
-    iteration = found.info.path.name
-    marks = [str(found.info.path.resolve()), weights_mark(found.info.path)]
-    if found.info.adapter is not None and (base := Path(found.info.adapter["base"])).is_dir():
-        marks.append(weights_mark(base))
+    path, root = (model, model) if found.info is None else (found.info.path, found.info.root)
+    marks = [str(path.resolve()), weights_mark(path)]
+    if found.info is not None and found.info.adapter is not None:
+        beside = base or Path(found.info.adapter["base"])
+        marks += [weights_mark(beside)] if beside.is_dir() else []
+    what, name, place = f"{path.name} of {root}", path.name, root
+    if adapter is not None:
+        marks.append(adapter_mark(adapter))
+        what, name, place = f"{model} with {adapter}", "merged", adapter
     key = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12]
-    target = export or _cache(found.info.root) / f"{iteration}-{key}"
+    target = export or _cache(place) / f"{name}-{key}"
     with _alone(target):
         if is_hf_directory(target) and _key_of(target) == key:
-            say(f"{target} is {iteration} of {found.info.root}, exported before")
+            say(f"{target} is {what}, exported before")
             return target
         if export is not None and _key_of(export) is None and export.exists() and (
             not export.is_dir() or any(export.iterdir())
         ):
             raise InputError(f"{export} holds something else than an export of a checkpoint; give "
                              f"--export another directory.")
-        _export(found, model, target, key)
-    say(f"exported {iteration} of {found.info.root} to {target}, which later calls reuse; remove "
-        f"it when you no longer ask")
+        weights = family(found.spec.model_type).weight_map(found.spec)
+        source = open_whole(model, found.info, weights, base=base, adapter=adapter)
+        _export(found, source, weights, target, key)
+    say(f"exported {what} to {target}, which later calls reuse; remove it when you no longer ask")
     return target
 
 
-def _export(found: Described, model: Path, target: Path, key: str) -> None:
-    weights = family(found.spec.model_type).weight_map(found.spec)
-    source, target_kind = open_whole(
-        model, found.info, weights, HFTarget(max_shard_bytes=_SHARD_BYTES)
-    )
-    conversion = work.plan_conversion(source, weights, target_kind)
+def _export(
+    found: Described, source: work.Source, weights: WeightMap, target: Path, key: str
+) -> None:
+    conversion = work.plan_conversion(source, weights, HFTarget(max_shard_bytes=_SHARD_BYTES))
     with work.progress_bar(conversion.nbytes, "export") as progress:
         work.run_conversion(
             conversion, target, side_files=found.config_dir, overwrite=True, progress=progress
@@ -113,7 +125,7 @@ def _key_of(target: Path) -> str | None:
 
 
 def _cache(root: Path) -> Path:
-    """A checkpoint's folder of exports; the user's cache where that cannot be written."""
+    """The folder of exports in `root`; the user's cache where that cannot be written."""
     beside = root / EXPORTS
     there = beside if beside.exists() else root
     if os.access(there, os.W_OK | os.X_OK):

@@ -35,6 +35,13 @@ class Dialogue:
         self.media: list[RawMedia] = []  # in the order of their places in the turns
         self.shown: list[RawMedia] = []  # to go with the next question
 
+    def rewind(self, answers: int) -> None:
+        """Forget all behind that many answers."""
+        self.turns = self.turns[: (self.system is not None) + 2 * answers]
+        parts = (part for turn in self.turns for part in turn.parts)
+        self.media = self.media[: sum(part.media is not None for part in parts)]
+        self.shown = []
+
     def show(self, kind: str, path: str | Path) -> None:
         """Let the next question show an image or a video.
 

@@ -49,24 +49,37 @@ def page(dialogue: Callable[[], Dialogue], *, title: str):
     gradio = load_gradio()
     begun: dict[str, Dialogue] = {}  # by the visitor's session
 
-    def answer(message: dict, history: list, request: gradio.Request) -> Iterator[str]:
+    def answer(message: dict, history: list, request: gradio.Request) -> Iterator[dict]:
         """The answer so far, each time it grows."""
-        if not history or request.session_hash not in begun:
+        if request.session_hash not in begun:
             begun[request.session_hash] = dialogue()
         one, said = begun[request.session_hash], ""
+        # What the visitor took back, or asks again, is on the page no longer.
+        one.rewind(sum(turn["role"] == "assistant" for turn in history))
         try:
-            for path in message["files"]:
+            for file in message["files"]:
+                # A question that is asked again has its files as the page keeps them.
+                path = file["path"] if isinstance(file, dict) else file
                 one.show(VIDEO if Path(path).suffix.lower() in _VIDEOS else IMAGE, path)
             with closing(one.ask(message["text"])) as pieces:
                 for piece in pieces:
                     said += printable(piece)
-                    yield said
+                    yield _text(said)
+            yield _text(said)  # also where the answer is empty
         except InputError as error:
-            one.shown = []
             raise gradio.Error(str(error), print_exception=False) from error
         if not one.is_whole:
             gradio.Info(f"cut off after --max-new-tokens {one.sampling.max_new_tokens}")
 
     return gradio.ChatInterface(
-        answer, multimodal=True, title=title, api_name="chat", analytics_enabled=False
+        answer, multimodal=True, title=title, api_name="chat", analytics_enabled=False,
+        # To the letter: as Markdown and HTML, <box> and line ends would be gone.
+        chatbot=gradio.Chatbot(
+            render_markdown=False, show_label=False, scale=1, buttons=["copy", "copy_all"]
+        ),
     )
+
+
+def _text(said: str) -> dict:
+    """An answer to the letter; of a plain string gradio takes the indentation."""
+    return {"role": "assistant", "content": [{"type": "text", "text": said}]}

@@ -55,8 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, and how it is loaded and asked."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face directory, a "
                         "checkpoint of any layout, or the output directory of a run")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="where a checkpoint is exported "
-                        "to be asked (default: in the checkpoint's own directory)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter of PEFT's for "
+                        "MODEL, which is asked with it merged")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the model that a checkpoint's "
+                        "adapter is beside (default: where its run found it)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="where a checkpoint, or a model "
+                        "with --adapter, is exported to be asked (default: in the directory of the "
+                        "checkpoint or the adapter)")
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help="directory of config.json "
                         "and tokenizer for a checkpoint that has none beside it")
     parser.add_argument("--dtype", type=dtype_of, choices=DTYPES, help="of the weights (default: "
@@ -75,7 +80,8 @@ def asked_directory(args: argparse.Namespace) -> Path:
     from megatron_vl.ask.checkpoint import hf_directory
 
     return hf_directory(
-        args.model, export=args.export, hf_config=args.hf_config,
+        args.model, adapter=args.adapter, base=args.base, export=args.export,
+        hf_config=args.hf_config,
         say=lambda text: print(f"megatron-vl {args.command}: {text}", file=sys.stderr, flush=True),
     )
 

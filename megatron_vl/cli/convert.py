@@ -166,9 +166,8 @@ def _of_adapter(
         InputError: options that do not go together, or no adapter.
     """
     from megatron_vl.peft.adapter_map import AdapterMap
-    from megatron_vl.peft.conversion import Merging, PeftTarget, open_trained, open_whole
-    from megatron_vl.peft.files import read_adapter
-    from megatron_vl.weights import convert as work
+    from megatron_vl.peft.conversion import PeftTarget, open_trained
+    from megatron_vl.peft.merge import open_whole
     from megatron_vl.weights.targets import HFTarget
 
     what = "--to peft" if args.to == "peft" else "--merge"
@@ -198,13 +197,10 @@ def _of_adapter(
         if info.adapter is None:
             open_trained(info, weights)  # which says that there is none
         print(f"the adapter of {args.src} is merged into {args.base or info.adapter['base']}")
-        return open_whole(found.directory, info, weights, target, base=args.base,
-                          workers=args.workers)
-    if args.base is not None:
+    elif args.base is not None:
         raise InputError("--adapter is merged into SRC; leave out --base, or give it as SRC.")
-    source = work.open_source(found.directory, weights, info=found.info)
-    return source, Merging(target=target, stored=read_adapter(args.adapter, weights), base=source,
-                           weights=weights, workers=args.workers)
+    return open_whole(found.directory, found.info, weights, base=args.base,
+                      adapter=args.adapter), target
 
 
 def _trained(args: argparse.Namespace, found: Described) -> CheckpointInfo:

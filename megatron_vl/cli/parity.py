@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_vl.errors import InputError
 from megatron_vl.launch.worker import started_by_torchrun
+from megatron_vl.ops.blockwise import FORMS
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.parity import FP32
@@ -86,6 +87,14 @@ def add_parser(commands) -> None:
         "--lora-target", nargs="+", metavar="LAYER", default=[ALL_LINEAR],
         help=f"layers that are adapted (default: {ALL_LINEAR}): {HELP}",
     )
+    parser.add_argument(
+        "--lora-fused", action="store_true", help="one A for q, k and v, and one for gate and up, "
+        "whose gradient is to be the sum of those of PEFT's",
+    )
+    parser.add_argument(
+        *flags_of("quantize_base"), choices=FORMS, help="with --lora-rank, quantise the language "
+        "layers' linear weights; transformers judges with the values that they stand for",
+    )
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
@@ -107,8 +116,11 @@ def run(args: argparse.Namespace) -> int:
         cross_entropy_chunks=args.cross_entropy_chunks,
         overlap_grad_reduce=args.overlap_grad_reduce,
         lora_rank=args.lora_rank, lora_target=tuple(args.lora_target),
+        lora_fused=args.lora_fused, quantize_base=args.quantize_base,
     )
     layouts = _layouts(args, spec)
+    if args.quantize_base is not None:
+        _check_quantized(args, spec, layouts)
     for _, split in layouts:
         setting.recompute_of(split)
     if args.cross_entropy_chunks < 1:
@@ -162,6 +174,22 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
     return [(layout, split)]
 
 
+def _check_quantized(args, spec, layouts) -> None:
+    """Raises InputError: other values than transformers' by what is asked, not by a fault."""
+    from megatron_vl.models.common.quantized_base import cut_within_blocks
+    from megatron_vl.models.registry import family
+
+    if args.lora_rank is None:
+        raise InputError(
+            "--quantize-base is about the weights beside an adapter; give --lora-rank, or leave it "
+            "out."
+        )
+    weights = family(spec.model_type).weight_map(spec)
+    for tp in sorted({layout.tp for layout, _ in layouts}):
+        if cut := cut_within_blocks(weights, tp):
+            raise InputError(f"{cut}, which transformers judges with; lower --tp, or --sweep.")
+
+
 def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     from megatron_vl.launch.launcher import launch
     from megatron_vl.models.registry import family
@@ -174,13 +202,19 @@ def _compare(args, spec, layouts, setting, work_dir: Path) -> int:
     if args.lora_rank is not None:
         from megatron_vl.parity.adapters import write_adapter
 
-        write_adapter(work_dir, args.hf_dir, spec, rank=args.lora_rank, targets=args.lora_target)
+        write_adapter(work_dir, args.hf_dir, spec, rank=args.lora_rank, targets=args.lora_target,
+                      fused=args.lora_fused)
+    judged_dir = args.hf_dir
+    if args.quantize_base is not None:
+        from megatron_vl.parity.quantized import write_quantized
+
+        judged_dir = write_quantized(work_dir, args.hf_dir, spec, setting)
     print("running Megatron-Core", flush=True)
     code = launch([*args.argv, "--work-dir", str(work_dir)], nproc_per_node=ranks)
     if code:
         return code
     judge = family(spec.model_type).judge_name
     print(f"running {judge}", flush=True)
-    found, own = differences(work_dir, args.hf_dir, spec, layouts, setting)
+    found, own = differences(work_dir, judged_dir, spec, layouts, setting)
     show = report if args.sweep is None else report_sweep
     return show(layouts, setting, found, own, bounds_of(args.tolerance, own), judge)

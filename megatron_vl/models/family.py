@@ -139,7 +139,7 @@ class Prompt(Protocol):
 
     def encode(
         self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = (),
-        media_names: Sequence[str] = (),
+        media_names: Sequence[str] = (), *, answers_alone: bool = False,
     ) -> tuple[list[int], list[int | None]]:
         """Tokens and labels of one conversation.
 
@@ -151,6 +151,8 @@ class Prompt(Protocol):
             trained: of each turn, whether its text is; of a trained answer its end is too.
             media_tokens: places that each image and video takes, in order.
             media_names: their paths as the entry has them, else their files' names in the shard.
+            answers_alone: labels are those that greedy decoding is to give: of trained answers and
+                their ends.
 
         Raises:
             ValueError: a turn holds one of the marks; in one phrase, which turn and mark.

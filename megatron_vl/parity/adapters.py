@@ -7,7 +7,7 @@ turns, so that q, k and v, which Megatron-Core keeps in one, differ in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 from megatron_vl.parity.compare import COPY
-from megatron_vl.peft.adapter import Adapter, factor_key
+from megatron_vl.peft.adapter import Adapter, Factors, factor_key
 from megatron_vl.peft.adapter_map import AdapterMap
 from megatron_vl.peft.files import WEIGHTS
 from megatron_vl.peft.targets import resolve
@@ -35,9 +35,13 @@ Held = Sequence[tuple[Stored, torch.nn.Parameter]]
 
 
 def write_adapter(
-    work_dir: Path, hf_dir: Path, spec: ModelSpec, *, rank: int, targets: Sequence[str]
+    work_dir: Path, hf_dir: Path, spec: ModelSpec, *, rank: int, targets: Sequence[str],
+    fused: bool = False,
 ) -> None:
     """WORK_DIR/adapter, by PEFT.
+
+    Args:
+        fused: layers that are one in Megatron-Core have equal A's.
 
     Raises:
         InputError: `targets` name nothing.
@@ -46,8 +50,8 @@ def write_adapter(
 
     of = family(spec.model_type)
     weights = of.weight_map(spec)
-    names = [weights.in_memory_name(key).removesuffix(".weight")
-             for key in resolve(weights, targets)]
+    keys = resolve(weights, targets)
+    names = [weights.in_memory_name(key).removesuffix(".weight") for key in keys]
     torch.manual_seed(0)
     model = peft.get_peft_model(
         of.judge().from_pretrained(hf_dir),
@@ -60,6 +64,10 @@ def write_adapter(
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=STD)
+    found = _factors(model, weights)
+    for first, *others in _shared(weights, keys) if fused else ():
+        for other in others:
+            found[other].data.copy_(found[first].data)
     model.peft_config["default"].save_pretrained(work_dir / ADAPTER)
     save_file(peft.get_peft_model_state_dict(model), work_dir / ADAPTER / WEIGHTS)
 
@@ -118,12 +126,31 @@ def _put(
     whole[at] = part
 
 
-def of_peft(model: torch.nn.Module, weights: WeightMap) -> dict[str, torch.Tensor]:
-    """The gradients of PEFT's factors, under published names."""
+def of_peft(
+    model: torch.nn.Module, weights: WeightMap, *, fused: bool
+) -> dict[str, torch.Tensor]:
+    """The gradients of PEFT's factors, under published names; see `run_transformers`."""
+    factors = _factors(model, weights)
+    found = {key: torch.zeros_like(one).float() if one.grad is None else one.grad.float()
+             for key, one in factors.items()}
+    keys = [key for key in weights.published() if factor_key(key, "A") in found]
+    for names in _shared(weights, keys) if fused else ():
+        found |= dict.fromkeys(names, sum(found[name] for name in names))
+    return found
+
+
+def _factors(model: torch.nn.Module, weights: WeightMap) -> dict[str, torch.nn.Parameter]:
+    """PEFT's, under published names."""
     found = {}
     for name, parameter in model.named_parameters():
         if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.default\.weight", name):
             key = weights.published_name(f"{match[1]}.weight")
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            found[factor_key(key, match[2])] = gradient.float()
+            found[factor_key(key, match[2])] = parameter
     return found
+
+
+def _shared(weights: WeightMap, keys: Sequence[str]) -> Iterator[list[str]]:
+    """Published names of the A's that are one in a fused adapter of the layers `keys`."""
+    adapter = Adapter(factors=dict.fromkeys(keys, Factors(1, 1.0)))
+    for one in AdapterMap(weights=weights, adapter=adapter).whole():
+        yield [factor_key(key, "A") for key in adapter.of(one.rule)]

@@ -18,12 +18,14 @@ from megatron_vl.parity.compare import Outcome
 
 
 def run_transformers(
-    hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "float32", adapter: Path | None = None
+    hf_dir: Path, spec: ModelSpec, case: Case, dtype: str = "float32",
+    adapter: Path | None = None, fused: bool = False,
 ) -> Outcome:
     """Each sample alone through transformers' own model.
 
     Args:
         adapter: a directory of PEFT's, whose factors' gradients are wanted then, not the model's.
+        fused: of A's that are one elsewhere, each gets the sum of their gradients.
     """
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
@@ -55,7 +57,7 @@ def run_transformers(
         (loss / trained).backward()
         total += float(loss.detach())
     if adapter is not None:
-        gradients = of_peft(model, weights)
+        gradients = of_peft(model, weights, fused=fused)
     else:
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.float()
                      for name, p in model.named_parameters()}

@@ -9,7 +9,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ class Setting:
     overlap_grad_reduce: bool = False
     lora_rank: int | None = None  # of an adapter whose gradients are compared; None: all weights'
     lora_target: tuple[str, ...] = ()
+    lora_fused: bool = False
+    quantize_base: str | None = None  # form of the language layers' linear weights
 
     def recompute_of(self, split: StageSplit) -> tuple[Recompute, Recompute]:
         """The language model's and the vision tower's. Raises InputError: see `recompute_of`."""
@@ -53,7 +55,9 @@ class Setting:
         if self.cross_entropy_chunks > 1:
             words += [f"cross-entropy in {self.cross_entropy_chunks} chunks"]
         if self.lora_rank is not None:
-            words += [f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
+            kind = "fused LoRA" if self.lora_fused else "LoRA"
+            words += [f"{kind} of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
+        words += [] if self.quantize_base is None else [f"beside weights in {self.quantize_base}"]
         return ", ".join(words)
 
 
@@ -107,13 +111,15 @@ def _run_layout(
     if setting.lora_rank is not None:
         weights = family(spec.model_type).weight_map(spec)
         adapter = read_adapter(work_dir.parent / ADAPTER, weights)
-        of = AdapterMap(weights=weights, adapter=adapter.adapter)
+        of = AdapterMap(weights=weights,
+                        adapter=replace(adapter.adapter, fused=setting.lora_fused))
         frozen = {"frozen": tuple(PARTS), "adapted": of.parts}
     options = ModelOptions(
         params_dtype=getattr(torch, setting.dtype), recompute=recompute,
         vit_recompute=vit_recompute, cross_entropy_chunks=setting.cross_entropy_chunks,
         initialize_weights=False, fused_ops=platform.fuses_ops,
-        row_lengths_vary=layout.lengths_vary and not setting.packed, **frozen,
+        row_lengths_vary=layout.lengths_vary and not setting.packed,
+        quantize_base=setting.quantize_base, **frozen,
     )
     chunks = family(spec.model_type).build_model(spec, layout, split, options)
     if adapter is not None:
@@ -198,7 +204,7 @@ def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Lay
         for number, chunk in enumerate(model):
             part = content[f"model{number}" if len(model) > 1 else "model"]
             own = dict(chunk.module.named_parameters())
-            gradients = {name: _gradient(own.pop(to_local_names(name))) for name in part}
+            gradients = {name: _gradient(own.pop(to_local_names(name, own))) for name in part}
             assert not own, own.keys()
             if layout.vit_data_parallel:
                 gradients |= _cut_vision(gradients, spec, source.split, (tp, layout.tp), pp, number)

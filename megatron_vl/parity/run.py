@@ -6,6 +6,7 @@ Between the two the ranks run; see `ranks`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def write_weights(
             layout=model, split=split,
             args=lambda dtype, of=(model, split): spec.megatron_args(*of, dtype),
         )
-        _convert(hf_dir, work_dir / str(number) / "weights", hf_dir, spec, target, setting.dtype)
+        convert(hf_dir, work_dir / str(number) / "weights", hf_dir, spec, target, setting.dtype)
 
 
 def differences(
@@ -58,8 +59,10 @@ def differences(
     found, own, weights = [[] for _ in layouts], [], family(spec.model_type).weight_map(spec)
     adapter = None
     if setting.lora_rank is not None:
-        adapter = read_adapter(work_dir / ADAPTER, weights).adapter
-    judged = {"adapter": None if adapter is None else work_dir / ADAPTER}
+        adapter = replace(read_adapter(work_dir / ADAPTER, weights).adapter,
+                          fused=setting.lora_fused)
+    judged = {"adapter": None if adapter is None else work_dir / ADAPTER,
+              "fused": setting.lora_fused}
     for index, case in enumerate(cases(spec, setting.packed)):
         theirs = run_transformers(hf_dir, spec, case, **judged)
         if setting.dtype != "float32":
@@ -73,7 +76,7 @@ def differences(
                                            split)
             else:
                 gradients = folder / f"{index}.hf"
-                _convert(
+                convert(
                     folder / f"{index}.gradients", gradients, hf_dir, spec,
                     HFTarget(max_shard_bytes=SHARD_BYTES),
                 )
@@ -83,10 +86,11 @@ def differences(
     return found, own
 
 
-def _convert(
+def convert(
     source: Path, directory: Path, hf_dir: Path, spec: ModelSpec, target: Target,
     dtype: str | None = None,
 ) -> None:
+    """The weights of `source` as `target` in `directory`, beside the other files of `hf_dir`."""
     weights = family(spec.model_type).weight_map(spec)
     opened = open_weights(inspect_weights(source), weights)
     conversion = plan_conversion(opened, weights, target, dtype)

@@ -14,6 +14,8 @@ from typing import Any
 from megatron_vl.typed import Number, Positive, Shape, Size, Text, typed
 from megatron_vl.weights.rules import Rule
 
+MAGNITUDE = "magnitude_vector"  # of DoRA: the length of every row of W + s B A (arXiv 2402.09353)
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -30,6 +32,7 @@ class Adapter:
     factors: Mapping[str, Factors]  # by the published name of the layer's weight
     rank_stabilized: bool = False
     dropout: float = 0.0  # share of an adapted layer's input that A does not see in training
+    fused: bool = False  # the published layers of one Megatron-Core layer have one A, of one rank
 
     def of(self, rule: Rule) -> dict[str, Factors]:
         """Those of a Megatron-Core weight, which may be made of several published ones."""
@@ -42,6 +45,7 @@ class Adapter:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         return {"rank_stabilized": self.rank_stabilized, "dropout": self.dropout,
+                "fused": self.fused,
                 "factors": {key: asdict(one) for key, one in self.factors.items()}}
 
     @classmethod
@@ -53,7 +57,8 @@ class Adapter:
         """
         noted = typed(_Noted, values)
         factors = {key: Factors(one.rank, one.alpha) for key, one in noted.factors.items()}
-        return cls(factors=factors, rank_stabilized=noted.rank_stabilized, dropout=noted.dropout)
+        return cls(factors=factors, rank_stabilized=noted.rank_stabilized, dropout=noted.dropout,
+                   fused=noted.fused)
 
 
 class _Factors(Shape):
@@ -66,9 +71,11 @@ class _Noted(Shape):
 
     rank_stabilized: bool
     dropout: Number
+    fused: bool = False
     factors: dict[Text, _Factors]
 
 
 def factor_key(key: str, factor: str) -> str:
-    """The name of a factor, "A" or "B", of the layer whose published weight is `key`."""
-    return f"{key.removesuffix('.weight')}.lora_{factor}.weight"
+    """The name of a factor, "A", "B" or MAGNITUDE, of the layer whose published weight is `key`."""
+    leaf = "" if factor == MAGNITUDE else ".weight"
+    return f"{key.removesuffix('.weight')}.lora_{factor}{leaf}"

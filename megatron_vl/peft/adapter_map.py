@@ -1,7 +1,8 @@
 """Which part of an adapter's published factors lies where, in any layout.
 
 It follows from the rules of the weights that are adapted. Letters: k published layers that a
-Megatron-Core layer is made of and that are adapted, r the largest rank of theirs.
+Megatron-Core layer is made of and that are adapted, r the largest rank of theirs. In a fused
+adapter k is 1, and A that of each of the layers.
 
     column-parallel W [out/tp, in]   A [k r, in] on every rank      B [out/tp, r]
     row-parallel    W [out, in/tp]   A [r, in/tp]                   B [out, r] on every rank
@@ -20,7 +21,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.parallel import StageSplit
 from megatron_vl.peft.adapter import Adapter, factor_key
-from megatron_vl.weights.map import Stored, Weight, WeightMap, listed
+from megatron_vl.weights.map import Stored, Weight, WeightMap, listed, volume
 from megatron_vl.weights.rules import Piece, Rule
 
 Shape = tuple[int, ...]
@@ -51,6 +52,20 @@ class AdaptedWeight:
             shapes[factor_key(key, "A")] = factors.rank, columns
             shapes[factor_key(key, "B")] = rows, factors.rank
         return shapes
+
+    @property
+    def numbers(self) -> int:
+        """Of its factors: those that are trained."""
+        shapes = self.published()
+        if self.adapter.fused:
+            for key in list(self.adapter.of(self.rule))[1:]:
+                del shapes[factor_key(key, "A")]
+        return sum(map(volume, shapes.values()))
+
+    @property
+    def blocks_of_a(self) -> int:
+        """k."""
+        return 1 if self.adapter.fused else len(self.adapter.of(self.rule))
 
     def stored(self, factor: str, *, tp: int, rank: int, local: bool) -> Stored:
         """What TP rank `rank` of `tp` holds of a factor."""
@@ -124,9 +139,10 @@ def factor_pieces(
     if factor == "A":
         found = []
         for number, (key, one) in enumerate(factors.items()):
-            found += _padded(factor_key(key, "A"), (0, 0), (number * widest, 0),
-                             (one.rank, shape[1]), (widest, shape[1]))
-        return (len(factors) * widest, shape[1]), tuple(found)
+            row = 0 if adapter.fused else number * widest
+            found += _padded(factor_key(key, "A"), (0, 0), (row, 0), (one.rank, shape[1]),
+                             (widest, shape[1]))
+        return ((1 if adapter.fused else len(factors)) * widest, shape[1]), tuple(found)
     found = []
     for piece in pieces:
         rows, at = piece.shape[0], (piece.at[0], 0)

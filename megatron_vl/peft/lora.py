@@ -20,7 +20,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import mappings
 from torch.nn import functional as F
 
-from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 from megatron_vl.peft.adapter_map import FACTORS, AdaptedWeight, AdapterMap, blocks
@@ -98,12 +97,13 @@ def attach(
         tp, rank, here = group.size(), group.rank(), of.adapter.of(one.rule)
         a, b = (one.stored(factor, tp=tp, rank=rank, local=True) for factor in "AB")
         like = dict(dtype=module.weight.dtype, device=module.weight.device)
-        spread, scales = torch.zeros(b.shape[0], len(here)), [*map(of.adapter.scale, here.values())]
+        scales = [*map(of.adapter.scale, here.values())]
+        spread = torch.zeros(b.shape[0], one.blocks_of_a)
         if one.rule.axis == 1:
             spread[:, 0] = scales[0]
         else:
             for at, rows, number in blocks(one.rule, of.adapter, tp, rank):
-                spread[at : at + rows, number] = scales[number]
+                spread[at : at + rows, number % one.blocks_of_a] = scales[number]
         module.add_module("lora", Lora(
             _drawn(one, a, seed).to(**like), torch.zeros(b.shape, **like), spread,
             cut=one.rule.axis, dropout=of.adapter.dropout,
@@ -151,7 +151,7 @@ def adapted(
     stage = parallel_state.get_pipeline_model_parallel_rank()
     for number, chunk in enumerate(chunks):
         for one in of.chunk(split, stage, number):
-            name = to_local_names(f"{one.module(local=True)}.weight").removesuffix(".weight")
+            name = one.module(local=True)
             yield one, number, name, chunk.get_submodule(name)
 
 

@@ -60,6 +60,7 @@ class _Layers:
     norms: int  # fp32 tensors that a norm keeps: its input, and the normalised one if trained
     norm_copies: int  # such tensors in the backward of a norm
     trained: bool  # the weights of their own
+    quantized: bool  # they are whole while they are used
     adapter: int  # bytes that the factors of one layer keep
     adapted: bool
     reached: bool  # by gradients
@@ -119,15 +120,19 @@ class _Layers:
 
         In backward, what is recomputed, and the narrowest place: two gradients as wide as the MLP's
         inner state are made before what they come from is dropped, or a norm's in fp32. A trained
-        weight has a gradient before that reaches its buffer.
+        weight has a gradient before that reaches its buffer; a quantised one is whole.
         """
         if not self.count:
             return 0
         if not self.reached:
             return 4 * (self.stream + self.inner_bytes)  # forward alone
         gated = 2 if self.activation == "swiglu" else 1
-        matrix = gated * self.width * self.inner * self.itemsize if self.trained else 0
-        mlp = max(2 * self.inner_bytes, matrix - 2 * self.inner_bytes) + 2 * self.stream
+        second = self.width * self.inner * self.itemsize * (self.trained or self.quantized)
+        mlp = 2 * self.stream + max(
+            2 * self.inner_bytes, self.inner_bytes + second,
+            # Of the first layer, when what the second one kept is gone.
+            gated * second - 2 * self.inner_bytes,
+        )
         again = {"none": 0, "selective": self.layer - self.selective_layer,
                  "full": self.layer}[self.recompute.granularity]
         if self.recompute.granularity == "full" and self.recompute.method == "uniform":
@@ -274,6 +279,7 @@ def _layers(plan: Plan, held: RankMemory, part: str, recompute: Recompute, **siz
     itemsize = ITEMSIZE[plan.config.model.dtype]
     return _Layers(
         count=count, recompute=recompute, trained=trained, adapted=adapted, reached=reached,
+        quantized=part == LANGUAGE and trainable.quantize_base is not None,
         adapter=_factors(plan, held, part, sizes["tokens"]) * itemsize // max(count, 1),
         itemsize=itemsize, **sizes,
     )

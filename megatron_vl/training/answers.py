@@ -21,11 +21,11 @@ def answer_of(one: Predicted, chat: ChatTokenizer | PromptTokenizer) -> Answer:
     expected, answered = [], []
     for begin, end in pairwise(cuts):
         wanted, said = one.expected[begin:end], likeliest[begin:end]
-        if wanted[-1] == said[-1] and wanted[-1] in chat.special_ids:
+        if wanted and wanted[-1] == said[-1] and wanted[-1] in chat.special_ids:
             wanted, said = wanted[:-1], said[:-1]
         expected.append(chat.decode(wanted))
         answered.append(chat.decode(said))
     return Answer(
         preview=one.preview, expected="\n".join(expected), answer="\n".join(answered),
-        exact=one.expected == likeliest,
+        exact=bool(likeliest) and one.expected == likeliest,
     )

@@ -54,6 +54,8 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
         _sums(plan, stages),
         *_shape_tables(stages),
     ]
+    if cut := plan.trainable.cut_within_blocks(plan.layout.tp):
+        notes.append(f"{cut}.")
     if notes:
         parts.append("\n".join(f"note: {note}" for note in notes))
     return "\n\n".join(parts)
@@ -131,6 +133,8 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     kinds += [f"frozen: {frozen}"] if frozen else []
     chunks = cross_entropy_chunks(plan)
     kinds += [f"cross-entropy in {chunks} chunks"] if chunks > 1 else []
+    form = plan.trainable.quantize_base
+    kinds += [f"linear weights of the language layers in {form}"] if form is not None else []
     return (
         f"dry run of {plan.spec.model_type}, {layout}: {plan.split}\n"
         f"{layout.world_size} processes = {nnodes} node{'s' * (nnodes > 1)} x {nproc_per_node}\n"
@@ -229,7 +233,7 @@ def _shape_tables(stages: Sequence[RankMemory]) -> Iterable[str]:
         title = f"shapes on stage {where[0]}" + (f" to {where[-1]}" if len(where) > 1 else "")
         rows = [(title, "shape", "layers", "")]
         rows += [(one.name, str(list(one.shape)), _times(one),
-                  "" if one.trained else "frozen") for one in same]
+                  "" if one.trained else one.form or "frozen") for one in same]
         yield "\n".join(_table(rows))
 
 

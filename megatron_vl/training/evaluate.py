@@ -86,5 +86,5 @@ def _figures(of: Tally, *, per_sample: bool) -> Figures:
     samples, tokens = max(1, of.samples), max(1, of.trained)
     return Figures(
         loss=of.loss / (samples if per_sample else tokens), token_accuracy=of.right / tokens,
-        exact_accuracy=of.exact / samples, samples=of.samples,
+        exact_accuracy=of.exact / max(1, of.answered), samples=of.samples,
     )

@@ -2,7 +2,7 @@
 
 Three kinds of tensors stay from step to step, as `training.setup` has Megatron-Core 0.16 make them:
 
-- weights, in the dtype of training;
+- weights, in the dtype of training, or as the codes and scales of quantize-base;
 - gradients, in fp32, or in bf16 with grad-reduce-in-bf16, in one buffer a model chunk
   (`ParamAndGradBuffer`);
 - the optimizer's: Adam's two moments in fp32 and, under bf16 and fp16, the weights in fp32.
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
+from megatron_vl.ops.blockwise import quantized_bytes
 from megatron_vl.parallel import LANGUAGE
 from megatron_vl.peft.adapter_map import FACTORS
 from megatron_vl.training.options.config import TrainConfig
@@ -45,6 +46,7 @@ class Held:
     layers: int  # that have it, or 1
     experts: int  # of a layer, that have it, or 1
     trained: bool
+    form: str | None  # of ops.blockwise.FORMS; None: in the dtype of training
     tied_over_stages: bool  # the embedding, or its copy, while another stage has the other
 
     @property
@@ -72,6 +74,14 @@ class ChunkMemory:
     @property
     def trained(self) -> int:
         return sum(one.numel for one in self.held if one.trained)
+
+    def kept_bytes(self, itemsize: int) -> int:
+        """Of what is not trained."""
+        return sum(
+            one.numel * itemsize if one.form is None
+            else one.count * quantized_bytes(volume(one.shape), one.form)
+            for one in self.held if not one.trained
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,9 +121,8 @@ def rank_memory(plan: Plan, stage: int) -> RankMemory:
     chunks = tuple(_chunk(plan, stage, chunk) for chunk in range(plan.layout.vp))
     run, options = plan.config.model, plan.config.optimizer
     itemsize = ITEMSIZE[run.dtype]
-    kept, moved, shared = 0, 0, 0  # numbers of weights, of weights in buffers, of a rank's state
+    moved, shared = 0, 0  # numbers of weights in buffers, of a rank's state
     for one in chunks:
-        kept += one.weights - one.trained
         moved += one.buffered
         share = _shares(plan) if options.use_distributed_optimizer else 1
         shared += one.buffered // share
@@ -124,7 +133,7 @@ def rank_memory(plan: Plan, stage: int) -> RankMemory:
         stage=stage,
         chunks=chunks,
         weights=sum(one.weights for one in chunks),
-        weight_bytes=(kept + moved) * itemsize,
+        weight_bytes=sum(one.kept_bytes(itemsize) for one in chunks) + moved * itemsize,
         gradient_bytes=moved * (itemsize if options.grad_reduce_in_bf16 else FP32),
         optimizer_bytes=round(state * (1 - offloaded)),
         # The hybrid optimizer copies the gradients of what it updates there as well.
@@ -195,6 +204,7 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
             name=name, where=weight.place.where, shape=_shape(plan, weight), layers=layers[name],
             experts=len(weight.each),
             trained=plan.trainable.trains(weight),
+            form=plan.trainable.quantize_base if plan.trainable.quantizes(weight) else None,
             tied_over_stages=tied and weight.place in (EMBEDDING, LAST_COPY),
         )
         for name, weight in kinds.items()
@@ -219,7 +229,7 @@ def _factors(plan: Plan, stage: int, chunk: int) -> tuple[Held, ...]:
             found[name, one.weight.place.where, stored.shape] += 1
     return tuple(
         Held(name=name, where=where, shape=shape, layers=layers, experts=1, trained=True,
-             tied_over_stages=False)
+             form=None, tied_over_stages=False)
         for (name, where, shape), layers in found.items()
     )
 

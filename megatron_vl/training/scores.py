@@ -1,7 +1,8 @@
 """How well a model in evaluation predicts each sample: its right tokens, and whole answers.
 
-A sample's answer is exact where every trained token is the likeliest behind the true tokens before
-it. Greedy decoding then answers to the letter, and only then.
+A sample's answer is exact where each of its tokens is the likeliest behind the true tokens before
+it. Greedy decoding then answers to the letter, and only then. What is trained beside answers, such
+as prompts, counts in the loss and among the right tokens alone.
 
 Letters: n trained positions of this rank, k samples of a microbatch.
 """
@@ -24,7 +25,7 @@ from megatron_vl.ops.segments import segment_numbers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """The trained tokens of one sample that is shown, or those of them that a rank has."""
+    """The answers of one sample that is shown, or those of their tokens that a rank has."""
 
     preview: Preview
     places: list[int]  # in its microbatch; an answer's are neighbours
@@ -38,8 +39,10 @@ class SampleScores:
     """
 
     right_k: torch.Tensor  # int64, trained tokens that are the likeliest
+    wrong_k: torch.Tensor  # int64, tokens of its answers that are not
     loss_k: torch.Tensor  # float64, summed
     trained: list[int]  # tokens of the whole sample
+    answers: list[bool]  # whether the sample has any: cut, it may have prompts alone
     datasets: list[str]
     predicted: list[Predicted]
 
@@ -52,6 +55,7 @@ class Tally:
     right: int = 0  # tokens
     trained: int = 0  # tokens
     exact: int = 0  # samples
+    answered: int = 0  # samples that have answers
     samples: int = 0
 
     def add(self, other: Tally) -> None:
@@ -78,9 +82,12 @@ def sum_scores(scores: Scores, *, batch: RowBatch, share: RowShare, sum_loss: Ca
     is_sample = trained > 0  # padding trains nothing, every sample something
     assert int(is_sample.sum()) == batch.num_samples, batch.sample_keys
     sample_bs = (is_sample.cumsum(0) - 1)[segment_bs]
-    sample_n, label_n, place_n = (
+    answers_bs = mask_bs > 0 if batch.answers is None else batch.answers
+    answered = torch.bincount(segment_bs[answers_bs], minlength=len(batch.cu_seqlens) - 1)
+    sample_n, label_n, answers_n, place_n = (
         share.trained(one, mask_bs)
-        for one in (sample_bs, batch.labels, torch.arange(mask_bs.numel()).view_as(mask_bs))
+        for one in (sample_bs, batch.labels, answers_bs,
+                    torch.arange(mask_bs.numel()).view_as(mask_bs))
     )
 
     def on_device(x: torch.Tensor) -> torch.Tensor:
@@ -91,15 +98,17 @@ def sum_scores(scores: Scores, *, batch: RowBatch, share: RowShare, sum_loss: Ca
     empty = torch.zeros(batch.num_samples, dtype=torch.int64, device=device)
     predicted = []
     for number, preview in batch.previews.items():
-        (mine,) = (sample_n == number).nonzero(as_tuple=True)
+        (mine,) = ((sample_n == number) & answers_n).nonzero(as_tuple=True)
         predicted.append(Predicted(
             preview=preview, places=place_n[mine].tolist(), expected=label_n[mine].tolist(),
             likeliest=scores.likeliest_n.index_select(0, on_device(mine)),
         ))
     return total, divisor, found | {"samples": SampleScores(
         right_k=empty.index_add(0, at_n, right_n),
+        wrong_k=empty.index_add(0, at_n, (1 - right_n) * on_device(answers_n)),
         loss_k=empty.double().index_add(0, at_n, scores.loss_n.double()),
-        trained=trained[is_sample].tolist(), datasets=batch.datasets, predicted=predicted,
+        trained=trained[is_sample].tolist(), answers=(answered[is_sample] > 0).tolist(),
+        datasets=batch.datasets, predicted=predicted,
     )}
 
 
@@ -111,20 +120,21 @@ def tally_up(found: list[SampleScores], device: torch.device) -> dict[str, Tally
     """
     tallies: dict[str, Tally] = {}
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        sums = torch.zeros(2, sum(len(one.trained) for one in found), dtype=torch.float64,
+        sums = torch.zeros(3, sum(len(one.trained) for one in found), dtype=torch.float64,
                            device=device)
         if found:
             sums[0] = torch.cat([one.right_k for one in found])
-            sums[1] = torch.cat([one.loss_k for one in found])
+            sums[1] = torch.cat([one.wrong_k for one in found])
+            sums[2] = torch.cat([one.loss_k for one in found])
         # A sample's tokens are on several context-parallel ranks.
         torch.distributed.all_reduce(sums, group=parallel_state.get_context_parallel_group())
         if _speaks():
-            rights, losses = sums.tolist()
-            trained = chain.from_iterable(one.trained for one in found)
-            datasets = chain.from_iterable(one.datasets for one in found)
-            for name, count, right, loss in zip(datasets, trained, rights, losses, strict=True):
+            known = (zip(one.datasets, one.trained, one.answers, strict=True) for one in found)
+            each = zip(chain.from_iterable(known), *sums.tolist(), strict=True)
+            for (name, count, answered), right, wrong, loss in each:
                 tallies.setdefault(name, Tally()).add(Tally(
-                    loss=loss, right=int(right), trained=count, exact=int(right == count), samples=1
+                    loss=loss, right=int(right), trained=count, samples=1, answered=int(answered),
+                    exact=int(answered and wrong == 0),
                 ))
     total: dict[str, Tally] = {}
     for one in _everyone(tallies):

@@ -57,6 +57,7 @@ def model_options(
         frozen=plan.trainable.frozen,
         adapted=plan.trainable.adapted,
         train_constants=run.train_constants,
+        quantize_base=plan.config.lora.quantize_base,
     )
 
 

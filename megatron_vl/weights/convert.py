@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_vl.errors import InputError
@@ -30,7 +30,7 @@ from megatron_vl.weights.mcore_io import (
     open_mcore,
 )
 from megatron_vl.weights.plan import CopyPlan, make_plan
-from megatron_vl.weights.reshard import Written, run_plan, target_dtypes
+from megatron_vl.weights.reshard import Updates, Written, run_plan, target_dtypes
 from megatron_vl.weights.targets import Files, Ids, Target
 
 ADAPTER_CONFIG = "adapter_config.json"  # of a directory of PEFT's
@@ -44,6 +44,7 @@ class Source:
     inventory: list[Stored]
     dtypes: Mapping[Ids, DType]
     tensors: Mapping[Ids, TensorAt] | None  # None when only config.json is there: plans, no weights
+    updates: Updates = field(default_factory=dict)  # of tensors that are more than what is stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,8 +188,8 @@ def run_conversion(
         )
         try:
             written = run_plan(
-                conversion.plan, conversion.source.tensors, tensors, workers=workers,
-                progress=progress,
+                conversion.plan, conversion.source.tensors, tensors,
+                updates=conversion.source.updates, workers=workers, progress=progress,
             )
         except FileNotFoundError as error:  # the target's are laid out already
             raise InputError(

@@ -60,8 +60,8 @@ def _look(path: Path, wanted: Wanted) -> tuple[str, str]:
         return "is a file", f"{give}: the directory"
     if (path / "adapter_config.json").is_file():
         return ("is a LoRA adapter, without the weights it belongs to",
-                "merge it into its base model first (merge_and_unload of PEFT), and give what that "
-                "saves")
+                "merge it into its model first (megatron-vl convert MODEL MERGED --merge --adapter "
+                f"{path}), and give MERGED")
     if is_mcore_directory(path):
         return ("is a Megatron-Core checkpoint",
                 f"{give}; megatron-vl convert {path} HF_DIR makes one of it")

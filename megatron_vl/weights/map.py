@@ -177,7 +177,7 @@ class WeightMap:
         """
         shapes = self.published()
         if found is None:
-            return [_whole("", key, key, shape) for key, shape in shapes.items()]
+            return [whole_tensor(key, shape) for key, shape in shapes.items()]
         copies = dict(self.hf_copies)
         extra = [key for key in found if key not in shapes and key not in copies
                  and not _matches(self.hf_ignored, key)]
@@ -367,6 +367,11 @@ def volume(shape: Iterable[int]) -> int:
     for size in shape:
         total *= size
     return total
+
+
+def whole_tensor(key: str, shape: tuple[int, ...]) -> Stored:
+    """A published tensor under its own name, no file decided."""
+    return _whole("", key, key, shape)
 
 
 def _whole(file: str, name: str, key: str, shape: tuple[int, ...]) -> Stored:

@@ -13,11 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from megatron_vl.errors import InputError
-from megatron_vl.weights.dtypes import DType, cast, not_finite
+from megatron_vl.weights.dtypes import FLOAT32, DType, cast, not_finite
 from megatron_vl.weights.files import TensorAt
 from megatron_vl.weights.map import volume
 from megatron_vl.weights.plan import CopyPlan, Op, TensorPlan, Twin
@@ -33,6 +34,9 @@ SHARED = 2 * SPAN  # bytes from which on work is shared out
 
 Tensors = Mapping[tuple[str, str, str], TensorAt]
 Run = tuple[int, int, Sequence[Op]]  # first row, end, the slices that write them
+# Whole rows of a tensor in fp32, of which the first has this number, as they are to be read.
+Update = Callable[[int, np.ndarray], np.ndarray]
+Updates = Mapping[str, Update]  # by the published name of the tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +73,21 @@ def run_plan(
     source: Tensors,
     target: Tensors,
     *,
+    updates: Updates = MappingProxyType({}),
     workers: int = 2,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> Written:
     """Fills the laid-out files of `target` and calls `progress(bytes)` as it goes.
 
+    Args:
+        updates: see `Reader`.
+
     Raises:
-        InputError: a source that ends too early, or copies in the source that differ.
+        InputError: a source that ends too early, copies in the source that differ, or an update
+            that leaves numbers that are not finite.
     """
     with contextlib.ExitStack() as stack:
-        reader = Reader(source, stack)
+        reader = Reader(source, stack, updates)
         files = _Files(stack)
         for at in target.values():
             files.open(at, os.O_WRONLY)
@@ -188,10 +197,14 @@ class Reader:
 
     Args:
         stack: closes the checkpoint's files.
+        updates: of published tensors that are read as something else than what is stored: computed
+            in fp32, cast once.
     """
 
-    def __init__(self, source: Tensors, stack: contextlib.ExitStack) -> None:
-        self.source, self.files = source, _Files(stack)
+    def __init__(
+        self, source: Tensors, stack: contextlib.ExitStack, updates: Updates = MappingProxyType({})
+    ) -> None:
+        self.source, self.files, self.updates = source, _Files(stack), updates
         for at in source.values():
             self.files.open(at, os.O_RDONLY)
 
@@ -206,8 +219,14 @@ class Reader:
     def chunks(
         self, plan: TensorPlan, run: Run, dtype: DType, row_bytes: int
     ) -> Iterator[Slab]:
-        """A run of rows of the tensor `plan` makes, about CHUNK bytes at a time."""
+        """A run of rows of the tensor `plan` makes, about CHUNK bytes at a time.
+
+        Raises:
+            InputError: an update leaves NaN or infinite numbers where there were none.
+        """
         start, stop, ops = run
+        update = self.updates.get(plan.target.name)
+        read_as = dtype if update is None else FLOAT32
         parts = [(op, self._read(op)) for one in ops if (op := _clip(one, start, stop))]
         for first, last in chunks(start, stop, row_bytes, CHUNK):
             pieces = []
@@ -216,8 +235,9 @@ class Reader:
                 if low < high:
                     rows = bits[low - op.at[0] : high - op.at[0]]
                     pieces.append(((low - first, *op.at[1:]),
-                                   cast(rows, self.source[op.source.id].dtype, dtype)))
-            yield Slab(first, (last - first, *plan.target.shape[1:]), dtype, tuple(pieces))
+                                   cast(rows, self.source[op.source.id].dtype, read_as)))
+            slab = Slab(first, (last - first, *plan.target.shape[1:]), read_as, tuple(pieces))
+            yield slab if update is None else _updated(slab, update, dtype, plan.target.name)
 
     def differ(self, twin: Twin) -> bool:
         """Whether two copies in the checkpoint are not the same bits."""
@@ -285,6 +305,18 @@ class _Run:
             bad += sum(not_finite(bits, at.dtype) for _, bits in chunk.pieces)
             at.write(file, chunk.first, chunk.buffers())
         return bad
+
+
+def _updated(slab: Slab, update: Update, dtype: DType, name: str) -> Slab:
+    before = slab.assembled()
+    with np.errstate(all="ignore"):  # what is not finite is counted
+        after = cast(update(slab.first, before.view("f4")).view("u4"), FLOAT32, dtype)
+    if (spoilt := not_finite(after, dtype)) > not_finite(before, FLOAT32):
+        raise InputError(
+            f"{spoilt:,} numbers of {name} are NaN or infinite in {dtype} once its adapter is "
+            f"added; use an earlier checkpoint, or another --dtype."
+        )
+    return Slab(slab.first, slab.shape, dtype, (((0,) * len(slab.shape), after),))
 
 
 def _runs(plan: TensorPlan, row_bytes: int) -> Iterator[Run]:

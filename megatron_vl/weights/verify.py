@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_vl.weights.convert import Source
 from megatron_vl.weights.dtypes import DType, cast, numbers
-from megatron_vl.weights.map import Stored, WeightMap, volume
+from megatron_vl.weights.map import Stored, volume, whole_tensor
 from megatron_vl.weights.plan import CopyPlan, TensorPlan, Twin, holders, make_plan
 from megatron_vl.weights.reshard import (
     SPAN,
@@ -64,7 +64,7 @@ class Comparison:
 def compare(
     first: Source,
     second: Source,
-    weights: WeightMap,
+    shapes: Mapping[str, tuple[int, ...]],
     *,
     tolerant: bool = False,
     workers: int = 2,
@@ -73,22 +73,21 @@ def compare(
     """Compare what two opened checkpoints hold; `progress` is told bytes of the first.
 
     Args:
-        weights: of the model, `partial` if the sources were opened so.
+        shapes: of the published tensors to compare.
         tolerant: compare tensors of different dtypes after casting to the narrower one, to the
             second's where both are as wide; without, they differ.
 
     Raises:
         InputError: a file that ends too early.
     """
-    shapes = weights.published()
     whole = [_complete(source, shapes) for source in (first, second)]
     missing = tuple(tuple(name for name in shapes if name not in held) for held in whole)
-    wanted = [stored for stored in replace(weights, partial=False).hf_inventory()
-              if stored.name in whole[0] and stored.name in whole[1]]
+    wanted = [whole_tensor(name, shape) for name, shape in shapes.items()
+              if name in whole[0] and name in whole[1]]
     names = {stored.name for stored in wanted}
     plans = [_plan(source, wanted, names) for source in (first, second)]
     with contextlib.ExitStack() as stack:
-        readers = [Reader(source.tensors, stack) for source in (first, second)]
+        readers = [Reader(source.tensors, stack, source.updates) for source in (first, second)]
         dtypes = [target_dtypes(plan, source.dtypes, None)
                   for plan, source in zip(plans, (first, second), strict=True)]
 

@@ -58,12 +58,12 @@ def compared(job: dict) -> dict:
     for number, chunk in enumerate(model):
         stored = made[f"model{number}" if len(model) > 1 else "model"]
         own = dict(chunk.module.named_parameters())
-        assert own.keys() == set(map(to_local_names, stored))
+        assert own.keys() == {to_local_names(name, own) for name in stored}
         for name in stored:
             want = whole[name] if layout.vit_data_parallel and name in whole and (
                 name.startswith("vision_model.")) else stored[name]
             seen += 1
-            if not torch.equal(own[to_local_names(name)].detach(), want):
+            if not torch.equal(own[to_local_names(name, own)].detach(), want):
                 differ.append(name)
     leave_layout()
     return {"differ": differ, "seen": seen, "not finite": dict(loaded.not_finite),

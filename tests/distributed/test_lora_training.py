@@ -38,11 +38,14 @@ PATTERNS = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_p
             "rank_pattern": {"q_proj": 7}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 5}}
 GIVEN = {"lora_rank": None, "lora_alpha": None, "train_iters": 2}  # and an adapter
 ONE_LAYER = {"lora_rank": 3, "lora_target": [r"model\.layers\.0\..*"]}
-ALONE = {"one layer": ONE_LAYER, "language": LANGUAGE, "mixed": MIXED, "dropped": DROPPED,
+FUSED = {"lora_rank": 3, "lora_fused": True}
+ALONE = {"one layer": ONE_LAYER, "language": LANGUAGE, "fused": FUSED, "mixed": MIXED,
+         "dropped": DROPPED,
          "ten": LANGUAGE | {"train_iters": 10, "save_interval": 10, "lr_decay_style": "constant",
                             "min_lr": LR}}
 SHORT = {  # name -> what is trained, how
     "tp2 sp": ("language", TP2 | DISTRIBUTED | {"sequence_parallel": True}),
+    "tp2 fused": ("fused", TP2 | DISTRIBUTED | {"sequence_parallel": True}),
     "tp2": ("mixed", TP2 | DISTRIBUTED | {"recompute_granularity": "full"}),
     "tp2 whole towers": ("mixed", TP2 | {"vit_data_parallel": True}),
     "pp2 uneven": ("language", PP2 | DISTRIBUTED | {"decoder_first_pipeline_num_layers": 1}),
@@ -54,6 +57,7 @@ SHORT = {  # name -> what is trained, how
 AGAIN = {  # name -> as whom, how, whose second step it goes on from
     "tp2 again": ("mixed", TP2 | DISTRIBUTED | {"recompute_granularity": "full"}, "tp2"),
     "pp2 from tp2": ("language", PP2 | DISTRIBUTED | {"load": "moved"}, "tp2 sp"),
+    "pp2 fused": ("fused", PP2, "tp2 fused"),
     "pp2 one stage": ("one layer", PP2 | DISTRIBUTED, None),  # the other has no factor
     "pp2 one stage again": ("one layer", PP2 | DISTRIBUTED, "pp2 one stage"),
     "tp2 with the base": ("language", TP2 | {"save_base": True}, None),
@@ -97,7 +101,8 @@ def jobs(shared, model_dir, wds_dir) -> Path:
         shutil.rmtree(out / "from peft")
         for name in ("mixed", "tp2", "tp2 with the base"):
             assert megatron_vl("convert", out / name, out / f"{name} merged", "--merge").code == 0
-        for name in ("language", "ten", "given", "tp2 sp", "pp2 from tp2", "tp2 with the base"):
+        for name in ("language", "fused", "ten", "given", "tp2 sp", "pp2 from tp2",
+                     "tp2 with the base"):
             done = megatron_vl("convert", out / name, out / f"{name} peft", "--to", "peft")
             assert done.code == 0, done.text
 
@@ -174,7 +179,7 @@ def test_factors_that_are_dropped_now_and_then_are_dropped_alike_on_tensor_paral
 
 def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs, model_dir):
     for name, of in (("tp2 again", "tp2"), ("pp2 from tp2", "tp2 sp"),
-                     ("pp2 one stage again", "one layer")):
+                     ("pp2 fused", "fused"), ("pp2 one stage again", "one layer")):
         again, undisturbed = steps(jobs, name), steps(jobs, of)
         assert sorted(again) == [3, 4]
         for i in again:
@@ -192,6 +197,24 @@ def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs, mode
     for name in ("pp2 from tp2", "tp2 with the base"):
         for key, one in factors(jobs, "tp2 sp").items():
             torch.testing.assert_close(factors(jobs, name)[key], one, rtol=0, atol=1e-5)
+
+
+VERIFIED = [  # A, B, what is said beside the table, differing, missing in A and in B
+    ("language", "language peft", None, [0, 0, 0]),
+    ("fused", "fused peft", None, [0, 0, 0]),
+    ("tp2 with the base", "tp2 with the base peft", None, [0, 0, 0]),
+    ("mixed", "mixed merged", None, [0, 0, 0]),
+    ("tp2 with the base merged", "tp2 with the base", None, [0, 0, 0]),
+    ("mixed", "language peft", "rank 3 at scale 4", [8, 40, 20]),
+]
+
+
+@pytest.mark.parametrize(("a", "b", "says", "figures"), VERIFIED)
+def test_verify_answers_for_a_run_with_an_adapter(a, b, says, figures, jobs):
+    done = megatron_vl("verify", jobs / a, jobs / b)
+    found = [int(one) for one in done.out.splitlines()[-1].split()[2:5]]
+    assert found == figures and done.code == int(any(figures)), done.text
+    assert says is None or says in done.out, done.text
 
 
 def test_peft_loads_what_a_run_trained_and_ten_steps_are_its_own(jobs, model_dir):
@@ -313,6 +336,30 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir, tmp_
     assert done.code == 2 and "holds an adapter of the model" in done.err, done.text
     done = megatron_vl(*given, "--adapter", jobs / "language peft")
     assert done.code == 0 and "of the adapter" in done.out, done.text
+
+
+def test_a_fused_adapter_has_an_a_of_its_own_for_every_layer_in_pefts_files(
+    jobs, model_dir, wds_dir
+):
+    def layers_of(name: str) -> set[frozenset[str]]:
+        """Those with an equal A."""
+        found = {}
+        for key, one in factors(jobs, name).items():
+            if ".lora_A." in key:
+                found.setdefault(one.numpy().tobytes(), set()).add(key.split(".")[-3])
+        return set(map(frozenset, found.values()))
+
+    assert layers_of("fused") == {
+        frozenset(one.split()) for one in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj",
+                                           "down_proj")}
+    assert all(len(one) == 1 for one in layers_of("language"))
+    assert steps(jobs, "fused")[STEPS]["loss"] != steps(jobs, "language")[STEPS]["loss"]
+    assert steps(jobs, "fused")[STEPS]["llm_flops"] < steps(jobs, "language")[STEPS]["llm_flops"]
+    for name, code, says in (("fused peft", 0, "of the adapter"),
+                             ("language peft", 2, "self_attn.k_proj.weight, and those of adapter")):
+        done = megatron_vl("train", "--load", model_dir, "--train-data-path", wds_dir, "--dry-run",
+                           "--lora-fused", "--adapter", jobs / name, "--seq-length", 128)
+        assert done.code == code and says in done.text, done.text
 
 
 def test_an_adapter_is_of_a_model_that_is_given(model_dir, wds_dir):

@@ -54,6 +54,7 @@ def out(shared, model_dir, wds_dir, mixed_dir):
         jobs = [
             job("trained", lr=3e-3, train_iters=24, eval_interval=0, report=False),
             *(job(name, **same | layout) for name, layout in LAYOUTS.items()),
+            job("prompts too", **same, train_on_prompt=True),
             job("best", **begun, **BEST, save_interval=3, save_total_limit=1),
             job("behind", **begun, **BEST, save_interval=2, async_save=True),
             job("killed", **begun, **BEST, save_interval=2, killed=[str(out / "behind"), 1]),
@@ -102,6 +103,15 @@ def test_accuracy_and_answers_are_alike_in_every_layout(name, out):
     if "every sample" in name:
         whole = sum(loss * samples for loss, samples in per_dataset) / found["samples"]
         assert found["validation_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_prompts_that_are_trained_are_no_answers(out):
+    (found,), (expected,) = validations(out, "prompts too"), validations(out, "packed")
+    assert found["trained_tokens"] > 2 * expected["trained_tokens"]
+    assert found["token_accuracy"] < expected["token_accuracy"]
+    found, expected = figures(found), figures(expected)
+    assert found["answers"] == expected["answers"]
+    assert found["exact_accuracy"] == expected["exact_accuracy"]
 
 
 def test_exact_accuracy_is_the_share_that_greedy_decoding_answers_to_the_letter(

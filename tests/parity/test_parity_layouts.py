@@ -137,22 +137,23 @@ def test_every_layout_equals_transformers(ranks, options, model, request):
 
 
 # Layers that are adapted, and how many factors that makes; those alike on two tensor-parallel ranks
-# are compared twice.
+# are compared twice. Fused, of the second w1 and w2, of the third q, k and v have one A.
 ADAPTED = {
-    "model_dir": (["llm", "vit", "merger"], 2 * (4 * 7 + 2 * 4 + 2)),
-    "resampler_model_dir": (["c_attn", "attn.c_proj", "w1", "w2", "mlp.c_fc"], 2 * (4 * 4 + 2)),
-    "experts_model_dir": (["all-linear"], 2 * 4 * 4),
+    "model_dir": (["llm", "vit", "merger"], 2 * (4 * 7 + 2 * 4 + 2), []),
+    "resampler_model_dir": (["c_attn", "attn.c_proj", "w1", "w2", "mlp.c_fc"], 2 * (4 * 4 + 2),
+                            ["--lora-fused"]),
+    "experts_model_dir": (["all-linear"], 2 * 4 * 4, ["--lora-fused"]),
 }
 
 
 @pytest.mark.parametrize("model", ADAPTED)
 def test_every_layout_of_an_adapter_equals_peft(model, request):
-    targets, factors = ADAPTED[model]
+    targets, factors, more = ADAPTED[model]
     layouts = MODELS[model][1](LAYOUTS[2])
     done = megatron_vl("parity", request.getfixturevalue(model), "--tolerance", TOLERANCE,
                        "--sweep", 2, "--lora-rank", 3, "--recompute", "full",
                        "--cross-entropy-chunks", 4,
-                       "--lora-target", *targets)
+                       "--lora-target", *targets, *more)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
     assert [name for name, *_ in rows] == layouts

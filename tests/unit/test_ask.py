@@ -14,9 +14,11 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import av
 import numpy as np
+import peft
 import pytest
 import torch
 from mixed_data import write_image, write_video
@@ -36,6 +38,8 @@ from megatron_vl.ask.media import stored_media
 from megatron_vl.ask.metrics import METRICS, answer_in, edit_distance
 from megatron_vl.cli.main import run
 from megatron_vl.data.conversation import Part, Turn
+from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, load_spec
 from megatron_vl.models.media import MediaLimits
@@ -192,6 +196,52 @@ def test_an_answer_is_the_judge_s_to_the_tokens_before_a_trained_one(name, answe
 
 def _patches(answerer, grids):
     return sum(a * b * c for a, b, c in grids), answerer.encoder.processor.patch_dim
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("trained", [
+    {}, {"train_on_prompt": True}, {"mask_history": True},
+], ids=str)
+def test_scored_is_what_follows_the_prompts_of_trained_answers(name, trained, answerers):
+    hf_dir, answerer = answerers(name)
+    encoder = ModelEncoder.from_hf_dir(
+        hf_dir, answerer.spec, answerer.family, trained=TrainedText(**trained)
+    )
+    turns = [Turn(role=role, parts=(Part(text=text),)) for role, text in
+             (*SAID, ("assistant", "blue"), ("user", "No."), ("assistant", "red"))]
+    last = len(turns) - 1
+    thinks = encoder.chat.thinks  # then the template writes no reasoning, before the last answer
+    turns[3] = replace(turns[3], trained=bool(trained))
+    tokens, labels, _ = encoder.encode(turns, ())
+    expected = torch.zeros(len(tokens), dtype=torch.bool)
+    for number in (last,) if "mask_history" in trained else (1, 3, last) if trained else (1, last):
+        thinking = False if number == last and thinks else None
+        prompt, _ = encoder.encode_prompt(turns[:number], (), thinking=thinking)
+        begin = len(prompt) - 1
+        assert torch.equal(tokens[: len(prompt)], prompt)
+        end = next(at for at in range(begin, len(tokens)) if int(labels[at]) in answerer.end_ids)
+        expected[begin : end + 1] = True
+    found = encoder.answers(turns, (), ())
+    assert torch.equal(found, expected)
+    assert (labels[found] >= 0).all()
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_dialogue_goes_back(system, answerers, shown):
+    _, answerer = answerers("qwen2_vl")
+
+    def asked(*questions: str) -> Dialogue:
+        one = dialogue(answerer, system=system)
+        for number, question in enumerate(questions):
+            if number < 2:
+                one.show("image", shown[0])
+            "".join(one.ask(question))
+        return one
+
+    gone, expected = asked("what?", "and then?", "why?"), asked("what?")
+    gone.show("image", shown[0])
+    gone.rewind(1)
+    assert (gone.turns, len(gone.media), gone.shown) == (expected.turns, 1, [])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -401,6 +451,38 @@ def test_a_checkpoint_answers_as_its_hf_directory_and_is_exported_once(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("more", [{}, {"use_dora": True, "modules_to_save": ["ln_q"]}])
+def test_a_model_with_an_adapter_answers_as_by_peft(more, answerers, tmp_path):
+    model_dir, answerer = answerers("qwen2_vl")
+    adapter, told = tmp_path / "adapter", []
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32),
+        peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj", "qkv"], lora_alpha=6, **more),
+    )
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "a?"}], return_dict=True,
+                                           add_generation_prompt=True, return_tensors="pt")
+    made = model.eval().generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    theirs, _ = answerer.text_of(made[0, inputs["input_ids"].shape[1] :].tolist())
+
+    checkpoint = tmp_path / "mcore"
+    assert run(["convert", str(model_dir), str(checkpoint), "--tp", "2"]) == 0
+    for given in (model_dir, checkpoint):
+        exported = hf_directory(given, adapter=adapter, say=told.append)
+        assert exported.parent == adapter / ".hf" and told[-1].startswith("exported ")
+        said = "".join(dialogue(Answerer.from_hf_dir(exported)).ask("a?"))
+        assert said == theirs != "".join(dialogue(answerer).ask("a?"))
+    assert hf_directory(given, adapter=adapter, say=told.append) == exported
+    assert "exported before" in told[-1]
+    with pytest.raises(InputError, match=r"mcore has no adapter_config\.json"):
+        hf_directory(model_dir, adapter=checkpoint, say=print)
+
+
 def test_an_export_goes_nowhere_else(model_dir, tmp_path, capsys):
     assert run(["convert", str(model_dir), str(tmp_path / "mcore")]) == 0
     capsys.readouterr()
@@ -539,26 +621,7 @@ def test_options_of_an_evaluation_that_cannot_be_used(options, said, quick, wds_
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-# ---- the page ------------------------------------------------------------------------------------
-
-
-def test_the_page_answers_as_the_dialogue_does(answerers, shown):
-    pytest.importorskip("gradio", reason="the page needs gradio (pip install megatron-vl[web])")
-    from gradio_client import Client, handle_file
-
-    from megatron_vl.ask.web import page
-
-    _, answerer = answerers("qwen2_vl")
-    served = page(lambda: dialogue(answerer), title="tiny")
-    _, url, _ = served.launch(prevent_thread_lock=True, quiet=True)
-    try:
-        message = {"text": "what?", "files": [handle_file(shown[0])]}
-        said = Client(url, verbose=False).predict(message=message, api_name="/chat")
-    finally:
-        served.close()
-    one = dialogue(answerer)
-    one.show("image", shown[0])
-    assert said == "".join(one.ask("what?"))
+# ---- what is typed -------------------------------------------------------------------------------
 
 
 def test_a_question_is_one_argument_wherever_it_stands(model_dir, capsys):
@@ -571,9 +634,3 @@ def test_a_question_is_one_argument_wherever_it_stands(model_dir, capsys):
     with pytest.raises(SystemExit):
         run(["chat", str(model_dir), "a", "question"])
     assert "QUESTION is 2 words, a and so on; put it in quotes" in capsys.readouterr().err
-
-
-def test_without_gradio_the_page_is_a_sentence(model_dir, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert run(["chat", str(model_dir), "--web"]) == 2
-    assert "--web needs gradio, which cannot be imported" in capsys.readouterr().err

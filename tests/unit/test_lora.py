@@ -22,6 +22,7 @@ from megatron_vl.peft.conversion import peft_config
 from megatron_vl.peft.files import read_adapter
 from megatron_vl.peft.lora import Lora, normed
 from megatron_vl.peft.targets import linears, resolve
+from megatron_vl.weights.map import volume
 from megatron_vl.weights.rules import box
 
 MODELS = ("model_dir", "text_model_dir", "window_model_dir", "resampler_model_dir",
@@ -78,33 +79,42 @@ def test_experts_are_no_targets_and_that_is_said(request):
         resolve(weights_of(request, "experts_model_dir"), ["gate_proj"])
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_factors_of_every_rank_make_the_published_update(model, tp, request):
+def test_the_factors_of_every_rank_make_the_published_update(model, tp, fused, request):
     """What all ranks' A and B add to the weights is s B A of each published layer, and no more.
 
-    Every third layer has another rank, every fifth none.
+    Every third layer has another rank, unless they are fused, every fifth none.
     """
     weights = weights_of(request, model)
     generator = np.random.default_rng(0)
     known = [one.key for number, one in enumerate(linears(weights)) if number % 5 != 4]
-    adapter = Adapter(factors={key: Factors(2 + number % 3, 5.0 + number)
-                               for number, key in enumerate(known)})
+    adapter = Adapter(fused=fused, factors={
+        key: Factors(3 if fused else 2 + number % 3, 5.0 + number)
+        for number, key in enumerate(known)})
     of = AdapterMap(weights=weights, adapter=adapter)
     published = {key: generator.standard_normal(shape) for key, shape in of.published().items()}
     for one in of.whole():
+        if fused:
+            first, *others = (factor_key(key, "A") for key in adapter.of(one.rule))
+            published |= dict.fromkeys(others, published[first])
+            a, b = (one.stored(factor, tp=1, rank=0, local=True) for factor in "AB")
+            assert one.numbers == a.numel + sum(
+                volume(piece.shape) for piece in b.pieces if piece.key is not None)
         added = {key: np.zeros(one.rule.published()[key]) for key in one.rule.published()}
         for rank in range(tp):
             a, b = (filled(one.stored(factor, tp=tp, rank=rank, local=True), published)
                     for factor in "AB")
             shape, pieces = one.rule.pieces(tp, rank)
             factors = list(adapter.of(one.rule).values())
-            spread = np.zeros((shape[0], len(factors)))
+            spread = np.zeros((shape[0], one.blocks_of_a))
             if one.rule.axis == 1:
                 spread[:, 0] = adapter.scale(factors[0])
             else:
                 for at, rows, number in blocks(one.rule, adapter, tp, rank):
-                    spread[at : at + rows, number] = adapter.scale(factors[number])
+                    column = number % one.blocks_of_a
+                    spread[at : at + rows, column] = adapter.scale(factors[number])
             wide = (b[:, None, :] * spread[:, :, None]).reshape(shape[0], -1)
             update = wide @ a
             assert update.shape == shape
@@ -134,13 +144,15 @@ def filled(stored, published) -> np.ndarray:
 
 
 def made_by_peft(model_dir, out, **config):
-    """An adapter with random factors, and PEFT's model."""
+    """An adapter with random numbers, and PEFT's model."""
     base = transformers.AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32)
     torch.manual_seed(0)
     model = peft.get_peft_model(base, peft.LoraConfig(**config)).eval()
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.3)
+        elif parameter.requires_grad and ".lora_A." not in name:  # lengths, and what is whole
+            parameter.data *= torch.rand_like(parameter) + 0.5
     model.save_pretrained(out)
     return model
 
@@ -158,11 +170,27 @@ ADAPTERS = {
         r=9, lora_alpha=5, use_rslora=True, target_modules=["gate_proj", "o_proj"]),
     "tower and merger": dict(
         r=2, lora_alpha=8, target_modules=r".*visual\.(blocks\.\d+\.attn\.qkv|merger\.mlp\.[02])"),
+    "DoRA": dict(
+        r=4, lora_alpha=6, use_dora=True, use_rslora=True, target_modules=["q_proj", "down_proj"],
+        rank_pattern={"q_proj": 7}, alpha_pattern={r"layers\.1\.mlp\.down_proj": 2}),
+    "tied embeddings and a norm in full": dict(
+        r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens", "merger.ln_q"],
+        ensure_weight_tying=True),
+    "a head in full": dict(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]),
 }
 
 
+@pytest.fixture(scope="module")
+def untied_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("untied") / "model"
+    done = megatron_vl("tiny", out, "--untied", "--dtype", "float32", "--ranks", 300)
+    assert done.code == 0, done.text
+    return out
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_of_pefts_is_merged_as_peft_merges_it(name, model_dir, tmp_path):
+def test_an_adapter_of_pefts_is_merged_as_peft_merges_it(name, model_dir, untied_dir, tmp_path):
+    model_dir = untied_dir if "head" in name else model_dir
     model = made_by_peft(model_dir, tmp_path / "adapter", **ADAPTERS[name])
     done = megatron_vl("convert", model_dir, tmp_path / "merged", "--merge",
                        "--adapter", tmp_path / "adapter")
@@ -177,7 +205,12 @@ def test_an_adapter_of_pefts_is_merged_as_peft_merges_it(name, model_dir, tmp_pa
         if key in merged:
             torch.testing.assert_close(merged[key], one, rtol=0, atol=1e-6)
             changed += not torch.equal(merged[key], before[key])
-    assert changed == len(read_adapter(tmp_path / "adapter", weights).adapter.factors)
+    stored = read_adapter(tmp_path / "adapter", weights)
+    assert changed == len(stored.adapter.factors) + len(stored.full)
+    verify = "verify", model_dir, tmp_path / "merged"
+    assert megatron_vl(*verify, "--adapter", tmp_path / "adapter").code == 0
+    done = megatron_vl(*verify)
+    assert done.code == 1 and done.out.splitlines()[-1].split()[2] == str(changed), done.text
     done = megatron_vl("convert", model_dir, tmp_path / "other", "--merge", "--base", model_dir,
                        "--adapter", tmp_path / "adapter")
     assert done.code == 2 and "leave out --base, or give it as SRC" in done.err, done.text
@@ -252,10 +285,13 @@ REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "no factors": (lambda d: (d / "adapter_model.safetensors").unlink(),
                    "has no adapter_model.safetensors"),
-    "DoRA": (lambda d: change(d, use_dora=True), "describes an adapter DoRA"),
+    "DoRA without lengths": (lambda d: change(d, use_dora=True),
+                             "says DoRA, and adapter_model.safetensors has no lora_magnitude"),
     "biases": (lambda d: change(d, bias="all"), "describes an adapter with biases (all)"),
-    "whole layers": (lambda d: change(d, modules_to_save=["lm_head"]),
-                     "with layers trained in full (lm_head)"),
+    "a layer that is to be whole": (lambda d: change(d, modules_to_save=["lm_head"]),
+                                    "has lm_head in modules_to_save, which adapter_model"),
+    "another vocabulary": (lambda d: tensors(d, lambda t: t.update(
+        {"base_model.model.lm_head.weight": torch.zeros(3, 128)})), "of shape [3, 128], which"),
     "tokens that it begins at": (lambda d: change(d, alora_invocation_tokens=[1, 2]),
                                  "that begins at certain tokens (aLoRA)"),
     "beside other weights": (lambda d: change(d, init_lora_weights="pissa_niter_4"),
@@ -271,6 +307,45 @@ REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
     "another size": (lambda d: tensors(d, lambda t: t.update(
         {name: one[..., :-1].contiguous() for name, one in t.items()})), "does not fit"),
 }
+
+
+def test_tied_embeddings_that_were_trained_apart_are_refused(model_dir, tmp_path):
+    """PEFT trains a copy of each that modules_to_save names, unless ensure_weight_tying is set."""
+    for names, says in ((["embed_tokens"], "has the embedding alone, which this model has in one"),
+                        (["lm_head"], "has the head alone, which this model has in one"),
+                        (["embed_tokens", "lm_head"], "is stored twice and the copies differ")):
+        made_by_peft(model_dir, tmp_path / "adapter", r=2, target_modules=["v_proj"],
+                     modules_to_save=names)
+        done = megatron_vl("convert", model_dir, tmp_path / "out", "--merge",
+                           "--adapter", tmp_path / "adapter")
+        assert done.code == 2 and says in done.err, done.text
+
+
+def test_what_is_merged_but_not_trained_is_refused_for_training(model_dir, tmp_path):
+    for more, says in ((dict(use_dora=True), "is DoRA, from which no training begins; merge it"),
+                       (dict(modules_to_save=["merger.ln_q"]),
+                        "has layers trained in full (visual.merger.ln_q.weight, ")):
+        made_by_peft(model_dir, tmp_path / "a", r=2, target_modules=["q_proj"], **more)
+        done = megatron_vl("train", "--load", model_dir, "--adapter", tmp_path / "a", "--dry-run",
+                           "--train-data-path", tmp_path)
+        assert done.code == 2 and says in done.err, done.text
+
+
+def test_a_merge_in_bf16_is_computed_in_fp32_and_rounded_once(model_dir, tmp_path):
+    low = tmp_path / "low"
+    assert megatron_vl("convert", model_dir, low, "--to", "hf", "--dtype", "bf16").code == 0
+    model = made_by_peft(low, tmp_path / "adapter", **ADAPTERS["DoRA"])  # in fp32
+    done = megatron_vl("convert", low, tmp_path / "merged", "--merge",
+                       "--adapter", tmp_path / "adapter")
+    assert done.code == 0, done.text
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    theirs = model.merge_and_unload().state_dict()
+    weights = family("qwen2_vl").weight_map(load_spec(low))
+    for key in read_adapter(tmp_path / "adapter", weights).adapter.factors:
+        one = theirs[weights.in_memory_name(key)].bfloat16()
+        assert merged[key].dtype == torch.bfloat16
+        assert (merged[key] != one).float().mean() < 1e-3  # in fp32 they lie between two numbers
+        torch.testing.assert_close(merged[key], one, rtol=2**-7, atol=0)
 
 
 def change(folder, **values) -> None:

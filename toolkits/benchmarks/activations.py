@@ -33,6 +33,9 @@ LINES = {
     "LoRA, in 8 chunks": LORA | CHUNKS,
     "LoRA, full recompute": LORA | full("uniform", 1),
     "LoRA, full recompute, in 8 chunks": LORA | full("uniform", 1) | CHUNKS,
+    "LoRA beside NF4, full recompute, in 8 chunks": (
+        LORA | full("uniform", 1) | CHUNKS | dict(quantize_base="nf4")
+    ),
 }
 
 
@@ -61,6 +64,8 @@ class AllocatedBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not all(one in (torch.Tensor, torch.nn.Parameter) for one in types):
+            return NotImplemented  # a quantised weight comes again, as the operations on its codes
         out = func(*args, **(kwargs or {}))
         for one in tree_iter(out):
             if isinstance(one, torch.Tensor):
@@ -113,6 +118,7 @@ def make_row(spec, seq_length: int):
 def measure(args: argparse.Namespace, options: dict) -> tuple[int, int]:
     """(bytes predicted, bytes measured) of a step with these options."""
     from megatron_vl.models import load_spec
+    from megatron_vl.ops.quantized import QuantizedTensor
     from megatron_vl.platform import initialize, leave_layout
     from megatron_vl.training.activations import activation_memory
     from megatron_vl.training.options.config import TrainConfig
@@ -145,7 +151,12 @@ def measure(args: argparse.Namespace, options: dict) -> tuple[int, int]:
     step()
     (chunk,) = model
     gradients = [buffer.grad_data for buffer in chunk.buffers]
-    held = [*chunk.module.parameters(), *chunk.module.buffers(), *gradients]
+    weights = [
+        one for weight in chunk.module.parameters() for one in (
+            (weight.codes, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
+        )
+    ]
+    held = [*weights, *chunk.module.buffers(), *gradients]
     with AllocatedBytes(held) as counted:
         step()
     leave_layout()

@@ -51,7 +51,7 @@ class ChatTokenizer:
         self.pad_token = tokenizer.pad_token_id if tokens.pad is None else tokens.pad
         self.template = ChatTemplate(
             tokenizer, family=family, last_answer_only=self.trained.mask_history,
-            everything=self.trained.train_on_prompt, text_only=not self._placeholders,
+            text_only=not self._placeholders,
         )
         self._own_tokens = frozenset(
             token.content for token in tokenizer.added_tokens_decoder.values()
@@ -153,7 +153,7 @@ class ChatTokenizer:
 
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
-        pixels: Pixels | None = None, media_names: Sequence[str] = (),
+        pixels: Pixels | None = None, media_names: Sequence[str] = (), answers_alone: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
@@ -166,6 +166,8 @@ class ChatTokenizer:
             tools: a JSON list of the functions that may be called.
             pixels: see `render`; needed where the family's form of objects counts pixels.
             media_names: see `Prompt.encode`; no template writes them.
+            answers_alone: what is trained beside answers has no label, as greedy decoding is not to
+                give it.
 
         Returns:
             tokens int64 [L], labels int64 [L]: the target of each position (the next token), or
@@ -177,7 +179,9 @@ class ChatTokenizer:
         """
         trained_turns(turns, self.trained)
         turns = self.rendered(turns, pixels)
-        tokens, labels = self._tokens(*self.template.write(turns, tools))
+        with_prompts = self.trained.train_on_prompt and not answers_alone
+        text, spans = self.template.write(turns, tools, with_prompts=with_prompts)
+        tokens, labels = self._tokens(text, spans, others=with_prompts)
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)
         labels = [*labels[1:], IGNORE]
@@ -199,7 +203,7 @@ class ChatTokenizer:
                 the model has no form for its objects.
         """
         turns = self.rendered(turns, pixels)
-        tokens, labels = self._tokens(self.template.prompt(turns, tools, thinking=thinking), ())
+        tokens, labels = self._tokens(self.template.prompt(turns, tools, thinking=thinking))
         self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
                           tokens, labels)
         return torch.tensor(tokens)
@@ -208,14 +212,14 @@ class ChatTokenizer:
         """The turns with their objects as this model writes them. Raises BadEntry: see `render`."""
         return render(turns, self.tokens.grounding, self._own_tokens.__contains__, pixels)
 
-    def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        """Tokens of a text, and what is trained of them."""
+    def _tokens(
+        self, text: str, spans: Sequence[Span] = (), *, others: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and what is trained of them: the spans', or all `others`."""
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         tokens = encoded.ids
         ignored = [IGNORE] * len(tokens)
-        elsewhere, inside = (
-            (tokens, ignored) if self.trained.train_on_prompt else (ignored, tokens)
-        )
+        elsewhere, inside = (tokens, ignored) if others else (ignored, tokens)
         labels = list(elsewhere)
         if spans:
             begins, ends = zip(*encoded.offsets, strict=True) if tokens else ((), ())

@@ -16,6 +16,7 @@ from megatron_vl.data.conversation import BadEntry, Turn
 from megatron_vl.data.encode.chat import ChatTokenizer
 from megatron_vl.data.encode.media import decoded
 from megatron_vl.data.encode.prompt import PromptTokenizer
+from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.data.options import TrainedText
 from megatron_vl.models.family import Family, Grid, Positions, Processor
 from megatron_vl.models.media import MediaLimits, StoredMedia
@@ -66,6 +67,19 @@ class ModelEncoder:
         grids = self._grids(media)
         tokens, labels = self.chat.encode(turns, self.places(grids), tools, **self._shown(media))
         return tokens, labels, grids
+
+    def answers(
+        self, turns: Sequence[Turn], media: Sequence[StoredMedia], grids: Sequence[Grid],
+        tools: str = "",
+    ) -> torch.Tensor:
+        """Of each token of a sample whether its label is what greedy decoding is to give, bool [L].
+
+        More may be trained than that, as prompts are with train-on-prompt.
+        """
+        _, labels = self.chat.encode(
+            turns, self.places(grids), tools, answers_alone=True, **self._shown(media)
+        )
+        return labels != IGNORE
 
     def encode_prompt(
         self, turns: Sequence[Turn], media: Sequence[StoredMedia], tools: str = "", *,

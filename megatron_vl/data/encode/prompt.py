@@ -45,7 +45,7 @@ class PromptTokenizer:
 
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
-        pixels: Pixels | None = None, media_names: Sequence[str] = (),
+        pixels: Pixels | None = None, media_names: Sequence[str] = (), answers_alone: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels, int64 [L]: see `ChatTokenizer.encode`.
 
@@ -56,7 +56,9 @@ class PromptTokenizer:
         trained = trained_turns(turns, self.trained)
         turns = self._checked(turns, tools, pixels)
         try:
-            tokens, labels = self.prompt.encode(turns, trained, media_tokens, media_names)
+            tokens, labels = self.prompt.encode(
+                turns, trained, media_tokens, media_names, answers_alone=answers_alone
+            )
         except ValueError as error:
             raise BadEntry("reserved mark", str(error)) from error
         wanted = [IGNORE if label is None else label for label in [*labels[1:], None]]

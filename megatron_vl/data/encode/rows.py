@@ -64,6 +64,7 @@ def make_batch(
     shape = (len(rows), row_length)
     tokens = np.full(shape, pad_token, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
+    answers = np.zeros(shape, dtype=bool)
     position_ids = np.empty((positions.axes, *shape), dtype=np.int64)
     bounds = [0]
     for number, row in enumerate(rows):
@@ -73,6 +74,8 @@ def make_batch(
             assert end <= row_length, f"{sample.name} ends at {end} of a row of {row_length}"
             tokens[number, at:end] = sample.tokens.numpy()
             labels[number, at:end] = sample.labels.numpy()
+            if sample.answers is not None:
+                answers[number, at:end] = sample.answers.numpy()
             where = sample.tokens, sample.grids, sample.seconds
             position_ids[:, number, at:end] = positions(*where)
             bounds.append(number * row_length + end)
@@ -84,6 +87,7 @@ def make_batch(
     samples = [sample for row in rows for sample in row.samples]
     grids = [grid for sample in samples for grid in sample.grids]
     patches = [row.patches for row in rows if row.patches is not None]
+    scored = all(sample.answers is not None for sample in samples)
     return RowBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -96,6 +100,7 @@ def make_batch(
         sample_lengths=[sample.num_tokens for sample in samples],
         tokens_cut=[sample.tokens_cut for sample in samples],
         datasets=[sample.dataset for sample in samples],
+        answers=torch.from_numpy(answers) if scored else None,
         previews={number: sample.preview for number, sample in enumerate(samples)
                   if sample.preview is not None},
     )

@@ -55,6 +55,7 @@ class EncodedSample(Sample):
     dataset: str = ""  # its name, where several are read
     turns: tuple[Turn, ...] = ()
     preview: Preview | None = None  # of one that is shown
+    answers: torch.Tensor | None = None  # in validation; bool [L]: see `ModelEncoder.answers`
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +126,7 @@ class RowBatch:
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
     tokens_cut: list[int] = field(default_factory=list)  # off the end of every sample, in order
     datasets: list[str] = field(default_factory=list)  # of every sample, in order
+    answers: torch.Tensor | None = None  # in validation; bool [B, S]: see `ModelEncoder.answers`
     previews: dict[int, Preview] = field(default_factory=dict)  # of those shown, by their number
     skipped: tuple[Skipped, ...] = ()  # samples left out since the reader's batch before this
     __restore_key__: tuple = ()  # set by energon

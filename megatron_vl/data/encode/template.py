@@ -36,18 +36,15 @@ class ChatTemplate:
     """The chat template of a fast tokenizer of transformers."""
 
     def __init__(self, tokenizer, *, family: Family | None = None, last_answer_only: bool = False,
-                 everything: bool = False, text_only: bool = False):
-        """The characters told apart are those of answers that are trained.
-
+                 text_only: bool = False):
+        """
         Args:
             family: that may know the template; None: it is rendered.
             last_answer_only: earlier answers are taken for prompts.
-            everything: prompts are trained too; told apart are answers that are not, and what tools
-                give.
             text_only: of a model without media, whose template takes contents as plain text.
         """
         self.tokenizer = tokenizer
-        self.last_answer_only, self.everything = last_answer_only, everything
+        self.last_answer_only = last_answer_only
         self.family, self.text_only = family, text_only
 
     def render(
@@ -60,12 +57,19 @@ class ChatTemplate:
         """The turns as the template takes them."""
         return [turn.message(plain=self.text_only) for turn in turns]
 
-    def write(self, turns: Sequence[Turn], tools: str = "") -> tuple[str, list[Span]]:
-        """The conversation's text, and the characters of it that are told apart, in order.
+    def write(
+        self, turns: Sequence[Turn], tools: str = "", *, with_prompts: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The conversation's text, and the characters of it that are told apart, in order: those
+        of answers that are trained.
 
         An answer begins behind what the template itself writes before it, and ends with its end
         token. A template may write an empty reasoning there, as after a generation prompt without
         thinking; where the answer brings reasoning instead, the reasoning is part of it.
+
+        Args:
+            with_prompts: prompts are trained too; told apart are answers that are not, and what
+                tools give.
 
         Raises:
             BadEntry: the template refuses it or writes no tools, or an answer is not found.
@@ -77,7 +81,7 @@ class ChatTemplate:
                 text, spans = self._writer(turns)
             else:
                 text, spans = self._render_with_spans(turns, functions)
-        if self.everything:
+        if with_prompts:
             return text, _untrained(turns, spans, len(text))
         kept = list(spans)[-1:] if self.last_answer_only else spans
         return text, [spans[number] for number in kept if turns[number].trained]

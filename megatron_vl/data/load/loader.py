@@ -118,7 +118,9 @@ def build_valid_loader(
         raise InputError("there is no validation dataset; give its directory.")
     config.valid.check("val")
     datasets = config.valid.names("val")
-    encoder = SampleEncoder(**_encoder_parts(config, hf_dir, spec, family), datasets=datasets)
+    encoder = SampleEncoder(
+        **_encoder_parts(config, hf_dir, spec, family), datasets=datasets, scored=True
+    )
     # One process reads in order; the split into ranks comes after packing.
     workers = _workers(config, 0, 1, min(1, config.num_workers), datasets)
     with field_map_errors(config.valid):

@@ -104,9 +104,13 @@ class SampleEncoder(TaskEncoder):
     decoder = TextDecoder()
 
     def __init__(self, *, model: ModelEncoder, rules: RowRules,
-                 datasets: Mapping[str, str] | None = None):
-        """`datasets`: names that tell datasets apart, by path: see `Mixture.names`."""
-        self.model = model
+                 datasets: Mapping[str, str] | None = None, scored: bool = False):
+        """
+        Args:
+            datasets: names that tell datasets apart, by path: see `Mixture.names`.
+            scored: samples say which of their tokens are answers.
+        """
+        self.model, self.scored = model, scored
         self.rules = rules
         self.datasets = datasets or {}
         self.files = ShardFiles()
@@ -143,10 +147,14 @@ class SampleEncoder(TaskEncoder):
             if isinstance(sample, SERVED):
                 sample = conversation_of(sample, self.name_of(sample))
             tokens, labels, grids = self.model.encode(sample.turns, sample.media, sample.tools)
+            answers = None
+            if self.scored:
+                answers = self.model.answers(sample.turns, sample.media, grids, sample.tools)
             cut = tokens.numel() - self.rules.length if self.rules.truncates else 0
             # An image or video is whole, and so is the mark behind it.
             if cut > 0 and not self._places(tokens)[self.rules.length - 1 :].any():
                 tokens, labels = self._truncated(tokens, labels, sample.media)
+                answers = answers if answers is None else answers[: tokens.numel()]
             self._check_size(tokens.numel(), grids, sample.media)
         except BadMedia as error:
             self._skip(sample, "unusable media", f"its image or video is unusable: {error}")
@@ -160,6 +168,7 @@ class SampleEncoder(TaskEncoder):
             turns=sample.turns,
             tokens=tokens,
             labels=labels,
+            answers=answers,
             tokens_cut=max(cut, 0),
             grids=grids,
             seconds=self.model.seconds(sample.media),

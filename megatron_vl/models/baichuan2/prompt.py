@@ -32,21 +32,28 @@ class ReservedPrompt:
 
     def encode(
         self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = (),
-        media_names: Sequence[str] = (),
+        media_names: Sequence[str] = (), *, answers_alone: bool = False,
     ) -> tuple[list[int], list[int | None]]:
         """See `megatron_vl.models.family.Prompt`."""
         tokens: list[int] = []
         labels: list[int | None] = []
         before: tuple[str, bool] | None = None  # role of the turn before, whether it is trained
+
+        def label_of_mark(role: str) -> int | None:
+            if answers_alone and before != ("assistant", True):
+                return None
+            return _label_of_mark(role, before)
+
         for number, (turn, is_trained) in enumerate(zip(turns, trained, strict=True), start=1):
             text = self._text(turn, number)
+            is_trained &= turn.role == "assistant" or not answers_alone
             if turn.role in BEGINS:
                 tokens.append(BEGINS[turn.role])
-                labels.append(_label_of_mark(turn.role, before))
+                labels.append(label_of_mark(turn.role))
             tokens += text
             labels += text if is_trained else [None] * len(text)
             before = turn.role, is_trained
-        return [*tokens, EOS], [*labels, _label_of_mark("user", before)]
+        return [*tokens, EOS], [*labels, label_of_mark("user")]
 
     def encode_prompt(
         self, turns: Sequence[Said], media_tokens: Sequence[int] = (),

@@ -7,7 +7,7 @@ names, and `to_local_names` does the same for plain state dicts.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,12 +18,14 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_vl.models.common.core_attention import VarlenCoreAttention
 from megatron_vl.models.common.mlp import TowerLayer
+from megatron_vl.models.common.quantized_linear import QuantizedColumnLinear, QuantizedRowLinear
 from megatron_vl.ops.norm import TorchNorm
 from megatron_vl.platform import select_platform
 
@@ -40,8 +42,14 @@ def use_transformer_engine() -> bool:
     )
 
 
-def backend() -> BackendSpecProvider:
-    """What layers are made of here: Megatron-Core's own provider, with our attention and norms."""
+def backend(*, quantized: bool = False) -> BackendSpecProvider:
+    """What layers are made of here: Megatron-Core's own provider, with our attention and norms.
+
+    Args:
+        quantized: their linear weights are, which TransformerEngine's products cannot read.
+    """
+    if quantized:
+        return _LocalQuantized()
     if use_transformer_engine():
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -56,6 +64,21 @@ class _Local(LocalSpecProvider):
         return TorchNorm
 
 
+class _LocalQuantized(_Local):
+    """The same with quantised weights, those of experts too."""
+
+    def column_parallel_linear(self) -> type:
+        return QuantizedColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        return QuantizedRowLinear
+
+    def grouped_mlp_modules(self, *grouped_gemm: bool) -> tuple[type, MLPSubmodules]:
+        return SequentialMLP, MLPSubmodules(
+            linear_fc1=QuantizedColumnLinear, linear_fc2=QuantizedRowLinear
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerKind:
     """What may differ from layer to layer of a tower."""
@@ -64,11 +87,12 @@ class LayerKind:
     windowed: bool = False  # attends within `SegmentParams.windows`
     qk_norm: bool = False  # queries and keys are normalised, head by head
     experts: int | None = None  # that it has in the place of its MLP
+    quantized: bool = False  # its linear weights are, in the form its configuration says
 
 
 def layer_spec(kind: LayerKind) -> ModuleSpec:
     """One transformer layer with variable-length attention."""
-    made_of = backend()
+    made_of = backend(quantized=kind.quantized)
     fused = made_of.fuse_layernorm_and_linear()
     qk_norm = made_of.layer_norm(for_qk=True) if kind.qk_norm else IdentityOp
     return ModuleSpec(
@@ -124,9 +148,9 @@ def projector_submodules() -> MLPSubmodules:
     )
 
 
-def to_local_names(name: str) -> str:
-    """A checkpoint's parameter name as the modules built here call it."""
-    if use_transformer_engine():
+def to_local_names(name: str, own: Container[str]) -> str:
+    """A checkpoint's parameter name as the modules built here, whose names are `own`, call it."""
+    if name in own:
         return name
     for fused, local in FUSED_NORM_NAMES.items():
         name = name.replace(fused, local)

@@ -84,6 +84,7 @@ class PipelineModel(MegatronModule):
             kind = LayerKind(
                 causal=True, qk_norm=decoder.qk_norm,
                 experts=None if decoder.experts is None else decoder.experts.count,
+                quantized=options.quantize_base is not None,
             )
             self.language_model = LanguageModel(
                 config=config,

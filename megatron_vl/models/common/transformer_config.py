@@ -40,6 +40,8 @@ class ModelOptions:
     frozen: tuple[str, ...] = ()  # keys of megatron_vl.models.common.parts.PARTS
     adapted: tuple[str, ...] = ()  # those of PARTS in which adapters are trained
     train_constants: bool = False  # also what the family's weight map calls constant
+    # Of megatron_vl.ops.blockwise.FORMS: that of the language layers' linear weights, then frozen.
+    quantize_base: str | None = None
 
 
 @dataclass
@@ -51,6 +53,7 @@ class TowerConfig(TransformerConfig):
     activation: str = "gelu"  # of megatron_vl.ops.fusion.OPERATIONS
     recompute_activation: bool = False  # of the MLPs
     cross_entropy_chunks: int = 1
+    quantize_base: str | None = None  # as ModelOptions's
     # The word embedding is then not on the first stage, where Megatron-Core expects it.
     embedding_moved: bool = False
 
@@ -82,6 +85,7 @@ def language_config(
         cross_entropy_chunks=options.cross_entropy_chunks,
         **_initialization(options, decoder.init_std),
         embedding_moved=split.encoders_span,
+        quantize_base=options.quantize_base,
         variable_seq_lengths=options.row_lengths_vary,
         # Megatron-Core asks for it together with the one above, also where there are no experts.
         moe_token_dispatcher_type="alltoall",

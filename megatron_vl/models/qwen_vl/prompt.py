@@ -52,19 +52,23 @@ class ChatMLPrompt:
 
     def encode(
         self, turns: Sequence[Said], trained: Sequence[bool], media_tokens: Sequence[int] = (),
-        media_names: Sequence[str] = (),
+        media_names: Sequence[str] = (), *, answers_alone: bool = False,
     ) -> tuple[list[int], list[int | None]]:
         """See `megatron_vl.models.family.Prompt`."""
         made = []
         if turns[0].role != "system":
             text = self.encoding.encode_ordinary(SYSTEM)
-            made.append(self._turn("system", text, [None] * len(text), marked=True))
+            made.append(self._turn(
+                "system", text, [None] * len(text), marked=not answers_alone
+            ))
         images = enumerate(zip(media_tokens, media_names, strict=True), start=1)
         for number, (turn, is_trained) in enumerate(zip(turns, trained, strict=True), start=1):
             text, labels = self._value(turn, number, images)
+            answers = is_trained and turn.role == "assistant"
+            says = answers if answers_alone else is_trained
             made.append(self._turn(
-                turn.role, text, labels if is_trained else [None] * len(text),
-                marked=is_trained or turn.role != "assistant",
+                turn.role, text, labels if says else [None] * len(text), ends=says,
+                marked=not answers_alone and (is_trained or turn.role != "assistant"),
             ))
         return tuple([one for part in parts for one in part] for parts in zip(*made, strict=True))
 
@@ -80,17 +84,24 @@ class ChatMLPrompt:
         return [*self.encoding.encode_ordinary(role), *self.new_line]
 
     def _turn(
-        self, role: str, text: list[int], labels: list[int | None], *, marked: bool
+        self, role: str, text: list[int], labels: list[int | None], *, marked: bool,
+        ends: bool = False,
     ) -> tuple[list[int], list[int | None]]:
-        """Tokens and labels of a turn; those of its marks are trained where it is `marked`."""
-        start, end = [self.ids[TURN_START]], [self.ids[TURN_END], *self.new_line]
+        """Tokens and labels of a turn.
+
+        Args:
+            marked: its marks are trained.
+            ends: the mark that ends it is, whatever the others are.
+        """
+        start, end = [self.ids[TURN_START]], [self.ids[TURN_END]]
         role_line = self._role_line(role)
 
-        def of_marks(ids: list[int]) -> list[int | None]:
-            return ids if marked else [None] * len(ids)
+        def trained(ids: list[int], are: bool) -> list[int | None]:
+            return ids if are else [None] * len(ids)
 
-        return [*start, *role_line, *text, *end], [
-            *of_marks(start), *[None] * len(role_line), *labels, *of_marks(end)
+        return [*start, *role_line, *text, *end, *self.new_line], [
+            *trained(start, marked), *[None] * len(role_line), *labels,
+            *trained(end, marked or ends), *trained(self.new_line, marked),
         ]
 
     def _value(

@@ -23,7 +23,7 @@ from typing import IO
 from megatron_vl.errors import InputError
 from megatron_vl.models.conversion import describe
 from megatron_vl.models.registry import family
-from megatron_vl.peft.conversion import open_whole
+from megatron_vl.peft.merge import open_whole
 from megatron_vl.training.checkpoint.files import SUMS, checksum
 from megatron_vl.typed import Name, Shape, read_file
 from megatron_vl.weights.convert import plan_conversion, run_conversion
@@ -180,9 +180,8 @@ def convert(checkpoint: Path) -> None:
     save = checkpoint.parent
     found = describe(checkpoint, save)
     weights = family(found.spec.model_type).weight_map(found.spec)
-    target = _ExportTarget(checkpoint=checkpoint)
-    source, target = open_whole(checkpoint, found.info, weights, target)
-    conversion = plan_conversion(source, weights, target)
+    source = open_whole(checkpoint, found.info, weights)
+    conversion = plan_conversion(source, weights, _ExportTarget(checkpoint=checkpoint))
     run_conversion(conversion, save / HF, side_files=save, overwrite=True)
 
 

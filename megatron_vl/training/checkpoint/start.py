@@ -22,8 +22,8 @@ SCHEDULE = ("lr", "min_lr", "vit_lr", "merger_lr", "lr_decay_style", "lr_warmup_
             "lr_decay_iters", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps",
             "lora_lr_ratio")
 # What the weights in a checkpoint are, where an adapter is trained.
-ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "lora_target", "adapter", "train_vit",
-           "train_merger", "save_base")
+ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "lora_target", "lora_fused", "adapter",
+           "quantize_base", "train_vit", "train_merger", "save_base")
 
 
 def find_checkpoint(

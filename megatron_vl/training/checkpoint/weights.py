@@ -20,6 +20,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
+from megatron_vl.ops.quantized import QuantizedTensor
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.weights.convert import Ids, Source, open_weights
 from megatron_vl.weights.dtypes import WEIGHTS, not_finite
@@ -121,7 +122,7 @@ def _parameters(
             wanted = [one for one in wanted if not _is_vision(one)]
             wanted += vision_inventory(weights, **at, tp=1, rank=0)
         own = {name: one for name, one in chunk.module.named_parameters() if ".lora." not in name}
-        rules = {to_local_names(one.name): one for one in wanted}
+        rules = {to_local_names(one.name, own): one for one in wanted}
         assert rules.keys() == own.keys(), f"weight map and model: {rules.keys() ^ own.keys()}"
         for name, stored in rules.items():
             assert stored.shape == own[name].shape, f"{name}: {stored.shape}, {own[name].shape}"
@@ -141,7 +142,15 @@ def _needed(plan: CopyPlan, twins: list[Twin], source: Source) -> dict[Ids, Tens
 
 
 def _fill(parameter: torch.Tensor, plan: TensorPlan, reader: Reader) -> int:
-    """Copy the slices of one tensor, cast to its dtype; answers how many are NaN or Inf."""
+    """Copy the slices of one tensor, cast to its dtype; answers how many are NaN or Inf.
+
+    A quantised one is whole meanwhile, and the only one that is.
+    """
+    if isinstance(parameter, QuantizedTensor):
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        found = _fill(whole, plan, reader)
+        parameter.store_(whole)
+        return found
     dtype = WEIGHTS[str(parameter.dtype).removeprefix("torch.")]
     rows, found = parameter.shape[0], 0
     row_bytes = max(reader.row_bytes(plan), parameter[:1].numel() * dtype.itemsize)

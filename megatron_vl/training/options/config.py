@@ -82,11 +82,19 @@ class TrainConfig:
             self._check_lora()
 
     def _check_lora(self) -> None:
-        """Raises InputError: a part is both to be trained and not."""
+        """Raises InputError: a part is both to be trained and not, or its layers cannot be had."""
         for part in PARTS:
             if getattr(self.lora, f"train_{part}", False) and part in self.model.frozen:
                 raise InputError(
                     f"train-{part} and freeze-{part} exclude one another; leave out one of them."
+                )
+        if self.lora.quantize_base is None:
+            return
+        for name in ("fp8_format", "cpu_offloading"):
+            if getattr(self.model, name):
+                raise InputError(
+                    f"{name.replace('_', '-')} needs layers of TransformerEngine's, which cannot "
+                    f"read the weights of quantize-base; leave out one of them."
                 )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vl.errors import InputError, check_bounds
+from megatron_vl.ops.blockwise import FORMS
 from megatron_vl.peft.targets import ALL_LINEAR, HELP
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.option import defaults, option
@@ -29,12 +30,20 @@ class LoraOptions:
     lora_target: tuple[str, ...] = option(
         (ALL_LINEAR,), f"layers that get factors, one or several of: {HELP}", kind=str
     )
+    lora_fused: bool = option(
+        False, "one first factor for q, k and v, and one for gate and up, where each has its own "
+        "otherwise"
+    )
     lora_lr_ratio: float = option(
         1.0, "the learning rate of the second factor over that of the first (LoRA+)"
     )
     adapter: str | None = option(
         None, "go on with the factors of this directory, which PEFT or convert --to peft wrote; "
         "it says rank, alpha and layers", kind=str,
+    )
+    quantize_base: str | None = option(
+        None, "with lora-rank or adapter, keep the linear weights of the language model's layers "
+        "in 4 or 8 bits a value (QLoRA)", choices=FORMS, kind=str,
     )
     train_vit: bool = option(
         False, "with lora-rank or adapter, train the vision tower's own weights"
@@ -55,6 +64,12 @@ class LoraOptions:
                     f"or leave it out."
                 )
             return
+        if self.quantize_base is not None and self.save_base:
+            raise InputError(
+                f"save-base saves the model's weights, and with quantize-base {self.quantize_base} "
+                f"they are not whole in memory; leave out one of them (convert --merge makes the "
+                f"whole model of what is trained)."
+            )
         if self.adapter is not None:
             says = [name for name in ("lora_rank", "lora_alpha", "use_rslora", "lora_target")
                     if name in given]

@@ -64,7 +64,7 @@ _SAME_AS = {
 _SAYS = {
     "LoRA is the only kind of adapter that is trained; give lora-rank":
         "lora use_lora use_dora finetuning_type train_type tuner_type peft_type",
-    "there is no training of quantised weights here; see fp8-format":
+    "quantize-base nf4 or int8 keeps the weights beside an adapter in 4 or 8 bits a value":
         "quantization quantization_bit quant_bits load_in_4bit load_in_8bit qlora",
     "there is neither DeepSpeed nor FSDP here; use-distributed-optimizer shares the optimizer's "
     "state over data ranks, as ZeRO 1 does, and tp and pp cut the model":

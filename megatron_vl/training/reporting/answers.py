@@ -41,7 +41,7 @@ def answers(validations: list[dict]) -> list[str]:
     )
     return [
         *parts, "<h2>validation samples</h2>\n<p class=small>The likeliest token at every "
-        "supervised position, behind the true tokens before it. ✓: all are right, so that greedy "
+        "position of an answer, behind the true tokens before it. ✓: all are right, so that greedy "
         "decoding gives the expected answer.</p>\n",
         f"<div class=wide><table class=answers>\n<tr>{head}</tr>\n{body}</table></div>\n",
     ]

@@ -11,6 +11,7 @@ from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.fusion import choose_kernel
+from megatron_vl.parallel import LANGUAGE
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.setup import fuses
 
@@ -59,13 +60,18 @@ def describe_parts(plan: Plan) -> str:
     def rate(part: str) -> str:
         return f"at lr {options.lr * options.lr_ratio(part):.3e}"
 
-    told = [f"{title} {counts[part]:,} " + ("frozen" if part in frozen else rate(part))
+    form = plan.trainable.quantize_base
+    kept = {LANGUAGE: f" (linear weights of its layers in {form})"} if form is not None else {}
+    told = [f"{title} {counts[part]:,} "
+            + (f"frozen{kept.get(part, '')}" if part in frozen else rate(part))
             for part, title in PARTS.items() if counts[part]]
     told += [f"an adapter of the {PARTS[part]} {number:,} {rate(part)}"
              for part, number in added.items()]
     told += [f"constant {constant:,} (train-constants trains them)"] if constant else []
     whole = counts.total() + constant + sum(added.values())
-    return f"{trained:,} of {whole:,} parameters are trained: {', '.join(told)}"
+    cut = plan.trainable.cut_within_blocks(plan.layout.tp)
+    return (f"{trained:,} of {whole:,} parameters are trained: {', '.join(told)}"
+            + (f"\nquantize-base: {cut}" if cut else ""))
 
 
 def describe_kernels(plan: Plan, platform) -> str:

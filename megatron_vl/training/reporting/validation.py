@@ -13,7 +13,7 @@ class Figures:
 
     loss: float
     token_accuracy: float  # share of supervised tokens that are the likeliest
-    exact_accuracy: float  # share of samples all of whose supervised tokens are
+    exact_accuracy: float  # share of samples all of whose answers' tokens are
     samples: int
 
 
