@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.recompute import Recompute
+from megatron_vl.ops.blockwise import whole_bytes
 from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.peft.adapter_map import FACTORS
 from megatron_vl.training.memory import FP32, ITEMSIZE, Held, RankMemory, rank_memory
@@ -55,6 +56,8 @@ class _Layers:
     width: int  # E
     queries: int  # Q
     keys: int  # that of keys
+    attended: int  # tensors [T, Q] that attention keeps
+    qk_norms: int  # fp32 tensors [T, Q] and [T, keys] that their norms keep
     inner: int  # F; of experts, of those a token goes to together
     activation: str  # of ACTIVATION_KEPT
     norms: int  # fp32 tensors that a norm keeps: its input, and the normalised one if trained
@@ -80,15 +83,14 @@ class _Layers:
     def layer(self) -> int:
         """All that one layer keeps.
 
-        Norms compute in fp32. Attention keeps q, k and v as projected (as wide as Q together, with
-        keys and values repeated for every head) and turned, and its output; the linear layers their
-        inputs, for the gradient of their own weights or their factors'.
+        Norms compute in fp32. Linear layers keep their inputs, for the gradients of their weights
+        or of their factors.
         """
         inputs = self.trained or self.adapted
         norms = 2 * (self.stream // self.itemsize * FP32 * self.norms + self.stream * inputs)
-        attention = self.tokens * self.queries * self.itemsize * (5 + inputs)
-        return (norms + attention + self.inner_bytes * (ACTIVATION_KEPT[self.activation] + inputs)
-                + self.adapter)
+        attention = self.tokens * self.queries * self.itemsize * (self.attended + inputs)
+        mlp = self.inner_bytes * (ACTIVATION_KEPT[self.activation] + inputs)
+        return norms + self._qk_norm + attention + mlp + self.adapter
 
     @property
     def selective_layer(self) -> int:
@@ -97,7 +99,12 @@ class _Layers:
         # With fewer keys than queries, these are copied when the projection is taken apart.
         projected = self.queries * (1 + inputs + (self.keys < self.queries)) + 2 * self.keys
         first = self.inner_bytes * (2 if self.activation == "swiglu" else 1)
-        return 2 * self.stream + self.tokens * projected * self.itemsize + first + self.adapter
+        return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize + first
+                + self.adapter)
+
+    @property
+    def _qk_norm(self) -> int:
+        return self.tokens * (self.queries + self.keys) * FP32 * self.qk_norms
 
     @property
     def kept(self) -> int:
@@ -120,18 +127,20 @@ class _Layers:
 
         In backward, what is recomputed, and the narrowest place: two gradients as wide as the MLP's
         inner state are made before what they come from is dropped, or a norm's in fp32. A trained
-        weight has a gradient before that reaches its buffer; a quantised one is whole.
+        weight has a gradient before that reaches its buffer; a quantised one is whole. Of a tower
+        that no gradient reaches there is the forward alone.
         """
         if not self.count:
             return 0
         if not self.reached:
-            return 4 * (self.stream + self.inner_bytes)  # forward alone
-        gated = 2 if self.activation == "swiglu" else 1
-        second = self.width * self.inner * self.itemsize * (self.trained or self.quantized)
+            return 4 * self.stream + self.inner_bytes * (6 if self.activation == "swiglu" else 4)
+        second = self.width * self.inner
+        first = second * (2 if self.activation == "swiglu" else 1)
         mlp = 2 * self.stream + max(
-            2 * self.inner_bytes, self.inner_bytes + second,
-            # Of the first layer, when what the second one kept is gone.
-            gated * second - 2 * self.inner_bytes,
+            2 * self.inner_bytes,
+            self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
+            self._beside(second),
+            self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
         )
         again = {"none": 0, "selective": self.layer - self.selective_layer,
                  "full": self.layer}[self.recompute.granularity]
@@ -139,6 +148,12 @@ class _Layers:
             again *= self.recompute.num_layers
         norm = self.norm_copies * self.stream // self.itemsize * FP32
         return again + max(mlp, norm)
+
+    def _beside(self, weight: int) -> int:
+        """Of a weight of so many numbers, in its layer's backward."""
+        if self.quantized:
+            return whole_bytes(weight, self.itemsize)
+        return weight * self.itemsize if self.trained else 0
 
 
 def activation_memory(
@@ -246,11 +261,16 @@ def _language(plan: Plan, held: RankMemory) -> _Layers:
     inner = decoder.ffn_hidden_size if experts is None else (
         experts.per_token * experts.ffn_hidden_size)
     trained = LANGUAGE not in plan.trainable.frozen
+    # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
+    # length, and the output in these and in order. Keys and values of groups are repeated for every
+    # head at once; otherwise they are parts of the projection, which is kept with them.
+    grouped = decoder.num_query_groups < decoder.num_attention_heads
     return _layers(
         plan, held, LANGUAGE, plan.recompute, width=decoder.hidden_size,
         tokens=_tokens(plan), parts=tp if layout.sequence_parallel else 1,
         queries=decoder.num_attention_heads * decoder.head_dim // tp,
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
+        attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
         inner=inner // tp, activation="swiglu", norms=1 + trained, norm_copies=5,
     )
 
@@ -262,10 +282,11 @@ def _vision(plan: Plan, held: RankMemory) -> _Layers | None:
         plan.split.layers(VISION, held.stage, chunk) for chunk in range(plan.layout.vp)
     ):
         return None
+    # Frames of one size are a rectangle as they are.
     return _layers(
         plan, held, VISION, plan.vit_recompute, width=vision.hidden_size,
         tokens=_patches(plan), parts=1, queries=vision.hidden_size // tp,
-        keys=vision.hidden_size // tp, inner=vision.ffn_hidden_size // tp,
+        keys=vision.hidden_size // tp, attended=5, qk_norms=0, inner=vision.ffn_hidden_size // tp,
         activation="swiglu" if vision.gated else vision.activation, norms=1, norm_copies=2,
     )
 
