@@ -51,7 +51,8 @@ RESUMED = {
     for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
 }
 SAVED = (*RESUMED, "dp2")
-EXACT = LAYOUTS | WINDOWS | QUANTIZED | {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED} | {
+SHORT = {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
+EXACT = LAYOUTS | WINDOWS | QUANTIZED | SHORT | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
