@@ -211,6 +211,15 @@ def wide_experts_model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deepstack_model_dir(shared) -> Path:
+    """Qwen3-VL: three of four vision layers have a feature for the first language layers."""
+    return shared.made("deepstack_model", lambda out: _tiny(
+        out, "--model-type", "qwen3_vl", "--hidden-size", 64,
+        "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
 def text_wds_dir(shared) -> Path:
     """Sums to work out, prepared."""
     from megatron_vl.cli.main import run

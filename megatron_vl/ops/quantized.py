@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from megatron_vl.ops.blockwise import BITS, BLOCK
+from megatron_vl.ops.blockwise import BITS, BLOCK, SPAN
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -33,7 +33,6 @@ NF4 = (
 )  # fmt: skip
 INT8 = tuple(max(level, -127) / 127 for level in range(-128, 128))  # as many as a byte has values
 LEVELS = {"nf4": NF4, "int8": INT8}
-SPAN = 2**21  # values that are worked on at a time: temporaries take a few tens of MiB
 
 
 class QuantizedTensor(torch.Tensor):

@@ -41,7 +41,9 @@ ONE_LAYER = {"lora_rank": 3, "lora_target": [r"model\.layers\.0\..*"]}
 FUSED = {"lora_rank": 3, "lora_fused": True}
 NF4 = {"lora_rank": 3, "quantize_base": "nf4", "load": "wide"}
 ALONE = {"one layer": ONE_LAYER, "language": LANGUAGE, "fused": FUSED, "nf4": NF4, "mixed": MIXED,
-         "dropped": DROPPED,
+         "dropped": DROPPED, "fp16": LANGUAGE | {"fp16": True},
+         "whole": {"lora_alpha": None, "train_iters": 2},
+         "beside a run's": LANGUAGE | {"load": "whole", "finetune": True},
          "ten": LANGUAGE | {"train_iters": 10, "save_interval": 10, "lr_decay_style": "constant",
                             "min_lr": LR}}
 SHORT = {  # name -> what is trained, how
@@ -62,6 +64,8 @@ AGAIN = {  # name -> as whom, how, whose second step it goes on from
     "pp2 from tp2": ("language", PP2 | DISTRIBUTED | {"load": "moved"}, "tp2 sp"),
     "pp2 nf4 from tp2": ("nf4", PP2 | DISTRIBUTED, "tp2 sp nf4"),
     "pp2 fused": ("fused", PP2, "tp2 fused"),
+    "tp2 fp16": ("fp16", TP2, "fp16"),
+    "pp2 beside a run's": ("beside a run's", PP2, "beside a run's"),
     "pp2 one stage": ("one layer", PP2 | DISTRIBUTED, None),  # the other has no factor
     "pp2 one stage again": ("one layer", PP2 | DISTRIBUTED, "pp2 one stage"),
     "tp2 with the base": ("language", TP2 | {"save_base": True}, None),
@@ -104,7 +108,7 @@ def jobs(shared, model_dir, wide_model_dir, wds_dir) -> Path:
             assert done.code == 0, done.text
             (out / f"said.{ranks}").write_text(done.text)
         shutil.rmtree(out / "from peft")
-        for name in ("mixed", "tp2", "tp2 with the base", "tp2 sp nf4"):
+        for name in ("mixed", "tp2", "tp2 with the base", "tp2 sp nf4", "beside a run's"):
             assert megatron_vl("convert", out / name, out / f"{name} merged", "--merge").code == 0
         for name in ("language", "fused", "ten", "given", "tp2 sp", "pp2 from tp2",
                      "tp2 with the base", "nf4", "tp2 sp nf4", "pp2 nf4 from tp2"):
@@ -229,6 +233,7 @@ VERIFIED = [  # A, B, what is said beside the table, differing, missing in A and
     ("tp2 with the base", "tp2 with the base peft", None, [0, 0, 0]),
     ("mixed", "mixed merged", None, [0, 0, 0]),
     ("tp2 with the base merged", "tp2 with the base", None, [0, 0, 0]),
+    ("beside a run's", "beside a run's merged", None, [0, 0, 0]),
     ("mixed", "language peft", "rank 3 at scale 4", [8, 40, 20]),
 ]
 
@@ -239,6 +244,24 @@ def test_verify_answers_for_a_run_with_an_adapter(a, b, says, figures, jobs):
     found = [int(one) for one in done.out.splitlines()[-1].split()[2:5]]
     assert found == figures and done.code == int(any(figures)), done.text
     assert says is None or says in done.out, done.text
+
+
+def test_an_adapter_in_fp16_trains_as_in_fp32_and_goes_on_with_its_loss_scale(jobs):
+    ours, again, exact = (steps(jobs, name) for name in ("fp16", "tp2 fp16", "language"))
+    assert sorted(ours) == [1, 2, 3, 4] and sorted(again) == [3, 4]
+    for i in ours:
+        assert ours[i]["loss"] == pytest.approx(exact[i]["loss"], rel=1e-3)
+        assert ours[i]["grad_norm"] == pytest.approx(exact[i]["grad_norm"], rel=3e-2)
+    for i in again:
+        assert again[i]["loss"] == pytest.approx(ours[i]["loss"], rel=1e-3)
+
+
+def test_an_adapter_begins_and_goes_on_beside_what_a_run_trained(jobs):
+    before, ours, again = (steps(jobs, name) for name in (
+        "whole", "beside a run's", "pp2 beside a run's"))
+    assert ours[1]["loss"] < before[1]["loss"] and ours[4]["loss"] < ours[1]["loss"]
+    for i in (3, 4):
+        assert again[i]["loss"] == pytest.approx(ours[i]["loss"], rel=1e-6)
 
 
 def test_peft_loads_what_a_run_trained_and_ten_steps_are_its_own(jobs, model_dir):

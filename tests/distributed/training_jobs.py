@@ -71,7 +71,8 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
             chunk.module.register_forward_pre_hook(lambda *_: time.sleep(sleep))
         if chunk.module.vision_model is not None:
             chunk.module.vision_model.decoder.register_forward_hook(
-                lambda _, __, output: graphs.append(output.requires_grad)
+                lambda _, __, output: graphs.append(
+                    (output[0] if isinstance(output, tuple) else output).requires_grad)
             )
     dp_rank = parallel_state.get_data_parallel_rank()
     watched, rates = watch(trainer), []

@@ -85,9 +85,39 @@ def of_experts(layouts: str) -> list[str]:
     return [line for line in of_text(layouts) if line.startswith("TP1x") or "+SP" in line]
 
 
+# Of six language layers the first three add a feature each, of which some travel.
+FEATURES = """
+    TP1xPP1xDP2, llm 6, vision 4
+    TP1xPP2xDP1, llm 3-3, vision 4-0
+    TP1xPP2xDP1, llm 1-5, vision 4-0
+    TP1xPP2xDP1, llm 2-4, vision 4-0
+    TP1xPP2xDP1, llm 5-1, vision 4-0
+    TP1xPP2xDP1, llm 0-6, vision 4-0
+    TP1xPP2xDP1, llm 0-6, vision 2-2
+    TP1xPP2xVP2xDP1, llm 1-2/1-2, vision 4-0/0-0
+    TP1xPP2xVP2xDP1, llm 2-1/2-1, vision 4-0/0-0
+    TP1xPP2xVP2xDP1, llm 0-0/0-6, vision 1-1/1-1
+    TP2xPP1xDP1, llm 6, vision 4
+    TP2xPP1xDP1+SP, llm 6, vision 4
+    TP2xPP1xDP1+SP+VDP, llm 6, vision 4
+    TP1xPP1xCP2xDP1, llm 6, vision 4
+"""
 MODELS = {"model_dir": ("81", with_vision), "window_model_dir": ("80", with_vision),
           "text_model_dir": ("50", of_text), "resampler_model_dir": ("77", with_vision),
-          "qk_norm_model_dir": ("46", of_text), "experts_model_dir": ("86", of_experts)}
+          "qk_norm_model_dir": ("46", of_text), "experts_model_dir": ("86", of_experts),
+          "six_layers_dir": ("143", lambda _: with_vision(FEATURES))}
+FEATURED = "six_layers_dir"
+
+
+@pytest.fixture(scope="module")
+def six_layers_dir(tmp_path_factory):
+    """Qwen3-VL with twice as many language layers as there are features."""
+    return tiny_hf.make(
+        tmp_path_factory.mktemp("six") / "layers", "--init-std", "0.02", "--model-type", "qwen3_vl",
+        "--num-layers", "6", "--dtype", "float32",
+    )
+
+
 CASES = ["one image", "images and videos", "text only", "a microbatch without images"]
 FIGURE = r"(\d\.\de[+-]\d+)"
 
@@ -121,7 +151,9 @@ def parameters_of(table: str) -> int:
 # microbatch.
 @pytest.mark.parametrize(("ranks", "options", "model"), [
     pytest.param(ranks, options, model, id=f"{ranks}-{model}") for ranks, options, models in (
-        (2, ["--overlap-grad-reduce", "--no-pack"], MODELS),
+        (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 3],
+         [one for one in MODELS if one != FEATURED]),
+        (2, ["--overlap-grad-reduce", "--no-pack", "--recompute", "full"], [FEATURED]),
         # The resampler has two heads; what Qwen3 adds to a layer meets nothing new on four ranks.
         (4, [], ["model_dir", "window_model_dir", "text_model_dir"]),
     ) for model in models
@@ -152,6 +184,7 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
     layouts = MODELS[model][1](LAYOUTS[2])
     done = megatron_vl("parity", request.getfixturevalue(model), "--tolerance", TOLERANCE,
                        "--sweep", 2, "--lora-rank", 3, "--recompute", "full",
+                       "--cross-entropy-chunks", 4,
                        "--lora-target", *targets, *more)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
@@ -202,7 +235,8 @@ def test_a_normalised_head_equals_its_judge_also_with_rows_that_pad_it(
     config = json.loads((odd / "config.json").read_text()) | {"vocab_size": 1001}
     (odd / "config.json").write_text(json.dumps(config))
     tiny_hf.write_weights(odd)
-    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--sweep", 2)
+    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--sweep", 2,
+                       "--cross-entropy-chunks", 3)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
     assert [name for name, *_ in rows] == of_text(LAYOUTS[2])
@@ -255,5 +289,7 @@ def test_what_cannot_be_compared_is_refused(model_dir):
     assert done.code == 2 and "--tolerance is nan" in done.err
     done = megatron_vl("parity", model_dir, "--recompute", "full", "--recompute-num-layers", 3)
     assert done.code == 2 and "recompute-num-layers 3 does not divide" in done.err
+    done = megatron_vl("parity", model_dir, "--cross-entropy-chunks", 0)
+    assert done.code == 2 and "--cross-entropy-chunks is 0; give a whole number" in done.err
     done = megatron_vl("parity", model_dir, "--sweep", 7)
     assert done.code == 2 and "no layout of --sweep 7 ranks fits" in done.err

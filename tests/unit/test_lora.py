@@ -26,7 +26,7 @@ from megatron_vl.weights.map import volume
 from megatron_vl.weights.rules import box
 
 MODELS = ("model_dir", "text_model_dir", "window_model_dir", "resampler_model_dir",
-          "baichuan_model_dir", "qk_norm_model_dir", "experts_model_dir")
+          "baichuan_model_dir", "qk_norm_model_dir", "experts_model_dir", "deepstack_model_dir")
 LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -50,6 +50,8 @@ TARGETS = [  # model, what is typed, how many layers of the LLM's 4 x and of the
     ("resampler_model_dir", ["c_attn", "attn.c_proj", "w1", "w2"],
      {"c_attn", "c_proj", "w1", "w2"}, 0),
     ("experts_model_dir", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj"}, 0),
+    ("deepstack_model_dir", ["q_proj", "vit"], {"q_proj"}, 4 * 4),
+    ("deepstack_model_dir", ["merger"], set(), 4 * 2),  # the features' too
 ]
 
 
