@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from commands import megatron_vl
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+from true_sizes import write
 
 from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.encode.chat import replaced
@@ -104,6 +106,17 @@ def test_a_mark_of_a_video_that_a_person_wrote_is_no_video(encoder):
     mark = Part(text="<|vision_start|><|video_pad|><|vision_end|>")
     with pytest.raises(BadEntry, match="its text has 2 video marks for 1 videos"):
         encoder.encode(asked(Part(media="video"), mark), [video(5)])
+
+
+@pytest.mark.parametrize(("first", "travelling"), [(1, 2), (3, 0)])
+def test_a_dry_run_says_how_many_features_travel(first, travelling, tmp_path):
+    done = megatron_vl(
+        "train", "--dry-run", "--hf-config", write(tmp_path, "2B", "qwen3_vl"), "--train-data-path",
+        "none", "--train-iters", 1, "--nproc-per-node", 2, "--pp", 2, "--first-stage-layers", first,
+    )
+    note = f"note: {travelling} of the vision tower's 3 features travel to later stages, so that " \
+           f"stages send {1 + travelling} times the hidden states; with 3 language layers"
+    assert done.code == 0 and (note in done.out) == bool(travelling), done.text
 
 
 def test_what_stands_behind_a_mark_moves_by_what_it_grew():
