@@ -62,6 +62,10 @@ def add_parser(commands) -> None:
         help="with full: layers of a uniform group, or of a stage (default: 1)",
     )
     parser.add_argument(
+        "--cross-entropy-chunks", type=int, default=1, metavar="N",
+        help="logits of a part in N of the positions at a time, as in training (default: 1)",
+    )
+    parser.add_argument(
         "--dtype", type=dtype_of, choices=DTYPES, default="float32",
         help="of our weights and activations, bf16 for short; transformers judges in float32 "
         "(default: float32)",
@@ -109,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     setting = Setting(
         dtype=args.dtype, packed=args.pack, recompute=args.recompute,
         recompute_method=args.recompute_method, recompute_num_layers=args.recompute_num_layers,
+        cross_entropy_chunks=args.cross_entropy_chunks,
         overlap_grad_reduce=args.overlap_grad_reduce,
         lora_rank=args.lora_rank, lora_target=tuple(args.lora_target),
         lora_fused=args.lora_fused, quantize_base=args.quantize_base,
@@ -118,6 +123,10 @@ def run(args: argparse.Namespace) -> int:
         _check_quantized(args, spec, layouts)
     for _, split in layouts:
         setting.recompute_of(split)
+    if args.cross_entropy_chunks < 1:
+        raise InputError(
+            f"--cross-entropy-chunks is {args.cross_entropy_chunks}; give a whole number from 1 on."
+        )
     if args.tolerance is not None and not args.tolerance > 0:
         raise InputError(f"--tolerance is {args.tolerance}; give a number above 0, as 1e-5.")
     if started_by_torchrun():

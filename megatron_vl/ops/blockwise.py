@@ -6,8 +6,15 @@ BLOCK = 64  # values of the flattened weight that share a scale
 BITS = {"nf4": 4, "int8": 8}  # of a value's code, by the name of the form
 FORMS = tuple(BITS)
 SCALE_BYTES = 4  # of a block's largest magnitude, in fp32
+SPAN = 2**21  # values that are worked on at a time: temporaries take a few tens of MiB
 
 
 def quantized_bytes(numel: int, form: str) -> int:
     """Bytes of the codes and the scales of a weight of `numel` values."""
     return -(-numel * BITS[form] // 8) + -(-numel // BLOCK) * SCALE_BYTES
+
+
+def whole_bytes(numel: int, itemsize: int) -> int:
+    """At most, while a weight of `numel` values is made whole: itself and, of a span, the values in
+    fp32 (with those of the span before) and the codes in 32 bits, of two values in NF4."""
+    return numel * itemsize + min(numel, SPAN) * (2 * 4 + 2)

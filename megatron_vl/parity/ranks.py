@@ -31,6 +31,7 @@ class Setting:
     recompute: str = "none"
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
+    cross_entropy_chunks: int = 1
     overlap_grad_reduce: bool = False
     lora_rank: int | None = None  # of an adapter whose gradients are compared; None: all weights'
     lora_target: tuple[str, ...] = ()
@@ -51,6 +52,8 @@ class Setting:
             words += [f"full recompute ({self.recompute_method} {self.recompute_num_layers})"]
         elif self.recompute != "none":
             words += [f"{self.recompute} recompute"]
+        if self.cross_entropy_chunks > 1:
+            words += [f"cross-entropy in {self.cross_entropy_chunks} chunks"]
         if self.lora_rank is not None:
             kind = "fused LoRA" if self.lora_fused else "LoRA"
             words += [f"{kind} of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
@@ -113,7 +116,8 @@ def _run_layout(
         frozen = {"frozen": tuple(PARTS), "adapted": of.parts}
     options = ModelOptions(
         params_dtype=getattr(torch, setting.dtype), recompute=recompute,
-        vit_recompute=vit_recompute, initialize_weights=False, fused_ops=platform.fuses_ops,
+        vit_recompute=vit_recompute, cross_entropy_chunks=setting.cross_entropy_chunks,
+        initialize_weights=False, fused_ops=platform.fuses_ops,
         row_lengths_vary=layout.lengths_vary and not setting.packed,
         quantize_base=setting.quantize_base, **frozen,
     )

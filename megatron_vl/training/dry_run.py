@@ -18,6 +18,7 @@ from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
+from megatron_vl.training.activations import activation_memory, cross_entropy_chunks
 from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint, needs_load
 from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.machine import check_machine
@@ -49,6 +50,7 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
         _head(plan, nnodes, nproc_per_node),
         "\n".join(_table(_layer_rows(plan, stages))),
         "\n".join(_table(_memory_rows(plan, stages))),
+        "\n".join(_table(_activation_rows(plan, stages))),
         _sums(plan, stages),
         *_shape_tables(stages),
     ]
@@ -136,6 +138,8 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     kinds += [f"optimizer {config.optimizer.optimizer_offload_fraction:.0%} in host memory"
               ] if config.optimizer.optimizer_cpu_offload else []
     kinds += [f"frozen: {frozen}"] if frozen else []
+    chunks = cross_entropy_chunks(plan)
+    kinds += [f"cross-entropy in {chunks} chunks"] if chunks > 1 else []
     form = plan.trainable.quantize_base
     kinds += [f"linear weights of the language layers in {form}"] if form is not None else []
     return (
@@ -194,6 +198,21 @@ def _memory_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[
                f"{stage.device_bytes / GIB:.2f}", *((f"{stage.host_bytes:,}",) if host else ()))
 
 
+def _activation_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:
+    """Of each stage's ranks, the most bytes of every moment of a step."""
+    moments = {"losses": "losses", "layer": "a layer's backward", "vision": "vision tower",
+               "embedding": "embedding's gradient"}
+    if plan.spec.vision is None:
+        del moments["vision"]
+    yield ("activations, at most", "microbatches", "kept", *moments.values(), "peak GiB",
+           "with the above")
+    for held in stages:
+        memory = activation_memory(plan, held.stage, held=held)
+        yield (f"on stage {held.stage}", f"{memory.in_flight:g}", f"{memory.kept:,}",
+               *(f"{getattr(memory, name):,}" for name in moments), f"{memory.peak / GIB:.2f}",
+               f"{(held.device_bytes + memory.peak) / GIB:.2f}")
+
+
 def _sums(plan: Plan, stages: Sequence[RankMemory]) -> str:
     found, layout = copies(plan), plan.layout
     more = [(found.replicated, "replicated over TP"), (found.padding, "padding"),
@@ -204,7 +223,7 @@ def _sums(plan: Plan, stages: Sequence[RankMemory]) -> str:
         f"the model has {found.model:,} parameters; TP {layout.tp} x PP {layout.pp} ranks hold "
         f"{held:,}" + "".join(f" + {number:,} {what}" for number, what in more if number).replace(
             " + ", " = " + f"{found.model:,} + ", 1)
-        + "\nactivations, and what libraries take for themselves, come on top"
+        + "\nwhat libraries take for themselves, and gaps between tensors, come on top"
     )
 
 

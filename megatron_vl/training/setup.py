@@ -27,6 +27,7 @@ from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family
 from megatron_vl.peft.lora import attach, is_second
 from megatron_vl.platform import Platform
+from megatron_vl.training.activations import cross_entropy_chunks
 from megatron_vl.training.options.groups import OptimizerOptions
 from megatron_vl.training.plan import Plan
 
@@ -48,6 +49,7 @@ def model_options(
         fp8_format=run.fp8_format,
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
+        cross_entropy_chunks=cross_entropy_chunks(plan),
         fused_ops=fuses(plan, platform),
         initialize_weights=initialize_weights,
         row_lengths_vary=plan.row_multiple is not None,

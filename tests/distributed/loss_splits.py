@@ -25,24 +25,30 @@ from megatron_vl.weights.mcore_io import inspect_checkpoint
 
 CASE = Case(name="splits", images=CASES[1].images * 2)
 ROW_LENGTH = 256
-SPLITS = {  # ranks -> name -> (layout, samples a row, rows a microbatch)
+SPLITS = {  # ranks -> name -> (layout, samples a row, rows a microbatch, cross-entropy's chunks)
     1: {
-        "packed": (Layout(), 4, 1),
-        "two rows a microbatch": (Layout(), 4, 2),
-        "one sample a row": (Layout(), 1, 4),
+        "packed": (Layout(), 4, 1, 1),
+        "two rows a microbatch": (Layout(), 4, 2, 1),
+        "one sample a row": (Layout(), 1, 4, 1),
+        "packed, in chunks": (Layout(), 4, 1, 7),
+        "one position at a time": (Layout(), 4, 1, 10_000),
     },
-    2: {"DP2": (Layout(dp=2), 4, 1), "CP2": (Layout(cp=2), 4, 1)},
+    2: {
+        "DP2": (Layout(dp=2), 4, 1, 1), "CP2": (Layout(cp=2), 4, 1, 1),
+        "CP2, in chunks": (Layout(cp=2), 4, 1, 5),
+    },
 }
 
 
 def main(hf_dir: Path, weights: Path, out: Path) -> None:
     spec = load_spec(hf_dir)
     samples = make_samples(spec, CASE)
-    for name, (layout, per_row, rows) in SPLITS[int(os.environ["WORLD_SIZE"])].items():
+    for name, (layout, per_row, rows, in_chunks) in SPLITS[int(os.environ["WORLD_SIZE"])].items():
         platform = initialize(layout)
         split = spec.split()
         chunks = family(spec.model_type).build_model(
-            spec, layout, split, ModelOptions(initialize_weights=False)
+            spec, layout, split,
+            ModelOptions(initialize_weights=False, cross_entropy_chunks=in_chunks),
         )
         model = wrap_for_data_parallel(chunks, platform.device(0), overlap_grad_reduce=False)
         load_weights(inspect_checkpoint(weights), model, spec, layout, split)

@@ -21,14 +21,18 @@ SCRIPTS = {  # what follows the script (M model, D data, T a new directory), and
         r"^cp -r mcore .*\n((convert to \w+|cp -r hf) .*\n){3}(naive to \w+ .*\n?){2}",
     ),
     "load.py": (
-        "--model-size tiny --repeat 1 --tp 1 --pp 2 --work T",
-        r"^load / cat +[\d.]+$",
+        "--model-size tiny --repeat 1 --tp 1 --pp 2 --quantize-base nf4 --work T",
+        r"^parameters of a rank +\d+ MiB\nmemory above parameters +\d+ MiB$",
     ),
     "data.py": (
         "M D --samples 20 --rounds 1 --seq-length 256 --memory-samples 20",
         r"^loader / floor +[\d.]+$",
     ),
     "memory.py": ("M --steps 1 --seq-length 256 --lines 1", r"^first losses: [\d.]+$"),
+    "activations.py": (
+        "M --seq-length 256",  # predicted within a twentieth
+        r"^(\| .+ \| (0\.9[5-9]|1\.0[0-5]) \|\n?){8}$",
+    ),
     "soak.py": (
         "M D T/runs --minutes 0.25 --every 3 --faults kill_every_rank",
         r"^losses equal to an undisturbed run's, to the bit +yes\nsurvived +yes$",

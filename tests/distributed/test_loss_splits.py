@@ -67,7 +67,7 @@ def transformers_loss(model_dir: Path, per_sample: bool):
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["per token", "per sample"])
-def test_five_splits_of_the_same_samples_give_one_loss_and_one_gradient(
+def test_all_splits_of_the_same_samples_give_one_loss_and_one_gradient(
     per_sample, results, workshop
 ):
     loss, gradients = transformers_loss(workshop.model_dir, per_sample)

@@ -39,6 +39,10 @@ WINDOWS = {  # of Qwen2.5-VL
     "windows, tp2 sp": TP2 | {"sequence_parallel": True},
     "windows, a tower over pp2": PP2 | {"vit_pp_layers": "1,1", "pp_layers": "0,4"},
 }
+QUANTIZED = {
+    "an adapter beside nf4, tp2 sp": TP2 | {
+        "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4"},
+}
 FEATURES = {  # of Qwen3-VL, some for a layer of another stage
     "features over pp2": PP2 | {"pp_layers": "1,3", "recompute_granularity": "full"},
 }
@@ -50,9 +54,8 @@ RESUMED = {
     for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
 }
 SAVED = (*RESUMED, "dp2")
-EXACT = LAYOUTS | WINDOWS | FEATURES | {
-    one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED
-} | {
+AGAIN = {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
+EXACT = LAYOUTS | WINDOWS | FEATURES | QUANTIZED | AGAIN | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }

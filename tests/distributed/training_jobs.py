@@ -119,7 +119,10 @@ def held_bytes(trainer) -> dict[str, int]:
     """Bytes of the storages that stay between steps, each counted once."""
     import torch
 
-    weights = [weight for chunk in trainer.model for weight in chunk.parameters()]
+    from megatron_vl.ops.quantized import stored
+
+    weights = [part for chunk in trainer.model for weight in chunk.parameters()
+               for part in stored(weight)]
     buffers = [buffer for chunk in trainer.model for buffer in chunk.buffers]
     optimizers = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     states = [one for each in optimizers for one in each.optimizer.state.values()]

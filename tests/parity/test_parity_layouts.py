@@ -151,7 +151,8 @@ def parameters_of(table: str) -> int:
 # microbatch.
 @pytest.mark.parametrize(("ranks", "options", "model"), [
     pytest.param(ranks, options, model, id=f"{ranks}-{model}") for ranks, options, models in (
-        (2, ["--overlap-grad-reduce", "--no-pack"], [one for one in MODELS if one != FEATURED]),
+        (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 3],
+         [one for one in MODELS if one != FEATURED]),
         (2, ["--overlap-grad-reduce", "--no-pack", "--recompute", "full"], [FEATURED]),
         # The resampler has two heads; what Qwen3 adds to a layer meets nothing new on four ranks.
         (4, [], ["model_dir", "window_model_dir", "text_model_dir"]),
@@ -183,6 +184,7 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
     layouts = MODELS[model][1](LAYOUTS[2])
     done = megatron_vl("parity", request.getfixturevalue(model), "--tolerance", TOLERANCE,
                        "--sweep", 2, "--lora-rank", 3, "--recompute", "full",
+                       "--cross-entropy-chunks", 4,
                        "--lora-target", *targets, *more)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
@@ -191,6 +193,31 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
     for name, _, count in rows:
         twice = "TP2" in name and "VDP" not in name
         assert int(count) == factors * 3 // 2 if twice else factors, name
+
+
+@pytest.mark.parametrize(("model", "options"), [
+    ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
+                        "--recompute", "full"]),
+    ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2]),
+])
+def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
+    model, options, request
+):
+    model = request.getfixturevalue(model)
+    done = megatron_vl("parity", model, "--tolerance", TOLERANCE, "--lora-rank", 3, *options)
+    assert done.code == 0 and f"beside weights in {options[1]}" in done.out, done.text
+    if "--sweep" in options:
+        assert [name for name, *_ in rows_of(done.out)] == of_experts(LAYOUTS[2])
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--lora-rank", 3, "--tp", 2], "8 of 16 quantised weights (linear_proj.weight, "
+     "linear_fc2.weight of every layer) have rows on a rank of TP 2 that are no multiple of 64"),
+    ([], "--quantize-base is about the weights beside an adapter; give --lora-rank"),
+])
+def test_quantised_weights_that_transformers_cannot_judge_are_refused(options, says, model_dir):
+    done = megatron_vl("parity", model_dir, "--quantize-base", "nf4", *options)
+    assert done.code == 2 and says in done.err, done.text
 
 
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):
@@ -208,7 +235,8 @@ def test_a_normalised_head_equals_its_judge_also_with_rows_that_pad_it(
     config = json.loads((odd / "config.json").read_text()) | {"vocab_size": 1001}
     (odd / "config.json").write_text(json.dumps(config))
     tiny_hf.write_weights(odd)
-    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--sweep", 2)
+    done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--sweep", 2,
+                       "--cross-entropy-chunks", 3)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
     assert [name for name, *_ in rows] == of_text(LAYOUTS[2])
@@ -261,5 +289,7 @@ def test_what_cannot_be_compared_is_refused(model_dir):
     assert done.code == 2 and "--tolerance is nan" in done.err
     done = megatron_vl("parity", model_dir, "--recompute", "full", "--recompute-num-layers", 3)
     assert done.code == 2 and "recompute-num-layers 3 does not divide" in done.err
+    done = megatron_vl("parity", model_dir, "--cross-entropy-chunks", 0)
+    assert done.code == 2 and "--cross-entropy-chunks is 0; give a whole number" in done.err
     done = megatron_vl("parity", model_dir, "--sweep", 7)
     assert done.code == 2 and "no layout of --sweep 7 ranks fits" in done.err

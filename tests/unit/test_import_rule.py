@@ -59,7 +59,7 @@ LIGHT = (
     "data.raw.formats", "data.raw.sources", "data.options", "data.raw.prepare", "data.lint",
     "peft.adapter_map", "peft.conversion", "peft.files", "peft.targets", "peft.trainable",
     "training.adapter", "training.options.config", "training.paths", "training.plan",
-    "training.memory", "training.dry_run",
+    "training.memory", "training.activations", "training.dry_run",
     "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",

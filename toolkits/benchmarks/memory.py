@@ -32,7 +32,7 @@ import warnings
 from itertools import accumulate, islice
 from pathlib import Path
 
-GRID = (1, 16, 16)  # of every image: 256 patches
+GRID = (1, 16, 16)  # of every image: 256 patches, unless the tower takes one grid alone
 
 
 def full(method: str, layers: int, vision: str = "same") -> dict:
@@ -124,8 +124,9 @@ def make_batch(spec, seq_length: int, rows: int):
     from megatron_vl.models import family
     from megatron_vl.parity.cases import Case, make_samples
 
-    tokens = GRID[1] * GRID[2] // spec.vision.spatial_merge_size**2
-    samples = make_samples(spec, Case(name="one", images=((GRID,),) * (seq_length // tokens)))
+    grid = spec.vision.only_grid or GRID
+    tokens = spec.vision.num_tokens(grid)
+    samples = make_samples(spec, Case(name="one", images=((grid,),) * (seq_length // tokens)))
     ends = accumulate(sample.tokens.numel() for sample in samples)
     row = [sample for sample, end in zip(samples, ends, strict=True) if end <= seq_length]
     if not row:

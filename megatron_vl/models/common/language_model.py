@@ -1,7 +1,6 @@
 """GPTModel with a loss head that works only where a token is trained.
 
-Letters: s row length, b rows, n trained positions, E language width, V vocabulary (per tp rank),
-R tensor-parallel ranks.
+Letters: s row length, b rows, n trained positions, E language width, V vocabulary (per tp rank).
 A normalised head (NormHead) is the direction of each of its rows: row-wise, so that tensor
 parallelism over the vocabulary changes nothing.
 """
@@ -11,9 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch.nn import functional as F
+
+from megatron_vl.models.common.loss_head import LossHead
 
 
 class Scores(NamedTuple):
@@ -89,40 +90,13 @@ class LanguageModel(GPTModel):
 
         places_n = on_device(trained_sb.flatten().nonzero().flatten())
         hidden_nE = hidden_sbE.flatten(0, 1).index_select(0, places_n)
-        logits_nV = F.linear(hidden_nE, weight).float()
-        padding = self.vocab_size - self.real_vocab_size
-        if padding and _is_last_tensor_parallel_rank():
-            # Rows added so that TP divides the vocabulary are no words: none may be predicted.
-            no_word = torch.arange(logits_nV.shape[1], device=logits_nV.device)
-            no_word = no_word >= logits_nV.shape[1] - padding
-            logits_nV = logits_nV.masked_fill(no_word, float("-inf"))
-        # Before the cross-entropy, which overwrites the logits.
-        likeliest_n = None if self.training else _likeliest(logits_nV)
-        loss_n = tensor_parallel.vocab_parallel_cross_entropy(
-            logits_nV, on_device(labels.transpose(0, 1)[trained_sb])
+        label_n = on_device(labels.transpose(0, 1)[trained_sb])
+        weight_n = on_device(weights_sb[trained_sb])
+        head = LossHead(
+            padding=self.vocab_size - self.real_vocab_size,
+            at_once=-(-trained_sb.numel() // self.config.cross_entropy_chunks),
         )
-        loss_n = loss_n * on_device(weights_sb[trained_sb])
-        return loss_n if self.training else Scores(loss_n, likeliest_n)
-
-
-def _likeliest(logits_nV: torch.Tensor) -> torch.Tensor:
-    """The word of the largest logit over all tensor-parallel ranks, int64 [n]; of equals the lowest
-    id. Ranks tell each other the maximum of their part of the vocabulary and where it is."""
-    largest_n, word_n = logits_nV.max(dim=1)  # of equals the first
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    if size == 1:
-        return word_n
-    word_n = word_n + parallel_state.get_tensor_model_parallel_rank() * logits_nV.shape[1]
-    mine_2n = torch.stack([largest_n.double(), word_n.double()])  # which holds any word's id
-    found = mine_2n.new_empty(2 * size, mine_2n.shape[1])  # gloo takes no third dimension
-    torch.distributed.all_gather_into_tensor(
-        found, mine_2n, group=parallel_state.get_tensor_model_parallel_group()
-    )
-    largest_Rn, word_Rn = found[::2], found[1::2]
-    rank_n = largest_Rn.max(dim=0).indices  # ranks ascend as words do
-    return word_Rn.gather(0, rank_n[None])[0].long()
-
-
-def _is_last_tensor_parallel_rank() -> bool:
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    return parallel_state.get_tensor_model_parallel_rank() == size - 1
+        if self.training:
+            return head.losses(hidden_nE, weight, label_n) * weight_n
+        loss_n, likeliest_n = head.scores(hidden_nE, weight, label_n)
+        return Scores(loss_n * weight_n, likeliest_n)

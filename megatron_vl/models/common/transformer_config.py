@@ -32,6 +32,7 @@ class ModelOptions:
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
     cpu_offloading: bool = False  # keep the decoder's activations in host memory
     cpu_offloading_num_layers: int = 1
+    cross_entropy_chunks: int = 1  # parts of a microbatch's positions that have logits in turn
     fused_ops: bool = False  # elementwise operations by kernels made at run time
     deterministic: bool = False  # only kernels that give the same bits at every run
     initialize_weights: bool = True  # False when a checkpoint fills them right after
@@ -51,6 +52,7 @@ class TowerConfig(TransformerConfig):
     fused_ops: bool = False
     activation: str = "gelu"  # of megatron_vl.ops.fusion.OPERATIONS
     recompute_activation: bool = False  # of the MLPs
+    cross_entropy_chunks: int = 1
     quantize_base: str | None = None  # as ModelOptions's
     # The word embedding is then not on the first stage, where Megatron-Core expects it.
     embedding_moved: bool = False
@@ -80,6 +82,7 @@ def language_config(
         fp8=options.fp8_format,
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
+        cross_entropy_chunks=options.cross_entropy_chunks,
         **_initialization(options, decoder.init_std),
         embedding_moved=split.encoders_span,
         quantize_base=options.quantize_base,

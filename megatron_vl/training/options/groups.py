@@ -259,6 +259,10 @@ class ModelRunOptions:
         None, "with full, of the vision tower; default: recompute-num-layers, or as many as it has",
         kind=int,
     )
+    cross_entropy_chunks: int | None = option(
+        None, "parts of a microbatch's positions that have logits in turn, computed again in "
+        "backward; default: as many as keep logits below a tenth of a rank's memory", kind=int,
+    )
     cpu_offloading: bool = option(
         False, "keep activations in host memory; needs TransformerEngine on a CUDA device"
     )

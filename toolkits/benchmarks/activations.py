@@ -1,0 +1,183 @@
+"""Bytes of a training step's activations, as `megatron-vl train --dry-run` predicts and measured.
+
+    python activations.py HF_DIR [--seq-length 1024]
+
+HF_DIR needs config.json alone: weights are random. Every token of a row is trained; with a vision
+tower a row is as many images of 16 x 16 patches as fit into it. Every line trains the model of
+`megatron-vl train` with other options for two steps in this process, on the CPU. In the second one
+the bytes of all tensors are counted from when they are made until they are gone; those of before,
+the weights, gradients and the optimizer's, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from memory import full, make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+LORA = dict(lora_rank=8)
+CHUNKS = dict(cross_entropy_chunks=8)
+LINES = {
+    "all weights": {},
+    "all weights, selective recompute": dict(recompute_granularity="selective"),
+    "all weights, full recompute": full("uniform", 1),
+    "LoRA": LORA,
+    "LoRA, in 8 chunks": LORA | CHUNKS,
+    "LoRA, full recompute": LORA | full("uniform", 1),
+    "LoRA, full recompute, in 8 chunks": LORA | full("uniform", 1) | CHUNKS,
+    "LoRA beside NF4, full recompute, in 8 chunks": (
+        LORA | full("uniform", 1) | CHUNKS | dict(quantize_base="nf4")
+    ),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="directory of config.json")
+    parser.add_argument("--seq-length", type=int, default=1024, help="of a row (default: 1024)")
+    return parser.parse_args()
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Entered, it counts every storage that an operation makes, until it is gone.
+
+    torch's own MemTracker would, but it calls `buffers()` of every module, which Megatron-Core's
+    data-parallel wrapper has as a list.
+
+    Args:
+        known: tensors of before, which are not counted.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]):
+        super().__init__()
+        self._known = [one.untyped_storage() for one in known]  # kept, so that no other has its id
+        self._sizes = {storage._cdata: 0 for storage in self._known}
+        self._made: dict[int, weakref.ref] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not all(one in (torch.Tensor, torch.nn.Parameter) for one in types):
+            return NotImplemented  # a quantised weight comes again, as the operations on its codes
+        out = func(*args, **(kwargs or {}))
+        for one in tree_iter(out):
+            if isinstance(one, torch.Tensor):
+                self._count(one.untyped_storage())
+        if self.now > self.peak:
+            self._look_again()
+            self.peak = max(self.peak, self.now)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._made[key] = weakref.ref(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._gone, key)
+
+    def _look_again(self) -> None:
+        """Selective recompute empties storages, and fills them, without an operation."""
+        for key, made in self._made.items():
+            storage = made()
+            if storage is not None:
+                self.now += storage.nbytes() - self._sizes[key]
+                self._sizes[key] = storage.nbytes()
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+        del self._made[key]
+
+
+def make_row(spec, seq_length: int):
+    """A row [1, s] all of whose tokens are trained."""
+    if spec.vision is not None:
+        batch = make_batch(spec, seq_length, 1)
+    else:
+        from megatron_vl.data.encode import rows
+        from megatron_vl.models import family
+        from megatron_vl.parity.cases import Case, make_samples
+
+        samples = make_samples(spec, Case(name="text", images=((),) * (seq_length // 8)))
+        taken = []
+        for sample in samples:
+            if sum(one.tokens.numel() for one in (*taken, sample)) <= seq_length:
+                taken.append(sample)
+        batch = rows.make_batch([rows.make_row(taken)], row_length=seq_length, pad_token=0,
+                                positions=family(spec.model_type).positions(spec))
+    return replace(batch, labels=batch.tokens, loss_mask=batch.loss_mask.new_ones(1, seq_length))
+
+
+def measure(args: argparse.Namespace, options: dict) -> tuple[int, int]:
+    """(bytes predicted, bytes measured) of a step with these options."""
+    from megatron_vl.models import load_spec
+    from megatron_vl.ops.quantized import QuantizedTensor
+    from megatron_vl.platform import initialize, leave_layout
+    from megatron_vl.training.activations import activation_memory
+    from megatron_vl.training.options.config import TrainConfig
+    from megatron_vl.training.plan import plan_run
+    from megatron_vl.training.setup import build_model, build_optimizer
+    from megatron_vl.training.step import RowStream, run_schedule
+
+    row = make_row(load_spec(args.hf_dir), args.seq_length)
+    if row.pixel_patches is not None:
+        options = options | {"max_patches_per_row": len(row.pixel_patches)}
+    plan = plan_run(TrainConfig.from_dict({
+        "hf_config": str(args.hf_dir), "load": str(args.hf_dir), "bf16": True,
+        "train_data_path": str(args.hf_dir), "seq_length": args.seq_length,
+        # gloo shards gradients by way of a copy, which no device needs.
+        "use_distributed_optimizer": False, **options,
+    }), 1)
+    platform = initialize(plan.layout)
+    model = build_model(plan, platform, initialize_weights=True)
+    build_optimizer(plan, model, platform)
+
+    def rows() -> Iterator:
+        """What comes from a loader is gone when its forward is over."""
+        pixels = row.pixel_patches
+        yield row if pixels is None else replace(row, pixel_patches=pixels.clone())
+
+    def step() -> None:
+        model[0].train()
+        model[0].zero_grad_buffer()
+        run_schedule(model, [RowStream(rows(), "cpu")], num_microbatches=1, micro_batch_size=1,
+                     row_length=args.seq_length, forward_only=False)
+
+    step()
+    (chunk,) = model
+    gradients = [buffer.grad_data for buffer in chunk.buffers]
+    weights = [
+        one for weight in chunk.module.parameters() for one in (
+            (weight.codes, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
+        )
+    ]
+    held = [*weights, *chunk.module.buffers(), *gradients]
+    with AllocatedBytes(held) as counted:
+        step()
+    leave_layout()
+    return activation_memory(plan, 0).peak, counted.peak
+
+
+def main() -> None:
+    args = parse_arguments()
+    from megatron_vl.platform import select_platform
+
+    select_platform().install()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print("| training | predicted MiB | measured MiB | ratio |\n|---|---|---|---|")
+    for name, options in LINES.items():
+        predicted, measured = measure(args, options)
+        print(f"| {name} | {predicted / 2**20:,.1f} | {measured / 2**20:,.1f} | "
+              f"{predicted / measured:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
