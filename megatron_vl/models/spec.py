@@ -195,6 +195,13 @@ class ModelSpec:
                 f"{layout.tp} times; add --sequence-parallel."
             )
 
+    def travelling_features(self, split: StageSplit) -> int:
+        """Features of the tower that chunks hand on, for language layers of later ones."""
+        if self.vision is None or split.pp == 1:
+            return 0
+        first = split.layers(LANGUAGE, *split.embedding_chunk)
+        return max(0, self.vision.num_features - len(first))
+
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding under tensor parallelism: the next multiple of `tp`."""
         return -(-self.decoder.vocab_size // tp) * tp

@@ -5,26 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from commands import megatron_vl
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+from true_sizes import write
 
+from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.encode.chat import replaced
+from megatron_vl.data.encode.model import ModelEncoder
+from megatron_vl.data.lint.mask import pieces
 from megatron_vl.models import family, load_spec
 from megatron_vl.models.media import MediaLimits, MediaSettings, StoredMedia
-from megatron_vl.models.qwen3_vl.positional_table import interpolated
+from megatron_vl.models.qwen3_vl.positional_table import PositionalTable
 
 
-@pytest.mark.parametrize("grid", [(1, 8, 8), (2, 4, 14), (1, 2, 2), (1, 20, 6)])
-def test_learned_positions_are_interpolated_as_transformers_does(grid):
+def test_learned_positions_are_interpolated_as_transformers_does():
     torch.manual_seed(0)
-    side, width = 8, 5
-    table = torch.randn(side**2, width)
+    side, grids = 8, [(1, 8, 8), (2, 4, 14), (1, 2, 2), (1, 20, 6), (1, 8, 8)]
+    table = PositionalTable(side**2, 5)
     places, weights = get_vision_interpolation_indices_and_weights(
-        torch.tensor([grid]), num_grid_per_side=side, align_corners=True, spatial_merge_size=2
+        torch.tensor(grids), num_grid_per_side=side, align_corners=True, spatial_merge_size=2
     )
-    want = (table[places] * weights[..., None]).sum(1)
-    ours = interpolated(table.unflatten(0, (side, side)), *grid[1:], 2).repeat(grid[0], 1)
-    torch.testing.assert_close(ours, want)
+    want = (table.weight[places] * weights[..., None]).sum(1)
+    torch.testing.assert_close(table(grids, 2), want)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,44 @@ def test_frames_are_evenly_apart_and_have_their_times(media, frames, times, proc
     assert len(found) == processor.shape(media)[0]
     if times is not None:
         assert found == pytest.approx(times)
+
+
+@pytest.fixture(scope="module")
+def encoder(deepstack_model_dir):
+    spec = load_spec(deepstack_model_dir)
+    return ModelEncoder.from_hf_dir(deepstack_model_dir, spec, family(spec.model_type))
+
+
+def asked(*parts):
+    return [Turn(role="user", parts=parts), Turn(role="assistant", parts=(Part(text="b"),))]
+
+
+def test_a_sample_is_shown_with_each_video_once_and_its_times(encoder):
+    image = StoredMedia(kind="image", files=("1",), height=64, width=64)
+    tokens, labels, grids = encoder.encode(
+        asked(Part(media="video"), Part(media="image"), Part(text="?")), [video(5), image])
+    shown = list(pieces(tokens, labels, chat=encoder.chat, media_tokens=encoder.places(grids)))
+    assert [one.media for one in shown if one.media is not None] == [0, 1]
+    said = "".join(one.text for one in shown)
+    assert [said.count(f"<{time} seconds>") for time in ("0.2", "1.2", "2.0")] == [1, 1, 1]
+    assert [one.text for one in shown if one.trained] == ["b", "<|im_end|>"]
+
+
+def test_a_mark_of_a_video_that_a_person_wrote_is_no_video(encoder):
+    mark = Part(text="<|vision_start|><|video_pad|><|vision_end|>")
+    with pytest.raises(BadEntry, match="its text has 2 video marks for 1 videos"):
+        encoder.encode(asked(Part(media="video"), mark), [video(5)])
+
+
+@pytest.mark.parametrize(("first", "travelling"), [(1, 2), (3, 0)])
+def test_a_dry_run_says_how_many_features_travel(first, travelling, tmp_path):
+    done = megatron_vl(
+        "train", "--dry-run", "--hf-config", write(tmp_path, "2B", "qwen3_vl"), "--train-data-path",
+        "none", "--train-iters", 1, "--nproc-per-node", 2, "--pp", 2, "--first-stage-layers", first,
+    )
+    note = f"note: {travelling} of the vision tower's 3 features travel to later stages, so that " \
+           f"stages send {1 + travelling} times the hidden states; with 3 language layers"
+    assert done.code == 0 and (note in done.out) == bool(travelling), done.text
 
 
 def test_what_stands_behind_a_mark_moves_by_what_it_grew():

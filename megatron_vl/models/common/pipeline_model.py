@@ -113,10 +113,9 @@ class PipelineModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.share = RowShare()
-        first_layers = split.layers(LANGUAGE, *split.embedding_chunk)
         self.relay = Relay(
             config, self.share.size, _smallest(spec.vision, split) if self.spans else None,
-            num_features=max(0, features - len(first_layers)) if split.pp > 1 else 0,
+            num_features=spec.travelling_features(split),
         )
         self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None

@@ -1,18 +1,30 @@
 """A table of learned positions over a square, interpolated to the patches of an image.
 
-Letters: S positions a side of the table, h rows and w columns of patches, D width.
+Letters: S positions a side of the table, h rows and w columns of patches, P patches of all images,
+D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 
-def interpolated(
-    table_SSD: torch.Tensor, h: int, w: int, merge: int
-) -> torch.Tensor:
+class PositionalTable(torch.nn.Embedding):
+    """An Embedding so that the weight [S * S, D] has the published name and shape."""
+
+    def forward(self, grids: Sequence[tuple[int, int, int]], merge: int) -> torch.Tensor:
+        """Of every patch, float32 [P, D], in merge-block order; alike in all frames of a grid."""
+        side = round(self.num_embeddings**0.5)
+        table_SSD = self.weight.unflatten(0, (side, side))
+        of_size = {size: interpolated(table_SSD, *size, merge)
+                   for size in dict.fromkeys((h, w) for _, h, w in grids)}
+        return torch.cat([of_size[h, w].repeat(t, 1) for t, h, w in grids])
+
+
+def interpolated(table_SSD: torch.Tensor, h: int, w: int, merge: int) -> torch.Tensor:
     """Of every patch of a frame, float32 [h * w, D], in merge-block order.
 
     Bilinear, with the corners of the table on those of the image. As two matrix products, one a

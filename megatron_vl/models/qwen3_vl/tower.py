@@ -26,7 +26,7 @@ from megatron_vl.models.common.patch_tower import (
 )
 from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.qwen3_vl.block import KeepingBlock
-from megatron_vl.models.qwen3_vl.positional_table import interpolated
+from megatron_vl.models.qwen3_vl.positional_table import PositionalTable
 from megatron_vl.models.qwen3_vl.vision_spec import DeepstackVisionSpec
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.norm import LayerNorm
@@ -69,7 +69,7 @@ class DeepstackTower(MegatronModule):
         if first:
             dtype = config.params_dtype
             self.patch_embed = PatchEmbed(spec, dtype, config.init_method, bias=True)
-            self.pos_embed = torch.nn.Embedding(spec.num_positions, spec.hidden_size, dtype=dtype)
+            self.pos_embed = PositionalTable(spec.num_positions, spec.hidden_size, dtype=dtype)
             config.init_method(self.pos_embed.weight)
         self.decoder = KeepingBlock(
             config=config,
@@ -129,11 +129,7 @@ class DeepstackTower(MegatronModule):
 
     def _embedded(self, patches_PC: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
         hidden_PD = self.patch_embed(patches_PC)
-        side, merge = self.spec.position_side, self.spec.spatial_merge_size
-        table_SSD = self.pos_embed.weight.unflatten(0, (side, side))
-        of_size = {size: interpolated(table_SSD, *size, merge)
-                   for size in dict.fromkeys((h, w) for _, h, w in grids)}
-        positions_PD = torch.cat([of_size[h, w].repeat(t, 1) for t, h, w in grids])
+        positions_PD = self.pos_embed(grids, self.spec.spatial_merge_size)
         return hidden_PD + positions_PD.to(hidden_PD.dtype)
 
 

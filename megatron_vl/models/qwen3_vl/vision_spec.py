@@ -39,11 +39,6 @@ class DeepstackVisionSpec(VisionSpec):
             )
 
     @property
-    def position_side(self) -> int:
-        """Rows, and columns, of the stored table of positions."""
-        return math.isqrt(self.num_positions)
-
-    @property
     def num_features(self) -> int:
         """See `TowerSpec`."""
         return len(self.feature_layers)
