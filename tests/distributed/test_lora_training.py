@@ -388,6 +388,8 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir, tmp_
     assert done.code == 2 and "which had other weights than --load" in done.err, done.text
     done = megatron_vl(*given, "--load", jobs / "language", "--lora-rank", 3)
     assert done.code == 2 and "holds an adapter of the model" in done.err, done.text
+    done = megatron_vl(*given, "--load", jobs / "whole", "--lora-rank", 3)
+    assert done.code == 2 and "add --finetune to take the weights alone" in done.err, done.text
     done = megatron_vl(*given, "--adapter", jobs / "language peft")
     assert done.code == 0 and "of the adapter" in done.out, done.text
 

@@ -44,6 +44,11 @@ def find_checkpoint(
     if not own:
         check_whole(info)
     if not weights_alone(config, info, own):
+        if not own and config.lora.given:
+            raise InputError(
+                f"{info.path} holds the optimizer state of a run that trained all weights, and "
+                f"this run trains an adapter; add --finetune to take the weights alone."
+            )
         _check_options(config, info)
     return _checked(spec, info), own
 
