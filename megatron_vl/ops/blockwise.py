@@ -16,5 +16,6 @@ def quantized_bytes(numel: int, form: str) -> int:
 
 def whole_bytes(numel: int, itemsize: int) -> int:
     """At most, while a weight of `numel` values is made whole: itself and, of a span, the values in
-    fp32 (with those of the span before) and the codes in 32 bits, of two values in NF4."""
-    return numel * itemsize + min(numel, SPAN) * (2 * 4 + 2)
+    fp32, with those of the span before, and the codes of two values each in 32 bits."""
+    before = min(max(numel - SPAN, 0), SPAN)
+    return numel * itemsize + min(numel, SPAN) * (4 + 2) + before * 4

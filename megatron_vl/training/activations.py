@@ -37,7 +37,7 @@ class ActivationMemory:
     in_flight: float  # microbatches whose activations are kept at once
     kept: int  # of all of those, from forward to backward
     losses: int  # while logits exist; 0 but on the last stage
-    layer: int  # in the backward of a language layer
+    layer: int  # in the backward, or the forward, of a language layer
     vision: int  # in the forward or backward of the vision tower
     embedding: int  # while the gradient of the embedding exists
 
@@ -133,7 +133,7 @@ class _Layers:
         if not self.count:
             return 0
         if not self.reached:
-            return 4 * self.stream + self.inner_bytes * (6 if self.activation == "swiglu" else 4)
+            return self.forward
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
         mlp = 2 * self.stream + max(
@@ -148,6 +148,12 @@ class _Layers:
             again *= self.recompute.num_layers
         norm = self.norm_copies * self.stream // self.itemsize * FP32
         return again + max(mlp, norm)
+
+    @property
+    def forward(self) -> int:
+        """What the forward of a layer needs of which nothing is kept: the first linear layer's
+        result, with what a bias or factors add to it, or the activation's steps."""
+        return 4 * self.stream + self.inner_bytes * (6 if self.activation == "swiglu" else 4)
 
     def _beside(self, weight: int) -> int:
         """Of a weight of so many numbers, in its layer's backward."""
@@ -190,6 +196,7 @@ def activation_memory(
         others += 2 * (language.stream + travelling)
     # As they come, in fp32, until a stage's forward is over.
     given = _pixels(plan) * FP32 if vision and not (pixels and itemsize == FP32) else 0
+    in_forward = given + language.forward if plan.recompute.granularity == "full" else 0
     losses, tied_gradient = 0, 0
     if last:
         head = _weight(held, "language_model.output_layer.weight") or _weight(
@@ -208,7 +215,7 @@ def activation_memory(
                         + _gradient(embedding, itemsize) + language.stream)
     return ActivationMemory(
         stage=stage, in_flight=flight, kept=others + microbatch, losses=losses,
-        layer=others + microbatch + language.working + tied_gradient,
+        layer=others + microbatch + max(language.working + tied_gradient, in_forward),
         vision=in_vision, embedding=in_embedding,
     )
 
@@ -353,12 +360,15 @@ def _head(plan: Plan, language: _Layers, head: Held, chunks: int) -> int:
     norm = language.stream // itemsize * FP32 * language.norms + language.stream
     gathered = tokens * language.width * itemsize * (1 + (language.parts > 1))
     weight = _gradient(head, itemsize) if head.trained else 0
-    normalized = _gradient(head, itemsize) if plan.spec.decoder.normalized_head else 0
     logits = _logits(plan, head, -(-tokens // chunks))
     if chunks > 1:
-        return norm + gathered + normalized + logits + weight
-    gradient = tokens * head.shape[0] * itemsize
-    return norm + gathered + normalized + max(logits, gradient + weight)
+        most = logits + weight
+    else:
+        most = max(logits, tokens * head.shape[0] * itemsize + weight)
+    if plan.spec.decoder.normalized_head:
+        # The normalised weight; in its backward also its gradient, and three more as large.
+        most = max(most + _gradient(head, itemsize), 5 * weight)
+    return norm + gathered + most
 
 
 def _tower_ends(plan: Plan) -> tuple[int, int]:

@@ -200,8 +200,8 @@ def _memory_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[
 
 def _activation_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:
     """Of each stage's ranks, the most bytes of every moment of a step."""
-    moments = {"losses": "losses", "layer": "a layer's backward", "vision": "vision tower",
-               "embedding": "embedding's gradient"}
+    moments = {"losses": "losses", "layer": "language layer", "vision": "vision tower",
+               "embedding": "embedding"}
     if plan.spec.vision is None:
         del moments["vision"]
     yield ("activations, at most", "microbatches", "kept", *moments.values(), "peak GiB",

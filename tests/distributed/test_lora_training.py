@@ -166,6 +166,11 @@ def test_a_rank_holds_what_a_dry_run_says(name, jobs, model_dir):
         assert 0.9 * said.optimizer_bytes < ours["optimizer"] <= said.optimizer_bytes
 
 
+def test_training_imports_no_library_for_the_cards_of_one_maker(jobs):
+    imported = {*held(jobs, "tp2", 0)["imported"]}
+    assert "megatron" in imported and not imported & {"bitsandbytes", "xformers", "deepspeed"}
+
+
 @pytest.mark.parametrize("name", [name for name in SHORT if name.startswith("tp2")])
 def test_what_tensor_parallel_ranks_hold_alike_stays_so(name, jobs):
     one, other = (held(jobs, name, rank)["alike"] for rank in range(2))

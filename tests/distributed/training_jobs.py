@@ -92,7 +92,7 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
     held = what_is_held(trainer)
     trainer.close()
     return {"said": describe(plan, platform), "rates": rates, "vision graph": any(graphs), **held,
-            **watched}
+            "imported": sorted({name.partition(".")[0] for name in sys.modules}), **watched}
 
 
 def what_is_held(trainer) -> dict:

@@ -19,6 +19,7 @@ from megatron_vl.cli.main import run
 FOLDER = ROOT / "examples" / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 ROOM = 64  # GiB of a card's 80: activations, and what libraries take, need the rest
+SMALL_ROOM = 14  # of a card's 16, activations included
 NODE = 8  # GPUs
 MODELS = {  # how files and tables name a model -> its model_type
     "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen_vl": "qwen", "qwen2_5": "qwen2",
@@ -38,6 +39,8 @@ class Dry:
     rows = property(lambda self: re.findall(
         r"^stage \d+ .* (\d+\.\d\d)(?: +([\d,]+))?$", self.text, re.M))
     gib = property(lambda self: max(float(device) for device, _ in self.rows))
+    with_activations = property(lambda self: max(map(float, re.findall(
+        r"^on stage \d+ .* (\d+\.\d\d)$", self.text, re.M))))
     host = property(lambda self: max(
         int(host.replace(",", "") or 0) for _, host in self.rows) / 2**30)
 
@@ -71,8 +74,9 @@ def named(file: Path) -> tuple[str, str, int]:
     """Model, size and number of GPUs, of a file's name and its model-size."""
     size = yaml.safe_load(file.read_text())["model-size"]
     spelled = re.sub(r"\W", "_", size.lower())
-    name, gpus = re.fullmatch(rf"(\w+)_{spelled}(?:_lora)?_(\d+)gpu", file.stem).groups()
-    return name, size, int(gpus)
+    name, gpus, cards = re.fullmatch(
+        rf"(\w+)_{spelled}(?:_lora)?_(?:(\d+)gpu|(?:(\d+)x)?16gb)", file.stem).groups()
+    return name, size, int(gpus or cards or 1)
 
 
 def table(readme: str, heading: str) -> list[list[str]]:
@@ -87,6 +91,7 @@ def test_a_file_fits_its_gpus_and_says_why_of_every_key(file, dry, capsys):
     done = dry(capsys, name, size, gpus, "--config", str(file))
     assert done.code == 0, done.text
     assert done.gib <= ROOM
+    assert "16gb" not in file.stem or done.with_activations <= SMALL_ROOM
     head, lines = [], file.read_text().splitlines()
     while lines[0].startswith("#"):
         head.append(lines.pop(0))
@@ -120,3 +125,17 @@ def test_what_has_no_file_does_not_fit(dry, capsys):
         done = dry(capsys, name, size, int(gpus), *options.strip("`").split())
         assert done.code == 0 and f"{done.gib:.1f}" == gib and done.gib > ROOM, done.text
         assert (name, size, int(gpus)) not in map(named, FILES)
+
+
+def test_what_a_7b_takes_of_small_cards_is_what_a_dry_run_says(dry, capsys):
+    """Of examples/baichuan2/README.md, whose rows name a file, and whose columns a row's length."""
+    readme, chinese = "examples/baichuan2/README.md", "examples/baichuan2/README_zh.md"
+    rows = table(readme, "configuration")
+    assert rows == table(chinese, "配置")
+    files = {file.stem: file for file in FILES if "16gb" in file.stem}
+    assert sorted(row[0].strip("`") for row in rows) == sorted(files)
+    for stem, *cells in rows:
+        file = files[stem.strip("`")]
+        for length, cell in zip((512, 1024, 2048), cells, strict=True):
+            done = dry(capsys, *named(file), "--config", str(file), "--seq-length", str(length))
+            assert done.code == 0 and f"{done.with_activations:.2f}" == cell, done.text

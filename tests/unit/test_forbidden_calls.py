@@ -18,6 +18,7 @@ CALLS = {  # calls, by how they are written
 ARGUMENTS = {  # (keyword, its value) of any call
     ("weights_only", False), ("shell", True), ("trust_remote_code", True), ("allow_pickle", True),
 }
+ONE_MAKER = {"bitsandbytes", "xformers", "deepspeed"}
 VARIABLES = re.compile("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD|HF_TRUST_REMOTE_CODE")
 ALLOWED = {
     # Taken out of a rank's environment, whatever a shell has set.
@@ -58,6 +59,18 @@ def test_nothing_runs_what_a_file_or_a_user_wrote():
              for path in sources()}
     assert len(found) > 100
     assert {name: what for name, what in found.items() if what - ALLOWED.get(name, set())} == {}
+
+
+def test_the_program_is_bound_to_the_cards_of_no_maker():
+    found = []
+    for path in sorted((ROOT / "megatron_vl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            asks = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.version.cuda"
+            if asks or ONE_MAKER & {name.partition(".")[0] for name in names}:
+                found.append((path.name, ast.unparse(node)))
+    assert not found
 
 
 def test_shell_scripts_evaluate_no_text_and_set_no_such_variable():

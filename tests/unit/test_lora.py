@@ -255,7 +255,7 @@ def test_a_scale_is_not_rounded_to_the_weights_precision(dtype):
     a, b = torch.ones(1, 1, dtype=dtype), torch.rand(4096, 1, generator=generator).to(dtype)
     lora = Lora(a, b, torch.full((4096, 1), scale), cut=0, dropout=0.0, sequence_parallel=False,
                 group=torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1))
-    added = lora(torch.ones(1, 1, 1, dtype=dtype))
+    added = lora(torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 4096, dtype=dtype))
     assert added.dtype == dtype
     whole = added.detach().double().sum() / b.double().sum()
     assert whole.item() == pytest.approx(scale, rel=5e-4)

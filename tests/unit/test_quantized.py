@@ -73,7 +73,7 @@ def test_int8_is_the_nearest_of_255_levels(dtype):
 @pytest.mark.parametrize("shape", [(201,), (128 * 96,), (128, 128), (500, 257)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitsandbytes_says_the_same_where_it_is_installed(dtype, shape):
-    bnb = pytest.importorskip("bitsandbytes.functional", reason="'bitsandbytes>=0.50,<0.51'")
+    bnb = pytest.importorskip("bitsandbytes", minversion="0.50").functional
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(bnb.get_4bit_type("nf4", device="cpu"), torch.tensor(LEVELS["nf4"]))
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)

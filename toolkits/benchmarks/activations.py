@@ -130,11 +130,11 @@ def measure(args: argparse.Namespace, options: dict) -> tuple[int, int]:
     if row.pixel_patches is not None:
         options = options | {"max_patches_per_row": len(row.pixel_patches)}
     plan = plan_run(TrainConfig.from_dict({
-        "hf_config": str(args.hf_dir), "load": str(args.hf_dir), "bf16": True,
+        "hf_config": str(args.hf_dir), "bf16": True,
         "train_data_path": str(args.hf_dir), "seq_length": args.seq_length,
         # gloo shards gradients by way of a copy, which no device needs.
         "use_distributed_optimizer": False, **options,
-    }), 1)
+    }), 1, here=False)
     platform = initialize(plan.layout)
     model = build_model(plan, platform, initialize_weights=True)
     build_optimizer(plan, model, platform)
