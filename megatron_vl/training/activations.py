@@ -25,9 +25,8 @@ from megatron_vl.training.plan import Plan
 # Of the default of cross-entropy-chunks: logits are to be at most this share of a rank's memory,
 # and smaller ones than this many bytes are not worth a second computation.
 LOGITS_SHARE, LOGITS_FLOOR = 1 / 10, 2**28
-ACTIVATION_KEPT = {"swiglu": 3, "quick_gelu": 2, "gelu": 1, "gelu_pytorch_tanh": 1,
-                   "silu": 1}  # tensors [T, F], but the
-# result: gate and value, silu; the input, its sigmoid; the input
+# Tensors [T, F], but the result: gate and value, silu; the input, its sigmoid; the input.
+ACTIVATION_KEPT = {"swiglu": 3, "quick_gelu": 2, "gelu": 1, "gelu_pytorch_tanh": 1, "silu": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,10 +183,17 @@ def activation_memory(
     # What enters a stage, unless its first layer keeps it, and what leaves it: until its gradient
     # has come.
     borders = language.stream * ((plan.recompute.granularity != "full") + (not last))
+    # Features that language layers are to add are kept by those that are computed again, and with
+    # what enters and leaves a stage.
+    travelling = plan.spec.travelling_features(plan.split) * language.stream
+    borders += travelling * ((stage > plan.split.embedding_chunk[0]) + (not last))
+    if first and plan.spec.vision is not None and plan.recompute.granularity == "full":
+        borders += plan.spec.vision.num_features * language.stream
     microbatch = sum(tower.kept for tower in towers) + pixels + merger + borders
     others = round((flight - 1) * microbatch)
     if stage > 0:
-        others += 2 * language.stream  # received ahead, and the gradient that is sent back
+        # Received ahead, and the gradient that is sent back.
+        others += 2 * (language.stream + travelling)
     # As they come, in fp32, until a stage's forward is over.
     given = _pixels(plan) * FP32 if vision and not (pixels and itemsize == FP32) else 0
     in_forward = given + language.forward if plan.recompute.granularity == "full" else 0
@@ -373,5 +379,5 @@ def _tower_ends(plan: Plan) -> tuple[int, int]:
     trained = MERGER not in trainable.frozen or MERGER in trainable.adapted
     if not trained and VISION in trainable.still:
         return pixels, 0
-    inner = _patches(plan) * vision.hidden_size
+    inner = _patches(plan) * vision.hidden_size * (1 + vision.num_features)  # of every merger
     return pixels, inner * FP32 + inner * itemsize * (1 + 2 * trained) // plan.layout.vit_tp
