@@ -2,7 +2,7 @@
 # From a fresh machine to a trained Hugging Face directory, in about 10 minutes on two cores, without
 # a GPU: each step is the command a user would type, printed before it runs.
 #   bash examples/quickstart.sh [--family qwen2_vl]
-#   --family     qwen2_vl, qwen2_5_vl, qwen_vl or baichuan2 (default: qwen2_vl)
+#   --family     qwen2_vl, qwen2_5_vl, qwen3_vl, qwen_vl or baichuan2 (default: qwen2_vl)
 #   WORK=dir     where everything is written (default: .quickstart)
 #   VENV=dir     the environment to make or reuse (default: .venv)
 #   PYTHON=path  the Python to make it with (default: python3)
@@ -22,7 +22,7 @@ IMAGES=(--patch-size 8 --min-pixels 4096 --max-pixels 4096)
 QUESTIONS=() TRAIN=() ASK=() PRETRAIN=300 FINETUNE=550
 CONVERTOR=toolkits/hf2mcore_convertor.sh
 case $FAMILY in
-  qwen2_vl | qwen2_5_vl)
+  qwen2_vl | qwen2_5_vl | qwen3_vl)
     SIZES+=(--hidden-size 64 "${IMAGES[@]}")
     LAUNCHER=examples/$FAMILY/run_mcore_qwen.sh
     CONVERTOR=toolkits/model_checkpoints_convertor/qwen/hf2mcore_${FAMILY}_convertor.sh
@@ -42,7 +42,7 @@ case $FAMILY in
     PRETRAIN=100 FINETUNE=400
     ;;
   *)
-    echo "quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen_vl or baichuan2, not '$*'." >&2
+    echo "quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen3_vl, qwen_vl or baichuan2, not '$*'." >&2
     exit 2
     ;;
 esac
@@ -103,7 +103,7 @@ train() {
   # Its tower begins to see shapes late, and not at a low rate.
   [ "$FAMILY $1" != "qwen_vl pretrain" ] || schedule=constant_with_warmup
   case $FAMILY in
-    qwen2_vl | qwen2_5_vl)
+    qwen2_vl | qwen2_5_vl | qwen3_vl)
       [ "$1" = pretrain ] || options="$options --finetune"
       run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="$options" \
         bash "$LAUNCHER" \

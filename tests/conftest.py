@@ -139,6 +139,14 @@ def model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_model_dir(shared) -> Path:
+    """The same, wide enough that two tensor-parallel ranks cut no block of 64 values."""
+    return shared.made("wide_model", lambda out: _tiny(
+        out, "--hidden-size", 128, "--ffn-size", 128, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
 def text_model_dir(shared) -> Path:
     """The same without eyes: Qwen2."""
     return shared.made("text_model", lambda out: _tiny(
@@ -189,6 +197,24 @@ def experts_model_dir(shared) -> Path:
     """Qwen3 with four experts in every layer, two for each token."""
     return shared.made("experts_model", lambda out: _tiny(
         out, "--model-type", "qwen3_moe", "--hidden-size", 64,
+        "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
+def wide_experts_model_dir(shared) -> Path:
+    """The same, as wide as `wide_model_dir`."""
+    return shared.made("wide_experts_model", lambda out: _tiny(
+        out, "--model-type", "qwen3_moe", "--hidden-size", 128, "--ffn-size", 256, "--ranks", 1500,
+        "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
+def deepstack_model_dir(shared) -> Path:
+    """Qwen3-VL: three of four vision layers have a feature for the first language layers."""
+    return shared.made("deepstack_model", lambda out: _tiny(
+        out, "--model-type", "qwen3_vl", "--hidden-size", 64,
         "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
     ))
 

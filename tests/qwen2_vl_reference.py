@@ -1,5 +1,5 @@
-"""transformers' processors of Qwen2-VL and Qwen2.5-VL, with PIL in place of torchvision; and what
-their chat template is to write, spelled out."""
+"""transformers' processors of Qwen2-VL and those after it, with PIL in place of torchvision; and
+what their chat templates are to write, spelled out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
 from megatron_vl.data.encode.samples import IGNORE
 
-_MODULE = "transformers.models.qwen2_vl.video_processing_qwen2_vl"
+_MODULE = "transformers.models.{0}.video_processing_{0}"
 _STUBS = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2",
           "torchvision.transforms.v2.functional")
 
@@ -33,25 +33,31 @@ def load_processor(hf_dir, kind=Qwen2VLProcessor, **video_settings):
             pass
 
     images = AutoImageProcessor.from_pretrained(hf_dir, backend="pil")
-    videos = video_processor_class().from_pretrained(
+    videos = video_processor_class(*_VIDEOS.get(kind.__name__, _VIDEOS[None])).from_pretrained(
         hf_dir, do_convert_rgb=False, cap_pixels_per_frame=False, **video_settings
     )
     videos.pil = images
     return ImageAndVideoProcessor(images, AutoTokenizer.from_pretrained(hf_dir), videos)
 
 
+_VIDEOS = {  # of a processor, by its name, the folder and the class of its videos'
+    None: ("qwen2_vl", "Qwen2VLVideoProcessor"),
+    "Qwen3VLProcessor": ("qwen3_vl", "Qwen3VLVideoProcessor"),
+}
+
+
 @cache
-def video_processor_class():
-    """Qwen2VLVideoProcessor, whose pixels are PIL's.
+def video_processor_class(folder: str, name: str):
+    """transformers' class, whose pixels are PIL's.
 
     Sampling, sizes, grids and the layout of patches are transformers' own code. Its resizing,
     rescaling and normalising are torchvision's, which differ in the last bits from PIL's, frame by
     frame: there it calls transformers' PIL image processor.
     """
-    reference = _module().Qwen2VLVideoProcessor
+    reference = getattr(_module(folder), name)
 
     class PilPixels(reference.__mro__[1]):
-        """Stands where Qwen2VLVideoProcessor looks for `super()`."""
+        """Stands where the class looks for `super()`."""
 
         pil: PilBackend  # the image processor
 
@@ -75,16 +81,17 @@ def video_processor_class():
     return PilVideoProcessor
 
 
-def _module():
+def _module(folder: str):
     """transformers' module of the video processor, executed for this test alone.
 
     It imports torchvision, of which it needs only functions that `PilPixels` replaces. An empty
     stand-in is there while it is executed, and neither is left behind for other tests to find.
     """
-    path = Path(transformers.__file__).parent / "models/qwen2_vl/video_processing_qwen2_vl.py"
-    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    name = _MODULE.format(folder)
+    path = Path(transformers.__file__).parents[1] / f"{name.replace('.', '/')}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    meanwhile = {_MODULE: module}  # transformers' decorators look for the class' module
+    meanwhile = {name: module}  # transformers' decorators look for the class' module
     if importlib.util.find_spec("torchvision") is None:
         meanwhile |= {name: types.ModuleType(name) for name in _STUBS}
         for name in _STUBS[1:]:
@@ -101,15 +108,29 @@ def _module():
     return module
 
 
-def spelled(turns, counts):
+def published_text(text):
+    """A template's text as transformers' Qwen3VLProcessor is to read it.
+
+    Its version 4 puts the frames in the place of a video's three marks, as the model was trained;
+    version 5 in that of the middle one.
+    """
+    return text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
+
+
+def spelled(turns, counts, *, system="You are a helpful assistant.", times=None):
     """The text as the published template is to write it, and the characters of each answer.
 
     An answer goes from its own first character to the end of its end token.
+
+    Args:
+        system: where no turn is the system's; empty: nothing is said then.
+        times: of every video, the seconds of its frames, where they are written.
     """
     counts = {kind: iter(numbers) for kind, numbers in counts.items()}
+    times = iter(times or ())
     text, answers = "", []
-    if turns[0].role != "system":
-        text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    if turns[0].role != "system" and system:
+        text = f"<|im_start|>system\n{system}<|im_end|>\n"
     for turn in turns:
         text += f"<|im_start|>{turn.role}\n"
         begin = len(text)
@@ -117,8 +138,13 @@ def spelled(turns, counts):
             if part.media is None:
                 text += part.text
             else:
-                pads = f"<|{part.media}_pad|>" * next(counts[part.media])
-                text += f"<|vision_start|>{pads}<|vision_end|>"
+                count, shown = next(counts[part.media]), [None]
+                if part.media == "video":
+                    shown = next(times, shown)
+                for second in shown:
+                    pads = f"<|{part.media}_pad|>" * (count // len(shown))
+                    text += "" if second is None else f"<{second:.1f} seconds>"
+                    text += f"<|vision_start|>{pads}<|vision_end|>"
         text += "<|im_end|>"
         if turn.role == "assistant":
             answers.append((begin, len(text)))

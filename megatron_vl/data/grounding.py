@@ -122,12 +122,15 @@ def _in_json(turns: Sequence[Turn], form: JsonGrounding, pixels: Pixels) -> tupl
         if len(box.points) == 4:
             raise BadEntry("not served", "it has a place with four corners, for which the model's "
                                          "family has no form; give the two corners of a box")
-        if box.image is None and len(images) != 1:
+        if form.scale is None and box.image is None and len(images) != 1:
             raise BadEntry("not served", f"it has a box that does not say which of its "
                                          f"{len(images)} images it is in, and the model's family "
                                          f"counts that image's pixels; give image_id, and prepare "
                                          f"it again")
-        scale = pixels(images[0] if box.image is None else box.image)
+        if form.scale is not None:
+            scale = form.scale, form.scale
+        else:
+            scale = pixels(images[0] if box.image is None else box.image)
         numbers = [at for point in in_parts(box, scale) for at in point]
         key = form.point if len(box.points) == 1 else form.box
         return json.dumps({key: numbers, **label}, ensure_ascii=False)

@@ -60,6 +60,7 @@ class DecoderSpec:
     max_position_embeddings: int  # tokens
     init_std: float  # standard deviation of freshly drawn weights
     qk_norm: bool = False  # queries and keys are normalised, head by head
+    rope_interleaved: bool = False  # the axes take turns at the channels, not a run of them each
     experts: ExpertsSpec | None = None  # None: every layer has an MLP of `ffn_hidden_size`
     normalized_head: bool = False  # the output layer's rows are divided by their length (NormHead)
 
@@ -76,6 +77,13 @@ class DecoderSpec:
             raise InputError(
                 f"config.json's mrope_section {list(self.rope_sections)} sums to "
                 f"{sum(self.rope_sections)}; it must be half of the head width {self.head_dim}."
+            )
+        axes = len(self.rope_sections)
+        if self.rope_interleaved and axes * max(self.rope_sections[1:]) > sum(self.rope_sections):
+            raise InputError(
+                f"config.json's mrope_section {list(self.rope_sections)} leaves too few of the "
+                f"{sum(self.rope_sections)} channels for axes that take turns; copy the model's "
+                f"own config.json."
             )
 
     def forward_flops(self, lengths: Sequence[int], trained: int) -> int:

@@ -84,6 +84,14 @@ class Processor(Protocol):
     def seconds(self, media: StoredMedia) -> float:
         """Of a video, from one frame of its grid to the next; 0 of an image."""
 
+    def times(self, media: StoredMedia) -> Sequence[float]:
+        """Of a video, the second at which each frame of its grid is shown, where the model reads
+        it (`TokenIds.timestamp`); else none.
+
+        Raises:
+            BadMedia: as `frames`.
+        """
+
     def load(
         self, media: StoredMedia, frames: Iterable[Image.Image], out: torch.Tensor | None = None
     ) -> torch.Tensor:

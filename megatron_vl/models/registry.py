@@ -36,6 +36,7 @@ _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen2_vl": "qwen2_vl",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_vl": "qwen3_vl",
 }
 
 

@@ -35,12 +35,13 @@ class Grounding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JsonGrounding:
-    """How a family writes objects as JSON: `{"BOX": [x1, y1, x2, y2], "LABEL": "the cat"}`, in
-    pixels of the resized image; for four corners it has no form."""
+    """How a family writes objects as JSON: `{"BOX": [x1, y1, x2, y2], "LABEL": "the cat"}`; for
+    four corners it has no form."""
 
     point: str  # the key of one point
     box: str  # of two corners
     label: str  # of what the object is called
+    scale: int | None = None  # parts of the image's sides; None: pixels of the resized image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,9 @@ class TokenIds:
     vision_start: int | None = None
     vision_end: int | None = None
     spanned: bool = False  # all between these two stands for an image, whatever its ids are
+    # What is written before every frame of a video, each of which then is between these two, of
+    # the second at which it is shown; None: a video is one place.
+    timestamp: str | None = None
     grounding: Grounding | JsonGrounding | None = None  # None: the family has no form for objects
     bos: int | None = None
     eos: int | None = None
@@ -93,6 +97,12 @@ class ModelSpec:
             raise InputError(
                 f"config.json's vision tower ends {self.vision.out_hidden_size} wide but the "
                 f"language model is {self.decoder.hidden_size} wide; make them equal."
+            )
+        features = 0 if self.vision is None else self.vision.num_features
+        if features > self.decoder.num_layers:
+            raise InputError(
+                f"config.json's vision tower hands features to {features} language layers, but "
+                f"there are {self.decoder.num_layers}."
             )
 
     def takes_text_alone(self, option: str, value: object) -> InputError:
@@ -185,6 +195,13 @@ class ModelSpec:
                 f"{layout.tp} times; add --sequence-parallel."
             )
 
+    def travelling_features(self, split: StageSplit) -> int:
+        """Features of the tower that chunks hand on, for language layers of later ones."""
+        if self.vision is None or split.pp == 1:
+            return 0
+        first = split.layers(LANGUAGE, *split.embedding_chunk)
+        return max(0, self.vision.num_features - len(first))
+
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding under tensor parallelism: the next multiple of `tp`."""
         return -(-self.decoder.vocab_size // tp) * tp
@@ -244,7 +261,8 @@ class ModelSpec:
 def _position_args(decoder: DecoderSpec) -> dict:
     if len(decoder.rope_sections) == 1:
         return {"position_embedding_type": "rope"}
-    return {"position_embedding_type": "mrope", "mrope_section": list(decoder.rope_sections)}
+    return {"position_embedding_type": "mrope", "mrope_section": list(decoder.rope_sections),
+            **({"mrope_interleaved": True} if decoder.rope_interleaved else {})}
 
 
 def _expert_args(experts: ExpertsSpec | None) -> dict:

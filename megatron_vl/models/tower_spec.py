@@ -71,11 +71,19 @@ class TowerSpec(Protocol):
     def only_grid(self) -> tuple[int, int, int] | None:
         """Of every image, where all are brought to one size; None: an image keeps its own."""
 
+    @property
+    def num_features(self) -> int:
+        """Embeddings that every token has beside its own, for the first language layers to add, one
+        each (deepstack); 0: there are none."""
+
     def num_tokens(self, grid: Sequence[int]) -> int:
         """Tokens that the decoder sees of an image or video."""
 
-    def states(self, grids: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Shape of the hidden states of these grids between layers: patches, width."""
+    def states(self, grids: Sequence[Sequence[int]], layer: int) -> tuple[int, int]:
+        """Shape of what enters layer `layer`, from 0, of these grids: patches, and numbers of each.
+
+        That is the width, and what earlier layers keep of a patch for the features.
+        """
 
     def forward_flops(self, grid: tuple[int, int, int]) -> int:
         """FLOPs of a forward pass over one image or video."""
@@ -143,6 +151,11 @@ class VisionSpec:
     # ---- what pipeline and fusion ask, whatever the tower is ----------------------------------
 
     @property
+    def num_features(self) -> int:
+        """See `TowerSpec`."""
+        return 0
+
+    @property
     def divided(self) -> dict[str, int]:
         """See `TowerSpec`."""
         return {"vision attention heads": self.num_heads, "vision ffn width": self.stored_ffn_size,
@@ -162,8 +175,8 @@ class VisionSpec:
         """Tokens that the decoder sees of an image or video of t x h x w patches."""
         return math.prod(grid) // self.spatial_merge_size**2
 
-    def states(self, grids: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Shape of the hidden states of these grids between layers: patches, width."""
+    def states(self, grids: Sequence[Sequence[int]], layer: int) -> tuple[int, int]:
+        """See `TowerSpec`."""
         return sum(map(math.prod, grids)), self.hidden_size
 
     def forward_flops(self, grid: tuple[int, int, int]) -> int:

@@ -6,7 +6,7 @@ BLOCK = 64  # values of the flattened weight that share a scale
 BITS = {"nf4": 4, "int8": 8}  # of a value's code, by the name of the form
 FORMS = tuple(BITS)
 SCALE_BYTES = 4  # of a block's largest magnitude, in fp32
-SPAN = 2**22  # values that are worked on at a time: temporaries are a few tens of MiB
+SPAN = 2**21  # values that are worked on at a time: temporaries take a few tens of MiB
 
 
 def quantized_bytes(numel: int, form: str) -> int:

@@ -5,7 +5,7 @@
 | `rotary` | Triton's |
 | `swiglu` | liger-kernel's, else Megatron-Core's, made by torch.compile |
 | `quick_gelu` | Triton's, with the bias |
-| `gelu`, `silu` | torch has one |
+| `gelu`, `gelu_pytorch_tanh`, `silu` | torch has one |
 
 The reference runs everywhere. A kernel runs on a device that gains by it, if what it is written
 with is installed. torch.compile could make all of them, but its wrappers cost the host a tenth of a
@@ -36,6 +36,10 @@ def quick_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tenso
 
 def gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return F.gelu(_biased(x, bias))
+
+
+def gelu_tanh(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.gelu(_biased(x, bias), approximate="tanh")
 
 
 def silu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,9 +92,10 @@ OPERATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
     "swiglu": {"liger": _liger_swiglu, "compiled": _compiled_swiglu, REFERENCE: lambda: swiglu},
     "quick_gelu": {"triton": _triton_quick_gelu, REFERENCE: lambda: quick_gelu},
     "gelu": {REFERENCE: lambda: gelu},
+    "gelu_pytorch_tanh": {REFERENCE: lambda: gelu_tanh},
     "silu": {REFERENCE: lambda: silu},
 }
-ACTIVATIONS = ("quick_gelu", "gelu", "silu")  # of a layer without a gate
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "silu")  # of a layer without a gate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

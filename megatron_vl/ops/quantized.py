@@ -52,6 +52,7 @@ class QuantizedTensor(torch.Tensor):
     codes: torch.Tensor
     scales: torch.Tensor
     form: str
+    by_byte: torch.Tensor  # what every byte stands for, float32 [256, c]
 
     # A function of Python's is run as it is; its operators come to __torch_dispatch__.
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -63,6 +64,7 @@ class QuantizedTensor(torch.Tensor):
     ) -> QuantizedTensor:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         made.codes, made.scales, made.form = codes, scales, form
+        made.by_byte = _by_byte(form, codes.device)
         return made
 
     @classmethod
@@ -91,7 +93,7 @@ class QuantizedTensor(torch.Tensor):
             blocks = F.pad(part, (0, -count % BLOCK)).view(-1, BLOCK)
             scales = blocks.abs().amax(1)
             # Of a block of zeros too, whose scale stays zero.
-            ratios = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+            ratios = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
             codes = torch.bucketize(ratios, bounds, out_int32=True).view(-1)
             codes = codes[: count + count % per_byte].to(torch.uint8)
             if per_byte == 2:
@@ -103,25 +105,19 @@ class QuantizedTensor(torch.Tensor):
     @torch.no_grad()
     def dequantize(self) -> torch.Tensor:
         """The whole weight: a level times its block's scale, in fp32, rounded to the dtype."""
-        whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        whole = self.codes.new_empty(self.shape, dtype=self.dtype)
         flat, per_byte = whole.view(-1), 8 // BITS[self.form]
-        by_byte = _by_byte(self.form, self.device)
         for start in range(0, flat.numel(), SPAN):
             count = min(SPAN, flat.numel() - start)
             at, block = start // per_byte, start // BLOCK
             codes = self.codes[at : at + -(-count // per_byte)]
-            values = by_byte.index_select(0, codes.int()).view(-1)[:count]
+            values = self.by_byte.index_select(0, codes.int()).view(-1)[:count]
             full = count // BLOCK
             values[: full * BLOCK].view(-1, BLOCK).mul_(self.scales[block : block + full, None])
             if count % BLOCK:
                 values[full * BLOCK :].mul_(self.scales[block + full])
             flat[start : start + count] = values
         return whole
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
 
     @classmethod
     def __torch_dispatch__(
@@ -139,6 +135,11 @@ class QuantizedTensor(torch.Tensor):
         return f"{type(self).__name__}({self.form}, {list(self.shape)}, {self.dtype})"
 
 
+def stored(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What is in memory of a weight: itself, or its codes and scales."""
+    return (weight.codes, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
+
+
 @cache
 def _levels(form: str, device: torch.device) -> torch.Tensor:
     """float32, ascending."""
@@ -147,6 +148,6 @@ def _levels(form: str, device: torch.device) -> torch.Tensor:
 
 @cache
 def _by_byte(form: str, device: torch.device) -> torch.Tensor:
-    """The levels that every byte stands for, float32 [256, c]."""
+    """float32 [256, c]."""
     levels = _levels(form, device)
     return levels[:, None] if BITS[form] == 8 else torch.cartesian_prod(levels, levels)

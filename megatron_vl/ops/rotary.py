@@ -34,12 +34,15 @@ def rotate(x_sbXH: torch.Tensor, cos_sb1R: torch.Tensor, sin_sb1R: torch.Tensor)
 
 
 def section_angles(
-    positions_3bs: torch.Tensor, *, base: float, head_dim: int, sections: Sequence[int]
+    positions_3bs: torch.Tensor, *, base: float, head_dim: int, sections: Sequence[int],
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """Angles fp32 [s, b, 1, R] of positions in several axes: angle r is position * base^(-2r/H).
 
     Each axis turns its own section of a head: the first `sections[0]` angles the first axis, and so
-    on (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    on (Qwen2-VL, arXiv 2409.12191, section 2.1). Interleaved, the axes take turns angle by angle
+    until a section is used up, and the first axis has what is left (Qwen3-VL, arXiv 2511.21631,
+    section 2.1).
 
     Args:
         positions_3bs: int64 [axes, b, s].
@@ -48,8 +51,15 @@ def section_angles(
     device = positions_3bs.device
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     inverse_R = 1.0 / base**exponents
-    parts = [
-        positions_3bs[axis].float()[..., None] * inverse
-        for axis, inverse in enumerate(inverse_R.split(list(sections)))
-    ]
-    return torch.cat(parts, dim=-1).transpose(0, 1).unsqueeze(2)
+    if interleaved:
+        axes = len(sections)
+        angles_bsR = positions_3bs[0].float()[..., None] * inverse_R
+        for axis in range(1, axes):
+            its = slice(axis, axes * sections[axis], axes)
+            angles_bsR[..., its] = positions_3bs[axis].float()[..., None] * inverse_R[its]
+    else:
+        angles_bsR = torch.cat([
+            positions_3bs[axis].float()[..., None] * inverse
+            for axis, inverse in enumerate(inverse_R.split(list(sections)))
+        ], dim=-1)
+    return angles_bsR.transpose(0, 1).unsqueeze(2)

@@ -90,9 +90,10 @@ def make_samples(spec: ModelSpec, case: Case, seed: int = 0) -> list[EncodedSamp
     for number, grids in enumerate(case.images):
         tokens = text(3 + number % 3)
         for grid in grids:
-            tokens += [spec.tokens.vision_start]
-            tokens += [_placeholder(spec, grid)] * spec.vision.num_tokens(grid)
-            tokens += [spec.tokens.vision_end, *text(2)]
+            runs = grid[0] if spec.tokens.timestamp else 1  # each frame of a video by itself
+            places = [_placeholder(spec, grid)] * (spec.vision.num_tokens(grid) // runs)
+            for _ in range(runs):
+                tokens += [spec.tokens.vision_start, *places, spec.tokens.vision_end, *text(2)]
         prompt = len(tokens)
         tokens = torch.tensor(tokens + text(5 + number))
         labels = torch.full_like(tokens, IGNORE)

@@ -36,9 +36,12 @@ def sweep(spec: ModelSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
     Pipelines with an even and, where there is one, an uneven first stage, and, under sequence
     parallelism or without tensor parallelism, with the vision tower over several chunks; all with
     and without two virtual stages, and with every context parallelism. With sequence parallelism
-    the last of these splits again with images divided over tensor-parallel ranks.
+    the last of these splits again with images divided over tensor-parallel ranks. Where features
+    of the tower may travel, two stages by themselves also have every number of language layers on
+    the first that lets some, none, and all but one.
     """
     sizes = [size for size in range(1, ranks + 1) if not ranks % size]
+    features = 0 if spec.vision is None else spec.vision.num_features
     for cp, tp, pp, vp, sequence_parallel in product(sizes, sizes, sizes, (1, 2), (False, True)):
         if ranks % (tp * pp * cp) or (vp > 1 and pp == 1) or (sequence_parallel and tp == 1):
             continue
@@ -47,9 +50,11 @@ def sweep(spec: ModelSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
             sequence_parallel=sequence_parallel,
         )
         firsts = range(1, spec.decoder.num_layers) if pp > 1 else ()
+        if travels := features and pp == ranks == 2 and vp == 1:
+            firsts = [*range(1, features + 1), spec.decoder.num_layers - 1, 0]
         found = [split for first in (None, *firsts)
                  if (split := _fitting(spec, layout, first_stage_layers=first))]
-        splits = list(dict.fromkeys(found))[:2]
+        splits = list(dict.fromkeys(found))[: None if travels else 2]
         if spec.vision is not None and pp > 1 and (tp == 1 or sequence_parallel):
             spread = _fitting(spec, layout, **_spread(spec, pp * vp))
             splits += [spread] if spread and not _has_an_empty_chunk(spread) else []

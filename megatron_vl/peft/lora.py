@@ -55,14 +55,16 @@ class Lora(torch.nn.Module):
             # Alike on all ranks but seen by other tokens on each: Megatron-Core sums the gradient.
             alike.sequence_parallel = self.sequence_parallel
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What is added to the layer's output, of the layer's input."""
+    def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The layer's output for its input x, with what the factors add."""
         narrow = F.linear(self._dropped(x), self.a)
         if self.group.size() > 1:
             narrow = self._exchanged(narrow)
         # [rows, k, r]: a row's own block holds its B, the others zeros.
         wide = (self.b.unsqueeze(1) * self.spread.unsqueeze(2)).flatten(1)
-        return F.linear(narrow, wide.to(narrow.dtype))
+        # One product that adds: the sum by itself would pass over two more tensors as wide.
+        added = torch.addmm(output.flatten(0, -2), narrow.flatten(0, -2), wide.to(narrow.dtype).t())
+        return added.view_as(output)
 
     def _exchanged(self, narrow: torch.Tensor) -> torch.Tensor:
         if self.cut == 0 and self.sequence_parallel:
@@ -131,7 +133,7 @@ def is_second(name: str) -> bool:
 def _add(module: torch.nn.Module, given: tuple, output: tuple) -> tuple:
     """The output of a linear layer and its bias, with what its factors add."""
     result, bias = output
-    return result + module.lora(normed(module, given[0])), bias
+    return module.lora(normed(module, given[0]), result), bias
 
 
 def normed(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

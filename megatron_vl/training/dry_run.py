@@ -54,6 +54,13 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
         _sums(plan, stages),
         *_shape_tables(stages),
     ]
+    if travelling := plan.spec.travelling_features(plan.split):
+        layers = plan.spec.vision.num_features
+        notes.append(
+            f"{travelling} of the vision tower's {layers} features travel to later stages, so that "
+            f"stages send {1 + travelling} times the hidden states; with {layers} language layers "
+            f"where the tower ends none does."
+        )
     if cut := plan.trainable.cut_within_blocks(plan.layout.tp):
         notes.append(f"{cut}.")
     if notes:

@@ -23,13 +23,16 @@ from megatron_vl.parity.cases import CASES, make_batches, make_samples  # noqa: 
 from megatron_vl.training.checkpoint.resume import load_checkpoint  # noqa: E402
 from megatron_vl.training.checkpoint.saver import Saver  # noqa: E402
 from megatron_vl.training.checkpoint.state import save_checkpoint  # noqa: E402
+from megatron_vl.training.checkpoint.weights import load_weights  # noqa: E402
 from megatron_vl.training.options.config import TrainConfig  # noqa: E402
 from megatron_vl.training.plan import plan_run  # noqa: E402
 from megatron_vl.training.setup import build_model, build_optimizer  # noqa: E402
 from megatron_vl.training.step import run_batches  # noqa: E402
+from megatron_vl.weights.convert import inspect_weights  # noqa: E402
 from megatron_vl.weights.mcore_io import inspect_checkpoint  # noqa: E402
 
 STEPS = 4
+SHARES = None, 0.0, 0.5, 1.0
 
 
 class OnHost(torch.Tensor):
@@ -66,7 +69,11 @@ def pretend() -> None:
 
 def train(plan, platform, batches, load: bool = False, save: bool = False):
     """The weights after STEPS steps, gradient norms of those run here, and the optimizer."""
-    model = build_model(plan, platform, initialize_weights=not load)
+    adapted = plan.trainable.adapter is not None
+    model = build_model(plan, platform, initialize_weights=not (load or adapted))
+    if adapted and not load:
+        base = inspect_weights(plan.config.checkpoint.load)
+        load_weights(base, model, plan.spec, plan.layout, plan.split)
     optimizer, scheduler = build_optimizer(plan, model, platform)
     done = 0
     if load:
@@ -109,25 +116,28 @@ def main() -> None:
         fuses_ops=False, in_host_memory=False, device=select_platform().device
     )
     results = {}
-    for share in (None, 0.0, 0.5, 1.0):
-        plan = plan_run(TrainConfig.from_dict(dict(
-            hf_config=str(hf_dir), train_data_path=str(dataset), lr=1e-2, min_lr=1e-3, bf16=True,
+    for rank, share in (*((None, one) for one in SHARES), (3, None), (3, 0.5)):
+        of = dict(hf_config=str(hf_dir)) if rank is None else dict(
+            load=str(hf_dir), lora_rank=rank)
+        plan = plan_run(TrainConfig.from_dict(of | dict(
+            train_data_path=str(dataset), lr=1e-2, min_lr=1e-3, bf16=True,
             use_distributed_optimizer=True, seq_length=128, train_iters=STEPS,
             optimizer_cpu_offload=share is not None, optimizer_offload_fraction=share or 0.0,
-            save=str(scratch / str(share)),
+            save=str(scratch / f"{rank} {share}"),
         )), 1)
         initialize(plan.layout)
         torch.manual_seed(1)
         batches = make_batches(plan.spec, CASES[0], make_samples(plan.spec, CASES[0]))
         weights, norms, optimizer = train(plan, platform, batches, save=True)
-        results[share] = weights, norms
+        results[rank, share] = weights, norms
         again, last_norms, _ = train(plan, platform, batches, load=True)
-        assert results[None][1] == norms, f"share {share}: norms {norms}"
-        for what, one in (("without offload", results[None][0]), ("uninterrupted", again)):
+        assert results[rank, None][1] == norms, f"share {share}: norms {norms}"
+        for what, one in (("without offload", results[rank, None][0]), ("uninterrupted", again)):
             assert all(map(torch.equal, one, weights)), f"share {share} differs from {what}"
         assert last_norms == norms[2:], f"share {share}: resumed norms {last_norms}, {norms}"
         host, device = sizes(optimizer)
-        print(f"share {share}: {host / (host + device):.2f} of the state in host memory; equal")
+        of = "the" if rank is None else "an adapter's"
+        print(f"share {share}: {host / (host + device):.2f} of {of} state in host memory; equal")
 
 
 if __name__ == "__main__":

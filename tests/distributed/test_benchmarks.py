@@ -21,8 +21,8 @@ SCRIPTS = {  # what follows the script (M model, D data, T a new directory), and
         r"^cp -r mcore .*\n((convert to \w+|cp -r hf) .*\n){3}(naive to \w+ .*\n?){2}",
     ),
     "load.py": (
-        "--model-size tiny --repeat 1 --tp 1 --pp 2 --work T",
-        r"^load / cat +[\d.]+$",
+        "--model-size tiny --repeat 1 --tp 1 --pp 2 --quantize-base nf4 --work T",
+        r"^parameters of a rank +\d+ MiB\nmemory above parameters +\d+ MiB$",
     ),
     "data.py": (
         "M D --samples 20 --rounds 1 --seq-length 256 --memory-samples 20",

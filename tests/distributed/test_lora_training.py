@@ -39,8 +39,11 @@ PATTERNS = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_p
 GIVEN = {"lora_rank": None, "lora_alpha": None, "train_iters": 2}  # and an adapter
 ONE_LAYER = {"lora_rank": 3, "lora_target": [r"model\.layers\.0\..*"]}
 FUSED = {"lora_rank": 3, "lora_fused": True}
-ALONE = {"one layer": ONE_LAYER, "language": LANGUAGE, "fused": FUSED, "mixed": MIXED,
-         "dropped": DROPPED,
+NF4 = {"lora_rank": 3, "quantize_base": "nf4", "load": "wide"}
+ALONE = {"one layer": ONE_LAYER, "language": LANGUAGE, "fused": FUSED, "nf4": NF4, "mixed": MIXED,
+         "dropped": DROPPED, "fp16": LANGUAGE | {"fp16": True},
+         "whole": {"lora_alpha": None, "train_iters": 2},
+         "beside a run's": LANGUAGE | {"load": "whole", "finetune": True},
          "ten": LANGUAGE | {"train_iters": 10, "save_interval": 10, "lr_decay_style": "constant",
                             "min_lr": LR}}
 SHORT = {  # name -> what is trained, how
@@ -52,12 +55,17 @@ SHORT = {  # name -> what is trained, how
     "vp2": ("mixed", PP2 | DISTRIBUTED | {"num_virtual_stages_per_pipeline_rank": 2}),
     "dp2": ("mixed", DISTRIBUTED),
     "cp2": ("language", {"context_parallel_size": 2, "recompute_granularity": "selective"}),
+    "tp2 sp nf4": ("nf4", TP2 | DISTRIBUTED | {"sequence_parallel": True}),
+    "pp2 nf4": ("nf4", PP2 | {"recompute_granularity": "full"}),
     "tp2 dropped": ("dropped", TP2 | {"vit_data_parallel": True}),  # ranks see other images
 }
 AGAIN = {  # name -> as whom, how, whose second step it goes on from
     "tp2 again": ("mixed", TP2 | DISTRIBUTED | {"recompute_granularity": "full"}, "tp2"),
     "pp2 from tp2": ("language", PP2 | DISTRIBUTED | {"load": "moved"}, "tp2 sp"),
+    "pp2 nf4 from tp2": ("nf4", PP2 | DISTRIBUTED, "tp2 sp nf4"),
     "pp2 fused": ("fused", PP2, "tp2 fused"),
+    "tp2 fp16": ("fp16", TP2, "fp16"),
+    "pp2 beside a run's": ("beside a run's", PP2, "beside a run's"),
     "pp2 one stage": ("one layer", PP2 | DISTRIBUTED, None),  # the other has no factor
     "pp2 one stage again": ("one layer", PP2 | DISTRIBUTED, "pp2 one stage"),
     "tp2 with the base": ("language", TP2 | {"save_base": True}, None),
@@ -72,13 +80,14 @@ def options(out: Path, model_dir: Path, name: str, more: dict, resume=None) -> d
 
 
 @pytest.fixture(scope="session")
-def jobs(shared, model_dir, wds_dir) -> Path:
+def jobs(shared, model_dir, wide_model_dir, wds_dir) -> Path:
     """All jobs, run on one rank and on two."""
 
     def make(out: Path) -> None:
         out.mkdir()
         (out / "data").symlink_to(wds_dir)
         (out / "moved").symlink_to(model_dir)
+        (out / "wide").symlink_to(wide_model_dir)
         peft.get_peft_model(
             transformers.AutoModelForImageTextToText.from_pretrained(model_dir),
             peft.LoraConfig(**PATTERNS),
@@ -99,10 +108,10 @@ def jobs(shared, model_dir, wds_dir) -> Path:
             assert done.code == 0, done.text
             (out / f"said.{ranks}").write_text(done.text)
         shutil.rmtree(out / "from peft")
-        for name in ("mixed", "tp2", "tp2 with the base"):
+        for name in ("mixed", "tp2", "tp2 with the base", "tp2 sp nf4", "beside a run's"):
             assert megatron_vl("convert", out / name, out / f"{name} merged", "--merge").code == 0
         for name in ("language", "fused", "ten", "given", "tp2 sp", "pp2 from tp2",
-                     "tp2 with the base"):
+                     "tp2 with the base", "nf4", "tp2 sp nf4", "pp2 nf4 from tp2"):
             done = megatron_vl("convert", out / name, out / f"{name} peft", "--to", "peft")
             assert done.code == 0, done.text
 
@@ -138,7 +147,7 @@ def test_every_layout_trains_the_adapter_as_one_rank_does(name, jobs):
 def test_what_is_not_trained_has_no_buffer_and_no_optimizer_state(name, jobs):
     ranks = [held(jobs, name, rank) for rank in range(2)]
     for one in ranks:
-        # Every factor begins at a multiple of 64 numbers; the model has 40 times as many.
+        # Every factor begins at a multiple of 64 numbers; the model has 30 times as many.
         assert one["trained"] <= one["buffers"] < 1.2 * one["trained"]
         assert not one["frozen with a gradient"]
     copies = 2 if name in ("dp2", "cp2") else 1  # whose state is divided
@@ -184,7 +193,8 @@ def test_factors_that_are_dropped_now_and_then_are_dropped_alike_on_tensor_paral
 
 def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs, model_dir):
     for name, of in (("tp2 again", "tp2"), ("pp2 from tp2", "tp2 sp"),
-                     ("pp2 fused", "fused"), ("pp2 one stage again", "one layer")):
+                     ("pp2 fused", "fused"), ("pp2 one stage again", "one layer"),
+                     ("pp2 nf4 from tp2", "tp2 sp nf4")):
         again, undisturbed = steps(jobs, name), steps(jobs, of)
         assert sorted(again) == [3, 4]
         for i in again:
@@ -204,12 +214,31 @@ def test_a_checkpoint_has_the_adapter_alone_and_goes_on_in_any_layout(jobs, mode
             torch.testing.assert_close(factors(jobs, name)[key], one, rtol=0, atol=1e-5)
 
 
+def test_an_adapter_beside_quantised_weights_is_merged_into_the_published_ones(
+    jobs, wide_model_dir, tmp_path
+):
+    for name in ("tp2 sp nf4", "pp2 nf4 from tp2"):
+        for key, one in factors(jobs, "nf4").items():
+            torch.testing.assert_close(factors(jobs, name)[key], one, rtol=0, atol=LR / 100)
+    losses = [steps(jobs, "nf4")[i]["loss"] for i in (1, STEPS)]
+    plain = wide_model_dir / "model.safetensors"
+    made = load_file(jobs / "tp2 sp nf4 merged" / "model.safetensors")
+    done = megatron_vl("convert", wide_model_dir, tmp_path / "merged", "--merge",
+                       "--adapter", jobs / "tp2 sp nf4 peft")
+    assert done.code == 0 and losses[1] < losses[0], done.text
+    want, before = load_file(tmp_path / "merged" / "model.safetensors"), load_file(plain)
+    for key, one in want.items():
+        assert torch.equal(made[key], one)
+        assert torch.equal(before[key], one) == (".layers." not in key or "proj.weight" not in key)
+
+
 VERIFIED = [  # A, B, what is said beside the table, differing, missing in A and in B
     ("language", "language peft", None, [0, 0, 0]),
     ("fused", "fused peft", None, [0, 0, 0]),
     ("tp2 with the base", "tp2 with the base peft", None, [0, 0, 0]),
     ("mixed", "mixed merged", None, [0, 0, 0]),
     ("tp2 with the base merged", "tp2 with the base", None, [0, 0, 0]),
+    ("beside a run's", "beside a run's merged", None, [0, 0, 0]),
     ("mixed", "language peft", "rank 3 at scale 4", [8, 40, 20]),
 ]
 
@@ -220,6 +249,24 @@ def test_verify_answers_for_a_run_with_an_adapter(a, b, says, figures, jobs):
     found = [int(one) for one in done.out.splitlines()[-1].split()[2:5]]
     assert found == figures and done.code == int(any(figures)), done.text
     assert says is None or says in done.out, done.text
+
+
+def test_an_adapter_in_fp16_trains_as_in_fp32_and_goes_on_with_its_loss_scale(jobs):
+    ours, again, exact = (steps(jobs, name) for name in ("fp16", "tp2 fp16", "language"))
+    assert sorted(ours) == [1, 2, 3, 4] and sorted(again) == [3, 4]
+    for i in ours:
+        assert ours[i]["loss"] == pytest.approx(exact[i]["loss"], rel=1e-3)
+        assert ours[i]["grad_norm"] == pytest.approx(exact[i]["grad_norm"], rel=3e-2)
+    for i in again:
+        assert again[i]["loss"] == pytest.approx(ours[i]["loss"], rel=1e-3)
+
+
+def test_an_adapter_begins_and_goes_on_beside_what_a_run_trained(jobs):
+    before, ours, again = (steps(jobs, name) for name in (
+        "whole", "beside a run's", "pp2 beside a run's"))
+    assert ours[1]["loss"] < before[1]["loss"] and ours[4]["loss"] < ours[1]["loss"]
+    for i in (3, 4):
+        assert again[i]["loss"] == pytest.approx(ours[i]["loss"], rel=1e-6)
 
 
 def test_peft_loads_what_a_run_trained_and_ten_steps_are_its_own(jobs, model_dir):
@@ -323,6 +370,8 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir, tmp_
     for more, says in (
         (["--lora-rank", 4], "was trained with lora-rank 3 but this run has 4"),
         ([], "was trained with lora-rank 3 but this run has None"),
+        (["--lora-rank", 3, "--lora-alpha", 12, "--quantize-base", "int8"],
+         "was trained with quantize-base None but this run has int8"),
         (["--lora-rank", 3, "--lora-lr-ratio", 2], "was trained with lora-lr-ratio 1.0 but"),
     ):
         done = megatron_vl(*same, "--save", jobs / "language", *more)
@@ -381,6 +430,13 @@ REFUSED = [  # what is typed beside a model, and what is said
     (["--lora-rank", 4, "--vit-lr", "1e-4"], "vit-lr is given but lora-rank keeps"),
     (["--lora-rank", 4, "--adapter", "x"], "lora-rank is given but adapter x says it itself"),
     (["--lora-rank", 4, "--train-vit", "--freeze-vit"], "train-vit and freeze-vit exclude"),
+    (["--quantize-base", "nf4"], "quantize-base is about an adapter, and none is trained"),
+    (["--lora-rank", 4, "--quantize-base", "fp4"], "(choose from 'nf4', 'int8')"),
+    (["--lora-rank", 4, "--quantize-base", "nf4", "--save-base"], "save-base saves the model's"),
+    (["--lora-rank", 4, "--quantize-base", "nf4", "--bf16", "--fp8-format", "hybrid"],
+     "fp8-format needs layers of TransformerEngine's"),
+    (["--lora-rank", 4, "--quantize-base", "nf4", "--cpu-offloading"],
+     "cpu-offloading needs layers of TransformerEngine's"),
     (["--lora-rank", 4, "--lora-target", "lm_head"], "lora-target lm_head names no linear layer"),
     (["--lora-r", 4, "--train-iters", 3], "use lora-rank"),
 ]

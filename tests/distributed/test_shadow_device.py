@@ -39,6 +39,13 @@ WINDOWS = {  # of Qwen2.5-VL
     "windows, tp2 sp": TP2 | {"sequence_parallel": True},
     "windows, a tower over pp2": PP2 | {"vit_pp_layers": "1,1", "pp_layers": "0,4"},
 }
+QUANTIZED = {
+    "an adapter beside nf4, tp2 sp": TP2 | {
+        "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4"},
+}
+FEATURES = {  # of Qwen3-VL, some for a layer of another stage
+    "features over pp2": PP2 | {"pp_layers": "1,3", "recompute_granularity": "full"},
+}
 # Other numbers than the CPU's, whose norms compute in fp32.
 BF16 = {"dp2 bf16": {"grad_reduce_in_bf16": True}}
 # Goes on from the first step of another, with a validation behind the second.
@@ -47,7 +54,8 @@ RESUMED = {
     for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
 }
 SAVED = (*RESUMED, "dp2")
-EXACT = LAYOUTS | WINDOWS | {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED} | {
+AGAIN = {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
+EXACT = LAYOUTS | WINDOWS | FEATURES | QUANTIZED | AGAIN | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
@@ -70,8 +78,11 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module")
-def runs(shared, model_dir, window_model_dir, wds_dir) -> dict[str, Path]:
+def runs(
+    shared, model_dir, window_model_dir, deepstack_model_dir, wds_dir
+) -> dict[str, Path]:
     """What the jobs left behind, by the device they ran on."""
+    others = dict.fromkeys(WINDOWS, window_model_dir) | dict.fromkeys(FEATURES, deepstack_model_dir)
 
     def make(out: Path) -> None:
         for device, program in PROGRAMS.items():
@@ -84,7 +95,7 @@ def runs(shared, model_dir, window_model_dir, wds_dir) -> dict[str, Path]:
                 shutil.copytree(out / "shadow" / "weights", weights)
             (folder / "jobs.json").write_text(json.dumps({
                 name: RUN | options | {
-                    "load": str(window_model_dir if name in WINDOWS else weights),
+                    "load": str(others.get(name, weights)),
                     "save": str(folder / name),
                     "train_data_path": str(wds_dir), "valid_data_path": str(wds_dir),
                     "metrics_file": str(folder / f"{name}.jsonl"),

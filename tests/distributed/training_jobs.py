@@ -71,7 +71,8 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
             chunk.module.register_forward_pre_hook(lambda *_: time.sleep(sleep))
         if chunk.module.vision_model is not None:
             chunk.module.vision_model.decoder.register_forward_hook(
-                lambda _, __, output: graphs.append(output.requires_grad)
+                lambda _, __, output: graphs.append(
+                    (output[0] if isinstance(output, tuple) else output).requires_grad)
             )
     dp_rank = parallel_state.get_data_parallel_rank()
     watched, rates = watch(trainer), []
@@ -118,7 +119,10 @@ def held_bytes(trainer) -> dict[str, int]:
     """Bytes of the storages that stay between steps, each counted once."""
     import torch
 
-    weights = [weight for chunk in trainer.model for weight in chunk.parameters()]
+    from megatron_vl.ops.quantized import stored
+
+    weights = [part for chunk in trainer.model for weight in chunk.parameters()
+               for part in stored(weight)]
     buffers = [buffer for chunk in trainer.model for buffer in chunk.buffers]
     optimizers = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     states = [one for each in optimizers for one in each.optimizer.state.values()]

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from qwen2_vl_reference import labels_of, load_processor, spelled
+from qwen2_vl_reference import labels_of, load_processor, published_text, spelled
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from megatron_vl.data.conversation import Part, Turn
 from megatron_vl.data.encode.chat import ChatTokenizer
@@ -105,9 +107,11 @@ class Sides:
 JUDGES = {  # the tiny model's fixture, and transformers' classes
     "qwen2_vl": ("hf_dir", Qwen2VLProcessor, Qwen2VLModel),
     "qwen2_5_vl": ("window_model_dir", Qwen2_5_VLProcessor, Qwen2_5_VLModel),
+    "qwen3_vl": ("deepstack_model_dir", Qwen3VLProcessor, Qwen3VLModel),
 }
 ROWS = [*product(["qwen2_vl"], CONVERSATIONS, MASKS),
-        *product(["qwen2_5_vl"], CONVERSATIONS, ["the answers"])]
+        *product(["qwen2_5_vl"], CONVERSATIONS, ["the answers"]),
+        *product(["qwen3_vl"], CONVERSATIONS, ["the answers"])]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +170,14 @@ def _material(turns):
     return tuple(stored), files, images | videos
 
 
+def _times(frames, fps):
+    """When each pair of the frames that are taken is shown: two a second, and four at least."""
+    count = min(max(int(frames / fps * 2), 4), frames)
+    taken = [round(at * (frames - 1) / (count - 1)) for at in range(count)]
+    taken += taken[-1:] * (count % 2)
+    return [(one + other) / 2 / fps for one, other in zip(taken[::2], taken[1::2], strict=True)]
+
+
 @pytest.mark.parametrize(("model", "name", "mask"), ROWS)
 def test_a_row_equals_what_transformers_makes(model, name, mask, sides):
     turns, there = CONVERSATIONS[name], sides(model)
@@ -173,6 +185,13 @@ def test_a_row_equals_what_transformers_makes(model, name, mask, sides):
     reference, chat = there.processor, there.ours.chat
     tokenizer = reference.tokenizer
     text = tokenizer.apply_chat_template([t.message() for t in turns], tokenize=False)
+    spelling = {}
+    if model == "qwen3_vl":
+        text = published_text(text)
+        spelling = {"system": "", "times": [
+            _times(len(frames), metadata["fps"])
+            for frames, metadata in zip(asked.get("videos", ()), asked.get("video_metadata", ()),
+                                        strict=True)]}
     want = reference(text=[text], return_tensors="pt", **asked)
     grids = {kind: want.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.int64))
              for kind in ("image", "video")}
@@ -199,7 +218,8 @@ def test_a_row_equals_what_transformers_makes(model, name, mask, sides):
         assert torch.equal(batch.position_ids, positions)
 
         expanded, answers = spelled(
-            turns, {kind: (grid.prod(-1) // 4).tolist() for kind, grid in grids.items()}
+            turns, {kind: (grid.prod(-1) // 4).tolist() for kind, grid in grids.items()},
+            **spelling,
         )
         ids, labels = labels_of(expanded, answers, tokenizer, mask)
         assert ids == want["input_ids"][0].tolist(), "the test spells what the template writes"

@@ -1,4 +1,4 @@
-"""One dataset, three families: each makes of the same shards what its own judge makes of them."""
+"""One dataset, four families: each makes of the same shards what its own judge makes of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 from PIL import Image
-from qwen2_vl_reference import labels_of, load_processor, spelled
+from qwen2_vl_reference import labels_of, load_processor, published_text, spelled
 from qwen_vl_reference import as_finetune_does
 from raw_entries import openai
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from megatron_vl.cli.main import run
 from megatron_vl.data.conversation import Part, Turn
@@ -25,6 +26,7 @@ from megatron_vl.models.qwen_vl.tokenizer import load_encoding
 MODELS = {  # the tiny model's fixture, and transformers' processor
     "qwen2_vl": ("hf_dir", Qwen2VLProcessor),
     "qwen2_5_vl": ("window_model_dir", Qwen2_5_VLProcessor),
+    "qwen3_vl": ("deepstack_model_dir", Qwen3VLProcessor),
     "qwen": ("resampler_model_dir", None),
 }
 SHEEP = {"ref": ["sheep"], "bbox": [[8, 22, 25, 45], [0, 0, 84, 112]]}
@@ -56,6 +58,10 @@ ROWS = {
                 "<image>Find the sheep.",
                 '{"bbox_2d": [8, 22, 25, 45], "label": "sheep"} and '
                 '{"bbox_2d": [0, 0, 83, 111], "label": "sheep"}'),
+            "qwen3_vl": (
+                "<image>Find the sheep.",
+                '{"bbox_2d": [95, 196, 298, 402], "label": "sheep"} and '
+                '{"bbox_2d": [0, 0, 999, 999], "label": "sheep"}'),
             "qwen": ("<image>Find the <ref>sheep</ref>.",
                      "<box>(95,196),(298,402)</box> and <box>(0,0),(999,999)</box>"),
         },
@@ -67,7 +73,8 @@ ROWS = {
                          "<|quad_start|>(0,0),(500,0),(500,500),(0,500)<|quad_end|>"),
             "qwen": ("<image>Where?", "<quad>(0,0),(500,0),(500,500),(0,500)</quad>"),
         },
-        left_out={"qwen2_5_vl": ("not served", "it has a place with four corners")},
+        left_out=dict.fromkeys(("qwen2_5_vl", "qwen3_vl"),
+                               ("not served", "it has a place with four corners")),
     ),
     "several turns": Row(
         ("<image>What is it?", "noise", "Sure?\n", " yes, 是的 🔴", "<image>And this?", "the same"),
@@ -77,7 +84,8 @@ ROWS = {
         ("<video>What happens?", "nothing"), {"videos": [["shown/0.png"] * 4]},
         left_out={"qwen": ("not served", "it has videos, but the model takes images alone")}),
     "tools": Row(("1 + 1?", "2, without them"), {"tools": TOOLS},
-                 left_out=dict.fromkeys(MODELS, ("chat template", "it has tools"))),
+                 left_out=dict.fromkeys(MODELS.keys() - {"qwen3_vl"},
+                                        ("chat template", "it has tools"))),
 }  # fmt: skip
 
 
@@ -127,13 +135,25 @@ def by_transformers(row: Row, pictures, model) -> tuple[list[int], list[int]]:
         asked["images"] = pictures[: len(kinds)]
     if "video" in kinds:
         frames = np.stack([np.asarray(pictures[0]).transpose(2, 0, 1)] * 4)
-        asked |= {"videos": [frames], "do_sample_frames": False}
+        asked |= {"videos": [frames], "do_sample_frames": False, "video_metadata": [
+            {"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3]}]}
     processor = load_processor(model["hf_dir"], MODELS[name][1])
-    text = processor.tokenizer.apply_chat_template([t.message() for t in turns], tokenize=False)
+    text = processor.tokenizer.apply_chat_template(
+        [t.message() for t in turns], tools=row.more.get("tools"), tokenize=False
+    )
+    spelling = {}
+    if name == "qwen3_vl":
+        text = published_text(text)
+        spelling = {"system": "", "times": [[0.25, 1.25]] if "video" in kinds else []}
+        if "tools" in row.more:
+            spelling["system"] = text.partition("system\n")[2].partition("<|im_end|>")[0]
+            assert '{"type": "function", "function": {"name": "add"' in spelling["system"]
     made = processor(text=[text], return_tensors="pt", **asked)
     counts = {kind: [int(grid.prod()) // 4 for grid in made.get(f"{kind}_grid_thw", ())]
               for kind in ("image", "video")}
-    ids, labels = labels_of(*spelled(turns, counts), processor.tokenizer, "the answers")
+    ids, labels = labels_of(
+        *spelled(turns, counts, **spelling), processor.tokenizer, "the answers"
+    )
     assert ids == made["input_ids"][0].tolist(), "the test spells what the template writes"
     return ids, labels
 

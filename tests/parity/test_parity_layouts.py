@@ -85,9 +85,39 @@ def of_experts(layouts: str) -> list[str]:
     return [line for line in of_text(layouts) if line.startswith("TP1x") or "+SP" in line]
 
 
+# Of six language layers the first three add a feature each, of which some travel.
+FEATURES = """
+    TP1xPP1xDP2, llm 6, vision 4
+    TP1xPP2xDP1, llm 3-3, vision 4-0
+    TP1xPP2xDP1, llm 1-5, vision 4-0
+    TP1xPP2xDP1, llm 2-4, vision 4-0
+    TP1xPP2xDP1, llm 5-1, vision 4-0
+    TP1xPP2xDP1, llm 0-6, vision 4-0
+    TP1xPP2xDP1, llm 0-6, vision 2-2
+    TP1xPP2xVP2xDP1, llm 1-2/1-2, vision 4-0/0-0
+    TP1xPP2xVP2xDP1, llm 2-1/2-1, vision 4-0/0-0
+    TP1xPP2xVP2xDP1, llm 0-0/0-6, vision 1-1/1-1
+    TP2xPP1xDP1, llm 6, vision 4
+    TP2xPP1xDP1+SP, llm 6, vision 4
+    TP2xPP1xDP1+SP+VDP, llm 6, vision 4
+    TP1xPP1xCP2xDP1, llm 6, vision 4
+"""
 MODELS = {"model_dir": ("81", with_vision), "window_model_dir": ("80", with_vision),
           "text_model_dir": ("50", of_text), "resampler_model_dir": ("77", with_vision),
-          "qk_norm_model_dir": ("46", of_text), "experts_model_dir": ("86", of_experts)}
+          "qk_norm_model_dir": ("46", of_text), "experts_model_dir": ("86", of_experts),
+          "six_layers_dir": ("143", lambda _: with_vision(FEATURES))}
+FEATURED = "six_layers_dir"
+
+
+@pytest.fixture(scope="module")
+def six_layers_dir(tmp_path_factory):
+    """Qwen3-VL with twice as many language layers as there are features."""
+    return tiny_hf.make(
+        tmp_path_factory.mktemp("six") / "layers", "--init-std", "0.02", "--model-type", "qwen3_vl",
+        "--num-layers", "6", "--dtype", "float32",
+    )
+
+
 CASES = ["one image", "images and videos", "text only", "a microbatch without images"]
 FIGURE = r"(\d\.\de[+-]\d+)"
 
@@ -121,7 +151,9 @@ def parameters_of(table: str) -> int:
 # microbatch.
 @pytest.mark.parametrize(("ranks", "options", "model"), [
     pytest.param(ranks, options, model, id=f"{ranks}-{model}") for ranks, options, models in (
-        (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 60], MODELS),
+        (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 60],
+         [one for one in MODELS if one != FEATURED]),
+        (2, ["--overlap-grad-reduce", "--no-pack", "--recompute", "full"], [FEATURED]),
         # The resampler has two heads; what Qwen3 adds to a layer meets nothing new on four ranks.
         (4, [], ["model_dir", "window_model_dir", "text_model_dir"]),
     ) for model in models
@@ -161,6 +193,31 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
     for name, _, count in rows:
         twice = "TP2" in name and "VDP" not in name
         assert int(count) == factors * 3 // 2 if twice else factors, name
+
+
+@pytest.mark.parametrize(("model", "options"), [
+    ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
+                        "--recompute", "full"]),
+    ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2]),
+])
+def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
+    model, options, request
+):
+    model = request.getfixturevalue(model)
+    done = megatron_vl("parity", model, "--tolerance", TOLERANCE, "--lora-rank", 3, *options)
+    assert done.code == 0 and f"beside weights in {options[1]}" in done.out, done.text
+    if "--sweep" in options:
+        assert [name for name, *_ in rows_of(done.out)] == of_experts(LAYOUTS[2])
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--lora-rank", 3, "--tp", 2], "8 of 16 quantised weights (linear_proj.weight, "
+     "linear_fc2.weight of every layer) have rows on a rank of TP 2 that are no multiple of 64"),
+    ([], "--quantize-base is about the weights beside an adapter; give --lora-rank"),
+])
+def test_quantised_weights_that_transformers_cannot_judge_are_refused(options, says, model_dir):
+    done = megatron_vl("parity", model_dir, "--quantize-base", "nf4", *options)
+    assert done.code == 2 and says in done.err, done.text
 
 
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):

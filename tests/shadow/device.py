@@ -23,6 +23,8 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_vl.ops.quantized import QuantizedTensor
+
 TYPE = "shadow"
 # Their result's shape depends on what is in a tensor, or they are read as a Python value.
 _READ = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero"}
@@ -93,6 +95,8 @@ def run(func, args: tuple, kwargs: dict):
     """An operator on tensors of the device, or of the CPU alone."""
     device = kwargs.get("device")
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
+    if any(isinstance(one, QuantizedTensor) for one in tensors):  # which is asked before a backend
+        return QuantizedTensor.__torch_dispatch__(func, (), args, kwargs)
     here = [one for one in tensors if isinstance(one, Shadow)]
     if not here and not is_shadow(device):
         return func(*args, **kwargs)

@@ -23,12 +23,13 @@ import pytest
 import torch
 from mixed_data import write_image, write_video
 from PIL import Image
-from qwen2_vl_reference import load_processor
+from qwen2_vl_reference import load_processor, published_text
 from safetensors.torch import save_file
 from tiny_hf import read, write_weights
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from megatron_vl.ask import terminal
 from megatron_vl.ask.answerer import Answerer, Sampling
@@ -49,6 +50,7 @@ IMAGES = ("--min-pixels", 56 * 56, "--max-pixels", 56 * 56)
 FAMILIES = {  # options of the tiny model, and transformers' processor of one with vision
     "qwen2_vl": (("--ranks", 1500), Qwen2VLProcessor),
     "qwen2_5_vl": (("--ranks", 1500), Qwen2_5_VLProcessor),
+    "qwen3_vl": (("--ranks", 1500), Qwen3VLProcessor),
     "qwen_vl": (("--hidden-size", 256, "--vision-hidden-size", 32, "--vision-queries", 4, "--ranks",
                  600, *IMAGES), None),
     "qwen2": (("--ranks", 1500), None),
@@ -57,7 +59,7 @@ FAMILIES = {  # options of the tiny model, and transformers' processor of one wi
     "baichuan2": ((), None),
 }
 OF_TRANSFORMERS = [name for name in FAMILIES if name not in ("qwen_vl", "baichuan2")]
-WITH_VISION = ("qwen2_vl", "qwen2_5_vl")
+WITH_VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SAID = (("user", "What is this?"), ("assistant", "a red\ncircle"), ("user", "And what colour?"))
 
 
@@ -112,6 +114,7 @@ def by_transformers(hf_dir, processor, messages, image=None, video=None) -> torc
         text = both.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
+        text = published_text(text) if processor is Qwen3VLProcessor else text
         media = {} if image is None else {"images": [Image.open(image)]}
         if video is not None:
             frames = np.stack(frames_of(video)).transpose(0, 3, 1, 2)

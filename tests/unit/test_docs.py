@@ -27,9 +27,11 @@ CONVERTOR = "toolkits/hf2mcore_convertor.sh"
 ARGUMENTS = {  # script -> numbers of arguments it takes
     TRAINER: (23, 24),
     "examples/qwen2_5_vl/run_mcore_qwen.sh": (23, 24),
+    "examples/qwen3_vl/run_mcore_qwen.sh": (23, 24),
     CONVERTOR: (7, 8),
     "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_vl_convertor.sh": (7, 8),
     "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen2_5_vl_convertor.sh": (7, 8),
+    "toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen3_vl_convertor.sh": (7, 8),
 }
 # What the commands shown there write, what a checkpoint holds, and whose models a hub has.
 MADE = ("runs", "ckpt", ".quickstart", ".venv", ".venv-test", "iter_0000100", "release", "hf",

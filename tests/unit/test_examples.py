@@ -129,7 +129,7 @@ done
 """
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen_vl", "baichuan2"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen_vl", "baichuan2"])
 def test_every_command_of_a_familys_quickstart_is_taken_by_its_parser(family, tmp_path):
     program, notes = tmp_path / "venv" / "bin", tmp_path / "notes"
     program.mkdir(parents=True)
@@ -158,7 +158,7 @@ def test_every_command_of_a_familys_quickstart_is_taken_by_its_parser(family, tm
         if words[1] == "finetune":
             translate({flag: getattr(args, flag) for flag in FLAGS})
             parser("train").parse_args(args.options)
-    trained = "train" if family.startswith("qwen2") else "finetune"
+    trained = "train" if family.startswith(("qwen2", "qwen3")) else "finetune"
     assert called == ["tiny", "convert", trained, trained, "convert", "plot", "plot",
                       "evaluate"]
 
@@ -167,8 +167,8 @@ def test_a_family_without_a_quickstart_is_refused():
     script = ROOT / "examples" / "quickstart.sh"
     done = subprocess.run(["bash", script, "--family", "qwen2"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen_vl or "
-                           "baichuan2, not '--family qwen2'.\n")
+    assert done.stderr == ("quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen3_vl, qwen_vl "
+                           "or baichuan2, not '--family qwen2'.\n")
 
 
 def test_easy_vqa_in_words_says_what_its_questions_are_about(tmp_path):

@@ -35,6 +35,8 @@ class Page:
 
     family: str  # the folder of examples/
     name: str  # as the models are published
+    size: str = "7B"  # that is trained on TP2 x PP2 and converted back
+    first: int = 12  # language layers of it on stage 0
 
     readme = property(lambda self: f"examples/{self.family}/README.md")
     chinese = property(lambda self: f"examples/{self.family}/README_zh.md")
@@ -46,7 +48,8 @@ class Page:
         return root / f"{self.name.lower()}-ckpts" / f"{self.name}-{size}-Instruct"
 
 
-PAGES = [Page("qwen2_vl", "Qwen2-VL"), Page("qwen2_5_vl", "Qwen2.5-VL")]
+PAGES = [Page("qwen2_vl", "Qwen2-VL"), Page("qwen2_5_vl", "Qwen2.5-VL"),
+         Page("qwen3_vl", "Qwen3-VL", size="8B", first=16)]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.family)
 
 
@@ -161,7 +164,7 @@ def write_configs(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory) -> Path:
-    """The same with every page's converted 7B and its trained run, whose numbers are holes."""
+    """The same with every page's converted model and its trained run, whose numbers are holes."""
     root = write_configs(tmp_path_factory.mktemp("filled"))
     for page in PAGES:
         fill(root, page)
@@ -171,11 +174,11 @@ def filled(tmp_path_factory) -> Path:
 
 
 def fill(root: Path, page: Page) -> None:
-    whole = page.model(root, "7B")
+    whole = page.model(root, page.size)
     spec = load_spec(whole)
     weights = family(spec.model_type).weight_map(spec)
     source = convert.open_source(whole, weights, planned_dtype="bfloat16")
-    layout, split = Layout(tp=2, pp=2), spec.split(pp=2, first_stage_layers=12)
+    layout, split = Layout(tp=2, pp=2), spec.split(pp=2, first_stage_layers=page.first)
 
     def args(dtype: str) -> dict:
         return spec.megatron_args(layout, split, dtype)
@@ -186,14 +189,14 @@ def fill(root: Path, page: Page) -> None:
             patch.setattr(module, "reserve", lambda file, size: file.truncate(size))
         one = convert.plan_conversion(
             source, weights, McoreTarget(layout=layout, split=split, args=args))
-        there = write(whole.with_name(f"{whole.name}-tp2-pp2"), "7B", page.family)
+        there = write(whole.with_name(f"{whole.name}-tp2-pp2"), page.size, page.family)
         lay_out_mcore(there, one.files, one.dtypes, args("bfloat16"))
         one = convert.plan_conversion(
             source, weights, ShardedTarget(max_shard_bytes=5 * 10**9, args=args))
         (there,) = [Path(words[3].replace("/mnt/", f"{root}/")) for _, words in
                     map(given, lines(page.readme))
                     if "/checkpoint/" in words[min(3, len(words) - 1)]]
-        write(there, "7B", page.family)
+        write(there, page.size, page.family)
         one.target.lay_out(there, one.files, one.dtypes, "bfloat16", weights)
 
 
@@ -256,8 +259,8 @@ def test_a_training_is_laid_out_at_its_true_size(
     page, variables, words, size, there, storage, filled
 ):
     """Before its weights are converted, and with them."""
-    if there and size != "7B":
-        pytest.skip("weights of 7B alone were converted")
+    if there and size != page.size:
+        pytest.skip("weights of one size alone were converted")
     root = filled if there else storage
     cluster = {"WORLD_SIZE": 8, "RANK": 3, "MASTER_ADDR": "node-0"} if words[2] == "dlc" else {}
     config = {} if there else {"MP_HF_PATH": page.model(root, size)}

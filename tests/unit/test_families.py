@@ -17,7 +17,7 @@ from megatron_vl.training.checkpoint.same_model import check_same_model
 
 TINY = {"baichuan": "baichuan_model_dir", "qwen": "resampler_model_dir", "qwen2": "text_model_dir",
         "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir", "qwen3": "qk_norm_model_dir",
-        "qwen3_moe": "experts_model_dir"}
+        "qwen3_moe": "experts_model_dir", "qwen3_vl": "deepstack_model_dir"}
 
 @pytest.fixture(params=sorted(TINY))
 def tiny(request):
@@ -118,17 +118,35 @@ EXPERTS = [
     ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which gives some layers"),
     ({"output_router_logits": True}, "output_router_logits is true"),
 ]
+DEEPSTACK = [
+    ({"vision_config": {"deepstack_visual_indexes": None}}, "deepstack_visual_indexes is missing"),
+    ({"vision_config": {"deepstack_visual_indexes": []}}, "is []; it must name layers"),
+    ({"vision_config": {"deepstack_visual_indexes": [1, 4]}}, "is [1, 4]; it must name layers of "
+                                                             "the tower, from 0 to 3, in asc"),
+    ({"vision_config": {"deepstack_visual_indexes": [2, 1]}}, "is [2, 1]; it must name layers of"),
+    ({"vision_config": {"num_position_embeddings": 60}}, "is 60; it must be a square"),
+    ({"text_config": {"num_hidden_layers": 2}}, "hands features to 3 language layers, but there "
+                                                "are 2"),
+    ({"text_config": {"rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": False}}},
+     "mrope_interleaved of rope_scaling (or rope_parameters) is false"),
+    ({"text_config": {"rope_scaling": {"mrope_section": [4, 6, 6]}}}, "leaves too few of the 16"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
+    ({"model_type": "qwen3_vl_moe"}, "model_type 'qwen3_vl_moe' is not supported"),
+]
 REFUSED = [
     (model, *row) for model, rows in (
         ("text_model_dir", CONFIGS), ("baichuan_model_dir", BAICHUAN),
         ("qk_norm_model_dir", QWEN3), ("experts_model_dir", EXPERTS),
+        ("deepstack_model_dir", DEEPSTACK),
     ) for row in rows
 ]
 
 
 @pytest.mark.parametrize(("model", "keys", "says"), REFUSED, ids=[says for *_, says in REFUSED])
-def test_a_text_model_that_is_not_understood_is_refused(model, keys, says, request, tmp_path):
+def test_a_model_that_is_not_understood_is_refused(model, keys, says, request, tmp_path):
     config = read_config_json(request.getfixturevalue(model))
+    keys = {key: config[key] | value if isinstance(config.get(key), dict) else value
+            for key, value in keys.items()}
     (tmp_path / "config.json").write_text(json.dumps(config | keys))
     done = megatron_vl("convert", tmp_path, tmp_path / "out", "--dry-run")
     assert done.code == 2 and says in done.err and "Traceback" not in done.err, done.text

@@ -26,7 +26,7 @@ from megatron_vl.weights.map import volume
 from megatron_vl.weights.rules import box
 
 MODELS = ("model_dir", "text_model_dir", "window_model_dir", "resampler_model_dir",
-          "baichuan_model_dir", "qk_norm_model_dir", "experts_model_dir")
+          "baichuan_model_dir", "qk_norm_model_dir", "experts_model_dir", "deepstack_model_dir")
 LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -50,6 +50,8 @@ TARGETS = [  # model, what is typed, how many layers of the LLM's 4 x and of the
     ("resampler_model_dir", ["c_attn", "attn.c_proj", "w1", "w2"],
      {"c_attn", "c_proj", "w1", "w2"}, 0),
     ("experts_model_dir", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj"}, 0),
+    ("deepstack_model_dir", ["q_proj", "vit"], {"q_proj"}, 4 * 4),
+    ("deepstack_model_dir", ["merger"], set(), 4 * 2),  # the features' too
 ]
 
 
@@ -253,7 +255,7 @@ def test_a_scale_is_not_rounded_to_the_weights_precision(dtype):
     a, b = torch.ones(1, 1, dtype=dtype), torch.rand(4096, 1, generator=generator).to(dtype)
     lora = Lora(a, b, torch.full((4096, 1), scale), cut=0, dropout=0.0, sequence_parallel=False,
                 group=torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1))
-    added = lora(torch.ones(1, 1, 1, dtype=dtype))
+    added = lora(torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 4096, dtype=dtype))
     assert added.dtype == dtype
     whole = added.detach().double().sum() / b.double().sum()
     assert whole.item() == pytest.approx(scale, rel=5e-4)

@@ -40,7 +40,7 @@ def test_every_image_is_one_rank_s_and_costs_come_out_even():
         assert max(loads(costs, parts)) <= 4 / 3 * bound + max(costs, default=0) / 3
 
 
-@pytest.mark.parametrize("model", ["model_dir", "window_model_dir"])
+@pytest.mark.parametrize("model", ["model_dir", "window_model_dir", "deepstack_model_dir"])
 @pytest.mark.parametrize("grid", [(1, 4, 4), (1, 16, 10), (3, 8, 6)])
 def test_flops_are_those_that_torch_counts_in_transformers_vision_tower(grid, model, request):
     model_dir = request.getfixturevalue(model)

@@ -87,6 +87,22 @@ def test_the_angles_are_those_of_transformers():
         torch.testing.assert_close(ours.permute(1, 2, 0, 3), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_interleaved_angles_are_those_of_transformers():
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as theirs
+
+    sections, width = (6, 5, 5), 32
+    config = theirs.Qwen3VLTextConfig(head_dim=width, rope_parameters={
+        "rope_type": "default", "rope_theta": 5e6, "mrope_section": list(sections),
+    })
+    positions = torch.randint(0, 5000, (3, 2, 7), generator=torch.Generator().manual_seed(0))
+    want = theirs.Qwen3VLTextRotaryEmbedding(config)(torch.zeros(()), positions)
+    rotary = Rotary.of(section_angles(
+        positions, base=5e6, head_dim=width, sections=sections, interleaved=True
+    ), torch.float32)
+    for ours, expected in zip((rotary.cos, rotary.sin), want, strict=True):
+        assert torch.equal(ours.squeeze(2).transpose(0, 1), expected[..., : width // 2])
+
+
 def test_patches_turn_by_row_and_column_in_merge_block_order():
     positions = grid_positions((2, 4, 4), 2)
     assert positions[:8].tolist() == [

@@ -71,7 +71,8 @@ def test_a_script_that_sh_was_given_goes_on_in_bash(script, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "name"), [("qwen2_vl", "qwen2-vl"),
-                                              ("qwen2_5_vl", "qwen2.5-vl")])
+                                              ("qwen2_5_vl", "qwen2.5-vl"),
+                                              ("qwen3_vl", "qwen3-vl")])
 def test_the_published_recipe_runs_as_it_is_typed(family, name, tmp_path):
     python, launcher = stub(tmp_path, "python"), TRAINER.parents[1] / family / TRAINER.name
     words = given(sh(launcher, *published(), PYTHON=python))

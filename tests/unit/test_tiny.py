@@ -87,6 +87,7 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(tmp_path):
     (["--ranks", "5"], "--ranks is 5; give 256 to 151643"),
     (["--model-type", "gpt2"], "model_type 'gpt2' is not supported; known are: baichuan, qwen"),
     (["--mrope-section", "1", "2", "3"], "it must be half of the head width 32"),
+    (["--model-type", "qwen3_vl", "--vision-depth", "1"], "--vision-depth is 1; a tower with fea"),
 ])
 def test_what_cannot_be_made_is_refused(options, says, tmp_path):
     done = megatron_vl("tiny", tmp_path / "out", *options)
@@ -98,6 +99,7 @@ def test_what_cannot_be_made_is_refused(options, says, tmp_path):
 ALIEN = {  # of each family, options on which nothing of it depends
     "qwen2_vl": ["--vision-queries 16"],
     "qwen2_5_vl": ["--vision-queries 16"],
+    "qwen3_vl": ["--vision-queries 16"],
     "qwen_vl": ["--mrope-section 4 6 6"],
     "baichuan2": ["--ranks 300", "--vision-depth 3", "--mrope-section 4 6 6", "--untied"],
     **{text: ["--vision-depth 3", "--patch-size 3", "--max-pixels 3", "--mrope-section 4 6 6"]

@@ -19,11 +19,20 @@ SIZES = {  # layers, hidden, heads, key/value heads, ffn, vocabulary, tied, norm
         "32B": (64, 5120, 40, 8, 27648, 152064, False, 1e-6),
         "72B": (80, 8192, 64, 8, 29568, 152064, False, 1e-5),
     },
+    "qwen3_vl": {
+        "2B": (28, 2048, 16, 8, 6144, 151936, True, 1e-6),
+        "4B": (36, 2560, 32, 8, 9728, 151936, True, 1e-6),
+        "8B": (36, 4096, 32, 8, 12288, 151936, False, 1e-6),
+        "32B": (64, 5120, 64, 8, 25600, 151936, False, 1e-6),
+    },
 }
 PARAMETERS = {
     "qwen2_vl": {"2B": 2_208_985_600, "7B": 8_291_375_616, "72B": 73_405_560_320},
     "qwen2_5_vl": {
         "3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336, "72B": 73_410_777_344,
+    },
+    "qwen3_vl": {
+        "2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696, "32B": 33_357_390_064,
     },
 }  # fmt: skip
 
@@ -43,6 +52,8 @@ def _vision(family: str, size: str) -> dict:
 def published(size: str, family: str = "qwen2_vl") -> dict:
     """config.json as it was published with the instruction-tuned model of this size."""
     layers, hidden, heads, groups, ffn, vocab, tied, eps = SIZES[family][size]
+    if family == "qwen3_vl":
+        return _qwen3_vl(size)
     return {
         "architectures": [
             {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[family]
@@ -81,6 +92,41 @@ def published(size: str, family: str = "qwen2_vl") -> dict:
         },
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
         "vocab_size": vocab,
+    }  # fmt: skip
+
+
+def _qwen3_vl(size: str) -> dict:
+    layers, hidden, heads, groups, ffn, vocab, tied, eps = SIZES["qwen3_vl"][size]
+    small = size in ("2B", "4B")
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+            "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": ffn,
+            "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+            "num_attention_heads": heads, "num_hidden_layers": layers,
+            "num_key_value_heads": groups, "rms_norm_eps": eps,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
+                             "rope_type": "default"},
+            "rope_theta": 5000000, "tie_word_embeddings": tied, "use_cache": True,
+            "vocab_size": vocab,
+        },
+        "tie_word_embeddings": tied,
+        "transformers_version": "4.57.0.dev0",
+        "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": [5, 11, 17] if small else [8, 16, 24],
+            "depth": 24 if small else 27, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1024 if small else 1152, "in_channels": 3, "initializer_range": 0.02,
+            "intermediate_size": 4096 if small else 4304, "model_type": "qwen3_vl",
+            "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": hidden,
+            "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
     }  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """Loading a Hugging Face directory into a running model against `cat` of its files, in turn.
 
     python load.py [--model-size 2B] [--tp 2] [--pp 2] [--dp 1] [--work DIR] [--repeat 3] [--cold]
+                   [--quantize-base nf4]
 
 Writes a random bfloat16 checkpoint of the published model's true shapes. Then, in turn: `cat` of
 its files, and TP x PP x DP ranks that build the model and take their own slices, as `megatron-vl
 train --load` does. Their time is the slowest rank's, from opening the files to the last parameter;
-their memory is what the largest rank had in memory above its parameters while it read, mapped parts
-of the files counted. What they read is the sum of their slices, and what the disk was asked for on
-their behalf. `--cold` takes the files out of the machine's memory before each run.
+their memory is what the largest rank had in memory above its parameters while it built the model
+and read, mapped parts of the files counted; with `--quantize-base` its parameters are codes and
+scales, and the whole weights are counted above them. What they read is the sum of their slices, and
+what the disk was asked for on their behalf. `--cold` takes the files out of the machine's memory
+before each run.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ def load(args) -> None:
 
     from megatron_vl.models.common.transformer_config import ModelOptions
     from megatron_vl.models.registry import family, load_spec
+    from megatron_vl.ops.quantized import stored
     from megatron_vl.parallel import Layout
     from megatron_vl.platform import initialize
     from megatron_vl.training.checkpoint.weights import load_weights
@@ -39,23 +43,26 @@ def load(args) -> None:
     spec, layout = load_spec(args.work), Layout(tp=args.tp, pp=args.pp, dp=args.dp)
     split = spec.split(pp=args.pp)
     platform = initialize(layout, embedding_stage=split.embedding_chunk[0])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = _status("VmRSS")
     chunks = family(spec.model_type).build_model(
-        spec, layout, split, ModelOptions(initialize_weights=False, params_dtype=torch.bfloat16)
+        spec, layout, split, ModelOptions(initialize_weights=False, params_dtype=torch.bfloat16,
+                                          quantize_base=args.quantize_base)
     )
     for parameter in (one for chunk in chunks for one in chunk.parameters()):
-        parameter.detach().zero_()  # so that its memory is there
         parameter.requires_grad_(False)  # no gradient buffer
     model = wrap_for_data_parallel(chunks, platform.device(0), overlap_grad_reduce=False)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before, from_disk = _status("VmRSS"), _from_disk()
+    from_disk = _from_disk()
     loaded = load_weights(inspect_weights(args.work), model, spec, layout, split)
-    above = torch.tensor(_status("VmHWM") - before)
+    held = sum(part.nbytes for chunk in model for one in chunk.parameters() for part in stored(one))
+    above = torch.tensor([held, _status("VmHWM") - before - held])
     torch.distributed.all_reduce(above, op=torch.distributed.ReduceOp.MAX)
     read = torch.tensor([sum(one.numel() * 2 for chunk in model for one in chunk.parameters()),
                          _from_disk() - from_disk])
     torch.distributed.all_reduce(read)
     if torch.distributed.get_rank() == 0:
-        print(json.dumps({"seconds": loaded.seconds, "nbytes": loaded.nbytes, "above": int(above),
+        print(json.dumps({"seconds": loaded.seconds, "nbytes": loaded.nbytes,
+                          "held": int(above[0]), "above": int(above[1]),
                           "all": int(read[0]), "disk": int(read[1])}))
 
 
@@ -80,7 +87,8 @@ def measure(args, hf: Path) -> int:
     files = sorted(hf.glob("*.safetensors"))
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
              str(args.tp * args.pp * args.dp), *own, "--tp", str(args.tp), "--pp", str(args.pp),
-             "--dp", str(args.dp), "--work", str(hf), "--step", "load"]
+             "--dp", str(args.dp), "--work", str(hf), "--step", "load",
+             *(["--quantize-base", args.quantize_base] if args.quantize_base else [])]
     seconds: dict[str, list[float]] = {"cat": [], "load": []}
     for number in range(args.repeat + 1):
         if args.cold:
@@ -111,6 +119,7 @@ def measure(args, hf: Path) -> int:
           f"most that a rank read      {found['nbytes'] / 1e9:8.2f} GB\n"
           f"what all ranks read        {found['all'] / 1e9:8.2f} GB\n"
           f"of it from the disk        {found['disk'] / 1e9:8.2f} GB\n"
+          f"parameters of a rank       {found['held'] / 2**20:8.0f} MiB\n"
           f"memory above parameters    {found['above'] / 2**20:8.0f} MiB")
     return 0
 
@@ -118,6 +127,7 @@ def measure(args, hf: Path) -> int:
 def main() -> int:
     parser = parser_of(__doc__, steps=("load",))
     parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--quantize-base", choices=("nf4", "int8"))
     args = parser.parse_args()
     if args.step == "write":
         write_checkpoint(args.work, args.model_size)

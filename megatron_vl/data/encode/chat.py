@@ -18,7 +18,7 @@ from megatron_vl.data.grounding import Pixels, render
 from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.family import COPY_AGAIN, TOKENIZER, Family, Span
-from megatron_vl.models.media import IMAGE, MEDIA_KINDS
+from megatron_vl.models.media import IMAGE, MEDIA_KINDS, VIDEO
 from megatron_vl.models.spec import TokenIds
 from megatron_vl.typed import Shape, Text, read_file
 
@@ -153,7 +153,8 @@ class ChatTokenizer:
 
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
-        pixels: Pixels | None = None, media_names: Sequence[str] = (), answers_alone: bool = False,
+        pixels: Pixels | None = None, media_names: Sequence[str] = (),
+        media_times: Sequence[Sequence[float]] = (), answers_alone: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of one conversation.
 
@@ -166,6 +167,7 @@ class ChatTokenizer:
             tools: a JSON list of the functions that may be called.
             pixels: see `render`; needed where the family's form of objects counts pixels.
             media_names: see `Prompt.encode`; no template writes them.
+            media_times: see `Processor.times`, of each image and video.
             answers_alone: what is trained beside answers has no label, as greedy decoding is not to
                 give it.
 
@@ -181,9 +183,13 @@ class ChatTokenizer:
         turns = self.rendered(turns, pixels)
         with_prompts = self.trained.train_on_prompt and not answers_alone
         text, spans = self.template.write(turns, tools, with_prompts=with_prompts)
+        kinds = [kind for turn in turns for kind in turn.media]
+        if any(media_times):
+            text, spans, kinds, media_tokens = self._timed(
+                text, spans, kinds, media_tokens, media_times
+            )
         tokens, labels = self._tokens(text, spans, others=with_prompts)
-        self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
-                          tokens, labels)
+        self._fill_places(kinds, media_tokens, tokens, labels)
         labels = [*labels[1:], IGNORE]
         # By way of numpy: torch looks at every number of a list, several times.
         return tuple(torch.from_numpy(np.array(one, np.int64)) for one in (tokens, labels))
@@ -191,7 +197,7 @@ class ChatTokenizer:
     def encode_prompt(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
         thinking: bool | None = None, pixels: Pixels | None = None,
-        media_names: Sequence[str] = (),
+        media_names: Sequence[str] = (), media_times: Sequence[Sequence[float]] = (),
     ) -> torch.Tensor:
         """Tokens that the answer to the last turn follows, int64 [L]: see `encode`.
 
@@ -203,9 +209,12 @@ class ChatTokenizer:
                 the model has no form for its objects.
         """
         turns = self.rendered(turns, pixels)
-        tokens, labels = self._tokens(self.template.prompt(turns, tools, thinking=thinking))
-        self._fill_places([kind for turn in turns for kind in turn.media], media_tokens,
-                          tokens, labels)
+        text = self.template.prompt(turns, tools, thinking=thinking)
+        kinds = [kind for turn in turns for kind in turn.media]
+        if any(media_times):
+            text, _, kinds, media_tokens = self._timed(text, (), kinds, media_tokens, media_times)
+        tokens, labels = self._tokens(text)
+        self._fill_places(kinds, media_tokens, tokens, labels)
         return torch.tensor(tokens)
 
     def rendered(self, turns: Sequence[Turn], pixels: Pixels | None = None) -> Sequence[Turn]:
@@ -229,17 +238,35 @@ class ChatTokenizer:
                 labels[first:last] = inside[first:last]
         return tokens, labels
 
+    def _timed(
+        self, text: str, spans: Sequence[Span], kinds: list[str], counts: Sequence[int],
+        times: Sequence[Sequence[float]],
+    ) -> tuple[str, Sequence[Span], list[str], list[int]]:
+        """A template's text, and what is where in it, with a placeholder for every frame of a
+        video, behind its time.
+
+        Raises:
+            BadEntry: the text has not as many placeholders as there are videos.
+        """
+        mark = "".join(self.tokenizer.convert_ids_to_tokens(
+            [self.tokens.vision_start, self.tokens.video, self.tokens.vision_end]
+        ))
+        _check_marks(VIDEO, text.count(mark), kinds)
+        videos = ["".join(f"{self.tokens.timestamp.format(one)}{mark}" for one in shown)
+                  for shown in times if shown]
+        text, spans = replaced(text, mark, videos, spans)
+        runs = [max(1, len(shown)) for shown in times]
+        each = list(zip(kinds, counts, runs, strict=True))
+        return (text, spans, [kind for kind, _, run in each for _ in range(run)],
+                [count // run for _, count, run in each for _ in range(run)])
+
     def _fill_places(self, kinds: list[str], counts: Sequence[int], tokens: list[int],
                      labels: list[int]) -> None:
-        """Repeat every placeholder as often as its image or video has tokens."""
+        """Repeat every placeholder as often as its image, video or frame has tokens."""
         for kind in MEDIA_KINDS:
             # What a person wrote may hold the tokenizer's own mark.
             marks = tokens.count(self._placeholders[kind]) if kind in self._placeholders else 0
-            if marks != kinds.count(kind):
-                raise BadEntry(
-                    "mark count",
-                    f"its text has {marks} {kind} marks for {kinds.count(kind)} {kind}s",
-                )
+            _check_marks(kind, marks, kinds)
         if len(kinds) != len(counts):
             raise BadEntry(
                 "mark count", f"it has {len(kinds)} marks for {len(counts)} images and videos"
@@ -251,6 +278,32 @@ class ChatTokenizer:
             tokens[at : at + 1] = [placeholder] * count
             labels[at : at + 1] = [IGNORE] * count
             at += count
+
+
+def replaced(
+    text: str, mark: str, by: Sequence[str], spans: Sequence[Span]
+) -> tuple[str, list[Span]]:
+    """A text with each of its marks replaced by the next of `by`; where its spans are then."""
+    first, *others = text.split(mark)
+    written, grown, end = [first], [], len(first)  # ends of marks, and how much longer it gets
+    for new, other in zip(by, others, strict=True):
+        end += len(mark)
+        grown.append((end, len(new) - len(mark)))
+        written += new, other
+        end += len(other)
+
+    def moved(place: int) -> int:
+        return place + sum(more for end, more in grown if end <= place)
+
+    return "".join(written), [(moved(begin), moved(end)) for begin, end in spans]
+
+
+def _check_marks(kind: str, marks: int, kinds: Sequence[str]) -> None:
+    """Raises BadEntry: the text has not as many marks of a kind as there are media of it."""
+    if marks != kinds.count(kind):
+        raise BadEntry(
+            "mark count", f"its text has {marks} {kind} marks for {kinds.count(kind)} {kind}s"
+        )
 
 
 def _first_line(error: Exception) -> str:

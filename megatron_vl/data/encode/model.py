@@ -119,7 +119,8 @@ class ModelEncoder:
 
     def _shown(self, media: Sequence[StoredMedia]) -> dict:
         return {"pixels": lambda number: self.processor.pixels(media[number]),
-                "media_names": [one.name for one in media]}
+                "media_names": [one.name for one in media],
+                "media_times": [self.processor.times(one) for one in media]}
 
     def places(self, grids: Sequence[Grid]) -> list[int]:
         """Tokens of each image and video."""

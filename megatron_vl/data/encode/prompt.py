@@ -45,9 +45,10 @@ class PromptTokenizer:
 
     def encode(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
-        pixels: Pixels | None = None, media_names: Sequence[str] = (), answers_alone: bool = False,
+        pixels: Pixels | None = None, media_names: Sequence[str] = (),
+        media_times: Sequence[Sequence[float]] = (), answers_alone: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and labels, int64 [L]: see `ChatTokenizer.encode`.
+        """Tokens and labels, int64 [L]: see `ChatTokenizer.encode`; no prompt writes times.
 
         Raises:
             BadEntry: no turn to train, an empty answer, tools, a mark of the tokenizer in it, or
@@ -67,7 +68,7 @@ class PromptTokenizer:
     def encode_prompt(
         self, turns: Sequence[Turn], media_tokens: Sequence[int], tools: str = "", *,
         thinking: bool | None = None, pixels: Pixels | None = None,
-        media_names: Sequence[str] = (),
+        media_names: Sequence[str] = (), media_times: Sequence[Sequence[float]] = (),
     ) -> torch.Tensor:
         """Tokens that an answer follows, int64 [L]: see `ChatTokenizer.encode_prompt`.
 

@@ -37,11 +37,14 @@ def pieces(
     special = chat.special_ids
     ids, is_place = tokens.tolist(), chat.tokens.places(tokens).tolist()
     trained = [False, *(label != IGNORE for label in labels.tolist()[:-1])]
-    at = number = 0
+    at = number = left = 0
     while at < len(ids):
         if is_place[at]:
-            yield ShownPiece(media=number)
-            at, number = at + media_tokens[number], number + 1
+            if not left:  # else a later frame of the same video
+                yield ShownPiece(media=number)
+                left, number = media_tokens[number], number + 1
+            while left and at < len(ids) and is_place[at]:
+                at, left = at + 1, left - 1
             continue
         kind, end = (ids[at] in special, trained[at]), at + 1
         while end < len(ids) and not is_place[end] and (

@@ -66,6 +66,7 @@ class _MultiRope(_Rope):
     """With positions in three axes."""
 
     mrope_section: Annotated[list[Width], Field(min_length=3, max_length=3)]
+    mrope_interleaved: bool | None = None  # None: as the family's models were published
 
 
 _PLAIN = {"type", "rope_type", "rope_theta"}  # of rope_scaling, what scales nothing
@@ -103,7 +104,8 @@ def read_text_tokens(*sections: dict) -> dict[str, int | None]:
 
 
 def read_decoder(
-    *sections: dict, multi_axis: bool, qk_norm: bool = False, experts: ExpertsSpec | None = None
+    *sections: dict, multi_axis: bool, qk_norm: bool = False, interleaved: bool = False,
+    experts: ExpertsSpec | None = None,
 ) -> DecoderSpec:
     """The decoder of config.json's tables; of a key the first that has it wins.
 
@@ -111,6 +113,7 @@ def read_decoder(
         multi_axis: whether positions have three axes (`mrope_section`), or one.
         qk_norm: whether it is Qwen3's: queries and keys normalised, without biases, in heads of a
             width of their own.
+        interleaved: whether the axes take turns at the channels of a head.
         experts: of every layer, in the place of its MLP.
 
     Raises:
@@ -136,6 +139,12 @@ def read_decoder(
                 f"{name} of rope_scaling (or rope_parameters) is {shown(repr(kind))}, which is not "
                 f"supported; train with the published {known[-1]!r} and set it for inference."
             )
+    if multi_axis and rope.mrope_interleaved not in (None, interleaved):
+        raise InputError(
+            f"mrope_interleaved of rope_scaling (or rope_parameters) is "
+            f"{str(rope.mrope_interleaved).lower()}; no model of this type was published so, and "
+            f"transformers reads it as {str(interleaved).lower()}."
+        )
     if keys.layer_types is not None and set(keys.layer_types) != {"full_attention"}:
         raise InputError(
             f"layer_types has {shown(', '.join(sorted(set(keys.layer_types))))}; only "
@@ -169,6 +178,7 @@ def read_decoder(
         max_position_embeddings=keys.max_position_embeddings,
         init_std=keys.initializer_range,
         qk_norm=qk_norm,
+        rope_interleaved=interleaved,
         experts=experts,
     )
 

@@ -62,19 +62,24 @@ class _Tokens(Shape):
 
 def read_vision_language(
     config: dict, read_vision: Callable[[dict, int], VisionSpec],
-    grounding: Grounding | JsonGrounding,
+    grounding: Grounding | JsonGrounding, *, qk_norm: bool = False, interleaved: bool = False,
+    timestamp: str | None = None,
 ) -> ModelSpec:
     """The spec of a parsed config.json with a decoder of three axes and a tower.
 
     Args:
         read_vision: the tower's spec, of `vision_config` and the decoder's width.
+        qk_norm, interleaved: see `read_decoder`.
+        timestamp: see `TokenIds`.
 
     Raises:
         InputError: a key that is missing or unusable, named.
     """
     towers = first(_Towers, config)
     text = towers.text_config
-    decoder = read_decoder(text, config, multi_axis=True)
+    decoder = read_decoder(
+        text, config, multi_axis=True, qk_norm=qk_norm, interleaved=interleaved
+    )
     tokens = first(_Tokens, config, text)
     return ModelSpec(
         model_type=config["model_type"],
@@ -86,6 +91,7 @@ def read_vision_language(
             video=tokens.video_token_id,
             vision_start=tokens.vision_start_token_id,
             vision_end=tokens.vision_end_token_id,
+            timestamp=timestamp,
             grounding=grounding,
             **read_text_tokens(config, text),
         ),

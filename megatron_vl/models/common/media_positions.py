@@ -102,6 +102,7 @@ class MediaPositions:
 
     Args:
         per_second: positions that a second of video takes; None: a frame of patches takes one.
+        frames_apart: whether every frame of a video is a run of placeholders by itself.
     """
 
     axes: ClassVar[int] = 3  # time, height, width
@@ -110,11 +111,14 @@ class MediaPositions:
     merge_size: int
     video_positions: VideoPositions
     per_second: float | None = None
+    frames_apart: bool = False
 
     def __call__(
         self, tokens: torch.Tensor, grids: Sequence[Grid], seconds: Sequence[float] = ()
     ) -> torch.Tensor:
         steps = None if self.per_second is None else [self.per_second * one for one in seconds]
+        if self.frames_apart:
+            grids = [(1, rows, columns) for frames, rows, columns in grids for _ in range(frames)]
         return rope_index(
             tokens, grids, image_token=self.image_token, video_token=self.video_token,
             merge_size=self.merge_size, video_positions=self.video_positions, steps=steps,
@@ -128,5 +132,5 @@ def media_positions(
     return MediaPositions(
         image_token=spec.tokens.image, video_token=spec.tokens.video,
         merge_size=spec.vision.spatial_merge_size, video_positions=video_positions,
-        per_second=per_second,
+        per_second=per_second, frames_apart=spec.tokens.timestamp is not None,
     )

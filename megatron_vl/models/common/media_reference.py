@@ -1,4 +1,4 @@
-"""transformers' Qwen2-VL and Qwen2.5-VL as judges."""
+"""transformers' Qwen2-VL and those after it as judges."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ def inputs(spec, tokens, grids, patches, positions) -> dict:
         ("pixel_values", "image_grid_thw"): [], ("pixel_values_videos", "video_grid_thw"): [],
     }  # fmt: skip
     images, videos = kinds.values()
-    for grid, pixels in zip(grids, patches.split([*map(math.prod, grids)]), strict=True):
-        (videos if grid[0] > 1 else images).append((pixels, grid))
     is_image, is_video = tokens == spec.tokens.image, tokens == spec.tokens.video
+    shown, at = is_video[is_image | is_video].tolist(), 0  # of each place, whether it is a video's
+    for grid, pixels in zip(grids, patches.split([*map(math.prod, grids)]), strict=True):
+        (videos if shown[at] else images).append((pixels, grid))
+        at += spec.vision.num_tokens(grid)
     arguments = {
         "position_ids": positions[:, None],
         "mm_token_type_ids": (is_image.int() + 2 * is_video.int())[None],

@@ -65,3 +65,18 @@ class TowerLayer(TransformerLayer):
         for mlp in self.mlp.experts.local_experts if self.is_moe_layer else [self.mlp]:
             assert type(mlp) is MLP
             mlp.__class__ = TowerMLP
+
+    def forward(
+        self, *args, context: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [s, b, width] to the same, and the features that are left.
+
+        Args:
+            context: features [K, s, b, width], of which this layer adds the first to its output;
+                None: there are none. Megatron-Core hands it from layer to layer, and through
+                those that are computed again, for cross-attention.
+        """
+        output, _ = super().forward(*args, **kwargs)
+        if context is None:
+            return output, None
+        return output + context[0], context[1:] if len(context) > 1 else None

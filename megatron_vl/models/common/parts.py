@@ -13,6 +13,6 @@ def part_of(name: str) -> str:
 
     The norm before the merger, which is published as part of it, is the vision tower's last.
     """
-    if name.startswith("vision_model.projection."):
+    if name.startswith(("vision_model.projection.", "vision_model.deepstack.")):
         return MERGER
     return VISION if name.startswith("vision_model.") else LANGUAGE

@@ -16,7 +16,12 @@ import torch
 from PIL import Image
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.models.common.patch_media_files import check_patches, image_settings, video_size
+from megatron_vl.models.common.patch_media_files import (
+    VIDEO_SIZE,
+    check_patches,
+    image_settings,
+    video_size,
+)
 from megatron_vl.models.family import COPY_AGAIN, Grid
 from megatron_vl.models.media import (
     MIN_FRAMES,
@@ -48,12 +53,15 @@ class MediaProcessor:
     `temporal_patch_size` of them share a patch (transformers' Qwen2VLVideoProcessor).
     """
 
+    least_and_most = VIDEO_SIZE  # pixels of a frame, where the model's video settings name none
+
     def __init__(self, processor, *, vision: VisionSpec, limits: MediaLimits | None = None,
                  video_size: tuple[int, int] | None = None):
         """`processor` is transformers' PIL image processor; `from_hf_dir` loads it.
 
         Args:
-            video_size: least and most pixels of a frame; None: those of an image.
+            video_size: least and most pixels that the model's video settings ask for; None: those
+                of an image.
         """
         self.limits = limits or MediaLimits()
         self.patch_size = processor.patch_size
@@ -100,7 +108,8 @@ class MediaProcessor:
                 f"{path} asks for images of {least} to {most} pixels; give a min_pixels above 0 "
                 f"and no larger than max_pixels."
             )
-        return cls(processor, vision=vision, limits=limits, video_size=video_size(Path(hf_dir)))
+        return cls(processor, vision=vision, limits=limits,
+                   video_size=video_size(Path(hf_dir), cls.least_and_most))
 
     # ---- sizes, without a pixel ---------------------------------------------------------------
 
@@ -142,6 +151,10 @@ class MediaProcessor:
             total = last - first + 1
         return self.temporal_patch_size * total / (len(self.frames(media)) * fps)
 
+    def times(self, media: StoredMedia) -> tuple[float, ...]:
+        """See `megatron_vl.models.family.Processor`."""
+        return ()
+
     def frame_indices(self, num_frames: int, fps: float | None) -> list[int]:
         """Frames taken of a video, by their numbers: `video_fps` a second, evenly, an even count.
 
@@ -180,24 +193,30 @@ class MediaProcessor:
         """Height and width after resizing: as its entry asks, where it does."""
         is_video, asked = media.kind == VIDEO, media.settings
         size = self.video_size if is_video else self.image_size
-        if asked is None:
-            return self._resized(media.height, media.width, size)
+        if asked is None or not asked.asks_for_pixels:
+            return self._resized(media, frames, size)
         factor = self.patch_size * self.merge_size
         if asked.resized_height is not None:
             least, most = (tokens * factor**2 for tokens in _IMAGE_TOKENS)
-            return _smart_resize(asked.resized_height, asked.resized_width, factor, least, most)
-        if not asked.asks_for_pixels:
-            return self._resized(media.height, media.width, size)
+            return smart_resize(asked.resized_height, asked.resized_width, factor, least, most)
         least, most = _pixels(
             asked, size, frames=frames if is_video else None, factor=self.temporal_patch_size
         )
-        return _smart_resize(media.height, media.width, factor, least, most)
+        return smart_resize(media.height, media.width, factor, least, most)
 
-    def _resized(self, height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-        """Pixels after resizing: multiples of patch x merge, the area within the budget."""
+    def _resized(
+        self, media: StoredMedia, frames: int, size: tuple[int, int]
+    ) -> tuple[int, int]:
+        """Height and width as the model's settings have it: multiples of patch x merge, the area
+        within the budget.
+
+        Args:
+            frames: taken of a video.
+            size: least and most pixels of an image, or of a frame.
+        """
         if self.resample is None:
-            return height, width
-        return _smart_resize(height, width, self.patch_size * self.merge_size, *size)
+            return media.height, media.width
+        return smart_resize(media.height, media.width, self.patch_size * self.merge_size, *size)
 
     # ---- pixels -------------------------------------------------------------------------------
 
@@ -273,13 +292,18 @@ def _pixels(
 
 
 @lru_cache(4096)
-def _smart_resize(
+def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    """Height and width in multiples of `factor`, as transformers' function of this name has them.
+
+    Raises:
+        BadMedia: one side is over 200 times the other.
+    """
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as theirs
 
     try:
-        return smart_resize(
+        return theirs.smart_resize(
             height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
         )
     except (ValueError, ZeroDivisionError) as error:

@@ -15,8 +15,7 @@ from megatron_vl.typed import Number, Positive, Shape, Size, read_file
 
 IMAGE_SETTINGS, VIDEO_SETTINGS = "preprocessor_config.json", "video_preprocessor_config.json"
 JOINT_SETTINGS = "processor_config.json"  # where transformers 5 saves both
-# Of a frame, where video settings name none: transformers' Qwen2VLVideoProcessor.size.
-VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+VIDEO_SIZE = 128 * 28 * 28, 768 * 28 * 28  # transformers' Qwen2VLVideoProcessor.size
 
 
 class Edges(Shape):
@@ -60,7 +59,7 @@ def missing_media_files(hf_dir: Path) -> list[str]:
 def check_media_files(hf_dir: Path, spec: ModelSpec) -> None:
     """Raises InputError: one is missing, or it can be told already that it cannot be used."""
     image_settings(hf_dir, spec.vision)
-    video_size(hf_dir)
+    video_size(hf_dir, VIDEO_SIZE)
 
 
 def image_settings(hf_dir: Path, vision: VisionSpec) -> Path:
@@ -110,8 +109,11 @@ def check_patches(path: Path, settings, vision: VisionSpec, *, whole: bool = Tru
             )
 
 
-def video_size(hf_dir: Path) -> tuple[int, int] | None:
-    """Least and most pixels of a frame that the model's video settings ask for; None without any.
+def video_size(hf_dir: Path, default: tuple[int, int]) -> tuple[int, int] | None:
+    """Least and most pixels that the model's video settings ask for; None without any.
+
+    Args:
+        default: where the settings name none.
 
     Raises:
         InputError: they cannot be used.
@@ -125,8 +127,8 @@ def video_size(hf_dir: Path) -> tuple[int, int] | None:
         if settings is None:
             continue
         edges = settings.size or Edges()
-        least = settings.min_pixels or edges.shortest_edge or VIDEO_SIZE["shortest_edge"]
-        most = settings.max_pixels or edges.longest_edge or VIDEO_SIZE["longest_edge"]
+        least = settings.min_pixels or edges.shortest_edge or default[0]
+        most = settings.max_pixels or edges.longest_edge or default[1]
         if least > most:
             raise InputError(f"{path} asks for frames of {least} to {most} pixels; {COPY_AGAIN}.")
         return least, most

@@ -67,19 +67,21 @@ class PatchProjection(torch.nn.Conv3d):
     """
 
     def forward(self, patches_PC: torch.Tensor) -> torch.Tensor:
-        return F.linear(patches_PC.to(self.weight.dtype), self.weight.flatten(1))
+        return F.linear(patches_PC.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(torch.nn.Module):
     """Patches to the tower's width."""
 
-    def __init__(self, spec: VisionSpec, dtype: torch.dtype, init_method):
+    def __init__(self, spec: VisionSpec, dtype: torch.dtype, init_method, *, bias: bool = False):
         super().__init__()
         kernel = (spec.temporal_patch_size, spec.patch_size, spec.patch_size)
         self.proj = PatchProjection(
-            spec.in_channels, spec.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype
+            spec.in_channels, spec.hidden_size, kernel, stride=kernel, bias=bias, dtype=dtype
         )
         init_method(self.proj.weight)
+        if bias:
+            torch.nn.init.zeros_(self.proj.bias)
 
     def forward(self, patches_PC: torch.Tensor) -> torch.Tensor:
         return self.proj(patches_PC)
@@ -164,7 +166,7 @@ class PatchTower(MegatronModule):
             packed_seq_params=SegmentParams(
                 segments=Segments([h * w for t, h, w in grids for _ in range(t)], device=device),
                 windows=None if order is None else Segments(order.windows, device=device),
-                rotary=self._rotary(grids, order, device),
+                rotary=patch_rotary(grids, self.spec, self.config.params_dtype, device, order),
             ),
         )
         if not self.last:
@@ -179,14 +181,6 @@ class PatchTower(MegatronModule):
         """In which layers see the patches of these grids; None: as they come."""
         return None
 
-    def _rotary(self, grids, order: Order | None, device: torch.device) -> Rotary:
-        merge, head_dim = self.spec.spatial_merge_size, self.spec.head_dim
-        positions_P2 = torch.cat([grid_positions(grid, merge) for grid in grids])
-        if order is not None:
-            positions_P2 = positions_P2[order.patches]
-        angles = patch_angles(positions_P2.to(device, non_blocking=True), head_dim)
-        return Rotary.of(angles[:, None, None, :], self.config.params_dtype)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
@@ -200,6 +194,18 @@ class Order:
 def _reordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Rows of `x` in this order, a permutation."""
     return x.index_select(0, order)
+
+
+def patch_rotary(
+    grids: Sequence[tuple[int, int, int]], spec: VisionSpec, dtype: torch.dtype,
+    device: torch.device, order: Order | None = None,
+) -> Rotary:
+    """Of the rows and columns of patches, as they come or in an order."""
+    positions_P2 = torch.cat([grid_positions(grid, spec.spatial_merge_size) for grid in grids])
+    if order is not None:
+        positions_P2 = positions_P2[order.patches]
+    angles = patch_angles(positions_P2.to(device, non_blocking=True), spec.head_dim)
+    return Rotary.of(angles[:, None, None, :], dtype)
 
 
 @lru_cache(maxsize=128)

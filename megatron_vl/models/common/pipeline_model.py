@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from torch.nn import functional as F
 
 from megatron_vl.models.common.context_parallel import RowShare
 from megatron_vl.models.common.core_attention import SegmentParams
@@ -72,15 +73,19 @@ class PipelineModel(MegatronModule):
         self.vision_model = None
         # A chunk between two with vision layers, without any of its own, passes patches on.
         if build_tower is not None and (chunk, stage) <= split.embedding_chunk[::-1]:
+            self.vision_layers = split.layers(VISION, stage, chunk)
             self.vision_model = build_tower(
-                spec, layout, split, options,
-                layers=split.layers(VISION, stage, chunk), groups=groups,
+                spec, layout, split, options, layers=self.vision_layers, groups=groups,
                 first=pre_process, last=self.embeds,
                 vp_stage=vp_stage if self.spans else None,
             )
         self.language_model = None
+        layers, decoder = split.layers(LANGUAGE, stage, chunk), spec.decoder
+        # Each of the first language layers adds a feature: those left here, and those added here.
+        features = 0 if spec.vision is None else spec.vision.num_features
+        self.features = max(0, features - layers.start)
+        self.features_added = min(self.features, len(layers))
         if self.embeds or self.vision_model is None:
-            layers, decoder = split.layers(LANGUAGE, stage, chunk), spec.decoder
             kind = LayerKind(
                 causal=True, qk_norm=decoder.qk_norm,
                 experts=None if decoder.experts is None else decoder.experts.count,
@@ -108,7 +113,10 @@ class PipelineModel(MegatronModule):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.share = RowShare()
-        self.relay = Relay(config, self.share.size, _smallest(spec.vision) if self.spans else None)
+        self.relay = Relay(
+            config, self.share.size, _smallest(spec.vision, split) if self.spans else None,
+            num_features=spec.travelling_features(split),
+        )
         self.media_share = MediaShare(layout)
         self._received: torch.Tensor | None = None
         self.adapted = frozenset(options.adapted)
@@ -175,10 +183,17 @@ class PipelineModel(MegatronModule):
             if not self.embeds:
                 return self.relay.packed(vision, input_ids.shape)
         if self.embeds:
-            decoder_input = self._embed(input_ids, vision, grid_thw, mine, position_ids.device)
+            decoder_input, features = self._embed(
+                input_ids, vision, grid_thw, mine, position_ids.device
+            )
         else:
-            received = self.relay.hidden(self._received, input_ids.shape[1])
+            received, features = self.relay.hidden(
+                self._received, input_ids.shape[1], self.features
+            )
             self.language_model.set_input_tensor(received)
+        added = None
+        if features is not None:
+            added, features = features[: self.features_added], features[self.features_added :]
         columns = self.share.columns(input_ids.shape[1])
         output = self.language_model(
             input_ids=input_ids[:, columns],
@@ -190,15 +205,18 @@ class PipelineModel(MegatronModule):
             packed_seq_params=SegmentParams(
                 segments=segments, rotary=self._rotary(position_ids[..., columns])
             ),
+            extra_block_kwargs=None if added is None or not len(added) else {"context": added},
         )
-        return output if self.post_process else self.relay.packed(output, input_ids.shape)
+        if self.post_process:
+            return output
+        return self.relay.packed(output, input_ids.shape, features)
 
     def _rotary(self, position_ids: torch.Tensor) -> Rotary:
         """Of int64 [axes, b, t]."""
         decoder = self.spec.decoder
         angles = section_angles(
             position_ids, base=decoder.rope_theta, head_dim=decoder.head_dim,
-            sections=decoder.rope_sections,
+            sections=decoder.rope_sections, interleaved=decoder.rope_interleaved,
         )
         return Rotary.of(angles, self.config.params_dtype)
 
@@ -222,7 +240,7 @@ class PipelineModel(MegatronModule):
             return None
         vision = self.spec.vision
         grids = grid_thw[mine] if mine else torch.tensor([vision.smallest_grid])
-        shape = vision.states(grids.tolist())
+        shape = vision.states(grids.tolist(), self.vision_layers.start)
         if not self.pre_process:
             hidden_PD = self.relay.states(self._received, shape)
             if VISION not in self.frozen:
@@ -248,8 +266,10 @@ class PipelineModel(MegatronModule):
 
     def _embed(
         self, input_ids, vision_ME, grid_thw, mine: list[int], device: torch.device
-    ) -> torch.Tensor:
-        """The decoder's input [t, b, E]: this rank's tokens, with the media's embeddings."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The decoder's input: this rank's tokens [t, b, E], with the media's embeddings, and the
+        features [K, t, b, E] that its layers add, zero where there is no image; None without any.
+        """
         columns = self.share.columns(input_ids.shape[1])
         hidden_tbE = self.language_model.embedding(
             input_ids=input_ids[:, columns].to(device, non_blocking=True), position_ids=None
@@ -257,6 +277,8 @@ class PipelineModel(MegatronModule):
         is_media = self.spec.tokens.places(input_ids)
         if grid_thw is not None and grid_thw.shape[0]:
             vision_ME = self._gathered(vision_ME, grid_thw, mine)
+            if self.features:  # they stand beside the embeddings
+                hidden_tbE = F.pad(hidden_tbE, (0, vision_ME.shape[1] - hidden_tbE.shape[2]))
             try:
                 hidden_tbE = fuse(hidden_tbE, vision_ME, is_media, self.share)
             except ValueError as error:
@@ -267,7 +289,11 @@ class PipelineModel(MegatronModule):
             hidden_tbE = hidden_tbE + nothing_of(vision_ME).to(hidden_tbE.dtype)
         if self.config.sequence_parallel:
             hidden_tbE = tensor_parallel.scatter_to_sequence_parallel_region(hidden_tbE)
-        return _reached(hidden_tbE) if LANGUAGE in self.adapted else hidden_tbE
+        features = None
+        if hidden_tbE.shape[2] > self.config.hidden_size:
+            hidden_tbE, *several = hidden_tbE.split(self.config.hidden_size, dim=2)
+            hidden_tbE, features = hidden_tbE.contiguous(), torch.stack(several)
+        return _reached(hidden_tbE) if LANGUAGE in self.adapted else hidden_tbE, features
 
     def _gathered(self, vision_ME, grid_thw: torch.Tensor, mine: list[int]) -> torch.Tensor:
         """The embeddings of all the microbatch's media, from the ranks that encoded them."""
@@ -283,10 +309,11 @@ def _reached(x: torch.Tensor) -> torch.Tensor:
     return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
 
 
-def _smallest(vision: TowerSpec) -> tuple[int, int]:
-    """Tokens, and numbers of the hidden states, of the smallest image."""
-    grid = vision.smallest_grid
-    return vision.num_tokens(grid), math.prod(vision.states([grid]))
+def _smallest(vision: TowerSpec, split: StageSplit) -> tuple[int, int]:
+    """Of the smallest image the tokens, and the numbers of what enters the tower's last chunk,
+    which is the most that any hands on."""
+    grid, layers = vision.smallest_grid, split.layers(VISION, *split.embedding_chunk)
+    return vision.num_tokens(grid), math.prod(vision.states([grid], layers.start))
 
 
 def build_chunks(

@@ -24,19 +24,23 @@ def is_layer_linear(weight: Weight) -> bool:
 
 
 def keeps_blocks(rule: Rule, tp: int) -> bool:
-    """Whether blocks of each of `tp` ranks' parts are blocks of the published tensors."""
+    """Whether blocks of each of `tp` ranks' parts are blocks of the published tensors.
+
+    Every run of values that is one on both sides must begin a block of both, and end one of both or
+    both tensors.
+    """
     whole = rule.published()
     for rank in range(tp):
         (rows, width), pieces = rule.pieces(tp, rank)
         for piece in pieces:
             (height, columns), (count, wide) = whole[piece.key], piece.shape
-            if wide == columns == width:  # rows without a gap on both sides: one run of values
+            if wide == columns == width:  # whole rows on both sides are one run
                 count, wide = 1, count * wide
-            ends = (piece.start[0] * columns + piece.start[1] + wide == height * columns
-                    and piece.at[0] * width + piece.at[1] + wide == rows * width)
-            strides = () if count == 1 else (columns, width)
-            begins = (piece.start[0] * columns + piece.start[1], piece.at[0] * width + piece.at[1])
-            if any(one % BLOCK for one in (*begins, *strides)) or (wide % BLOCK and not ends):
+            start = piece.start[0] * columns + piece.start[1]
+            at = piece.at[0] * width + piece.at[1]
+            strides = () if count == 1 else (columns, width)  # from run to run
+            ends = start + wide == height * columns and at + wide == rows * width
+            if any(one % BLOCK for one in (start, at, *strides)) or (wide % BLOCK and not ends):
                 return False
     return True
 

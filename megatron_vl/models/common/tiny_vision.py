@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.tiny_decoder import qwen2_decoder
 from megatron_vl.models.common.tiny_tokenizer import qwen2_vocabulary
@@ -45,12 +47,7 @@ def patch_model_files(
     """
     vocabulary = qwen2_vocabulary(sizes, CHAT_TEMPLATE)
     ids, head_dim = vocabulary.ids, sizes.hidden_size // sizes.num_heads
-    section = list(sizes.mrope_section or _mrope_section(head_dim))
-    if 2 * sum(section) != head_dim:
-        raise InputError(
-            f"--mrope-section {section} sums to {sum(section)}; it must be half of the head "
-            f"width {head_dim}."
-        )
+    section = check_mrope_section(sizes.mrope_section or _mrope_section(head_dim), head_dim)
     return {
         "config.json": qwen2_decoder(sizes, vocabulary) | {
             "architectures": [architecture],
@@ -75,8 +72,18 @@ def patch_model_files(
         },
         **vocabulary.files,
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
-        "preprocessor_config.json": _preprocessor_config(sizes),
+        "preprocessor_config.json": preprocessor_config(sizes),
     }
+
+
+def check_mrope_section(section: Sequence[int], head_dim: int) -> list[int]:
+    """The section. Raises InputError: it does not fit the head."""
+    if 2 * sum(section) != head_dim:
+        raise InputError(
+            f"--mrope-section {list(section)} sums to {sum(section)}; it must be half of the head "
+            f"width {head_dim}."
+        )
+    return list(section)
 
 
 def _mrope_section(head_dim: int) -> list[int]:
@@ -86,7 +93,8 @@ def _mrope_section(head_dim: int) -> list[int]:
     return [half - height - width, height, width]
 
 
-def _preprocessor_config(sizes: TinySizes) -> dict:
+def preprocessor_config(sizes: TinySizes) -> dict:
+    """preprocessor_config.json of Qwen2-VL."""
     return {
         "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
         "min_pixels": sizes.min_pixels,

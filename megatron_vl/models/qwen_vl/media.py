@@ -81,6 +81,10 @@ class SquareProcessor:
         """See `megatron_vl.models.family.Processor`."""
         return 0.0
 
+    def times(self, media: StoredMedia) -> tuple[float, ...]:
+        """See `megatron_vl.models.family.Processor`."""
+        return ()
+
     def load(
         self, media: StoredMedia, frames: Iterable[Image.Image], out: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -88,8 +88,13 @@ class ResampledVisionSpec:
         """Tokens that the decoder sees of an image: Q, between the two that enclose it."""
         return self.num_queries
 
-    def states(self, grids: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Shape of the hidden states of these grids between layers: patches, width."""
+    @property
+    def num_features(self) -> int:
+        """See `TowerSpec`."""
+        return 0
+
+    def states(self, grids: Sequence[Sequence[int]], layer: int) -> tuple[int, int]:
+        """See `TowerSpec`."""
         return sum(map(math.prod, grids)), self.hidden_size
 
     def forward_flops(self, grid: tuple[int, int, int]) -> int:

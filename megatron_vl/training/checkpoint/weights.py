@@ -2,7 +2,8 @@
 
 The resharder's plan with this rank's parameters as its target: whatever the checkpoint was written
 as, a Hugging Face directory or any layout of Megatron-Core's, each rank reads its own slices of it
-and nothing else. Memory is a few megabytes beside the parameters.
+and nothing else. Memory is a few megabytes beside the parameters; where these are quantised, one of
+them is whole as well.
 """
 
 from __future__ import annotations
