@@ -25,7 +25,7 @@ from megatron_vl.training.plan import Plan
 # Of the default of cross-entropy-chunks: logits are to be at most this share of a rank's memory,
 # and smaller ones than this many bytes are not worth a second computation.
 LOGITS_SHARE, LOGITS_FLOOR = 1 / 10, 2**28
-# Tensors [T, F], but the result: gate and value, silu; the input, its sigmoid; the input.
+# Tensors [T, F] beside the result: gate, value and silu; the input and its sigmoid; the input.
 ACTIVATION_KEPT = {"swiglu": 3, "quick_gelu": 2, "gelu": 1, "gelu_pytorch_tanh": 1, "silu": 1}
 
 
@@ -60,6 +60,7 @@ class _Layers:
     qk_norms: int  # fp32 tensors [T, Q] and [T, keys] that their norms keep
     inner: int  # F; of experts, of those a token goes to together
     activation: str  # of ACTIVATION_KEPT
+    passing: int  # tensors [T, F] of the MLP's forward, at most at a time
     norms: int  # fp32 tensors that a norm keeps: its input, and the normalised one if trained
     norm_copies: int  # such tensors in the backward of a norm
     trained: bool  # the weights of their own
@@ -151,9 +152,8 @@ class _Layers:
 
     @property
     def forward(self) -> int:
-        """What the forward of a layer needs of which nothing is kept: the first linear layer's
-        result, with what a bias or factors add to it, or the activation's steps."""
-        return 4 * self.stream + self.inner_bytes * (6 if self.activation == "swiglu" else 4)
+        """What the forward of a layer needs of which nothing is kept."""
+        return 4 * self.stream + self.inner_bytes * self.passing
 
     def _beside(self, weight: int) -> int:
         """Of a weight of so many numbers, in its layer's backward."""
@@ -285,7 +285,7 @@ def _language(plan: Plan, held: RankMemory) -> _Layers:
         queries=decoder.num_attention_heads * decoder.head_dim // tp,
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
         attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
-        inner=inner // tp, activation="swiglu", norms=1 + trained, norm_copies=5,
+        inner=inner // tp, activation="swiglu", passing=4, norms=1 + trained, norm_copies=5,
     )
 
 
@@ -301,7 +301,9 @@ def _vision(plan: Plan, held: RankMemory) -> _Layers | None:
         plan, held, VISION, plan.vit_recompute, width=vision.hidden_size,
         tokens=_patches(plan), parts=1, queries=vision.hidden_size // tp,
         keys=vision.hidden_size // tp, attended=5, qk_norms=0, inner=vision.ffn_hidden_size // tp,
-        activation="swiglu" if vision.gated else vision.activation, norms=1, norm_copies=2,
+        activation="swiglu" if vision.gated else vision.activation,
+        passing=6 if vision.gated else 4,  # a bias makes another tensor
+        norms=1, norm_copies=2,
     )
 
 

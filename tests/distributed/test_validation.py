@@ -22,7 +22,7 @@ LAYOUTS = {
     "packed": {},
     "one sample a row": {"packing_buffer_size": 0, "micro_batch_size": 2},
     "tp2": TP2 | {"sequence_parallel": True},
-    "tp2, logits in chunks": TP2 | {"cross_entropy_chunks": 6},
+    "tp2, logits in chunks": TP2 | {"cross_entropy_chunks": 60},
     "pp2 vp2": PP2 | {"num_virtual_stages_per_pipeline_rank": 2},
     "cp2, every sample alike": {"context_parallel_size": 2, "calculate_per_sample_loss": True},
 }
