@@ -31,7 +31,6 @@ SPLITS = {  # ranks -> name -> (layout, samples a row, rows a microbatch, cross-
         "two rows a microbatch": (Layout(), 4, 2, 1),
         "one sample a row": (Layout(), 1, 4, 1),
         "packed, in chunks": (Layout(), 4, 1, 50),
-        "one position at a time": (Layout(), 4, 1, 10_000),
     },
     2: {
         "DP2": (Layout(dp=2), 4, 1, 1), "CP2": (Layout(cp=2), 4, 1, 1),
