@@ -16,7 +16,7 @@ from megatron_vl.data.encode.model_files import check_model_files
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import ORDERS
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
 from megatron_vl.training.activations import activation_memory, cross_entropy_chunks
 from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint, needs_load
@@ -132,7 +132,8 @@ def _note(notes: list[str], check: Callable[[], None]) -> None:
 
 def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     config, layout = plan.config, plan.layout
-    frozen = ", ".join(plan.trainable.still)
+    frozen = ", ".join(part for part in plan.trainable.still
+                       if plan.spec.vision is not None or part == LANGUAGE)
     kinds = [plan.precision]
     kinds += ["distributed optimizer"] if config.optimizer.use_distributed_optimizer else []
     kinds += [f"optimizer {config.optimizer.optimizer_offload_fraction:.0%} in host memory"
