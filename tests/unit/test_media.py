@@ -206,6 +206,7 @@ IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
     (IMAGES, {"patch_size": None}, None),  # transformers knows it
     (VIDEOS, {"min_pixels": "9"}, "min_pixels is '9'"),
     (VIDEOS, {"min_pixels": 9000, "max_pixels": 4000}, "asks for frames of 9000 to 4000 pixels"),
+    (VIDEOS, {"cap_pixels_per_frame": True}, "sets cap_pixels_per_frame, which is not supported"),
     ("processor_config.json", {"video_processor": {"size": 7}}, "video_processor.size is 7"),
     ("tokenizer_config.json", {"chat_template": 5}, "chat_template"),
 ])

@@ -41,6 +41,7 @@ class MediaFile(Shape):
     rescale_factor: Number | None = None
     image_mean: list[Number] | None = None
     image_std: list[Positive] | None = None
+    cap_pixels_per_frame: bool | None = None
 
 
 class JointFile(Shape):
@@ -126,6 +127,11 @@ def video_size(hf_dir: Path, default: tuple[int, int]) -> tuple[int, int] | None
         settings = settings.video_processor if kind is JointFile else settings
         if settings is None:
             continue
+        if settings.cap_pixels_per_frame:
+            raise InputError(
+                f"{path} sets cap_pixels_per_frame, which is not supported; set it to false, and "
+                f"bound a frame by --video-max-pixels."
+            )
         edges = settings.size or Edges()
         least = settings.min_pixels or edges.shortest_edge or default[0]
         most = settings.max_pixels or edges.longest_edge or default[1]
