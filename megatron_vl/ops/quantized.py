@@ -92,6 +92,7 @@ class QuantizedTensor(torch.Tensor):
             count = part.numel()
             blocks = F.pad(part, (0, -count % BLOCK)).view(-1, BLOCK)
             scales = blocks.abs().amax(1)
+            scales.masked_fill_(scales.isinf(), torch.nan)
             # Of a block of zeros too, whose scale stays zero.
             ratios = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
             codes = torch.bucketize(ratios, bounds, out_int32=True).view(-1)

@@ -121,7 +121,7 @@ def test_the_warm_up_is_as_long_as_transformers_own(style, warmup):
 
 REFUSED = [
     ({"use_lora": "often"}, "--use_lora is 'often'; use True or False"),
-    ({"q_lora": "True"}, "--q_lora is True, but there is no training of quantised weights"),
+    ({"q_lora": "True"}, "give -- --quantize-base nf4 behind the other flags"),
     ({"bf16": "maybe"}, "--bf16 is 'maybe'; use True or False"),
     ({"lr_scheduler_type": "polynomial"}, "--lr_scheduler_type is 'polynomial'"),
     ({"max_steps": "many"}, "--max_steps is 'many'; it must be a number"),

@@ -114,6 +114,14 @@ def test_backward_keeps_codes_and_multiplies_by_the_weight_that_forward_did(form
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_block_with_a_nan_or_an_infinity_is_nan_as_a_whole_and_no_other_is(form, bad):
+    weight = torch.randn(3, 64)
+    weight[1, 5] = bad
+    assert kept(weight, form).dequantize().isnan().all(1).tolist() == [False, True, False]
+
+
 def test_what_would_write_to_a_whole_weight_that_is_thrown_away_is_refused():
     weight = kept(torch.randn(2, 64), "nf4")
     with pytest.raises(TypeError, match="would write to a quantised weight"):

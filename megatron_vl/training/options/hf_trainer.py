@@ -164,7 +164,10 @@ def translate(
     )
     flags = made.flags
     if flags["q_lora"] and _truth("q_lora", flags["q_lora"]):
-        raise InputError(f"--q_lora is {flags['q_lora']}, but {ANSWERS['qlora']}; leave it out.")
+        raise InputError(
+            f"--q_lora is {flags['q_lora']}, but {ANSWERS['qlora']}; give -- --quantize-base nf4 "
+            f"behind the other flags in its place."
+        )
     for flag, option in SAME.items():
         if flags[flag] is not None:
             made.add(flag, f"--{option}", flags[flag])
