@@ -25,9 +25,8 @@ from megatron_vl.training.plan import Plan
 # Of the default of cross-entropy-chunks: logits are to be at most this share of a rank's memory,
 # and smaller ones than this many bytes are not worth a second computation.
 LOGITS_SHARE, LOGITS_FLOOR = 1 / 10, 2**28
-ACTIVATION_KEPT = {"swiglu": 3, "quick_gelu": 2, "gelu": 1, "gelu_pytorch_tanh": 1,
-                   "silu": 1}  # tensors [T, F], but the
-# result: gate and value, silu; the input, its sigmoid; the input
+# Tensors [T, F] beside the result: gate and value, silu; the input, its sigmoid; the input.
+ACTIVATION_KEPT = {"swiglu": 3, "quick_gelu": 2, "gelu": 1, "gelu_pytorch_tanh": 1, "silu": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
