@@ -63,7 +63,8 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--cross-entropy-chunks", type=int, default=1, metavar="N",
-        help="logits of a part in N of the positions at a time, as in training (default: 1)",
+        help="logits of a part in N of the positions at a time, as in training; refused where N "
+        "is too small to cut those of the positions that are trained here (default: 1)",
     )
     parser.add_argument(
         "--dtype", type=dtype_of, choices=DTYPES, default="float32",
@@ -123,10 +124,7 @@ def run(args: argparse.Namespace) -> int:
         _check_quantized(args, spec, layouts)
     for _, split in layouts:
         setting.recompute_of(split)
-    if args.cross_entropy_chunks < 1:
-        raise InputError(
-            f"--cross-entropy-chunks is {args.cross_entropy_chunks}; give a whole number from 1 on."
-        )
+    _check_chunks(args, spec)
     if args.tolerance is not None and not args.tolerance > 0:
         raise InputError(f"--tolerance is {args.tolerance}; give a number above 0, as 1e-5.")
     if started_by_torchrun():
@@ -188,6 +186,23 @@ def _check_quantized(args, spec, layouts) -> None:
     for tp in sorted({layout.tp for layout, _ in layouts}):
         if cut := cut_within_blocks(weights, tp):
             raise InputError(f"{cut}, which transformers judges with; lower --tp, or --sweep.")
+
+
+def _check_chunks(args, spec) -> None:
+    """Raises InputError: no number of parts, or one with which logits would come in one part."""
+    from megatron_vl.parity.cases import cases, least_chunks
+
+    given = args.cross_entropy_chunks
+    if given < 1:
+        raise InputError(f"--cross-entropy-chunks is {given}; give a whole number from 1 on.")
+    if given == 1:
+        return
+    least = max(least_chunks(spec, case) for case in cases(spec, args.pack))
+    if given < least:
+        raise InputError(
+            f"--cross-entropy-chunks {given} cuts the logits of no microbatch of some batch, for "
+            f"few of their positions are trained; give {least} or more."
+        )
 
 
 def _compare(args, spec, layouts, setting, work_dir: Path) -> int:

@@ -133,3 +133,10 @@ def make_batches(
         length = least_length(group, multiple=multiple or most, most=most)
         batches.append(make_batch(group, row_length=length, pad_token=0, positions=positions))
     return batches
+
+
+def least_chunks(spec: ModelSpec, case: Case) -> int:
+    """The fewest cross-entropy-chunks that cut the logits of a microbatch: a part in so many of its
+    positions are fewer than are trained."""
+    return min(-(-batch.tokens.numel() // (int((batch.loss_mask > 0).sum()) - 1))
+               for batch in make_batches(spec, case, make_samples(spec, case)))

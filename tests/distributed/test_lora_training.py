@@ -6,6 +6,7 @@ All runs take steps on the same four microbatches: see training_jobs.py.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers
 from commands import ROOT, megatron_vl, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_jobs import CASE
 
 from megatron_vl.training.memory import rank_memory
@@ -392,6 +393,30 @@ def test_a_run_goes_on_with_its_own_adapter_alone(jobs, model_dir, wds_dir, tmp_
     assert done.code == 2 and "add --finetune to take the weights alone" in done.err, done.text
     done = megatron_vl(*given, "--adapter", jobs / "language peft")
     assert done.code == 0 and "of the adapter" in done.out, done.text
+
+
+def test_numbers_that_are_none_are_told_of_an_adapter_and_at_every_start_of_what_it_is_beside(
+    model_dir, wds_dir, tmp_path
+):
+    base, given = shutil.copytree(model_dir, tmp_path / "base"), tmp_path / "peft"
+    peft.get_peft_model(
+        transformers.AutoModelForImageTextToText.from_pretrained(model_dir),
+        peft.LoraConfig(r=3, target_modules=["down_proj"]),
+    ).save_pretrained(given)
+    for file, end in ((base / "model.safetensors", "down_proj.weight"),
+                      (given / "adapter_model.safetensors", "down_proj.lora_A.weight")):
+        weights = load_file(file)
+        next(weights[key] for key in weights if key.endswith(f"1.mlp.{end}"))[0, 0] = torch.nan
+        save_file(weights, file, {"format": "pt"})
+    for iteration, bad in ((1, {"down_proj.weight", "down_proj.lora_A.weight"}),
+                           (2, {"down_proj.weight"})):
+        done = megatron_vl(
+            "train", "--load", base, "--adapter", given, "--quantize-base", "int8", "--save",
+            tmp_path / "run", "--train-data-path", wds_dir, "--seq-length", 128, "--train-iters",
+            iteration, "--lr-decay-iters", 1, "--eval-interval", 0, "--no-report",
+        )
+        told = re.findall(r"WARNING: 1 numbers of (\S+) are NaN or infinite", done.out)
+        assert done.code == 0 and {one.split("layers.1.mlp.")[1] for one in told} == bad, done.text
 
 
 def test_a_fused_adapter_has_an_a_of_its_own_for_every_layer_in_pefts_files(

@@ -151,7 +151,7 @@ def parameters_of(table: str) -> int:
 # microbatch.
 @pytest.mark.parametrize(("ranks", "options", "model"), [
     pytest.param(ranks, options, model, id=f"{ranks}-{model}") for ranks, options, models in (
-        (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 60],
+        (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 64],
          [one for one in MODELS if one != FEATURED]),
         (2, ["--overlap-grad-reduce", "--no-pack", "--recompute", "full"], [FEATURED]),
         # The resampler has two heads; what Qwen3 adds to a layer meets nothing new on four ranks.
@@ -184,7 +184,7 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
     layouts = MODELS[model][1](LAYOUTS[2])
     done = megatron_vl("parity", request.getfixturevalue(model), "--tolerance", TOLERANCE,
                        "--sweep", 2, "--lora-rank", 3, "--recompute", "full",
-                       "--cross-entropy-chunks", 60,
+                       "--cross-entropy-chunks", 64,
                        "--lora-target", *targets, *more)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
@@ -236,7 +236,7 @@ def test_a_normalised_head_equals_its_judge_also_with_rows_that_pad_it(
     (odd / "config.json").write_text(json.dumps(config))
     tiny_hf.write_weights(odd)
     done = megatron_vl("parity", odd, "--tolerance", TOLERANCE, "--sweep", 2,
-                       "--cross-entropy-chunks", 60)
+                       "--cross-entropy-chunks", 64)
     assert done.code == 0, done.text
     rows = rows_of(done.out)
     assert [name for name, *_ in rows] == of_text(LAYOUTS[2])
@@ -291,5 +291,7 @@ def test_what_cannot_be_compared_is_refused(model_dir):
     assert done.code == 2 and "recompute-num-layers 3 does not divide" in done.err
     done = megatron_vl("parity", model_dir, "--cross-entropy-chunks", 0)
     assert done.code == 2 and "--cross-entropy-chunks is 0; give a whole number" in done.err
+    done = megatron_vl("parity", model_dir, "--cross-entropy-chunks", 4)
+    assert done.code == 2 and "are trained; give 22 or more" in done.err
     done = megatron_vl("parity", model_dir, "--sweep", 7)
     assert done.code == 2 and "no layout of --sweep 7 ranks fits" in done.err

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ class Resumed:
     loader_states: tuple[Path, ...] = ()  # of every data-parallel rank; none: the data starts anew
     guard: dict = field(default_factory=dict)  # the state of the run's StepGuard
     samples: int | None = 0  # read so far; None where the checkpoint does not say
-    weights: Loaded | None = None  # where nothing but weights was taken
+    weights: Loaded | None = None  # of a model, which it began with or goes on beside
     schedule: dict | None = None  # the state of its OptimizerParamScheduler; None: a new one begins
 
 
@@ -72,13 +73,16 @@ def load_checkpoint(
     """
     options = plan.config.checkpoint
     if weights_alone(plan.config, info, own):
-        loaded = load_weights(info, model, plan.spec, plan.layout, plan.split)
-        _begin_adapter(plan, model)
+        weights = load_weights(info, model, plan.spec, plan.layout, plan.split)
+        bad = {**weights.not_finite, **_begin_adapter(plan, model)}
         optimizer.reload_model_params()
-        return Resumed(iteration=0, weights=loaded)
+        return Resumed(iteration=0, weights=replace(weights, not_finite=bad))
+    weights = None
     if plan.trainable.adapter is not None and not plan.config.lora.save_base:
         _tell_other_base(info, options.load)
-        load_weights(inspect_weights(options.load), model, plan.spec, plan.layout, plan.split)
+        weights = load_weights(
+            inspect_weights(options.load), model, plan.spec, plan.layout, plan.split
+        )
     check_data_only(info.path, torch.distributed.get_rank(), torch.distributed.get_world_size())
     barrier()  # no rank reads what another has refused
     with_optimizer = not options.no_load_optim
@@ -116,7 +120,7 @@ def load_checkpoint(
         iteration=info.iteration, loader_states=tuple(_loader_states(info)) if own else (),
         guard=loaded.get("megatron_vl", {}).get("guard", {}),
         samples=loaded.get("megatron_vl", {}).get("samples"),
-        schedule=loaded["opt_param_scheduler"],
+        weights=weights, schedule=loaded["opt_param_scheduler"],
     )
 
 
@@ -128,13 +132,15 @@ def _tell_other_base(info: CheckpointInfo, load: str) -> None:
               flush=True)
 
 
-def _begin_adapter(plan: Plan, model) -> None:
-    """The factors that a run begins with, where they are not new."""
+def _begin_adapter(plan: Plan, model) -> Mapping[str, int]:
+    """The factors that a run begins with, where they are not new; returns how many numbers are NaN
+    or Inf, as `Loaded` has it."""
     of = plan.trainable.adapter
     stored = None if of is None else stored_adapter(plan.config, of.weights)
-    if stored is not None:
-        chunks = [chunk.module for chunk in model]
-        fill(list(factors(chunks, of, plan.split)), stored.source, Path(plan.config.lora.adapter))
+    if stored is None:
+        return {}
+    held = list(factors([chunk.module for chunk in model], of, plan.split))
+    return fill(held, stored.source, Path(plan.config.lora.adapter)).not_finite
 
 
 def _load_optimizer(optimizer, loaded: dict) -> None:
