@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from argparse import ArgumentParser
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from test_import_rule import ALWAYS, ROOMS
 
-from megatron_vl.cli.main import COMMANDS
+from megatron_vl.cli.main import COMMANDS, Parser
 from megatron_vl.cli.mm_convert import make_parser as mm_convert
 from megatron_vl.launch.cluster import ROWS as SCHEDULERS
 from megatron_vl.training.options.config_sources import load_config
@@ -89,8 +88,8 @@ def tables(document: str) -> list[list[list[str]]]:
 
 
 @cache
-def parser(command: str) -> ArgumentParser:
-    root = ArgumentParser()
+def parser(command: str) -> Parser:
+    root = Parser()
     commands = root.add_subparsers()
     import_module(f"megatron_vl.cli.{command.replace('-', '_')}").add_parser(commands)
     commands.choices[command].add_argument("--debug")

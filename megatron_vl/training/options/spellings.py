@@ -74,7 +74,7 @@ _SAYS = {
     "buffers would do it": "tp_comm_overlap tp_comm_overlap_cfg",
     "parts of layers are not kept in host memory here; give recompute-granularity selective, or "
     "cpu-offloading for whole layers": "fine_grained_activation_offloading offload_modules",
-    "there are no experts in these models":
+    "the experts are what config.json says, and every rank of tp has a slice of each of them":
         "expert_model_parallel_size ep expert_tensor_parallel_size num_experts moe_router_topk",
     "training is supervised here, without preference or reinforcement learning":
         "rlhf_type dpo grpo kto reward_model pref_beta",
