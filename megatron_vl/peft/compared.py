@@ -95,7 +95,8 @@ def _adapters(first: StoredAdapter, second: StoredAdapter, weights: WeightMap) -
         key: f"{_words(adapters[0], one)} and {_words(adapters[1], adapters[1].factors[key])}"
         for key, one in adapters[0].factors.items()
         if key in adapters[1].factors
-        and _words(adapters[0], one) != _words(adapters[1], adapters[1].factors[key])
+        and (one.rank, adapters[0].scale(one)) != (
+            adapters[1].factors[key].rank, adapters[1].scale(adapters[1].factors[key]))
     }
     shapes = second.published(weights) | first.published(weights)
     for key in differing:
@@ -105,4 +106,4 @@ def _adapters(first: StoredAdapter, second: StoredAdapter, weights: WeightMap) -
 
 
 def _words(adapter: Adapter, one: Factors) -> str:
-    return f"rank {one.rank} at scale {adapter.scale(one):g}"
+    return f"rank {one.rank} at scale {adapter.scale(one):.9g}"

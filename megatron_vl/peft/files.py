@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_vl.errors import InputError, shown
 from megatron_vl.peft.adapter import MAGNITUDE, Adapter, Factors, factor_key
 from megatron_vl.peft.adapter_map import AdapterMap
 from megatron_vl.peft.targets import linears
-from megatron_vl.typed import Shape, Text, read_file
+from megatron_vl.typed import Positive, Shape, Size, Text, read_file
 from megatron_vl.weights.convert import ADAPTER_CONFIG, Source
 from megatron_vl.weights.dtypes import FLOAT32
 from megatron_vl.weights.files import fingerprint
@@ -35,7 +35,7 @@ CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # What is adapted, and "A", "B" or MAGNITUDE; of a tensor of the model itself its name alone.
 _TENSOR = re.compile(
-    rf"(?:{re.escape(PREFIX)})?(.+?)(?:\.lora_(?:([AB])\.weight|({MAGNITUDE})))?"
+    rf"(?:{re.escape(PREFIX)})?(.*?)(?:\.lora_(?:([AB])\.weight|({MAGNITUDE})))?", re.DOTALL
 )
 # What another kind of adapter sets, and what it then is.
 _OTHER = {"fan_in_fan_out": "of transposed layers", "lora_bias": "with biases",
@@ -43,7 +43,8 @@ _OTHER = {"fan_in_fan_out": "of transposed layers", "lora_bias": "with biases",
           "trainable_token_indices": "of single tokens",
           "alora_invocation_tokens": "that begins at certain tokens (aLoRA)",
           "use_qalora": "of pooled inputs (QA-LoRA)", "use_bdlora": "of diagonal blocks (BD-LoRA)",
-          "arrow_config": "that routes tokens (Arrow)", "kasa_config": "of singular values (KaSA)"}
+          "arrow_config": "that routes tokens (Arrow)", "kasa_config": "of singular values (KaSA)",
+          "monteclora_config": "of random factors (MonteCLoRA)"}
 # Beginnings whose factors are taken out of the model's weights: PEFT adds them to what is left.
 _TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -52,14 +53,14 @@ class _Config(Shape):
     """adapter_config.json."""
 
     peft_type: Text
-    r: int
-    lora_alpha: float
+    r: Size
+    lora_alpha: Positive
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     bias: Text = "none"
-    rank_pattern: dict[Text, int] | None = None
-    alpha_pattern: dict[Text, float] | None = None
+    rank_pattern: dict[Text, Size] | None = None
+    alpha_pattern: dict[Text, Positive] | None = None
     modules_to_save: list[Text] | None = None
 
 
@@ -104,20 +105,21 @@ def read_adapter(directory: Path, weights: WeightMap) -> StoredAdapter:
         )
     names = [one.name.removeprefix(PREFIX) for one in stored.source.inventory]
     if gone := [word for word in config.modules_to_save or ()
-                if not any(f".{word}." in f".{name}" for name in names)]:
+                if not any(_is_within(name, word) for name in names)]:
         raise InputError(
             f"{path} has {listed(gone)} in modules_to_save, which {WEIGHTS} lacks; copy both files "
             f"again."
         )
     factors = {}
     for key, one in stored.adapter.factors.items():
-        name = weights.in_memory_name(key).removesuffix(".weight")
-        if (said := _by_pattern(config.rank_pattern, name, config.r)) != one.rank:
+        # Whichever of them the file's own tensors have, its patterns have too.
+        names = [name.removesuffix(".weight") for name in (weights.in_memory_name(key), key)]
+        if (said := _by_pattern(config.rank_pattern, names, config.r)) != one.rank:
             raise InputError(
-                f"{path} says that {name} has rank {said}, and its factors in {WEIGHTS} have "
+                f"{path} says that {names[0]} has rank {said}, and its factors in {WEIGHTS} have "
                 f"{one.rank}; copy both files again."
             )
-        alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
+        alpha = _by_pattern(config.alpha_pattern, names, config.lora_alpha)
         factors[key] = Factors(one.rank, alpha)
     return replace(stored, adapter=Adapter(
         factors=factors, rank_stabilized=config.use_rslora, dropout=config.lora_dropout))
@@ -151,6 +153,12 @@ def adapter_mark(directory: Path) -> dict[str, str]:
 def _check_files(directory: Path) -> None:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
+            pickled = directory / "adapter_model.bin"
+            if name == WEIGHTS and pickled.is_file():
+                raise InputError(
+                    f"{pickled} is not read; load the adapter with PEFT and save_pretrained it, "
+                    f"which writes {WEIGHTS}."
+                )
             raise InputError(
                 f"{directory} has no {name}; give a directory that PEFT, or convert --to peft, "
                 f"wrote."
@@ -178,10 +186,10 @@ def _opened(path: Path, weights: WeightMap) -> StoredAdapter:
         held = key if factor is None else factor_key(key, factor)
         if factor is not None:
             if factor != MAGNITUDE:
-                ranks.setdefault(key, at.shape[0 if factor == "A" else -1])
+                ranks.setdefault(key, (*at.shape, 0)[0 if factor == "A" else len(at.shape) - 1])
             rank = ranks.get(key, 0)
             fits = {"A": (rank, shape[1]), "B": (shape[0], rank), MAGNITUDE: shape[:1]}[factor]
-        if at.shape != fits:
+        if at.shape != fits or 0 in fits:
             raise InputError(
                 f"{path} has {name} of shape {list(at.shape)}, which does not fit the layer's "
                 f"{list(shape)}; give the adapter of this very model."
@@ -236,15 +244,26 @@ def _check_kind(path: Path, config: _Config, whole: dict[str, Any]) -> None:
         )
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, name: str, usual: float) -> float:
+def _is_within(name: str, word: str) -> bool:
+    """Whether a tensor is of a module that PEFT finds by a word of modules_to_save."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]).endswith(word) for end in range(1, len(parts)))
+
+
+def _by_pattern(
+    patterns: Mapping[str, float] | None, names: Sequence[str], usual: float
+) -> float:
     """Rank or alpha of one layer, as PEFT matches its patterns.
+
+    Args:
+        names: that the layer may have there.
 
     Raises:
         InputError: one is no regular expression.
     """
     for pattern, value in (patterns or {}).items():
         try:
-            matched = re.match(rf"(.*\.)?({pattern})$", name)
+            matched = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
         except re.error as error:
             raise InputError(
                 f"{CONFIG} has the pattern {shown(pattern)}, which is no regular expression "

@@ -179,6 +179,7 @@ ADAPTERS = {
         r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens", "merger.ln_q"],
         ensure_weight_tying=True),
     "a head in full": dict(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]),
+    "norms in full": dict(r=2, target_modules=["v_proj"], modules_to_save=["layernorm"]),
 }
 
 
@@ -276,17 +277,20 @@ def test_an_adapter_under_published_names_is_read_though_peft_would_load_nothing
     model_dir, tmp_path
 ):
     made_by_peft(model_dir, tmp_path / "a", r=2, target_modules=["q_proj"])
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    save_file({name.replace("language_model.", ""): one for name, one in tensors.items()},
-              tmp_path / "a" / "adapter_model.safetensors")
+    tensors(tmp_path / "a", lambda held: held.update(
+        {name.replace("language_model.", ""): held.pop(name) for name in list(held)}))
+    change(tmp_path / "a", alpha_pattern={r"model\.layers\.1\.self_attn\.q_proj": 5})
     weights = family("qwen2_vl").weight_map(load_spec(model_dir))
-    assert len(read_adapter(tmp_path / "a", weights).adapter.factors) == 4
+    factors = read_adapter(tmp_path / "a", weights).adapter.factors
+    assert [one.alpha for one in factors.values()] == [8, 5, 8, 8]
 
 
 REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "no factors": (lambda d: (d / "adapter_model.safetensors").unlink(),
                    "has no adapter_model.safetensors"),
+    "pickled factors": (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
+                        "adapter_model.bin is not read; load the adapter with PEFT"),
     "DoRA without lengths": (lambda d: change(d, use_dora=True),
                              "says DoRA, and adapter_model.safetensors has no lora_magnitude"),
     "biases": (lambda d: change(d, bias="all"), "describes an adapter with biases (all)"),
@@ -298,6 +302,16 @@ REFUSED = {  # what is wrong with an adapter's directory, and what is said of it
                                  "that begins at certain tokens (aLoRA)"),
     "beside other weights": (lambda d: change(d, init_lora_weights="pissa_niter_4"),
                              "beside what its beginning, pissa_niter_4, left of the weights"),
+    "random factors": (lambda d: change(d, monteclora_config={"use_monteclora": True}),
+                       "of random factors (MonteCLoRA)"),
+    "no alpha": (lambda d: change(d, lora_alpha=0), "lora_alpha"),
+    "no rank": (lambda d: tensors(d, lambda t: t.update(
+        {name: one[:0] if "lora_A" in name else one[:, :0] for name, one in t.items()})),
+        "does not fit"),
+    "a number": (lambda d: tensors(d, lambda t: t.update(
+        {name: torch.tensor(1.0) for name in t})), "does not fit"),
+    "a name of two lines": (lambda d: tensors(d, lambda t: t.update({"a\nb": torch.ones(1)})),
+                            "layer(s) that this model has not"),
     "a broken pattern": (lambda d: change(d, alpha_pattern={"q_proj(": 3}),
                          "has the pattern q_proj(, which is no regular expression"),
     "another kind": (lambda d: change(d, peft_type="IA3"), "of the kind IA3"),
