@@ -81,8 +81,15 @@ def of_text(layouts: str) -> list[str]:
 
 
 def of_experts(layouts: str) -> list[str]:
-    """The same again, where tensor parallelism divides tokens too."""
-    return [line for line in of_text(layouts) if line.startswith("TP1x") or "+SP" in line]
+    """The same again, where tensor parallelism divides tokens too, with experts over two ranks."""
+    found = []
+    for line in of_text(layouts):
+        if line.startswith("TP1x") or "+SP" in line:
+            found.append(line)
+            if "PP1" in line:
+                etp = "ETP1x" if "TP2x" in line else ""
+                found.append(line.replace("DP", f"EP2x{etp}DP"))
+    return found
 
 
 # Of six language layers the first three add a feature each, of which some travel.
@@ -218,6 +225,13 @@ def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
 def test_quantised_weights_that_transformers_cannot_judge_are_refused(options, says, model_dir):
     done = megatron_vl("parity", model_dir, "--quantize-base", "nf4", *options)
     assert done.code == 2 and says in done.err, done.text
+
+
+def test_experts_of_which_several_ranks_have_parts_equal_transformers(experts_model_dir):
+    done = megatron_vl("parity", experts_model_dir, "--tolerance", TOLERANCE, "--tp", 2,
+                       "--sequence-parallel", "--ep", 2, "--dp", 2, "--recompute", "full")
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 86
 
 
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):
