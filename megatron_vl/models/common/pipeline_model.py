@@ -186,6 +186,7 @@ class PipelineModel(MegatronModule):
             decoder_input, features = self._embed(
                 input_ids, vision, grid_thw, mine, position_ids.device
             )
+            del vision  # as large as the features; the layers would run beside it
         else:
             received, features = self.relay.hidden(
                 self._received, input_ids.shape[1], self.features
@@ -193,7 +194,8 @@ class PipelineModel(MegatronModule):
             self.language_model.set_input_tensor(received)
         added = None
         if features is not None:
-            added, features = features[: self.features_added], features[self.features_added :]
+            parts = [self.features_added, self.features - self.features_added]
+            added, features = features.split(parts)
         columns = self.share.columns(input_ids.shape[1])
         output = self.language_model(
             input_ids=input_ids[:, columns],
