@@ -54,7 +54,8 @@ def run_transformers(
         loss = torch.nn.functional.cross_entropy(
             out, sample.labels, ignore_index=IGNORE, reduction="sum"
         )
-        (loss / trained).backward()
+        if loss.requires_grad:  # no adapter of a vision tower has a part in text alone
+            (loss / trained).backward()
         total += float(loss.detach())
     if adapter is not None:
         gradients = of_peft(model, weights, fused=fused)

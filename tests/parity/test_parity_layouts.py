@@ -202,6 +202,15 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
         assert int(count) == factors * 3 // 2 if twice else factors, name
 
 
+def test_an_adapter_of_the_tower_alone_equals_pefts_also_where_no_image_reaches_it(
+    deepstack_model_dir
+):
+    done = megatron_vl("parity", deepstack_model_dir, "--tolerance", TOLERANCE, "--lora-rank", 3,
+                       "--lora-target", "merger")
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 2 * 4 * 2  # with the features' mergers
+
+
 @pytest.mark.parametrize(("model", "options"), [
     ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
                         "--recompute", "full"]),

@@ -125,6 +125,7 @@ DEEPSTACK = [
                                                              "the tower, from 0 to 3, in asc"),
     ({"vision_config": {"deepstack_visual_indexes": [2, 1]}}, "is [2, 1]; it must name layers of"),
     ({"vision_config": {"num_position_embeddings": 60}}, "is 60; it must be a square"),
+    ({"vision_config": {"num_heads": 32}}, "vision heads are 2 wide; positions of rows and"),
     ({"text_config": {"num_hidden_layers": 2}}, "hands features to 3 language layers, but there "
                                                 "are 2"),
     ({"text_config": {"rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": False}}},
