@@ -77,7 +77,7 @@ def language_config(
         add_qkv_bias=decoder.qkv_bias,
         # Sums these norms' gradients over tensor-parallel ranks, each of which has some heads.
         qk_layernorm=decoder.qk_norm,
-        **_experts(decoder.experts, options.balance),
+        **_experts(decoder.experts, layout, options.balance),
         gated_linear_unit=True,
         activation="swiglu",
         normalization="RMSNorm",
@@ -99,11 +99,13 @@ def language_config(
     )
 
 
-def _experts(experts: ExpertsSpec | None, balance: Balance) -> dict:
+def _experts(experts: ExpertsSpec | None, layout: Layout, balance: Balance) -> dict:
     if experts is None:
         return {}
     return dict(
         num_moe_experts=experts.count,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         moe_ffn_hidden_size=experts.ffn_hidden_size,
         moe_router_topk=experts.per_token,
         # Softmax over the chosen alone is that over all of them, made to sum to one.
@@ -169,7 +171,7 @@ def encoder_projector_config(
 
 
 def _vision_layout(layout: Layout) -> Layout:
-    return replace(layout, tp=layout.vit_tp)
+    return replace(layout, tp=layout.vit_tp, ep=1, etp=None)
 
 
 def _pipeline(layout: Layout, split: StageSplit, tower: str) -> dict:
