@@ -3,10 +3,10 @@
     torchrun --nproc-per-node N training_jobs.py OUT     (or without torchrun, on one rank)
 
 reads OUT/jobs.json, {name: options of megatron-vl train}, with `save` OUT/name, and trains on the
-rows of a parity case, two of whose four microbatches have no image. Rank R leaves OUT/name.R.json.
-With an option `resume` [other, iteration] the job goes on where OUT/other was, with an option
-`slow` [rank, seconds] that rank sleeps in each of its forward passes. With an `eval_interval` it
-validates as often.
+rows of a parity case, two of whose four microbatches have no image, or none of a text model's. Rank
+R leaves OUT/name.R.json. With an option `resume` [other, iteration] the job goes on where OUT/other
+was, with an option `slow` [rank, seconds] that rank sleeps in each of its forward passes. With an
+`eval_interval` it validates as often.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_vl.training.loop import Trainer
 
-CASE = 3  # of parity.CASES
+CASE, TEXT_CASE = 3, 2  # of parity.CASES
 
 
 def main(out: Path, watch: Callable[[Trainer], dict] = lambda _: {}) -> None:
@@ -76,8 +76,9 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
             )
     dp_rank = parallel_state.get_data_parallel_rank()
     watched, rates = watch(trainer), []
+    case = CASES[TEXT_CASE if plan.spec.vision is None else CASE]
     for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
-        batches = make_batches(plan.spec, CASES[CASE], make_samples(plan.spec, CASES[CASE]))
+        batches = make_batches(plan.spec, case, make_samples(plan.spec, case))
         # A data rank has images in one step and none in the next.
         batches = (batches[step:] + batches[:step])[dp_rank :: plan.layout.dp]
         trainer.streams = [RowStream(iter(batches), trainer.device) for _ in trainer.model]

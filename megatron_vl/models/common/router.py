@@ -80,6 +80,14 @@ class BalancedRouter(TopKRouter):
             weights_tE = MoEAuxLossAutoScaler.apply(weights_tE, self.tokens.weight * loss)
         return weights_tE, taken_tE
 
+    def take_counts(self) -> torch.Tensor:
+        """float64 [E + 4]: `load_E`, `dropped` and `losses`, which start again at 0."""
+        counts = (self.load_E, self.dropped[None], self.losses)
+        taken = torch.cat([one.double() for one in counts])
+        for one in counts:
+            one.zero_()
+        return taken
+
     def _within_capacity(self, weights_tE, chosen_tE) -> torch.Tensor:
         """bool [t, E]: of the tokens that chose an expert, those of the largest weights, as many as
         it takes of this rank's; padding goes nowhere."""
