@@ -6,19 +6,24 @@ import io
 import math
 
 from megatron_vl.pages import escape, picture
+from megatron_vl.training.reporting.history import History, total
 
 _MOST = 4.0  # times the mean, from where on colors no longer differ; one over it alike
 _CELL = 0.28  # inches of a layer; less where there are many
 _IDLE = "#009e73"  # which is on the way between no two loads
 
 
-def experts_part(records: list[dict]) -> list[str]:
+def experts_part(run: History) -> list[str]:
     """Of a page about a run: the latest of its lines on experts; nothing where there is none."""
-    if not records:
+    if not run.experts:
         return []
-    latest = records[-1]
+    latest, told = run.experts[-1], ""
+    if any("dropped_tokens" in step for step in run.steps):
+        dropped, sent = (total(run.steps, f"{name}_tokens") for name in ("dropped", "routed"))
+        told = (f" In the whole run, full experts dropped {dropped:,.0f} of {sent:,.0f} tokens "
+                f"that were sent to them ({dropped / max(1, sent):.1%}).")
     return [
-        "<h2>load of the experts</h2>\n", f"<p>{escape(in_words(latest))}</p>\n",
+        "<h2>load of the experts</h2>\n", f"<p>{escape(in_words(latest) + told)}</p>\n",
         picture(load_map(latest["tokens"]), "tokens of every expert of every layer, over the mean"),
     ]
 

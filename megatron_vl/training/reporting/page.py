@@ -50,7 +50,7 @@ def page_text(run: History) -> str:
     parts = _summary(run)
     if run.steps:
         parts += ["<h2>plots</h2>\n", _plots(run)]
-    parts += experts_part(run.experts)
+    parts += experts_part(run)
     start = run.starts[-1] if run.starts else None
     if start is not None:
         parts += _layout(start)
