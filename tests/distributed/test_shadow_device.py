@@ -55,8 +55,8 @@ QUANTIZED = {
 EXPERTS = {  # with weights that stay, so that every step's tokens go where those of the first go
     "experts, tp2 sp": TP2 | {
         "sequence_parallel": True, "recompute_granularity": "full", "lr": 0, "min_lr": 0,
-        "moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1,
-        "moe_z_loss_coeff": 0.01},
+        "moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.5,
+        "moe_z_loss_coeff": 0.1, "calculate_per_sample_loss": True},
     "experts, dp2, some full": {
         "moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "seq_aux_loss"},
 }
@@ -222,15 +222,15 @@ def lines(folder: Path, name: str, kind: str) -> list[dict]:
     return [one for one in found if one["kind"] == kind]
 
 
-def test_tokens_are_counted_where_transformers_sends_them(case_of_experts, runs):
-    """Once, although every layer runs again, and on the rank that has them; no padding."""
+def test_experts_have_the_tokens_and_gradients_transformers_gives_them(case_of_experts, runs):
+    """Once, although every layer runs again, and on the rank that has them; no padding. Their
+    losses have the weight of the samples' own."""
     model, microbatches = case_of_experts
     k, name = model.config.num_experts_per_tok, "experts, tp2 sp"
-    with torch.no_grad():
-        routes = [[model(one.tokens[None], output_router_logits=True).router_logits
-                   for one in group] for group in microbatches]
+    given = [[model(one.tokens[None], output_router_logits=True) for one in group]
+             for group in microbatches]
+    routes = [[one.router_logits for one in group] for group in given]
     each = [loads(group, k) for group in routes]
-    weights = [sum(int((one.labels != IGNORE).sum()) for one in group) for group in microbatches]
     (line,) = lines(runs["cpu"], name, "experts")
     assert line["tokens"] == sum(each[at] for step in TRAINED for at in step).tolist()
     assert (line["iteration"], line["steps"]) == (2, 2)
@@ -240,14 +240,22 @@ def test_tokens_are_counted_where_transformers_sends_them(case_of_experts, runs)
         assert found["expert_load_max"] == pytest.approx(float(over_mean.max()))
         assert found["expert_load_min"] == pytest.approx(float(over_mean.min()))
         assert found["idle_experts"] == int((load == 0).sum()) and "dropped_tokens" not in found
-        for figure, of in (("load_balancing_loss", Balance(loss="global_aux_loss", coeff=1.0)),
-                           ("router_z_loss", Balance(z_coeff=1.0))):
-            # The second microbatch is balanced together with the first.
-            losses = [balance_loss(of, routes[at], k, sum(each[one] for one in step[: n + 1]))
-                      for n, at in enumerate(step)]
-            mean = sum(weights[at] * one for at, one in zip(step, losses, strict=True))
-            mean = float(mean) / sum(weights[at] for at in step) / len(load)
-            assert found[figure] == pytest.approx(mean, rel=1e-5), figure
+        main = [torch.nn.functional.cross_entropy(out.logits[0], one.labels, ignore_index=IGNORE)
+                for at in step for out, one in zip(given[at], microbatches[at], strict=True)]
+        whole = sum(main) / len(main)
+        assert found["loss"] == pytest.approx(float(whole), rel=1e-6)
+        for figure, coeff, of in (
+            ("load_balancing_loss", 0.5, Balance(loss="global_aux_loss", coeff=1.0)),
+            ("router_z_loss", 0.1, Balance(z_coeff=1.0)),
+        ):
+            # The second microbatch, of as many samples, is balanced together with the first.
+            mean = sum(balance_loss(of, routes[at], k, sum(each[one] for one in step[: n + 1]))
+                       for n, at in enumerate(step)) / len(step)
+            assert found[figure] == pytest.approx(float(mean) / len(load), rel=1e-5), figure
+            whole = whole + coeff * mean
+        gradients = torch.autograd.grad(whole, list(model.parameters()), retain_graph=True)
+        assert found["grad_norm"] == pytest.approx(
+            float(torch.stack([one.norm() for one in gradients]).norm()), rel=1e-5)
 
 
 def test_a_full_expert_drops_the_tokens_of_the_smallest_weights(case_of_experts, runs):
