@@ -16,14 +16,13 @@ import pytest
 import torch
 import transformers
 from commands import ROOT, run
-from training_jobs import TEXT_CASE
 
 from megatron_vl.cli.main import run as command
 from megatron_vl.data.encode.samples import IGNORE
 from megatron_vl.models.common.balance import Balance
 from megatron_vl.models.registry import load_spec
 from megatron_vl.parity.balance import balance_loss, loads
-from megatron_vl.parity.cases import CASES, make_samples
+from megatron_vl.parity.cases import cases, make_samples
 
 RUN = {
     "seq_length": 128, "micro_batch_size": 2, "global_batch_size": 4, "train_iters": 2,
@@ -210,7 +209,8 @@ TRAINED = [1, 2], [2, 3]  # microbatches of the case in each of the two steps
 @pytest.fixture(scope="module")
 def case_of_experts(experts_model_dir) -> tuple[torch.nn.Module, list[list]]:
     """transformers' model, and the samples of each microbatch."""
-    case, spec = CASES[TEXT_CASE], load_spec(experts_model_dir)
+    spec = load_spec(experts_model_dir)
+    case = cases(spec, True)[0]
     samples, size = make_samples(spec, case), case.samples_per_row * case.rows_per_microbatch
     model = transformers.AutoModelForCausalLM.from_pretrained(
         experts_model_dir, dtype=torch.float32, experts_implementation="eager")

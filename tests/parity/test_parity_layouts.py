@@ -148,7 +148,7 @@ def parameters_of(table: str) -> int:
 
 # Coefficients with which a router's losses are as large as what else its gradient comes from.
 BALANCED = {"experts_model_dir": [
-    "--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", 0.5,
+    "--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", 0.5,
     "--moe-z-loss-coeff", 0.1]}
 
 
@@ -182,7 +182,7 @@ ADAPTED = {
     "resampler_model_dir": (["c_attn", "attn.c_proj", "w1", "w2", "mlp.c_fc"], 2 * (4 * 4 + 2),
                             ["--lora-fused"]),
     "experts_model_dir": (["all-linear"], 2 * 4 * 4, ["--lora-fused",
-        "--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", 0.5]),
+        "--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", 0.5]),
 }
 
 
