@@ -144,6 +144,7 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     kinds += [f"cross-entropy in {chunks} chunks"] if chunks > 1 else []
     form = plan.trainable.quantize_base
     kinds += [f"linear weights of the language layers in {form}"] if form is not None else []
+    kinds += [plan.described_experts] if plan.described_experts else []
     return (
         f"dry run of {plan.spec.model_type}, {layout}: {plan.split}\n"
         f"{layout.world_size} processes = {nnodes} node{'s' * (nnodes > 1)} x {nproc_per_node}\n"

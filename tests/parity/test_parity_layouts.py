@@ -153,11 +153,18 @@ def parameters_of(table: str) -> int:
     return count
 
 
+# Coefficients with which a router's losses are as large as what else its gradient comes from.
+BALANCED = {"experts_model_dir": [
+    "--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", 0.5,
+    "--moe-z-loss-coeff", 0.1]}
+
+
 # The last batch has all its images on one data rank; overlapped, every weight must still report a
 # gradient, or the others wait forever. Rows of one sample differ in length from microbatch to
 # microbatch.
 @pytest.mark.parametrize(("ranks", "options", "model"), [
-    pytest.param(ranks, options, model, id=f"{ranks}-{model}") for ranks, options, models in (
+    pytest.param(ranks, [*options, *BALANCED.get(model, [])], model, id=f"{ranks}-{model}")
+    for ranks, options, models in (
         (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 64],
          [one for one in MODELS if one != FEATURED]),
         (2, ["--overlap-grad-reduce", "--no-pack", "--recompute", "full"], [FEATURED]),
@@ -181,7 +188,8 @@ ADAPTED = {
     "model_dir": (["llm", "vit", "merger"], 2 * (4 * 7 + 2 * 4 + 2), []),
     "resampler_model_dir": (["c_attn", "attn.c_proj", "w1", "w2", "mlp.c_fc"], 2 * (4 * 4 + 2),
                             ["--lora-fused"]),
-    "experts_model_dir": (["all-linear"], 2 * 4 * 4, ["--lora-fused"]),
+    "experts_model_dir": (["all-linear"], 2 * 4 * 4, ["--lora-fused",
+        "--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", 0.5]),
 }
 
 
@@ -214,7 +222,8 @@ def test_an_adapter_of_the_tower_alone_equals_pefts_also_where_no_image_reaches_
 @pytest.mark.parametrize(("model", "options"), [
     ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
                         "--recompute", "full"]),
-    ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2]),
+    ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2,
+                                "--moe-aux-loss-coeff", 0.5]),
 ])
 def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
     model, options, request

@@ -116,7 +116,7 @@ EXPERTS = [
     ({"num_experts_per_tok": 1}, "so that nothing trains the router"),
     ({"mlp_only_layers": [0, 2]}, "mlp_only_layers is [0, 2], which gives some"),
     ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which gives some layers"),
-    ({"output_router_logits": True}, "output_router_logits is true"),
+    ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1"),
 ]
 DEEPSTACK = [
     ({"vision_config": {"deepstack_visual_indexes": None}}, "deepstack_visual_indexes is missing"),

@@ -76,6 +76,8 @@ class TowerLayer(TransformerLayer):
                 None: there are none. Megatron-Core hands it from layer to layer, and through
                 those that are computed again, for cross-attention.
         """
+        if self.is_moe_layer:
+            self.mlp.router.tokens = kwargs["packed_seq_params"].routed
         output, _ = super().forward(*args, **kwargs)
         if context is None:
             return output, None

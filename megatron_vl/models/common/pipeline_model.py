@@ -6,7 +6,7 @@ Letters: s row length, b rows, n trained positions, E language width, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -23,6 +23,7 @@ from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
 from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
+from megatron_vl.models.common.routed_tokens import RoutedTokens
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.models.tower_spec import TowerSpec
@@ -158,6 +159,7 @@ class PipelineModel(MegatronModule):
         grid_thw: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
+        row_tokens: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run this chunk.
 
@@ -169,6 +171,8 @@ class PipelineModel(MegatronModule):
             grid_thw: int64 [images, 3] in the order of their tokens, row after row.
             labels: int64 [b, s], already shifted; read only where `loss_mask` is not 0.
             loss_mask: float [b, s].
+            row_tokens: [b], tokens of each row's samples; what is behind them is padding. Read in
+                training alone.
 
         Returns:
             Hidden states [s, b, E] before the last chunk; on the last one the loss of every
@@ -207,7 +211,8 @@ class PipelineModel(MegatronModule):
             labels=None if labels is None else labels[:, columns],
             loss_mask=None if loss_mask is None else loss_mask[:, columns],
             packed_seq_params=SegmentParams(
-                segments=segments, rotary=self._rotary(position_ids[..., columns])
+                segments=segments, rotary=self._rotary(position_ids[..., columns]),
+                routed=self._routed(segments, row_tokens, loss_mask),
             ),
             extra_block_kwargs=None if added is None or not len(added) else {"context": added},
         )
@@ -223,6 +228,16 @@ class PipelineModel(MegatronModule):
             sections=decoder.rope_sections, interleaved=decoder.rope_interleaved,
         )
         return Rotary.of(angles, self.config.params_dtype)
+
+    def _routed(self, segments, row_tokens, loss_mask) -> RoutedTokens | None:
+        """What the routers of experts are told of a microbatch that is trained."""
+        if self.spec.decoder.experts is None or not self.training:
+            return None
+        return RoutedTokens.of(
+            segments, row_tokens, share=self.share,
+            sequence_parallel=self.config.sequence_parallel,
+            weight=round(float(loss_mask.sum())),  # trained tokens, or samples
+        )
 
     # ---- images -------------------------------------------------------------------------------
 

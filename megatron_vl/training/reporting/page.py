@@ -19,6 +19,7 @@ from megatron_vl.training.checkpoint.export import HF, exported
 from megatron_vl.training.dry_run import expert_rows, stage_rows
 from megatron_vl.training.options.groups import GROUPS
 from megatron_vl.training.reporting.answers import ANSWERS_STYLE, answers
+from megatron_vl.training.reporting.experts_map import experts_part
 from megatron_vl.training.reporting.history import History, names_of, page_of, read_history, total
 from megatron_vl.training.reporting.report import ACCURACIES, plot_runs
 
@@ -49,6 +50,7 @@ def page_text(run: History) -> str:
     parts = _summary(run)
     if run.steps:
         parts += ["<h2>plots</h2>\n", _plots(run)]
+    parts += experts_part(run)
     start = run.starts[-1] if run.starts else None
     if start is not None:
         parts += _layout(start)
