@@ -15,6 +15,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parity.adapters import of_peft
 from megatron_vl.parity.cases import Case, make_samples
 from megatron_vl.parity.compare import Outcome
+from megatron_vl.weights.recut import from_files
 
 
 def run_transformers(
@@ -63,5 +64,6 @@ def run_transformers(
                      for name, p in model.named_parameters()}
         # As it saves weights: where it holds several published tensors in one, each by itself.
         gradients = revert_weight_conversion(model, gradients)
-        gradients = {weights.published_name(name): one for name, one in gradients.items()}
+        gradients = from_files({weights.published_name(name): one
+                                for name, one in gradients.items()}, weights)
     return Outcome(logits=logits, loss=total / trained, gradients=gradients)
