@@ -37,6 +37,7 @@ _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
     "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl_moe",
 }
 
 
