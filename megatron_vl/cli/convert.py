@@ -57,6 +57,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument(*flags_of("tp"), type=int, help="tensor-parallel ranks (default 1)")
     parser.add_argument(*flags_of("pp"), type=int, help="pipeline stages (default 1)")
     parser.add_argument(*flags_of("vp"), type=int, help="model chunks a stage (default 1)")
+    parser.add_argument(*flags_of("ep"), type=int, help="ranks that hold different experts "
+                        "(default 1)")
+    parser.add_argument(*flags_of("etp"), type=int, help="ranks that share an expert, a divisor of "
+                        "--tp (default: as --tp)")
     parser.add_argument("--pp-layers", metavar="LIST", help="language layers of each stage, as in "
                         "1,10,10,7; with VP one list a chunk, [[0,1],[4,3]]")
     parser.add_argument("--vit-pp-layers", metavar="LIST", help="vision layers of each stage")

@@ -30,8 +30,11 @@ def add_parser(commands) -> None:
     for name, what in (
         ("tp", "tensor-parallel ranks"), ("pp", "pipeline stages"),
         ("vp", "model chunks per stage"), ("cp", "ranks that share a row"),
+        ("ep", "ranks that hold different experts"),
     ):
         parser.add_argument(*flags_of(name), type=int, default=1, help=f"{what} (default: 1)")
+    parser.add_argument(*flags_of("etp"), type=int, help="ranks that share an expert, a divisor of "
+                        "--tp (default: as --tp)")
     parser.add_argument("--dp", type=int, default=1, help="data-parallel ranks (default: 1)")
     parser.add_argument("--sequence-parallel", action="store_true", help="split norms over TP")
     parser.add_argument(
@@ -145,7 +148,7 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
     if spec.vision is None and args.vit_data_parallel:  # TP 1 would clear it
         raise spec.takes_text_alone("vit_data_parallel", True)
     layout = Layout(
-        tp=args.tp, pp=args.pp, vp=args.vp, cp=args.cp, dp=args.dp,
+        tp=args.tp, pp=args.pp, vp=args.vp, cp=args.cp, dp=args.dp, ep=args.ep, etp=args.etp,
         sequence_parallel=args.sequence_parallel,
         vit_data_parallel=args.vit_data_parallel,
     )
@@ -155,8 +158,8 @@ def _layouts(args: argparse.Namespace, spec) -> list[tuple[Layout, StageSplit]]:
                 or any(one is not None for one in given)):
             raise InputError(
                 "--sweep goes through every layout; leave out --tp, --pp, --vp, --cp, --dp, "
-                "--sequence-parallel, --vit-data-parallel, --first-stage-layers, --pp-layers and "
-                "--vit-pp-layers, or --sweep."
+                "--ep, --etp, --sequence-parallel, --vit-data-parallel, --first-stage-layers, "
+                "--pp-layers and --vit-pp-layers, or --sweep."
             )
         layouts = list(sweep(spec, args.sweep))
         if not layouts:
@@ -183,8 +186,8 @@ def _check_quantized(args, spec, layouts) -> None:
             "out."
         )
     weights = family(spec.model_type).weight_map(spec)
-    for tp in sorted({layout.tp for layout, _ in layouts}):
-        if cut := cut_within_blocks(weights, tp):
+    for layout, _ in layouts:
+        if cut := cut_within_blocks(weights, layout):
             raise InputError(f"{cut}, which transformers judges with; lower --tp, or --sweep.")
 
 

@@ -70,6 +70,8 @@ class LayoutOptions:
     tp: int | None = None
     pp: int | None = None
     vp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
     pp_layers: str | None = None
     vit_pp_layers: str | None = None
     first_stage_layers: int | None = None
@@ -108,8 +110,8 @@ def choose_target(
         whole = Layout(), spec.split()
         return ShardedTarget(max_shard_bytes=max_shard_bytes,
                              args=lambda dtype: spec.megatron_args(*whole, dtype))
-    layout = Layout(**{name: 1 if getattr(wanted, name) is None else getattr(wanted, name)
-                       for name in ("tp", "pp", "vp")})
+    sizes = {name: getattr(wanted, name) for name in ("tp", "pp", "vp", "ep", "etp")}
+    layout = Layout(**{name: size for name, size in sizes.items() if size is not None})
     split = spec.split(
         pp=layout.pp, vp=layout.vp, first_stage_layers=wanted.first_stage_layers,
         llm=layer_list(wanted.pp_layers, "--pp-layers"),

@@ -136,13 +136,14 @@ class ModelSpec:
         groups, experts = decoder.num_query_groups, decoder.experts
         for what, size in (
             ("attention heads", decoder.num_attention_heads),
-            ("ffn width", (experts or decoder).ffn_hidden_size),
+            *([("ffn width", decoder.ffn_hidden_size)] if experts is None else []),
             ("hidden width", decoder.hidden_size),
         ):
             if size % tp:
                 raise InputError(
                     f"TP {tp} does not divide the model's {size} {what}; use a TP that does."
                 )
+        self._check_experts(layout)
         if vision is None and layout.vit_data_parallel:
             raise self.takes_text_alone("vit_data_parallel", True)
         for what, size in () if vision is None else vision.divided.items():
@@ -186,14 +187,41 @@ class ModelSpec:
         """Whether this model can also be run in `layout`, and not only be stored for it.
 
         Raises:
-            InputError: as `check_layout`, or experts whose tokens tensor parallelism would repeat.
+            InputError: as `check_layout`, ranks that expert parallelism does not divide, or experts
+                whose tokens tensor parallelism would repeat.
         """
         self.check_layout(layout, split)
+        ranks, wanted = layout.world_size // layout.pp, layout.expert_tp * layout.ep
+        if ranks % wanted:
+            raise InputError(
+                f"EP {layout.ep} needs a multiple of {wanted} ranks a stage, EP x ETP "
+                f"{layout.expert_tp}, but TP {layout.tp} x CP {layout.cp} x DP {layout.dp} are "
+                f"{ranks}; start more processes, or lower the EP."
+            )
         if self.decoder.experts is not None and layout.tp > 1 and not layout.sequence_parallel:
             raise InputError(
                 f"TP {layout.tp} would send every token to the experts of {self.model_type} "
                 f"{layout.tp} times; add --sequence-parallel."
             )
+
+    def _check_experts(self, layout: Layout) -> None:
+        experts = self.decoder.experts
+        if experts is None:
+            if layout.ep > 1:
+                raise InputError(
+                    f"EP {layout.ep} is for models with experts, and {self.model_type} has none; "
+                    f"leave it out."
+                )
+            return
+        name = "ETP" if layout.etp else "TP"
+        for by, parts, what, size in (
+            ("EP", layout.ep, "experts of a layer", experts.count),
+            (name, layout.expert_tp, "ffn width of an expert", experts.ffn_hidden_size),
+        ):
+            if size % parts:
+                raise InputError(
+                    f"{by} {parts} does not divide the model's {size} {what}; use one that does."
+                )
 
     def travelling_features(self, split: StageSplit) -> int:
         """Features of the tower that chunks hand on, for language layers of later ones."""
@@ -237,7 +265,7 @@ class ModelSpec:
             "add_bias_linear": False,
             "add_qkv_bias": decoder.qkv_bias,
             "qk_layernorm": decoder.qk_norm,
-            **_expert_args(decoder.experts),
+            **_expert_args(decoder.experts, layout),
             "init_method_std": decoder.init_std,
             **({} if vision is None else {
                 "vision_num_layers": vision.depth, "vision_hidden_size": vision.hidden_size,
@@ -251,7 +279,7 @@ class ModelSpec:
             "decoder_first_pipeline_num_layers": None if len(set(stages)) == 1 else stages[0],
             "megatron_vl": {
                 "model_type": self.model_type,
-                "layout": {"tp": layout.tp, "pp": layout.pp, "vp": layout.vp},
+                "layout": layout.cut,
                 "split": split.to_dict(),
                 "dtype": dtype,
             },
@@ -265,7 +293,7 @@ def _position_args(decoder: DecoderSpec) -> dict:
             **({"mrope_interleaved": True} if decoder.rope_interleaved else {})}
 
 
-def _expert_args(experts: ExpertsSpec | None) -> dict:
+def _expert_args(experts: ExpertsSpec | None, layout: Layout) -> dict:
     if experts is None:
         return {}
     return {
@@ -276,5 +304,6 @@ def _expert_args(experts: ExpertsSpec | None) -> dict:
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": 1,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
     }

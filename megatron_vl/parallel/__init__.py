@@ -1,6 +1,6 @@
 """Pure arithmetic of parallel layouts; no torch, no process group."""
 
-from megatron_vl.parallel.layout import Coordinates, Layout
+from megatron_vl.parallel.layout import Coordinates, Layout, Shard
 from megatron_vl.parallel.stages import LANGUAGE, VISION, StageSplit
 
-__all__ = ["LANGUAGE", "VISION", "Coordinates", "Layout", "StageSplit"]
+__all__ = ["LANGUAGE", "VISION", "Coordinates", "Layout", "Shard", "StageSplit"]

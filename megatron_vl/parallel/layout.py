@@ -2,11 +2,16 @@
 
 Megatron-Core's default rank order is ``tp-cp-ep-dp-pp``: tensor-parallel neighbours are adjacent,
 pipeline stages are farthest apart. `Layout` does the same arithmetic without torch.
+
+Experts have an order of their own, ``etp-ep-edp-pp``, over the same ranks of a stage: those that
+share an expert are adjacent, then come those with the others. So the experts of a layer lie on
+tensor, context and data ranks, wherever `etp` leaves them room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from megatron_vl.errors import InputError, shown
 
@@ -24,11 +29,20 @@ class Coordinates:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """Which part of a stage's weights a rank holds; both fields count from 0."""
+
+    tp: int = 0
+    ep: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """Sizes of the parallel dimensions.
 
     Raises:
-        InputError: a size below 1, or virtual stages without a pipeline.
+        InputError: a size below 1, virtual stages without a pipeline, or an `etp` that
+            Megatron-Core has not.
     """
 
     tp: int = 1  # tensor parallel: ranks that share every layer
@@ -36,18 +50,31 @@ class Layout:
     vp: int = 1  # virtual pipeline: model chunks per stage
     cp: int = 1  # context parallel: ranks that share one row's tokens
     dp: int = 1  # data parallel: ranks that see different rows
+    ep: int = 1  # expert parallel: ranks that hold different experts of a layer
+    etp: int | None = None  # ranks that share an expert; None: `tp`
     sequence_parallel: bool = False  # split norm and residual activations over tp
     vit_data_parallel: bool = False  # tp ranks see images of their own, with a whole vision tower
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vp", "cp", "dp"):
+        for name in ("tp", "pp", "vp", "cp", "dp", "ep", "etp"):
             size = getattr(self, name)
+            if name == "etp" and size is None:
+                continue
             if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST:
                 raise InputError(
                     f"{name} is {shown(repr(size))}; give a whole number from 1 to {MOST}."
                 )
         if self.vp > 1 and self.pp == 1:
             raise InputError(f"vp {self.vp} needs a pipeline; give pp of at least 2, or vp 1.")
+        if self.etp == self.tp:
+            object.__setattr__(self, "etp", None)
+        elif self.etp is not None and (self.ep == 1 or self.tp % self.etp):
+            # Megatron-Core reduces the gradients of experts apart from others' only under EP; and
+            # its files, named by TP and EP rank, do not tell a larger etp's ranks apart.
+            raise InputError(
+                f"etp {self.etp} with tp {self.tp} and ep {self.ep} is not supported; give an etp "
+                f"that divides tp, together with an ep of at least 2, or leave it out."
+            )
         if self.tp == 1:
             # One layout, one name: without tensor parallelism there is nothing to choose.
             for name in ("sequence_parallel", "vit_data_parallel"):
@@ -57,6 +84,31 @@ class Layout:
     def model_size(self) -> int:
         """Ranks that together hold one replica of the model."""
         return self.tp * self.pp * self.cp
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share an expert."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same part of the same experts."""
+        return self.tp * self.cp * self.dp // (self.expert_tp * self.ep)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The parts that a stage's weights are in, every one that some rank holds."""
+        # Tensor-parallel ranks of one group of etp have like experts; groups that are a multiple of
+        # this apart have, too.
+        period = gcd(self.tp // self.expert_tp, self.ep)
+        return [Shard(tp=tp, ep=ep) for tp in range(self.tp)
+                for ep in range(tp // self.expert_tp % period, self.ep, period)]
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """The sizes that say how the weights of a checkpoint are cut, by their names here."""
+        names = ["tp", "pp", "vp", *(["ep"] if self.ep > 1 else []), *(["etp"] if self.etp else [])]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def vit_tp(self) -> int:
@@ -101,6 +153,18 @@ class Layout:
             )
         return cls(**sizes, dp=world_size // one.model_size)
 
+    def shard(self, rank: int) -> Shard:
+        """Which part of its stage's weights a rank holds."""
+        at = self.coordinates(rank)
+        place = at.tp + self.tp * (at.cp + self.cp * at.dp)
+        return Shard(tp=at.tp, ep=place // self.expert_tp % self.ep)
+
+    def first_with_its_shard(self, rank: int) -> bool:
+        """Whether no rank before it, of its stage, holds the same part of the weights."""
+        stage = self.coordinates(rank).pp
+        before = range(stage * (self.world_size // self.pp), rank)
+        return self.shard(rank) not in map(self.shard, before)
+
     def coordinates(self, rank: int) -> Coordinates:
         if not 0 <= rank < self.world_size:
             raise InputError(f"rank {rank} is outside this layout's 0..{self.world_size - 1}.")
@@ -116,6 +180,8 @@ class Layout:
         names = [f"TP{self.tp}", f"PP{self.pp}"]
         names += [f"VP{self.vp}"] if self.vp > 1 else []
         names += [f"CP{self.cp}"] if self.cp > 1 else []
+        names += [f"EP{self.ep}"] if self.ep > 1 else []
+        names += [f"ETP{self.etp}"] if self.etp else []
         names += [f"DP{self.dp}"]
         more = "+SP" if self.sequence_parallel else ""
         return "x".join(names) + more + ("+VDP" if self.vit_data_parallel else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -36,9 +36,10 @@ def sweep(spec: ModelSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
     Pipelines with an even and, where there is one, an uneven first stage, and, under sequence
     parallelism or without tensor parallelism, with the vision tower over several chunks; all with
     and without two virtual stages, and with every context parallelism. With sequence parallelism
-    the last of these splits again with images divided over tensor-parallel ranks. Where features
-    of the tower may travel, two stages by themselves also have every number of language layers on
-    the first that lets some, none, and all but one.
+    the last of these splits again with images divided over tensor-parallel ranks. Of a model with
+    experts the first of the splits again with every expert parallelism, whatever share of an expert
+    a tensor-parallel rank has. Where features of the tower may travel, two stages by themselves
+    also have every number of language layers on the first that lets some, none, and all but one.
     """
     sizes = [size for size in range(1, ranks + 1) if not ranks % size]
     features = 0 if spec.vision is None else spec.vision.num_features
@@ -61,6 +62,16 @@ def sweep(spec: ModelSpec, ranks: int) -> Iterator[tuple[Layout, StageSplit]]:
         yield from ((layout, split) for split in splits)
         if spec.vision is not None and sequence_parallel and splits:
             yield replace(layout, vit_data_parallel=True), splits[-1]
+        for divided in _divided(layout, sizes) if spec.decoder.experts and splits else ():
+            if split := _fitting(spec, divided):
+                yield divided, split
+
+
+def _divided(layout: Layout, sizes: Sequence[int]) -> Iterator[Layout]:
+    """The layout with experts divided over its ranks, which may be too few for it."""
+    for ep, etp in product(sizes, sizes):
+        if ep > 1 and not layout.tp % etp:
+            yield replace(layout, ep=ep, etp=etp)
 
 
 def _fitting(spec: ModelSpec, layout: Layout, **split) -> StageSplit | None:

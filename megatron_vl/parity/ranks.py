@@ -16,10 +16,11 @@ import torch
 
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import ModelSpec
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import Layout, Shard, StageSplit
 from megatron_vl.parity.cases import Case, cases, make_batches, make_samples
 from megatron_vl.parity.compare import Outcome
 from megatron_vl.platform import barrier
+from megatron_vl.weights.map import rank_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,11 +195,10 @@ def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Lay
 
     from megatron_vl.models.common.layer_spec import to_local_names
 
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        tp = parallel_state.get_tensor_model_parallel_rank()
-        pp = parallel_state.get_pipeline_model_parallel_rank()
-        name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp > 1 else "")
-        file = Path("release") / name / "model_optim_rng.pt"
+    rank = torch.distributed.get_rank()
+    if layout.first_with_its_shard(rank):
+        shard, pp = layout.shard(rank), parallel_state.get_pipeline_model_parallel_rank()
+        file = Path("release") / rank_file(layout, shard, pp)
         with torch.serialization.safe_globals([argparse.Namespace]):  # of its `args`
             content = torch.load(source.root / file, weights_only=True)
         for number, chunk in enumerate(model):
@@ -207,7 +207,7 @@ def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Lay
             gradients = {name: _gradient(own.pop(to_local_names(name, own))) for name in part}
             assert not own, own.keys()
             if layout.vit_data_parallel:
-                gradients |= _cut_vision(gradients, spec, source.split, (tp, layout.tp), pp, number)
+                gradients |= _cut_vision(gradients, spec, source.split, layout, shard, pp, number)
             part.update({key: value.detach().cpu().clone() for key, value in gradients.items()})
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, directory / file)
@@ -215,17 +215,17 @@ def _save_gradients(directory: Path, source, model, spec: ModelSpec, layout: Lay
     barrier()
 
 
-def _cut_vision(gradients, spec: ModelSpec, split: StageSplit, tp: tuple[int, int], stage: int,
-                chunk: int) -> dict[str, torch.Tensor]:
-    """A whole tower's gradients as the checkpoint of rank, size `tp` has its shards."""
+def _cut_vision(gradients, spec: ModelSpec, split: StageSplit, layout: Layout, shard: Shard,
+                stage: int, chunk: int) -> dict[str, torch.Tensor]:
+    """A whole tower's gradients as the checkpoint of a rank with this shard has its part."""
     from megatron_vl.models.registry import family
     from megatron_vl.training.checkpoint.weights import vision_inventory
     from megatron_vl.weights.recut import recut
 
-    weights, (rank, size) = family(spec.model_type).weight_map(spec), tp
+    weights = family(spec.model_type).weight_map(spec)
     at = {"split": split, "stage": stage, "chunk": chunk}
-    have = vision_inventory(weights, **at, tp=1, rank=0)
-    want = vision_inventory(weights, **at, tp=size, rank=rank)
+    have = vision_inventory(weights, **at, layout=Layout(), shard=Shard())
+    want = vision_inventory(weights, **at, layout=layout, shard=shard)
     made = recut({one.id: gradients[one.name] for one in have}, have, want)
     return {one.name: made[one.id] for one in want}
 

@@ -39,7 +39,7 @@ def write_weights(
 ) -> None:
     """WORK_DIR/k/weights for layout k, as `run_ranks` reads them."""
     for number, (layout, split) in enumerate(layouts):
-        model = Layout(tp=layout.tp, pp=layout.pp, vp=layout.vp)
+        model = Layout(**layout.cut)
         target = McoreTarget(
             layout=model, split=split,
             args=lambda dtype, of=(model, split): spec.megatron_args(*of, dtype),

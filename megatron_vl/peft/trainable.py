@@ -7,6 +7,7 @@ from functools import cached_property
 
 from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.common.quantized_base import cut_within_blocks, is_layer_linear
+from megatron_vl.parallel import Layout
 from megatron_vl.peft.adapter_map import AdapterMap
 from megatron_vl.weights.map import Weight
 
@@ -28,11 +29,11 @@ class Trainable:
         """Whether a weight is kept in blocks: linear ones of the language layers, experts' too."""
         return self.quantize_base is not None and is_layer_linear(weight)
 
-    def cut_within_blocks(self, tp: int) -> str:
+    def cut_within_blocks(self, layout: Layout) -> str:
         """Which quantised weights have other values than in one piece, in words; or nothing."""
         if self.quantize_base is None:
             return ""
-        return cut_within_blocks(self.adapter.weights, tp)
+        return cut_within_blocks(self.adapter.weights, layout)
 
     @cached_property
     def adapted(self) -> tuple[str, ...]:

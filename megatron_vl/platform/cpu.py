@@ -17,6 +17,7 @@ from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.router import install_router
 from megatron_vl.platform.stand_in import install_stand_in
+from megatron_vl.platform.uneven import install_uneven
 from megatron_vl.platform.write_results import install_write_results
 
 _installed = False
@@ -39,6 +40,7 @@ class CpuPlatform:
         install_common_reader()
         install_recompute()
         install_router()
+        install_uneven()
         _installed = True
 
     def device_count(self) -> int:

@@ -43,6 +43,8 @@ def initialize(
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
             context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
             get_embedding_ranks=lambda ranks: sorted({ranks[embedding_stage], ranks[-1]}),
             # The distributed optimizer gathers its state over gloo when it saves.
             create_gloo_process_groups=True,

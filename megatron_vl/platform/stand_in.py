@@ -1,13 +1,15 @@
 """What Megatron-Core asks CUDA, answered for a device of another kind.
 
-Megatron-Core names CUDA in four ways; each gets its meaning for the device here, once, for the life
+Megatron-Core names CUDA in five ways; each gets its meaning for the device here, once, for the life
 of the process, and only when no CUDA device is available:
 
 1. the `torch.cuda` state calls: the current device answers the device, synchronisation, streams and
    profiler ranges do nothing, `Tensor.cuda()` moves there;
 2. the random-number calls: the CUDA generator is torch's default CPU generator;
 3. factory calls with `device="cuda"`: the device becomes the one given;
-4. dtype names: `Tensor.type()` answers the CUDA name that Megatron-Core compares with.
+4. dtype names: `Tensor.type()` answers the CUDA name that Megatron-Core compares with;
+5. numbers for the host: those of tokens on their way to experts come to it from the device, and not
+   from CUDA alone.
 
 That is all a device needs whose operators run in order and draw their numbers on the CPU; one with
 streams and generators of its own puts them in the places of 1 and 2 afterwards.
@@ -41,6 +43,7 @@ def install_stand_in(device: torch.device) -> None:
     _install_random_calls()
     _install_factories(device)
     _install_type_names(device)
+    _install_host_numbers()
 
 
 # ---- 1. device calls --------------------------------------------------------------------------
@@ -217,3 +220,18 @@ def _install_type_names(device: torch.device) -> None:
         return name
 
     torch.Tensor.type = type_name
+
+
+# ---- 5. numbers for the host --------------------------------------------------------------------
+
+
+def _install_host_numbers() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    @functools.wraps(moe_utils.maybe_move_tensor_to_cpu)
+    def on_host(tensor, as_numpy=False, record_stream=False):
+        if not torch.is_tensor(tensor):
+            return tensor
+        return tensor.cpu().numpy() if as_numpy else tensor.cpu()
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = on_host

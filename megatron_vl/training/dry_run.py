@@ -61,7 +61,7 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
             f"stages send {1 + travelling} times the hidden states; with {layers} language layers "
             f"where the tower ends none does."
         )
-    if cut := plan.trainable.cut_within_blocks(plan.layout.tp):
+    if cut := plan.trainable.cut_within_blocks(plan.layout):
         notes.append(f"{cut}.")
     if notes:
         parts.append("\n".join(f"note: {note}" for note in notes))

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.parallel import StageSplit
+from megatron_vl.parallel import Layout, Shard, StageSplit
 from megatron_vl.parallel.stages import LANGUAGE
 from megatron_vl.weights.rules import Piece, Rule
 from megatron_vl.weights.stacks import Stack, are_turned, written_turned
 
 SHOWN = 4  # keys an error message spells out
+RANK_FILE = "model_optim_rng.pt"  # in a directory for each rank
 Shapes = Mapping[tuple[str, str, str], tuple[int, ...]]  # of tensors, by `Stored.id`
 
 
@@ -59,6 +60,28 @@ class Weight:
     def each(self) -> range:
         """The numbers that `{e}` takes."""
         return range(1 if self.experts is None else self.experts)
+
+    def held(self, layout: Layout, shard: Shard) -> range:
+        """Those of the experts in one part of a stage's weights.
+
+        Raises:
+            InputError: `ep` does not divide the experts.
+        """
+        if self.experts is None:
+            return self.each
+        if self.experts % layout.ep:
+            raise InputError(
+                f"EP {layout.ep} does not divide the {self.experts} experts of a layer; use an EP "
+                f"that does."
+            )
+        size = self.experts // layout.ep
+        return range(shard.ep * size, (shard.ep + 1) * size)
+
+    def tp_of(self, layout: Layout, shard: Shard) -> tuple[int, int]:
+        """(ranks that share a tensor, which of them has this part)."""
+        if self.experts is None:
+            return layout.tp, shard.tp
+        return layout.expert_tp, shard.tp % layout.expert_tp
 
     def named(self, layer: int, expert: int) -> str:
         """Megatron-Core's name of one tensor."""
@@ -244,33 +267,34 @@ class WeightMap:
     # ---- Megatron-Core's forms ----------------------------------------------------------------
 
     def mcore_inventory(
-        self, *, split: StageSplit, tp: int, found: Shapes | None = None
+        self, *, split: StageSplit, layout: Layout, found: Shapes | None = None
     ) -> list[Stored]:
-        """What every (TP, PP) rank's file holds in the torch format, file after file.
+        """What every rank's file holds in the torch format, file after file.
 
         `found` gives the shape of every tensor that is there, by `Stored.id`; None: as we pad them.
         """
         return [
             stored
             for stage in range(split.pp)
-            for rank in range(tp)
+            for shard in layout.shards
             for chunk in range(split.vp)
             for stored in self.chunk_inventory(
-                split=split, tp=tp, rank=rank, stage=stage, chunk=chunk, found=found
+                split=split, layout=layout, shard=shard, stage=stage, chunk=chunk, found=found
             )
         ]
 
     def chunk_inventory(
-        self, *, split: StageSplit, tp: int, rank: int, stage: int, chunk: int = 0,
+        self, *, split: StageSplit, layout: Layout, shard: Shard, stage: int, chunk: int = 0,
         found: Shapes | None = None,
     ) -> list[Stored]:
-        """What one model chunk of one rank holds; `found` as in `mcore_inventory`."""
-        file, of_first = (rank_file(tp=one, pp=stage, pp_size=split.pp) for one in (rank, 0))
+        """What one model chunk of a rank with this shard holds; `found` as in `mcore_inventory`."""
+        file, of_first = (rank_file(layout, one, stage) for one in (shard, Shard()))
         part = f"model{chunk}" if split.vp > 1 else "model"
         stored = []
         for weight, layer, local in self.chunk_weights(split, stage, chunk):
-            for e in weight.each:
-                name, rule = weight.named(local, e), weight.rule_of(layer, e)
+            tp, rank = weight.tp_of(layout, shard)
+            for place, e in enumerate(weight.held(layout, shard)):
+                name, rule = weight.named(local, place), weight.rule_of(layer, e)
                 # All ranks by the first one's shapes, so that ranks that differ do not fit.
                 if found is not None and (of_first, part, name) in found:
                     rule = rule.as_stored(found[of_first, part, name], tp)
@@ -404,10 +428,11 @@ class WeightMap:
             )
 
 
-def rank_file(*, tp: int, pp: int, pp_size: int) -> str:
+def rank_file(layout: Layout, shard: Shard, pp: int) -> str:
     """Megatron's path of one rank's file, relative to the iteration's directory."""
-    suffix = f"_{pp:03d}" if pp_size > 1 else ""
-    return f"mp_rank_{tp:02d}{suffix}/model_optim_rng.pt"
+    suffix = f"_{pp:03d}" if layout.pp > 1 else ""
+    suffix += f"_{shard.ep:03d}" if layout.ep > 1 else ""
+    return f"mp_rank_{shard.tp:02d}{suffix}/{RANK_FILE}"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,9 +1,9 @@
 """Megatron-Core checkpoints on disk: found, described, opened, and laid out to be filled.
 
-The `torch` format is a directory of one file a (TP, PP) rank:
+The `torch` format is a directory of one file a (TP, PP, EP) rank:
 
     latest_checkpointed_iteration.txt            "release", or the iteration
-    release/mp_rank_{tp:02d}[_{pp:03d}]/model_optim_rng.pt
+    release/mp_rank_{tp:02d}[_{pp:03d}][_{ep:03d}]/model_optim_rng.pt
         {"args", "checkpoint_version": 3.0, "iteration", "model"}      model0, model1.. with VP
 
 The `torch_dist` format, which the trainer writes, is the matter of `torch_dist.py`.
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
 
 from megatron_vl.errors import InputError, shown
-from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
+from megatron_vl.parallel import LANGUAGE, VISION, Layout, Shard, StageSplit
 from megatron_vl.typed import Count, Name, Shape, Size, typed
 from megatron_vl.weights.dtypes import WEIGHTS, DType
 from megatron_vl.weights.files import TensorAt
@@ -33,13 +33,13 @@ from megatron_vl.weights.found import (
     mcore_format,
     no_checkpoint,
 )
-from megatron_vl.weights.map import Stored, TensorPart, WeightMap, rank_file
+from megatron_vl.weights.map import RANK_FILE, Stored, TensorPart, WeightMap, rank_file
 from megatron_vl.weights.torch_dist import lay_out_torch_dist, open_torch_dist, read_common
 from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_torch_file
 
 ENTRY = "megatron_vl"  # of a checkpoint's `args`, or of torch_dist's common.pt: our own description
 
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _LAYER = re.compile(r"(language_model|vision_model)\.decoder\.layers\.(\d+)\.")
 
 
@@ -47,6 +47,8 @@ class _Sizes(Shape):
     tp: Size = 1
     pp: Size = 1
     vp: Size = 1
+    ep: Size = 1
+    etp: Size | None = None
 
 
 class _Noted(Shape):
@@ -82,7 +84,7 @@ class CheckpointInfo:
     path: Path  # directory of the iteration
     iteration: int  # 0 for a converted one
     release: bool  # converted, not trained
-    layout: Layout  # tp, pp, vp it was written with
+    layout: Layout  # tp, pp, vp, ep, etp it was written with
     split: StageSplit | None  # None if a torch_dist checkpoint of another tool does not say
     model_type: str | None  # None if the checkpoint does not say; then config.json does
     dtype: str | None
@@ -117,7 +119,7 @@ def inspect_checkpoint(directory: str | Path, *, wanted: Wanted = "mcore") -> Ch
 
 
 def load_rank(
-    checkpoint: CheckpointInfo | str | Path, tp: int, pp: int
+    checkpoint: CheckpointInfo | str | Path, tp: int, pp: int, ep: int = 0
 ) -> dict[str, dict[str, Any]]:
     """The state dicts of one rank: {"model": ..} or {"model0": .., "model1": ..}, mapped from disk.
 
@@ -132,12 +134,13 @@ def load_rank(
         raise InputError(
             f"{info.path} is a {info.format} checkpoint; load it by dist_checkpointing."
         )
-    if not (0 <= tp < info.layout.tp and 0 <= pp < info.layout.pp):
+    shard = Shard(tp=tp, ep=ep)
+    if not (shard in info.layout.shards and 0 <= pp < info.layout.pp):
         raise InputError(
-            f"{info.path} was written for {info.layout}, it has no rank TP {tp} PP {pp}; convert "
-            f"it again for this layout."
+            f"{info.path} was written for {info.layout}, it has no rank TP {tp} PP {pp} EP {ep}; "
+            f"convert it again for this layout."
         )
-    found = open_torch_file(_rank_path(info.path, tp, pp, info.layout.pp))
+    found = open_torch_file(_rank_path(info.path, info.layout, shard, pp))
     return {
         part: {name: map_tensor(at) for name, at in found[part].items() if isinstance(at, TensorAt)}
         for part in _parts(found)
@@ -157,15 +160,15 @@ def open_mcore(
         return open_torch_dist(info.path, weights)
     tensors = {}
     for stage in range(info.layout.pp):
-        for rank in range(info.layout.tp):
-            file = str(_rank_path(info.path, rank, stage, info.layout.pp).relative_to(info.path))
+        for shard in info.layout.shards:
+            file = str(_rank_path(info.path, info.layout, shard, stage).relative_to(info.path))
             content = open_torch_file(info.path / file)
-            key = rank_file(tp=rank, pp=stage, pp_size=info.layout.pp)
+            key = rank_file(info.layout, shard, stage)
             for part in _parts(content):
                 tensors |= {(key, part, name): at for name, at in content[part].items()
                             if isinstance(at, TensorAt)}
     inventory = weights.mcore_inventory(
-        split=info.split, tp=info.layout.tp, found={one: at.shape for one, at in tensors.items()}
+        split=info.split, layout=info.layout, found={one: at.shape for one, at in tensors.items()}
     )
     weights.match_mcore(inventory, tensors)
     inventory = [stored for stored in inventory if stored.id in tensors]
@@ -256,19 +259,19 @@ def _locate(directory: Path, wanted: Wanted) -> tuple[Path, Path]:
 
 
 def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
-    ranks = {}
-    for one in path.iterdir():
-        if match := _RANK.fullmatch(one.name):
-            ranks[int(match[1]), int(match[2] or 0)] = one
-    tp, pp = (1 + max(at[i] for at in ranks) for i in (0, 1))
-    for rank in range(tp):
-        for stage in range(pp):
-            if not (ranks.get((rank, stage), path / "none") / "model_optim_rng.pt").is_file():
-                missing = rank_file(tp=rank, pp=stage, pp_size=pp)
-                raise InputError(f"{path} lacks {missing}; copy the missing rank's file.")
-    stages = [open_torch_file(_rank_path(path, 0, stage, pp)) for stage in range(pp)]
-    args = _arguments(stages[0].get("args"))
+    ranks = {match.groups(): one / RANK_FILE for one in path.iterdir()
+             if (match := _RANK.fullmatch(one.name))}
+    some = min((file for file in ranks.values() if file.is_file()), default=None)
+    args = {} if some is None else _arguments(open_torch_file(some).get("args"))
     ours = _noted(args.get(ENTRY), path)
+    layout = _layout_of(ranks, _said(args, ours, path))
+    for stage in range(layout.pp):
+        for shard in layout.shards:
+            if not _rank_path(path, layout, shard, stage).is_file():
+                missing = rank_file(layout, shard, stage)
+                raise InputError(f"{path} lacks {missing}; copy the missing rank's file.")
+    stages = [open_torch_file(_rank_path(path, layout, Shard(), stage))
+              for stage in range(layout.pp)]
     split = _split_of(stages, path)
     if ours.stages not in (None, split):
         raise InputError(
@@ -276,9 +279,39 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
             f"it again."
         )
     return CheckpointInfo(
-        **common, layout=Layout(tp=tp, pp=pp, vp=split.vp), split=split,
+        **common, layout=replace(layout, vp=split.vp), split=split,
         model_type=ours.model_type, dtype=ours.dtype, args=args,
     )
+
+
+def _layout_of(
+    ranks: Iterable[tuple[str, str | None, str | None]], said: _Sizes
+) -> Layout:
+    """The layout that the numbers in the names of ranks' directories show, without its VP.
+
+    Where there are two, the second counts stages; of a model of one stage it counts the parts of
+    the experts, where the checkpoint says that there are some.
+    """
+    numbers = [(int(tp), int(pp or 0), int(ep or 0)) for tp, pp, ep in ranks]
+    if said.ep > 1 and said.pp == 1 and not any(third for *_, third in ranks):
+        numbers = [(tp, 0, ep) for tp, ep, _ in numbers]
+    tp, pp, ep = (1 + max(at[i] for at in numbers) for i in range(3))
+    return Layout(tp=tp, pp=pp, ep=ep, etp=said.etp if ep > 1 else None)
+
+
+def _said(args: Mapping[str, Any], ours: _Noted, path: Path) -> _Sizes:
+    """The sizes that a checkpoint gives itself: ours, or under Megatron's names."""
+    if ours.split is not None:
+        return ours.layout
+    names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
+             "ep": "expert_model_parallel_size", "etp": "expert_tensor_parallel_size"}
+    try:
+        return typed(_Sizes, {short: args[name] for short, name in names.items()
+                              if args.get(name) is not None})
+    except ValueError as error:
+        raise InputError(
+            f"{path} says an unusable layout of itself ({error}); copy it again."
+        ) from error
 
 
 def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:
@@ -340,8 +373,10 @@ def _parts(content: Any) -> list[str]:
     return parts
 
 
-def _rank_path(path: Path, tp: int, pp: int, pp_size: int) -> Path:
-    usual = path / rank_file(tp=tp, pp=pp, pp_size=pp_size)
-    if usual.is_file() or pp_size > 1:
+def _rank_path(path: Path, layout: Layout, shard: Shard, pp: int) -> Path:
+    usual = path / rank_file(layout, shard, pp)
+    if usual.is_file() or layout.pp > 1:
         return usual
-    return path / f"mp_rank_{tp:02d}_{pp:03d}" / "model_optim_rng.pt"  # some tools always add it
+    # Some tools always name the stage.
+    with_stage = path / rank_file(replace(layout, pp=2), shard, pp)
+    return with_stage if with_stage.is_file() else usual

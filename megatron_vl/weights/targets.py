@@ -75,7 +75,7 @@ class HFTarget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class McoreTarget:
-    """One torch-format file a (TP, PP) rank."""
+    """One torch-format file a (TP, PP, EP) rank."""
 
     side_files: ClassVar[Sequence[str]] = SIDE_FILES
     layout: Layout
@@ -83,13 +83,13 @@ class McoreTarget:
     args: Callable[[str], Mapping[str, Any]]  # dtype name -> the checkpoint's `args`
 
     def wanted(self, weights: WeightMap) -> list[Stored]:
-        return weights.mcore_inventory(split=self.split, tp=self.layout.tp)
+        return weights.mcore_inventory(split=self.split, layout=self.layout)
 
     def files(self, wanted: Sequence[Stored], dtypes: Mapping[Ids, DType]) -> Files:
         # A rank without weights has its file too: the loader looks for every rank's.
         files: dict[str, list[Stored]] = {
-            rank_file(tp=rank, pp=stage, pp_size=self.split.pp): []
-            for stage in range(self.split.pp) for rank in range(self.layout.tp)
+            rank_file(self.layout, shard, stage): []
+            for stage in range(self.split.pp) for shard in self.layout.shards
         }
         for stored in wanted:
             files[stored.file].append(stored)

@@ -17,6 +17,7 @@ from megatron_vl.models.common.quantized_base import (
 from megatron_vl.ops import quantized
 from megatron_vl.ops.blockwise import FORMS, quantized_bytes
 from megatron_vl.ops.quantized import LEVELS, QuantizedTensor, stored
+from megatron_vl.parallel import Layout
 from megatron_vl.weights.rules import box
 
 # What bitsandbytes 0.50.2 makes on a CPU of WEIGHT: its second block is zeros, its last is short.
@@ -134,7 +135,8 @@ def test_what_would_write_to_a_whole_weight_that_is_thrown_away_is_refused():
 def test_a_layout_that_cuts_no_block_changes_no_value_and_others_are_named(model, tp, request):
     spec = load_spec(request.getfixturevalue(model))
     weights = family(spec.model_type).weight_map(spec)
-    said, linear = cut_within_blocks(weights, tp), list(filter(is_layer_linear, weights.weights))
+    said = cut_within_blocks(weights, Layout(tp=tp))
+    linear = list(filter(is_layer_linear, weights.weights))
     assert len(linear) == 4
     for weight in linear:
         generator, rule = torch.Generator().manual_seed(0), weight.rule

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.ops.blockwise import BLOCK
-from megatron_vl.parallel import LANGUAGE
+from megatron_vl.parallel import LANGUAGE, Layout, Shard
 from megatron_vl.weights.map import Weight, WeightMap, Where, listed
 from megatron_vl.weights.rules import Rule
 
@@ -45,17 +45,17 @@ def keeps_blocks(rule: Rule, tp: int) -> bool:
     return True
 
 
-def cut_within_blocks(weights: WeightMap, tp: int) -> str:
+def cut_within_blocks(weights: WeightMap, layout: Layout) -> str:
     """The linear weights whose blocks are others than the published ones', in words; or nothing."""
     linear = [one for one in weights.weights if is_layer_linear(one)]
-    cut = [one for one in linear if not keeps_blocks(one.rule, tp)]
+    cut = [one for one in linear if not keeps_blocks(one.rule, one.tp_of(layout, Shard())[0])]
     if not cut:
         return ""
     names = listed([".".join(one.name.split(".")[-2:]) for one in cut])
     count = sum(weights.layers[LANGUAGE] * len(one.each) for one in cut)
     return (
         f"{count} of {sum(weights.layers[LANGUAGE] * len(one.each) for one in linear)} quantised "
-        f"weights ({names} of every layer) have rows on a rank of TP {tp} that are no multiple of "
-        f"{BLOCK} values long: their blocks, and so their values, are not those of the whole "
-        f"weights"
+        f"weights ({names} of every layer) have rows on a rank of TP {layout.tp} that are no "
+        f"multiple of {BLOCK} values long: their blocks, and so their values, are not those of the "
+        f"whole weights"
     )

@@ -74,7 +74,7 @@ def language_config(
         add_qkv_bias=decoder.qkv_bias,
         # Sums these norms' gradients over tensor-parallel ranks, each of which has some heads.
         qk_layernorm=decoder.qk_norm,
-        **_experts(decoder.experts),
+        **_experts(decoder.experts, layout),
         gated_linear_unit=True,
         activation="swiglu",
         normalization="RMSNorm",
@@ -96,12 +96,14 @@ def language_config(
     )
 
 
-def _experts(experts: ExpertsSpec | None) -> dict:
+def _experts(experts: ExpertsSpec | None, layout: Layout) -> dict:
     """No token is dropped, and no loss balances the experts."""
     if experts is None:
         return {}
     return dict(
         num_moe_experts=experts.count,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         moe_ffn_hidden_size=experts.ffn_hidden_size,
         moe_router_topk=experts.per_token,
         # Softmax over the chosen alone is that over all of them, made to sum to one.
@@ -165,7 +167,7 @@ def encoder_projector_config(
 
 
 def _vision_layout(layout: Layout) -> Layout:
-    return replace(layout, tp=layout.vit_tp)
+    return replace(layout, tp=layout.vit_tp, ep=1, etp=None)
 
 
 def _pipeline(layout: Layout, split: StageSplit, tower: str) -> dict:

@@ -21,6 +21,7 @@ from megatron_vl.training.checkpoint.files import faults, read_checksums
 from megatron_vl.training.checkpoint.start import weights_alone
 from megatron_vl.training.checkpoint.state import (
     LOADER,
+    OPTIMIZERS,
     hybrid_optimizers,
     inner_state,
     model_key,
@@ -101,7 +102,9 @@ def load_checkpoint(
         del state["rng_state"]
     if with_optimizer:
         # The groups are this run's own, whose rates may be others; see what is taken of the file's.
-        del inner_state(state["optimizer"])["param_groups"]
+        for part in OPTIMIZERS:
+            if part in state:
+                del inner_state(state[part])["param_groups"]
     loaded = dist_checkpointing.load(state, str(info.path))
     for number, chunk in enumerate(model):
         # An adapter's checkpoint has its factors alone; what it was to have was asked for by name.
@@ -109,7 +112,7 @@ def load_checkpoint(
         chunk.module.load_state_dict(loaded.get(model_key(number, model), {}),
                                      strict=plan.trainable.adapter is None)
     if with_optimizer:
-        _load_optimizer(optimizer, loaded["optimizer"])
+        _load_optimizer(optimizer, [loaded[part] for part in OPTIMIZERS if part in state])
         _count_on(optimizer)
     else:
         optimizer.reload_model_params()
@@ -143,21 +146,30 @@ def _begin_adapter(plan: Plan, model) -> Mapping[str, int]:
     return fill(held, stored.source, Path(plan.config.lora.adapter)).not_finite
 
 
-def _load_optimizer(optimizer, loaded: dict) -> None:
+def _load_optimizer(optimizer, loaded: list[dict]) -> None:
     """Moments and number of updates of a checkpoint, in this run's own parameter groups.
 
     Where its options may differ from the checkpoint's was checked with the plan.
+
+    Args:
+        loaded: of OPTIMIZERS, those that this rank has.
     """
-    inner = inner_state(loaded)
-    # A rank that trains nothing found nothing.
-    inner.setdefault("state", {})
-    if loaded is not inner:
-        loaded.setdefault("fp32_from_fp16_params", [])
-    steps = [group["step"] for group in inner["param_groups"] if "step" in group]
-    inner["param_groups"] = inner_state(optimizer.state_dict())["param_groups"]
-    for group in inner["param_groups"]:
-        group |= {"step": max(steps)} if steps else {}
-    optimizer.load_state_dict(loaded)
+    own = getattr(optimizer, "chained_optimizers", [optimizer])
+    first = loaded[0]
+    steps = [group["step"] for group in inner_state(first)["param_groups"] if "step" in group]
+    common = {key: first[key] for key in ("param_state_sharding_type", "grad_scaler")
+              if key in first}
+    for one, part in zip(own, loaded, strict=True):
+        part |= common
+        inner = inner_state(part)
+        # A rank that trains nothing found nothing.
+        inner.setdefault("state", {})
+        if part is not inner:
+            part.setdefault("fp32_from_fp16_params", [])
+        inner["param_groups"] = inner_state(one.state_dict())["param_groups"]
+        for group in inner["param_groups"]:
+            group |= {"step": max(steps)} if steps else {}
+    optimizer.load_state_dict(first if len(loaded) == 1 else loaded)
 
 
 def _loader_states(info: CheckpointInfo) -> list[Path]:

@@ -13,6 +13,7 @@ SAVE/
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
 
 LOADER = "loader_dp{}.json"
+# Megatron-Core updates what is divided over experts' ranks by an optimizer of its own. What says how
+# far both are is the first one's, which every rank and every layout has.
+OPTIMIZERS = ("optimizer", "optimizer_of_experts")
 
 
 def save_checkpoint(
@@ -80,14 +84,18 @@ def state_dict(
     options = plan.config.checkpoint
     if optimizer is not None and (loading or not options.no_save_optim):
         with whole_buckets(optimizer):
-            state["optimizer"] = optimizer.sharded_state_dict(
+            whole = optimizer.sharded_state_dict(
                 models if len(model) > 1 else models["model"], is_loading=loading,
                 metadata=metadata,
             )
-        _drop_empty(state["optimizer"])
+        parts = {key: whole[number] for number, key in enumerate(OPTIMIZERS) if number in whole}
+        parts = parts or {OPTIMIZERS[0]: whole}
+        for part in parts.values():
+            _drop_empty(part)
         if not loading:
-            _count_updates(state["optimizer"])
-        _drop_classes(optimizer, state["optimizer"])
+            _count_updates(parts.values())
+        _drop_classes(optimizer, parts.values())
+        state |= parts
     state["opt_param_scheduler"] = scheduler.state_dict()
     if loading or not options.no_save_rng:
         state["rng_state"] = _random_state()
@@ -98,7 +106,7 @@ def state_dict(
             "iteration": iteration,
             "megatron_vl": {
                 "model_type": plan.spec.model_type,
-                "layout": {"tp": plan.layout.tp, "pp": plan.layout.pp, "vp": plan.layout.vp},
+                "layout": plan.layout.cut,
                 "split": plan.split.to_dict(),
                 "dtype": plan.config.model.dtype,
                 "optimizer": not options.no_save_optim,
@@ -132,7 +140,7 @@ def _adapter(plan: Plan) -> dict:
 
 
 def inner_state(optimizer_state: dict) -> dict:
-    """The part of it that is torch's: all of it where Megatron-Core adds nothing."""
+    """What of an optimizer's state is torch's: all of it where Megatron-Core adds nothing."""
     return optimizer_state.get("optimizer", optimizer_state)
 
 
@@ -147,12 +155,12 @@ def _drop_empty(optimizer_state: dict) -> None:
             part.pop(name, None)
 
 
-def _count_updates(optimizer_state: dict) -> None:
+def _count_updates(parts: Iterable[dict]) -> None:
     """The number of updates in every parameter group that is to be saved.
 
     Groups without a parameter on this rank do not count theirs, and rank 0's are those saved.
     """
-    groups = inner_state(optimizer_state)["param_groups"]
+    groups = [group for part in parts for group in inner_state(part)["param_groups"]]
     done = max((group.get("step", 0) for group in groups), default=0)
     box = torch.tensor([int(done)], device=current_device())
     torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
@@ -166,10 +174,10 @@ def hybrid_optimizers(optimizer) -> list[HybridDeviceOptimizer]:
     return [one for one in inner if isinstance(one, HybridDeviceOptimizer)]
 
 
-def _drop_classes(optimizer, state: dict) -> None:
+def _drop_classes(optimizer, parts: Iterable[dict]) -> None:
     """Parameter groups without the optimizers' classes, which no checkpoint may hold to be read."""
-    if hybrid_optimizers(optimizer):
-        for group in state["optimizer"]["param_groups"]:
+    for part in parts if hybrid_optimizers(optimizer) else ():
+        for group in inner_state(part)["param_groups"]:
             for name in [name for name, value in group.items() if isinstance(value, type)]:
                 del group[name]
 
@@ -180,6 +188,8 @@ def _metadata() -> dict:
         "distrib_optim_sharding_type": "fully_reshardable",
         # Gathered over gloo onto one data-parallel rank, not onto all of them.
         "distrib_optim_fully_reshardable_mem_efficient": True,
+        # Moments under the names of their weights, whichever optimizer has these.
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 

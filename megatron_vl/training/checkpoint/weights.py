@@ -22,7 +22,7 @@ from megatron_vl.models.common.layer_spec import to_local_names
 from megatron_vl.models.registry import family
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.quantized import QuantizedTensor
-from megatron_vl.parallel import Layout, StageSplit
+from megatron_vl.parallel import Layout, Shard, StageSplit
 from megatron_vl.weights.convert import Ids, Source, open_weights
 from megatron_vl.weights.dtypes import WEIGHTS, not_finite
 from megatron_vl.weights.files import TensorAt
@@ -96,14 +96,12 @@ def fill(
 
 
 def vision_inventory(
-    weights: WeightMap, *, split: StageSplit, tp: int, rank: int, stage: int, chunk: int
+    weights: WeightMap, *, split: StageSplit, layout: Layout, shard: Shard, stage: int, chunk: int
 ) -> list[Stored]:
-    """The vision weights of one chunk of TP rank `rank` of `tp`."""
-    return [
-        one
-        for one in weights.chunk_inventory(split=split, tp=tp, rank=rank, stage=stage, chunk=chunk)
-        if _is_vision(one)
-    ]
+    """The vision weights of one chunk of a rank with this shard."""
+    at = {"split": split, "stage": stage, "chunk": chunk}
+    return [one for one in weights.chunk_inventory(**at, layout=layout, shard=shard)
+            if _is_vision(one)]
 
 
 def _is_vision(one: Stored) -> bool:
@@ -114,14 +112,14 @@ def _parameters(
     model: list, weights: WeightMap, layout: Layout, split: StageSplit
 ) -> Iterator[tuple[Stored, torch.Tensor]]:
     """Every parameter of this rank, and what of the published tensors it holds."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    shard = layout.shard(torch.distributed.get_rank())
     stage = parallel_state.get_pipeline_model_parallel_rank()
     for number, chunk in enumerate(model):
         at = {"split": split, "stage": stage, "chunk": number}
-        wanted = weights.chunk_inventory(**at, tp=layout.tp, rank=rank)
+        wanted = weights.chunk_inventory(**at, layout=layout, shard=shard)
         if layout.vit_data_parallel:
             wanted = [one for one in wanted if not _is_vision(one)]
-            wanted += vision_inventory(weights, **at, tp=1, rank=0)
+            wanted += vision_inventory(weights, **at, layout=Layout(), shard=Shard())
         own = {name: one for name, one in chunk.module.named_parameters() if ".lora." not in name}
         rules = {to_local_names(one.name, own): one for one in wanted}
         assert rules.keys() == own.keys(), f"weight map and model: {rules.keys() ^ own.keys()}"

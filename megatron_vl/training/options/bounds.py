@@ -16,6 +16,7 @@ _BELOW_ONE = Bounds(least=0, below=1)
 BOUNDS = DATA | {
     "tensor_model_parallel_size": _RANKS, "pipeline_model_parallel_size": _RANKS,
     "num_virtual_stages_per_pipeline_rank": _RANKS, "context_parallel_size": _RANKS,
+    "expert_model_parallel_size": _RANKS, "expert_tensor_parallel_size": _RANKS,
     "decoder_first_pipeline_num_layers": Bounds(least=0, most=10_000),
     "distributed_timeout_minutes": Bounds(least=0.01, most=_WAIT),
     "hang_timeout": Bounds(least=0, most=60 * _WAIT),

@@ -34,6 +34,12 @@ class ParallelOptions:
     pipeline_model_parallel_size: int = option(1, "stages that hold different layers (PP)")
     num_virtual_stages_per_pipeline_rank: int = option(1, "model chunks per stage (VP)")
     context_parallel_size: int = option(1, "ranks that share one row's tokens (CP)")
+    expert_model_parallel_size: int = option(
+        1, "ranks that hold different experts of a layer (EP), taken from TP, CP and DP"
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None, "ranks that share an expert (ETP), a divisor of TP; default: TP", kind=int
+    )
     sequence_parallel: bool = option(False, "split norms and residuals over TP; no effect at TP 1")
     vit_data_parallel: bool = option(
         False, "divide the images over TP ranks, each with a whole vision tower, instead of "
@@ -74,6 +80,8 @@ class ParallelOptions:
             pp=self.pipeline_model_parallel_size,
             vp=self.num_virtual_stages_per_pipeline_rank,
             cp=self.context_parallel_size,
+            ep=self.expert_model_parallel_size,
+            etp=self.expert_tensor_parallel_size,
             sequence_parallel=self.sequence_parallel,
             vit_data_parallel=self.vit_data_parallel,
         )

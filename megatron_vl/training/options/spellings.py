@@ -12,6 +12,8 @@ ALSO = {
     "pipeline_model_parallel_size": ("pp",),
     "context_parallel_size": ("cp",),
     "num_virtual_stages_per_pipeline_rank": ("vp",),
+    "expert_model_parallel_size": ("ep",),
+    "expert_tensor_parallel_size": ("etp",),
     "decoder_first_pipeline_num_layers": ("first_stage_layers",),
 }
 _KEYS = {other: name for name, others in ALSO.items() for other in others}
@@ -74,8 +76,7 @@ _SAYS = {
     "buffers would do it": "tp_comm_overlap tp_comm_overlap_cfg",
     "parts of layers are not kept in host memory here; give recompute-granularity selective, or "
     "cpu-offloading for whole layers": "fine_grained_activation_offloading offload_modules",
-    "the experts are what config.json says, and every rank of tp has a slice of each of them":
-        "expert_model_parallel_size ep expert_tensor_parallel_size num_experts moe_router_topk",
+    "the experts are what config.json says": "num_experts moe_router_topk moe_ffn_hidden_size",
     "training is supervised here, without preference or reinforcement learning":
         "rlhf_type dpo grpo kto reward_model pref_beta",
     "the model is what config.json says":

@@ -69,7 +69,7 @@ def describe_parts(plan: Plan) -> str:
              for part, number in added.items()]
     told += [f"constant {constant:,} (train-constants trains them)"] if constant else []
     whole = counts.total() + constant + sum(added.values())
-    cut = plan.trainable.cut_within_blocks(plan.layout.tp)
+    cut = plan.trainable.cut_within_blocks(plan.layout)
     return (f"{trained:,} of {whole:,} parameters are trained: {', '.join(told)}"
             + (f"\nquantize-base: {cut}" if cut else ""))
 
