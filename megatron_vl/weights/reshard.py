@@ -31,6 +31,7 @@ CHUNK = 2**20
 BUFFER = 4096  # bytes from which on pieces are written as they are; shorter ones are joined
 SPAN = 32 * 2**20  # bytes a worker maps at a time: mapping every chunk would cost more than copying
 SHARED = 2 * SPAN  # bytes from which on work is shared out
+TILE = 128  # rows and columns that are transposed at a time
 
 Tensors = Mapping[tuple[str, str, str], TensorAt]
 Run = tuple[int, int, Sequence[Op]]  # first row, end, the slices that write them
@@ -267,7 +268,7 @@ class Reader:
         front = len(op.start) - len(op.shape)
         shape = (*(1,) * front, *op.read)
         bits = at.read(self.files(at.path), op.start, shape).reshape(op.read)
-        return bits.T if op.turned else bits
+        return _transposed(bits) if op.turned else bits
 
 
 class _Run:
@@ -311,6 +312,16 @@ class _Run:
             bad += sum(not_finite(bits, at.dtype) for _, bits in chunk.pieces)
             at.write(file, chunk.first, chunk.buffers())
         return bad
+
+
+def _transposed(bits: np.ndarray) -> np.ndarray:
+    """A matrix the other way round, contiguous; by tiles that the processor's cache holds."""
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for row in range(0, bits.shape[0], TILE):
+        for column in range(0, bits.shape[1], TILE):
+            tile = bits[row : row + TILE, column : column + TILE]
+            out[column : column + TILE, row : row + TILE] = tile.T
+    return out
 
 
 def _updated(slab: Slab, update: Update, dtype: DType, name: str) -> Slab:
