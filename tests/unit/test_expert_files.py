@@ -5,6 +5,7 @@ E experts, H hidden size, F width of an expert.
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -13,7 +14,8 @@ from commands import megatron_vl
 from safetensors.torch import save_file
 from tiny_hf import assert_equal, make, read, read_mcore
 
-from megatron_vl.models import family
+from megatron_vl.models import family, load_spec
+from megatron_vl.models.registry import read_config_json
 
 E, LAYERS = 4, 4
 LANGUAGE = "model.language_model.layers"
@@ -129,6 +131,20 @@ def test_what_looks_alike_in_both_orientations_is_told_by_the_other(name, models
     assert megatron_vl("verify", source, singles).code == 0
     saved = family("qwen3_vl_moe").judge().from_pretrained(home).state_dict()
     assert_equal({one: saved[one] for one in tensors}, tensors)
+
+
+def test_what_transformers_saved_is_the_same_model(tmp_path):
+    """Its text_config ties the head to the embedding by default, which it does not heed."""
+    source = make(tmp_path / "source", "--model-type", "qwen3_vl_moe", "--untied")
+    config = read_config_json(source)
+    del config["text_config"]["tie_word_embeddings"]
+    (source / "config.json").write_text(json.dumps(config))
+    family("qwen3_vl_moe").judge().from_pretrained(source).save_pretrained(tmp_path / "saved")
+    saved = read_config_json(tmp_path / "saved")
+    assert (saved["tie_word_embeddings"], saved["text_config"]["tie_word_embeddings"]) == (
+        False, True)
+    assert load_spec(tmp_path / "saved") == load_spec(source)
+    assert megatron_vl("verify", source, tmp_path / "saved").code == 0
 
 
 def test_qwen3s_experts_are_read_stacked_and_written_one_by_one(experts_model_dir, tmp_path):

@@ -131,7 +131,8 @@ DEEPSTACK = [
     ({"text_config": {"rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": False}}},
      "mrope_interleaved of rope_scaling (or rope_parameters) is false"),
     ({"text_config": {"rope_scaling": {"mrope_section": [4, 6, 6]}}}, "leaves too few of the 16"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+     "has a quantization_config (fp8): its weights are quantised"),
     ({"model_type": "qwen3_omni"}, "model_type 'qwen3_omni' is not supported"),
     ({"model_type": "qwen3_vl_moe"}, "num_experts is missing"),
 ]
