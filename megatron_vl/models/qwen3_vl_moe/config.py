@@ -8,6 +8,8 @@ from megatron_vl.models.spec import ModelSpec
 SIZES = {  # published sizes: (language layers, hidden size), to check a name against config.json
     "30B-A3B": (48, 2048),
     "235B-A22B": (94, 4096),
+    "A3B": (48, 2048),  # the same by the names that Pai-Megatron-Patch's launchers have
+    "A22B": (94, 4096),
 }
 
 
