@@ -92,9 +92,15 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
-    """The norm [1] of all tensors together, as amp_C.multi_tensor_l2norm; nothing waits for it."""
-    norms = [norm for tensors in tensor_lists for norm in torch._foreach_norm(tensors)]
-    return torch.stack(norms).float().norm().view(1), None
+    """The norm fp32 [1] of all tensors together, as amp_C.multi_tensor_l2norm; nothing waits for
+    it.
+
+    Summed in fp64: in fp32 a CPU adds one square after the other, and of an embedding's 50 million
+    0.2 % are lost, another part in every layout.
+    """
+    norms = [norm for tensors in tensor_lists
+             for norm in torch._foreach_norm(tensors, 2, dtype=torch.float64)]
+    return torch.stack(norms).norm().float().view(1), None
 
 
 def scale(chunk_size, noop_flag, tensor_lists, factor: float) -> None:

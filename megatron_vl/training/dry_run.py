@@ -216,13 +216,17 @@ def _activation_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Seque
 
 def _sums(plan: Plan, stages: Sequence[RankMemory]) -> str:
     found, layout = copies(plan), plan.layout
-    more = [(found.replicated, "replicated over TP"), (found.padding, "padding"),
+    parts = len(layout.shards)
+    over = "TP" if layout.ep == 1 else "TP and EP"
+    ranks = (f"TP {layout.tp} x PP {layout.pp} ranks" if layout.ep == 1
+             else f"{parts * layout.pp} ranks, one of every part of it,")
+    more = [(found.replicated, f"replicated over {over}"), (found.padding, "padding"),
             (found.tied, "tied embedding again"), (found.adapter, "of the adapter")]
-    held = sum(stage.weights for stage in stages) * layout.tp
+    held = sum(stage.weights for stage in stages) * parts
     assert held == found.total, "a weight is counted twice, or not at all"
     return (
-        f"the model has {found.model:,} parameters; TP {layout.tp} x PP {layout.pp} ranks hold "
-        f"{held:,}" + "".join(f" + {number:,} {what}" for number, what in more if number).replace(
+        f"the model has {found.model:,} parameters; {ranks} hold {held:,}"
+        + "".join(f" + {number:,} {what}" for number, what in more if number).replace(
             " + ", " = " + f"{found.model:,} + ", 1)
         + "\nwhat libraries take for themselves, and gaps between tensors, come on top"
     )

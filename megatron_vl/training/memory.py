@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
 from megatron_vl.ops.blockwise import quantized_bytes
-from megatron_vl.parallel import LANGUAGE
+from megatron_vl.parallel import LANGUAGE, Shard
 from megatron_vl.peft.adapter_map import FACTORS
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
@@ -44,7 +44,7 @@ class Held:
     where: Where  # of its tower
     shape: tuple[int, ...]  # this rank's part
     layers: int  # that have it, or 1
-    experts: int  # of a layer, that have it, or 1
+    experts: int  # of a layer, that have it on this rank, or 1
     trained: bool
     form: str | None  # of ops.blockwise.FORMS; None: in the dtype of training
     tied_over_stages: bool  # the embedding, or its copy, while another stage has the other
@@ -59,13 +59,21 @@ class Held:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Buffer:
+    """The gradients of a chunk that the same ranks sum."""
+
+    numel: int  # with its padding
+    shares: int  # ranks that have a part of the optimizer's state each, under the distributed one
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkMemory:
     """What one model chunk of a stage holds on every one of the stage's ranks."""
 
     stage: int
     chunk: int
     held: tuple[Held, ...]
-    buffered: int  # numbers of the gradient buffer, with its padding
+    buffers: tuple[Buffer, ...]  # experts that are divided over ranks have one of their own
 
     @property
     def weights(self) -> int:
@@ -103,10 +111,10 @@ class RankMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copies:
-    """Why the ranks of a replica (TP x PP) hold more than the model has."""
+    """Why ranks that hold every part of a model, one a part, hold more than the model has."""
 
     model: int  # numbers of the published model
-    replicated: int  # the same on several TP ranks
+    replicated: int  # the same in several parts of a stage, of TP ranks or of ranks of experts
     padding: int  # zeros that TP needs, in the vocabulary or in a tower's MLP
     tied: int  # the embedding again, where logits are computed
     adapter: int  # factors of an adapter, on all the ranks that have them
@@ -121,11 +129,10 @@ def rank_memory(plan: Plan, stage: int) -> RankMemory:
     chunks = tuple(_chunk(plan, stage, chunk) for chunk in range(plan.layout.vp))
     run, options = plan.config.model, plan.config.optimizer
     itemsize = ITEMSIZE[run.dtype]
-    moved, shared = 0, 0  # numbers of weights in buffers, of a rank's state
-    for one in chunks:
-        moved += one.buffered
-        share = _shares(plan) if options.use_distributed_optimizer else 1
-        shared += one.buffered // share
+    buffers = [buffer for one in chunks for buffer in one.buffers]
+    moved = sum(one.numel for one in buffers)
+    shared = sum(one.numel // (one.shares if options.use_distributed_optimizer else 1)
+                 for one in buffers)  # numbers of a rank's state
     master = 0 if itemsize == FP32 else 1
     state = shared * FP32 * (MOMENTS + master)
     offloaded = _offloaded(plan.config)
@@ -142,19 +149,19 @@ def rank_memory(plan: Plan, stage: int) -> RankMemory:
 
 
 def copies(plan: Plan) -> Copies:
-    """How the numbers that a replica's ranks hold together come about."""
-    counts = Counter()
+    """How the numbers that ranks of every part hold together come about."""
+    counts, parts = Counter(), len(plan.layout.shards)
     for stage in range(plan.layout.pp):
         for chunk in range(plan.layout.vp):
-            counts["adapter"] += plan.layout.tp * sum(
+            counts["adapter"] += parts * sum(
                 one.numel for one in _factors(plan, stage, chunk)
             )
             for weight, _, _ in _weights(plan, stage, chunk):
                 own = sum(map(volume, weight.rule.published().values())) * len(weight.each)
-                tp = 1 if _is_whole(plan, weight) or weight.rule.axis is None else plan.layout.tp
-                held = volume(_shape(plan, weight)) * len(weight.each)
-                once = held * tp  # on the ranks that share it
-                stored = held * plan.layout.tp
+                each, tp = volume(_shape(plan, weight)), _tp_of(plan, weight)
+                # On the ranks that share it.
+                once = each * len(weight.each) * (1 if weight.rule.axis is None else tp)
+                stored = each * _experts(plan, weight) * parts
                 if weight.place == LAST_COPY:
                     counts["tied"] += stored
                     continue
@@ -163,11 +170,6 @@ def copies(plan: Plan) -> Copies:
                 counts["replicated"] += stored - once
     return Copies(**{name: counts[name] for name in (
         "model", "replicated", "padding", "tied", "adapter")})
-
-
-def _shares(plan: Plan) -> int:
-    """Ranks that share a weight's state: Megatron-Core shards it over context ranks too."""
-    return plan.layout.dp * plan.layout.cp
 
 
 def _offloaded(config: TrainConfig) -> float:
@@ -181,9 +183,19 @@ def _weights(plan: Plan, stage: int, chunk: int):
 
 
 def _shape(plan: Plan, weight) -> tuple[int, ...]:
-    """Of a weight on one rank: TP does not cut a vision tower whose images it divides."""
-    shape, _ = weight.rule.pieces(1 if _is_whole(plan, weight) else plan.layout.tp, 0)
+    """Of a weight on one rank."""
+    shape, _ = weight.rule.pieces(_tp_of(plan, weight), 0)
     return shape
+
+
+def _tp_of(plan: Plan, weight) -> int:
+    """Ranks that share a weight: TP does not cut a vision tower whose images it divides."""
+    return 1 if _is_whole(plan, weight) else weight.tp_of(plan.layout, Shard())[0]
+
+
+def _experts(plan: Plan, weight) -> int:
+    """Experts of a layer that have it on one rank, or 1."""
+    return len(weight.held(plan.layout, Shard()))
 
 
 def _is_whole(plan: Plan, weight) -> bool:
@@ -202,7 +214,7 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
     held = tuple(
         Held(
             name=name, where=weight.place.where, shape=_shape(plan, weight), layers=layers[name],
-            experts=len(weight.each),
+            experts=_experts(plan, weight),
             trained=plan.trainable.trains(weight),
             form=plan.trainable.quantize_base if plan.trainable.quantizes(weight) else None,
             tied_over_stages=tied and weight.place in (EMBEDDING, LAST_COPY),
@@ -213,7 +225,7 @@ def _chunk(plan: Plan, stage: int, chunk: int) -> ChunkMemory:
     return ChunkMemory(
         stage=stage, chunk=chunk,
         held=held,
-        buffered=_buffered(plan, held),
+        buffers=tuple(_buffers(plan, held)),
     )
 
 
@@ -234,13 +246,23 @@ def _factors(plan: Plan, stage: int, chunk: int) -> tuple[Held, ...]:
     )
 
 
-def _buffered(plan: Plan, held: Sequence[Held]) -> int:
-    """Numbers of a chunk's gradient buffer.
+def _buffers(plan: Plan, held: Sequence[Held]) -> Iterator[Buffer]:
+    """A chunk's gradient buffers: that of experts which are divided over ranks, and the others'."""
+    layout = plan.layout
+    trained = [one for one in held if one.trained]
+    divided = [one for one in trained if layout.ep > 1 and "{e}" in one.name]
+    whole = [one for one in trained if one not in divided]
+    # Megatron-Core shards the optimizer's state over context ranks too.
+    for those, shares in ((whole, layout.dp * layout.cp), (divided, layout.expert_dp)):
+        yield Buffer(numel=_buffered(plan, those, shares), shares=shares)
+
+
+def _buffered(plan: Plan, trained: Sequence[Held], shares: int) -> int:
+    """Numbers of a gradient buffer.
 
     Buckets that overlapped reduction makes of it add less than one alignment each; they are left
     out.
     """
-    trained = [one for one in held if one.trained]
     if not plan.config.optimizer.use_distributed_optimizer:
         return sum(one.numel for one in trained)
     # Where an embedding is tied over stages it has a bucket by itself, between those of what lies
@@ -252,7 +274,7 @@ def _buffered(plan: Plan, held: Sequence[Held]) -> int:
             buckets += [numel, 0]
         else:
             buckets[-1] += numel
-    return sum(_up(one, math.lcm(_shares(plan), BUCKET_ALIGNMENT)) for one in buckets)
+    return sum(_up(one, math.lcm(shares, BUCKET_ALIGNMENT)) for one in buckets)
 
 
 def _up(number: int, divisor: int) -> int:

@@ -20,6 +20,7 @@ RUN = {
     "packing_buffer_size": 0, "use_distributed_optimizer": False,
 }
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}  # of a model with experts
 DISTRIBUTED = {"use_distributed_optimizer": True}
 LAYOUTS = {  # on two ranks
     "dp2": {},
@@ -37,6 +38,10 @@ LAYOUTS = {  # on two ranks
     "pp2 uneven": PP2 | {"decoder_first_pipeline_num_layers": 1},
     "pp2 distributed bf16": PP2 | DISTRIBUTED | {"bf16": True},
     "vp2 distributed": PP2 | DISTRIBUTED | {"num_virtual_stages_per_pipeline_rank": 2},
+    "ep2 bf16": EP2 | {"bf16": True},
+    "ep2 distributed": EP2 | DISTRIBUTED,
+    "tp2 ep2 distributed bf16, whole experts": EP2 | TP2 | DISTRIBUTED | {
+        "bf16": True, "sequence_parallel": True, "expert_tensor_parallel_size": 1},
     "frozen tower": {"freeze_vit": True, "bf16": True},
     "frozen language model, distributed": DISTRIBUTED | {"freeze_llm": True},
     "frozen language model, pp2": PP2 | {"freeze_llm": True},
@@ -44,11 +49,14 @@ LAYOUTS = {  # on two ranks
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
-def measured(request, model_dir, wds_dir, shared):
+def measured(request, model_dir, wds_dir, experts_model_dir, text_wds_dir, shared):
     """(plans, bytes of every rank) by layout."""
     out = shared.root / f"memory {request.param}"
     jobs = {
-        name: {**RUN, **options, "hf_config": str(out / "model"), "train_data_path": str(wds_dir)}
+        name: {**RUN, **options, **(
+            {"hf_config": str(experts_model_dir), "train_data_path": str(text_wds_dir)}
+            if options.keys() >= EP2.keys() else
+            {"hf_config": str(out / "model"), "train_data_path": str(wds_dir)})}
         for name, options in LAYOUTS.items()
     }
 
@@ -85,14 +93,18 @@ def test_a_rank_holds_what_was_said(measured, name):
             assert held["optimizer"] == said.optimizer_bytes
     if plan.config.optimizer.use_distributed_optimizer:
         each = 8 + 4 * (plan.config.model.dtype != "float32")
-        alone = plan.layout.pp > 1
-        for stage in range(plan.layout.pp):
-            trained = sum(one.trained for one in rank_memory(plan, stage).chunks)
+        layout, alone = plan.layout, plan.layout.pp > 1
+        for stage in range(layout.pp):
             ranks = [found[stage]] if alone else found
+            trained = sum(
+                one.numel * len(ranks) // (
+                    layout.expert_dp if "{e}" in one.name else layout.dp * layout.cp)
+                for chunk in rank_memory(plan, stage).chunks for one in chunk.held if one.trained
+            )
             assert sum(one["optimizer"] for one in ranks) == each * trained
 
 
 def test_what_ranks_hold_beyond_the_model_is_accounted_for(measured):
     for plan, _ in measured.values():
         held = sum(rank_memory(plan, stage).weights for stage in range(plan.layout.pp))
-        assert held * plan.layout.tp == copies(plan).total
+        assert held * len(plan.layout.shards) == copies(plan).total

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_vl.training.loop import Trainer
 
-CASE = 3  # of parity.CASES
+CASE = 3  # of parity.CASES; of a model that takes text alone, its first
 
 
 def main(out: Path, watch: Callable[[Trainer], dict] = lambda _: {}) -> None:
@@ -52,7 +52,7 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
     from megatron.core import parallel_state
 
     from megatron_vl.launch.stop import StopRequest
-    from megatron_vl.parity.cases import CASES, make_batches, make_samples
+    from megatron_vl.parity.cases import CASES, cases, make_batches, make_samples
     from megatron_vl.platform import initialize
     from megatron_vl.training.loop import Trainer
     from megatron_vl.training.options.config import TrainConfig
@@ -74,10 +74,11 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
                 lambda _, __, output: graphs.append(
                     (output[0] if isinstance(output, tuple) else output).requires_grad)
             )
+    case = CASES[CASE] if plan.spec.vision is not None else cases(plan.spec, True)[0]
     dp_rank = parallel_state.get_data_parallel_rank()
     watched, rates = watch(trainer), []
     for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
-        batches = make_batches(plan.spec, CASES[CASE], make_samples(plan.spec, CASES[CASE]))
+        batches = make_batches(plan.spec, case, make_samples(plan.spec, case))
         # A data rank has images in one step and none in the next.
         batches = (batches[step:] + batches[:step])[dp_rank :: plan.layout.dp]
         trainer.streams = [RowStream(iter(batches), trainer.device) for _ in trainer.model]
@@ -99,10 +100,10 @@ def what_is_held(trainer) -> dict:
     """Numbers of parameters on this rank: trained, in gradient buffers, with optimizer state."""
     weights = [weight for chunk in trainer.model for weight in chunk.parameters()]
     frozen = [weight for weight in weights if not weight.requires_grad]
-    state = trainer.optimizer.optimizer.state
+    state = dict(trainer.optimizer.state.items())
     return {
         "trained": sum(weight.numel() for weight in weights if weight.requires_grad),
-        "buffers": sum(b.numel_unpadded for chunk in trainer.model for b in chunk.buffers),
+        "buffers": sum(b.numel_unpadded for b in buffers_of(trainer)),
         # What tensor-parallel ranks hold of an adapter alike, each factor by its sum.
         "alike": [float(weight.double().sum().cpu()) for chunk in trainer.model
                   for name, weight in chunk.named_parameters()
@@ -115,6 +116,12 @@ def what_is_held(trainer) -> dict:
     }
 
 
+def buffers_of(trainer) -> list:
+    """The gradient buffers, those of divided experts too."""
+    return [buffer for chunk in trainer.model
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
 def held_bytes(trainer) -> dict[str, int]:
     """Bytes of the storages that stay between steps, each counted once."""
     import torch
@@ -123,7 +130,7 @@ def held_bytes(trainer) -> dict[str, int]:
 
     weights = [part for chunk in trainer.model for weight in chunk.parameters()
                for part in stored(weight)]
-    buffers = [buffer for chunk in trainer.model for buffer in chunk.buffers]
+    buffers = buffers_of(trainer)
     optimizers = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     states = [one for each in optimizers for one in each.optimizer.state.values()]
     # Adam counts its steps in a scalar a weight.

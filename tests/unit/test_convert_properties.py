@@ -14,6 +14,7 @@ from tiny_hf import assert_equal, make, read, write_weights
 
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, load_spec
+from megatron_vl.parallel import Layout
 from megatron_vl.weights import make_plan
 from megatron_vl.weights.rules import box
 
@@ -117,7 +118,8 @@ def test_a_plan_writes_every_element_once_and_uses_every_tensor(data, template, 
     def inventory(layout):
         split = spec.split(pp=len(layout["llm"][0]), vp=len(layout["llm"]), llm=layout["llm"],
                            vit=layout["vit"])
-        return weights.mcore_inventory(split=split, tp=layout["tp"])
+        return weights.mcore_inventory(
+            split=split, layout=Layout(tp=layout["tp"], pp=split.pp, vp=split.vp))
 
     kinds = [weights.hf_inventory(), inventory(data.draw(layouts(*sizes))),
              inventory(data.draw(layouts(*sizes)))]

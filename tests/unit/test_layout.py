@@ -31,10 +31,35 @@ def test_data_parallel_size_is_what_the_world_leaves():
 @pytest.mark.parametrize("sizes, names", [
     ({"tp": 0}, "tp is 0"), ({"pp": -1}, "pp is -1"), ({"tp": 1.5}, "tp is 1.5"),
     ({"dp": True}, "dp is True"), ({"vp": 2}, "vp 2 needs a pipeline"),
+    ({"ep": 0}, "ep is 0"), ({"tp": 4, "etp": 2}, "etp 2 with tp 4 and ep 1 is not supported"),
+    ({"tp": 4, "ep": 2, "etp": 3}, "give an etp that divides tp"),
 ])
 def test_impossible_sizes_are_refused_by_name(sizes, names):
     with pytest.raises(InputError, match=names):
         Layout(**sizes)
+
+
+@pytest.mark.parametrize("sizes", [
+    {"dp": 4, "ep": 2}, {"dp": 4, "ep": 4}, {"cp": 2, "dp": 2, "ep": 4},
+    {"tp": 2, "dp": 4, "ep": 2},
+    {"tp": 2, "dp": 4, "ep": 4, "etp": 1}, {"tp": 4, "dp": 2, "ep": 2, "etp": 2, "pp": 2},
+    {"tp": 4, "dp": 3, "ep": 6, "etp": 1}, {"tp": 6, "cp": 2, "ep": 2, "etp": 2, "pp": 3},
+])
+def test_experts_lie_where_megatron_core_puts_them(sizes):
+    from megatron.core.parallel_state import RankGenerator
+
+    layout = Layout(**sizes)
+    theirs = RankGenerator(tp=layout.expert_tp, ep=layout.ep, dp=layout.expert_dp, pp=layout.pp,
+                           cp=1, order="tp-cp-ep-dp-pp")
+    for group in theirs.get_ranks("ep"):
+        assert [layout.shard(rank).ep for rank in group] == list(range(layout.ep))
+    for group in theirs.get_ranks("tp"):
+        assert [layout.shard(rank).tp % layout.expert_tp for rank in group] == [
+            *range(layout.expert_tp)]
+    held = [layout.shard(rank) for rank in range(layout.world_size)]
+    assert sorted(set(held), key=lambda one: (one.tp, one.ep)) == layout.shards
+    first = [one for rank, one in enumerate(held) if layout.first_with_its_shard(rank)]
+    assert len(first) == layout.pp * len(layout.shards)
 
 
 def test_a_world_that_does_not_fit_names_the_multiple():
@@ -52,6 +77,9 @@ def test_the_printed_form_leaves_out_what_is_one():
         "TP2xPP4xVP3xCP2xDP8+SP"
     )
     assert str(Layout()) == "TP1xPP1xDP1"
+    assert str(Layout(tp=2, dp=4, ep=4, etp=1)) == "TP2xPP1xEP4xETP1xDP4"
+    # An expert that every tensor-parallel rank has a part of is the rule.
+    assert Layout(tp=2, dp=4, ep=4, etp=2) == Layout(tp=2, dp=4, ep=4)
 
 
 def test_images_are_divided_over_the_ranks_that_hold_a_whole_tower():

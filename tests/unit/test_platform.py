@@ -128,6 +128,9 @@ def test_the_norm_and_the_scaling_are_those_of_megatron_core():
     ours, _ = l2_norm(0, None, [tensors], False)
     theirs, _ = local_multi_tensor_l2_norm(0, None, [tensors], False)
     torch.testing.assert_close(ours, theirs)
+    many = torch.randn(4_000_000)  # as of an embedding: one by one in fp32, 2e-4 of them are lost
+    ours, _ = l2_norm(0, None, [[many]], False)
+    torch.testing.assert_close(ours, many.double().norm().float().view(1), rtol=1e-6, atol=0)
     copies = [one.clone() for one in tensors]
     scale(0, None, [tensors, tensors], 0.3)
     local_multi_tensor_scale(0, None, [copies, copies], 0.3)

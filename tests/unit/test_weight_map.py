@@ -78,7 +78,8 @@ def test_published_names_and_megatron_names_are_the_ecosystems(tmp_path):
     assert keys["visual.merger.mlp.2.weight"] == (1536, 5120)
     assert keys["model.layers.27.self_attn.k_proj.bias"] == (256,)
     assert "lm_head.weight" not in keys
-    stored = {one.name: one.shape for one in weights.mcore_inventory(split=spec.split(), tp=1)}
+    stored = {one.name: one.shape
+              for one in weights.mcore_inventory(split=spec.split(), layout=Layout())}
     layer = "language_model.decoder.layers.27."
     assert stored[layer + "self_attention.linear_qkv.weight"] == (2048, 1536)
     assert stored[layer + "mlp.linear_fc1.weight"] == (17920, 1536)
@@ -104,7 +105,8 @@ def test_the_uneven_first_stage_never_cuts_the_vision_tower(tp, pp, first, tmp_p
     spec = load_spec(write(tmp_path, published("2B")))
     split = spec.split(pp=pp, first_stage_layers=first)
     spec.check_layout(Layout(tp=tp, pp=pp), split)
-    stored = family("qwen2_vl").weight_map(spec).mcore_inventory(split=split, tp=tp)
+    stored = family("qwen2_vl").weight_map(spec).mcore_inventory(
+        split=split, layout=Layout(tp=tp, pp=pp))
     layers = {(one.file, match[1]) for one in stored
               if (match := re.match(r"vision_model\.decoder\.layers\.(\d+)\.", one.name))}
     assert len(layers) == 32 * tp
@@ -116,7 +118,8 @@ def test_a_tied_model_keeps_a_copy_of_the_embedding_where_logits_are_made(tmp_pa
     weights = family("qwen2_vl").weight_map(spec)
     for llm, vit, copies in (([14, 14], [32, 0], 1), ([0, 28], [30, 2], 0), ([28], [32], 0)):
         split = StageSplit.create(layers={"vit": 32, "llm": 28}, pp=len(llm), llm=llm, vit=vit)
-        names = [one.name for one in weights.mcore_inventory(split=split, tp=1)]
+        names = [one.name for one in weights.mcore_inventory(
+            split=split, layout=Layout(pp=split.pp))]
         assert names.count("language_model.output_layer.weight") == copies
         assert names.count("language_model.embedding.word_embeddings.weight") == 1
 
@@ -174,7 +177,8 @@ def test_a_vision_tower_that_is_not_cut_need_not_be_divisible(tmp_path):
 def test_more_tp_ranks_than_key_value_heads_are_allowed_where_megatron_core_gathers(tmp_path):
     spec = load_spec(write(tmp_path, published("72B")))
     spec.check_layout(Layout(tp=16), spec.split())
-    stored = family("qwen2_vl").weight_map(spec).mcore_inventory(split=spec.split(), tp=16)
+    stored = family("qwen2_vl").weight_map(spec).mcore_inventory(
+        split=spec.split(), layout=Layout(tp=16))
     qkv = [one for one in stored if one.name.endswith("layers.0.self_attention.linear_qkv.weight")
            and one.name.startswith("language")]
     assert {one.shape for one in qkv} == {((64 + 16) * 128 // 16, 8192)}
@@ -217,7 +221,7 @@ def test_a_plan_for_72b_needs_config_json_alone_and_covers_every_element(tmp_pat
     spec = load_spec(write(tmp_path, published("72B")))
     weights = family("qwen2_vl").weight_map(spec)
     split = spec.split(pp=4, first_stage_layers=17)
-    target = weights.mcore_inventory(split=split, tp=8)
+    target = weights.mcore_inventory(split=split, layout=Layout(tp=8, pp=4))
     plan = make_plan(weights.hf_inventory(), target)
     assert len(plan.tensors) == len(target)
     assert all(one.zeros == 0 for one in plan.tensors)

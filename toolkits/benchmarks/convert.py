@@ -142,13 +142,15 @@ def naive_to_mcore(source: Path, target: Path, args) -> None:
     import transformers
 
     from megatron_vl.models.registry import family, load_spec
+    from megatron_vl.parallel import Layout
 
     spec = load_spec(source)
     model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16)
     published = {_published(name): tensor for name, tensor in model.state_dict().items()}
     split = spec.split(pp=args.pp)
     ranks: dict[str, dict] = {}
-    for stored in family(spec.model_type).weight_map(spec).mcore_inventory(split=split, tp=args.tp):
+    weights = family(spec.model_type).weight_map(spec)
+    for stored in weights.mcore_inventory(split=split, layout=Layout(tp=args.tp, pp=args.pp)):
         tensor = torch.zeros(stored.shape, dtype=torch.bfloat16)
         for piece in stored.pieces:
             if piece.key is not None:
@@ -166,6 +168,7 @@ def naive_to_hf(source: Path, target: Path, args) -> None:
     import transformers
 
     from megatron_vl.models.registry import family, load_spec
+    from megatron_vl.parallel import Layout
 
     hf = args.work / "hf"
     spec = load_spec(hf)
@@ -177,7 +180,8 @@ def naive_to_hf(source: Path, target: Path, args) -> None:
         }
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16)
                for name, shape in weights.published().items()}
-    for stored in weights.mcore_inventory(split=spec.split(pp=args.pp), tp=args.tp):
+    split, layout = spec.split(pp=args.pp), Layout(tp=args.tp, pp=args.pp)
+    for stored in weights.mcore_inventory(split=split, layout=layout):
         for piece in stored.pieces:
             if piece.key is not None:
                 tensors[piece.key][_box(piece.start, piece.shape)] = ranks[stored.file][

@@ -160,13 +160,14 @@ def _load_optimizer(optimizer, loaded: list[dict]) -> None:
     common = {key: first[key] for key in ("param_state_sharding_type", "grad_scaler")
               if key in first}
     for one, part in zip(own, loaded, strict=True):
+        mine = one.state_dict()
         part |= common
-        inner = inner_state(part)
+        inner = part if inner_state(mine) is mine else part.setdefault("optimizer", {})
         # A rank that trains nothing found nothing.
         inner.setdefault("state", {})
         if part is not inner:
             part.setdefault("fp32_from_fp16_params", [])
-        inner["param_groups"] = inner_state(one.state_dict())["param_groups"]
+        inner["param_groups"] = inner_state(mine)["param_groups"]
         for group in inner["param_groups"]:
             group |= {"step": max(steps)} if steps else {}
     optimizer.load_state_dict(first if len(loaded) == 1 else loaded)

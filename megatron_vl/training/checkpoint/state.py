@@ -31,8 +31,8 @@ from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
 
 LOADER = "loader_dp{}.json"
-# Megatron-Core updates what is divided over experts' ranks by an optimizer of its own. What says how
-# far both are is the first one's, which every rank and every layout has.
+# Megatron-Core updates what is divided over experts' ranks by an optimizer of its own. How far both
+# are, the first one's says, which every rank and every layout has.
 OPTIMIZERS = ("optimizer", "optimizer_of_experts")
 
 
