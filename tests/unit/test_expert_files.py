@@ -84,7 +84,7 @@ def test_a_file_holds_experts_as_published(models):
     assert_equal({name: saved[name] for name in tensors}, by_transformers(tensors))
 
 
-@pytest.mark.parametrize("layout", [("--tp", 2, "--pp", 2), ("--pp", 2, "--vp", 2),
+@pytest.mark.parametrize("layout", [("--tp", 2, "--pp", 2, "--ep", 2), ("--pp", 2, "--vp", 2),
                                     ("--format", "torch_dist")])
 @pytest.mark.parametrize("form", FORMS)
 def test_experts_of_any_form_come_home_as_published(form, layout, models, tmp_path):
