@@ -220,6 +220,15 @@ def deepstack_model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deepstack_experts_model_dir(shared) -> Path:
+    """The same with experts, which its file holds as two tensors a layer."""
+    return shared.made("deepstack_experts_model", lambda out: _tiny(
+        out, "--model-type", "qwen3_vl_moe", "--hidden-size", 64,
+        "--ffn-size", 96, "--ranks", 1500, "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
 def text_wds_dir(shared) -> Path:
     """Sums to work out, prepared."""
     from megatron_vl.cli.main import run

@@ -37,6 +37,7 @@ _FAMILIES = {  # model_type -> folder of megatron_vl.models
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
     "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl_moe",
 }
 
 
@@ -254,10 +255,12 @@ def load_spec(directory: str | Path) -> ModelSpec:
         raise InputError(
             f"{path} has no model_type; add it, one of: {', '.join(known_families())}."
         )
-    if config.get("quantization_config"):
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise InputError(
-            f"{path} has a quantization_config: its weights are quantised, and cannot be trained; "
-            f"take the repository that holds them as they were trained."
+            f"{path} has a quantization_config{f' ({shown(str(method))})' if method else ''}: its "
+            f"weights are quantised, and cannot be trained; take the repository that holds them as "
+            f"they were trained."
         )
     try:
         return family(config["model_type"]).read_config(config)

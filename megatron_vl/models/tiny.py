@@ -144,9 +144,11 @@ def write_files(directory: Path, files: Mapping[str, object]) -> None:
 def random_weights(
     weights: WeightMap, spec: ModelSpec, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Every published tensor: normal, around one for the weights of norms, the only vectors
-    that are weights. Biases are not zero, for that would hide one that is lost."""
+    """Every tensor of published files: normal, around one for the weights of norms, the only
+    vectors that are weights. Biases are not zero, for that would hide one that is lost."""
     import torch
+
+    from megatron_vl.weights.recut import to_files
 
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
@@ -154,4 +156,4 @@ def random_weights(
         mean = 1.0 if len(shape) == 1 and name.endswith(".weight") else 0.0
         tensor = torch.empty(shape).normal_(mean, spec.decoder.init_std, generator=generator)
         drawn[name] = tensor.to(getattr(torch, spec.dtype))
-    return drawn
+    return to_files(drawn, weights)

@@ -17,6 +17,7 @@ from megatron_vl.parity.adapters import of_peft
 from megatron_vl.parity.balance import balance_loss, loads
 from megatron_vl.parity.cases import Case, make_samples
 from megatron_vl.parity.compare import Outcome
+from megatron_vl.weights.recut import from_files
 
 
 def run_transformers(
@@ -75,7 +76,8 @@ def run_transformers(
             loss = torch.nn.functional.cross_entropy(
                 out, sample.labels, ignore_index=IGNORE, reduction="sum"
             )
-            (loss / trained).backward(retain_graph=balance.has_loss)
+            if loss.requires_grad:  # no adapter of a vision tower has a part in text alone
+                (loss / trained).backward(retain_graph=balance.has_loss)
             total += float(loss.detach())
             if balance.has_loss:
                 routed.append(given.router_logits)
@@ -89,7 +91,8 @@ def run_transformers(
                      for name, p in model.named_parameters()}
         # As it saves weights: where it holds several published tensors in one, each by itself.
         gradients = revert_weight_conversion(model, gradients)
-        gradients = {weights.published_name(name): one for name, one in gradients.items()}
+        gradients = from_files({weights.published_name(name): one
+                                for name, one in gradients.items()}, weights)
     return Outcome(logits=logits, loss=total / trained, gradients=gradients)
 
 

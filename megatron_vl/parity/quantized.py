@@ -13,6 +13,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.quantized import QuantizedTensor
 from megatron_vl.parity.ranks import Setting
 from megatron_vl.parity.run import SHARD_BYTES, convert
+from megatron_vl.weights.recut import from_files, to_files
 from megatron_vl.weights.targets import HFTarget
 
 
@@ -26,10 +27,13 @@ def write_quantized(work_dir: Path, hf_dir: Path, spec: ModelSpec, setting: Sett
         for layer in range(weights.layers[weight.place.tower]) for expert in weight.each
         for key in weight.rule_of(layer, expert).published()
     }
-    for file in directory.glob("*.safetensors"):
-        values = {key: _stood_for(one, setting.quantize_base) if key in quantized else one
-                  for key, one in load_file(file).items()}
-        save_file(values, file, metadata={"format": "pt"})
+    files = {file: load_file(file) for file in directory.glob("*.safetensors")}
+    published = from_files({name: one for held in files.values() for name, one in held.items()},
+                           weights)
+    values = to_files({key: _stood_for(one, setting.quantize_base) if key in quantized else one
+                       for key, one in published.items()}, weights)
+    for file, held in files.items():
+        save_file({name: values[name] for name in held}, file, metadata={"format": "pt"})
     return directory
 
 

@@ -28,6 +28,7 @@ from megatron_vl.weights.convert import (
     plan_conversion,
     run_conversion,
 )
+from megatron_vl.weights.recut import from_files
 from megatron_vl.weights.targets import HFTarget, McoreTarget, Target
 
 SHARD_BYTES = 5 * 10**9  # of a file of safetensors at most
@@ -87,7 +88,7 @@ def differences(
                     folder / f"{index}.gradients", gradients, hf_dir, spec,
                     HFTarget(max_shard_bytes=SHARD_BYTES),
                 )
-                gradients = _read_tensors(gradients)
+                gradients = from_files(_read_tensors(gradients), weights)
             ours = read_ours(folder, index, case, spec, samples, layout, gradients)
             found[number].append(compare(case.name, ours, theirs(replicas[number])))
     return found, own

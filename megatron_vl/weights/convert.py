@@ -128,8 +128,10 @@ def open_source(
         return Source(inventory=inventory, dtypes={one.id: dtype for one in inventory},
                       tensors=None)
     else:
-        files, tensors = open_hf(directory, weights.published_name)
-        inventory = weights.hf_inventory(files)
+        found = open_hf(directory, weights.published_name)
+        inventory = weights.hf_inventory({one: at.shape for one, at in found.items()})
+        tensors = {one.id: found[one.file, "", one.tensor].part(one.of[1]) if one.of
+                   else found[one.id] for one in inventory}
         check_tensors(inventory, tensors)
     return Source(inventory=inventory, dtypes={one: at.dtype for one, at in tensors.items()},
                   tensors=tensors)

@@ -12,7 +12,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -60,6 +60,14 @@ class TensorAt:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+    def part(self, number: int) -> TensorAt:
+        """What it holds at one place of its first dimension."""
+        shape, loaded = self.shape[1:], self.loaded
+        return replace(
+            self, shape=shape, offset=self.offset + number * prod(shape) * self.dtype.itemsize,
+            loaded=None if loaded is None else loaded[number],
+        )
 
     def read(self, file: int | None, start: Sequence[int], shape: Sequence[int]) -> np.ndarray:
         """The bits of the box of extents `shape` at `start`; read only, it may be the file.

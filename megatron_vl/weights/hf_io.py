@@ -11,7 +11,9 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -97,8 +99,8 @@ def is_hf_directory(directory: Path) -> bool:
 
 def open_hf(
     directory: Path, published_name: Callable[[str], str]
-) -> tuple[dict[str, str], dict[tuple[str, str, str], TensorAt]]:
-    """({published key: file}, {(file, "", published key): where it lies}) of all tensors.
+) -> dict[tuple[str, str, str], TensorAt]:
+    """{(file, "", published key): where it lies} of all tensors.
 
     Raises:
         InputError: an unreadable file, a missing shard, or a key that appears twice.
@@ -114,7 +116,7 @@ def open_hf(
                 )
             files[key] = path.name
             tensors[(path.name, "", key)] = at
-    return files, tensors
+    return tensors
 
 
 def open_safetensors(path: Path) -> dict[str, TensorAt]:
@@ -181,14 +183,20 @@ def shard(
 ) -> list[list[Stored]]:
     """Distributes tensors, in order, over files of at most `max_bytes` (or of one tensor)."""
     groups, filled = [[]], 0
-    for stored in inventory:
-        nbytes = stored.numel * dtypes[stored.id].itemsize
+    for _, parts in _tensors(inventory):
+        nbytes = sum(one.numel * dtypes[one.id].itemsize for one in parts)
         if groups[-1] and filled + nbytes > max_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(stored)
+        groups[-1] += parts
         filled += nbytes
     return groups
+
+
+def _tensors(inventory: Iterable[Stored]) -> Iterator[tuple[str, list[Stored]]]:
+    """The name of every tensor of a file, and its parts; of most that is itself alone."""
+    for name, parts in groupby(inventory, key=attrgetter("tensor")):
+        yield name, list(parts)
 
 
 def shard_names(total: int) -> list[str]:
@@ -206,26 +214,28 @@ def lay_out_hf(
     """Writes headers and index, and reserves every file's bytes. Answers where each tensor lies."""
     tensors, total = {}, 0
     for name, group in files.items():
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for stored in group:
-            nbytes = stored.numel * dtypes[stored.id].itemsize
-            header[stored.name] = {"dtype": _NAMES[dtypes[stored.id]], "shape": list(stored.shape),
-                                   "data_offsets": [end, end + nbytes]}
-            end += nbytes
+        header, end, starts = {"__metadata__": {"format": "pt"}}, 0, {}
+        for tensor, parts in _tensors(group):
+            (first, *_), start = parts, end
+            dtype = dtypes[first.id]
+            for one in parts:
+                starts[one.id] = end
+                end += one.numel * dtype.itemsize
+            shape = [len(parts), *first.shape] if first.of else list(first.shape)
+            header[tensor] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         path, base = directory / name, 8 + len(text)
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             reserve(file, base + end)
-        for stored in group:
-            start = header[stored.name]["data_offsets"][0]
-            tensors[stored.id] = TensorAt(path=path, offset=base + start, dtype=dtypes[stored.id],
-                                          shape=stored.shape)
+        tensors |= {one.id: TensorAt(path=path, offset=base + starts[one.id],
+                                     dtype=dtypes[one.id], shape=one.shape) for one in group}
         total += end
     if len(files) > 1:
         index = {"metadata": {"total_size": total},
-                 "weight_map": {s.name: name for name, group in files.items() for s in group}}
+                 "weight_map": {tensor: name for name, group in files.items()
+                                for tensor, _ in _tensors(group)}}
         (directory / INDEXES[0]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return tensors
 

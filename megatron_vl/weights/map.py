@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_vl.errors import InputError, shown
 from megatron_vl.parallel import Layout, Shard, StageSplit
 from megatron_vl.parallel.stages import LANGUAGE
 from megatron_vl.weights.rules import Piece, Rule
+from megatron_vl.weights.stacks import Stack, are_turned, written_turned
 
 SHOWN = 4  # keys an error message spells out
 RANK_FILE = "model_optim_rng.pt"  # in a directory for each rank
@@ -105,10 +106,16 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    of: tuple[str, int] | None = None  # a file's tensor that it is a part of, and its place in that
 
     @property
     def id(self) -> tuple[str, str, str]:
         return self.file, self.part, self.name
+
+    @property
+    def tensor(self) -> str:
+        """Name of the file's tensor: its own, or of what it is a part of."""
+        return self.of[0] if self.of else self.name
 
     @property
     def numel(self) -> int:
@@ -144,6 +151,8 @@ class WeightMap:
     hf_ignored: tuple[str, ...] = ()  # patterns of published keys that are no weights
     mcore_ignored: tuple[str, ...] = ()  # patterns of Megatron-Core keys that are no weights
     directions: tuple[str, ...] = ()  # published keys of which the rows' lengths do not count
+    stacks: tuple[Stack, ...] = ()  # how files may hold the experts of a layer as one
+    stacked: bool = False  # the published ones do
     partial: bool = False  # take a checkpoint that lacks keys: inventories are of what is there
 
     def __post_init__(self) -> None:
@@ -192,22 +201,68 @@ class WeightMap:
                 return old + key.removeprefix(new)
         return key
 
-    def hf_inventory(self, found: Mapping[str, str] | None = None) -> list[Stored]:
-        """The published tensors, whole; `found` gives the file of every key that is there.
+    def hf_inventory(self, found: Shapes | None = None) -> list[Stored]:
+        """The published tensors, whole; of stacked experts each by itself, one after the other.
+
+        Args:
+            found: the shape of every tensor that is there, by `Stored.id`; None: as published.
 
         Raises:
-            InputError: `found` lacks keys or holds unknown ones.
+            InputError: `found` lacks keys, holds unknown ones, or experts twice; or `are_turned`.
         """
         shapes = self.published()
         if found is None:
-            return [whole_tensor(key, shape) for key, shape in shapes.items()]
-        copies = dict(self.hf_copies)
-        extra = [key for key in found if key not in shapes and key not in copies
-                 and not _matches(self.hf_ignored, key)]
-        self._complain("published", [key for key in shapes if key not in found], extra)
+            return self._as_published(shapes)
+        files, copies = {name: file for file, _, name in found}, dict(self.hf_copies)
+        parts = self._found_parts(files, {name: shape for (*_, name), shape in found.items()})
+        held = {piece.key: one for one in parts for piece in one.pieces}
+        for key in sorted(held.keys() & files.keys()):
+            raise InputError(f"{key} is in {files[key]} and again, within {held[key].tensor}, in "
+                             f"{held[key].file}; remove one of them.")
+        known = {*shapes, *copies, *(one.tensor for one in parts)}
+        extra = [name for name in files if name not in known
+                 and not _matches(self.hf_ignored, name)]
+        missing = [key for key in shapes if key not in files and key not in held]
+        self._complain("published", self._named_whole(missing), extra)
         wanted = {**{key: key for key in shapes}, **copies}
-        wanted = {name: key for name, key in wanted.items() if name in found}
-        return [_whole(found[name], name, key, shapes[key]) for name, key in wanted.items()]
+        wanted = {name: key for name, key in wanted.items() if name in files}
+        whole = [_whole(files[name], name, key, shapes[key]) for name, key in wanted.items()]
+        return [*whole, *parts]
+
+    def _as_published(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Stored]:
+        parts = {
+            piece.key: part
+            for layer in (self._stacks() if self.stacked else ())
+            for stack in layer
+            for part in _parts("", stack, written_turned(layer)) for piece in part.pieces
+        }
+        tensors: dict[str, dict[str, Stored]] = {}  # of a file, and the parts of each
+        for key, shape in shapes.items():
+            one = parts.get(key) or whole_tensor(key, shape)
+            tensors.setdefault(one.tensor, {})[one.name] = one
+        return [one for tensor in tensors.values() for one in tensor.values()]
+
+    def _stacks(self) -> Iterator[list[Stack]]:
+        """Those of a layer, layer after layer."""
+        for i in range(self.layers[LANGUAGE] if self.stacks else 0):
+            yield [stack.numbered(i) for stack in self.stacks]
+
+    def _found_parts(
+        self, files: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[Stored]:
+        """Each expert of the stacked ones that are there."""
+        return [part for layer in self._stacks()
+                for stack in layer if stack.name in files
+                for part in _parts(files[stack.name], stack, are_turned(layer, shapes))]
+
+    def _named_whole(self, missing: Sequence[str]) -> list[str]:
+        """Names of missing tensors; of experts that are published as one, and all missing, that."""
+        whole, lacking = {}, set(missing)
+        for stack in (one for layer in self._stacks() for one in layer if self.stacked and missing):
+            keys = [key for e in range(stack.experts) for key in stack.keys_of(e)]
+            if lacking.issuperset(keys):
+                whole |= dict.fromkeys(keys, stack.name)
+        return list(dict.fromkeys(whole.get(key, key) for key in missing))
 
     # ---- Megatron-Core's forms ----------------------------------------------------------------
 
@@ -403,6 +458,14 @@ def _whole(file: str, name: str, key: str, shape: tuple[int, ...]) -> Stored:
     zeros = (0,) * len(shape)
     piece = Piece(key=key, start=zeros, at=zeros, shape=shape)
     return Stored(file=file, part="", name=name, shape=shape, pieces=(piece,))
+
+
+def _parts(file: str, stack: Stack, turned: bool) -> Iterator[Stored]:
+    """The experts of a stack."""
+    for e in range(stack.experts):
+        shape, pieces = stack.pieces(e, turned)
+        yield Stored(file=file, part="", name=f"{stack.name}[{e}]", shape=shape, pieces=pieces,
+                     of=(stack.name, e))
 
 
 def _of_rule(name: str, rule: Rule) -> Stored:

@@ -20,13 +20,20 @@ class Op:
     """`target[at : at + shape] = source[start : start + shape]`.
 
     `start` and `at` have as many numbers as their tensors have dimensions; where one has dimensions
-    of layers or experts in front, `shape` is that of the shorter one.
+    of layers or experts in front, `shape` is that of the shorter one. What is read `turned` is
+    transposed: `target[at : at + shape] = source[start : start + reversed(shape)].T`.
     """
 
     source: Stored
     start: tuple[int, ...]
     at: tuple[int, ...]
     shape: tuple[int, ...]
+    turned: bool = False
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Extents of the source's box."""
+        return self.shape[::-1] if self.turned else self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +85,8 @@ class CopyPlan:
                 one = of[stored.id]
                 name = str(stored) if stored.file else f"{file}:{stored}"
                 lines.append(f"{name} {list(stored.shape)}")
-                lines += [f"    {_words(op.at, op.shape)} = {op.source}{_words(op.start, op.shape)}"
-                          for op in one.ops]
+                lines += [f"    {_words(op.at, op.shape)} = {op.source}{_words(op.start, op.read)}"
+                          f"{'.T' if op.turned else ''}" for op in one.ops]
                 if one.zeros:
                     lines.append(f"    {one.zeros} elements of padding = 0")
             totals.append(sum(stored.numel * itemsizes[stored.id] for stored in group))
@@ -162,14 +169,17 @@ def _intersect(holder: Stored, have: Piece, want: Piece) -> Op | None:
     shape = tuple(b - a for a, b in zip(low, high, strict=True))
     if any(size <= 0 for size in shape):
         return None
-    return Op(holder, _moved(have, low), _moved(want, low), shape)
+    return Op(holder, _moved(have, low), _moved(want, low), shape[::-1] if want.turned else shape,
+              turned=have.turned != want.turned)
 
 
 def _moved(piece: Piece, low: Sequence[int]) -> tuple[int, ...]:
     """Where published element `low` lies in the tensor that stores `piece`."""
     front = len(piece.at) - len(low)
-    inner = (a + x - s for a, x, s in zip(piece.at[front:], low, piece.start, strict=True))
-    return (*piece.at[:front], *inner)
+    moved = [x - s for x, s in zip(low, piece.start, strict=True)]
+    if piece.turned:
+        moved.reverse()
+    return (*piece.at[:front], *(a + m for a, m in zip(piece.at[front:], moved, strict=True)))
 
 
 def _words(start: Sequence[int], shape: Sequence[int]) -> str:

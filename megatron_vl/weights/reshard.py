@@ -20,7 +20,7 @@ import numpy as np
 from megatron_vl.errors import InputError
 from megatron_vl.weights.dtypes import FLOAT32, DType, cast, not_finite
 from megatron_vl.weights.files import TensorAt
-from megatron_vl.weights.map import volume
+from megatron_vl.weights.map import Stored, volume
 from megatron_vl.weights.plan import CopyPlan, Op, TensorPlan, Twin
 from megatron_vl.weights.rules import box
 from megatron_vl.workers import in_parallel
@@ -31,6 +31,7 @@ CHUNK = 2**20
 BUFFER = 4096  # bytes from which on pieces are written as they are; shorter ones are joined
 SPAN = 32 * 2**20  # bytes a worker maps at a time: mapping every chunk would cost more than copying
 SHARED = 2 * SPAN  # bytes from which on work is shared out
+TILE = 128  # rows and columns that are transposed at a time
 
 Tensors = Mapping[tuple[str, str, str], TensorAt]
 Run = tuple[int, int, Sequence[Op]]  # first row, end, the slices that write them
@@ -56,16 +57,21 @@ def target_dtypes(
     Raises:
         InputError: sources of one tensor differ and no dtype is asked for.
     """
-    chosen = {}
+    joined: dict[tuple[str, str, str], set[DType]] = defaultdict(set)
     for one in plan.tensors:
-        found = {source[op.source.id] for op in one.ops}
+        joined[_whole(one.target)] |= {source[op.source.id] for op in one.ops}
+    for (*_, tensor), found in joined.items():
         if dtype is None and len(found) > 1:
             names = ", ".join(sorted(one.name for one in found))
             raise InputError(
-                f"{one.target.name} would join tensors of dtypes {names}; pass --dtype to cast."
+                f"{tensor} would join tensors of dtypes {names}; pass --dtype to cast."
             )
-        chosen[one.target.id] = dtype or found.pop()
-    return chosen
+    return {one.target.id: dtype or next(iter(joined[_whole(one.target)])) for one in plan.tensors}
+
+
+def _whole(stored: Stored) -> tuple[str, str, str]:
+    """What tells a file's tensor from others."""
+    return stored.file, stored.part, stored.tensor
 
 
 def run_plan(
@@ -260,8 +266,9 @@ class Reader:
     def _read(self, op: Op) -> np.ndarray:
         at = self.source[op.source.id]
         front = len(op.start) - len(op.shape)
-        shape = (*(1,) * front, *op.shape)
-        return at.read(self.files(at.path), op.start, shape).reshape(op.shape)
+        shape = (*(1,) * front, *op.read)
+        bits = at.read(self.files(at.path), op.start, shape).reshape(op.read)
+        return _transposed(bits) if op.turned else bits
 
 
 class _Run:
@@ -305,6 +312,16 @@ class _Run:
             bad += sum(not_finite(bits, at.dtype) for _, bits in chunk.pieces)
             at.write(file, chunk.first, chunk.buffers())
         return bad
+
+
+def _transposed(bits: np.ndarray) -> np.ndarray:
+    """A matrix the other way round, contiguous; by tiles that the processor's cache holds."""
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for row in range(0, bits.shape[0], TILE):
+        for column in range(0, bits.shape[1], TILE):
+            tile = bits[row : row + TILE, column : column + TILE]
+            out[column : column + TILE, row : row + TILE] = tile.T
+    return out
 
 
 def _updated(slab: Slab, update: Update, dtype: DType, name: str) -> Slab:
@@ -354,7 +371,7 @@ def _clip(op: Op, low: int, high: int) -> Op | None:
         return None
     return replace(
         op,
-        start=_down(op.start, first - op.at[0], len(op.shape)),
+        start=_down(op.start, first - op.at[0], 1 if op.turned else len(op.shape)),
         at=(first, *op.at[1:]),
         shape=(last - first, *op.shape[1:]),
     )

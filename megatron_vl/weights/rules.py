@@ -36,13 +36,15 @@ class Rows:
 class Piece:
     """`stored[at : at + shape]` is `published[key][start : start + shape]`; zeros if key is None.
 
-    All three tuples have one number a dimension of the tensor.
+    All three tuples have one number a dimension of the tensor. A matrix may be stored `turned`:
+    `stored[at : at + reversed(shape)]` is then the transpose of that box.
     """
 
     key: str | None
     start: tuple[int, ...]
     at: tuple[int, ...]
     shape: tuple[int, ...]
+    turned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -81,8 +81,15 @@ def of_text(layouts: str) -> list[str]:
 
 
 def of_experts(layouts: str) -> list[str]:
-    """The same again, where tensor parallelism divides tokens too."""
-    return [line for line in of_text(layouts) if line.startswith("TP1x") or "+SP" in line]
+    """The same again, where tensor parallelism divides tokens too, with experts over two ranks."""
+    found = []
+    for line in of_text(layouts):
+        if line.startswith("TP1x") or "+SP" in line:
+            found.append(line)
+            if "PP1" in line:
+                etp = "ETP1x" if "TP2x" in line else ""
+                found.append(line.replace("DP", f"EP2x{etp}DP"))
+    return found
 
 
 # Of six language layers the first three add a feature each, of which some travel.
@@ -175,6 +182,18 @@ def test_every_layout_equals_transformers(ranks, options, model, request):
     assert all(figure <= float(TOLERANCE) and count == parameters for _, figure, count in rows)
 
 
+# Features and experts are tried above, each in every layout; here in the same layers.
+@pytest.mark.parametrize("layout", [
+    ["--tp", 2, "--sequence-parallel", "--recompute", "full"], ["--pp", 2, "--vp", 2],
+], ids=["TP2", "PP2xVP2"])
+def test_layers_with_features_and_experts_equal_transformers(
+    layout, deepstack_experts_model_dir
+):
+    done = megatron_vl("parity", deepstack_experts_model_dir, "--tolerance", TOLERANCE, *layout)
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 161
+
+
 # Layers that are adapted, and how many factors that makes; those alike on two tensor-parallel ranks
 # are compared twice. Fused, of the second w1 and w2, of the third q, k and v have one A.
 ADAPTED = {
@@ -203,11 +222,21 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
         assert int(count) == factors * 3 // 2 if twice else factors, name
 
 
+def test_an_adapter_of_the_tower_alone_equals_pefts_also_where_no_image_reaches_it(
+    deepstack_model_dir
+):
+    done = megatron_vl("parity", deepstack_model_dir, "--tolerance", TOLERANCE, "--lora-rank", 3,
+                       "--lora-target", "merger")
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 2 * 4 * 2  # with the features' mergers
+
+
 @pytest.mark.parametrize(("model", "options"), [
     ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
                         "--recompute", "full"]),
     ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2,
                                 "--moe-aux-loss-coeff", 0.5]),
+    ("deepstack_experts_model_dir", ["--quantize-base", "nf4"]),  # stacked where the judge reads
 ])
 def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
     model, options, request
@@ -227,6 +256,13 @@ def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
 def test_quantised_weights_that_transformers_cannot_judge_are_refused(options, says, model_dir):
     done = megatron_vl("parity", model_dir, "--quantize-base", "nf4", *options)
     assert done.code == 2 and says in done.err, done.text
+
+
+def test_experts_of_which_several_ranks_have_parts_equal_transformers(experts_model_dir):
+    done = megatron_vl("parity", experts_model_dir, "--tolerance", TOLERANCE, "--tp", 2,
+                       "--sequence-parallel", "--ep", 2, "--dp", 2, "--recompute", "full")
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 86
 
 
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):

@@ -55,10 +55,11 @@ FAMILIES = {  # options of the tiny model, and transformers' processor of one wi
     "qwen2": (("--ranks", 1500), None),
     "qwen3": (("--ranks", 1500), None),
     "qwen3_moe": (("--ranks", 1500), None),
+    "qwen3_vl_moe": (("--ranks", 1500), Qwen3VLProcessor),
     "baichuan2": ((), None),
 }
 OF_TRANSFORMERS = [name for name in FAMILIES if name not in ("qwen_vl", "baichuan2")]
-WITH_VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+WITH_VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 SAID = (("user", "What is this?"), ("assistant", "a red\ncircle"), ("user", "And what colour?"))
 
 

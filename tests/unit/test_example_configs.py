@@ -23,7 +23,8 @@ SMALL_ROOM = 14  # of a card's 16, activations included
 NODE = 8  # GPUs
 MODELS = {  # how files and tables name a model -> its model_type
     "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen_vl": "qwen", "qwen2_5": "qwen2",
-    "qwen3": "qwen3", "qwen3_moe": "qwen3_moe", "qwen3_vl": "qwen3_vl", "baichuan2": "baichuan",
+    "qwen3": "qwen3", "qwen3_moe": "qwen3_moe", "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl_moe", "baichuan2": "baichuan",
 }
 README = "examples/configs/README.md"
 

@@ -17,7 +17,8 @@ from megatron_vl.training.checkpoint.same_model import check_same_model
 
 TINY = {"baichuan": "baichuan_model_dir", "qwen": "resampler_model_dir", "qwen2": "text_model_dir",
         "qwen2_5_vl": "window_model_dir", "qwen2_vl": "model_dir", "qwen3": "qk_norm_model_dir",
-        "qwen3_moe": "experts_model_dir", "qwen3_vl": "deepstack_model_dir"}
+        "qwen3_moe": "experts_model_dir", "qwen3_vl": "deepstack_model_dir",
+        "qwen3_vl_moe": "deepstack_experts_model_dir"}
 
 @pytest.fixture(params=sorted(TINY))
 def tiny(request):
@@ -125,19 +126,29 @@ DEEPSTACK = [
                                                              "the tower, from 0 to 3, in asc"),
     ({"vision_config": {"deepstack_visual_indexes": [2, 1]}}, "is [2, 1]; it must name layers of"),
     ({"vision_config": {"num_position_embeddings": 60}}, "is 60; it must be a square"),
+    ({"vision_config": {"num_heads": 32}}, "vision heads are 2 wide; positions of rows and"),
     ({"text_config": {"num_hidden_layers": 2}}, "hands features to 3 language layers, but there "
                                                 "are 2"),
     ({"text_config": {"rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": False}}},
      "mrope_interleaved of rope_scaling (or rope_parameters) is false"),
     ({"text_config": {"rope_scaling": {"mrope_section": [4, 6, 6]}}}, "leaves too few of the 16"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
-    ({"model_type": "qwen3_vl_moe"}, "model_type 'qwen3_vl_moe' is not supported"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+     "has a quantization_config (fp8): its weights are quantised"),
+    ({"model_type": "qwen3_omni"}, "model_type 'qwen3_omni' is not supported"),
+    ({"model_type": "qwen3_vl_moe"}, "num_experts is missing"),
+]
+DEEPSTACK_EXPERTS = [
+    ({"vision_config": {"deepstack_visual_indexes": None}}, "deepstack_visual_indexes is missing"),
+    ({"text_config": {"num_experts": None}}, "num_experts is missing"),
+    ({"text_config": {"norm_topk_prob": False}}, "norm_topk_prob is false; no model of this type"),
+    ({"text_config": {"mlp_only_layers": [1]}}, "mlp_only_layers is [1], which gives some"),
 ]
 REFUSED = [
     (model, *row) for model, rows in (
         ("text_model_dir", CONFIGS), ("baichuan_model_dir", BAICHUAN),
         ("qk_norm_model_dir", QWEN3), ("experts_model_dir", EXPERTS),
         ("deepstack_model_dir", DEEPSTACK),
+        ("deepstack_experts_model_dir", DEEPSTACK_EXPERTS),
     ) for row in rows
 ]
 

@@ -36,7 +36,7 @@ def counted(work) -> int:
 
 @pytest.mark.parametrize(("name", "length"), [
     ("model_dir", 1), ("model_dir", 16), ("model_dir", 50), ("qk_norm_model_dir", 50),
-    ("experts_model_dir", 50), ("deepstack_model_dir", 50),
+    ("experts_model_dir", 50), ("deepstack_model_dir", 50), ("deepstack_experts_model_dir", 50),
 ])
 def test_flops_are_those_that_torch_counts_in_transformers_language_model(name, length, request):
     hf_dir = request.getfixturevalue(name)

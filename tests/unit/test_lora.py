@@ -26,7 +26,8 @@ from megatron_vl.weights.map import volume
 from megatron_vl.weights.rules import box
 
 MODELS = ("model_dir", "text_model_dir", "window_model_dir", "resampler_model_dir",
-          "baichuan_model_dir", "qk_norm_model_dir", "experts_model_dir", "deepstack_model_dir")
+          "baichuan_model_dir", "qk_norm_model_dir", "experts_model_dir", "deepstack_model_dir",
+          "deepstack_experts_model_dir")
 LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -52,6 +53,8 @@ TARGETS = [  # model, what is typed, how many layers of the LLM's 4 x and of the
     ("experts_model_dir", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj"}, 0),
     ("deepstack_model_dir", ["q_proj", "vit"], {"q_proj"}, 4 * 4),
     ("deepstack_model_dir", ["merger"], set(), 4 * 2),  # the features' too
+    ("deepstack_experts_model_dir", ["all-linear", "vit"],
+     {"q_proj", "k_proj", "v_proj", "o_proj"}, 4 * 4),
 ]
 
 
@@ -76,9 +79,13 @@ def test_a_target_that_names_nothing_is_refused_by_name(typed, says, request):
         resolve(weights_of(request, "model_dir"), ["q_proj", typed])
 
 
-def test_experts_are_no_targets_and_that_is_said(request):
-    with pytest.raises(InputError, match="gate_proj names no linear layer"):
-        resolve(weights_of(request, "experts_model_dir"), ["gate_proj"])
+@pytest.mark.parametrize(("model", "target"), [
+    ("experts_model_dir", "gate_proj"), ("deepstack_experts_model_dir", "gate_proj"),
+    ("deepstack_experts_model_dir", "gate_up_proj"), ("deepstack_experts_model_dir", ".*experts.*"),
+])
+def test_experts_are_no_targets_and_that_is_said(model, target, request):
+    with pytest.raises(InputError, match=re.escape(f"{target} names no linear layer")):
+        resolve(weights_of(request, model), [target])
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -131,7 +131,8 @@ def test_what_would_write_to_a_whole_weight_that_is_thrown_away_is_refused():
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("model", ["model_dir", "wide_model_dir", "baichuan_model_dir",
-                                   "resampler_model_dir", "qk_norm_model_dir", "experts_model_dir"])
+                                   "resampler_model_dir", "qk_norm_model_dir", "experts_model_dir",
+                                   "deepstack_experts_model_dir"])
 def test_a_layout_that_cuts_no_block_changes_no_value_and_others_are_named(model, tp, request):
     spec = load_spec(request.getfixturevalue(model))
     weights = family(spec.model_type).weight_map(spec)

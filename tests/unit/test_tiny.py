@@ -100,6 +100,7 @@ ALIEN = {  # of each family, options on which nothing of it depends
     "qwen2_vl": ["--vision-queries 16"],
     "qwen2_5_vl": ["--vision-queries 16"],
     "qwen3_vl": ["--vision-queries 16"],
+    "qwen3_vl_moe": ["--vision-queries 16"],
     "qwen_vl": ["--mrope-section 4 6 6"],
     "baichuan2": ["--ranks 300", "--vision-depth 3", "--mrope-section 4 6 6", "--untied"],
     **{text: ["--vision-depth 3", "--patch-size 3", "--max-pixels 3", "--mrope-section 4 6 6"]

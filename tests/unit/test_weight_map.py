@@ -199,6 +199,11 @@ def test_a_size_that_disagrees_with_config_json_is_refused(tmp_path):
         family("qwen2_vl").check_size(spec, "2B")
     with pytest.raises(InputError, match="one of 2B, 7B, 72B or auto"):
         family("qwen2_vl").check_size(spec, "3B")
+    spec, experts = load_spec(write(tmp_path, published("235B-A22B", "qwen3_vl_moe"))), family(
+        "qwen3_vl_moe")
+    experts.check_size(spec, "A22B")
+    with pytest.raises(InputError, match="model-size is A3B.*but.*94 of width 4096; use 235B-A22B"):
+        experts.check_size(spec, "A3B")
 
 
 def test_collisions_in_a_map_are_refused_by_name():

@@ -25,6 +25,10 @@ SIZES = {  # layers, hidden, heads, key/value heads, ffn, vocabulary, tied, norm
         "8B": (36, 4096, 32, 8, 12288, 151936, False, 1e-6),
         "32B": (64, 5120, 64, 8, 25600, 151936, False, 1e-6),
     },
+    "qwen3_vl_moe": {
+        "30B-A3B": (48, 2048, 32, 4, 6144, 151936, False, 1e-6),
+        "235B-A22B": (94, 4096, 64, 4, 12288, 151936, False, 1e-6),
+    },
 }
 PARAMETERS = {
     "qwen2_vl": {"2B": 2_208_985_600, "7B": 8_291_375_616, "72B": 73_405_560_320},
@@ -34,6 +38,7 @@ PARAMETERS = {
     "qwen3_vl": {
         "2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696, "32B": 33_357_390_064,
     },
+    "qwen3_vl_moe": {"30B-A3B": 31_070_754_032, "235B-A22B": 235_670_022_896},
 }  # fmt: skip
 
 
@@ -52,8 +57,8 @@ def _vision(family: str, size: str) -> dict:
 def published(size: str, family: str = "qwen2_vl") -> dict:
     """config.json as it was published with the instruction-tuned model of this size."""
     layers, hidden, heads, groups, ffn, vocab, tied, eps = SIZES[family][size]
-    if family == "qwen3_vl":
-        return _qwen3_vl(size)
+    if family.startswith("qwen3_vl"):
+        return _qwen3_vl(size, family)
     return {
         "architectures": [
             {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[family]
@@ -95,24 +100,32 @@ def published(size: str, family: str = "qwen2_vl") -> dict:
     }  # fmt: skip
 
 
-def _qwen3_vl(size: str) -> dict:
-    layers, hidden, heads, groups, ffn, vocab, tied, eps = SIZES["qwen3_vl"][size]
+def _qwen3_vl(size: str, family: str) -> dict:
+    layers, hidden, heads, groups, ffn, vocab, tied, eps = SIZES[family][size]
     small = size in ("2B", "4B")
+    experts = {} if family == "qwen3_vl" else {
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+        "moe_intermediate_size": {"30B-A3B": 768, "235B-A22B": 1536}[size], "num_experts": 128,
+        "num_experts_per_tok": 8,
+    }
     return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "architectures": [
+            {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}[family]
+            + "ForConditionalGeneration"
+        ],
         "image_token_id": 151655,
-        "model_type": "qwen3_vl",
+        "model_type": family,
         "text_config": {
             "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
             "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
             "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": ffn,
-            "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+            "max_position_embeddings": 262144, "model_type": f"{family}_text",
             "num_attention_heads": heads, "num_hidden_layers": layers,
             "num_key_value_heads": groups, "rms_norm_eps": eps,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
                              "rope_type": "default"},
             "rope_theta": 5000000, "tie_word_embeddings": tied, "use_cache": True,
-            "vocab_size": vocab,
+            "vocab_size": vocab, **experts,
         },
         "tie_word_embeddings": tied,
         "transformers_version": "4.57.0.dev0",
@@ -121,7 +134,7 @@ def _qwen3_vl(size: str) -> dict:
             "deepstack_visual_indexes": [5, 11, 17] if small else [8, 16, 24],
             "depth": 24 if small else 27, "hidden_act": "gelu_pytorch_tanh",
             "hidden_size": 1024 if small else 1152, "in_channels": 3, "initializer_range": 0.02,
-            "intermediate_size": 4096 if small else 4304, "model_type": "qwen3_vl",
+            "intermediate_size": 4096 if small else 4304, "model_type": family,
             "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": hidden,
             "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
         },

@@ -95,6 +95,11 @@ def read_dtype(*sections: dict) -> str:
     return first(_Whole, *ordered).dtype.removeprefix("torch.")
 
 
+def read_tied(*sections: dict) -> bool:
+    """Whether the output layer is the embedding, by the first table that says."""
+    return first(_Whole, *sections).tie_word_embeddings
+
+
 def read_text_tokens(*sections: dict) -> dict[str, int | None]:
     """`TokenIds`' bos, eos (the first of several) and pad."""
     keys = first(_Tokens, *sections)
@@ -105,7 +110,7 @@ def read_text_tokens(*sections: dict) -> dict[str, int | None]:
 
 def read_decoder(
     *sections: dict, multi_axis: bool, qk_norm: bool = False, interleaved: bool = False,
-    experts: ExpertsSpec | None = None,
+    experts: ExpertsSpec | None = None, tied: bool | None = None,
 ) -> DecoderSpec:
     """The decoder of config.json's tables; of a key the first that has it wins.
 
@@ -115,6 +120,7 @@ def read_decoder(
             width of their own.
         interleaved: whether the axes take turns at the channels of a head.
         experts: of every layer, in the place of its MLP.
+        tied: whether the output layer is the embedding; None: it is if any table says so.
 
     Raises:
         InputError: a key that is missing or unusable, named.
@@ -160,8 +166,9 @@ def read_decoder(
     head_dim = _given_head_width(keys) if qk_norm else _head_width(keys)
     if head_dim % 2:
         raise InputError(f"the heads are {head_dim} wide; rotary embedding needs an even width.")
-    # Older files of the nested form keep the tie under text_config; either place ties.
-    ties = [first(_Whole, section).tie_word_embeddings for section in sections]
+    if tied is None:
+        # Older files of the nested form keep the tie under text_config; either place ties.
+        tied = any(first(_Whole, section).tie_word_embeddings for section in sections)
     return DecoderSpec(
         num_layers=keys.num_hidden_layers,
         hidden_size=keys.hidden_size,
@@ -170,7 +177,7 @@ def read_decoder(
         num_query_groups=keys.num_key_value_heads or keys.num_attention_heads,
         head_dim=head_dim,
         vocab_size=keys.vocab_size,
-        tie_word_embeddings=any(ties),
+        tie_word_embeddings=tied,
         norm_eps=keys.rms_norm_eps,
         rope_theta=rope.rope_theta,
         rope_sections=tuple(rope.mrope_section) if multi_axis else (head_dim // 2,),

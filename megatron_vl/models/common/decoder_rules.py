@@ -18,6 +18,7 @@ from megatron_vl.weights.map import (
     Where,
 )
 from megatron_vl.weights.rules import QKV, Copy, FusedQKV, GateUp, RowParallel, Vocab
+from megatron_vl.weights.stacks import Stack
 
 MCORE = "language_model"
 
@@ -25,17 +26,19 @@ MCORE = "language_model"
 def whole_map(
     spec: ModelSpec, source: str, weights: list[Weight], *,
     embedding: str = "model.embed_tokens.weight", head: str = "lm_head.weight",
-    renamed: tuple[tuple[str, str], ...] = (),
+    renamed: tuple[tuple[str, str], ...] = (), stacks: tuple[Stack, ...] = (),
+    stacked: bool = False,
 ) -> WeightMap:
     """The map of a family whose `weights` are all of the model.
 
     Args:
         source: the family's file, for messages.
         embedding, head: published names; of a tied model some files hold both.
-        renamed: see `WeightMap`.
+        renamed, stacks, stacked: see `WeightMap`.
     """
     return WeightMap(
-        source=source, layers=spec.layers, weights=tuple(weights), renamed=renamed,
+        source=source, layers=spec.layers, weights=tuple(weights), renamed=renamed, stacks=stacks,
+        stacked=stacked,
         hf_copies=((head, embedding),) if spec.decoder.tie_word_embeddings else (),
         directions=(head,) if spec.decoder.normalized_head else (),
         hf_ignored=(r".*rotary_emb\.inv_freq",),
@@ -102,6 +105,22 @@ def decoder_weights(
             place=LAST, name=output, rule=Vocab(key=head, vocab=V, columns=H),
         ))
     return weights
+
+
+def expert_stacks(decoder: DecoderSpec, *, hf: str) -> tuple[Stack, ...]:
+    """The tensors that hold a layer's experts where files have them as one.
+
+    Args:
+        hf: see `decoder_weights`.
+    """
+    source, experts = f"{hf}.layers.{{i}}.mlp.experts", decoder.experts
+    H, F = decoder.hidden_size, experts.ffn_hidden_size
+    gate, up, down = (f"{source}.{{e}}.{one}_proj.weight" for one in ("gate", "up", "down"))
+    return (
+        Stack(name=f"{source}.gate_up_proj", keys=(gate, up), shape=(2 * F, H),
+              experts=experts.count),
+        Stack(name=f"{source}.down_proj", keys=(down,), shape=(H, F), experts=experts.count),
+    )
 
 
 def _mlp(decoder: DecoderSpec, source: str, layer: str) -> list[Weight]:

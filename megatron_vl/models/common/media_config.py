@@ -15,7 +15,9 @@ from megatron_vl.models.common.decoder_config import (
     read_decoder,
     read_dtype,
     read_text_tokens,
+    read_tied,
 )
+from megatron_vl.models.common.experts_config import read_experts
 from megatron_vl.models.spec import Grounding, JsonGrounding, ModelSpec, TokenIds
 from megatron_vl.models.tower_spec import VisionSpec
 from megatron_vl.typed import Shape
@@ -63,7 +65,7 @@ class _Tokens(Shape):
 def read_vision_language(
     config: dict, read_vision: Callable[[dict, int], VisionSpec],
     grounding: Grounding | JsonGrounding, *, qk_norm: bool = False, interleaved: bool = False,
-    timestamp: str | None = None,
+    timestamp: str | None = None, with_experts: bool = False, outer_tie: bool = False,
 ) -> ModelSpec:
     """The spec of a parsed config.json with a decoder of three axes and a tower.
 
@@ -71,6 +73,10 @@ def read_vision_language(
         read_vision: the tower's spec, of `vision_config` and the decoder's width.
         qk_norm, interleaved: see `read_decoder`.
         timestamp: see `TokenIds`.
+        with_experts: whether every layer has experts in the place of its MLP; the weights of a
+            token's sum to one.
+        outer_tie: whether what is said of the whole model ties its output layer to the embedding,
+            whatever text_config says, in which transformers 5 writes a default that is not used.
 
     Raises:
         InputError: a key that is missing or unusable, named.
@@ -78,7 +84,9 @@ def read_vision_language(
     towers = first(_Towers, config)
     text = towers.text_config
     decoder = read_decoder(
-        text, config, multi_axis=True, qk_norm=qk_norm, interleaved=interleaved
+        text, config, multi_axis=True, qk_norm=qk_norm, interleaved=interleaved,
+        experts=read_experts(text, config, renormalized=True) if with_experts else None,
+        tied=read_tied(config, text) if outer_tie else None,
     )
     tokens = first(_Tokens, config, text)
     return ModelSpec(

@@ -81,4 +81,5 @@ class TowerLayer(TransformerLayer):
         output, _ = super().forward(*args, **kwargs)
         if context is None:
             return output, None
-        return output + context[0], context[1:] if len(context) > 1 else None
+        added, left = context.split([1, len(context) - 1])  # one gradient of both; slices have two
+        return output + added[0], left if len(left) else None

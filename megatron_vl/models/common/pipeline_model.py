@@ -80,6 +80,8 @@ class PipelineModel(MegatronModule):
                 first=pre_process, last=self.embeds,
                 vp_stage=vp_stage if self.spans else None,
             )
+            if pre_process and VISION in options.adapted:
+                self.vision_model.decoder.register_forward_pre_hook(_reach, with_kwargs=True)
         self.language_model = None
         layers, decoder = split.layers(LANGUAGE, stage, chunk), spec.decoder
         # Each of the first language layers adds a feature: those left here, and those added here.
@@ -190,6 +192,7 @@ class PipelineModel(MegatronModule):
             decoder_input, features = self._embed(
                 input_ids, vision, grid_thw, mine, position_ids.device
             )
+            del vision  # as large as the features; the layers would run beside it
         else:
             received, features = self.relay.hidden(
                 self._received, input_ids.shape[1], self.features
@@ -197,7 +200,8 @@ class PipelineModel(MegatronModule):
             self.language_model.set_input_tensor(received)
         added = None
         if features is not None:
-            added, features = features[: self.features_added], features[self.features_added :]
+            parts = [self.features_added, self.features - self.features_added]
+            added, features = features.split(parts)
         columns = self.share.columns(input_ids.shape[1])
         output = self.language_model(
             input_ids=input_ids[:, columns],
@@ -271,7 +275,7 @@ class PipelineModel(MegatronModule):
         else:
             media = pixel_patches.split(grid_thw.prod(-1).tolist())
             pixels = torch.cat([media[index] for index in mine])
-        return self.vision_model(_reached(pixels) if VISION in self.adapted else pixels, grids)
+        return self.vision_model(pixels, grids)
 
     def _own_media(self, grid_thw: torch.Tensor | None) -> list[int]:
         """Of the microbatch's images and videos those that this rank encodes."""
@@ -322,6 +326,11 @@ def _reached(x: torch.Tensor) -> torch.Tensor:
     """What enters layers with adapters, reached by gradients though all before it is frozen:
     layers that are recomputed compute none otherwise, and no stage has an output without."""
     return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+
+
+def _reach(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same of a vision tower's layers. Pixels, in fp32, need no gradient for it."""
+    return args, kwargs | {"hidden_states": _reached(kwargs["hidden_states"])}
 
 
 def _smallest(vision: TowerSpec, split: StageSplit) -> tuple[int, int]:

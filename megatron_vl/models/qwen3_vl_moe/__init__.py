@@ -1,0 +1,1 @@
+"""Qwen3-VL with experts: Qwen3-VL's tower, media and positions before Qwen3's experts."""
