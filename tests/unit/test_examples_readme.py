@@ -281,10 +281,13 @@ def test_a_training_is_laid_out_at_its_true_size(
     held_by_the_model(done.out)
     tp, pp = map(int, words[11:13])
     nodes = int(cluster.get("WORLD_SIZE", 1))
-    assert f"TP{tp}xPP{pp}xDP{8 * nodes // (tp * pp)}" in done.out
+    apart = "".join(f"{short}{variables[f'MP_{short}']}x" for short in ("EP", "ETP")
+                    if f"MP_{short}" in variables)
+    assert f"TP{tp}xPP{pp}x{apart}DP{8 * nodes // (tp * pp)}" in done.out
     assert f"= {nodes} node{'s' * (nodes > 1)} x 8" in done.out
     # Every layer is on one stage, as many on the first as was asked for.
-    stages = re.findall(r"^\d+ +\d+-\d+ +(\S+) +(\S+) ", done.out, re.M)
+    table = done.out.partition("\nstage ")[2].partition("\n\n")[0]
+    stages = re.findall(r"^\d+ +\d+-\d+ +(\S+) +(\S+) ", table, re.M)
     layers = [number for _, span in stages for number in
               range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)]
     assert layers == list(range(SIZES[page.shown[size]][size][0])) and len(stages) == pp
