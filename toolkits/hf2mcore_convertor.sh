@@ -21,6 +21,8 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] [MP_OVERWRITE=true] bash ${CONVERTOR:-$0} \\
 
   MP_PP0_LAYERS   language layers on stage 0, the rest evenly (to Megatron-Core only)
   MP_VP           model chunks a stage (to Megatron-Core only)
+  MP_EP           ranks that hold different experts of a layer (to Megatron-Core only)
+  MP_ETP          ranks that share an expert, a divisor of TP (to Megatron-Core only; default: TP)
   MP_OVERWRITE    true replaces a checkpoint in TARGET
   MP_DRY_RUN      true: print what would be copied where, write nothing
 TABLE
@@ -53,6 +55,8 @@ done
 
 MP_PP0_LAYERS=${MP_PP0_LAYERS:-}
 MP_VP=${MP_VP:-}
+MP_EP=${MP_EP:-}
+MP_ETP=${MP_ETP:-}
 MP_OVERWRITE=${MP_OVERWRITE:-false}
 MP_DRY_RUN=${MP_DRY_RUN:-false}
 
@@ -64,6 +68,8 @@ whole_number TP "$TP"
 whole_number PP "$PP"
 if [ -n "$MP_PP0_LAYERS" ]; then whole_number MP_PP0_LAYERS "$MP_PP0_LAYERS"; fi
 if [ -n "$MP_VP" ]; then whole_number MP_VP "$MP_VP"; fi
+if [ -n "$MP_EP" ]; then whole_number MP_EP "$MP_EP"; fi
+if [ -n "$MP_ETP" ]; then whole_number MP_ETP "$MP_ETP"; fi
 
 case $PR in
   fp16 | float16) DTYPE=float16 ;;
@@ -96,6 +102,8 @@ case $MG2HF in
     OPTIONS+=(--from hf --to mcore --tp "$TP" --pp "$PP")
     if [ -n "$MP_PP0_LAYERS" ]; then OPTIONS+=(--first-stage-layers "$MP_PP0_LAYERS"); fi
     if [ -n "$MP_VP" ]; then OPTIONS+=(--vp "$MP_VP"); fi
+    if [ -n "$MP_EP" ]; then OPTIONS+=(--ep "$MP_EP"); fi
+    if [ -n "$MP_ETP" ]; then OPTIONS+=(--etp "$MP_ETP"); fi
     if [ -n "$HF_CKPT_PATH" ]; then OPTIONS+=(--hf-config "$HF_CKPT_PATH"); fi
     ;;
   *) refuse "mg2hf is '$MG2HF'; use true or false." ;;
@@ -110,6 +118,7 @@ CALLED=(
   model-size=MODEL_SIZE tensor-model-parallel-size=TP tp=TP pipeline-model-parallel-size=PP pp=PP
   "to hf=mg2hf true" "to mcore=mg2hf false" "from hf=mg2hf false" "from mcore=mg2hf true" dtype=PR hf-config=HF_CKPT_PATH
   first-stage-layers=MP_PP0_LAYERS vp=MP_VP overwrite=MP_OVERWRITE=true dry-run=MP_DRY_RUN=true
+  ep=MP_EP etp=MP_ETP
 )
 MEGATRON_VL_CALLED=$(IFS=';' && echo "${CALLED[*]}")
 export MEGATRON_VL_CALLED

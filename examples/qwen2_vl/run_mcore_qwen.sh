@@ -43,6 +43,8 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash ${LAUNCHER:-$0} \\
   MP_PP0_LAYERS      language layers on stage 0, the rest evenly; not set: as the checkpoint has
                      them
   MP_VP              model chunks a stage
+  MP_EP              ranks that hold different experts of a layer, of TP, CP and data ranks together
+  MP_ETP             ranks that share an expert, a divisor of TP (default: TP)
   MP_AC_LAYERS       with AC full: layers of a group whose input is kept (default 1: every layer's
                      is); with AC offload: layers
   MP_PACKING_BUFFER  samples packed together into rows of SEQ_LEN (default 0: one sample a row)
@@ -164,6 +166,8 @@ if [ -n "${MP_PP0_LAYERS:-}" ]; then
   OPTIONS+=(--decoder-first-pipeline-num-layers "$MP_PP0_LAYERS")
 fi
 if [ -n "${MP_VP:-}" ]; then OPTIONS+=(--num-virtual-stages-per-pipeline-rank "$MP_VP"); fi
+if [ -n "${MP_EP:-}" ]; then OPTIONS+=(--expert-model-parallel-size "$MP_EP"); fi
+if [ -n "${MP_ETP:-}" ]; then OPTIONS+=(--expert-tensor-parallel-size "$MP_ETP"); fi
 # -d '': words of all its lines; read answers 1 at the end of the text, which is no failure.
 read -r -d '' -a EXTRA <<<"${MP_EXTRA:-}" || true
 
@@ -188,6 +192,7 @@ CALLED=(
   load=PRETRAIN_CHECKPOINT_PATH train-iters=TRAIN_ITERS lr-warmup-iters=LR_WARMUP_ITERS
   save=OUTPUT_BASEPATH decoder-first-pipeline-num-layers=MP_PP0_LAYERS
   first-stage-layers=MP_PP0_LAYERS num-virtual-stages-per-pipeline-rank=MP_VP vp=MP_VP
+  expert-model-parallel-size=MP_EP ep=MP_EP expert-tensor-parallel-size=MP_ETP etp=MP_ETP
   packing-buffer-size=MP_PACKING_BUFFER hf-config=MP_HF_PATH cluster-env="ENV dlc"
   no-cluster-env="ENV dsw" nproc-per-node=NPROC_PER_NODE
 )

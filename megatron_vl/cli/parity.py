@@ -8,11 +8,13 @@ from pathlib import Path
 
 from megatron_vl.errors import InputError
 from megatron_vl.launch.worker import started_by_torchrun
+from megatron_vl.models.common.balance import TYPES
 from megatron_vl.ops.blockwise import FORMS
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.parity import FP32
 from megatron_vl.peft.targets import ALL_LINEAR, HELP
+from megatron_vl.training.options.experts import ExpertsOptions
 from megatron_vl.training.options.spellings import dtype_of, flags_of
 
 DTYPES = ("float32", "bfloat16")
@@ -99,6 +101,18 @@ def add_parser(commands) -> None:
         *flags_of("quantize_base"), choices=FORMS, help="with --lora-rank, quantise the language "
         "layers' linear weights; transformers judges with the values that they stand for",
     )
+    for name, what in (
+        ("moe_aux_loss_coeff", "of the auxiliary loss of the experts' load"),
+        ("moe_z_loss_coeff", "of the routers' z-loss"),
+    ):
+        parser.add_argument(
+            *flags_of(name), type=float, metavar="X",
+            help=f"coefficient {what}, whose gradients are compared with its formula's",
+        )
+    parser.add_argument(
+        *flags_of("moe_router_load_balancing_type"), choices=TYPES,
+        help="kind of the auxiliary loss (default: aux_loss where it has a coefficient)",
+    )
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
@@ -121,6 +135,10 @@ def run(args: argparse.Namespace) -> int:
         overlap_grad_reduce=args.overlap_grad_reduce,
         lora_rank=args.lora_rank, lora_target=tuple(args.lora_target),
         lora_fused=args.lora_fused, quantize_base=args.quantize_base,
+        balance=ExpertsOptions(
+            moe_router_load_balancing_type=args.moe_router_load_balancing_type,
+            moe_aux_loss_coeff=args.moe_aux_loss_coeff, moe_z_loss_coeff=args.moe_z_loss_coeff,
+        ).balance(spec),
     )
     layouts = _layouts(args, spec)
     if args.quantize_base is not None:

@@ -21,6 +21,8 @@ class ExpertsSpec:
     per_token: int  # experts that a token goes to
     ffn_hidden_size: int  # width of an expert's gate, and of its up projection
     renormalized: bool  # the weights of a token's experts are made to sum to one
+    adds_aux_loss: bool = False  # config.json has training add a loss that balances the experts
+    aux_loss_coeff: float = 0.001  # config.json's for such a loss
 
     def __post_init__(self) -> None:
         check_positive(self, "count", "per_token", "ffn_hidden_size")

@@ -125,6 +125,11 @@ class VisionSpec:
                 f"config.json's vision width {self.hidden_size} is not a multiple of its "
                 f"{self.num_heads} heads."
             )
+        if self.head_dim % 4:
+            raise InputError(
+                f"config.json's vision heads are {self.head_dim} wide; positions of rows and "
+                f"columns need a multiple of 4."
+            )
 
     @property
     def head_dim(self) -> int:

@@ -85,9 +85,11 @@ def _apart(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> Apart:
     """How far `a` is from `b`, in units of `b`'s largest value or of `floor` if that is larger.
 
     NaN would compare as neither larger nor smaller and slip through every maximum: it is infinite.
+    So is any difference from what is zero everywhere.
     """
     absolute = float((a.double() - b.double()).abs().max())
-    relative = absolute / max(float(b.double().abs().max()), floor)
+    scale = max(float(b.double().abs().max()), floor)
+    relative = absolute / scale if scale else math.inf if absolute else 0.0
     return Apart(*(x if math.isfinite(x) else math.inf for x in (relative, absolute)))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_vl.models.common.balance import NO_BALANCE, Balance
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, Shard, StageSplit
@@ -38,6 +39,7 @@ class Setting:
     lora_target: tuple[str, ...] = ()
     lora_fused: bool = False
     quantize_base: str | None = None  # form of the language layers' linear weights
+    balance: Balance = NO_BALANCE  # of the experts
 
     def recompute_of(self, split: StageSplit) -> tuple[Recompute, Recompute]:
         """The language model's and the vision tower's. Raises InputError: see `recompute_of`."""
@@ -59,6 +61,7 @@ class Setting:
             kind = "fused LoRA" if self.lora_fused else "LoRA"
             words += [f"{kind} of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
         words += [] if self.quantize_base is None else [f"beside weights in {self.quantize_base}"]
+        words += [str(self.balance)] if self.balance.has_loss else []
         return ", ".join(words)
 
 
@@ -120,7 +123,7 @@ def _run_layout(
         vit_recompute=vit_recompute, cross_entropy_chunks=setting.cross_entropy_chunks,
         initialize_weights=False, fused_ops=platform.fuses_ops,
         row_lengths_vary=layout.lengths_vary and not setting.packed,
-        quantize_base=setting.quantize_base, **frozen,
+        quantize_base=setting.quantize_base, balance=setting.balance, **frozen,
     )
     chunks = family(spec.model_type).build_model(spec, layout, split, options)
     if adapter is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parity.adapters import ADAPTER, read_gradients
 from megatron_vl.parity.cases import cases, make_samples
-from megatron_vl.parity.compare import Difference, compare
+from megatron_vl.parity.compare import Difference, Outcome, compare
 from megatron_vl.parity.judge import run_transformers
 from megatron_vl.parity.ranks import Setting, read_ours
 from megatron_vl.peft.files import read_adapter
@@ -63,12 +64,18 @@ def differences(
         adapter = replace(read_adapter(work_dir / ADAPTER, weights).adapter,
                           fused=setting.lora_fused)
     judged = {"adapter": None if adapter is None else work_dir / ADAPTER,
-              "fused": setting.lora_fused}
+              "fused": setting.lora_fused, "balance": setting.balance}
+    # Other losses alone are the same in every layout.
+    joined = setting.balance.loss == "global_aux_loss"
+    replicas = [layout.dp if joined else 1 for layout, _ in layouts]
     for index, case in enumerate(cases(spec, setting.packed)):
-        theirs = run_transformers(hf_dir, spec, case, **judged)
+        @cache
+        def theirs(dp: int, dtype: str = "float32", case=case) -> Outcome:
+            return run_transformers(hf_dir, spec, case, dtype, dp=dp, **judged)
+
         if setting.dtype != "float32":
-            theirs_rounded = run_transformers(hf_dir, spec, case, setting.dtype, **judged)
-            own.append(compare(case.name, theirs_rounded, theirs))
+            dp = replicas[0]
+            own.append(compare(case.name, theirs(dp, setting.dtype), theirs(dp)))
         samples = make_samples(spec, case)
         for number, (layout, split) in enumerate(layouts):
             folder = work_dir / str(number)
@@ -83,7 +90,7 @@ def differences(
                 )
                 gradients = from_files(_read_tensors(gradients), weights)
             ours = read_ours(folder, index, case, spec, samples, layout, gradients)
-            found[number].append(compare(case.name, ours, theirs))
+            found[number].append(compare(case.name, ours, theirs(replicas[number])))
     return found, own
 
 

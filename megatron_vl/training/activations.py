@@ -138,7 +138,8 @@ class _Layers:
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
         mlp = 2 * self.stream + max(
-            2 * self.inner_bytes,
+            # What a linear layer kept for its weights or factors is gone by then.
+            (2 if self.trained or self.adapted else 3) * self.inner_bytes,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
@@ -183,12 +184,14 @@ def activation_memory(
     # What enters a stage, unless its first layer keeps it, and what leaves it: until its gradient
     # has come.
     borders = language.stream * ((plan.recompute.granularity != "full") + (not last))
-    # Features that language layers are to add are kept by those that are computed again, and with
-    # what enters and leaves a stage.
+    # Features that language layers are to add are kept by those that are computed again, else until
+    # the forward is over; and with what enters and leaves a stage.
     travelling = plan.spec.travelling_features(plan.split) * language.stream
     borders += travelling * ((stage > plan.split.embedding_chunk[0]) + (not last))
-    if first and plan.spec.vision is not None and plan.recompute.granularity == "full":
-        borders += plan.spec.vision.num_features * language.stream
+    features = plan.spec.vision.num_features * language.stream if first and vision else 0
+    if plan.recompute.granularity == "full":
+        borders += features
+        features = 0
     microbatch = sum(tower.kept for tower in towers) + pixels + merger + borders
     others = round((flight - 1) * microbatch)
     if stage > 0:
@@ -201,7 +204,7 @@ def activation_memory(
     if last:
         head = _weight(held, "language_model.output_layer.weight") or _weight(
             held, "language_model.embedding.word_embeddings.weight")
-        losses = others + microbatch + given + _head(plan, language, head, chunks)
+        losses = others + microbatch + given + features + _head(plan, language, head, chunks)
         if head.trained and plan.spec.decoder.tie_word_embeddings and first:
             tied_gradient = _gradient(head, itemsize)  # waits for the embedding's
     in_vision = 0

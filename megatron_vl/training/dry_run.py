@@ -49,6 +49,7 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
     parts = [
         _head(plan, nnodes, nproc_per_node),
         "\n".join(_table(_layer_rows(plan, stages))),
+        *_expert_table(plan),
         "\n".join(_table(_memory_rows(plan, stages))),
         "\n".join(_table(_activation_rows(plan, stages))),
         _sums(plan, stages),
@@ -143,6 +144,7 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     kinds += [f"cross-entropy in {chunks} chunks"] if chunks > 1 else []
     form = plan.trainable.quantize_base
     kinds += [f"linear weights of the language layers in {form}"] if form is not None else []
+    kinds += [plan.described_experts] if plan.described_experts else []
     return (
         f"dry run of {plan.spec.model_type}, {layout}: {plan.split}\n"
         f"{layout.world_size} processes = {nnodes} node{'s' * (nnodes > 1)} x {nproc_per_node}\n"
@@ -167,12 +169,30 @@ def stage_rows(layout: Layout, split: StageSplit) -> Iterable[tuple[str, ...]]:
             )
 
 
+def expert_rows(layout: Layout, experts: int) -> Iterable[tuple[str, ...]]:
+    """Where the experts of a layer lie among the ranks of its stage, below a header; both count
+    from 0."""
+    yield "experts of a layer", "part of each", "ranks of the stage"
+    held, parts = experts // layout.ep, layout.expert_tp
+    for group in range(layout.ep):
+        for part in range(parts):
+            ranks = [rank for rank in range(layout.world_size // layout.pp)
+                     if (shard := layout.shard(rank)).ep == group and shard.tp % parts == part]
+            yield (_span(range(group * held, (group + 1) * held)), f"{part + 1} of {parts}",
+                   ", ".join(map(str, ranks)))
+
+
 def _layer_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[str]]:
     header, *rows = stage_rows(plan.layout, plan.split)
     yield *header, "and"
     chunks = [chunk for stage in stages for chunk in stage.chunks]
     for row, chunk in zip(rows, chunks, strict=True):
         yield *row, ", ".join(_ends(chunk)) or "-"
+
+
+def _expert_table(plan: Plan) -> Iterable[str]:
+    if plan.layout.ep > 1:
+        yield "\n".join(_table(expert_rows(plan.layout, plan.spec.decoder.experts.count)))
 
 
 def _ends(chunk: ChunkMemory) -> list[str]:

@@ -29,6 +29,7 @@ from megatron_vl.training.evaluate import evaluate
 from megatron_vl.training.microbatches import Microbatches, train_loader
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.describe import describe
+from megatron_vl.training.reporting.experts import ExpertLoads
 from megatron_vl.training.reporting.metrics import duration
 from megatron_vl.training.reporting.show import Show
 from megatron_vl.training.resilience.guard import StepGuard, blame, update
@@ -125,6 +126,7 @@ class Trainer:
         self.saver = self._saver()
         self.microbatches = Microbatches(plan, self.model, watch, timed=self.show.clock.running)
         self.exchange = self.microbatches.exchange
+        self.loads = ExpertLoads(plan, self.model, self.device)
         self.loader = self.streams = None
         self.left_out = LeftOut(self.config.data.max_skipped_samples)
         self.failed_save: Saved | None = None  # the last one, if it did
@@ -262,6 +264,7 @@ class Trainer:
         left_out, stopping = self.show.step(
             iteration, counts, started=started, data_wait_seconds=self.exchange.wait_seconds,
             asked_to_stop=bool(self.stop.reason),
+            load=self.loads.take(),
             loss=loss, lr=lr, grad_norm=float(grad_norm or 0.0), trained_tokens=trained,
             skipped=not updated, fault=fault,
         )

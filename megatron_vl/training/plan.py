@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_vl.data.options import row_length
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.balance import Balance
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
@@ -46,6 +47,7 @@ class Plan:
     recompute: Recompute  # of the language model
     vit_recompute: Recompute  # of the vision tower
     trainable: Trainable
+    balance: Balance  # of the experts, where there are any
 
     @property
     def row_length(self) -> int:
@@ -66,6 +68,14 @@ class Plan:
         if self.row_multiple is None:
             return f"{self.row_length} tokens"
         return f"at most {self.row_length} tokens, no longer than a microbatch needs,"
+
+    @property
+    def described_experts(self) -> str:
+        """What spreads tokens over the experts, in words; empty where there are none."""
+        experts = self.spec.decoder.experts
+        if experts is None:
+            return ""
+        return f"{experts.count} experts a layer, {experts.per_token} a token: {self.balance}"
 
     @property
     def metrics_file(self) -> Path | None:
@@ -158,6 +168,7 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         recompute=recompute,
         vit_recompute=vit_recompute,
         trainable=trainable_of(config, spec),
+        balance=config.experts.balance(spec),
     )
     if plan.row_length % layout.row_parts:
         raise InputError(

@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from megatron_vl.models.common.parts import PARTS, part_of
 from megatron_vl.models.common.pipeline_model import sum_tied, sum_vision
+from megatron_vl.models.common.router import forget_batch
 from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family
 from megatron_vl.peft.lora import attach, is_second
@@ -58,6 +59,7 @@ def model_options(
         adapted=plan.trainable.adapted,
         train_constants=run.train_constants,
         quantize_base=plan.config.lora.quantize_base,
+        balance=plan.balance,
     )
 
 
@@ -148,6 +150,7 @@ def _finalize_gradients(model: list, *args, **options) -> None:
     chunks = [chunk.module for chunk in model]
     sum_tied(chunks, "main_grad")
     sum_vision(chunks, "main_grad")
+    forget_batch(chunks)
 
 
 def build_optimizer(plan: Plan, model: list, platform: Platform):

@@ -147,6 +147,7 @@ def blank_like(batch: RowBatch) -> RowBatch:
         grid_thw=batch.grid_thw[:0],
         sample_keys=[],
         sample_lengths=[],
+        row_tokens=[0] * rows,
     )
 
 
@@ -174,6 +175,7 @@ def forward_step(
             grid_thw=batch.grid_thw,
             labels=batch.labels,
             loss_mask=loss_mask,
+            row_tokens=batch.row_tokens,
         )
     if model.training:
         return output, partial(sum_loss, samples=samples)

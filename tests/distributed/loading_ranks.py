@@ -50,10 +50,10 @@ def compared(job: dict) -> dict:
         )
     model = wrap_for_data_parallel(chunks, platform.device(0), overlap_grad_reduce=False)
     loaded = load_weights(inspect_weights(job["source"]), model, spec, layout, split)
-    tp = parallel_state.get_tensor_model_parallel_rank()
+    shard = layout.shard(torch.distributed.get_rank())
     pp = parallel_state.get_pipeline_model_parallel_rank()
     differ, seen = [], 0
-    made = load_rank(job["made"], tp, pp)
+    made = load_rank(job["made"], shard.tp, pp, shard.ep)
     whole = load_rank(job["whole"], 0, pp)["model"] if layout.vit_data_parallel else {}
     for number, chunk in enumerate(model):
         stored = made[f"model{number}" if len(model) > 1 else "model"]

@@ -31,7 +31,7 @@ SCRIPTS = {  # what follows the script (M model, D data, T a new directory), and
     "memory.py": ("M --steps 1 --seq-length 256 --lines 1", r"^first losses: [\d.]+$"),
     "activations.py": (
         "M --seq-length 256",  # predicted within a twentieth
-        r"^(\| .+ \| (0\.9[5-9]|1\.0[0-5]) \|\n?){8}$",
+        r"^(\| .+ \| (0\.9[5-9]|1\.0[0-5]) \|\n?){9}$",
     ),
     "soak.py": (
         "M D T/runs --minutes 0.25 --every 3 --faults kill_every_rank",

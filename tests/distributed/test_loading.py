@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_vl.weights import inspect_checkpoint
 
 # name -> model, layout, how the checkpoint for just this layout is converted, what is loaded
-SIZES = {"tp": "--tp", "pp": "--pp", "vp": "--vp"}
+SIZES = {"tp": "--tp", "pp": "--pp", "vp": "--vp", "ep": "--ep", "etp": "--etp"}
 SPAN = ["--vit-pp-layers", "1,1", "--pp-layers", "0,4"]
 GRID = {
     "tp2 of hf": ("tied", dict(tp=2), [], "hf"),
@@ -40,6 +40,10 @@ GRID = {
     "tp2 of vision over two stages": ("tied", dict(tp=2), [], "spread"),
     "pp2 of virtual stages": ("untied", dict(pp=2), ["--first-stage-layers", "1"], "virtual"),
     "tp2 pp2 of tp4": ("tied", dict(tp=2, pp=2), [], "tp4"),
+    "ep2 of hf": ("experts", dict(dp=2, ep=2), [], "hf"),
+    "tp2 ep2 whole experts of torch_dist": (
+        "experts", dict(tp=2, ep=2, etp=1, sequence_parallel=True), [], "torch_dist"),
+    "pp2 cp2 ep2 of ep4": ("experts", dict(pp=2, cp=2, ep=2), [], "ep4"),
 }
 
 
@@ -51,7 +55,7 @@ def ranks_of(layout: dict) -> int:
 
 
 @pytest.fixture(scope="module")
-def found(shared) -> Path:
+def found(shared, experts_model_dir) -> Path:
     """What every rank of every row of `GRID` found."""
 
     def convert(source: Path, out: Path, *options: object) -> Path:
@@ -65,6 +69,7 @@ def found(shared) -> Path:
         models = {
             "tied": tiny_hf.make(out / "tied"), "untied": tiny_hf.make(out / "untied", "--untied"),
             "padded": tiny_hf.make(out / "padded", vocab_size=1501),
+            "experts": experts_model_dir,
         }
         jobs = {}
         for name, (model, layout, options, source) in GRID.items():
@@ -76,6 +81,7 @@ def found(shared) -> Path:
                 "hf": [], "torch_dist": ["--format", "torch_dist"], "tp2": ["--tp", "2"],
                 "tp4": ["--tp", "4"], "other": ["--pp", "2", "--first-stage-layers", "3"],
                 "spread": ["--pp", "2", *SPAN], "virtual": ["--pp", "2", "--vp", "2"],
+                "ep4": ["--ep", "4"],
             }[source]
             given = convert(hf, out / f"{model}-{source}", *sources) if sources else hf
             jobs[name] = {

@@ -7,14 +7,22 @@ waits for the device is told.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from commands import ROOT, run
 
 from megatron_vl.cli.main import run as command
+from megatron_vl.data.encode.samples import IGNORE
+from megatron_vl.models.common.balance import Balance
+from megatron_vl.models.registry import load_spec
+from megatron_vl.parity.balance import balance_loss, loads
+from megatron_vl.parity.cases import cases, make_samples
 
 RUN = {
     "seq_length": 128, "micro_batch_size": 2, "global_batch_size": 4, "train_iters": 2,
@@ -43,6 +51,14 @@ QUANTIZED = {
     "an adapter beside nf4, tp2 sp": TP2 | {
         "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4"},
 }
+EXPERTS = {  # with weights that stay, so that every step's tokens go where those of the first go
+    "experts, tp2 sp": TP2 | {
+        "sequence_parallel": True, "recompute_granularity": "full", "lr": 0, "min_lr": 0,
+        "moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.5,
+        "moe_z_loss_coeff": 0.1, "calculate_per_sample_loss": True},
+    "experts, dp2, some full": {
+        "moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "seq_aux_loss"},
+}
 FEATURES = {  # of Qwen3-VL, some for a layer of another stage
     "features over pp2": PP2 | {"pp_layers": "1,3", "recompute_granularity": "full"},
 }
@@ -55,7 +71,7 @@ RESUMED = {
 }
 SAVED = (*RESUMED, "dp2")
 AGAIN = {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
-EXACT = LAYOUTS | WINDOWS | FEATURES | QUANTIZED | AGAIN | {
+EXACT = LAYOUTS | WINDOWS | FEATURES | EXPERTS | QUANTIZED | AGAIN | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
@@ -71,6 +87,11 @@ WAITS = {
     "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32: _local_scalar_dense": 1,
     "megatron_vl/training/resilience/stragglers.py:gather: copy between host and device": 1,
 }
+# Experts' tokens are told apart by how many they are, for which Megatron-Core's dispatcher asks in
+# every layer; what our router counts is read once a step.
+DISPATCHES = ("megatron/core/transformer/moe/token_dispatcher.py:",
+              "megatron/core/transformer/moe/moe_utils.py:permute:")
+LOADS = {"megatron_vl/training/reporting/experts.py:take: copy between host and device": 1}
 PROGRAMS = {
     "shadow": ROOT / "tests" / "shadow" / "ranks.py",
     "cpu": ROOT / "tests" / "distributed" / "training_jobs.py",
@@ -79,10 +100,11 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def runs(
-    shared, model_dir, window_model_dir, deepstack_model_dir, wds_dir
+    shared, model_dir, window_model_dir, deepstack_model_dir, experts_model_dir, wds_dir
 ) -> dict[str, Path]:
     """What the jobs left behind, by the device they ran on."""
     others = dict.fromkeys(WINDOWS, window_model_dir) | dict.fromkeys(FEATURES, deepstack_model_dir)
+    others |= dict.fromkeys(EXPERTS, experts_model_dir)
 
     def make(out: Path) -> None:
         for device, program in PROGRAMS.items():
@@ -165,12 +187,110 @@ def test_a_resumed_run_goes_on_to_the_bit(name, runs):
 def test_the_host_never_waits_for_the_device_in_a_microbatch_and_seldom_in_a_step(name, rank, runs):
     waits = json.loads((runs["shadow"] / f"{name}.{rank}.json").read_text())["waits"]
     chunks = 2 if name.startswith("vp2") else 1
+    schedule = waits.pop("schedule")
+    if name in EXPERTS:
+        schedule = {line: n for line, n in schedule.items() if not line.startswith(DISPATCHES)}
     # Megatron-Core 0.19 has none in the schedule either.
-    assert waits.pop("schedule") in ({AFTER_ALL: chunks}, {})
-    assert waits == {"step": WAITS, "validation": {}}
+    assert schedule in ({AFTER_ALL: chunks}, {})
+    assert waits == {"step": WAITS | (LOADS if name in EXPERTS else {}), "validation": {}}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", JOBS)
 def test_no_weight_is_used_before_it_would_be_waited_for(name, rank, runs):
     assert json.loads((runs["shadow"] / f"{name}.{rank}.json").read_text())["unasked"] == []
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+TRAINED = [1, 2], [2, 3]  # microbatches of the case in each of the two steps
+
+
+@pytest.fixture(scope="module")
+def case_of_experts(experts_model_dir) -> tuple[torch.nn.Module, list[list]]:
+    """transformers' model, and the samples of each microbatch."""
+    spec = load_spec(experts_model_dir)
+    case = cases(spec, True)[0]
+    samples, size = make_samples(spec, case), case.samples_per_row * case.rows_per_microbatch
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        experts_model_dir, dtype=torch.float32, experts_implementation="eager")
+    return model, [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def lines(folder: Path, name: str, kind: str) -> list[dict]:
+    found = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+    return [one for one in found if one["kind"] == kind]
+
+
+def test_experts_have_the_tokens_and_gradients_transformers_gives_them(case_of_experts, runs):
+    """Once, although every layer runs again, and on the rank that has them; no padding. Their
+    losses have the weight of the samples' own."""
+    model, microbatches = case_of_experts
+    k, name = model.config.num_experts_per_tok, "experts, tp2 sp"
+    given = [[model(one.tokens[None], output_router_logits=True) for one in group]
+             for group in microbatches]
+    routes = [[one.router_logits for one in group] for group in given]
+    each = [loads(group, k) for group in routes]
+    (line,) = lines(runs["cpu"], name, "experts")
+    assert line["tokens"] == sum(each[at] for step in TRAINED for at in step).tolist()
+    assert (line["iteration"], line["steps"]) == (2, 2)
+    for step, found in zip(TRAINED, lines(runs["cpu"], name, "train"), strict=True):
+        load = sum(each[at] for at in step)
+        over_mean = load / load.mean(1, keepdim=True)
+        assert found["expert_load_max"] == pytest.approx(float(over_mean.max()))
+        assert found["expert_load_min"] == pytest.approx(float(over_mean.min()))
+        assert found["idle_experts"] == int((load == 0).sum()) and "dropped_tokens" not in found
+        main = [torch.nn.functional.cross_entropy(out.logits[0], one.labels, ignore_index=IGNORE)
+                for at in step for out, one in zip(given[at], microbatches[at], strict=True)]
+        whole = sum(main) / len(main)
+        assert found["loss"] == pytest.approx(float(whole), rel=1e-6)
+        for figure, coeff, of in (
+            ("load_balancing_loss", 0.5, Balance(loss="global_aux_loss", coeff=1.0)),
+            ("router_z_loss", 0.1, Balance(z_coeff=1.0)),
+        ):
+            # The second microbatch, of as many samples, is balanced together with the first.
+            mean = sum(balance_loss(of, routes[at], k, sum(each[one] for one in step[: n + 1]))
+                       for n, at in enumerate(step)) / len(step)
+            assert found[figure] == pytest.approx(float(mean) / len(load), rel=1e-5), figure
+            whole = whole + coeff * mean
+        gradients = torch.autograd.grad(whole, list(model.parameters()), retain_graph=True)
+        assert found["grad_norm"] == pytest.approx(
+            float(torch.stack([one.norm() for one in gradients]).norm()), rel=1e-5)
+
+
+def test_a_full_expert_drops_the_tokens_of_the_smallest_weights(case_of_experts, runs):
+    """Of a microbatch, of which padding takes no place: as transformers does without them."""
+    model, microbatches = case_of_experts
+    dropped, total, trained = 0, 0.0, 0
+
+    def drop(_, __, given):
+        """Of what the router gives of tokens [T]: logits, weights [T, k], experts [T, k]."""
+        nonlocal dropped
+        logits, weight_Tk, expert_Tk = given
+        whole_TE = torch.zeros_like(logits).scatter(1, expert_Tk, weight_Tk) * real_T[:, None]
+        capacity = math.ceil(int(real_T.sum()) * expert_Tk.shape[1] / logits.shape[1])
+        least_E = whole_TE.topk(capacity, dim=0).values[-1]
+        kept_TE = whole_TE >= least_E.clamp(min=1e-9)
+        dropped += int((whole_TE > 0).sum() - kept_TE.sum())
+        return logits, weight_Tk * kept_TE.gather(1, expert_Tk), expert_Tk
+
+    hooks = [layer.mlp.gate.register_forward_hook(drop) for layer in model.model.layers]
+    for group in (microbatches[at] for at in TRAINED[0]):
+        tokens, labels = (
+            torch.nn.utils.rnn.pad_sequence(
+                [getattr(one, name) for one in group], batch_first=True, padding_value=fill)
+            for name, fill in (("tokens", 0), ("labels", IGNORE)))
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([[one.num_tokens] for one in group])
+        real_T = mask.flatten()
+        with torch.no_grad():
+            logits = model(tokens, attention_mask=mask.long()).logits
+        total += float(torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"))
+        trained += int((labels != IGNORE).sum())
+    for hook in hooks:
+        hook.remove()
+    first, _ = lines(runs["cpu"], "experts, dp2, some full", "train")
+    assert first["dropped_tokens"] == dropped > 0
+    assert first["routed_tokens"] == 2 * 4 * sum(
+        one.num_tokens for at in TRAINED[0] for one in microbatches[at])
+    assert first["loss"] == pytest.approx(total / trained, rel=1e-6)

@@ -37,8 +37,7 @@ def follows(steps: dict[int, dict], plain: dict[int, dict]) -> None:
     assert sorted(steps) == sorted(plain)
     assert losses(steps) == pytest.approx(losses(plain), rel=FP32)
     for i in steps:
-        # A norm is a sum over whole tensors in fp32: 3e-6 where the tensors are cut otherwise.
-        assert steps[i]["grad_norm"] == pytest.approx(plain[i]["grad_norm"], rel=1e-4)
+        assert steps[i]["grad_norm"] == pytest.approx(plain[i]["grad_norm"], rel=1e-5)
         assert steps[i]["lr"] == plain[i]["lr"]
         assert steps[i]["tokens"] == plain[i]["tokens"]
 
@@ -371,18 +370,23 @@ def test_a_text_model_trains_alike_in_every_layout_resumes_and_goes_home(
              "--seq-length", 128, "--packing-buffer-size", 32, "--global-batch-size", 4,
              "--train-iters", 8, "--save-interval", 4, "--no-report"]
     wide = ["--tp", 2, "--pp", 2, "--sequence-parallel", "--nproc-per-node", 4]
-    found, last = {}, tmp_path / "resumed" / "iter_0000008"
-    for name, layout in (("one", []), ("resumed", []), ("four", wide)):
-        if name == "resumed":
-            shutil.copytree(tmp_path / "one", last.parent)
-            last.rename(tmp_path / "without a break")
+    apart = ["--ep", 2, "--etp", 1] if model == "experts_model_dir" else []
+    runs = {"one": ([], None), "resumed": ([], "one"), "four": ([*wide, *apart], None)}
+    if apart:  # and where an optimizer of their own has updated the experts, or is to
+        runs |= {"joined": ([], "four"), "parted": ([*wide, *apart], "one")}
+    found = {}
+    for name, (layout, of) in runs.items():
+        if of is not None:
+            last = shutil.copytree(tmp_path / of, tmp_path / name) / "iter_0000008"
+            last.rename(tmp_path / f"{name} without a break")
             (last.parent / "latest_checkpointed_iteration.txt").write_text("4")
         done = megatron_vl(*given, *layout, "--save", tmp_path / name)
         assert done.code == 0 and not re.search("vision|image", done.out), done.text
-        assert ("resumed from" in done.out) == (name == "resumed"), done.text
+        assert ("resumed from" in done.out) == (of is not None), done.text
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         found[name] = {r["iteration"]: r for r in map(json.loads, lines) if r["kind"] == "train"}
-    follows(found["four"], found["one"])
+    for name in found:
+        follows(found[name], found["one"])
     assert losses(found["resumed"]) == losses(found["one"])
     done = megatron_vl("verify", tmp_path / "one", tmp_path / "resumed")
     assert done.code == 0, done.text

@@ -3,10 +3,10 @@
     torchrun --nproc-per-node N training_jobs.py OUT     (or without torchrun, on one rank)
 
 reads OUT/jobs.json, {name: options of megatron-vl train}, with `save` OUT/name, and trains on the
-rows of a parity case, two of whose four microbatches have no image. Rank R leaves OUT/name.R.json.
-With an option `resume` [other, iteration] the job goes on where OUT/other was, with an option
-`slow` [rank, seconds] that rank sleeps in each of its forward passes. With an `eval_interval` it
-validates as often.
+rows of a parity case, two of whose four microbatches have no image, or none of a text model's. Rank
+R leaves OUT/name.R.json. With an option `resume` [other, iteration] the job goes on where OUT/other
+was, with an option `slow` [rank, seconds] that rank sleeps in each of its forward passes. With an
+`eval_interval` it validates as often.
 """
 
 from __future__ import annotations

@@ -81,8 +81,15 @@ def of_text(layouts: str) -> list[str]:
 
 
 def of_experts(layouts: str) -> list[str]:
-    """The same again, where tensor parallelism divides tokens too."""
-    return [line for line in of_text(layouts) if line.startswith("TP1x") or "+SP" in line]
+    """The same again, where tensor parallelism divides tokens too, with experts over two ranks."""
+    found = []
+    for line in of_text(layouts):
+        if line.startswith("TP1x") or "+SP" in line:
+            found.append(line)
+            if "PP1" in line:
+                etp = "ETP1x" if "TP2x" in line else ""
+                found.append(line.replace("DP", f"EP2x{etp}DP"))
+    return found
 
 
 # Of six language layers the first three add a feature each, of which some travel.
@@ -146,11 +153,18 @@ def parameters_of(table: str) -> int:
     return count
 
 
+# Coefficients with which a router's losses are as large as what else its gradient comes from.
+BALANCED = {"experts_model_dir": [
+    "--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", 0.5,
+    "--moe-z-loss-coeff", 0.1]}
+
+
 # The last batch has all its images on one data rank; overlapped, every weight must still report a
 # gradient, or the others wait forever. Rows of one sample differ in length from microbatch to
 # microbatch.
 @pytest.mark.parametrize(("ranks", "options", "model"), [
-    pytest.param(ranks, options, model, id=f"{ranks}-{model}") for ranks, options, models in (
+    pytest.param(ranks, [*options, *BALANCED.get(model, [])], model, id=f"{ranks}-{model}")
+    for ranks, options, models in (
         (2, ["--overlap-grad-reduce", "--no-pack", "--cross-entropy-chunks", 64],
          [one for one in MODELS if one != FEATURED]),
         (2, ["--overlap-grad-reduce", "--no-pack", "--recompute", "full"], [FEATURED]),
@@ -186,7 +200,8 @@ ADAPTED = {
     "model_dir": (["llm", "vit", "merger"], 2 * (4 * 7 + 2 * 4 + 2), []),
     "resampler_model_dir": (["c_attn", "attn.c_proj", "w1", "w2", "mlp.c_fc"], 2 * (4 * 4 + 2),
                             ["--lora-fused"]),
-    "experts_model_dir": (["all-linear"], 2 * 4 * 4, ["--lora-fused"]),
+    "experts_model_dir": (["all-linear"], 2 * 4 * 4, ["--lora-fused",
+        "--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", 0.5]),
 }
 
 
@@ -207,10 +222,20 @@ def test_every_layout_of_an_adapter_equals_peft(model, request):
         assert int(count) == factors * 3 // 2 if twice else factors, name
 
 
+def test_an_adapter_of_the_tower_alone_equals_pefts_also_where_no_image_reaches_it(
+    deepstack_model_dir
+):
+    done = megatron_vl("parity", deepstack_model_dir, "--tolerance", TOLERANCE, "--lora-rank", 3,
+                       "--lora-target", "merger")
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 2 * 4 * 2  # with the features' mergers
+
+
 @pytest.mark.parametrize(("model", "options"), [
     ("wide_model_dir", ["--quantize-base", "nf4", "--tp", 2, "--sequence-parallel",
                         "--recompute", "full"]),
-    ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2]),
+    ("wide_experts_model_dir", ["--quantize-base", "int8", "--sweep", 2,
+                                "--moe-aux-loss-coeff", 0.5]),
     ("deepstack_experts_model_dir", ["--quantize-base", "nf4"]),  # stacked where the judge reads
 ])
 def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
@@ -231,6 +256,13 @@ def test_an_adapter_beside_quantised_weights_equals_pefts_beside_their_values(
 def test_quantised_weights_that_transformers_cannot_judge_are_refused(options, says, model_dir):
     done = megatron_vl("parity", model_dir, "--quantize-base", "nf4", *options)
     assert done.code == 2 and says in done.err, done.text
+
+
+def test_experts_of_which_several_ranks_have_parts_equal_transformers(experts_model_dir):
+    done = megatron_vl("parity", experts_model_dir, "--tolerance", TOLERANCE, "--tp", 2,
+                       "--sequence-parallel", "--ep", 2, "--dp", 2, "--recompute", "full")
+    assert done.code == 0, done.text
+    assert parameters_of(done.out) == 86
 
 
 def test_an_untied_model_with_rows_that_pad_the_vocabulary_equals_transformers(tmp_path):

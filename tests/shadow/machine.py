@@ -8,6 +8,7 @@ from megatron_vl.platform.base import PLATFORMS, Kind
 from megatron_vl.platform.cpu import CpuPlatform
 from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.recompute import install_recompute
+from megatron_vl.platform.router import install_router
 from megatron_vl.platform.stand_in import install_stand_in
 from megatron_vl.platform.write_results import install_write_results
 from shadow import device
@@ -32,6 +33,7 @@ class ShadowPlatform(CpuPlatform):
         install_optimizer()
         install_write_results()
         install_recompute()
+        install_router()
         _installed = True
 
     def device(self, local_rank: int) -> torch.device:

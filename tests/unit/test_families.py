@@ -117,7 +117,7 @@ EXPERTS = [
     ({"num_experts_per_tok": 1}, "so that nothing trains the router"),
     ({"mlp_only_layers": [0, 2]}, "mlp_only_layers is [0, 2], which gives some"),
     ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, which gives some layers"),
-    ({"output_router_logits": True}, "output_router_logits is true"),
+    ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1"),
 ]
 DEEPSTACK = [
     ({"vision_config": {"deepstack_visual_indexes": None}}, "deepstack_visual_indexes is missing"),
@@ -126,6 +126,7 @@ DEEPSTACK = [
                                                              "the tower, from 0 to 3, in asc"),
     ({"vision_config": {"deepstack_visual_indexes": [2, 1]}}, "is [2, 1]; it must name layers of"),
     ({"vision_config": {"num_position_embeddings": 60}}, "is 60; it must be a square"),
+    ({"vision_config": {"num_heads": 32}}, "vision heads are 2 wide; positions of rows and"),
     ({"text_config": {"num_hidden_layers": 2}}, "hands features to 3 language layers, but there "
                                                 "are 2"),
     ({"text_config": {"rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": False}}},

@@ -8,6 +8,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vl.models import load_spec
+from megatron_vl.models.common.context_parallel import RowShare
+from megatron_vl.models.common.fusion import fuse
 from megatron_vl.models.common.media_share import deal, loads
 
 
@@ -53,3 +55,13 @@ def test_flops_are_those_that_torch_counts_in_transformers_vision_tower(grid, mo
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.visual(pixels, grid_thw=torch.tensor([grid]))
     assert spec.vision.forward_flops(grid) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_embeddings_in_their_places_are_not_kept_for_backward_beside_the_row(monkeypatch):
+    monkeypatch.setattr(RowShare, "__init__", lambda self: self.__dict__.update(size=1, rank=0))
+    words, media = torch.randn(6, 1, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    is_media, kept = torch.tensor([[0, 1, 0, 0, 1, 0]]).bool(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda x: x):
+        row = fuse(words, media, is_media, RowShare())
+    assert torch.equal(row[is_media[0], 0], media) and torch.equal(row[0], words[0])
+    assert not any(one.is_floating_point() for one in kept)

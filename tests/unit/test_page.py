@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from test_full_disk import fill
 from megatron_vl.cli.main import run
 from megatron_vl.errors import InputError
 from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.reporting.experts_map import load_map
 from megatron_vl.training.reporting.history import names_of, read_history
 from megatron_vl.training.reporting.page import write_page
 from megatron_vl.training.reporting.report import COLORS, plot_runs
@@ -216,6 +218,43 @@ def test_the_page_shows_what_the_same_samples_are_answered_from_the_first_valida
     assert "iteration 1||iteration 2||iteration 4||iteration 6" in text and EVIL not in page
     assert "a||3||2.5000||50.0%||25.0%" in text
     assert "exact answers||25.0% at last, 25.0% at best, iteration 1|" in text
+
+
+def test_the_page_maps_the_load_of_every_expert(tmp_path):
+    folder = write_run(tmp_path / "log")
+    file = folder / "metrics.jsonl"
+    assert "load of the experts" not in write_page(folder).read_text()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for step in lines[1:5]:
+        step |= {"expert_load_max": 2.0, "expert_load_min": 0.0, "routed_tokens": 80,
+                 "dropped_tokens": 1}
+    tokens = [[[0, 60, 20], [50, 20, 10]], [[40, 30, 10], [10, 20, 50]]]
+    lines += [{"kind": "experts", "iteration": at, "steps": 2, "tokens": one}
+              for at, one in zip((4, 2), tokens, strict=True)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    page = write_page(folder).read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert ("Iterations 3 to 4: the busiest is expert 1 of layer 0 with 2.25 times the mean of its "
+            "layer; 1 of 6 experts got no token. In the whole run, full experts dropped 4 of 320 "
+            "tokens that were sent to them (1.2%).") in page
+
+
+def test_a_map_shows_an_expert_without_tokens_apart(monkeypatch):
+    """Half the mean is as far from it as twice; nothing is further than four times."""
+    from matplotlib import axes
+
+    drawn = []
+    show = axes.Axes.imshow
+
+    def kept(self, numbers, **options):
+        drawn.append((numbers, options["vmin"], options["vmax"]))
+        return show(self, numbers, **options)
+
+    monkeypatch.setattr(axes.Axes, "imshow", kept)
+    assert load_map([[0, 60, 30, 10, 20], [24, 24, 24, 24, 24]]).startswith(b"\x89PNG")
+    ((first, second), least, most), = drawn
+    assert math.isnan(first[0]) and second == [0.0] * 5 and (least, most) == (-2, 2)
+    assert first[1:] == pytest.approx([math.log2(one) for one in (2.5, 1.25, 10 / 24, 20 / 24)])
 
 
 @pytest.mark.parametrize(("packed", "says"), [

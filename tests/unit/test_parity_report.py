@@ -26,6 +26,13 @@ def test_equal_outcomes_differ_by_nothing():
     assert len(same.gradients) == 7 and not too_far(same, bounds_of(None, []))
 
 
+def test_of_gradients_that_are_all_zero_any_difference_is_infinite():
+    none = outcome(gradients={"a": torch.zeros(2)})
+    assert compare("one", none, none).gradient == Apart(0.0, 0.0)
+    ours = outcome(gradients={"a": torch.full((2,), 0.5)})
+    assert compare("one", ours, none).gradient == Apart(math.inf, 0.5)
+
+
 @pytest.mark.parametrize("where", ["logits", "loss", "gradient"])
 def test_a_nan_anywhere_is_infinitely_far_off(where):
     ours = outcome()

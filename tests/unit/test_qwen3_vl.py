@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from megatron_vl.data.conversation import BadEntry, Part, Turn
 from megatron_vl.data.encode.chat import replaced
 from megatron_vl.data.encode.model import ModelEncoder
 from megatron_vl.data.lint.mask import pieces
+from megatron_vl.errors import InputError
 from megatron_vl.models import family, load_spec
 from megatron_vl.models.common.deepstack.positional_table import PositionalTable
 from megatron_vl.models.media import MediaLimits, MediaSettings, StoredMedia
@@ -61,6 +65,23 @@ def test_a_budget_is_of_all_frames_of_a_video(frames, limits, budget, processor_
     height, width = smart_resize(frames, 300, 200, factor=32, min_pixels=least, max_pixels=most)
     found = processor_of(**limits).shape(video(frames))
     assert found == (-(-frames // 2), height // 16, width // 16)
+
+
+@pytest.mark.parametrize("changes", [
+    {"max_pixels": 90_000}, {"min_pixels": 9000}, {"size": {"shortest_edge": 3136}},
+])
+def test_pixels_that_transformers_would_not_size_videos_by_are_refused(
+    changes, deepstack_model_dir, tmp_path
+):
+    there = shutil.copytree(deepstack_model_dir, tmp_path / "model")
+    file = there / "video_preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    spec = load_spec(there)
+    of = family(spec.model_type)
+    for read in (of.processor, of.check_media_files):
+        with pytest.raises(InputError, match="_edge of size, and remove m.._pixels") as told:
+            read(there, spec)
+        assert str(file) in str(told.value)
 
 
 @pytest.mark.parametrize(("media", "frames", "times"), [

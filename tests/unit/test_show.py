@@ -67,6 +67,17 @@ def test_utilization_is_shown_where_the_peak_is_known():
     assert "MFU 20.0% = vision 5.0% + LLM 15.0%" in shown
 
 
+def test_the_load_of_experts_is_shown_where_there_are_any():
+    load = {"expert_load_max": 2.314, "expert_load_min": 0.1, "idle_experts": 3}
+    assert "| busiest expert 2.31x the mean | memory" in line(log(), replace(STEP, experts=load))
+    full = load | {"routed_tokens": 4000, "dropped_tokens": 1100}
+    assert "| busiest expert 2.31x the mean | experts dropped 1,100 tokens (27.5%) | memory" in (
+        line(log(), replace(STEP, experts=full)))
+    kept = Kept()
+    log(trackers=kept, say=lambda _: None).step(replace(STEP, experts=full))
+    assert kept.got[0][1].items() >= {f"train/{name}": one for name, one in full.items()}.items()
+
+
 def test_what_went_wrong_is_at_the_line_s_end():
     slow = Straggler(ranks=(2, 3), hosts=("node1",), ratio=1.52)
     shown = line(log(), replace(STEP, slowest=slow, skipped=True, skipped_samples={"too long": 2}))

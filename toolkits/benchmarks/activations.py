@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 
 LORA = dict(lora_rank=8)
 CHUNKS = dict(cross_entropy_chunks=8)
+EVERY = dict(lora_target=["llm", "vit", "merger"])  # of a model that has a vision tower
 LINES = {
     "all weights": {},
     "all weights, selective recompute": dict(recompute_granularity="selective"),
@@ -32,6 +33,7 @@ LINES = {
     "LoRA": LORA,
     "LoRA, in 8 chunks": LORA | CHUNKS,
     "LoRA, full recompute": LORA | full("uniform", 1),
+    "LoRA on every part, full recompute": LORA | full("uniform", 1) | EVERY,
     "LoRA, full recompute, in 8 chunks": LORA | full("uniform", 1) | CHUNKS,
     "LoRA beside NF4, full recompute, in 8 chunks": (
         LORA | full("uniform", 1) | CHUNKS | dict(quantize_base="nf4")
@@ -167,13 +169,17 @@ def measure(args: argparse.Namespace, options: dict) -> tuple[int, int]:
 
 def main() -> None:
     args = parse_arguments()
+    from megatron_vl.models import load_spec
     from megatron_vl.platform import select_platform
 
     select_platform().install()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print("| training | predicted MiB | measured MiB | ratio |\n|---|---|---|---|")
+    has_tower = load_spec(args.hf_dir).vision is not None
     for name, options in LINES.items():
+        if "lora_target" in options and not has_tower:
+            continue
         predicted, measured = measure(args, options)
         print(f"| {name} | {predicted / 2**20:,.1f} | {measured / 2**20:,.1f} | "
               f"{predicted / measured:.2f} |", flush=True)

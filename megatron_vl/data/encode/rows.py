@@ -98,6 +98,7 @@ def make_batch(
         grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         sample_keys=[sample.name for sample in samples],
         sample_lengths=[sample.num_tokens for sample in samples],
+        row_tokens=[row.num_tokens for row in rows],
         tokens_cut=[sample.tokens_cut for sample in samples],
         datasets=[sample.dataset for sample in samples],
         answers=torch.from_numpy(answers) if scored else None,

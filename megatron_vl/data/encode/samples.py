@@ -124,6 +124,7 @@ class RowBatch:
     grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
     sample_keys: list[str]  # names of the samples, in order
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
+    row_tokens: list[int]  # [B], of each row's samples together; its tail is padding
     tokens_cut: list[int] = field(default_factory=list)  # off the end of every sample, in order
     datasets: list[str] = field(default_factory=list)  # of every sample, in order
     answers: torch.Tensor | None = None  # in validation; bool [B, S]: see `ModelEncoder.answers`

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vl.models.common.context_parallel import RowShare
+from megatron_vl.models.common.routed_tokens import RoutedTokens
 from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.fusion import choose_kernel
 from megatron_vl.ops.rotary import Rotary
@@ -30,6 +31,7 @@ class SegmentParams(PackedSeqParams):
     segments: Segments | None = None
     windows: Segments | None = None  # of the layers that attend within windows, where there are any
     rotary: Rotary | None = None  # of this rank's positions; None: they were added to the input
+    routed: RoutedTokens | None = None  # in training, where there are experts
 
 
 class VarlenCoreAttention(MegatronModule):

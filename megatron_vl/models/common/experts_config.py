@@ -7,7 +7,7 @@ from pydantic import AliasChoices, Field
 from megatron_vl.errors import InputError, shown
 from megatron_vl.models.common.decoder_config import Width, first
 from megatron_vl.models.decoder_spec import ExpertsSpec
-from megatron_vl.typed import Count, Shape, Size
+from megatron_vl.typed import Count, Number, Shape, Size
 
 
 class _Experts(Shape):
@@ -19,6 +19,7 @@ class _Experts(Shape):
     decoder_sparse_step: Size = 1
     mlp_only_layers: list[Count] | None = None
     output_router_logits: bool = False
+    router_aux_loss_coef: Number = 0.001  # as transformers has it
 
 
 def read_experts(*sections: dict, renormalized: bool | None = None) -> ExpertsSpec:
@@ -29,8 +30,7 @@ def read_experts(*sections: dict, renormalized: bool | None = None) -> ExpertsSp
             experts sum to one; None: as config.json says.
 
     Raises:
-        InputError: a key that is missing or unusable, layers without experts, or a loss that
-            balances the experts.
+        InputError: a key that is missing or unusable, or layers without experts.
     """
     keys = first(_Experts, *sections)
     if keys.decoder_sparse_step != 1 or keys.mlp_only_layers:
@@ -38,11 +38,6 @@ def read_experts(*sections: dict, renormalized: bool | None = None) -> ExpertsSp
         raise InputError(
             f"{name} is {shown(str(getattr(keys, name)))}, which gives some layers an MLP and no "
             f"experts; only models whose every layer has experts are supported."
-        )
-    if keys.output_router_logits:
-        raise InputError(
-            "output_router_logits is true, which adds a loss that balances the experts; that is "
-            "not supported, so set it to false."
         )
     says = keys.norm_topk_prob
     if renormalized is not None and says not in (None, renormalized):
@@ -55,4 +50,6 @@ def read_experts(*sections: dict, renormalized: bool | None = None) -> ExpertsSp
         per_token=keys.num_experts_per_tok,
         ffn_hidden_size=keys.moe_intermediate_size,
         renormalized=bool(says if renormalized is None else renormalized),
+        adds_aux_loss=keys.output_router_logits and keys.router_aux_loss_coef > 0,
+        aux_loss_coeff=keys.router_aux_loss_coef,
     )

@@ -39,7 +39,7 @@ def fuse(
     rows_btE = hidden_tbE.transpose(0, 1).reshape(b * t, width)
     if share.size > 1:
         media_ME = media_ME.index_select(0, on_device(order[places]))
-    rows_btE = rows_btE.index_copy(0, on_device(places), media_ME.to(rows_btE.dtype))
+    rows_btE = rows_btE.index_put((on_device(places),), media_ME.to(rows_btE.dtype))
     return rows_btE.reshape(b, t, width).transpose(0, 1).contiguous()
 
 

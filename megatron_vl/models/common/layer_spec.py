@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_vl.models.common.core_attention import VarlenCoreAttention
 from megatron_vl.models.common.mlp import TowerLayer
 from megatron_vl.models.common.quantized_linear import QuantizedColumnLinear, QuantizedRowLinear
+from megatron_vl.models.common.router import BalancedRouter
 from megatron_vl.ops.norm import TorchNorm
 from megatron_vl.platform import select_platform
 
@@ -112,11 +113,21 @@ def layer_spec(kind: LayerKind) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=get_mlp_module_spec_for_backend(made_of, num_experts=kind.experts),
+            mlp=_mlp(made_of, kind.experts),
             mlp_bda=get_bias_dropout_add,
             **_norms(made_of, kind),
         ),
     )
+
+
+def _mlp(made_of: BackendSpecProvider, experts: int | None) -> ModuleSpec | partial:
+    """Megatron-Core's, with our router where there are experts."""
+    spec = get_mlp_module_spec_for_backend(made_of, num_experts=experts)
+    if experts is not None:
+        # A partial since 0.17; both hold what was made for this layer alone.
+        parts = spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+        parts.router = BalancedRouter
+    return spec
 
 
 def _norms(made_of: BackendSpecProvider, kind: LayerKind) -> dict:

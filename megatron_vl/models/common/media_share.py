@@ -46,7 +46,7 @@ class MediaShare:
         places = torch.arange(sum(tokens), device=mine_mE.device).split(tokens)
         placed = mine_mE.new_zeros(sum(tokens), mine_mE.shape[1])
         if mine:
-            placed = placed.index_copy(0, torch.cat([places[i] for i in mine]), mine_mE)
+            placed = placed.index_put((torch.cat([places[i] for i in mine]),), mine_mE)
         else:
             placed = placed + mine_mE.sum(0)  # of nothing: keeps the rank in the graph
         return _Gather.apply(placed, self.group)

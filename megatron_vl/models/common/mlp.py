@@ -76,7 +76,10 @@ class TowerLayer(TransformerLayer):
                 None: there are none. Megatron-Core hands it from layer to layer, and through
                 those that are computed again, for cross-attention.
         """
+        if self.is_moe_layer:
+            self.mlp.router.tokens = kwargs["packed_seq_params"].routed
         output, _ = super().forward(*args, **kwargs)
         if context is None:
             return output, None
-        return output + context[0], context[1:] if len(context) > 1 else None
+        added, left = context.split([1, len(context) - 1])  # one gradient of both; slices have two
+        return output + added[0], left if len(left) else None

@@ -54,6 +54,7 @@ class MediaProcessor:
     """
 
     least_and_most = VIDEO_SIZE  # pixels of a frame, where the model's video settings name none
+    edges_alone = False  # see `megatron_vl.models.common.patch_media_files.video_size`
 
     def __init__(self, processor, *, vision: VisionSpec, limits: MediaLimits | None = None,
                  video_size: tuple[int, int] | None = None):
@@ -109,7 +110,8 @@ class MediaProcessor:
                 f"and no larger than max_pixels."
             )
         return cls(processor, vision=vision, limits=limits,
-                   video_size=video_size(Path(hf_dir), cls.least_and_most))
+                   video_size=video_size(Path(hf_dir), cls.least_and_most,
+                                         edges_alone=cls.edges_alone))
 
     # ---- sizes, without a pixel ---------------------------------------------------------------
 

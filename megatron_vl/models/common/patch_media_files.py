@@ -57,10 +57,14 @@ def missing_media_files(hf_dir: Path) -> list[str]:
     return [] if there else [IMAGE_SETTINGS]
 
 
-def check_media_files(hf_dir: Path, spec: ModelSpec) -> None:
-    """Raises InputError: one is missing, or it can be told already that it cannot be used."""
+def check_media_files(hf_dir: Path, spec: ModelSpec, *, edges_alone: bool = False) -> None:
+    """See `video_size`.
+
+    Raises:
+        InputError: one is missing, or it can be told already that it cannot be used.
+    """
     image_settings(hf_dir, spec.vision)
-    video_size(hf_dir, VIDEO_SIZE)
+    video_size(hf_dir, VIDEO_SIZE, edges_alone=edges_alone)
 
 
 def image_settings(hf_dir: Path, vision: VisionSpec) -> Path:
@@ -110,11 +114,14 @@ def check_patches(path: Path, settings, vision: VisionSpec, *, whole: bool = Tru
             )
 
 
-def video_size(hf_dir: Path, default: tuple[int, int]) -> tuple[int, int] | None:
+def video_size(
+    hf_dir: Path, default: tuple[int, int], *, edges_alone: bool = False
+) -> tuple[int, int] | None:
     """Least and most pixels that the model's video settings ask for; None without any.
 
     Args:
         default: where the settings name none.
+        edges_alone: transformers reads `size` alone, and passes over min_pixels and max_pixels.
 
     Raises:
         InputError: they cannot be used.
@@ -133,6 +140,13 @@ def video_size(hf_dir: Path, default: tuple[int, int]) -> tuple[int, int] | None
                 f"bound a frame by --video-max-pixels."
             )
         edges = settings.size or Edges()
+        for given, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            asked = getattr(settings, given)
+            if edges_alone and asked not in (None, getattr(edges, edge)):
+                raise InputError(
+                    f"{path} sets {given} {asked}, which videos of this model are not sized by; "
+                    f"give the pixels of a whole video as {edge} of size, and remove {given}."
+                )
         least = settings.min_pixels or edges.shortest_edge or default[0]
         most = settings.max_pixels or edges.longest_edge or default[1]
         if least > most:

@@ -6,7 +6,7 @@ Letters: s row length, b rows, n trained positions, E language width, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -23,6 +23,7 @@ from megatron_vl.models.common.layer_spec import LayerKind, block_spec
 from megatron_vl.models.common.media_share import MediaShare, sum_whole, vision_groups
 from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.relay import EndOfGradient, Relay
+from megatron_vl.models.common.routed_tokens import RoutedTokens
 from megatron_vl.models.common.transformer_config import ModelOptions, language_config
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.models.tower_spec import TowerSpec
@@ -79,6 +80,8 @@ class PipelineModel(MegatronModule):
                 first=pre_process, last=self.embeds,
                 vp_stage=vp_stage if self.spans else None,
             )
+            if pre_process and VISION in options.adapted:
+                self.vision_model.decoder.register_forward_pre_hook(_reach, with_kwargs=True)
         self.language_model = None
         layers, decoder = split.layers(LANGUAGE, stage, chunk), spec.decoder
         # Each of the first language layers adds a feature: those left here, and those added here.
@@ -156,6 +159,7 @@ class PipelineModel(MegatronModule):
         grid_thw: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
+        row_tokens: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run this chunk.
 
@@ -167,6 +171,8 @@ class PipelineModel(MegatronModule):
             grid_thw: int64 [images, 3] in the order of their tokens, row after row.
             labels: int64 [b, s], already shifted; read only where `loss_mask` is not 0.
             loss_mask: float [b, s].
+            row_tokens: [b], tokens of each row's samples; what is behind them is padding. Read in
+                training alone.
 
         Returns:
             Hidden states [s, b, E] before the last chunk; on the last one the loss of every
@@ -186,6 +192,7 @@ class PipelineModel(MegatronModule):
             decoder_input, features = self._embed(
                 input_ids, vision, grid_thw, mine, position_ids.device
             )
+            del vision  # as large as the features; the layers would run beside it
         else:
             received, features = self.relay.hidden(
                 self._received, input_ids.shape[1], self.features
@@ -193,7 +200,8 @@ class PipelineModel(MegatronModule):
             self.language_model.set_input_tensor(received)
         added = None
         if features is not None:
-            added, features = features[: self.features_added], features[self.features_added :]
+            parts = [self.features_added, self.features - self.features_added]
+            added, features = features.split(parts)
         columns = self.share.columns(input_ids.shape[1])
         output = self.language_model(
             input_ids=input_ids[:, columns],
@@ -203,7 +211,8 @@ class PipelineModel(MegatronModule):
             labels=None if labels is None else labels[:, columns],
             loss_mask=None if loss_mask is None else loss_mask[:, columns],
             packed_seq_params=SegmentParams(
-                segments=segments, rotary=self._rotary(position_ids[..., columns])
+                segments=segments, rotary=self._rotary(position_ids[..., columns]),
+                routed=self._routed(segments, row_tokens, loss_mask),
             ),
             extra_block_kwargs=None if added is None or not len(added) else {"context": added},
         )
@@ -219,6 +228,16 @@ class PipelineModel(MegatronModule):
             sections=decoder.rope_sections, interleaved=decoder.rope_interleaved,
         )
         return Rotary.of(angles, self.config.params_dtype)
+
+    def _routed(self, segments, row_tokens, loss_mask) -> RoutedTokens | None:
+        """What the routers of experts are told of a microbatch that is trained."""
+        if self.spec.decoder.experts is None or not self.training:
+            return None
+        return RoutedTokens.of(
+            segments, row_tokens, share=self.share,
+            sequence_parallel=self.config.sequence_parallel,
+            weight=round(float(loss_mask.sum())),  # trained tokens, or samples
+        )
 
     # ---- images -------------------------------------------------------------------------------
 
@@ -256,7 +275,7 @@ class PipelineModel(MegatronModule):
         else:
             media = pixel_patches.split(grid_thw.prod(-1).tolist())
             pixels = torch.cat([media[index] for index in mine])
-        return self.vision_model(_reached(pixels) if VISION in self.adapted else pixels, grids)
+        return self.vision_model(pixels, grids)
 
     def _own_media(self, grid_thw: torch.Tensor | None) -> list[int]:
         """Of the microbatch's images and videos those that this rank encodes."""
@@ -307,6 +326,11 @@ def _reached(x: torch.Tensor) -> torch.Tensor:
     """What enters layers with adapters, reached by gradients though all before it is frozen:
     layers that are recomputed compute none otherwise, and no stage has an output without."""
     return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+
+
+def _reach(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same of a vision tower's layers. Pixels, in fp32, need no gradient for it."""
+    return args, kwargs | {"hidden_states": _reached(kwargs["hidden_states"])}
 
 
 def _smallest(vision: TowerSpec, split: StageSplit) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.balance import NO_BALANCE, Balance
 from megatron_vl.models.common.layer_spec import use_transformer_engine
 from megatron_vl.models.common.recompute import NOTHING, Recompute
 from megatron_vl.models.decoder_spec import ExpertsSpec
@@ -39,6 +40,7 @@ class ModelOptions:
     row_lengths_vary: bool = False  # from one microbatch to the next; not with virtual stages
     frozen: tuple[str, ...] = ()  # keys of megatron_vl.models.common.parts.PARTS
     adapted: tuple[str, ...] = ()  # those of PARTS in which adapters are trained
+    balance: Balance = NO_BALANCE  # of the experts, where there are any
     train_constants: bool = False  # also what the family's weight map calls constant
     # Of megatron_vl.ops.blockwise.FORMS: that of the language layers' linear weights, then frozen.
     quantize_base: str | None = None
@@ -54,6 +56,7 @@ class TowerConfig(TransformerConfig):
     recompute_activation: bool = False  # of the MLPs
     cross_entropy_chunks: int = 1
     quantize_base: str | None = None  # as ModelOptions's
+    balance: Balance = NO_BALANCE  # as ModelOptions's
     # The word embedding is then not on the first stage, where Megatron-Core expects it.
     embedding_moved: bool = False
 
@@ -74,7 +77,7 @@ def language_config(
         add_qkv_bias=decoder.qkv_bias,
         # Sums these norms' gradients over tensor-parallel ranks, each of which has some heads.
         qk_layernorm=decoder.qk_norm,
-        **_experts(decoder.experts, layout),
+        **_experts(decoder.experts, layout, options.balance),
         gated_linear_unit=True,
         activation="swiglu",
         normalization="RMSNorm",
@@ -96,8 +99,7 @@ def language_config(
     )
 
 
-def _experts(experts: ExpertsSpec | None, layout: Layout) -> dict:
-    """No token is dropped, and no loss balances the experts."""
+def _experts(experts: ExpertsSpec | None, layout: Layout, balance: Balance) -> dict:
     if experts is None:
         return {}
     return dict(
@@ -108,8 +110,10 @@ def _experts(experts: ExpertsSpec | None, layout: Layout) -> dict:
         moe_router_topk=experts.per_token,
         # Softmax over the chosen alone is that over all of them, made to sum to one.
         moe_router_pre_softmax=not experts.renormalized,
-        moe_router_load_balancing_type="none",
+        moe_router_load_balancing_type="none",  # the losses are BalancedRouter's
+        moe_expert_capacity_factor=balance.capacity_factor,  # as the dispatcher must know
         moe_router_dtype="fp32",
+        balance=balance,
     )
 
 

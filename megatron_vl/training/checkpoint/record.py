@@ -20,7 +20,7 @@ OPTIONS = "train_options.yaml"
 
 def facts_of(plan: Plan, **more) -> dict:
     """What a metrics file begins a run with: enough for a page about it, wherever it is read."""
-    names = ("tp", "pp", "vp", "cp", "dp", "sequence_parallel", "vit_data_parallel")
+    names = ("tp", "pp", "vp", "cp", "dp", "ep", "etp", "sequence_parallel", "vit_data_parallel")
     return {
         "options": plan.config.resolved(),
         "versions": versions() | {"megatron_vl": megatron_vl.__version__},
@@ -28,6 +28,7 @@ def facts_of(plan: Plan, **more) -> dict:
         "tied": plan.spec.decoder.tie_word_embeddings,
         "layout": {name: getattr(plan.layout, name) for name in names},
         "split": plan.split.to_dict(),
+        "experts": None if plan.spec.decoder.experts is None else plan.spec.decoder.experts.count,
         **more,
     }
 

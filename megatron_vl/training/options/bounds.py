@@ -35,6 +35,8 @@ BOUNDS = DATA | {
     "init_method_std": _SCALE,
     "lora_rank": Bounds(least=1, most=2**16), "lora_alpha": Bounds(above=0, most=10**6),
     "lora_dropout": _BELOW_ONE, "lora_lr_ratio": Bounds(above=0, most=10**4),
+    "moe_aux_loss_coeff": _SCALE, "moe_z_loss_coeff": _SCALE,
+    "moe_expert_capacity_factor": Bounds(above=0, most=10**6),
     "eval_interval": _STEPS_OR_NONE, "eval_iters": _STEPS_OR_NONE,
     "save_interval": _STEPS, "export_hf_interval": _STEPS, "save_total_limit": _STEPS,
     "early_stop": _STEPS,

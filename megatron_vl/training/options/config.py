@@ -16,6 +16,7 @@ from megatron_vl.training.options.groups import (
     BatchOptions,
     CheckpointOptions,
     DataOptions,
+    ExpertsOptions,
     FaultOptions,
     LogOptions,
     LoraOptions,
@@ -40,6 +41,7 @@ class TrainConfig:
     optimizer: OptimizerOptions
     model: ModelRunOptions
     lora: LoraOptions
+    experts: ExpertsOptions
     data: DataOptions
     checkpoint: CheckpointOptions
     fault: FaultOptions

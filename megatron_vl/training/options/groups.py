@@ -17,6 +17,7 @@ from megatron_vl.ops.attention import BACKENDS, ORDERS
 from megatron_vl.parallel import VISION, Layout
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.checkpoint import CheckpointOptions
+from megatron_vl.training.options.experts import ExpertsOptions
 from megatron_vl.training.options.log import LogOptions
 from megatron_vl.training.options.lora import LoraOptions
 from megatron_vl.training.options.option import defaults, option
@@ -451,6 +452,7 @@ GROUPS = {
     "optimizer": OptimizerOptions,
     "model": ModelRunOptions,
     "lora": LoraOptions,
+    "experts": ExpertsOptions,
     "data": DataOptions,
     "checkpoint": CheckpointOptions,
     "fault": FaultOptions,

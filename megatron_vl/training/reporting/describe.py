@@ -27,6 +27,7 @@ def describe(plan: Plan, platform) -> str:
         f"{_steps(plan)}; {plan.precision}"
         f"{', deterministic' if torch.are_deterministic_algorithms_enabled() else ''}\n"
         f"{describe_parts(plan)}\n{describe_attention(plan)}\n{describe_kernels(plan, platform)}"
+        + (f"\n{plan.described_experts}" if plan.described_experts else "")
         + ("" if not platform.in_host_memory or not config.optimizer.optimizer_cpu_offload else
            "\noptimizer-cpu-offload changes nothing here: the optimizer is in host memory anyway")
     )

@@ -28,6 +28,7 @@ class History:
     steps: list[dict]
     validations: list[dict]
     starts: list[dict]  # what ran where with which options, at every start; absent in old files
+    experts: list[dict]  # tokens of every expert of every layer, each of some steps
     ranks: dict | None  # the last word on each rank's times and memory, with `layout` as it was
 
 
@@ -41,7 +42,8 @@ def read_history(source: str | Path) -> History:
     path = path / METRICS if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a run's metrics.jsonl or its directory.")
-    kinds: dict[str, dict[int, dict]] = {"train": {}, "validation": {}, "ranks": {}}
+    kinds: dict[str, dict[int, dict]] = {
+        name: {} for name in ("train", "validation", "experts", "ranks")}
     starts: list[dict] = []
     try:
         with path.open("rb") as file:
@@ -59,8 +61,8 @@ def read_history(source: str | Path) -> History:
                     ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give another.") from error
-    steps, validations, ranks = ([one[at] for at in sorted(one)] for one in kinds.values())
-    return History(file=path, steps=steps, validations=validations, starts=starts,
+    steps, validations, experts, ranks = ([one[at] for at in sorted(one)] for one in kinds.values())
+    return History(file=path, steps=steps, validations=validations, starts=starts, experts=experts,
                    ranks=ranks[-1] if ranks else None)
 
 

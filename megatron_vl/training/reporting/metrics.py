@@ -42,6 +42,7 @@ class StepMetrics:
     llm_flops: float
     memory_bytes: float  # peak so far of the rank that held most
     vision_balance: float | None = None  # of the vision tower's ranks: mean FLOPs / the busiest's
+    experts: dict[str, float] = field(default_factory=dict)  # see `ExpertLoad.figures`
     slowest: Straggler | None = None
     skipped: bool  # the weights were kept
     fault: str = ""  # why; empty for a gradient too large for fp16's loss scale
@@ -111,7 +112,9 @@ class MetricLog:
         )
         if shown:
             self.say(self.line(step))
-        values = asdict(step) | step.rates() | {"mean_sequence_length": step.mean_sequence_length}
+        values = asdict(step)
+        values |= values.pop("experts") | step.rates()
+        values |= {"mean_sequence_length": step.mean_sequence_length}
         vision, language = self._mfu(step)
         values |= {} if vision is None else {"vision_mfu": vision, "llm_mfu": language}
         self._record("train", step.iteration, values, track=shown)
@@ -137,6 +140,7 @@ class MetricLog:
             f"data wait {step.data_wait_seconds / step.step_seconds:.1%}",
             *([] if step.vision_balance is None else
               [f"vision balance {step.vision_balance:.0%}"]),
+            *_experts(step.experts),
             f"memory {step.memory_bytes / 2**30:.2f} GiB",
             f"elapsed time per iteration (ms): {1000 * step.step_seconds:.1f}",
             f"ETA {duration(self._seconds_left(step))}",
@@ -198,6 +202,10 @@ class MetricLog:
     def ranks_seen(self, iteration: int, ranks: dict[str, list]) -> None:
         """Every rank's own numbers, for the file alone: they are many."""
         self._write("ranks", {"iteration": iteration, **ranks})
+
+    def experts_seen(self, iteration: int, steps: int, tokens: list[list[int]]) -> None:
+        """Every expert's tokens of the latest steps, for the file alone."""
+        self._write("experts", {"iteration": iteration, "steps": steps, "tokens": tokens})
 
     def _seconds_left(self, step: StepMetrics) -> float:
         """At the pace of this start so far, with all that happens between its steps."""
@@ -262,6 +270,17 @@ def _named(of: Figures) -> dict[str, float]:
         "validation_loss": of.loss, "token_accuracy": of.token_accuracy,
         "exact_accuracy": of.exact_accuracy, "samples": of.samples,
     }
+
+
+def _experts(figures: dict[str, float]) -> list[str]:
+    """`busiest expert 2.31x the mean`, and how many tokens were dropped where that may be."""
+    told = []
+    if "expert_load_max" in figures:
+        told = [f"busiest expert {figures['expert_load_max']:.2f}x the mean"]
+    if "dropped_tokens" in figures:
+        dropped, routed = figures["dropped_tokens"], figures["routed_tokens"]
+        told.append(f"experts dropped {dropped:,} tokens ({dropped / routed:.1%})")
+    return told
 
 
 def _epoch(epoch: float | None) -> str:

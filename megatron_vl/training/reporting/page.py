@@ -16,9 +16,10 @@ from megatron_vl.outputs import replacing_file
 from megatron_vl.pages import escape, page, picture, table
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.training.checkpoint.export import HF, exported
-from megatron_vl.training.dry_run import stage_rows
+from megatron_vl.training.dry_run import expert_rows, stage_rows
 from megatron_vl.training.options.groups import GROUPS
 from megatron_vl.training.reporting.answers import ANSWERS_STYLE, answers
+from megatron_vl.training.reporting.experts_map import experts_part
 from megatron_vl.training.reporting.history import History, names_of, page_of, read_history, total
 from megatron_vl.training.reporting.report import ACCURACIES, plot_runs
 
@@ -49,6 +50,7 @@ def page_text(run: History) -> str:
     parts = _summary(run)
     if run.steps:
         parts += ["<h2>plots</h2>\n", _plots(run)]
+    parts += experts_part(run)
     start = run.starts[-1] if run.starts else None
     if start is not None:
         parts += _layout(start)
@@ -138,7 +140,11 @@ def _plots(run: History) -> str:
 def _layout(start: dict) -> list[str]:
     layout = Layout(**start["layout"])
     header, *rows = stage_rows(layout, StageSplit.from_dict(start["split"]))
-    return [f"<h2>layout: {escape(str(layout))}</h2>\n", table(rows, header=header)]
+    parts = [f"<h2>layout: {escape(str(layout))}</h2>\n", table(rows, header=header)]
+    if layout.ep > 1:
+        header, *rows = expert_rows(layout, start["experts"])
+        parts.append(table(rows, header=header))
+    return parts
 
 
 def _data(run: History) -> list[str]:

@@ -15,15 +15,18 @@ from megatron_vl.training.reporting.history import History
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 SHARE = "% of a step"
 ACCURACIES = {"token_accuracy": "token accuracy", "exact_accuracy": "exact answers"}
-_PANELS = {"loss": 4, "accuracy": 2, "norm": 2, "rate": 2, "speed": 2, "wait": 1.6}  # heights
+LOADS = {"expert_load_max": "busiest expert", "expert_load_min": "idlest expert"}
+_PANELS = {"loss": 4, "accuracy": 2, "norm": 2, "rate": 2, "speed": 2, "load": 2,
+           "wait": 1.6}  # heights
 _EPOCH_TICKS = 8
 
 
 def plot_runs(
     runs: Sequence[History], names: Sequence[str], png: str | Path, title: str = ""
 ) -> Path:
-    """Loss with validation, its accuracies, gradient norm, learning rate, throughput and data wait,
-    over the steps; of one run alone with the epochs above.
+    """Loss with validation, its accuracies, gradient norm, learning rate, throughput, load of the
+    busiest and the idlest expert, and data wait, over the steps; of one run alone with the epochs
+    above.
 
     Several runs lie over each other, a color each.
 
@@ -45,6 +48,8 @@ def plot_runs(
     panels = dict(_PANELS)
     if not any(_having(run, name) for run in runs for name in ACCURACIES):
         del panels["accuracy"]
+    if not any("expert_load_max" in step for run in runs for step in run.steps):
+        del panels["load"]
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(9, sum(panels.values()) + 0.4), sharex=True,
         height_ratios=list(panels.values()), layout="constrained",
@@ -57,6 +62,7 @@ def plot_runs(
         ("loss", "loss per trained token"), ("accuracy", "validation\naccuracy"),
         ("norm", "gradient norm"), ("rate", "learning rate"),
         ("speed", "tokens/s\nwithout padding"), ("wait", f"data wait,\n{SHARE}"),
+        ("load", "expert's load\nover the mean"),
     ):
         if name in axes:
             axes[name].set_ylabel(label)
@@ -64,6 +70,8 @@ def plot_runs(
     if "accuracy" in axes:
         axes["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0))
         axes["accuracy"].legend(fontsize=9)
+    if "load" in axes:
+        axes["load"].legend(fontsize=9)
     if alone:
         _epochs(axes["loss"], runs[0].steps)
     axes["rate"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -119,6 +127,13 @@ def _draw(axes: dict, run: History, color: str, name: str) -> None:
             )
     for panel, key in (("norm", "grad_norm"), ("rate", "lr"), ("speed", "tokens_per_second")):
         axes[panel].plot(at, [step[key] for step in run.steps], color=color, linewidth=1)
+    if "load" in axes:
+        loads = [step for step in run.steps if "expert_load_max" in step]
+        for (key, title), line in zip(LOADS.items(), ("-", "--"), strict=True):
+            axes["load"].plot(
+                [step["iteration"] for step in loads], [step[key] for step in loads], line,
+                color=color, linewidth=1, label=f"{name}, {title}" if name else title,
+            )
     waits = [  # files of older runs have no such number
         (step["iteration"], 100 * step["data_wait_seconds"] / step["step_seconds"])
         for step in run.steps if "data_wait_seconds" in step

@@ -18,6 +18,7 @@ from megatron_vl.models.common.media_share import loads
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.training.checkpoint.record import facts_of
 from megatron_vl.training.plan import Plan
+from megatron_vl.training.reporting.experts import ExpertLoad
 from megatron_vl.training.reporting.flops import step_flops
 from megatron_vl.training.reporting.metrics import MetricLog, StepMetrics
 from megatron_vl.training.reporting.padding import PaddingWatch
@@ -30,7 +31,7 @@ from megatron_vl.training.reporting.validation import Validation
 from megatron_vl.training.resilience.stragglers import ForwardClock, Stragglers, gather, host_names
 from megatron_vl.training.step import StepCounts
 
-RANKS_EVERY = 100  # steps between the lines of the metrics file about single ranks
+RARELY = 100  # steps between the lines of the metrics file about single ranks and experts
 
 
 class Show:
@@ -52,6 +53,7 @@ class Show:
         self.throughput: Throughput | None = None
         self.iteration = self.first = 0
         self.memory: list[float] = []  # peak bytes of each rank
+        self.loads: list[list[list[int]]] = []  # of each step that no line tells of yet
         self.samples: int | None = 0  # read so far over all ranks; None where that is not known
         self.epoch = 0  # samples of an epoch; 0 where there is none
 
@@ -98,13 +100,14 @@ class Show:
 
     def step(
         self, iteration: int, counts: StepCounts, *, started: float, data_wait_seconds: float,
-        asked_to_stop: bool, **numbers,
+        asked_to_stop: bool, load: ExpertLoad | None = None, **numbers,
     ) -> tuple[int, bool]:
         """Tell a step, of which all that ranks need of each other is gathered at once.
 
         Args:
             started: when, on `time.perf_counter`.
             data_wait_seconds, asked_to_stop: of this rank.
+            load: of the experts, where there are any.
             numbers: what `StepMetrics` needs and is the same on every rank.
 
         Returns:
@@ -132,15 +135,18 @@ class Show:
             metrics = StepMetrics(
                 iteration=iteration, step_seconds=seconds, data_wait_seconds=max(waits),
                 memory_bytes=max(memory), slowest=self.stragglers.slowest(), **totals, **numbers,
-                epoch=self._epochs(),
+                epoch=self._epochs(), experts={} if load is None else load.figures(),
             )
+            if load is not None:
+                self.loads.append(load.tokens)
             self.log.step(metrics, last=last)
             self.throughput.add(metrics)
             if told := self.padding.add(metrics.positions, metrics.tokens, last=last):
                 self.say(as_called(told))
             self.console.step(metrics.loss)
-            if iteration % RANKS_EVERY == 0:
+            if iteration % RARELY == 0:
                 self._tell_ranks()
+                self._tell_experts()
         return new, any(asked)
 
     def validation(self, iteration: int, found: Validation) -> None:
@@ -194,12 +200,21 @@ class Show:
                 "hosts": self.stragglers.hosts,
             })
 
+    def _tell_experts(self) -> None:
+        """The tokens of every expert since the last line."""
+        if self.loads:
+            tokens = [[sum(steps) for steps in zip(*layer, strict=True)]
+                      for layer in zip(*self.loads, strict=True)]
+            self.log.experts_seen(self.iteration, len(self.loads), tokens)
+            self.loads.clear()
+
     def close(self) -> None:
         """Finish every file; the page is made of them."""
         self.console.close()
         if self.log is None:
             return
         self._tell_ranks()
+        self._tell_experts()
         if self.plan.config.log.log_tps:
             self.say("\n".join(self.throughput.lines()))
         self.log.close()

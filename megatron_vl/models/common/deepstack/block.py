@@ -32,13 +32,13 @@ class KeepingBlock(TransformerBlock):
         self.keeps = tuple(keeps)
 
     def forward(
-        self, hidden_P1D: torch.Tensor, params: SegmentParams
+        self, hidden_states: torch.Tensor, packed_seq_params: SegmentParams
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The last layer's output [P, 1, D], normed where the tower ends; and the kept ones."""
-        hidden_P1D = make_viewless_tensor(hidden_P1D, requires_grad=True, keep_graph=True)
+        hidden_P1D = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
         kept = []
         for group, recomputed in self._groups():
-            run = partial(self._run, group, params)
+            run = partial(self._run, group, packed_seq_params)
             hidden_P1D = (tensor_parallel.checkpoint(run, False, hidden_P1D) if recomputed
                           else run(hidden_P1D))
             if group[-1] in self.keeps:

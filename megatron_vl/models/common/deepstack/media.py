@@ -34,6 +34,7 @@ class TimedMediaProcessor(MediaProcessor):
     """
 
     least_and_most = 128 * 32 * 32, 768 * 32 * 32  # of a whole video
+    edges_alone = True
 
     def __init__(self, processor, *, vision: VisionSpec, limits: MediaLimits | None = None,
                  video_size: tuple[int, int] | None = None):

@@ -115,8 +115,8 @@ class DeepstackTower(MegatronModule):
             hidden_PD, *kept = patches_PC.split(self.spec.hidden_size, dim=1)
         device = patches_PC.device
         hidden_P1D, added = self.decoder(
-            hidden_PD.unsqueeze(1),
-            SegmentParams(
+            hidden_states=hidden_PD.unsqueeze(1),
+            packed_seq_params=SegmentParams(
                 segments=Segments([h * w for t, h, w in grids for _ in range(t)], device=device),
                 rotary=patch_rotary(grids, self.spec, self.config.params_dtype, device),
             ),
