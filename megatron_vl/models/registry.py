@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,6 +110,30 @@ class Family:
         """The class that loads a published directory of this family, as transformers' do."""
         return self._part("reference", "auto_class")()
 
+    def judge_of(self, hf_dir: str | Path, **settings):
+        """The judge with the weights of a published directory, of which no code runs.
+
+        Args:
+            settings: of `from_pretrained`, such as `dtype`.
+
+        Raises:
+            InputError: the directory lacks weights, or has them in a form that the judge does not
+                read.
+        """
+        made = self.judge().from_pretrained(
+            Path(hf_dir), trust_remote_code=False, local_files_only=True, output_loading_info=True,
+            **settings,
+        )
+        model, found = made if isinstance(made, tuple) else (made, {"missing_keys": ()})
+        if missing := sorted(found["missing_keys"]):
+            from megatron_vl.weights.map import listed
+
+            raise InputError(
+                f"{hf_dir} has no {listed(missing)}, which {self.judge_name} looks for; write it "
+                f"as it was published (megatron-vl convert {hf_dir} OUT --to hf), and give OUT."
+            )
+        return model
+
     @property
     def judge_name(self) -> str:
         """What the judge is, in reports: transformers' model, unless `reference` says another."""
@@ -128,12 +151,11 @@ class Family:
 
         Args:
             settings: of `from_pretrained`, such as `dtype`.
+
+        Raises:
+            InputError: see `judge_of`.
         """
-        load = self._optional("reference", "generator")
-        if load is None:
-            load = partial(
-                self.judge().from_pretrained, trust_remote_code=False, local_files_only=True
-            )
+        load = self._optional("reference", "generator", self.judge_of)
         return load(Path(hf_dir), **settings).eval()
 
     def generator_inputs(self, model, spec: ModelSpec, samples: Sequence[Asked], ids) -> dict:

@@ -54,7 +54,7 @@ def write_adapter(
     names = [weights.in_memory_name(key).removesuffix(".weight") for key in keys]
     torch.manual_seed(0)
     model = peft.get_peft_model(
-        of.judge().from_pretrained(hf_dir),
+        of.judge_of(hf_dir),
         peft.LoraConfig(
             r=rank, target_modules=names,
             alpha_pattern={name: rank * SCALES[number % len(SCALES)]

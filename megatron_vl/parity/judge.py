@@ -37,10 +37,9 @@ def run_transformers(
 
     transformers.utils.logging.disable_progress_bar()
     of = family(spec.model_type)
-    model = of.judge().from_pretrained(
+    model = of.judge_of(
         hf_dir, dtype=getattr(torch, dtype), attn_implementation="eager",
         experts_implementation="eager",  # its grouped products refuse some widths
-        trust_remote_code=False, local_files_only=True,
     )
     weights = of.weight_map(spec)
     if adapter is not None:

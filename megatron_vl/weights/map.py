@@ -216,9 +216,10 @@ class WeightMap:
         files, copies = {name: file for file, _, name in found}, dict(self.hf_copies)
         parts = self._found_parts(files, {name: shape for (*_, name), shape in found.items()})
         held = {piece.key: one for one in parts for piece in one.pieces}
-        for key in sorted(held.keys() & files.keys()):
-            raise InputError(f"{key} is in {files[key]} and again, within {held[key].tensor}, in "
-                             f"{held[key].file}; remove one of them.")
+        if twice := sorted(held.keys() & files.keys()):
+            key, part = twice[0], held[twice[0]]
+            raise InputError(f"{key} is in {files[key]} and again, within {part.tensor}, in "
+                             f"{part.file}; remove one of them.")
         known = {*shapes, *copies, *(one.tensor for one in parts)}
         extra = [name for name in files if name not in known
                  and not _matches(self.hf_ignored, name)]
@@ -230,6 +231,7 @@ class WeightMap:
         return [*whole, *parts]
 
     def _as_published(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Stored]:
+        """What published files hold of the tensors of these shapes, by their keys."""
         parts = {
             piece.key: part
             for layer in (self._stacks() if self.stacked else ())
@@ -257,8 +259,10 @@ class WeightMap:
 
     def _named_whole(self, missing: Sequence[str]) -> list[str]:
         """Names of missing tensors; of experts that are published as one, and all missing, that."""
+        if not (self.stacked and missing):
+            return list(missing)
         whole, lacking = {}, set(missing)
-        for stack in (one for layer in self._stacks() for one in layer if self.stacked and missing):
+        for stack in (one for layer in self._stacks() for one in layer):
             keys = [key for e in range(stack.experts) for key in stack.keys_of(e)]
             if lacking.issuperset(keys):
                 whole |= dict.fromkeys(keys, stack.name)

@@ -51,13 +51,15 @@ QUANTIZED = {
     "an adapter beside nf4, tp2 sp": TP2 | {
         "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4"},
 }
-EXPERTS = {  # with weights that stay, so that every step's tokens go where those of the first go
+EXPERTS = {
+    # With weights that stay, so that both steps' tokens go where those of the first go.
     "experts, tp2 sp": TP2 | {
         "sequence_parallel": True, "recompute_granularity": "full", "lr": 0, "min_lr": 0,
         "moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.5,
         "moe_z_loss_coeff": 0.1, "calculate_per_sample_loss": True},
-    "experts, dp2, some full": {
-        "moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "seq_aux_loss"},
+    "experts, ep2, some full": {
+        "expert_model_parallel_size": 2, "moe_expert_capacity_factor": 1.0,
+        "moe_router_load_balancing_type": "seq_aux_loss"},
 }
 FEATURES = {  # of Qwen3-VL, some for a layer of another stage
     "features over pp2": PP2 | {"pp_layers": "1,3", "recompute_granularity": "full"},
@@ -289,7 +291,7 @@ def test_a_full_expert_drops_the_tokens_of_the_smallest_weights(case_of_experts,
         trained += int((labels != IGNORE).sum())
     for hook in hooks:
         hook.remove()
-    first, _ = lines(runs["cpu"], "experts, dp2, some full", "train")
+    first, _ = lines(runs["cpu"], "experts, ep2, some full", "train")
     assert first["dropped_tokens"] == dropped > 0
     assert first["routed_tokens"] == 2 * 4 * sum(
         one.num_tokens for at in TRAINED[0] for one in microbatches[at])

@@ -359,6 +359,10 @@ def test_a_config_file_means_the_same_as_flags_and_is_beaten_by_them(tmp_path):
     assert "lr: 0.0003" in done.out and "train_iters: 9" in done.out and "bf16: true" in done.out
 
 
+BALANCED = ["--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", "0.1"]
+LOAD = ("expert_load_max", "expert_load_min", "load_balancing_loss")
+
+
 @pytest.mark.parametrize("model", ["text_model_dir", "experts_model_dir"])
 def test_a_text_model_trains_alike_in_every_layout_resumes_and_goes_home(
     model, text_wds_dir, tmp_path, request
@@ -368,7 +372,8 @@ def test_a_text_model_trains_alike_in_every_layout_resumes_and_goes_home(
     model_dir = request.getfixturevalue(model)
     given = ["train", "--load", model_dir, "--train-data-path", text_wds_dir, "--lr", "1e-2",
              "--seq-length", 128, "--packing-buffer-size", 32, "--global-batch-size", 4,
-             "--train-iters", 8, "--save-interval", 4, "--no-report"]
+             "--train-iters", 8, "--save-interval", 4, "--no-report",
+             *(BALANCED if model == "experts_model_dir" else [])]
     wide = ["--tp", 2, "--pp", 2, "--sequence-parallel", "--nproc-per-node", 4]
     apart = ["--ep", 2, "--etp", 1] if model == "experts_model_dir" else []
     runs = {"one": ([], None), "resumed": ([], "one"), "four": ([*wide, *apart], None)}
@@ -388,6 +393,9 @@ def test_a_text_model_trains_alike_in_every_layout_resumes_and_goes_home(
     for name in found:
         follows(found[name], found["one"])
     assert losses(found["resumed"]) == losses(found["one"])
+    for step, one in found["four"].items() if model == "experts_model_dir" else ():
+        assert [one[name] for name in LOAD] == pytest.approx(
+            [found["one"][step][name] for name in LOAD], rel=1e-5)
     done = megatron_vl("verify", tmp_path / "one", tmp_path / "resumed")
     assert done.code == 0, done.text
     assert found["one"][8]["loss"] < 0.8 * found["one"][1]["loss"]

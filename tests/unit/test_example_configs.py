@@ -36,7 +36,8 @@ class Dry:
     code: int
     text: str
 
-    layout = property(lambda self: re.search(r", (TP\d+xPP\d+xDP\d+)", self.text)[1])
+    layout = property(lambda self: re.search(
+        r", (TP\d+xPP\d+(?:xEP\d+)?(?:xETP\d+)?xDP\d+)", self.text)[1])
     rows = property(lambda self: re.findall(
         r"^stage \d+ .* (\d+\.\d\d)(?: +([\d,]+))?$", self.text, re.M))
     gib = property(lambda self: max(float(device) for device, _ in self.rows))

@@ -235,6 +235,8 @@ def test_a_conversion_plans_every_byte_at_its_true_size(
     options += ["--sequence-parallel"] if tp > 1 else []  # experts ask for it; it holds no weight
     if "MP_PP0_LAYERS" in variables:
         options += ["--decoder-first-pipeline-num-layers", variables["MP_PP0_LAYERS"]]
+    options += [word for name, flag in (("MP_EP", "--ep"), ("MP_ETP", "--etp")) if name in variables
+                for word in (flag, variables[name])]
     said = run([sys.executable, "-m", "megatron_vl", "train", "--dry-run", "--hf-config",
                 words[3].replace("/mnt/", f"{storage}/"), "--train-data-path", "none",
                 "--nproc-per-node", tp * pp, *options])
@@ -245,18 +247,20 @@ def test_a_conversion_plans_every_byte_at_its_true_size(
 
 
 def held_by_the_model(said: str) -> int:
-    """Numbers that TP x PP ranks hold together, which the tables of a dry run must agree on."""
-    sentence = re.search(r"the model has ([\d,]+) parameters; TP (\d+) x PP (\d+) ranks hold "
-                         r"([\d,]+)(?: = (.*))?$", said, re.M)
-    model, tp, pp, held = (int(group.replace(",", "")) for group in sentence.groups()[:4])
-    if sentence[5]:
-        parts = [int(part.split()[0].replace(",", "")) for part in sentence[5].split(" + ")]
+    """Numbers that ranks of every part hold together, on which the tables of a dry run agree."""
+    sentence = re.search(r"the model has ([\d,]+) parameters; (?:TP (\d+) x PP (\d+) ranks|(\d+) "
+                         r"ranks, one of every part of it,) hold ([\d,]+)(?: = (.*))?$", said, re.M)
+    model, tp, pp, ranks, held = (
+        int((group or "0").replace(",", "")) for group in sentence.groups()[:5])
+    if sentence[6]:
+        parts = [int(part.split()[0].replace(",", "")) for part in sentence[6].split(" + ")]
         assert (parts[0], sum(parts)) == (model, held)
     else:
         assert model == held
     rows = re.findall(r"^stage \d+ +([\d,]+) ", said, re.M)
-    assert len(rows) == pp
-    assert sum(int(row.replace(",", "")) for row in rows) * tp == held
+    assert len(rows) == (pp or len(rows))
+    of_a_stage = ranks // len(rows) if ranks else tp
+    assert sum(int(row.replace(",", "")) for row in rows) * of_a_stage == held
     return held
 
 
@@ -277,10 +281,13 @@ def test_a_training_is_laid_out_at_its_true_size(
     held_by_the_model(done.out)
     tp, pp = map(int, words[11:13])
     nodes = int(cluster.get("WORLD_SIZE", 1))
-    assert f"TP{tp}xPP{pp}xDP{8 * nodes // (tp * pp)}" in done.out
+    apart = "".join(f"{short}{variables[f'MP_{short}']}x" for short in ("EP", "ETP")
+                    if f"MP_{short}" in variables)
+    assert f"TP{tp}xPP{pp}x{apart}DP{8 * nodes // (tp * pp)}" in done.out
     assert f"= {nodes} node{'s' * (nodes > 1)} x 8" in done.out
     # Every layer is on one stage, as many on the first as was asked for.
-    stages = re.findall(r"^\d+ +\d+-\d+ +(\S+) +(\S+) ", done.out, re.M)
+    table = done.out.partition("\nstage ")[2].partition("\n\n")[0]
+    stages = re.findall(r"^\d+ +\d+-\d+ +(\S+) +(\S+) ", table, re.M)
     layers = [number for _, span in stages for number in
               range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)]
     assert layers == list(range(SIZES[page.shown[size]][size][0])) and len(stages) == pp

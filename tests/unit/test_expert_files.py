@@ -115,6 +115,14 @@ def test_a_rank_has_its_part_of_every_expert(form, models, tmp_path):
                 assert torch.equal(content["model"][f"{ours}.linear_fc2.weight"], second)
 
 
+def test_what_transformers_would_draw_at_random_is_not_asked(models, tmp_path):
+    given = write(models["oblong"], tmp_path / "given", one_by_one(read(models["oblong"])))
+    for command in (["chat", given, "Hello"], ["parity", given]):
+        done = megatron_vl(*command)
+        assert done.code == 2 and f"given has no {DOWN}, {GATE_UP}, " in done.err, done.text
+        assert "and 4 more, which transformers looks for; write it as it was" in done.err
+
+
 @pytest.mark.parametrize("name", ["square gate_up_proj", "square down_proj"])
 def test_what_looks_alike_in_both_orientations_is_told_by_the_other(name, models, tmp_path):
     """transformers 5 reads it as it lies, so that it is written as that has it."""

@@ -7,6 +7,7 @@ import hashlib
 import pytest
 import torch
 from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
+from safetensors.torch import load_file
 
 from megatron_vl.models import family, load_spec
 from megatron_vl.models.common.quantized_base import (
@@ -18,6 +19,8 @@ from megatron_vl.ops import quantized
 from megatron_vl.ops.blockwise import FORMS, quantized_bytes
 from megatron_vl.ops.quantized import LEVELS, QuantizedTensor, stored
 from megatron_vl.parallel import Layout
+from megatron_vl.parity.quantized import write_quantized
+from megatron_vl.parity.ranks import Setting
 from megatron_vl.weights.rules import box
 
 # What bitsandbytes 0.50.2 makes on a CPU of WEIGHT: its second block is zeros, its last is short.
@@ -39,6 +42,23 @@ def kept(weight: torch.Tensor, form: str) -> QuantizedTensor:
     made = QuantizedTensor.empty_like(weight, form)
     made.store_(weight)
     return made
+
+
+def test_the_judge_is_given_every_expert_of_a_tensor_quantised_by_itself(
+    deepstack_experts_model_dir, tmp_path
+):
+    spec = load_spec(deepstack_experts_model_dir)
+    written = write_quantized(tmp_path, deepstack_experts_model_dir, spec,
+                              Setting(quantize_base="nf4"))
+    before, after = (load_file(one / "model.safetensors")
+                     for one in (deepstack_experts_model_dir, written))
+    assert before.keys() == after.keys()
+    name = "model.language_model.layers.3.mlp.experts.gate_up_proj"
+    for expert, has in zip(before[name], after[name], strict=True):  # [H, 2F] each
+        gate, up = (kept(one, "nf4").dequantize() for one in expert.T.contiguous().chunk(2))
+        assert torch.equal(has.T, torch.cat([gate, up]))
+    router = "model.language_model.layers.3.mlp.gate.weight"
+    assert torch.equal(before[router], after[router])
 
 
 def digest(weight: torch.Tensor) -> str:
