@@ -124,3 +124,18 @@ def test_a_layout_says_how_many_experts_a_rank_has_and_how_wide_they_are(experts
     assert experts_way(spec, layout, "auto", dtype="float32", kept="nf4", case=case).grouped
     width = spec.decoder.experts.ffn_hidden_size // 2
     assert cases == [{"dtype": "float32", "kept": "nf4", "experts": 2, "widths": (64, width)}]
+
+
+@pytest.mark.parametrize(("asked", "told"), [
+    ("on", "experts grouped (asked for)"), ("off", "experts one by one (asked for)"),
+])
+def test_a_run_says_how_its_experts_are_computed(asked, told, experts_model_dir):
+    from megatron_vl.platform import select_platform
+    from megatron_vl.training.options.config import TrainConfig
+    from megatron_vl.training.plan import plan_run
+    from megatron_vl.training.reporting.describe import describe
+
+    plan = plan_run(TrainConfig.from_dict({
+        "hf_config": str(experts_model_dir), "train_data_path": "data", "moe_grouped_gemm": asked,
+    }), 1)
+    assert f", {told}, norms " in describe(plan, select_platform())
