@@ -74,10 +74,11 @@ class _LocalQuantized(_Local):
     def row_parallel_linear(self) -> type:
         return QuantizedRowLinear
 
-    def grouped_mlp_modules(self, *grouped_gemm: bool) -> tuple[type, MLPSubmodules]:
-        return SequentialMLP, MLPSubmodules(
-            linear_fc1=QuantizedColumnLinear, linear_fc2=QuantizedRowLinear
-        )
+    def grouped_mlp_modules(self, *grouped_gemm: bool) -> tuple[type, MLPSubmodules] | partial:
+        made_of = MLPSubmodules(linear_fc1=QuantizedColumnLinear, linear_fc2=QuantizedRowLinear)
+        if isinstance(super().grouped_mlp_modules(*grouped_gemm), tuple):  # Megatron-Core 0.16
+            return SequentialMLP, made_of
+        return partial(SequentialMLP, submodules=made_of)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
