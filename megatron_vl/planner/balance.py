@@ -21,7 +21,7 @@ def balanced(layers: int, layer: float, extra: Sequence[Sequence[float]]) -> Row
     counts = [[1] * len(row) for row in extra]
     counts[0][0] = 0
     busy = [sum(row[stage] for row in extra) for stage in range(len(extra[0]))]
-    for chunk, stage in chunks[1:]:
+    for _, stage in chunks[1:]:
         busy[stage] += layer
     for _ in range(layers - len(chunks) + 1):
         # Of stages that are alike the later one, which keeps fewer microbatches' activations.

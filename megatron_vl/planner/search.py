@@ -9,6 +9,7 @@ best.
 from __future__ import annotations
 
 import heapq
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,20 @@ from pathlib import Path
 from megatron_vl.errors import InputError
 from megatron_vl.models.registry import load_spec
 from megatron_vl.models.spec import ModelSpec
-from megatron_vl.parallel import LANGUAGE, VISION, Layout
+from megatron_vl.parallel import VISION, Layout
 from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import Card
+from megatron_vl.planner.held import HeldMemory, StageMemory
 from megatron_vl.planner.space import RECOMPUTE, ROWS, Unfit, even, layouts, options_of
-from megatron_vl.planner.step_time import StepTime, Work, chunk_work, microbatch, parts, step_time
-from megatron_vl.training.activations import ActivationMemory, activation_memory
-from megatron_vl.training.memory import RankMemory, rank_memory
+from megatron_vl.planner.step_time import (
+    Parts,
+    StepTime,
+    Work,
+    chunk_work,
+    microbatch,
+    parts,
+    step_time,
+)
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
 
@@ -47,18 +55,6 @@ class Question:
         values = {"bf16": True, "train_data_path": DATA, **self.options, **more,
                   "hf_config": str(self.hf_dir)}
         return plan_run(TrainConfig.from_dict(values), self.gpus, here=False)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageMemory:
-    """Bytes of every rank of a stage."""
-
-    held: RankMemory
-    activations: ActivationMemory
-
-    @property
-    def bytes(self) -> int:
-        return self.held.device_bytes + self.activations.peak
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,21 +104,18 @@ def search(question: Question, *, progress: Callable[[Iterable], Iterable] = ite
     Raises:
         InputError: options that no layout could mend.
     """
-    spec, found, fits = load_spec(question.hf_dir), Found(), []
-    plan = question.plan()  # whose refusals are the question's own, with one card or many
-    every = list(layouts(spec, gpus=question.gpus, per_node=question.per_node,
-                         row_length=plan.row_length))
-    for layout in progress(every):
+    spec, found, fits, memory = load_spec(question.hf_dir), Found(), [], HeldMemory()
+    for layout in progress(list(_layouts(question, spec))):
         if isinstance(layout, Unfit):
             found.fell[layout.reason] += 1
         else:
-            fits += _fitting(question, spec, layout, found)
+            fits += _fitting(question, spec, layout, memory, found)
     found.fit = len(fits)
     best: list[tuple[float, int, Choice]] = []  # a heap of the slowest first
     for number, fit in enumerate(sorted(fits, key=lambda fit: fit.least)):
         if len(best) == BEST and fit.least >= -best[0][0]:
             break
-        choice = _timed(question, fit)
+        choice = _timed(question, fit, memory)
         heapq.heappush(best, (-choice.step.seconds, -number, choice))
         if len(best) > BEST:
             heapq.heappop(best)
@@ -132,15 +125,19 @@ def search(question: Question, *, progress: Callable[[Iterable], Iterable] = ite
 
 def fits_any(question: Question) -> bool:
     """Whether any layout fits."""
-    spec, plan = load_spec(question.hf_dir), question.plan()
-    every = layouts(spec, gpus=question.gpus, per_node=question.per_node,
-                    row_length=plan.row_length)
-    return any(True for layout in every if isinstance(layout, Layout)
-               for _ in _fitting(question, spec, layout, Found()))
+    spec, memory = load_spec(question.hf_dir), HeldMemory()
+    return any(True for layout in _layouts(question, spec) if isinstance(layout, Layout)
+               for _ in _fitting(question, spec, layout, memory, Found()))
+
+
+def _layouts(question: Question, spec: ModelSpec) -> Iterator[Layout | Unfit]:
+    plan = replace(question, gpus=1).plan()  # what it refuses, no layout could mend
+    return layouts(spec, gpus=question.gpus, per_node=question.per_node,
+                   row_length=plan.row_length)
 
 
 def _fitting(
-    question: Question, spec: ModelSpec, layout: Layout, found: Found
+    question: Question, spec: ModelSpec, layout: Layout, memory: HeldMemory, found: Found
 ) -> Iterator[_Fit]:
     """What fits of a layout: for every number of rows, with the least recompute that does."""
     options = options_of(layout)
@@ -152,7 +149,6 @@ def _fitting(
     except InputError:
         found.fell["the run's options do not go with it"] += 1
         return
-    held = None
     for rows in ROWS:
         fit = None
         for recompute in RECOMPUTE:
@@ -163,19 +159,19 @@ def _fitting(
             except InputError:
                 found.fell["microbatches do not divide over it"] += 1
                 break
-            held = held or {stage: rank_memory(plan, stage) for stage in _telling_stages(plan)}
-            if max(one.device_bytes for one in held.values()) > question.card.room:
+            told = _telling_stages(plan)
+            if max(memory(plan, stage).device_bytes for stage in told) > question.card.room:
                 found.fell["weights, gradients and optimizer alone do not fit"] += 1
-                _remember(found, own, plan, held)
+                _remember(question, found, own, memory)
                 return
-            memory = [one.device_bytes + activation_memory(plan, stage, held=one).peak
-                      for stage, one in held.items()]
-            if max(memory) <= question.card.room:
-                fit = _priced(question, own, plan)
+            chunks = memory.chunks(plan)
+            if all(memory.stage(plan, stage, chunks=chunks).bytes <= question.card.room
+                   for stage in told):
+                fit = _priced(question, own, plan, chunks)
                 break
             found.fell["activations do not fit"] += 1
         else:
-            _remember(found, own, plan, held)
+            _remember(question, found, own, memory)
         if fit is None:  # with more rows less fits
             return
         yield fit
@@ -189,19 +185,21 @@ def _split_options(
         return {}
     plan = question.plan(**options, pp_layers=str(even(spec, layout)),
                          global_batch_size=layout.dp * layout.pp)
-    of = _parts(question, plan)
+    of = _parts(question, plan, chunks=1)
     extra = [[0.0] * layout.pp for _ in range(layout.vp)]
     extra[0][0] = of.start.seconds + of.vision_layer.seconds * spec.layers.get(VISION, 0)
     extra[-1][-1] += of.end.seconds
     counts = balanced(spec.decoder.num_layers, of.layer.seconds, extra)
     if counts == even(spec, layout) and not spec.decoder.num_layers % (layout.pp * layout.vp):
         return {}
-    return {"pp_layers": str(counts if layout.vp > 1 else counts[0]).strip("[]" * (layout.vp == 1))}
+    if layout.vp == 1:
+        return {"pp_layers": ",".join(map(str, counts[0]))}
+    return {"pp_layers": json.dumps(counts, separators=(",", ":"))}
 
 
-def _parts(question: Question, plan: Plan):
+def _parts(question: Question, plan: Plan, chunks: int) -> Parts:
     return parts(plan, question.card, microbatch(plan, question.image_tokens),
-                 per_node=question.per_node)
+                 per_node=question.per_node, chunks=chunks)
 
 
 def _telling_stages(plan: Plan) -> list[int]:
@@ -215,41 +213,31 @@ def _telling_stages(plan: Plan) -> list[int]:
     return list(kinds.values())
 
 
-def _priced(question: Question, options: dict[str, object], plan: Plan) -> _Fit:
-    work = chunk_work(plan, _parts(question, plan), question.card)
+def _priced(question: Question, options: dict[str, object], plan: Plan, chunks: int) -> _Fit:
+    work = chunk_work(plan, _parts(question, plan, chunks), question.card)
     stages = [sum(row[stage].seconds for row in work) for stage in range(plan.layout.pp)]
     return _Fit(options=options, plan=plan, work=work, least=max(stages) * plan.num_microbatches)
 
 
-def _timed(question: Question, fit: _Fit) -> Choice:
-    plan, stages = fit.plan, _memory(fit.plan)
+def _timed(question: Question, fit: _Fit, memory: HeldMemory) -> Choice:
+    plan, chunks = fit.plan, memory.chunks(fit.plan)
+    stages = tuple(memory.stage(plan, stage, chunks=chunks) for stage in range(plan.layout.pp))
     step = step_time(plan, fit.work, [one.held for one in stages], question.card,
                      microbatch(plan, question.image_tokens), per_node=question.per_node)
     return Choice(options=fit.options, plan=plan, stages=stages, step=step)
 
 
-def _memory(plan: Plan) -> tuple[StageMemory, ...]:
-    stages = []
-    for stage in range(plan.layout.pp):
-        held = rank_memory(plan, stage)
-        stages.append(StageMemory(held=held, activations=activation_memory(plan, stage, held=held)))
-    return tuple(stages)
-
-
-def _remember(found: Found, options: dict, plan: Plan, held: dict[int, RankMemory]) -> None:
-    """Keeps what needs the least of all that do not fit."""
-    stages = tuple(StageMemory(held=one, activations=activation_memory(plan, stage, held=one))
-                   for stage, one in held.items())
+def _remember(
+    question: Question, found: Found, options: dict[str, object], memory: HeldMemory
+) -> None:
+    """Keeps what needs the least of all that do not fit, every layer recomputed."""
+    options = options | {"recompute_granularity": RECOMPUTE[-1]}
+    plan = question.plan(**options)
+    told, most = _telling_stages(plan), found.closest and found.closest.worst.bytes
+    if most and max(memory(plan, stage).device_bytes for stage in told) >= most:
+        return
+    chunks = memory.chunks(plan)
+    stages = tuple(memory.stage(plan, stage, chunks=chunks) for stage in told)
     choice = Choice(options=options, plan=plan, stages=stages, step=None)
-    if found.closest is None or choice.worst.bytes < found.closest.worst.bytes:
+    if most is None or choice.worst.bytes < most:
         found.closest = choice
-
-
-def with_options(question: Question, **more: object) -> Question:
-    """The question of other options."""
-    return replace(question, options=question.options | more)
-
-
-def layers_of(plan: Plan) -> str:
-    """Language layers of every stage, chunk by chunk."""
-    return "/".join("-".join(map(str, row)) for row in plan.split.rows(LANGUAGE))

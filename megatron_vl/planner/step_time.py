@@ -19,7 +19,6 @@ from megatron_vl.models.common.parts import MERGER
 from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.planner.cards import Card
 from megatron_vl.planner.schedule import Pipeline, simulate
-from megatron_vl.training.activations import cross_entropy_chunks
 from megatron_vl.training.memory import FP32, ITEMSIZE, RankMemory
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.flops import step_flops
@@ -99,15 +98,15 @@ def microbatch(plan: Plan, image_tokens: int) -> Microbatch:
     return Microbatch(lengths=lengths, grid=grid, images=rows * patches / math.prod(grid))
 
 
-def parts(plan: Plan, card: Card, batch: Microbatch, *, per_node: int) -> Parts:
-    """What layers and ends take on one rank, whatever the split is."""
+def parts(plan: Plan, card: Card, batch: Microbatch, *, per_node: int, chunks: int) -> Parts:
+    """What layers and ends take on one rank, whatever the split is; `chunks` of cross-entropy."""
     links = _Links(plan, card, per_node)
     merger = _merger(plan, card, batch) if batch.grid else Work()
     return Parts(
         layer=_language_layer(plan, card, batch, links),
         vision_layer=_vision_layer(plan, card, batch, links) if batch.grid else Work(),
         start=merger + links.gathered_embeddings(batch),
-        end=_head(plan, card, batch),
+        end=_head(plan, card, batch, chunks),
     )
 
 
@@ -123,9 +122,15 @@ def chunk_work(plan: Plan, of: Parts, card: Card) -> list[list[Work]]:
             work = of.layer.times(layers) + of.vision_layer.times(vision)
             work += of.start if (stage, chunk) == split.embedding_chunk else Work()
             work += of.end if (stage, chunk) == (layout.pp - 1, layout.vp - 1) else Work()
-            host = (layers + vision) * card.layer_host_us / 1e6
-            row.append(Work(forward=max(work.forward, host * FORWARD_SHARE),
-                            backward=max(work.backward, host * (1 - FORWARD_SHARE))))
+            host = card.layer_host_us / 1e6
+            queued = layers + vision
+            again = (layers * (plan.recompute.granularity == "full")
+                     + vision * (plan.vit_recompute.granularity == "full"))
+            row.append(Work(
+                forward=max(work.forward, host * FORWARD_SHARE * queued),
+                backward=max(work.backward, host * (
+                    (1 - FORWARD_SHARE) * queued + FORWARD_SHARE * again)),
+            ))
         rows.append(row)
     return rows
 
@@ -223,11 +228,11 @@ def _merger(plan: Plan, card: Card, batch: Microbatch) -> Work:
     return Work(forward=card.matrix_seconds(flops), backward=card.matrix_seconds(backward))
 
 
-def _head(plan: Plan, card: Card, batch: Microbatch) -> Work:
+def _head(plan: Plan, card: Card, batch: Microbatch, chunks: int) -> Work:
     decoder, ranks = plan.spec.decoder, plan.layout.tp * plan.layout.cp
     flops = 2 * batch.tokens * decoder.hidden_size * decoder.vocab_size / ranks
     losses = card.memory_seconds(batch.tokens * decoder.vocab_size / ranks * 2 * FP32)
-    trained, again = LANGUAGE not in plan.trainable.frozen, cross_entropy_chunks(plan) > 1
+    trained, again = LANGUAGE not in plan.trainable.frozen, chunks > 1
     return Work(
         forward=card.matrix_seconds(flops) + losses,
         backward=card.matrix_seconds(flops * (1 + trained + again)) + losses * (1 + again),

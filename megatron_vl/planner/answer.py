@@ -1,0 +1,149 @@
+"""The best layouts as text, and the first as a run: a command, a script's variables, a YAML file.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+
+import yaml
+
+from megatron_vl.parallel import LANGUAGE
+from megatron_vl.planner.search import Choice, Found, Question
+from megatron_vl.training.dry_run import aligned
+from megatron_vl.training.options.spellings import flags_of
+
+GIB = 2**30
+WARNING = (
+    "Times are predictions from data sheets and from one measured card, an H200; they were not "
+    "measured on these cards. Memory is what train --dry-run says."
+)
+
+
+def answer(question: Question, found: Found) -> str:
+    """All that is printed of a search that found something."""
+    first = found.best[0]
+    parts = [
+        _head(question, found),
+        "\n".join(aligned(_choices(question, found.best))),
+        "\n".join(aligned(_stages(first))),
+        "\n".join(aligned(_memory(question, first))),
+        "run the first (in the launcher scripts, these variables):",
+        command(question, first),
+        script_variables(question, first),
+        WARNING,
+    ]
+    return "\n\n".join(parts)
+
+
+def yaml_text(question: Question, choice: Choice) -> str:
+    """Options of a run, as `train --config` reads them."""
+    options = {name.replace("_", "-"): value for name, value in run_options(question,
+                                                                          choice).items()}
+    head = (f"# {choice.plan.spec.model_type} on {question.gpus} x {question.card.name}: "
+            f"{choice.plan.layout}\n")
+    return head + yaml.safe_dump(options, sort_keys=False)
+
+
+def run_options(question: Question, choice: Choice) -> dict[str, object]:
+    """All options of the run but where the model and its data are."""
+    return {"bf16": True, **question.options, **choice.options}
+
+
+def command(question: Question, choice: Choice) -> str:
+    """`megatron-vl train` with these options."""
+    words = ["megatron-vl", "train", "--load", str(question.hf_dir), "--train-data-path", "DATA",
+             "--save", "RUN"]
+    nodes = question.gpus // question.per_node
+    words += ["--nnodes", str(nodes)] if nodes > 1 else []
+    words += ["--nproc-per-node", str(min(question.gpus, question.per_node))]
+    return shlex.join([*words, *_flags(run_options(question, choice))])
+
+
+def script_variables(question: Question, choice: Choice) -> str:
+    """What the positional launcher scripts call these options."""
+    plan, layout = choice.plan, choice.plan.layout
+    batch, options = plan.config.batch, run_options(question, choice)
+    recompute = {None: "false", "selective": "sel", "full": "full"}[
+        options.get("recompute_granularity")]
+    values = {
+        "BATCH_SIZE": batch.micro_batch_size, "GLOBAL_BATCH_SIZE": batch.global_batch_size,
+        "SEQ_LEN": batch.seq_length, "PR": "bf16", "TP": layout.tp, "PP": layout.pp,
+        "CP": layout.cp, "SP": str(layout.sequence_parallel).lower(), "DO": "true",
+        "AC": recompute,
+    }
+    values |= {name: value for name, value, usual in (
+        ("MP_VP", layout.vp, 1), ("MP_EP", layout.ep, 1), ("MP_ETP", layout.etp, None),
+    ) if value != usual}
+    named = {"micro_batch_size", "global_batch_size", "seq_length", "bf16",
+             "tensor_model_parallel_size", "pipeline_model_parallel_size",
+             "context_parallel_size", "sequence_parallel", "recompute_granularity",
+             "num_virtual_stages_per_pipeline_rank", "expert_model_parallel_size",
+             "expert_tensor_parallel_size"}
+    more = _flags({name: value for name, value in options.items() if name not in named})
+    values |= {"MP_EXTRA": shlex.join(more)} if more else {}
+    return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
+
+
+def _flags(options: dict[str, object]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        flag = flags_of(name)[0]
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        else:
+            several = isinstance(value, (list, tuple))
+            words += [flag, *map(str, value if several else [value])]
+    return words
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def _head(question: Question, found: Found) -> str:
+    plan, card = found.best[0].plan, question.card
+    nodes = -(-question.gpus // question.per_node)
+    fell = sum(found.fell.values())
+    images = "" if plan.spec.vision is None else (
+        f", all of them images of about {question.image_tokens} tokens")
+    return "\n".join([
+        f"{plan.spec.model_type} on {question.gpus} x {card.name}, {nodes} "
+        f"node{'s' * (nodes > 1)}: a run may fill {card.room / GIB:.1f} GiB of a card",
+        f"{plan.config.batch.global_batch_size} rows of {plan.row_length} tokens a step{images}",
+        f"{found.fit} ways to run fit, {fell} do not:",
+        *(f"  {number:6,} {reason}" for reason, number in found.fell.most_common()),
+    ])
+
+
+def _choices(question: Question, best: Iterable[Choice]) -> Iterator[tuple[str, ...]]:
+    yield ("", "layout", "rows", "recompute", "tokens/s", "s/step", "MFU", "bubble", "balance",
+           "GiB", "of room")
+    for number, one in enumerate(best, 1):
+        step, worst = one.step, one.worst.bytes
+        yield (
+            f"{number}", f"{one.plan.layout}", f"{one.plan.config.batch.micro_batch_size}",
+            one.options.get("recompute_granularity", "-"), f"{one.tokens_per_second:,.0f}",
+            f"{step.seconds:.2f}", f"{step.utilization(one.plan, question.card):.1%}",
+            f"{step.pipeline.bubble:.1%}", f"{step.pipeline.balance:.2f}",
+            f"{worst / GIB:.1f}", f"{worst / question.card.room:.0%}",
+        )
+
+
+def _stages(choice: Choice) -> Iterator[tuple[str, ...]]:
+    """Of the first, layers and time of every stage."""
+    split, pipeline = choice.plan.split, choice.step.pipeline
+    yield ("the first", "language layers", "busy, s", "of a step")
+    for stage, busy in enumerate(pipeline.busy):
+        layers = [str(len(split.layers(LANGUAGE, stage, chunk))) for chunk in range(split.vp)]
+        yield f"stage {stage}", "+".join(layers), f"{busy:.2f}", f"{busy / choice.step.seconds:.0%}"
+
+
+def _memory(question: Question, choice: Choice) -> Iterator[tuple[str, ...]]:
+    """Of the first, GiB of its fullest rank by kind."""
+    worst = choice.worst
+    held, activations = worst.held, worst.activations
+    numbers = (held.weight_bytes, held.gradient_bytes, held.optimizer_bytes, activations.kept,
+               activations.peak - activations.kept, worst.bytes, question.card.room - worst.bytes)
+    yield ("GiB of a rank", "weights", "gradients", "optimizer", "activations kept",
+           "a moment's more", "together", "left")
+    yield (f"stage {held.stage}", *(f"{number / GIB:.2f}" for number in numbers))
