@@ -81,7 +81,7 @@ def script_variables(question: Question, choice: Choice) -> str:
              "num_virtual_stages_per_pipeline_rank", "expert_model_parallel_size",
              "expert_tensor_parallel_size"}
     more = _flags({name: value for name, value in options.items() if name not in named})
-    values |= {"MP_EXTRA": shlex.join(more)} if more else {}
+    values |= {"MP_EXTRA": " ".join(more)} if more else {}  # which is split at blanks
     return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
 
 

@@ -1,8 +1,8 @@
 """What cards and the links between them can do, and which share of it a training step gets.
 
-Peaks are the makers' data sheets'; their GB are taken as 10^9 bytes. Links are in one direction, of
-one card. Shares are stated once, in `Card`; `calibration` in docs/planning.md says where each comes
-from. A FILE.json replaces any of these numbers.
+Peaks are the makers' data sheets'; their GB are taken as 10^9 bytes. Links are in one direction,
+of one card. Shares are stated once, in `Card`; docs/planning.md says where each comes from. A
+FILE.json replaces any of these numbers.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 
 ROWS = (1, 2, 4, 8)  # of a microbatch
 RECOMPUTE = (None, "selective", "full")  # from the fastest to the smallest
-MOST_CHUNKS = 8  # of a stage: more have a small bubble already, and send all the more
+MOST_CHUNKS = 4  # of a stage: more make a small bubble little smaller, and send all the more
 LEAST_TOKENS = 128  # of a row on one rank: fewer leave a card idle
 
 
