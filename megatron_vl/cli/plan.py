@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_vl.errors import Bounds, InputError
+from megatron_vl.models.registry import load_spec
 from megatron_vl.outputs import replacing_file, with_suffix
 from megatron_vl.training.options.config_sources import add_some_arguments
 from megatron_vl.training.options.groups import (
@@ -15,6 +16,7 @@ from megatron_vl.training.options.groups import (
     ModelRunOptions,
     OptimizerOptions,
 )
+from megatron_vl.training.options.option import defaults
 
 OPTIONS = {  # of a run, whatever its layout is
     BatchOptions: ("seq_length", "global_batch_size"),
@@ -24,6 +26,7 @@ OPTIONS = {  # of a run, whatever its layout is
     OptimizerOptions: ("grad_reduce_in_bf16",),
 }
 LEAST_ROWS = 64  # of a step, where nothing says how many
+IMAGE_TOKENS = 1024  # of an image, where nothing says how many
 MOST = 2**16  # cards
 
 
@@ -41,7 +44,7 @@ def add_parser(commands) -> None:
                         "16g, or a FILE.json with numbers of your own (default: h100-80g)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N",
                         help="cards of a node (default: 8, or all if they are fewer)")
-    parser.add_argument("--image-tokens", type=int, default=1024, metavar="N",
+    parser.add_argument("--image-tokens", type=int, metavar="N",
                         help="tokens of an image, of which rows are full; for times alone "
                         "(default: 1024)")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml",
@@ -77,7 +80,11 @@ def _question(args: argparse.Namespace):
     from megatron_vl.planner.search import Question
 
     for name in ("gpus", "gpus_per_node", "image_tokens"):
-        Bounds(least=1, most=MOST).check(f"--{name.replace('_', '-')}", getattr(args, name))
+        if getattr(args, name) is not None:
+            Bounds(least=1, most=MOST).check(f"--{name.replace('_', '-')}", getattr(args, name))
+    spec = load_spec(args.hf_dir)
+    if args.image_tokens is not None and spec.vision is None:
+        raise spec.takes_text_alone("image_tokens", args.image_tokens)
     per_node = min(args.gpus_per_node, args.gpus)
     if args.gpus % per_node:
         raise InputError(
@@ -86,10 +93,9 @@ def _question(args: argparse.Namespace):
         )
     options = {name: getattr(args, name) for names in OPTIONS.values() for name in names
                if name in args}
+    options.setdefault("seq_length", defaults(BatchOptions)["seq_length"])
     options.setdefault("global_batch_size", -(-LEAST_ROWS // args.gpus) * args.gpus)
-    options = {name: list(value) if isinstance(value, tuple) else value
-               for name, value in options.items()}
     return Question(
         hf_dir=args.hf_dir, gpus=args.gpus, per_node=per_node, card=read_card(args.gpu),
-        options=options, image_tokens=args.image_tokens,
+        options=options, image_tokens=args.image_tokens or IMAGE_TOKENS,
     )
