@@ -69,8 +69,9 @@ def script_variables(question: Question, choice: Choice) -> str:
     values = {
         "BATCH_SIZE": batch.micro_batch_size, "GLOBAL_BATCH_SIZE": batch.global_batch_size,
         "SEQ_LEN": batch.seq_length, "PAD_LEN": plan.row_length, "PR": "bf16",
-        "TP": layout.tp, "PP": layout.pp, "CP": layout.cp, "SP": str(layout.sequence_parallel).lower(), "DO": "true",
-        "AC": recompute, "MP_PACKING_BUFFER": plan.config.data.packing_buffer_size,
+        "TP": layout.tp, "PP": layout.pp, "CP": layout.cp,
+        "SP": str(layout.sequence_parallel).lower(), "DO": "true", "AC": recompute,
+        "MP_PACKING_BUFFER": plan.config.data.packing_buffer_size,
     }
     values |= {name: value for name, value, usual in (
         ("MP_VP", layout.vp, 1), ("MP_EP", layout.ep, 1), ("MP_ETP", layout.etp, None),

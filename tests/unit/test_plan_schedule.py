@@ -45,3 +45,14 @@ def test_interleaved_chunks_are_in_the_order_of_megatron_core(v, m):
         assert [(one.chunk + 1) * (-1 if one.backward else 1) for one in ours] == theirs
         forward = [(one.microbatch, one.chunk) for one in ours if not one.backward]
         assert forward == table
+
+
+@pytest.mark.parametrize(("p", "v", "m"), [(1, 1, 3), (4, 1, 8), (4, 1, 2), (4, 2, 8), (3, 3, 6)])
+def test_a_stage_keeps_as_many_microbatches_as_its_memory_counts(p, v, m):
+    for stage in range(p):
+        kept = most = 0
+        for one in operations(stage, p=p, v=v, m=m):
+            kept += -1 if one.backward else 1
+            most = max(most, kept)
+        counted = min(p - stage, m) if v == 1 else min(2 * (p - stage - 1) + (v - 1) * p + 1, m * v)
+        assert most == counted and kept == 0

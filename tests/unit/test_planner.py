@@ -67,6 +67,7 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
     (["--gpus", 0], ["--gpus is 0"]),
     (["--gpus", 1, "--gpu", "h300"], ["--gpu h300 is no card .* did you mean h200?"]),
     (["--gpus", 8, "--seq-length", 0], ["seq-length is 0"]),
+    (["--gpus", 8, "--quantize-base", "nf4"], ["quantize-base is about an adapter"]),
     (["--gpus", 8, "--out", "plan.txt"], ["--out plan.txt ends in .txt"]),
 ])
 def test_what_cannot_be_is_refused_in_a_sentence(model, capsys, words, told):
