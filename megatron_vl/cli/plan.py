@@ -85,6 +85,11 @@ def _question(args: argparse.Namespace):
     spec = load_spec(args.hf_dir)
     if args.image_tokens is not None and spec.vision is None:
         raise spec.takes_text_alone("image_tokens", args.image_tokens)
+    if args.image_tokens is not None and (grid := spec.vision.only_grid) is not None:
+        raise InputError(
+            f"--image-tokens is {args.image_tokens}, but every image of {spec.model_type} has "
+            f"{spec.vision.num_tokens(grid)} tokens; leave it out."
+        )
     per_node = min(args.gpus_per_node, args.gpus)
     if args.gpus % per_node:
         raise InputError(

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_vl.parallel import LANGUAGE
 from megatron_vl.planner.search import Choice, Found, Question
+from megatron_vl.planner.step_time import microbatch
 from megatron_vl.training.dry_run import aligned
 from megatron_vl.training.options.spellings import flags_of
 
@@ -105,13 +106,14 @@ def _head(question: Question, found: Found) -> str:
     plan, card = found.best[0].plan, question.card
     nodes = -(-question.gpus // question.per_node)
     fell = sum(found.fell.values())
-    images = "" if plan.spec.vision is None else (
-        f", all of them images of about {question.image_tokens} tokens")
+    grid = microbatch(plan, question.image_tokens).grid
+    images = "" if grid is None else (
+        f", all of them images of {plan.spec.vision.num_tokens(grid)} tokens")
     return "\n".join([
         f"{plan.spec.model_type} on {question.gpus} x {card.name}, {nodes} "
         f"node{'s' * (nodes > 1)}: a run may fill {card.room / GIB:.1f} GiB of a card",
         f"{plan.config.batch.global_batch_size} rows of {plan.row_length} tokens a step{images}",
-        f"{found.fit} ways to run fit, {fell} do not:",
+        f"{found.fit} ways to run fit, {fell} do not{':' * (fell > 0)}",
         *(f"  {number:6,} {reason}" for reason, number in found.fell.most_common()),
     ])
 
