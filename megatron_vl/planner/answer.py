@@ -1,18 +1,16 @@
-"""The best layouts as text, and the first as a run: a command, a script's variables, a YAML file.
-"""
+"""The best layouts as text, and the first as a YAML file of options."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator
 
 import yaml
 
 from megatron_vl.parallel import LANGUAGE
+from megatron_vl.planner.commands import command, run_options, script_variables
 from megatron_vl.planner.search import Choice, Found, Question
 from megatron_vl.planner.step_time import microbatch
 from megatron_vl.training.dry_run import aligned
-from megatron_vl.training.options.spellings import flags_of
 
 GIB = 2**30
 WARNING = (
@@ -44,59 +42,6 @@ def yaml_text(question: Question, choice: Choice) -> str:
     head = (f"# {choice.plan.spec.model_type} on {question.gpus} x {question.card.name}: "
             f"{choice.plan.layout}\n")
     return head + yaml.safe_dump(options, sort_keys=False)
-
-
-def run_options(question: Question, choice: Choice) -> dict[str, object]:
-    """All options of the run but where the model and its data are."""
-    return {"bf16": True, **question.options, **choice.options}
-
-
-def command(question: Question, choice: Choice) -> str:
-    """`megatron-vl train` with these options."""
-    words = ["megatron-vl", "train", "--load", str(question.hf_dir), "--train-data-path", "DATA",
-             "--save", "RUN"]
-    nodes = question.gpus // question.per_node
-    words += ["--nnodes", str(nodes)] if nodes > 1 else []
-    words += ["--nproc-per-node", str(min(question.gpus, question.per_node))]
-    return shlex.join([*words, *_flags(run_options(question, choice))])
-
-
-def script_variables(question: Question, choice: Choice) -> str:
-    """What the positional launcher scripts call these options."""
-    plan, layout = choice.plan, choice.plan.layout
-    batch, options = plan.config.batch, run_options(question, choice)
-    recompute = {None: "false", "selective": "sel", "full": "full"}[
-        options.get("recompute_granularity")]
-    values = {
-        "BATCH_SIZE": batch.micro_batch_size, "GLOBAL_BATCH_SIZE": batch.global_batch_size,
-        "SEQ_LEN": batch.seq_length, "PAD_LEN": plan.row_length, "PR": "bf16",
-        "TP": layout.tp, "PP": layout.pp, "CP": layout.cp,
-        "SP": str(layout.sequence_parallel).lower(), "DO": "true", "AC": recompute,
-        "MP_PACKING_BUFFER": plan.config.data.packing_buffer_size,
-    }
-    values |= {name: value for name, value, usual in (
-        ("MP_VP", layout.vp, 1), ("MP_EP", layout.ep, 1), ("MP_ETP", layout.etp, None),
-    ) if value != usual}
-    named = {"micro_batch_size", "global_batch_size", "seq_length", "bf16",
-             "tensor_model_parallel_size", "pipeline_model_parallel_size",
-             "context_parallel_size", "sequence_parallel", "recompute_granularity",
-             "num_virtual_stages_per_pipeline_rank", "expert_model_parallel_size",
-             "expert_tensor_parallel_size"}
-    more = _flags({name: value for name, value in options.items() if name not in named})
-    values |= {"MP_EXTRA": " ".join(more)} if more else {}  # which is split at blanks
-    return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
-
-
-def _flags(options: dict[str, object]) -> list[str]:
-    words = []
-    for name, value in options.items():
-        flag = flags_of(name)[0]
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
-        else:
-            several = isinstance(value, (list, tuple))
-            words += [flag, *map(str, value if several else [value])]
-    return words
 
 
 # ---- tables ------------------------------------------------------------------------------------
