@@ -35,6 +35,7 @@ COMMANDS = {
     "verify": "whether two checkpoints hold the same tensors, whatever their layouts",
     "prepare": "raw data -> WebDataset shards ready for energon",
     "lint": "what is in prepared data: unusable samples, histograms, how rows fill",
+    "plan": "which layout of so many cards, does it fit, how fast",
     "train": "pretrain or finetune",
     "finetune": "train by the flags of a published fine-tuning script",
     "launch": "one command on every host of a hostfile, over ssh",

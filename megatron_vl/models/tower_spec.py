@@ -88,6 +88,9 @@ class TowerSpec(Protocol):
     def forward_flops(self, grid: tuple[int, int, int]) -> int:
         """FLOPs of a forward pass over one image or video."""
 
+    def attention_flops(self, grid: tuple[int, int, int]) -> int:
+        """Of them, scores and sums of the layers."""
+
     def merger_flops(self, grid: tuple[int, int, int]) -> int:
         """Of them, those of what projects it to the decoder's width."""
 

@@ -25,6 +25,7 @@ PEAK_TFLOPS = (
     ("L20", 119.5),
     ("RTX 4090 D", 147.0),
     ("RTX 4090", 165.2),
+    ("RTX 4080", 97.5),
     ("RTX 3090", 71.0),
     ("MI300X", 1307.4),
     (r"Ascend910B\d", 354.0),  # of no data sheet: what verl and VeOmni count with

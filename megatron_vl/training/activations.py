@@ -227,13 +227,17 @@ def activation_memory(
     )
 
 
-def cross_entropy_chunks(plan: Plan) -> int:
-    """As the options say; else as few as keep the logits a small share of their rank's memory."""
+def cross_entropy_chunks(plan: Plan, *, held: RankMemory | None = None) -> int:
+    """As the options say; else as few as keep the logits a small share of their rank's memory.
+
+    Args:
+        held: `rank_memory` of the last stage, if that is known.
+    """
     given = plan.config.model.cross_entropy_chunks
     if given is not None:
         return given
     last = plan.layout.pp - 1
-    held = rank_memory(plan, last)
+    held = held or rank_memory(plan, last)
     head = _weight(held, "language_model.output_layer.weight") or _weight(
         held, "language_model.embedding.word_embeddings.weight")
     logits = _logits(plan, head, _tokens(plan))

@@ -48,10 +48,10 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
     stages = [rank_memory(plan, stage) for stage in range(plan.layout.pp)]
     parts = [
         _head(plan, nnodes, nproc_per_node),
-        "\n".join(_table(_layer_rows(plan, stages))),
+        "\n".join(aligned(_layer_rows(plan, stages))),
         *_expert_table(plan),
-        "\n".join(_table(_memory_rows(plan, stages))),
-        "\n".join(_table(_activation_rows(plan, stages))),
+        "\n".join(aligned(_memory_rows(plan, stages))),
+        "\n".join(aligned(_activation_rows(plan, stages))),
         _sums(plan, stages),
         *_shape_tables(stages),
     ]
@@ -192,7 +192,7 @@ def _layer_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Sequence[s
 
 def _expert_table(plan: Plan) -> Iterable[str]:
     if plan.layout.ep > 1:
-        yield "\n".join(_table(expert_rows(plan.layout, plan.spec.decoder.experts.count)))
+        yield "\n".join(aligned(expert_rows(plan.layout, plan.spec.decoder.experts.count)))
 
 
 def _ends(chunk: ChunkMemory) -> list[str]:
@@ -266,7 +266,7 @@ def _shape_tables(stages: Sequence[RankMemory]) -> Iterable[str]:
         rows = [(title, "shape", "layers", "")]
         rows += [(one.name, str(list(one.shape)), _times(one),
                   "" if one.trained else one.form or "frozen") for one in same]
-        yield "\n".join(_table(rows))
+        yield "\n".join(aligned(rows))
 
 
 def _times(one: Held) -> str:
@@ -281,7 +281,7 @@ def _span(numbers: range) -> str:
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
-def _table(rows: Iterable[Sequence[str]]) -> Iterable[str]:
+def aligned(rows: Iterable[Sequence[str]]) -> Iterable[str]:
     """Rows as lines: the first column to the left, the others to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -18,15 +18,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_vl.models.common.parts import part_of
 from megatron_vl.models.registry import family
+from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.blockwise import quantized_bytes
 from megatron_vl.parallel import LANGUAGE, Shard
 from megatron_vl.peft.adapter_map import FACTORS
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan
-from megatron_vl.weights.map import EMBEDDING, LAST_COPY, Where, volume
+from megatron_vl.weights.map import EMBEDDING, LAST_COPY, WeightMap, Where, volume
 
 FP32 = 4  # bytes of a number
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -178,8 +180,12 @@ def _offloaded(config: TrainConfig) -> float:
 
 
 def _weights(plan: Plan, stage: int, chunk: int):
-    weights = family(plan.spec.model_type).weight_map(plan.spec)
-    return weights.chunk_weights(plan.split, stage, chunk)
+    return _weight_map(plan.spec).chunk_weights(plan.split, stage, chunk)
+
+
+@lru_cache(maxsize=1)
+def _weight_map(spec: ModelSpec) -> WeightMap:
+    return family(spec.model_type).weight_map(spec)
 
 
 def _shape(plan: Plan, weight) -> tuple[int, ...]:

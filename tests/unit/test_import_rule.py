@@ -32,9 +32,10 @@ ROOMS = {  # room -> rooms or modules it may import; itself and the modules of A
     "peft": ("parallel", "platform", "weights", "models"),
     "training": ("parallel", "platform", "launch", "ops", "weights", "models", "peft", "data"),
     "parity": ("parallel", "platform", "ops", "weights", "models", "peft", "data", "training"),
+    "planner": ("parallel", "platform", "models", "training"),
     "ask": ("parallel", "platform", "weights", "models", "peft", "data"),
     "cli": ("parallel", "platform", "launch", "ops", "weights", "models", "peft", "data",
-            "training", "parity", "ask"),
+            "training", "planner", "parity", "ask"),
     "__main__": ("cli",),
 }
 WITHIN = {  # room within a room -> those beside it that it may import; what lies loose is for all
@@ -63,6 +64,7 @@ LIGHT = (
     "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",
+    "planner.search", "planner.answer", "planner.advice", "cli.plan",
     "cli.finetune", "cli.tiny", "cli.train", "cli.chat", "cli.evaluate",
     "ask.answerer", "ask.checkpoint", "ask.dialogue", "ask.evaluate", "ask.page", "ask.terminal",
 )

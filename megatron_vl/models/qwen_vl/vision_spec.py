@@ -104,9 +104,13 @@ class ResampledVisionSpec:
         and the projection (4 W^2), the MLP (2 W F), scores and sums (2 P W), and the resampler.
         """
         width, patches = self.hidden_size, math.prod(grid)
-        layer = 4 * width**2 + 2 * width * self.ffn_hidden_size + 2 * patches * width
-        tower = 2 * patches * (self.patch_dim * width + self.depth * layer)
-        return tower + self.merger_flops(grid)
+        layer = 4 * width**2 + 2 * width * self.ffn_hidden_size
+        matrices = 2 * patches * (self.patch_dim * width + self.depth * layer)
+        return matrices + self.attention_flops(grid) + self.merger_flops(grid)
+
+    def attention_flops(self, grid: tuple[int, int, int]) -> int:
+        """Of them, scores and sums of the layers."""
+        return 2 * math.prod(grid) ** 2 * 2 * self.hidden_size * self.depth
 
     def merger_flops(self, grid: tuple[int, int, int]) -> int:
         """Of them, the resampler's: keys and values of patches (W E + 2 E^2), queries and two

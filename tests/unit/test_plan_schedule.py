@@ -1,0 +1,58 @@
+"""The planner's pipeline: textbook bubbles, an uneven case by hand, and Megatron-Core's order."""
+
+from __future__ import annotations
+
+import pytest
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
+from megatron.core.transformer.cuda_graphs import convert_schedule_table_to_order
+
+from megatron_vl.planner.schedule import operations, simulate
+
+
+def even(p: int, v: int) -> dict:
+    return dict(forward=[[1 / v] * p] * v, backward=[[2 / v] * p] * v)
+
+
+@pytest.mark.parametrize(("p", "v", "m"), [
+    (1, 1, 5), (2, 1, 4), (4, 1, 8), (4, 1, 2), (8, 1, 64), (4, 2, 8), (4, 4, 8), (8, 5, 64),
+])
+def test_equal_stages_have_the_textbook_bubble(p, v, m):
+    step = simulate(**even(p, v), microbatches=m, transfer=0)
+    assert step.bubble == pytest.approx((p - 1) / (v * m)) and step.balance == pytest.approx(1)
+    assert step.seconds == pytest.approx(3 * m + 3 * (p - 1) / v)
+
+
+def test_an_uneven_pipeline_takes_what_a_hand_finds():
+    # Stage 0: F0 0-1, F1 1-2; stage 1 (twice as slow): F0 1-3, B0 3-7, F1 7-9, B1 9-13;
+    # stage 0 again: B0 7-9, B1 13-15.
+    step = simulate([[1, 2]], [[2, 4]], microbatches=2, transfer=0)
+    assert step.ends == (15, 13) and step.busy == (6, 12)
+    assert step.bubble == pytest.approx(30 / 18 - 1) and step.balance == pytest.approx(9 / 12)
+    # Every crossing adds half a second: F0 arrives at 1.5, B1 leaves at 13.5 and arrives at 14.
+    step = simulate([[1, 2]], [[2, 4]], microbatches=2, transfer=0.5)
+    assert step.ends == (16, 13.5)
+
+
+@pytest.mark.parametrize("m", [4, 8, 12])
+@pytest.mark.parametrize("v", [2, 3])
+def test_interleaved_chunks_are_in_the_order_of_megatron_core(v, m):
+    p, table = 4, get_schedule_table(m, v, 4)
+    for stage in range(p):
+        warm_up = min(2 * (p - stage - 1) + (v - 1) * p, m * v)
+        theirs = convert_schedule_table_to_order(warm_up, v, table)
+        ours = list(operations(stage, p=p, v=v, m=m))
+        # A positive number is a forward of that chunk, from 1; a negative one a backward.
+        assert [(one.chunk + 1) * (-1 if one.backward else 1) for one in ours] == theirs
+        forward = [(one.microbatch, one.chunk) for one in ours if not one.backward]
+        assert forward == table
+
+
+@pytest.mark.parametrize(("p", "v", "m"), [(1, 1, 3), (4, 1, 8), (4, 1, 2), (4, 2, 8), (3, 3, 6)])
+def test_a_stage_keeps_as_many_microbatches_as_its_memory_counts(p, v, m):
+    for stage in range(p):
+        kept = most = 0
+        for one in operations(stage, p=p, v=v, m=m):
+            kept += -1 if one.backward else 1
+            most = max(most, kept)
+        counted = min(p - stage, m) if v == 1 else min(2 * (p - stage - 1) + (v - 1) * p + 1, m * v)
+        assert most == counted and kept == 0
