@@ -2,7 +2,8 @@
 # From a fresh machine to a trained Hugging Face directory, in about 10 minutes on two cores, without
 # a GPU: each step is the command a user would type, printed before it runs.
 #   bash examples/quickstart.sh [--family qwen2_vl]
-#   --family     qwen2_vl, qwen2_5_vl, qwen3_vl, qwen_vl or baichuan2 (default: qwen2_vl)
+#   --family     qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen_vl or baichuan2
+#                (default: qwen2_vl)
 #   WORK=dir     where everything is written (default: .quickstart)
 #   VENV=dir     the environment to make or reuse (default: .venv)
 #   PYTHON=path  the Python to make it with (default: python3)
@@ -21,11 +22,19 @@ SIZES=(--num-layers 4 --ffn-size 192 --init-std 0.08 --dtype float32)
 IMAGES=(--patch-size 8 --min-pixels 4096 --max-pixels 4096)
 QUESTIONS=() TRAIN=() ASK=() PRETRAIN=300 FINETUNE=550
 CONVERTOR=toolkits/hf2mcore_convertor.sh
+# One language layer beside the vision tower on stage 0, three on stage 1: an uneven split.
+PP=2 LAYOUT=(MP_PP0_LAYERS=1) PARTS="TP 1, PP 2, vision tower and 1 layer on stage 0"
 case $FAMILY in
   qwen2_vl | qwen2_5_vl | qwen3_vl)
     SIZES+=(--hidden-size 64 "${IMAGES[@]}")
     LAUNCHER=examples/$FAMILY/run_mcore_qwen.sh
     CONVERTOR=toolkits/model_checkpoints_convertor/qwen/hf2mcore_${FAMILY}_convertor.sh
+    ;;
+  qwen3_vl_moe)
+    SIZES+=(--hidden-size 64 "${IMAGES[@]}")
+    LAUNCHER=examples/qwen3_vl/run_mcore_qwen.sh
+    CONVERTOR=toolkits/model_checkpoints_convertor/qwen/hf2mcore_qwen3_vl_convertor.sh
+    PP=1 LAYOUT=(MP_EP=2 NPROC_PER_NODE=2) PARTS="half of every layer's experts on each of 2 ranks"
     ;;
   qwen_vl)
     SIZES+=(--hidden-size 128 --vision-queries 16 "${IMAGES[@]}")
@@ -42,7 +51,8 @@ case $FAMILY in
     PRETRAIN=100 FINETUNE=400
     ;;
   *)
-    echo "quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen3_vl, qwen_vl or baichuan2, not '$*'." >&2
+    echo "quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen_vl or" \
+      "baichuan2, not '$*'." >&2
     exit 2
     ;;
 esac
@@ -103,11 +113,11 @@ train() {
   # Its tower begins to see shapes late, and not at a low rate.
   [ "$FAMILY $1" != "qwen_vl pretrain" ] || schedule=constant_with_warmup
   case $FAMILY in
-    qwen2_vl | qwen2_5_vl | qwen3_vl)
+    qwen2_vl | qwen2_5_vl | qwen3_vl | qwen3_vl_moe)
       [ "$1" = pretrain ] || options="$options --finetune"
-      run env MP_PP0_LAYERS=1 MP_PACKING_BUFFER=256 MP_EXTRA="$options" \
+      run env "${LAYOUT[@]}" MP_PACKING_BUFFER=256 MP_EXTRA="$options" \
         bash "$LAUNCHER" \
-        dsw auto 1 4 1e-3 "$min_lr" 512 512 fp32 1 2 1 true true false false "$save" \
+        dsw auto 1 4 1e-3 "$min_lr" 512 512 fp32 1 "$PP" 1 true true false false "$save" \
         "$data" "$data" "$weights" "$steps" "$warmup" "$out"
       CHECKPOINT=$(ls -d "$out"/checkpoint/*)
       LOG=$(ls -d "$out"/log/*)
@@ -135,9 +145,8 @@ step "turning it into energon shards: shape questions to pretrain on, all kinds 
 prepare pretrain train-shape.json
 prepare finetune train.json
 
-step "converting the weights to Megatron-Core: TP 1, PP 2, vision tower and 1 layer on stage 0"
-# One language layer beside the vision tower on stage 0, three on stage 1: an uneven split.
-run env MP_PP0_LAYERS=1 bash "$CONVERTOR" auto "$WORK/hf" "$WORK/mcore" 1 2 false fp32
+step "converting the weights to Megatron-Core: $PARTS"
+run env "${LAYOUT[@]}" bash "$CONVERTOR" auto "$WORK/hf" "$WORK/mcore" 1 "$PP" false fp32
 
 step "pretraining on 2 ranks (gloo): $PRETRAIN steps on what shape an image shows"
 train pretrain "$WORK/mcore" "$PRETRAIN" 30 3e-4 "$PRETRAIN"
@@ -153,7 +162,7 @@ if [ "$FAMILY" = baichuan2 ]; then # as a Llama, which transformers runs without
   run megatron-vl convert "$CHECKPOINT" "$WORK/trained-hf" --to hf --llamafy
   PUBLISHED=$WORK/finetune/hf
 else
-  run bash "$CONVERTOR" auto "$CHECKPOINT" "$WORK/trained-hf" 1 2 true fp32 "$WORK/hf"
+  run bash "$CONVERTOR" auto "$CHECKPOINT" "$WORK/trained-hf" 1 "$PP" true fp32 "$WORK/hf"
 fi
 
 step "drawing the loss"
@@ -172,7 +181,7 @@ cat <<TXT
 $WORK/
   hf/            the random $FAMILY, as published models are laid out
   data/          easy-VQA as JSON; wds-pretrain/ and wds-finetune/ are energon datasets
-  mcore/         its weights for TP 1, PP 2: release/mp_rank_00_000 and mp_rank_00_001
+  mcore/         its weights, $PARTS: release/mp_rank_00_000 and mp_rank_00_001
   pretrain/      checkpoints and metrics of the first run
   finetune/      the same of the second; $LOG/report.html is a page about it
   trained-hf/    the trained model as a Hugging Face directory

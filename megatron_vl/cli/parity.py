@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from megatron_vl.errors import InputError
 from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.models.common.balance import TYPES
 from megatron_vl.ops.blockwise import FORMS
+from megatron_vl.ops.experts import AUTO, CHOICES, ExpertsCase
 from megatron_vl.parallel import Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.parity import FP32
@@ -113,11 +115,16 @@ def add_parser(commands) -> None:
         *flags_of("moe_router_load_balancing_type"), choices=TYPES,
         help="kind of the auxiliary loss (default: aux_loss where it has a coefficient)",
     )
+    parser.add_argument(
+        *flags_of("moe_grouped_gemm"), choices=CHOICES, default=AUTO, help="a linear layer of all "
+        "experts of a rank in one product, or of one after another (default: as in training)",
+    )
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_vl.models.common.experts_way import experts_way
     from megatron_vl.models.registry import load_spec
     from megatron_vl.parity.ranks import Setting, run_ranks
     from megatron_vl.weights.found import no_checkpoint
@@ -138,13 +145,17 @@ def run(args: argparse.Namespace) -> int:
         balance=ExpertsOptions(
             moe_router_load_balancing_type=args.moe_router_load_balancing_type,
             moe_aux_loss_coeff=args.moe_aux_loss_coeff, moe_z_loss_coeff=args.moe_z_loss_coeff,
+            moe_grouped_gemm=args.moe_grouped_gemm,
         ).balance(spec),
+        moe_grouped_gemm=args.moe_grouped_gemm,
     )
     layouts = _layouts(args, spec)
     if args.quantize_base is not None:
         _check_quantized(args, spec, layouts)
-    for _, split in layouts:
+    for layout, split in layouts:
         setting.recompute_of(split)
+        experts_way(spec, layout, args.moe_grouped_gemm, dtype=args.dtype, kept=args.quantize_base,
+                    case=partial(ExpertsCase.here, touch_device=False))
     _check_chunks(args, spec)
     if args.tolerance is not None and not args.tolerance > 0:
         raise InputError(f"--tolerance is {args.tolerance}; give a number above 0, as 1e-5.")

@@ -17,6 +17,7 @@ import torch
 from megatron_vl.models.common.balance import NO_BALANCE, Balance
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.spec import ModelSpec
+from megatron_vl.ops.experts import AUTO
 from megatron_vl.parallel import Layout, Shard, StageSplit
 from megatron_vl.parity.cases import Case, cases, make_batches, make_samples
 from megatron_vl.parity.compare import Outcome
@@ -40,6 +41,7 @@ class Setting:
     lora_fused: bool = False
     quantize_base: str | None = None  # form of the language layers' linear weights
     balance: Balance = NO_BALANCE  # of the experts
+    moe_grouped_gemm: str = AUTO  # of megatron_vl.ops.experts.CHOICES
 
     def recompute_of(self, split: StageSplit) -> tuple[Recompute, Recompute]:
         """The language model's and the vision tower's. Raises InputError: see `recompute_of`."""
@@ -62,6 +64,8 @@ class Setting:
             words += [f"{kind} of rank {self.lora_rank} on {', '.join(self.lora_target)}"]
         words += [] if self.quantize_base is None else [f"beside weights in {self.quantize_base}"]
         words += [str(self.balance)] if self.balance.has_loss else []
+        words += [] if self.moe_grouped_gemm == AUTO else [
+            f"moe-grouped-gemm {self.moe_grouped_gemm}"]
         return ", ".join(words)
 
 
@@ -123,7 +127,8 @@ def _run_layout(
         vit_recompute=vit_recompute, cross_entropy_chunks=setting.cross_entropy_chunks,
         initialize_weights=False, fused_ops=platform.fuses_ops,
         row_lengths_vary=layout.lengths_vary and not setting.packed,
-        quantize_base=setting.quantize_base, balance=setting.balance, **frozen,
+        quantize_base=setting.quantize_base, balance=setting.balance,
+        moe_grouped_gemm=setting.moe_grouped_gemm, **frozen,
     )
     chunks = family(spec.model_type).build_model(spec, layout, split, options)
     if adapter is not None:

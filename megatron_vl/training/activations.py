@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from megatron_vl.models.common.parts import MERGER, part_of
 from megatron_vl.models.common.recompute import Recompute
 from megatron_vl.ops.blockwise import whole_bytes
+from megatron_vl.ops.experts import ExpertsCase
 from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.peft.adapter_map import FACTORS
 from megatron_vl.training.memory import FP32, ITEMSIZE, Held, RankMemory, rank_memory
@@ -70,6 +71,7 @@ class _Layers:
     reached: bool  # by gradients
     recompute: Recompute
     itemsize: int
+    stacked: int = 0  # bytes of the first matrix of all experts, where they are one product
 
     @property
     def stream(self) -> int:
@@ -128,8 +130,9 @@ class _Layers:
 
         In backward, what is recomputed, and the narrowest place: two gradients as wide as the MLP's
         inner state are made before what they come from is dropped, or a norm's in fp32. A trained
-        weight has a gradient before that reaches its buffer; a quantised one is whole. Of a tower
-        that no gradient reaches there is the forward alone.
+        weight has a gradient before that reaches its buffer; a quantised one is whole; those of
+        experts are stacked, and then their gradients. Of a tower that no gradient reaches there is
+        the forward alone.
         """
         if not self.count:
             return 0
@@ -143,6 +146,7 @@ class _Layers:
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
+            (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
         )
         again = {"none": 0, "selective": self.layer - self.selective_layer,
                  "full": self.layer}[self.recompute.granularity]
@@ -289,7 +293,17 @@ def _language(plan: Plan, held: RankMemory) -> _Layers:
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
         attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
         inner=inner // tp, activation="swiglu", passing=4, norms=1 + trained, norm_copies=5,
+        stacked=_stacked(plan),
     )
+
+
+def _stacked(plan: Plan) -> int:
+    """Of the gates and up projections of a layer's experts on a rank, if a GPU has them so."""
+    way, decoder, layout = plan.experts_way(ExpertsCase), plan.spec.decoder, plan.layout
+    if way is None or not way.grouped:
+        return 0
+    first = 2 * decoder.experts.ffn_hidden_size // layout.expert_tp * decoder.hidden_size
+    return decoder.experts.count // layout.ep * first * ITEMSIZE[plan.config.model.dtype]
 
 
 def _vision(plan: Plan, held: RankMemory) -> _Layers | None:

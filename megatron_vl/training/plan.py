@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_vl.data.options import row_length
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.balance import Balance
+from megatron_vl.models.common.experts_way import experts_way
 from megatron_vl.models.common.recompute import Recompute, recompute_of
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
 from megatron_vl.models.spec import ModelSpec
+from megatron_vl.ops.experts import ON, ExpertsCase, Way
 from megatron_vl.parallel import LANGUAGE, VISION, Layout, StageSplit
 from megatron_vl.parallel.stages import layer_list
 from megatron_vl.peft.trainable import Trainable
@@ -76,6 +80,14 @@ class Plan:
         if experts is None:
             return ""
         return f"{experts.count} experts a layer, {experts.per_token} a token: {self.balance}"
+
+    def experts_way(self, case: Callable[..., ExpertsCase] = ExpertsCase.here) -> Way | None:
+        """How experts are computed; None where there are none. See `experts_way`."""
+        run = self.config.model
+        return experts_way(
+            self.spec, self.layout, self.config.experts.moe_grouped_gemm, dtype=run.dtype,
+            kept=self.trainable.quantize_base or run.fp8_format, case=case,
+        )
 
     @property
     def metrics_file(self) -> Path | None:
@@ -176,6 +188,8 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
             f"do not divide over {layout.row_parts} parts, as context parallelism and "
             f"sequence-parallel need; use a multiple of {layout.row_parts}."
         )
+    if here and config.experts.moe_grouped_gemm == ON:
+        plan.experts_way(partial(ExpertsCase.here, touch_device=False))
     _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
         raise InputError(

@@ -59,6 +59,7 @@ def model_options(
         adapted=plan.trainable.adapted,
         train_constants=run.train_constants,
         quantize_base=plan.config.lora.quantize_base,
+        moe_grouped_gemm=plan.config.experts.moe_grouped_gemm,
         balance=plan.balance,
     )
 

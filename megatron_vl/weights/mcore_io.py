@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from megatron_vl.weights.torch_file import lay_out_torch_file, map_tensor, open_
 ENTRY = "megatron_vl"  # of a checkpoint's `args`, or of torch_dist's common.pt: our own description
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_GROUPED = re.compile(r"(?<=\.mlp\.experts\.)(linear_fc[12])\.weight(\d+)")  # as TEGroupedMLP
 _LAYER = re.compile(r"(language_model|vision_model)\.decoder\.layers\.(\d+)\.")
 
 
@@ -165,7 +166,8 @@ def open_mcore(
             content = open_torch_file(info.path / file)
             key = rank_file(info.layout, shard, stage)
             for part in _parts(content):
-                tensors |= {(key, part, name): at for name, at in content[part].items()
+                found = content[part]
+                tensors |= {(key, part, _of_expert(name, found)): at for name, at in found.items()
                             if isinstance(at, TensorAt)}
     inventory = weights.mcore_inventory(
         split=info.split, layout=info.layout, found={one: at.shape for one, at in tensors.items()}
@@ -174,6 +176,13 @@ def open_mcore(
     inventory = [stored for stored in inventory if stored.id in tensors]
     check_tensors(inventory, tensors)
     return inventory, {stored.id: tensors[stored.id] for stored in inventory}
+
+
+def _of_expert(name: str, names: Container[str]) -> str:
+    """A weight's name where each expert is a module, also of one where all are one; its own where
+    that is another weight's of `names`."""
+    of_module = _GROUPED.sub(r"local_experts.\2.\1.weight", name)
+    return name if of_module in names else of_module
 
 
 def check_whole(info: CheckpointInfo) -> None:

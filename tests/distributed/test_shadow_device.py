@@ -59,7 +59,8 @@ EXPERTS = {
         "moe_z_loss_coeff": 0.1, "calculate_per_sample_loss": True},
     "experts, ep2, some full": {
         "expert_model_parallel_size": 2, "moe_expert_capacity_factor": 1.0,
-        "moe_router_load_balancing_type": "seq_aux_loss"},
+        "moe_router_load_balancing_type": "seq_aux_loss", "moe_grouped_gemm": "on",
+        "overlap_param_gather": True},
 }
 FEATURES = {  # of Qwen3-VL, some for a layer of another stage
     "features over pp2": PP2 | {"pp_layers": "1,3", "recompute_granularity": "full"},

@@ -156,7 +156,7 @@ def parameters_of(table: str) -> int:
 # Coefficients with which a router's losses are as large as what else its gradient comes from.
 BALANCED = {"experts_model_dir": [
     "--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", 0.5,
-    "--moe-z-loss-coeff", 0.1]}
+    "--moe-z-loss-coeff", 0.1, "--moe-grouped-gemm", "on", "--recompute", "selective"]}
 
 
 # The last batch has all its images on one data rank; overlapped, every weight must still report a
@@ -255,7 +255,8 @@ def test_quantised_weights_that_transformers_cannot_judge_are_refused(options, s
 
 def test_experts_of_which_several_ranks_have_parts_equal_transformers(experts_model_dir):
     done = megatron_vl("parity", experts_model_dir, "--tolerance", TOLERANCE, "--tp", 2,
-                       "--sequence-parallel", "--ep", 2, "--dp", 2, "--recompute", "full")
+                       "--sequence-parallel", "--ep", 2, "--dp", 2, "--recompute", "full",
+                       "--moe-grouped-gemm", "on")
     assert done.code == 0, done.text
     assert parameters_of(done.out) == 86
 

@@ -37,6 +37,8 @@ ROWS = [
     (OFF, {"moe_expert_capacity_factor": 0}, "moe-expert-capacity-factor is 0.0; it must be above"),
     (None, {}, Balance()),
     (None, {"moe_z_loss_coeff": 1e-3}, "moe-z-loss-coeff is 0.001, but qwen2 has no experts"),
+    (None, {"moe_grouped_gemm": "on"}, "moe-grouped-gemm is on, but qwen2 has no experts"),
+    (OFF, {"moe_grouped_gemm": "yes"}, "moe-grouped-gemm is 'yes'; use one of auto, on, off"),
     (None, {"router_aux_loss_coef": 1e-3}, "use moe-aux-loss-coeff"),
 ]
 

@@ -1,6 +1,7 @@
 """Conversions of a model whose experts are divided over ranks."""
 
 import argparse
+import re
 import shutil
 
 import pytest
@@ -67,7 +68,9 @@ def test_experts_go_to_their_ranks_from_any_layout_to_any_other(
     ({"ep": 2}, ["mp_rank_00_000", "mp_rank_00_001"]),  # that might be two stages
     ({"tp": 2, "ep": 2, "etp": 1}, ["mp_rank_00_000_000", "mp_rank_01_000_001"]),
 ])
-def test_what_other_tools_call_the_ranks_is_read(sizes, named, experts_model_dir, tmp_path):
+def test_what_other_tools_call_ranks_and_experts_is_read(
+    sizes, named, experts_model_dir, tmp_path
+):
     convert(experts_model_dir, tmp_path / "m", *flags(sizes))
     release = tmp_path / "m" / "release"
     for folder, name in zip(sorted(release.iterdir()), named, strict=True):
@@ -75,6 +78,10 @@ def test_what_other_tools_call_the_ranks_is_read(sizes, named, experts_model_dir
         content = torch.load(file, weights_only=False)
         content["args"] = argparse.Namespace(**{
             key: value for key, value in vars(content["args"]).items() if key != "megatron_vl"})
+        content["model"] = {  # as TransformerEngine's grouped layers call them
+            re.sub(r"local_experts\.(\d+)\.(.*)\.weight", r"\2.weight\1", key): value
+            for key, value in content["model"].items()}
+        assert any(key.endswith("experts.linear_fc2.weight1") for key in content["model"])
         torch.save(content, file)
         folder.rename(release / name)
     assert convert(tmp_path / "m", tmp_path / "back") == 0

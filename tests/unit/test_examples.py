@@ -129,7 +129,8 @@ done
 """
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen_vl", "baichuan2"])
+@pytest.mark.parametrize("family", [
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen_vl", "baichuan2"])
 def test_every_command_of_a_familys_quickstart_is_taken_by_its_parser(family, tmp_path):
     program, notes = tmp_path / "venv" / "bin", tmp_path / "notes"
     program.mkdir(parents=True)
@@ -167,8 +168,8 @@ def test_a_family_without_a_quickstart_is_refused():
     script = ROOT / "examples" / "quickstart.sh"
     done = subprocess.run(["bash", script, "--family", "qwen2"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen3_vl, qwen_vl "
-                           "or baichuan2, not '--family qwen2'.\n")
+    assert done.stderr == ("quickstart.sh: give --family qwen2_vl, qwen2_5_vl, qwen3_vl, "
+                           "qwen3_vl_moe, qwen_vl or baichuan2, not '--family qwen2'.\n")
 
 
 def test_easy_vqa_in_words_says_what_its_questions_are_about(tmp_path):

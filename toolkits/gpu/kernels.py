@@ -25,6 +25,7 @@ from results import Results, first_line, read_fact
 from timing import Timer, copies_beyond_cache, relative_error
 
 from megatron_vl.ops.fusion import choose_kernel, quick_gelu, swiglu
+from megatron_vl.ops.grouped_linear import grouped_linear
 from megatron_vl.ops.rotary import rotate
 
 MADE_FOR_A_DEVICE = ("torch.compile", "liger", "Megatron-Core's fused", "megatron_vl's Triton",
@@ -186,6 +187,19 @@ def ops(device: torch.device, tiny: bool) -> dict[str, Callable[[], Op]]:
             },
         )
 
+    def experts(rows: int, number: int, width: int, inner: int) -> Op:
+        """As in Qwen3-30B-A3B: rows of 8 experts a token, unevenly many for each."""
+        counts = torch.randint(number, (rows,)).bincount(minlength=number)
+        lengths, ends = counts.tolist(), counts.cumsum(0, dtype=torch.int32).to(device)
+        return Op(
+            inputs=[draw(rows, width), *(draw(inner, width) for _ in range(number))],
+            candidates={
+                "torch, one by one": lambda x, *weights: torch.cat([
+                    part @ one.t() for part, one in zip(x.split(lengths), weights, strict=True)]),
+                "megatron_vl's, grouped": lambda x, *weights: grouped_linear(x, weights, ends),
+            },
+        )
+
     return {
         "vision bias + quick_gelu": lambda: Op(
             inputs=[draw(patches, 1, 4 * vision), draw(4 * vision)],
@@ -230,6 +244,8 @@ def ops(device: torch.device, tiny: bool) -> dict[str, Callable[[], Op]]:
                 "torch.compile": compiled(cross_entropy), "liger": liger_cross_entropy,
             },
         ),
+        "linear layer of experts": lambda: experts(*((96, 4, 32, 48) if tiny else
+                                                     (65536, 128, 2048, 1536))),
         "weight gradient": lambda: Op(
             inputs=[draw(tokens, 2 * ffn, grad=False), draw(tokens, hidden, grad=False),
                     draw32(2 * ffn, hidden, grad=False)],
@@ -311,7 +327,7 @@ def measure(results: Results, timer: Timer, name: str, make: Callable[[], Op], c
             off_from_fp32=error, first_call_s=first,
             note="both: forward with backward; of copy: bandwidth with every input read and every "
             "result written once, forward, and twice that with backward, as a part of the "
-            "measured copy's; the weight gradient is bound by its product instead",
+            "measured copy's; the weight gradient and experts are bound by their products instead",
         )
 
 

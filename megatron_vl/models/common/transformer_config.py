@@ -13,11 +13,12 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.common.balance import NO_BALANCE, Balance
+from megatron_vl.models.common.experts_way import experts_way
 from megatron_vl.models.common.layer_spec import use_transformer_engine
 from megatron_vl.models.common.recompute import NOTHING, Recompute
-from megatron_vl.models.decoder_spec import ExpertsSpec
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.attention import choose_backend
+from megatron_vl.ops.experts import AUTO
 from megatron_vl.ops.fusion import ACTIVATIONS
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 
@@ -44,6 +45,7 @@ class ModelOptions:
     train_constants: bool = False  # also what the family's weight map calls constant
     # Of megatron_vl.ops.blockwise.FORMS: that of the language layers' linear weights, then frozen.
     quantize_base: str | None = None
+    moe_grouped_gemm: str = AUTO  # of megatron_vl.ops.experts.CHOICES
 
 
 @dataclass
@@ -57,6 +59,7 @@ class TowerConfig(TransformerConfig):
     cross_entropy_chunks: int = 1
     quantize_base: str | None = None  # as ModelOptions's
     balance: Balance = NO_BALANCE  # as ModelOptions's
+    grouped_experts: bool = False  # those of a layer in one product
     # The word embedding is then not on the first stage, where Megatron-Core expects it.
     embedding_moved: bool = False
 
@@ -77,7 +80,7 @@ def language_config(
         add_qkv_bias=decoder.qkv_bias,
         # Sums these norms' gradients over tensor-parallel ranks, each of which has some heads.
         qk_layernorm=decoder.qk_norm,
-        **_experts(decoder.experts, layout, options.balance),
+        **_experts(spec, layout, options),
         gated_linear_unit=True,
         activation="swiglu",
         normalization="RMSNorm",
@@ -99,9 +102,15 @@ def language_config(
     )
 
 
-def _experts(experts: ExpertsSpec | None, layout: Layout, balance: Balance) -> dict:
+def _experts(spec: ModelSpec, layout: Layout, options: ModelOptions) -> dict:
+    experts, balance = spec.decoder.experts, options.balance
     if experts is None:
         return {}
+    way = experts_way(
+        spec, layout, options.moe_grouped_gemm,
+        dtype=str(options.params_dtype).removeprefix("torch."),
+        kept=options.quantize_base or options.fp8_format,
+    )
     return dict(
         num_moe_experts=experts.count,
         expert_model_parallel_size=layout.ep,
@@ -114,6 +123,7 @@ def _experts(experts: ExpertsSpec | None, layout: Layout, balance: Balance) -> d
         moe_expert_capacity_factor=balance.capacity_factor,  # as the dispatcher must know
         moe_router_dtype="fp32",
         balance=balance,
+        grouped_experts=way.grouped,
     )
 
 

@@ -1,4 +1,4 @@
-"""The load of experts: a group of a run's options."""
+"""Experts: a group of a run's options."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from megatron_vl.errors import InputError, check_bounds
 from megatron_vl.models.common.balance import NO_BALANCE, TYPES, Balance
 from megatron_vl.models.decoder_spec import ExpertsSpec
 from megatron_vl.models.spec import ModelSpec
+from megatron_vl.ops.experts import AUTO, CHOICES
 from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.option import option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsOptions:
-    """How the tokens of a model with experts are spread over them."""
+    """How the tokens of a model with experts are spread over them, and how these are computed."""
 
     moe_router_load_balancing_type: str | None = option(
         None, "auxiliary loss that balances the experts of a layer: over a microbatch, over each "
@@ -33,6 +34,10 @@ class ExpertsOptions:
         None, "an expert takes at most so many times the mean number of tokens of a rank's "
         "microbatch and drops the others; default: it takes all", kind=float,
     )
+    moe_grouped_gemm: str = option(
+        AUTO, "a linear layer of all experts of a rank in one product (on), or one after another "
+        "(off); auto: in one where torch has a kernel for it", choices=CHOICES,
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)
@@ -50,7 +55,7 @@ class ExpertsOptions:
         """
         if spec.decoder.experts is None:
             for one in fields(self):
-                if (value := getattr(self, one.name)) is not None:
+                if (value := getattr(self, one.name)) != one.default:
                     raise InputError(
                         f"{one.name.replace('_', '-')} is {value}, but {spec.model_type} has no "
                         f"experts; leave it out."

@@ -70,7 +70,7 @@ def load_map(tokens: list[list[int]]) -> bytes:
         axis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     bar = figure.colorbar(drawn, extend="both", ticks=[-2, -1, 0, 1, 2], pad=0.01)
     bar.ax.set_yticklabels(["1/4", "1/2", "mean", "2x", "4x"])
-    bar.set_label("tokens over the mean of the layer")
+    bar.set_label("tokens over the mean")
     if any(0 in layer for layer in tokens):
         figure.legend(handles=[Patch(color=_IDLE, label="no token")], loc="outside upper right",
                       fontsize=9)
