@@ -15,7 +15,7 @@ from megatron_vl.models.media import BadMedia
 from megatron_vl.outputs import replacing_file
 from megatron_vl.pages import escape, page, picture
 from megatron_vl.training.paths import mixtures
-from megatron_vl.training.replay.replayed import Replayed, Row, badness
+from megatron_vl.training.replay.replayed import Replayed, badness
 from megatron_vl.training.replay.source import Replay
 
 _SHOWN = 12  # samples of a page, outputs of modules
@@ -27,6 +27,7 @@ dt { font-weight: 600; } dd { margin: 0 0 .3em 1em; white-space: pre-wrap; }
 
 def lines(replay: Replay, found: Replayed) -> list[str]:
     """The report, a line each."""
+    what = "row" if replay.plan.config.batch.micro_batch_size == 1 else "microbatch"
     said = [
         f"step {replay.step} of {replay.run}, from its checkpoint of iteration "
         f"{replay.checkpoint.iteration}, on {replay.plan.layout} (the run: {replay.layout})",
@@ -41,7 +42,7 @@ def lines(replay: Replay, found: Replayed) -> list[str]:
     if found.not_finite is not None:
         first, (replica, number) = found.not_finite
         said.append(f"first output that is not finite: {first.module}, {first.count:,} of "
-                    f"{first.size:,} numbers, in {_place(replica, number)}")
+                    f"{first.size:,} numbers, in {what} {number} of data-parallel rank {replica}")
     said += ["", "gradient norm by layer, those that are not finite first:"]
     bad = sorted(found.layers.items(), key=lambda one: math.isfinite(one[1]))
     said += [f"  {norm:<14.6g} {name}" for name, norm in bad]
@@ -49,9 +50,12 @@ def lines(replay: Replay, found: Replayed) -> list[str]:
     largest = sorted(found.largest.items(), key=lambda one: -one[1])[:_SHOWN]
     said += [f"  {value:<14.6g} {name}" for name, value in largest]
     rank = "" if replay.replica is None else f" of data-parallel rank {replay.replica}"
-    said += ["", f"rows{rank}, the worst first:"]
+    said += ["", f"{what}s{rank}, the worst first:"]
     for row in sorted(found.rows, key=lambda one: badness(one.loss), reverse=True):
-        said += _row(row)
+        place = f"{what} {row.number} of data-parallel rank {row.replica}"
+        said.append(f"  {place}: loss {row.loss:.6g}")
+        samples = sorted(row.samples, key=lambda one: badness(one.loss), reverse=True)
+        said += [f"    {one.loss:<14.6g} {one.name}" for one in samples]
     said += [f"left out: {told}" for told in found.left_out]
     return said
 
@@ -80,16 +84,6 @@ def _beside(name: str, value: float | None, replay: Replay) -> str:
     was = replay.recorded[name]
     same = was == value or (value is not None and math.isnan(was) and not math.isfinite(value))
     return f"{name:<10} {here} (the run: {was:.9g}{', equal' if same else ''})"
-
-
-def _row(row: Row) -> Iterator[str]:
-    yield f"  {_place(row.replica, row.number)}: loss {row.loss:.6g}"
-    for one in sorted(row.samples, key=lambda one: badness(one.loss), reverse=True):
-        yield f"    {one.loss:<14.6g} {one.name}"
-
-
-def _place(replica: int, number: int) -> str:
-    return f"row {number} of data-parallel rank {replica}"
 
 
 def _shown(sample: ConversationSample) -> Iterator[str]:

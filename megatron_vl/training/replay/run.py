@@ -60,15 +60,19 @@ def run_replay(replay: Replay, page: Path) -> None:
                       spike=config.fault.skip_grad_spikes)
     guard.restore(resumed.guard)
     optimizer.zero_grad()
-    say = print if torch.distributed.get_rank() == 0 else lambda *_, **__: None
-    say(f"loaded {replay.checkpoint.path}; steps before step {replay.step}: "
-        f"{replay.step - resumed.iteration - 1}", flush=True)
+
+    def say(text: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            print(text, flush=True)
+
+    say(f"loaded {replay.checkpoint.path}; steps to repeat before step {replay.step}: "
+        f"{replay.step - resumed.iteration - 1}")
     loaders = _loaders(replay) if microbatches.exchange.is_reader else []
     if loaders:
         states = list(map(read_loader_state, resumed.loader_states))
         for told in dict.fromkeys(loader.restore_state(states) for loader in loaders):
             if told:
-                say(f"NOT CHECKED: {told}", flush=True)
+                say(f"NOT CHECKED: {told}")
     each = plan.num_microbatches // replay.sources
     streams = microbatches.streams(_in_turn(loaders, each) if loaders else None)
     first = plan.layout.coordinates(torch.distributed.get_rank()).dp * replay.sources
@@ -90,7 +94,7 @@ def run_replay(replay: Replay, page: Path) -> None:
         loads.take()
         if not last:
             bad = f"; not updated: {fault}" if fault else ""
-            say(f"step {step}/{replay.step}: loss {loss:.6f}{bad}", flush=True)
+            say(f"step {step}/{replay.step}: loss {loss:.6f}{bad}")
     names = {number: (first + number // each, number % each, keys)
              for number, keys in enumerate(counts.sample_keys) if wanted(number)}
     sums = {number: one["sums"][:2].tolist() for number, one in enumerate(losses)}
@@ -99,11 +103,11 @@ def run_replay(replay: Replay, page: Path) -> None:
         left_out=tuple(dict.fromkeys(chain.from_iterable(_everyone(
             [f"{one.sample}: {one.message}" for one in counts.skipped])))),
     )
+    text = lines(replay, found)
+    say("\n".join(text))
     if torch.distributed.get_rank() == 0:
-        text = lines(replay, found)
-        print("\n".join(text), flush=True)
         write_page(page, replay, found, text)
-        print(f"page: {page}", flush=True)
+    say(f"page: {page}")
     for loader in loaders:
         loader.close()
 
