@@ -40,6 +40,7 @@ COMMANDS = {
     "finetune": "train by the flags of a published fine-tuning script",
     "launch": "one command on every host of a hostfile, over ssh",
     "cluster-env": "which node of how many this is, as the scheduler's variables say",
+    "replay": "one step of a run again, and what was in it",
     "chat": "ask a trained model, in the terminal or on a page",
     "evaluate": "a trained model's answers to a dataset's questions, scored",
     "parity": "logits, loss and gradients against transformers, in any layout",

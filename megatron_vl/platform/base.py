@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -91,6 +92,12 @@ PLATFORMS: list[Kind] = [
     Kind(name="cuda", is_here=lambda: torch.cuda.is_available(), load=_cuda),
     Kind(name="cpu", is_here=lambda: True, load=_cpu),
 ]
+
+
+def use_cpu() -> None:
+    """Take this machine, and the processes started from here, for one without other devices."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    PLATFORMS[:] = [kind for kind in PLATFORMS if kind.name == "cpu"]
 
 
 def select_platform() -> Platform:

@@ -248,13 +248,7 @@ class Trainer:
         self.watch.beat(f"training iteration {iteration}")
         self.show.before(iteration)
         started, self.exchange.wait_seconds = time.perf_counter(), 0.0
-        for chunk in self.model:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        losses = self.microbatches.run(
-            self.streams, self.plan.num_microbatches, forward_only=False
-        )
+        losses = self.microbatches.backward(self.streams, self.optimizer)
         loss, trained = mean_loss(losses, self.device)
         updated, grad_norm, fault = update(self.optimizer, loss, self.guard)
         lr = self.scheduler.get_lr({})  # not of a group, which may be a part's own

@@ -40,6 +40,14 @@ class Microbatches:
         copies = tee(self.exchange.rows(batches), len(self.model))
         return [RowStream(copy, self.device) for copy in copies]
 
+    def backward(self, streams: list[RowStream], optimizer) -> list:
+        """Leaves a step's gradients in the model's buffers; returns what `run` does."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        return self.run(streams, self.plan.num_microbatches, forward_only=False)
+
     def run(self, streams: list[RowStream], num_microbatches: int, forward_only: bool) -> list:
         """See `run_schedule`."""
         batch = self.plan.config.batch
@@ -68,6 +76,12 @@ def train_loader(plan: Plan) -> RowLoader:
         _data_config(plan), data_parallel_group=parallel_state.get_data_parallel_group(),
         **_reader(plan),
     )
+
+
+def train_loader_of(plan: Plan, dp_rank: int, dp_size: int) -> RowLoader:
+    """That of a rank of another data-parallel size."""
+    place = {"dp_rank": dp_rank, "dp_size": dp_size}
+    return build_train_loader(_data_config(plan), **_reader(plan) | place)
 
 
 def valid_loader(plan: Plan) -> RowLoader:

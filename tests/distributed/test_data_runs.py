@@ -156,6 +156,55 @@ def test_a_number_of_readers_that_cannot_be_dealt_is_refused(runs, two_data_rank
     assert "give --num-workers 2" in done.err
 
 
+REPLAYS = {  # how step 4 is run again, from the checkpoint of step 2; whether to the bit
+    "its own layout": ([], True),
+    "TP2, one data rank": (["--tp", 2, "--dp", 1, "--rank", 1, "--device", "cpu"], False),
+}
+
+
+@pytest.mark.parametrize("name", REPLAYS)
+def test_a_replayed_step_is_the_run_s(name, runs, two_data_ranks, tmp_path):
+    more, to_the_bit = REPLAYS[name]
+    save, page = runs.root / "mixed dp2", tmp_path / "page.html"
+    before = {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+    done = megatron_vl("replay", save, 4, "--out", page, *more)
+    assert done.code == 0, done.text
+    was = two_data_ranks[4]
+    said = dict(re.findall(r"^(loss|grad_norm) +(\S+) \(the run", done.out, re.M))
+    for key, number in said.items():
+        assert float(number) == pytest.approx(was[key], rel=1e-5)
+    assert len(said) == 2, done.out
+    if to_the_bit:
+        assert done.out.count(", equal)") == 2, done.out
+    assert f"step 3/4: loss {two_data_ranks[3]['loss']:.5f}"[:-1] in done.out
+    # The layers' norms are the whole's; the rows are those of the ranks that are asked for.
+    layers = re.findall(r"^  (\S+) +(?:vision|language)_model", done.out.split("largest")[0], re.M)
+    whole = sum(float(one) ** 2 for one in layers) ** 0.5
+    assert whole == pytest.approx(was["grad_norm"], rel=1e-4)
+    rows = re.findall(r"row (\d) of data-parallel rank (\d): loss", done.out)
+    assert {rank for _, rank in rows} == ({"0", "1"} if to_the_bit else {"1"})
+    assert len(rows) == (4 if to_the_bit else 2)
+    keys = re.findall(r"^    \S+ +(\S+\.tar/\S+)$", done.out, re.M)
+    assert len(keys) == was["samples"] if to_the_bit else 0 < len(keys) < was["samples"]
+    assert keys[0] in page.read_text() and "data:image/png" in page.read_text()
+    assert before == {path: path.stat().st_mtime_ns for path in save.rglob("*")}
+
+
+def test_a_step_that_cannot_be_replayed_is_refused(runs, two_data_ranks, tmp_path):
+    save = runs.root / "mixed dp2"
+    for words, why in (
+        ([2], "has no checkpoint before step 2; those there are of iterations 2, 4; give a STEP"),
+        ([9], "is a run of 4 steps and STEP is 9"),
+        ([4, "--dp", 4], "--dp is 4, and the run's rows are those of 2 data-parallel ranks"),
+        ([4, "--rank", 2], "--rank is 2 but the run has ranks 0 to 1"),
+        ([4, "--load", save], "so --load is not read; leave it out"),
+        ([4, "--out", save / "x.html"], "where nothing is written"),
+        ([4, "--train-data-path", tmp_path / "gone"], "gone does not exist"),
+    ):
+        done = megatron_vl("replay", save, *words)
+        assert done.code == 2 and why in done.err, done.text
+
+
 def test_a_run_killed_between_saves_repeats_itself_exactly(runs, two_data_ranks):
     """SIGKILL to every rank after the third step; the same command goes on after the second."""
     words = [str(word) for word in runs.words("killed", dp=2)]
@@ -212,10 +261,9 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_the_samples_of_its_row(r
     import torch
 
     weights = shutil.copytree(runs.workshop.weights(1, 2), tmp_path / "weights")
-    file = weights / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    file = weights / "release" / "mp_rank_00_000" / "model_optim_rng.pt"
     content = torch.load(file, weights_only=False)
-    norm = content["model"]["language_model.decoder.final_layernorm.weight"]
-    norm[0] = float("nan")
+    content["model"]["vision_model.patch_embed.proj.weight"][0] = float("nan")
     torch.save(content, file)
     done = runs.train(
         "nan", code=2, pp=2, weights=weights, save=tmp_path / "out", max_skipped_steps=2
@@ -230,6 +278,15 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_the_samples_of_its_row(r
     steps = runs.steps("nan")
     assert [steps[i]["skipped"] for i in (1, 2, 3)] == [True] * 3
     assert len({step["lr"] for step in steps.values()}) == 1
+    # Run again, only the samples with images are to blame; the page shows them.
+    done = megatron_vl("replay", tmp_path / "out", 3, "--out", tmp_path / "nan.html")
+    assert done.code == 0, done.text
+    assert "first output that is not finite: vision_model.patch_embed.proj, " in done.out
+    found = dict(reversed(line.split()) for line in done.out.splitlines() if ".tar/" in line)
+    bad = [name for name, loss in found.items() if loss == "nan"]
+    assert "nan (the run: nan, equal)" in done.out and 0 < len(bad) < len(found), done.out
+    shown = (tmp_path / "nan.html").read_text()
+    assert f"{bad[0]}: loss nan" in shown and "<img " in shown
     # Under fp16 an overflow skips a step as well; this is none, and no lower scale mends it.
     done = runs.train(
         "nan fp16", code=2, pp=2, weights=weights, max_skipped_steps=0,

@@ -44,7 +44,8 @@ WITHIN = {  # room within a room -> those beside it that it may import; what lie
         "lint": ("encode", "raw", "load"),
     },
     "training": {"options": (), "resilience": ("options",), "checkpoint": ("options", "resilience"),
-                 "reporting": ("options", "resilience", "checkpoint")},
+                 "reporting": ("options", "resilience", "checkpoint"),
+                 "replay": ("options", "resilience", "checkpoint", "reporting")},
 }
 OUTSIDE = ("toolkits", "examples")  # they call the command line
 MAY_IMPORT_THE_PACKAGE = (
@@ -60,12 +61,12 @@ LIGHT = (
     "data.raw.formats", "data.raw.sources", "data.options", "data.raw.prepare", "data.lint",
     "peft.adapter_map", "peft.conversion", "peft.files", "peft.targets", "peft.trainable",
     "training.adapter", "training.options.config", "training.paths", "training.plan",
-    "training.memory", "training.activations", "training.dry_run",
+    "training.memory", "training.activations", "training.dry_run", "training.replay.source",
     "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",
     "planner.search", "planner.answer", "planner.advice", "cli.plan",
-    "cli.finetune", "cli.tiny", "cli.train", "cli.chat", "cli.evaluate",
+    "cli.finetune", "cli.replay", "cli.tiny", "cli.train", "cli.chat", "cli.evaluate",
     "ask.answerer", "ask.checkpoint", "ask.dialogue", "ask.evaluate", "ask.page", "ask.terminal",
 )
 

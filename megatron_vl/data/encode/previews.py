@@ -60,12 +60,17 @@ def preview_of(
     Raises:
         BadMedia: an image or video that cannot be read or decoded.
     """
-    said = ("".join(map(_text, turn.parts)).strip() for turn in turns if turn.role != "assistant")
+    said = (text_of(turn) for turn in turns if turn.role != "assistant")
     return Preview(
         name=name, dataset=dataset, question="\n".join(filter(None, said)),
         pictures=tuple(thumbnail(one, read, format="JPEG") for one in media[:_PICTURES]),
         others=max(0, len(media) - _PICTURES),
     )
+
+
+def text_of(turn: Turn) -> str:
+    """What a turn says, without its media."""
+    return "".join(map(_text, turn.parts)).strip()
 
 
 def chosen(named: Iterable[tuple[str, str]], *, of_each: bool = False) -> list[str]:

@@ -7,7 +7,7 @@ shards, its dataset.yaml the parts of the sample. Only the order is another.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ class Leaf:
             InputError: they cannot be read from the shard.
         """
         return self._reader[place]
+
+    def places_beside(self, names: Collection[str]) -> Iterator[int]:
+        """Places of the samples in the shards that hold those of some names: see `sample_name`."""
+        begin = 0
+        for shard in self._reader.shard_infos:
+            if any(f"/{shard.name}/" in f"/{name}" for name in names):
+                yield from (n for n in range(begin, begin + shard.count) if n in self.places)
+            begin += shard.count
 
     def load(self, raw: dict) -> dict | Sample:
         """What dataset.yaml makes of a sample's parts.

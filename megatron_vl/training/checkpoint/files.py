@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron_vl.weights.found import LATEST, RELEASE, iterations, latest
 
 SUMS = "SHA256SUMS"
+LOADER = "loader_dp{}.json"  # where each data-parallel rank stood in its data
 _BLOCK = 2**22  # bytes read at once
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 

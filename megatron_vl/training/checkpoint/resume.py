@@ -17,10 +17,9 @@ from megatron_vl.inputs import read_text
 from megatron_vl.peft.lora import factors
 from megatron_vl.platform import barrier, select_platform, set_device_random_state
 from megatron_vl.training.adapter import stored_adapter
-from megatron_vl.training.checkpoint.files import faults, read_checksums
+from megatron_vl.training.checkpoint.files import LOADER, faults, read_checksums
 from megatron_vl.training.checkpoint.start import weights_alone
 from megatron_vl.training.checkpoint.state import (
-    LOADER,
     OPTIMIZERS,
     hybrid_optimizers,
     inner_state,

@@ -26,11 +26,11 @@ from megatron_vl.models.common.parts import PARTS
 from megatron_vl.peft.checkpoint import sharded_state
 from megatron_vl.platform import current_device, device_random_state, select_platform
 from megatron_vl.platform.checkpoints import whole_buckets
+from megatron_vl.training.checkpoint.files import LOADER
 from megatron_vl.training.checkpoint.saver import Saved, Saver
 from megatron_vl.training.plan import Plan
 from megatron_vl.weights.hf_io import copy_side_files
 
-LOADER = "loader_dp{}.json"
 # Megatron-Core updates what is divided over experts' ranks by an optimizer of its own. How far both
 # are, the first one's says, which every rank and every layout has.
 OPTIMIZERS = ("optimizer", "optimizer_of_experts")
