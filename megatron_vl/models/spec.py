@@ -193,10 +193,11 @@ class ModelSpec:
         self.check_layout(layout, split)
         ranks, wanted = layout.world_size // layout.pp, layout.expert_tp * layout.ep
         if ranks % wanted:
+            less = "EP, or the ETP" if layout.expert_tp > 1 else "EP"
             raise InputError(
                 f"EP {layout.ep} needs a multiple of {wanted} ranks a stage, EP x ETP "
                 f"{layout.expert_tp}, but TP {layout.tp} x CP {layout.cp} x DP {layout.dp} are "
-                f"{ranks}; start more processes, or lower the EP."
+                f"{ranks}; start more processes, or lower the {less}."
             )
         if self.decoder.experts is not None and layout.tp > 1 and not layout.sequence_parallel:
             raise InputError(

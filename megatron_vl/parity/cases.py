@@ -115,22 +115,24 @@ def _placeholder(spec: ModelSpec, grid: Sequence[int]) -> int:
 
 
 def make_batches(
-    spec: ModelSpec, case: Case, samples: Sequence[EncodedSample], *, multiple: int | None = None
+    spec: ModelSpec, case: Case, samples: Sequence[EncodedSample], *, parts: int = 1,
+    vary: bool = False,
 ) -> list[RowBatch]:
     """The samples of `case` as microbatches of packed rows.
 
     Args:
-        multiple: a microbatch's rows have the least multiple of it that holds them; None: those of
-            all microbatches have one length.
+        parts: that rows are cut into, of as many tokens each.
+        vary: a microbatch's rows are no longer than that needs; else those of all have one length.
     """
     positions = family(spec.model_type).positions(spec)
     rows = [make_row(samples[i : i + case.samples_per_row])
             for i in range(0, len(samples), case.samples_per_row)]
-    most = -(-max(row.num_tokens for row in rows) // ROW_MULTIPLE) * ROW_MULTIPLE
+    unit = math.lcm(ROW_MULTIPLE, parts)
+    most = -(-max(row.num_tokens for row in rows) // unit) * unit
     batches = []
     for start in range(0, len(rows), case.rows_per_microbatch):
         group = rows[start : start + case.rows_per_microbatch]
-        length = least_length(group, multiple=multiple or most, most=most)
+        length = least_length(group, multiple=parts if vary else most, most=most)
         batches.append(make_batch(group, row_length=length, pad_token=0, positions=positions))
     return batches
 

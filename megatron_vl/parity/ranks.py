@@ -146,8 +146,8 @@ def _run_layout(
     for index, case in enumerate(cases(spec, setting.packed)):
         # As in training, where rows of one sample are no longer than a microbatch needs.
         batches = make_batches(
-            spec, case, make_samples(spec, case),
-            multiple=layout.row_parts if options.row_lengths_vary else None,
+            spec, case, make_samples(spec, case), parts=layout.row_parts,
+            vary=options.row_lengths_vary,
         )[dp_rank :: layout.dp]
         for chunk in model:
             chunk.train()

@@ -273,7 +273,13 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
     some = min((file for file in ranks.values() if file.is_file()), default=None)
     args = {} if some is None else _arguments(open_torch_file(some).get("args"))
     ours = _noted(args.get(ENTRY), path)
-    layout = _layout_of(ranks, _said(args, ours, path))
+    layout = _layout_of(ranks, _said(args, ours, path), path)
+    said = replace(ours.sizes, vp=1)
+    if ours.split is not None and layout != said:
+        raise InputError(
+            f"{path} says it was written for {said} but its ranks' directories are those of "
+            f"{layout}; copy it again."
+        )
     for stage in range(layout.pp):
         for shard in layout.shards:
             if not _rank_path(path, layout, shard, stage).is_file():
@@ -294,7 +300,7 @@ def _describe_torch(path: Path, common: dict) -> CheckpointInfo:
 
 
 def _layout_of(
-    ranks: Iterable[tuple[str, str | None, str | None]], said: _Sizes
+    ranks: Iterable[tuple[str, str | None, str | None]], said: _Sizes, path: Path
 ) -> Layout:
     """The layout that the numbers in the names of ranks' directories show, without its VP.
 
@@ -305,7 +311,10 @@ def _layout_of(
     if said.ep > 1 and said.pp == 1 and not any(third for *_, third in ranks):
         numbers = [(tp, 0, ep) for tp, ep, _ in numbers]
     tp, pp, ep = (1 + max(at[i] for at in numbers) for i in range(3))
-    return Layout(tp=tp, pp=pp, ep=ep, etp=said.etp if ep > 1 else None)
+    try:
+        return Layout(tp=tp, pp=pp, ep=ep, etp=said.etp if ep > 1 else None)
+    except InputError as error:
+        raise _unusable(path, error) from error
 
 
 def _said(args: Mapping[str, Any], ours: _Noted, path: Path) -> _Sizes:
@@ -318,9 +327,12 @@ def _said(args: Mapping[str, Any], ours: _Noted, path: Path) -> _Sizes:
         return typed(_Sizes, {short: args[name] for short, name in names.items()
                               if args.get(name) is not None})
     except ValueError as error:
-        raise InputError(
-            f"{path} says an unusable layout of itself ({error}); copy it again."
-        ) from error
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: ValueError) -> InputError:
+    what = str(error).rstrip(".")
+    return InputError(f"{path} says an unusable layout of itself ({what}); copy it again.")
 
 
 def _describe_torch_dist(path: Path, common: dict) -> CheckpointInfo:

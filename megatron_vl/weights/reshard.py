@@ -54,19 +54,28 @@ def target_dtypes(
 ) -> dict[tuple[str, str, str], DType]:
     """The dtype of every tensor of the target: `dtype`, or the one its sources have.
 
+    A rank's part that is all padding has that of the other ranks' parts, under the same name.
+
     Raises:
         InputError: sources of one tensor differ and no dtype is asked for.
     """
     joined: dict[tuple[str, str, str], set[DType]] = defaultdict(set)
+    named: dict[tuple[str, str], set[DType]] = defaultdict(set)
     for one in plan.tensors:
-        joined[_whole(one.target)] |= {source[op.source.id] for op in one.ops}
+        found = {source[op.source.id] for op in one.ops}
+        joined[_whole(one.target)] |= found
+        named[one.target.part, one.target.tensor] |= found
     for (*_, tensor), found in joined.items():
         if dtype is None and len(found) > 1:
             names = ", ".join(sorted(one.name for one in found))
             raise InputError(
                 f"{tensor} would join tensors of dtypes {names}; pass --dtype to cast."
             )
-    return {one.target.id: dtype or next(iter(joined[_whole(one.target)])) for one in plan.tensors}
+    return {
+        at: dtype or next(iter(joined[file, part, tensor] or named[part, tensor]))
+        for one in plan.tensors
+        for at, (file, part, tensor) in [(one.target.id, _whole(one.target))]
+    }
 
 
 def _whole(stored: Stored) -> tuple[str, str, str]:

@@ -37,6 +37,11 @@ def odd_vocab(tmp_path_factory):
     return make(tmp_path_factory.mktemp("hf") / "odd", "--dtype", "float32", vocab_size=301)
 
 
+@pytest.fixture(scope="session")
+def few_words(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("hf") / "few", vocab_size=9)
+
+
 def config_of(directory):
     return json.loads((directory / "config.json").read_text())
 
@@ -72,6 +77,7 @@ GRID = [  # tp, pp, vp, options, language layers, vision layers
 
 CASES = [(kind, *row) for kind in ("tied", "untied") for row in GRID]
 CASES += [("odd_vocab", *GRID[3]), ("odd_vocab", *GRID[6])]  # 301 rows over 2 and 4 ranks
+CASES += [("few_words", *GRID[6])]  # 9 rows over 4 ranks, of which the last has none
 
 
 @pytest.mark.parametrize("kind, tp, pp, vp, options, llm, vit", CASES)

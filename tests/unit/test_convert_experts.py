@@ -95,6 +95,27 @@ def test_a_missing_ranks_file_is_named(experts_model_dir, tmp_path, capsys):
     assert "lacks mp_rank_00_001_001/model_optim_rng.pt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("gone, ours, says", [
+    ("mp_rank_01_003", True, "written for TP2xPP1xEP4xETP1xDP1 but its ranks' directories are "
+     "those of TP2xPP1xEP3xETP1xDP1; copy it again"),
+    (None, False, "release says an unusable layout of itself (etp 3 with tp 2 and ep 4"),
+])
+def test_a_layout_that_the_files_do_not_have_is_told(
+    gone, ours, says, experts_model_dir, tmp_path, capsys
+):
+    convert(experts_model_dir, tmp_path / "m", "--tp", 2, "--ep", 4, "--etp", 1)
+    release = tmp_path / "m" / "release"
+    if gone:
+        shutil.rmtree(release / gone)
+    for file in () if ours else release.rglob("*.pt"):
+        content = torch.load(file, weights_only=False)
+        del content["args"].megatron_vl
+        content["args"].expert_tensor_parallel_size = 3
+        torch.save(content, file)
+    assert convert(tmp_path / "m", tmp_path / "back") == 2
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model, options, says", [
     ("experts_model_dir", ["--ep", 3], "EP 3 does not divide the model's 4 experts of a layer"),
     ("experts_model_dir", ["--tp", 4, "--ep", 2, "--etp", 3], "etp 3 with tp 4 and ep 2"),

@@ -13,6 +13,7 @@ from true_sizes import COUNTED, counted
 from megatron_vl.errors import InputError
 from megatron_vl.models import family, known_families, load_spec
 from megatron_vl.models.registry import read_config_json
+from megatron_vl.parallel import Layout
 from megatron_vl.training.checkpoint.same_model import check_same_model
 
 TINY = {"baichuan": "baichuan_model_dir", "qwen": "resampler_model_dir", "qwen2": "text_model_dir",
@@ -189,6 +190,15 @@ def test_experts_are_divided_over_ranks_that_divide_their_tokens(
                     ["parity", experts_model_dir, "--tp", 2]):
         done = megatron_vl(*command)
         assert done.code == 2 and says in done.err, done.text
+    for sizes, says in (
+        ({"dp": 2, "ep": 4}, "4 ranks a stage, EP x ETP 1, but TP 1 x CP 1 x DP 2 are 2; start "
+         "more processes, or lower the EP."),
+        ({"tp": 2, "dp": 2, "ep": 4, "sequence_parallel": True}, "8 ranks a stage, EP x ETP 2, "
+         "but TP 2 x CP 1 x DP 2 are 4; start more processes, or lower the EP, or the ETP."),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"EP 4 needs a multiple of {says}")):
+            spec = load_spec(experts_model_dir)
+            spec.check_run(Layout(**sizes), spec.split())
     config = read_config_json(experts_model_dir) | {"moe_intermediate_size": 45}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = megatron_vl("convert", tmp_path, tmp_path / "out", "--tp", 2, "--dry-run")

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from megatron_vl.models import load_spec
 from megatron_vl.parity import FP32
+from megatron_vl.parity.cases import cases, make_batches, make_samples
 from megatron_vl.parity.compare import Apart, Outcome, compare, worst_parameters
 from megatron_vl.parity.report import bounds_of, too_far
 
@@ -74,3 +76,12 @@ def test_sixteen_bits_may_be_twice_as_far_off_as_transformers_own():
     assert too_far(own[0], bounds)  # by its loss
     assert set(bounds_of(1e-3, own).values()) == {1e-3}
     assert set(bounds_of(None, []).values()) == {FP32}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_are_cut_evenly_over_any_number_of_ranks(packed, experts_model_dir):
+    spec = load_spec(experts_model_dir)
+    for case in cases(spec, packed):
+        samples = make_samples(spec, case)
+        for batch in make_batches(spec, case, samples, parts=3, vary=not packed):
+            assert batch.tokens.shape[1] % 3 == 0

@@ -56,9 +56,11 @@ class LossHead:
     def logits(self, hidden_cE: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
         """float32 [c, V]."""
         logits_cV = F.linear(hidden_cE, weight_VE).float()
-        if self.padding and _is_last_tensor_parallel_rank():
+        width = logits_cV.shape[1]
+        padding = min(width, self.padding - _ranks_behind() * width)
+        if padding > 0:
             # None may be predicted. Softmax makes their gradient zero, so no graph need know.
-            logits_cV.detach()[:, -self.padding :] = float("-inf")
+            logits_cV.detach()[:, -padding:] = float("-inf")
         return logits_cV
 
     def gradients(
@@ -125,6 +127,7 @@ def _likeliest(logits_nV: torch.Tensor) -> torch.Tensor:
     return word_Rn.gather(0, rank_n[None])[0].long()
 
 
-def _is_last_tensor_parallel_rank() -> bool:
+def _ranks_behind() -> int:
+    """Tensor-parallel ranks with later parts of the vocabulary."""
     size = parallel_state.get_tensor_model_parallel_world_size()
-    return parallel_state.get_tensor_model_parallel_rank() == size - 1
+    return size - 1 - parallel_state.get_tensor_model_parallel_rank()

@@ -59,7 +59,7 @@ def load_map(tokens: list[list[int]]) -> bytes:
     colors = [[math.log2(load) if load else math.nan for load in row] for row in loads_of(tokens)]
     most = math.log2(_MOST)
     figure, axes = pyplot.subplots(
-        figsize=(9, min(9.0, 1.4 + max(_CELL * len(tokens), 1.2))), layout="constrained"
+        figsize=(9, min(9.0, 1.4 + max(_CELL * len(tokens), 1.6))), layout="constrained"
     )
     axes.set_facecolor(_IDLE)  # shows where there is no number
     drawn = axes.imshow(colors, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto",
@@ -70,7 +70,7 @@ def load_map(tokens: list[list[int]]) -> bytes:
         axis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     bar = figure.colorbar(drawn, extend="both", ticks=[-2, -1, 0, 1, 2], pad=0.01)
     bar.ax.set_yticklabels(["1/4", "1/2", "mean", "2x", "4x"])
-    bar.set_label("tokens over the mean")
+    bar.set_label("over the layer's mean")
     if any(0 in layer for layer in tokens):
         figure.legend(handles=[Patch(color=_IDLE, label="no token")], loc="outside upper right",
                       fontsize=9)
