@@ -121,6 +121,15 @@ class DataOnly(Unpickler):
         self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _Call(self._member)
         if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(f"it names {module}.{name}"[:120])
         return super().find_class(module, name)
+
+    def _member(self, kind: Any, name: Any) -> Any:
+        """A constant of an allowed class: so Python 3.11.0 to 3.11.3 write a member of an Enum."""
+        if not (isinstance(kind, type) and issubclass(kind, Record) and isinstance(name, str)
+                and name.isupper() and not name.startswith("_")):
+            raise pickle.UnpicklingError("it names builtins.getattr")
+        return kind()

@@ -8,14 +8,17 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
@@ -31,6 +34,16 @@ class Bomb:
 
     def __reduce__(self):
         return os.system, (f"touch {self.canary}",)
+
+
+class Attribute:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an Enum."""
+
+    def __init__(self, of: object, name: str):
+        self.at = of, name
+
+    def __reduce__(self):
+        return getattr, self.at
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +84,20 @@ def test_megatron_cores_own_checkpoints_pass(checkpoint):
     check_data_only(checkpoint)
     swap_object(checkpoint, [{"torch": torch.ones(3)}])
     check_data_only(checkpoint)
+
+
+@pytest.mark.parametrize(("of", "name", "passes"), [
+    (_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST", True),
+    (TensorProperties, "create_from_tensor", False), (TensorProperties, "__class__", False),
+    (OrderedDict, "fromkeys", False), ("os", "SYSTEM", False),
+])
+def test_of_a_class_a_table_may_name_constants_alone(of, name, passes, checkpoint):
+    rewrite_table(checkpoint, lambda table: setattr(table, "planner_data", Attribute(of, name)))
+    if passes:
+        check_data_only(checkpoint)
+    else:
+        with pytest.raises(InputError, match="names builtins.getattr"):
+            check_data_only(checkpoint)
 
 
 def test_a_table_that_names_a_program_is_refused_and_not_run(checkpoint, tmp_path):
