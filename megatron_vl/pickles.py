@@ -20,16 +20,25 @@ _CONTAINERS = {
 }
 
 
-def refuse_state(_self: Any, _state: Any) -> None:
-    """The `__setstate__` of objects that a pickle meets but may not change."""
-    raise pickle.UnpicklingError("it changes what it may not")
+def unchanged(kind: type) -> type:
+    """Decorates a class whose objects a pickle meets but may not change.
+
+    Outside other decorators: Python before 3.11.3 gives a dataclass with slots a `__setstate__` of
+    its own, whatever the class has.
+    """
+
+    def refuse_state(_self: Any, _state: Any) -> None:
+        raise pickle.UnpicklingError("it changes what it may not")
+
+    kind.__setstate__ = refuse_state
+    return kind
 
 
+@unchanged
 class _Call:
     """A function as a pickle sees it: it may be called and not changed."""
 
     __slots__ = ("_function",)
-    __setstate__ = refuse_state
 
     def __init__(self, function: Callable) -> None:
         self._function = function

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_vl.errors import InputError
-from megatron_vl.pickles import refuse_state
+from megatron_vl.pickles import unchanged
 from megatron_vl.weights.dtypes import DType
 from megatron_vl.weights.rules import box
 
@@ -45,6 +45,7 @@ def fingerprint(path: Path) -> str:
     return f"{size} bytes {digest.hexdigest()[:12]}"
 
 
+@unchanged  # it is handed to pickles, which may name any state
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorAt:
     """One contiguous tensor in a file, or, where that is not so, an array of its bits."""
@@ -54,8 +55,6 @@ class TensorAt:
     dtype: DType
     shape: tuple[int, ...]
     loaded: np.ndarray | None = None
-
-    __setstate__ = refuse_state  # it is handed to pickles, which may name any state
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_vl.errors import InputError
-from megatron_vl.pickles import Unpickler, refuse_state
+from megatron_vl.pickles import Unpickler, unchanged
 from megatron_vl.weights.dtypes import DType
 from megatron_vl.weights.files import TensorAt, reserve
 
@@ -110,13 +110,12 @@ def _check_plain(info: zipfile.ZipInfo) -> None:
         raise zipfile.BadZipFile(f"its record {info.filename} is compressed")
 
 
+@unchanged
 @dataclass(frozen=True, slots=True)
 class _Storage:
     dtype: DType
     offset: int  # in the file
     numel: int
-
-    __setstate__ = refuse_state
 
 
 class _Contents:
