@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from megatron_vl.errors import InputError
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # of what torch's grouped product takes
+# Numbers in 16 bytes, of which a row must be a multiple, of what torch's grouped product takes.
+ALIGNMENT = {"float32": 4, "bfloat16": 8, "float16": 8}
 AUTO, ON, OFF = CHOICES = ("auto", "on", "off")
 
 
@@ -63,10 +64,10 @@ def _cannot_group(case: ExpertsCase) -> str | None:
         return f"weights in {case.kept}"
     if not case.has_grouped_mm:
         return "torch is older than 2.10"
-    if case.dtype not in ITEMSIZE:
+    if case.dtype not in ALIGNMENT:
         return f"no product of {case.dtype}"
     for width in case.widths:
-        if width * ITEMSIZE[case.dtype] % 16:
+        if width % ALIGNMENT[case.dtype]:
             return f"rows of {width} numbers in {case.dtype} are no multiple of 16 bytes"
     return None
 

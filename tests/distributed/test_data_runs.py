@@ -205,6 +205,22 @@ def test_a_step_that_cannot_be_replayed_is_refused(runs, two_data_ranks, tmp_pat
         assert done.code == 2 and why in done.err, done.text
 
 
+def test_options_that_changed_where_no_checkpoint_is_left_are_said(runs, two_data_ranks, tmp_path):
+    from megatron_vl.training.replay.source import find_replay
+
+    save = shutil.copytree(runs.root / "mixed dp2", tmp_path / "run")
+    metrics = shutil.copy(runs.root / "mixed dp2.jsonl", save / "metrics.jsonl")
+    start = next(one for one in map(json.loads, metrics.read_text().splitlines())
+                 if one["kind"] == "run")
+    asked = dict(dp=None, rank=None, on_cpu=True)
+    assert find_replay(save, 4, {}, **asked).note == ""
+    again = start | {"done": 3, "options": start["options"] | {"lr": 0.5, "save_interval": 3}}
+    with metrics.open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    note = find_replay(save, 4, {}, **asked).note
+    assert "at step 3 the run went on with another lr, and its checkpoint is gone" in note
+
+
 def test_a_run_killed_between_saves_repeats_itself_exactly(runs, two_data_ranks):
     """SIGKILL to every rank after the third step; the same command goes on after the second."""
     words = [str(word) for word in runs.words("killed", dp=2)]

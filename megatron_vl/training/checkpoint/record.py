@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -20,13 +21,12 @@ OPTIONS = "train_options.yaml"
 
 def facts_of(plan: Plan, **more) -> dict:
     """What a metrics file begins a run with: enough for a page about it, wherever it is read."""
-    names = ("tp", "pp", "vp", "cp", "dp", "ep", "etp", "sequence_parallel", "vit_data_parallel")
     return {
         "options": plan.config.resolved(),
         "versions": versions() | {"megatron_vl": megatron_vl.__version__},
         "model_type": plan.spec.model_type,
         "tied": plan.spec.decoder.tie_word_embeddings,
-        "layout": {name: getattr(plan.layout, name) for name in names},
+        "layout": asdict(plan.layout),
         "split": plan.split.to_dict(),
         "experts": None if plan.spec.decoder.experts is None else plan.spec.decoder.experts.count,
         **more,

@@ -67,6 +67,8 @@ def run_replay(replay: Replay, page: Path) -> None:
 
     say(f"loaded {replay.checkpoint.path}; steps to repeat before step {replay.step}: "
         f"{replay.step - resumed.iteration - 1}")
+    if replay.note:
+        say(f"NOT THE RUN'S: {replay.note}")
     loaders = _loaders(replay) if microbatches.exchange.is_reader else []
     if loaders:
         states = list(map(read_loader_state, resumed.loader_states))

@@ -38,6 +38,7 @@ class Replay:
     layout: Layout  # the run's own
     recorded: Mapping[str, Any] | None  # what the run's metrics say of the step
     replica: int | None  # of the run: the one whose rows are reported; None: all
+    note: str = ""  # what else makes its steps others than the run's
 
     @property
     def sources(self) -> int:
@@ -66,6 +67,8 @@ def find_replay(
     start = next((one for one in reversed(history.starts if history else ())
                   if one.get("done", step) < step), {})
     begun_here = start.get("done", -1) >= info.iteration
+    before = next((one for one in reversed(history.starts if history else ())
+                   if one.get("done", step) <= info.iteration), {})
     options = start["options"] if begun_here else info.args
     if step > options["train_iters"]:
         raise InputError(
@@ -93,7 +96,20 @@ def find_replay(
         recorded=next((one for one in history.steps if one["iteration"] == step), None)
         if history else None,
         replica=None if rank is None else layout.coordinates(rank).dp,
+        note=_changed(before, start),
     )
+
+
+def _changed(before: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    """What a start behind the checkpoint changed, whose own checkpoint is no longer there."""
+    had, has = (one.get("options", {}) for one in (before, start))
+    names = [name for name in has if name in had and had[name] != has[name]
+             and name not in _LEFT_OUT]
+    if not names or start["done"] == before["done"]:
+        return ""
+    return (f"at step {start['done']} the run went on with another {', '.join(names)}, and its "
+            f"checkpoint is gone; the steps before it are repeated with what came after, and are "
+            f"not the run's")
 
 
 def _checkpoint(run: Path, step: int) -> CheckpointInfo:
