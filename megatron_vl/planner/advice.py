@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from megatron_vl.errors import InputError
 from megatron_vl.planner.search import Choice, Found, Question, fits_any
+from megatron_vl.training.dry_run import GIB
 
-GIB = 2**30
 RANK = 16  # of the adapter that is tried
 MOST_TIMES = 64  # as many cards are tried
 

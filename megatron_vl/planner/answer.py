@@ -10,9 +10,8 @@ from megatron_vl.parallel import LANGUAGE
 from megatron_vl.planner.commands import command, run_options, script_variables
 from megatron_vl.planner.search import Choice, Found, Question
 from megatron_vl.planner.step_time import microbatch
-from megatron_vl.training.dry_run import aligned
+from megatron_vl.training.dry_run import GIB, aligned
 
-GIB = 2**30
 WARNING = (
     "Times are predictions from data sheets and from one measured card, an H200; they were not "
     "measured on these cards. Memory is what train --dry-run says."
