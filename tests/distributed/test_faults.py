@@ -63,8 +63,12 @@ class Run:
 
     @property
     def records(self) -> list[dict]:
-        """Of every step, also those done twice, in the order they were done."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        """Of every step, also those done twice, in the order they were done.
+
+        A last line without its end is one that the run is writing.
+        """
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
         return [one for one in map(json.loads, lines) if one["kind"] == "train"]
 
     @property
