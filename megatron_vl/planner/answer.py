@@ -8,8 +8,8 @@ import yaml
 
 from megatron_vl.parallel import LANGUAGE
 from megatron_vl.planner.commands import command, run_options, script_variables
+from megatron_vl.planner.microbatch import microbatch
 from megatron_vl.planner.search import Choice, Found, Question
-from megatron_vl.planner.step_time import microbatch
 from megatron_vl.training.dry_run import GIB, aligned
 
 WARNING = (

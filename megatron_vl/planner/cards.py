@@ -15,10 +15,11 @@ from typing import Annotated
 from pydantic import Field, create_model
 
 from megatron_vl.errors import InputError
+from megatron_vl.planner.rates import Rates, rate_at
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.typed import Positive, Shape, read_file
 
-GB = 10**9
+GB, TERA = 10**9, 10**12
 Share = Annotated[Positive, Field(le=1)]
 
 
@@ -35,30 +36,54 @@ class Card:
 
     usable_memory: float = 0.92  # the rest is for libraries, and for gaps between tensors
     matrix_share: float = 0.77  # of peak_tflops, in products with weights
-    attention_share: float = 0.2  # of peak_tflops, in scores and sums
-    memory_share: float = 0.42  # of memory_tb_s, in elementwise operations, norms and the optimizer
+    attention_share: float = 0.5  # of peak_tflops, in scores and sums
+    memory_share: float = 0.8  # of memory_tb_s, in elementwise operations, norms and the optimizer
     link_share: float = 0.75  # of node_gb_s and network_gb_s, in large messages
     node_latency_us: float = 10.0  # of a message within a node
     network_latency_us: float = 30.0  # between nodes
-    layer_host_us: float = 4700.0  # in which Python queues the forward and backward of a layer
+    operation_host_us: float = 13.5  # in which Python queues one operation
+    host_runs_ahead: bool = True  # Python queues while the device computes; not on a CPU
+    rates: Rates = Rates()  # measured; each takes the place of the share of its kind
 
     @property
     def room(self) -> int:
         """Bytes that a run may fill."""
         return int(self.memory_gb * GB * self.usable_memory)
 
-    def matrix_seconds(self, flops: float) -> float:
-        return flops / (self.peak_tflops * 1e12 * self.matrix_share)
+    def matrix_seconds(self, flops: float, *, products: float = 1) -> float:
+        """Of so many products alike, `flops` together."""
+        if not self.rates.products or not flops:
+            return flops / (self.peak_tflops * TERA * self.matrix_share)
+        return flops / TERA / rate_at(self.rates.products, flops / products / GB)
 
-    def attention_seconds(self, flops: float) -> float:
-        return flops / (self.peak_tflops * 1e12 * self.attention_share)
+    def attention_seconds(self, flops: float, *, length: float, backward: bool = False) -> float:
+        """Of scores and sums over segments of about `length` tokens."""
+        rates = self.rates.attention_backward if backward else self.rates.attention
+        if not rates:
+            return flops / (self.peak_tflops * TERA * self.attention_share)
+        return flops / TERA / rate_at(rates, length)
 
-    def memory_seconds(self, nbytes: float) -> float:
-        return nbytes / (self.memory_tb_s * 1e12 * self.memory_share)
+    def memory_seconds(self, nbytes: float, *, operations: float = 1) -> float:
+        """Of so many operations alike that read and write `nbytes` together."""
+        if not self.rates.memory or not nbytes:
+            return nbytes / (self.memory_tb_s * TERA * self.memory_share)
+        return nbytes / TERA / rate_at(self.rates.memory, nbytes / operations / 1e6)
 
-    def link_seconds(self, nbytes: float, *, within_node: bool, messages: int = 1) -> float:
-        """Of so many messages that carry `nbytes` together, from one card."""
-        rate = self.node_gb_s if within_node else self.network_gb_s
+    def host_seconds(self, operations: float) -> float:
+        """In which Python queues so many operations."""
+        return operations * self.operation_host_us / 1e6
+
+    def link_seconds(
+        self, nbytes: float, *, within_node: bool, messages: int = 1, lanes: float = 1
+    ) -> float:
+        """Of so many messages that carry `nbytes` together, from one card.
+
+        Between nodes they take `lanes` cards' ways at once.
+        """
+        rates = self.rates.node if within_node else self.rates.network
+        if rates and nbytes:
+            return nbytes / GB / rate_at(rates, nbytes / messages / 1e6)
+        rate = self.node_gb_s if within_node else min(self.node_gb_s, lanes * self.network_gb_s)
         latency = self.node_latency_us if within_node else self.network_latency_us
         return nbytes / (rate * GB * self.link_share) + messages * latency / 1e6
 
@@ -83,33 +108,54 @@ CARDS = {
     "16g": _card("NVIDIA GeForce RTX 4080", 16, 0.717, 32, 1.56),
 }
 SHARES = ("usable_memory", "matrix_share", "attention_share", "memory_share", "link_share")
+_Point = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+_Points = Annotated[list[_Point], Field(min_length=1)]
+_RATES = create_model(
+    "_RATES", __base__=Shape, __cls_kwargs__={"extra": "forbid"},
+    **{one.name: (_Points | None, None) for one in fields(Rates)},
+)
+_KINDS = {name: Share for name in SHARES} | {
+    "name": str, "host_runs_ahead": bool, "rates": _RATES}
 _File = create_model(
     "_File", __base__=Shape,
     __cls_kwargs__={"extra": "forbid"},
     like=(str | None, None),
-    name=(str | None, None),
-    **{one.name: ((Share if one.name in SHARES else Positive) | None, None)
-       for one in fields(Card) if one.name != "name"},
+    **{one.name: (_KINDS.get(one.name, Positive) | None, None) for one in fields(Card)},
 )
+_WHERE = "see docs/planning.md"
 
 
-def read_card(text: str) -> Card:
+def read_card(text: str, measured: Path | None = None) -> Card:
     """The card of a name of CARDS, or of a FILE.json.
 
     The file has the fields of `Card`, and in `like` the name of the card that has the others.
 
+    Args:
+        measured: another such file, without `like`, whose fields take the place of the card's.
+
     Raises:
         InputError: no such card, or a file with an unknown field or without one that it needs.
     """
-    if text in CARDS:
-        return CARDS[text]
+    card = CARDS[text] if text in CARDS else _of_file(text)
+    return card if measured is None else calibrated(card, measured)
+
+
+def calibrated(card: Card, measured: Path) -> Card:
+    """The card with what was measured on one. Raises InputError as `read_card` does."""
+    given = _read(measured, "--calibrate ")
+    if given.pop("like", None) is not None:
+        raise InputError(f"--calibrate {measured} has like, but --gpu says which card; leave it "
+                         f"out.")
+    return replace(card, **given)
+
+
+def _of_file(text: str) -> Card:
     if not text.endswith(".json"):
         near = difflib.get_close_matches(text.lower(), CARDS, n=1)
         mend = f"did you mean {near[0]}?" if near else f"use {', '.join(CARDS)} or a FILE.json."
         raise InputError(f"--gpu {text} is no card that is known; {mend}")
     path = Path(text)
-    given = read_file(path, _File, what="--gpu ", mend="see docs/planning.md").model_dump(
-        exclude_none=True)
+    given = _read(path, "--gpu ")
     like = given.pop("like", None)
     if like is not None and like not in CARDS:
         raise InputError(f"--gpu {path}: like is {like!r}; use one of {', '.join(CARDS)}.")
@@ -122,3 +168,17 @@ def read_card(text: str) -> Card:
             f"that has them."
         )
     return Card(**given)
+
+
+def _read(path: Path, what: str) -> dict:
+    """The fields that a file has."""
+    given = read_file(path, _File, what=what, mend=_WHERE).model_dump(exclude_none=True)
+    if "rates" not in given:
+        return given
+    rates = {name: tuple(map(tuple, points)) for name, points in given["rates"].items()}
+    for name, points in rates.items():
+        sizes = [size for size, _ in points]
+        if sizes != sorted(set(sizes)):
+            raise InputError(f"{what}{path}: the sizes of rates.{name} are {sizes}; let them "
+                             f"ascend.")
+    return given | {"rates": Rates(**rates)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-Rows = Sequence[Sequence[float]]  # [chunk][stage]
+Rows = Sequence[Sequence[float]]  # seconds of a microbatch, [chunk][stage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,17 @@ def operations(stage: int, *, p: int, v: int, m: int) -> Iterator[Operation]:
             yield Operation(microbatch, v - 1 - chunk, True)
 
 
-def simulate(forward: Rows, backward: Rows, *, microbatches: int, transfer: float) -> Pipeline:
+def simulate(
+    forward: Sequence[Rows], backward: Sequence[Rows], *, microbatches: int, transfer: float
+) -> Pipeline:
     """Runs every operation of a step as early as its stage and its input allow.
 
     Args:
-        forward: seconds of one microbatch, [chunk][stage].
-        backward: the same.
+        forward: of microbatches that differ; they come in turn until there are `microbatches`.
+        backward: of the same.
         transfer: seconds from one chunk to the next, or back.
     """
-    v, p = len(forward), len(forward[0])
+    v, p = len(forward[0]), len(forward[0][0])
     orders = [list(operations(stage, p=p, v=v, m=microbatches)) for stage in range(p)]
     next_of, free, busy = [0] * p, [0.0] * p, [0.0] * p
     arrived: dict[tuple[int, int, bool], float] = {}  # (microbatch, chunk of all, backward)
@@ -89,7 +91,8 @@ def simulate(forward: Rows, backward: Rows, *, microbatches: int, transfer: floa
             start = arrived.pop((operation.microbatch, place, operation.backward), None)
             if start is None:
                 break
-            seconds = (backward if operation.backward else forward)[operation.chunk][stage]
+            kinds = backward if operation.backward else forward
+            seconds = kinds[operation.microbatch % len(kinds)][operation.chunk][stage]
             end = max(start, free[stage]) + seconds
             free[stage], busy[stage] = end, busy[stage] + seconds
             next_of[stage] += 1

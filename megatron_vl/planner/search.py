@@ -22,16 +22,9 @@ from megatron_vl.parallel import VISION, Layout
 from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import Card
 from megatron_vl.planner.held import HeldMemory, StageMemory
+from megatron_vl.planner.microbatch import Work, microbatch
 from megatron_vl.planner.space import RECOMPUTE, ROWS, Unfit, even, layouts, options_of
-from megatron_vl.planner.step_time import (
-    Parts,
-    StepTime,
-    Work,
-    chunk_work,
-    microbatch,
-    parts,
-    step_time,
-)
+from megatron_vl.planner.step_time import Parts, StepTime, chunk_work, parts, step_time
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
 
@@ -222,8 +215,8 @@ def _priced(question: Question, options: dict[str, object], plan: Plan, chunks: 
 def _timed(question: Question, fit: _Fit, memory: HeldMemory) -> Choice:
     plan, chunks = fit.plan, memory.chunks(fit.plan)
     stages = tuple(memory.stage(plan, stage, chunks=chunks) for stage in range(plan.layout.pp))
-    step = step_time(plan, fit.work, [one.held for one in stages], question.card,
-                     microbatch(plan, question.image_tokens), per_node=question.per_node)
+    step = step_time(plan, [fit.work], [one.held for one in stages], question.card,
+                     [microbatch(plan, question.image_tokens)], per_node=question.per_node)
     return Choice(options=fit.options, plan=plan, stages=stages, step=step)
 
 

@@ -1,0 +1,32 @@
+"""What was measured on a card, by size; between two measured sizes the rate is interpolated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Points = tuple[tuple[float, float], ...]  # (size, rate), sizes ascending
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Rates by size; without a point, nothing was measured and a data sheet's share counts."""
+
+    products: Points = ()  # (10^9 FLOPs of one product, 10^12 FLOPs a second)
+    attention: Points = ()  # (tokens of a segment, 10^12 FLOPs a second) of a forward pass
+    attention_backward: Points = ()
+    memory: Points = ()  # (10^6 bytes an operation reads and writes, 10^12 bytes a second)
+    node: Points = ()  # (10^6 bytes one rank sends, 10^9 bytes a second) within a node
+    network: Points = ()  # the same between nodes
+
+
+def rate_at(points: Points, size: float) -> float:
+    """The rate at `size`: linear in its logarithm between the nearest, beyond them the nearest's.
+    """
+    if size <= points[0][0]:
+        return points[0][1]
+    for (below, slower), (above, faster) in zip(points, points[1:], strict=False):
+        if size <= above:
+            share = math.log(size / below) / math.log(above / below)
+            return slower + share * (faster - slower)
+    return points[-1][1]

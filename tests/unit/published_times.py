@@ -1,0 +1,149 @@
+"""Steps that others published of Megatron-Core on GPUs: model, layout, batch, seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from true_sizes import published
+
+from megatron_vl.planner.cards import read_card
+from megatron_vl.planner.search import Question
+from megatron_vl.planner.microbatch import Microbatch
+from megatron_vl.planner.step_time import StepTime, predict
+
+GPT_VOCABULARY, GPT_LENGTH = 131072, 4096  # of the models of Megatron-LM's README
+TEXT = {  # layers, hidden, heads, key/value heads, ffn, vocabulary
+    "qwen2-7b": (28, 3584, 28, 4, 18944, 152064), "qwen2-14b": (48, 5120, 40, 8, 13824, 152064),
+}
+EXPERTS = {"qwen3-30b-a3b": (48, 2048, 32, 4, 768, 151936),
+           "qwen3-235b-a22b": (94, 4096, 64, 4, 1536, 151936)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One figure; what its source leaves open is the options' to assume."""
+
+    model: str
+    gpu: str
+    gpus: int
+    seconds: float
+    options: dict = field(default_factory=dict)
+    overlapped: bool = False  # TP's communication is, which is then predicted to take no time
+    image_tokens: int = 0  # of the images that fill half of a row; 0: text alone
+
+
+def sized(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabulary: int) -> dict:
+    """A config.json of Qwen2."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": hidden,
+        "intermediate_size": ffn, "max_position_embeddings": 32768, "max_window_layers": layers,
+        "num_attention_heads": heads, "num_hidden_layers": layers, "num_key_value_heads": groups,
+        "initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_cache": True,
+        "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "vocab_size": vocabulary,
+    }
+
+
+def config(model: str) -> dict:
+    if model.startswith("gpt"):  # gpt LAYERS HIDDEN HEADS: an ungated MLP of 4 widths, as gated
+        layers, hidden, heads = map(int, model.split()[1:])
+        return sized(layers, hidden, heads, heads, 8 * hidden // 3 // 128 * 128, GPT_VOCABULARY)
+    if model in EXPERTS:
+        *sizes, ffn, vocabulary = EXPERTS[model]
+        return sized(*sizes, ffn, vocabulary) | {
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 128,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": ffn,
+            "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+            "attention_bias": False, "router_aux_loss_coef": 0.001, "output_router_logits": False,
+        }
+    return published("7B", "qwen2_5_vl") if model == "qwen2.5-vl-7b" else sized(*TEXT[model])
+
+
+def sizes(tp=1, pp=1, vp=1, ep=1, *, length: int, batch: int, rows: int = 1, **more) -> dict:
+    return {
+        "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp,
+        "num_virtual_stages_per_pipeline_rank": vp, "expert_model_parallel_size": ep,
+        "sequence_parallel": tp > 1, "seq_length": length, "global_batch_size": batch,
+        "micro_batch_size": rows, "overlap_grad_reduce": True, **more,
+    }
+
+
+def gpt(layers: int, hidden: int, heads: int, tp: int, pp: int, vp: int, gpus: int, batch: int,
+        tflops: float) -> Published:
+    """Of Megatron-LM's README, whose FLOPs count the whole square of attention."""
+    flops = 72 * batch * GPT_LENGTH * layers * hidden**2 * (
+        1 + GPT_LENGTH / (6 * hidden) + GPT_VOCABULARY / (12 * hidden * layers))
+    return Published(model=f"gpt {layers} {hidden} {heads}", gpu="h100-80g", gpus=gpus,
+                     seconds=flops / gpus / tflops / 1e12,
+                     options=sizes(tp, pp, vp, length=GPT_LENGTH, batch=batch,
+                                   overlap_param_gather=True), overlapped=True)
+
+
+FULL = {"recompute_granularity": "full"}
+VL = {"freeze_vit": True, "freeze_merger": True, **FULL}
+FIGURES = {
+    "Megatron-LM 1.7B": gpt(24, 2048, 16, 1, 1, 1, 48, 192, 408.8),
+    "Megatron-LM 7.1B": gpt(30, 4096, 32, 2, 1, 1, 96, 192, 465.9),
+    "Megatron-LM 16B": gpt(32, 6144, 48, 4, 1, 1, 192, 192, 489.1),
+    "Megatron-LM 32B": gpt(48, 7168, 56, 8, 1, 1, 384, 192, 459.6),
+    "Megatron-LM 70B": gpt(84, 8192, 64, 8, 2, 3, 768, 384, 419.7),
+    "Megatron-LM 119B": gpt(92, 10240, 80, 8, 4, 1, 1536, 768, 420.5),
+    "Megatron-LM 177B": gpt(96, 12288, 96, 8, 6, 4, 2304, 1152, 432.8),
+    "Megatron-LM 314B": gpt(96, 16384, 128, 8, 8, 4, 3072, 1536, 474.4),
+    "Megatron-LM 462B": gpt(112, 18432, 144, 8, 16, 1, 6144, 3072, 459.9),
+    "ModelZoo 235B EP32": Published(
+        model="qwen3-235b-a22b", gpu="h100-80g", gpus=256, seconds=19.7,
+        options=sizes(2, 8, 4, 32, length=4096, batch=2048, expert_tensor_parallel_size=1,
+                      recompute_granularity="selective", pp_layers="[[2,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,2]]")),
+    "ModelZoo 235B TP4 EP8": Published(
+        model="qwen3-235b-a22b", gpu="h100-80g", gpus=256, seconds=29.0,
+        options=sizes(4, 8, 4, 8, length=4096, batch=2048, expert_tensor_parallel_size=1, pp_layers="[[2,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,2]]")),
+    "ms-swift VL 7B": Published(
+        model="qwen2.5-vl-7b", gpu="a100-80g", gpus=2, seconds=4.1, image_tokens=100,
+        options=sizes(2, length=2048, batch=4, **VL)),
+    "ms-swift VL 7B LoRA": Published(
+        model="qwen2.5-vl-7b", gpu="a100-80g", gpus=2, seconds=2.3, image_tokens=100,
+        options=sizes(length=2048, batch=4, lora_rank=8, **FULL)),
+    "ms-swift 14B": Published(
+        model="qwen2-14b", gpu="a800", gpus=8, seconds=9.04,
+        options=sizes(4, length=8192, batch=16, recompute_granularity="selective")),
+    "ms-swift 7B 32K": Published(
+        model="qwen2-7b", gpu="a100-80g", gpus=4, seconds=23,
+        options=sizes(4, length=32768, batch=8, **FULL)),
+    "ms-swift 30B-A3B": Published(
+        model="qwen3-30b-a3b", gpu="a800", gpus=16, seconds=9.6,
+        options=sizes(2, 1, 1, 8, length=8192, batch=16, **FULL)),
+}
+
+
+def predicted(one: Published, directory: Path) -> StepTime:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config(one.model)))
+    card = read_card(one.gpu)
+    if one.overlapped:
+        card = replace(card, node_gb_s=1e6, node_latency_us=0)
+    question = Question(hf_dir=directory, gpus=one.gpus, per_node=min(8, one.gpus),
+                        card=card, options={}, image_tokens=1)
+    plan, length = question.plan(**one.options), one.options["seq_length"]
+    rows, images = one.options["micro_batch_size"], ()
+    if one.image_tokens:
+        side = 2 * round(one.image_tokens**0.5)
+        images = (((1, side, side), rows * length / 2 / (side // 2) ** 2),)
+    batch = Microbatch(lengths=(length,) * rows, images=images)
+    return predict(plan, question.card, [batch], per_node=question.per_node)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    for name, one in FIGURES.items():
+        try:
+            with tempfile.TemporaryDirectory() as d:
+                found = predicted(one, Path(d))
+        except Exception as e:
+            print(name, e)
+            continue
+        print(f"{name:24} {one.seconds:8.2f} {found.seconds:8.2f} {found.seconds / one.seconds:.2f} bubble {found.pipeline.bubble:.2f}")
