@@ -35,13 +35,13 @@ class Card:
     network_gb_s: float  # of one card to other nodes
 
     usable_memory: float = 0.92  # the rest is for libraries, and for gaps between tensors
-    matrix_share: float = 0.77  # of peak_tflops, in products with weights
+    matrix_share: float = 0.7  # of peak_tflops, in products with weights
     attention_share: float = 0.5  # of peak_tflops, in scores and sums
-    memory_share: float = 0.8  # of memory_tb_s, in elementwise operations, norms and the optimizer
+    memory_share: float = 0.42  # of memory_tb_s, in elementwise operations, norms and the optimizer
     link_share: float = 0.75  # of node_gb_s and network_gb_s, in large messages
     node_latency_us: float = 10.0  # of a message within a node
     network_latency_us: float = 30.0  # between nodes
-    operation_host_us: float = 13.5  # in which Python queues one operation
+    operation_host_us: float = 20.0  # in which Python queues one operation
     host_runs_ahead: bool = True  # Python queues while the device computes; not on a CPU
     rates: Rates = Rates()  # measured; each takes the place of the share of its kind
 
@@ -88,19 +88,21 @@ class Card:
         return nbytes / (rate * GB * self.link_share) + messages * latency / 1e6
 
 
-def _card(name: str, memory: int, bandwidth: float, node: float, network: float) -> Card:
+def _card(
+    name: str, memory: int, bandwidth: float, node: float, network: float, **shares: float
+) -> Card:
     return Card(name=name, memory_gb=memory, peak_tflops=peak_tflops(name), memory_tb_s=bandwidth,
-                node_gb_s=node, network_gb_s=network)
+                node_gb_s=node, network_gb_s=network, **shares)
 
 
 # The network is that of the makers' reference nodes: 400 Gb/s a card beside H100, H200 and MI300X,
 # 200 Gb/s beside A100, A800 and 910B; of cards on PCIe, 100 Gb/s for a node of eight.
 CARDS = {
-    "h200": _card("NVIDIA H200", 141, 4.8, 450, 50),
+    "h200": _card("NVIDIA H200", 141, 4.8, 450, 50, matrix_share=0.77),
     "h100-80g": _card("NVIDIA H100 SXM", 80, 3.35, 450, 50),
-    "a100-80g": _card("NVIDIA A100 SXM 80GB", 80, 2.039, 300, 25),
-    "a100-40g": _card("NVIDIA A100 SXM 40GB", 40, 1.555, 300, 25),
-    "a800": _card("NVIDIA A800 SXM 80GB", 80, 2.039, 200, 25),
+    "a100-80g": _card("NVIDIA A100 SXM 80GB", 80, 2.039, 300, 25, matrix_share=0.74),
+    "a100-40g": _card("NVIDIA A100 SXM 40GB", 40, 1.555, 300, 25, matrix_share=0.74),
+    "a800": _card("NVIDIA A800 SXM 80GB", 80, 2.039, 200, 25, matrix_share=0.74),
     "mi300x": _card("AMD Instinct MI300X", 192, 5.3, 448, 50),
     "910b": _card("Ascend910B1", 64, 1.6, 196, 25),
     "l40s": _card("NVIDIA L40S", 48, 0.864, 32, 1.56),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
 
 BEST = 10  # that are told of
+ALIKE = 0.02  # by which two predicted steps do not differ
 DATA = "DATA"  # in place of a dataset's path
 
 
@@ -62,6 +64,11 @@ class Choice:
     @property
     def worst(self) -> StageMemory:
         return max(self.stages, key=lambda one: one.bytes)
+
+    def order(self) -> tuple:
+        """Of two that are alike within what a prediction can tell, the one that waits less."""
+        alike = round(math.log(self.step.seconds) / math.log1p(ALIKE))
+        return alike, round(self.step.pipeline.bubble, 2), self.plan.layout.tp, self.step.seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,7 +119,7 @@ def search(question: Question, *, progress: Callable[[Iterable], Iterable] = ite
         heapq.heappush(best, (-choice.step.seconds, -number, choice))
         if len(best) > BEST:
             heapq.heappop(best)
-    found.best = [choice for *_, choice in sorted(best, reverse=True, key=lambda one: one[:2])]
+    found.best = sorted((choice for *_, choice in best), key=Choice.order)
     return found
 
 

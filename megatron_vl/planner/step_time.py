@@ -25,8 +25,8 @@ from megatron_vl.training.reporting.flops import step_flops
 
 # Operations that a layer launches, forward and backward: those of Megatron-Core's local layers on
 # one TP rank that make a tensor, counted without views. Fused kernels are fewer.
-LANGUAGE_OPERATIONS, EXPERTS_OPERATIONS, VISION_OPERATIONS = (69, 139), (127, 227), (60, 120)
-END_OPERATIONS = (104, 33)  # of a microbatch beside its layers: embedding, logits, losses
+LANGUAGE_OPERATIONS, EXPERTS_OPERATIONS, VISION_OPERATIONS = (39, 73), (97, 161), (30, 54)
+END_OPERATIONS = (74, 33)  # of a microbatch beside its layers: embedding, logits, losses
 STEP_PASSES = 3  # over the optimizer's state: read, written; gradients read for norm and update
 
 

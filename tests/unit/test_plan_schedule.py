@@ -10,7 +10,7 @@ from megatron_vl.planner.schedule import operations, simulate
 
 
 def even(p: int, v: int) -> dict:
-    return dict(forward=[[1 / v] * p] * v, backward=[[2 / v] * p] * v)
+    return dict(forward=[[[1 / v] * p] * v], backward=[[[2 / v] * p] * v])
 
 
 @pytest.mark.parametrize(("p", "v", "m"), [
@@ -25,12 +25,19 @@ def test_equal_stages_have_the_textbook_bubble(p, v, m):
 def test_an_uneven_pipeline_takes_what_a_hand_finds():
     # Stage 0: F0 0-1, F1 1-2; stage 1 (twice as slow): F0 1-3, B0 3-7, F1 7-9, B1 9-13;
     # stage 0 again: B0 7-9, B1 13-15.
-    step = simulate([[1, 2]], [[2, 4]], microbatches=2, transfer=0)
+    step = simulate([[[1, 2]]], [[[2, 4]]], microbatches=2, transfer=0)
     assert step.ends == (15, 13) and step.busy == (6, 12)
     assert step.bubble == pytest.approx(30 / 18 - 1) and step.balance == pytest.approx(9 / 12)
     # Every crossing adds half a second: F0 arrives at 1.5, B1 leaves at 13.5 and arrives at 14.
-    step = simulate([[1, 2]], [[2, 4]], microbatches=2, transfer=0.5)
+    step = simulate([[[1, 2]]], [[[2, 4]]], microbatches=2, transfer=0.5)
     assert step.ends == (16, 13.5)
+
+
+def test_microbatches_that_differ_take_what_a_hand_finds():
+    # Images in every other microbatch, on stage 0 alone. Stage 0: F0 0-3, F1 3-4, B0 6-10, F2
+    # 10-13, B1 13-15, B2 16-20; stage 1: F0 3-4, B0 4-6, F1 6-7, B1 7-9, F2 13-14, B2 14-16.
+    step = simulate([[[3, 1]], [[1, 1]]], [[[4, 2]], [[2, 2]]], microbatches=3, transfer=0)
+    assert step.ends == (20, 16) and step.busy == (17, 9)
 
 
 @pytest.mark.parametrize("m", [4, 8, 12])
