@@ -42,6 +42,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--gpu", default="h100-80g", metavar="CARD",
                         help="h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, "
                         "16g, or a FILE.json with numbers of your own (default: h100-80g)")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE.json",
+                        help="what was measured on such a card, in place of the shares of its "
+                        "data sheet; toolkits/gpu/check.sh writes one")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N",
                         help="cards of a node (default: 8, or all if they are fewer)")
     parser.add_argument("--image-tokens", type=int, metavar="N",
@@ -101,6 +104,6 @@ def _question(args: argparse.Namespace):
     options.setdefault("seq_length", defaults(BatchOptions)["seq_length"])
     options.setdefault("global_batch_size", -(-LEAST_ROWS // args.gpus) * args.gpus)
     return Question(
-        hf_dir=args.hf_dir, gpus=args.gpus, per_node=per_node, card=read_card(args.gpu),
+        hf_dir=args.hf_dir, gpus=args.gpus, per_node=per_node, card=read_card(args.gpu, args.calibrate),
         options=options, image_tokens=args.image_tokens or IMAGE_TOKENS,
     )

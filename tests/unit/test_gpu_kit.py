@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vl.planner.cards import CARDS, calibrated
+
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "toolkits" / "gpu"
 
@@ -50,7 +52,10 @@ def test_every_step_runs_tiny_on_a_cpu_and_its_tables_are_on_the_page(tmp_path):
                       for way in ("padded", "packed"))
     assert padded["first loss"] == pytest.approx(packed["first loss"], rel=2e-3)
     files = {path.name for path in out.iterdir() if path.is_file()}
-    assert files == {"gpu.md", "gpu.html", "results.json", "logs.tar.gz", "trace.json.gz"}
+    assert files == {"gpu.md", "gpu.html", "gpu.json", "results.json", "logs.tar.gz",
+                     "trace.json.gz"}
+    rates = calibrated(CARDS["h200"], out / "gpu.json").rates
+    assert rates.products and rates.memory and rates.attention and rates.attention_backward
 
 
 def environment() -> dict:

@@ -246,6 +246,8 @@ class Check:
                 for name in order if (self.results / f"{name}.json").exists()
             }}
             (self.out / "results.json").write_text(json.dumps(merged, indent=1))
+            if card := calibration(merged["results"]):
+                (self.out / "gpu.json").write_text(json.dumps(card, indent=1) + "\n")
             if self.args.pack:
                 self.pack()
         except Exception as error:  # the pages are made again after the next step
@@ -259,6 +261,14 @@ class Check:
                 tar.add(path, path.relative_to(self.work))
         if (trace := self.results / "trace.json.gz").exists():
             shutil.copyfile(trace, self.out / "trace.json.gz")
+
+
+def calibration(results: dict[str, dict]) -> dict:
+    """What the steps measured of the card, as `megatron-vl plan --calibrate` reads it."""
+    facts = {name: found["facts"] for name, found in results.items()}
+    host = facts.get("host", {})
+    return {name: of[name] for name, of in (("rates", facts.get("probe", {})),
+                                            ("operation_host_us", host)) if name in of}
 
 
 def end(process: subprocess.Popen) -> None:

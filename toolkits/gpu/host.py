@@ -71,6 +71,20 @@ def build(args):
     return model, microbatch, optimizer
 
 
+def operations(hf_dir: Path) -> int:
+    """Of a microbatch, as `megatron-vl plan` counts them."""
+    from megatron_vl.models import load_spec
+    from megatron_vl.planner.step_time import (
+        END_OPERATIONS,
+        LANGUAGE_OPERATIONS,
+        VISION_OPERATIONS,
+    )
+
+    spec = load_spec(hf_dir)
+    return (spec.decoder.num_layers * sum(LANGUAGE_OPERATIONS) + sum(END_OPERATIONS)
+            + spec.vision.depth * sum(VISION_OPERATIONS))
+
+
 class Clock:
     """Host and device time of forward and backward, by hooks at the model's ends."""
 
@@ -215,6 +229,8 @@ def main() -> None:
     alone = medians([clock.run(work) for _ in range(6)])
     for name, value in alone.items():
         results.row("Host", what=f"microbatch, {name.replace('_', ' ')}, ms", value=value)
+    results.fact(operation_host_us=1000 * (alone["host_forward"] + alone["host_rest"])
+                 / operations(args.inputs / args.model))
     profile_functions(results, work)
     profile_operators(results, work)
     single_calls(results, device)

@@ -60,13 +60,44 @@ def measure_ceilings(results: Results, timer: Timer, tiny: bool) -> None:
     copied = 2 * source.nbytes / copy_ms / 1e9
     small = torch.zeros(1, device=device)
     launch_ms = timer.median([lambda: [small.add_(1) for _ in range(100)]]) / 100
-    results.fact(matmul_tflops=flops, copy_tbps=copied)
+    results.fact(matmul_tflops=flops, copy_tbps=copied, rates={
+        "products": products_by_size(timer, tiny), "memory": additions_by_size(timer, tiny)})
     results.row("Measured ceilings", what=f"bf16 matrix product, {size}^3", ms=ms,
                 rate=f"{flops:.1f} TFLOP/s")
     results.row("Measured ceilings", what=f"copy of {source.nbytes / 2**30:.2f} GiB, read + write",
                 ms=copy_ms, rate=f"{copied:.3f} TB/s")
     results.row("Measured ceilings", what="one small kernel, launched in a row of 100",
                 ms=launch_ms, rate="")
+
+
+def products_by_size(timer: Timer, tiny: bool) -> list[tuple[float, float]]:
+    """(10^9 FLOPs, 10^12 FLOPs a second) of bf16 products of one side each."""
+    found = []
+    for side in (64, 128) if tiny else (512, 1024, 2048, 4096, 8192):
+        a, b = (torch.randn(side, side, device=timer.device, dtype=torch.bfloat16)
+                for _ in range(2))
+        gflops = 2 * side**3 / 1e9
+        found.append((gflops, gflops / timer.median([partial(torch.mm, a, b)])))
+    return found
+
+
+def additions_by_size(timer: Timer, tiny: bool) -> list[tuple[float, float]]:
+    """(10^6 bytes read and written, 10^12 bytes a second) of sums of two bf16 tensors."""
+    found = []
+    for megabytes in (0.1, 1) if tiny else (1, 10, 100, 1000):
+        a, b = (torch.randn(int(megabytes * 1e6 / 6), device=timer.device, dtype=torch.bfloat16)
+                for _ in range(2))
+        found.append((megabytes, megabytes / 1e3 / timer.median([partial(torch.add, a, b)])))
+    return found
+
+
+def attention_by_length(found: dict[int, list[tuple[float, float]]]) -> dict[str, list]:
+    """Rates forward and backward of the backend that is fastest at a length, as `--calibrate`
+    reads them."""
+    best = {length: max(rates, key=lambda one: 1 / (1 / one[0] + 2 / one[1]))
+            for length, rates in sorted(found.items()) if rates}
+    return {name: [(length, one[at]) for length, one in best.items()]
+            for at, name in enumerate(("attention", "attention_backward"))} if best else {}
 
 
 def cudnn_attention(q, k, v, segments, *, causal, scale):
@@ -95,7 +126,11 @@ def candidates(case: AttentionCase, lengths: list[int]) -> dict:
     return found
 
 
-def measure_attention(results: Results, timer: Timer, shape: tuple) -> None:
+def measure_attention(
+    results: Results, timer: Timer, shape: tuple
+) -> list[tuple[float, float]]:
+    """A row a backend; 10^12 FLOPs a second, forward and backward, of those of the project."""
+    found_rates = []
     name, lengths, heads, groups, width, causal = shape
     device, tokens, scale = timer.device, sum(lengths), width**-0.5
     dtype = torch.bfloat16
@@ -138,6 +173,9 @@ def measure_attention(results: Results, timer: Timer, shape: tuple) -> None:
         )
         if not error < 3e-2:
             results.failed(f"attention {backend}, {name}: {error:.1e} off from sdpa")
+        elif backend in BACKENDS and both > forward:
+            found_rates.append((flops / forward / 1e9, 2 * flops / (both - forward) / 1e9))
+    return found_rates
 
 
 def measure_backends(results: Results, tiny: bool) -> None:
@@ -156,9 +194,12 @@ def main() -> None:
     results, timer = Results(args.result), Timer(args.device, 0.01 if args.tiny else 0.15)
     measure_ceilings(results, timer, args.tiny)
     measure_backends(results, args.tiny)
+    found: dict[int, list[tuple[float, float]]] = {}
     for shape in shapes(args.tiny):
-        measure_attention(results, timer, shape)
-    results.save()
+        rates = measure_attention(results, timer, shape)
+        if len(set(shape[1])) == 1 and shape[5]:  # causal segments of one length
+            found.setdefault(shape[1][0], []).extend(rates)
+    results.fact(rates=results.data["facts"]["rates"] | attention_by_length(found))
 
 
 if __name__ == "__main__":
