@@ -104,6 +104,7 @@ def _question(args: argparse.Namespace):
     options.setdefault("seq_length", defaults(BatchOptions)["seq_length"])
     options.setdefault("global_batch_size", -(-LEAST_ROWS // args.gpus) * args.gpus)
     return Question(
-        hf_dir=args.hf_dir, gpus=args.gpus, per_node=per_node, card=read_card(args.gpu, args.calibrate),
-        options=options, image_tokens=args.image_tokens or IMAGE_TOKENS,
+        hf_dir=args.hf_dir, gpus=args.gpus, per_node=per_node,
+        card=read_card(args.gpu, args.calibrate), options=options,
+        image_tokens=args.image_tokens or IMAGE_TOKENS,
     )

@@ -19,6 +19,7 @@ from megatron_vl.planner.rates import Rates, rate_at
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.typed import Positive, Shape, read_file
 
+UNMEASURED = Rates()
 GB, TERA = 10**9, 10**12
 Share = Annotated[Positive, Field(le=1)]
 
@@ -43,7 +44,7 @@ class Card:
     network_latency_us: float = 30.0  # between nodes
     operation_host_us: float = 20.0  # in which Python queues one operation
     host_runs_ahead: bool = True  # Python queues while the device computes; not on a CPU
-    rates: Rates = Rates()  # measured; each takes the place of the share of its kind
+    rates: Rates = UNMEASURED  # measured; each takes the place of the share of its kind
 
     @property
     def room(self) -> int:
@@ -116,7 +117,7 @@ _RATES = create_model(
     "_RATES", __base__=Shape, __cls_kwargs__={"extra": "forbid"},
     **{one.name: (_Points | None, None) for one in fields(Rates)},
 )
-_KINDS = {name: Share for name in SHARES} | {
+_KINDS = dict.fromkeys(SHARES, Share) | {
     "name": str, "host_runs_ahead": bool, "rates": _RATES}
 _File = create_model(
     "_File", __base__=Shape,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 Points = tuple[tuple[float, float], ...]  # (size, rate), sizes ascending
 
@@ -21,11 +22,10 @@ class Rates:
 
 
 def rate_at(points: Points, size: float) -> float:
-    """The rate at `size`: linear in its logarithm between the nearest, beyond them the nearest's.
-    """
+    """Between the two nearest sizes linear in the size's logarithm, beyond all that of the last."""
     if size <= points[0][0]:
         return points[0][1]
-    for (below, slower), (above, faster) in zip(points, points[1:], strict=False):
+    for (below, slower), (above, faster) in pairwise(points):
         if size <= above:
             share = math.log(size / below) / math.log(above / below)
             return slower + share * (faster - slower)

@@ -30,7 +30,7 @@ from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
 
 BEST = 10  # that are told of
-ALIKE = 0.02  # by which two predicted steps do not differ
+ALIKE = 0.01  # by which two predicted steps do not differ
 DATA = "DATA"  # in place of a dataset's path
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from true_sizes import published
 
 from megatron_vl.planner.cards import read_card
-from megatron_vl.planner.search import Question
 from megatron_vl.planner.microbatch import Microbatch
+from megatron_vl.planner.search import Question
 from megatron_vl.planner.step_time import StepTime, predict
 
 GPT_VOCABULARY, GPT_LENGTH = 131072, 4096  # of the models of Megatron-LM's README
@@ -82,41 +82,50 @@ def gpt(layers: int, hidden: int, heads: int, tp: int, pp: int, vp: int, gpus: i
                                    overlap_param_gather=True), overlapped=True)
 
 
+def zoo(seconds: float, tp: int, ep: int, **more) -> Published:
+    """Of Megatron-MoE-ModelZoo: 94 layers, the embedding and the logits in the place of two."""
+    chunks = [[3] * 8 for _ in range(4)]
+    chunks[0][0] = chunks[-1][-1] = 2
+    return Published(
+        model="qwen3-235b-a22b", gpu="h100-80g", gpus=256, seconds=seconds,
+        options=sizes(tp, 8, 4, ep, length=4096, batch=2048, expert_tensor_parallel_size=1,
+                      pp_layers=json.dumps(chunks), overlap_param_gather=True, **more))
+
+
 FULL = {"recompute_granularity": "full"}
 VL = {"freeze_vit": True, "freeze_merger": True, **FULL}
 FIGURES = {
-    "Megatron-LM 1.7B": gpt(24, 2048, 16, 1, 1, 1, 48, 192, 408.8),
-    "Megatron-LM 7.1B": gpt(30, 4096, 32, 2, 1, 1, 96, 192, 465.9),
-    "Megatron-LM 16B": gpt(32, 6144, 48, 4, 1, 1, 192, 192, 489.1),
-    "Megatron-LM 32B": gpt(48, 7168, 56, 8, 1, 1, 384, 192, 459.6),
-    "Megatron-LM 70B": gpt(84, 8192, 64, 8, 2, 3, 768, 384, 419.7),
-    "Megatron-LM 119B": gpt(92, 10240, 80, 8, 4, 1, 1536, 768, 420.5),
-    "Megatron-LM 177B": gpt(96, 12288, 96, 8, 6, 4, 2304, 1152, 432.8),
-    "Megatron-LM 314B": gpt(96, 16384, 128, 8, 8, 4, 3072, 1536, 474.4),
-    "Megatron-LM 462B": gpt(112, 18432, 144, 8, 16, 1, 6144, 3072, 459.9),
-    "ModelZoo 235B EP32": Published(
-        model="qwen3-235b-a22b", gpu="h100-80g", gpus=256, seconds=19.7,
-        options=sizes(2, 8, 4, 32, length=4096, batch=2048, expert_tensor_parallel_size=1,
-                      recompute_granularity="selective", pp_layers="[[2,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,2]]")),
-    "ModelZoo 235B TP4 EP8": Published(
-        model="qwen3-235b-a22b", gpu="h100-80g", gpus=256, seconds=29.0,
-        options=sizes(4, 8, 4, 8, length=4096, batch=2048, expert_tensor_parallel_size=1, pp_layers="[[2,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,3],[3,3,3,3,3,3,3,2]]")),
-    "ms-swift VL 7B": Published(
+    "GPT 1.7B": gpt(24, 2048, 16, 1, 1, 1, 48, 192, 408.8),
+    "GPT 7.1B": gpt(30, 4096, 32, 2, 1, 1, 96, 192, 465.9),
+    "GPT 16B": gpt(32, 6144, 48, 4, 1, 1, 192, 192, 489.1),
+    "GPT 32B": gpt(48, 7168, 56, 8, 1, 1, 384, 192, 459.6),
+    "GPT 70B": gpt(84, 8192, 64, 8, 2, 3, 768, 384, 419.7),
+    "GPT 119B": gpt(92, 10240, 80, 8, 4, 1, 1536, 768, 420.5),
+    "GPT 177B": gpt(96, 12288, 96, 8, 6, 4, 2304, 1152, 432.8),
+    "GPT 314B": gpt(96, 16384, 128, 8, 8, 4, 3072, 1536, 474.4),
+    "GPT 462B": gpt(112, 18432, 144, 8, 16, 1, 6144, 3072, 459.9),
+    "Qwen3-235B-A22B, EP32": zoo(19.7, 2, 32, recompute_granularity="selective"),
+    "Qwen3-235B-A22B, TP4": zoo(29.0, 4, 8),
+    "Qwen2.5-VL-7B": Published(
         model="qwen2.5-vl-7b", gpu="a100-80g", gpus=2, seconds=4.1, image_tokens=100,
         options=sizes(2, length=2048, batch=4, **VL)),
-    "ms-swift VL 7B LoRA": Published(
+    "Qwen2.5-VL-7B, LoRA": Published(
         model="qwen2.5-vl-7b", gpu="a100-80g", gpus=2, seconds=2.3, image_tokens=100,
         options=sizes(length=2048, batch=4, lora_rank=8, **FULL)),
-    "ms-swift 14B": Published(
+    "Qwen2.5-14B": Published(
         model="qwen2-14b", gpu="a800", gpus=8, seconds=9.04,
         options=sizes(4, length=8192, batch=16, recompute_granularity="selective")),
-    "ms-swift 7B 32K": Published(
+    "Qwen2.5-7B": Published(
         model="qwen2-7b", gpu="a100-80g", gpus=4, seconds=23,
         options=sizes(4, length=32768, batch=8, **FULL)),
-    "ms-swift 30B-A3B": Published(
+    "Qwen3-30B-A3B": Published(
         model="qwen3-30b-a3b", gpu="a800", gpus=16, seconds=9.6,
         options=sizes(2, 1, 1, 8, length=8192, batch=16, **FULL)),
 }
+
+# Not within a fifth; docs/planning.md says what is known of each.
+MISSED = ("GPT 32B", "Qwen3-235B-A22B, EP32", "Qwen3-235B-A22B, TP4", "Qwen2.5-VL-7B",
+          "Qwen2.5-VL-7B, LoRA", "Qwen2.5-7B", "Qwen3-30B-A3B")
 
 
 def predicted(one: Published, directory: Path) -> StepTime:
@@ -134,16 +143,3 @@ def predicted(one: Published, directory: Path) -> StepTime:
         images = (((1, side, side), rows * length / 2 / (side // 2) ** 2),)
     batch = Microbatch(lengths=(length,) * rows, images=images)
     return predict(plan, question.card, [batch], per_node=question.per_node)
-
-
-if __name__ == "__main__":
-    import tempfile
-
-    for name, one in FIGURES.items():
-        try:
-            with tempfile.TemporaryDirectory() as d:
-                found = predicted(one, Path(d))
-        except Exception as e:
-            print(name, e)
-            continue
-        print(f"{name:24} {one.seconds:8.2f} {found.seconds:8.2f} {found.seconds / one.seconds:.2f} bubble {found.pipeline.bubble:.2f}")

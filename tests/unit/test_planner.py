@@ -9,13 +9,15 @@ from itertools import product
 
 import pytest
 import yaml
+from published_times import FIGURES, MISSED, predicted
 from test_docs import CODE, tables
 from true_sizes import write
 
 from megatron_vl.cli.main import run
 from megatron_vl.planner.balance import balanced
-from megatron_vl.planner.cards import CARDS, read_card
-from megatron_vl.planner.microbatch import Microbatch
+from megatron_vl.planner.cards import CARDS, calibrated, read_card
+from megatron_vl.planner.microbatch import Microbatch, Work
+from megatron_vl.planner.rates import rate_at
 from megatron_vl.planner.search import Question
 from megatron_vl.planner.step_time import predict
 
@@ -91,6 +93,52 @@ def test_a_file_replaces_numbers_of_a_card(tmp_path):
             read_card(str(file))
 
 
+def test_a_rate_between_two_measured_sizes_is_interpolated():
+    points = ((1.0, 10.0), (100.0, 30.0), (1000.0, 20.0))
+    for size, rate in ((0.1, 10), (1, 10), (10, 20), (100, 30), (100 * 10**0.5, 25), (1e6, 20)):
+        assert rate_at(points, size) == pytest.approx(rate)
+
+
+def test_what_was_measured_takes_the_place_of_the_shares(tmp_path):
+    file, card = tmp_path / "gpu.json", CARDS["h100-80g"]
+    file.write_text(json.dumps({"memory_share": 0.6, "operation_host_us": 5, "rates": {
+        "products": [[1, 100], [100, 500]], "attention_backward": [[1024, 250]],
+        "node": [[1, 50], [100, 300]]}}))
+    found = calibrated(card, file)
+    assert found.name == card.name and found.room == card.room
+    # Ten products of 10^10 FLOPs each: between the two measured sizes.
+    assert found.matrix_seconds(1e11, products=10) == pytest.approx(1e11 / 300e12)
+    assert found.attention_seconds(1e12, length=99, backward=True) == pytest.approx(1 / 250)
+    assert found.attention_seconds(1e12, length=99) == card.attention_seconds(1e12, length=99)
+    sent = dict(nbytes=1e8, messages=100)
+    assert found.link_seconds(**sent, within_node=True) == pytest.approx(1e8 / 50e9)
+    assert found.link_seconds(**sent, within_node=False) == card.link_seconds(
+        **sent, within_node=False)
+    assert found.memory_seconds(1e9) < card.memory_seconds(1e9)
+
+
+@pytest.mark.parametrize(("written", "told"), [
+    ({"rates": {"products": [[2, 1], [1, 1]]}}, "the sizes of rates.products are .2.0, 1.0.; let"),
+    ({"rates": {"products": []}}, "rates.products is "),
+    ({"rates": {"products": [[1, 0]]}}, "rates.products.0.1 is 0"),
+    ({"rates": {"matmul": [[1, 1]]}}, "rates.matmul is "),
+    ({"like": "h200"}, "has like, but --gpu says which card; leave it out"),
+    ({"memory_share": 2}, "memory_share is 2"),
+])
+def test_a_file_of_rates_that_cannot_be_used_is_refused(model, tmp_path, capsys, written, told):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(written))
+    text = said(capsys, "plan", model("2B"), "--gpus", 1, "--calibrate", file, code=2)
+    assert text.count("\n") == 1 and re.search(rf"--calibrate .*gpu.json.*{told}", text), text
+
+
+def test_the_host_is_waited_for_only_where_it_is_slower_or_does_not_run_ahead():
+    work = Work(forward=3, backward=4, forward_host=1, backward_host=5)
+    ahead, beside = (work.together(runs_ahead=ahead) for ahead in (True, False))
+    assert (ahead.forward, ahead.backward) == (3, 5) and work.seconds == 8
+    assert (beside.forward, beside.backward) == (4, 9)
+
+
 def test_the_page_has_the_numbers_of_every_card_and_share():
     cards, shares = (next(one for one in tables("docs/planning.md") if one[0][0] == head)
                      for head in ("`--gpu`", "share"))
@@ -98,7 +146,7 @@ def test_the_page_has_the_numbers_of_every_card_and_share():
         (name, card.memory_gb, card.peak_tflops, card.memory_tb_s, card.node_gb_s,
          card.network_gb_s) for name, card in CARDS.items()
     ]
-    card = CARDS["h200"]
+    card = CARDS["h100-80g"]
     told = {name: float(value) for row in shares[1:]
             for name, value in zip(CODE.findall(row[0]), row[1].split(", "), strict=True)}
     assert told == {name: getattr(card, name) for name in told} and len(told) == 8
@@ -116,6 +164,20 @@ def test_the_measured_steps_of_the_h200_are_predicted(model, row_length, seconds
                        images=(((1, 40, 40), 0.75 * row_length / 400),))
     found = predict(question.plan(), card, [batch], per_node=1)
     assert found.seconds == pytest.approx(seconds, rel=0.1)
+
+
+def test_the_page_has_the_published_steps_beside_what_is_predicted(tmp_path):
+    table = next(one for one in tables("docs/planning.md") if one[0][0] == "published")
+    told = {row[0]: tuple(map(float, row[-3:])) for row in table[1:]}
+    ratios = {}
+    for name, one in FIGURES.items():
+        seconds = predicted(one, tmp_path / name).seconds
+        ratios[name] = seconds / one.seconds
+        assert told.pop(name) == (round(one.seconds, 2), round(seconds, 2),
+                                  round(ratios[name], 2)), name
+    assert not told
+    missed = {name for name, ratio in ratios.items() if not 0.8 <= ratio <= 1.2}
+    assert missed == set(MISSED)
 
 
 @pytest.mark.parametrize(("layers", "layer", "extra"), [

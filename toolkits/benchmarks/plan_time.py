@@ -1,11 +1,11 @@
-"""Seconds of a step, as `megatron-vl plan` predicts and as measured, of layouts of one and two ranks.
+"""Seconds of a step of one and two ranks, as `megatron-vl plan` predicts and as measured.
 
     python plan_time.py OUT [--steps 7] [--model text|images]
 
-The CPU is calibrated first, into OUT/cpu.json, which `megatron-vl plan --gpu` reads: products,
+The CPU is calibrated first, into OUT/cpu.json, in the form of `megatron-vl plan --gpu`: products,
 attention and collectives are timed by size, on two ranks at once; the share of the memory's
-bandwidth and the time Python takes for an operation are fitted to three real runs. Seven further
-layouts of each model are then predicted, and run for real: the model and optimizer of
+bandwidth and the time Python takes for an operation are fitted to three real runs. The other
+layouts are then predicted, and were run for real: the model and optimizer of
 `megatron-vl train` on random rows, in fp32, over gloo, one thread a rank. Told is the median step,
 the slowest rank's. Data are in memory, as a plan does not count reading them.
 """
@@ -26,7 +26,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 WIDTHS = ["--num-layers", 8, "--hidden-size", 256, "--num-heads", 4, "--num-kv-heads", 2,
-          "--ffn-size", 1024, "--dtype", "float32"]
+          "--ffn-size", 768, "--dtype", "float32"]
 MODELS = {  # of `megatron-vl tiny`
     "text": ["--model-type", "qwen2", *WIDTHS],
     "images": ["--model-type", "qwen2_vl", *WIDTHS, "--vision-depth", 4, "--vision-hidden-size",
@@ -58,13 +58,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def plan_of(directory: Path, ranks: int, options: dict):
-    """A step of 8 rows, whatever the layout is."""
+    """A step of 4 rows, whatever the layout is."""
     from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
 
     return plan_run(TrainConfig.from_dict({
         "hf_config": str(directory), "train_data_path": str(directory), "seq_length": 512,
-        "micro_batch_size": 1, "global_batch_size": 8, "fp32": True, "lr": 1e-4, **options,
+        "micro_batch_size": 1, "global_batch_size": 4, "fp32": True, "lr": 1e-4, **options,
     }), ranks, here=False)
 
 
