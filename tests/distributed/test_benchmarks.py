@@ -33,6 +33,10 @@ SCRIPTS = {  # what follows the script (M model, D data, T a new directory), and
         "M --seq-length 256",  # predicted within a twentieth
         r"^(\| .+ \| (0\.9[5-9]|1\.0[0-5]) \|\n?){9}$",
     ),
+    "plan_time.py": (
+        "T --model text --steps 1 --seq-length 64",
+        r"^(\| text \| .+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|\n){9}\nof 7 that were not known, .*",
+    ),
     "soak.py": (
         "M D T/runs --minutes 0.25 --every 3 --faults kill_every_rank",
         r"^losses equal to an undisturbed run's, to the bit +yes\nsurvived +yes$",

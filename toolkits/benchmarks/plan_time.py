@@ -1,6 +1,6 @@
 """Seconds of a step of one and two ranks, as `megatron-vl plan` predicts and as measured.
 
-    python plan_time.py OUT [--steps 7] [--model text|images]
+    python plan_time.py OUT [--steps 7] [--seq-length 512] [--model text|images]
 
 The CPU is calibrated first, into OUT/cpu.json, in the form of `megatron-vl plan --gpu`: products,
 attention and collectives are timed by size, on two ranks at once; the share of the memory's
@@ -32,19 +32,19 @@ MODELS = {  # of `megatron-vl tiny`
     "images": ["--model-type", "qwen2_vl", *WIDTHS, "--vision-depth", 4, "--vision-hidden-size",
                128],
 }
-KNOWN = [("text", "one rank"), ("text", "DP2"), ("images", "one rank")]  # they calibrate
+KNOWN = [("text", "one rank"), ("text", "two long rows at once"), ("images", "one rank")]
 GRID = (1, 16, 16)  # patches of every image
 PP2 = {"pipeline_model_parallel_size": 2}
-LAYOUTS = {  # ranks and options
-    "one rank": (1, {}),
-    "DP2": (2, {}),
-    "TP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "PP2": (2, PP2),
-    "PP2, 6 and 2 layers": (2, PP2 | {"pp_layers": "6,2"}),
-    "PP2 VP2": (2, PP2 | {"num_virtual_stages_per_pipeline_rank": 2}),
-    "CP2": (2, {"context_parallel_size": 2}),
-    "full recompute": (1, {"recompute_granularity": "full"}),
-    "two long rows at once": (1, {"seq_length": 1024, "micro_batch_size": 2}),
+LAYOUTS = {  # ranks, how many times --seq-length a row has, options
+    "one rank": (1, 1, {}),
+    "DP2": (2, 1, {}),
+    "TP2": (2, 1, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "PP2": (2, 1, PP2),
+    "PP2, 6 and 2 layers": (2, 1, PP2 | {"pp_layers": "6,2"}),
+    "PP2 VP2": (2, 1, PP2 | {"num_virtual_stages_per_pipeline_rank": 2}),
+    "CP2": (2, 1, {"context_parallel_size": 2}),
+    "full recompute": (1, 1, {"recompute_granularity": "full"}),
+    "two long rows at once": (1, 2, {"micro_batch_size": 2}),
 }
 
 
@@ -52,18 +52,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--steps", type=int, default=7, help="timed steps (default: 7)")
+    parser.add_argument("--seq-length", type=int, default=512, help="of a row (default: 512)")
     parser.add_argument("--model", choices=MODELS, action="append", help="default: both")
     parser.add_argument("--jobs", type=json.loads, help=argparse.SUPPRESS)  # of this process
     return parser.parse_args()
 
 
-def plan_of(directory: Path, ranks: int, options: dict):
+def plan_of(args: argparse.Namespace, directory: Path, name: str):
     """A step of 4 rows, whatever the layout is."""
     from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
 
+    ranks, times, options = LAYOUTS[name]
     return plan_run(TrainConfig.from_dict({
-        "hf_config": str(directory), "train_data_path": str(directory), "seq_length": 512,
+        "hf_config": str(directory), "train_data_path": str(directory),
+        "seq_length": times * args.seq_length,
         "micro_batch_size": 1, "global_batch_size": 4, "fp32": True, "lr": 1e-4, **options,
     }), ranks, here=False)
 
@@ -124,9 +127,9 @@ def rates() -> dict:
     from megatron_vl.ops.segments import Segments
 
     def rate(work, size: float) -> float:
-        """`size` a second of the median call."""
+        """`size` a second of the median call; as many calls on both ranks."""
         taken = []
-        while len(taken) < 5 or (sum(taken) < 0.2 and len(taken) < 200):
+        for _ in range(25):
             started = time.perf_counter()
             work()
             taken.append(time.perf_counter() - started)
@@ -162,7 +165,7 @@ def rates() -> dict:
 
 
 def work(args: argparse.Namespace) -> None:
-    """The jobs of one process, {name: options}, of the model in OUT."""
+    """The layouts of one process, by name, of the model in OUT."""
     warnings.simplefilter("ignore")
     from megatron_vl.platform import select_platform
 
@@ -171,8 +174,8 @@ def work(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     ranks, found = int(os.environ.get("WORLD_SIZE", 1)), {}
-    for name, options in args.jobs.items():
-        plan = plan_of(args.out, ranks, options)
+    for name in args.jobs:
+        plan = plan_of(args, args.out, name)
         box = torch.tensor(seconds_of(plan, args.steps), dtype=torch.float64)
         torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
         found[name] = statistics.median(box.tolist())
@@ -186,11 +189,11 @@ def measured(args: argparse.Namespace, directory: Path) -> dict:
     """The median step of every layout, those of as many ranks in one process a rank."""
     found = {}
     for ranks in (2, 1):
-        mine = {name: options for name, (of, options) in LAYOUTS.items() if of == ranks}
+        mine = [name for name, (of, *_) in LAYOUTS.items() if of == ranks]
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         done = subprocess.run(
             [sys.executable, *(start if ranks > 1 else []), __file__, str(directory), "--steps",
-             str(args.steps), "--jobs", json.dumps(mine)],
+             str(args.steps), "--seq-length", str(args.seq_length), "--jobs", json.dumps(mine)],
             stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             sys.exit(done.returncode)
@@ -201,11 +204,11 @@ def measured(args: argparse.Namespace, directory: Path) -> dict:
 # ---- predicted ---------------------------------------------------------------------------------
 
 
-def predicted(card, directory: Path, ranks: int, options: dict) -> float:
+def predicted(args: argparse.Namespace, card, directory: Path, name: str) -> float:
     from megatron_vl.planner.microbatch import Microbatch
     from megatron_vl.planner.step_time import predict
 
-    plan = plan_of(directory, ranks, options)
+    plan = plan_of(args, directory, name)
     batch = make_batch(plan)
     bounds = batch.cu_seqlens.tolist()
     grids = [tuple(grid) for grid in batch.grid_thw.tolist()]
@@ -215,27 +218,41 @@ def predicted(card, directory: Path, ranks: int, options: dict) -> float:
     )], per_node=2).seconds
 
 
-def calibrated(found: dict[str, dict], directories: dict[str, Path]):
+def calibrated(args: argparse.Namespace, found: dict[str, dict], directories: dict[str, Path]):
     """The card of which KNOWN takes as long as it did, or as nearly as its two numbers let it."""
     import numpy
 
     from megatron_vl.planner.cards import Card
     from megatron_vl.planner.rates import Rates
 
-    of = found["text"].pop("rates")
+    of = next(one.pop("rates") for one in found.values())
     card = Card(name="this CPU", memory_gb=1, peak_tflops=max(rate for _, rate in of["products"]),
                 memory_tb_s=of.pop("copy"), node_gb_s=1, network_gb_s=1, host_runs_ahead=False,
                 memory_share=1, operation_host_us=1e-3, rates=Rates(**of))
     rows = []
-    for model, name in KNOWN:
-        runs = [predicted(replace(card, **change), directories[model], *LAYOUTS[name])
+    known = [(model, name) for model, name in KNOWN if model in found]
+    for model, name in known:
+        runs = [predicted(args, replace(card, **change), directories[model], name)
                 for change in ({}, {"memory_share": 0.5}, {"operation_host_us": 1.0})]
         rows.append([runs[1] - runs[0], runs[2] - runs[0], found[model][name] - runs[0]])
     # Relative errors count: both numbers enter a step's seconds linearly, the share inverted.
-    rows = numpy.array(rows) / numpy.array([[found[model][name]] for model, name in KNOWN])
-    passes, microseconds = numpy.linalg.lstsq(rows[:, :2], rows[:, 2], rcond=None)[0]
-    return replace(card, memory_share=1 / max(1.0, 1 + passes),
-                   operation_host_us=max(1e-3, float(microseconds)))
+    rows = numpy.array(rows) / numpy.array([[found[model][name]] for model, name in known])
+    passes, microseconds = least_squares(rows[:, :2], rows[:, 2])
+    return replace(card, memory_share=float(1 / (1 + passes)),
+                   operation_host_us=float(max(1e-3, microseconds)))
+
+
+def least_squares(factors, wanted):
+    """Two numbers, neither below zero, with `factors` @ numbers as near `wanted` as it gets."""
+    import numpy
+
+    found = []
+    for used in ([0, 1], [0], [1], []):
+        numbers = numpy.zeros(2)
+        numbers[used] = numpy.linalg.lstsq(factors[:, used], wanted, rcond=None)[0]
+        if (numbers >= 0).all():
+            found.append((numpy.linalg.norm(factors @ numbers - wanted), *numbers))
+    return min(found)[1:]
 
 
 def written(card, path: Path) -> None:
@@ -257,7 +274,7 @@ def main() -> None:
                 directories[model], *MODELS[model]))], check=True, stdout=subprocess.DEVNULL)
         found[model] = measured(args, directories[model])
     (args.out / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
-    card = calibrated(found, directories)
+    card = calibrated(args, found, directories)
     written(card, args.out / "cpu.json")
     print(f"memory_share {card.memory_share:.2f}, operation_host_us {card.operation_host_us:.1f}")
     print("\n| model | layout | predicted s | measured s | ratio |\n|---|---|---|---|---|")
@@ -265,7 +282,7 @@ def main() -> None:
     for model, name in product(found, LAYOUTS):
         if name not in found[model]:
             continue
-        guess, fact = predicted(card, directories[model], *LAYOUTS[name]), found[model][name]
+        guess, fact = predicted(args, card, directories[model], name), found[model][name]
         known = " (calibrates)" * ((model, name) in KNOWN)
         print(f"| {model} | {name}{known} | {guess:.3f} | {fact:.3f} | {guess / fact:.2f} |")
         off += [] if known else [(model, name, guess, fact)]
