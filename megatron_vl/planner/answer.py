@@ -13,8 +13,8 @@ from megatron_vl.planner.search import Choice, Found, Question
 from megatron_vl.training.dry_run import GIB, aligned
 
 WARNING = (
-    "Times are predictions from data sheets and from one measured card, an H200; they were not "
-    "measured on these cards. Memory is what train --dry-run says."
+    "Times are predictions from data sheets, from measurements of single operations and from what "
+    "--calibrate says; steps were not measured on these cards. Memory is what train --dry-run says."
 )
 
 
