@@ -33,7 +33,7 @@ class Microbatch:
 
     @property
     def mean_length(self) -> float:
-        """Tokens of the sample that a token is in: what a token attends to, twice."""
+        """Tokens of a sample, in the mean over tokens."""
         return sum(length**2 for length in self.lengths) / self.tokens
 
     def of_images(self, of: Callable[[Grid], float]) -> float:
