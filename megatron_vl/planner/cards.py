@@ -81,12 +81,16 @@ class Card:
 
         Between nodes they take `lanes` cards' ways at once.
         """
-        rates = self.rates.node if within_node else self.rates.network
-        if rates and nbytes:
-            return nbytes / GB / rate_at(rates, nbytes / messages / 1e6)
-        rate = self.node_gb_s if within_node else min(self.node_gb_s, lanes * self.network_gb_s)
-        latency = self.node_latency_us if within_node else self.network_latency_us
-        return nbytes / (rate * GB * self.link_share) + messages * latency / 1e6
+        points = self.rates.node if within_node else self.rates.network
+        if points and nbytes:
+            rate, latency = rate_at(points, nbytes / messages / 1e6), 0.0
+        elif within_node:
+            rate, latency = self.node_gb_s * self.link_share, self.node_latency_us
+        else:
+            rate, latency = self.network_gb_s * self.link_share, self.network_latency_us
+        if not within_node:
+            rate = min(lanes * rate, self.node_gb_s * self.link_share)
+        return nbytes / (rate * GB) + messages * latency / 1e6
 
 
 def _card(
@@ -125,7 +129,6 @@ _File = create_model(
     like=(str | None, None),
     **{one.name: (_KINDS.get(one.name, Positive) | None, None) for one in fields(Card)},
 )
-_WHERE = "see docs/planning.md"
 
 
 def read_card(text: str, measured: Path | None = None) -> Card:
@@ -175,7 +178,8 @@ def _of_file(text: str) -> Card:
 
 def _read(path: Path, what: str) -> dict:
     """The fields that a file has."""
-    given = read_file(path, _File, what=what, mend=_WHERE).model_dump(exclude_none=True)
+    found = read_file(path, _File, what=what, mend="see docs/planning.md")
+    given = found.model_dump(exclude_none=True)
     if "rates" not in given:
         return given
     rates = {name: tuple(map(tuple, points)) for name, points in given["rates"].items()}
