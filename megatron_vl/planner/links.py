@@ -52,8 +52,8 @@ class Links:
         row = tokens * decoder.hidden_size * self.itemsize
         tp = self._sent(row, layout.tp, span=layout.tp)
         heads = 2 * (decoder.num_attention_heads + decoder.num_query_groups) * decoder.head_dim
-        cp = self._exchanged(tokens * heads / layout.tp * self.itemsize, layout.cp,
-                             span=layout.tp * layout.cp)
+        cp = self._exchanged(tokens * heads / layout.tp * self.itemsize / 4, layout.cp,
+                             span=layout.tp * layout.cp, times=4)  # q, k, v and the way back
         ep = 0.0
         if experts is not None:
             away = row / layout.tp * experts.per_token

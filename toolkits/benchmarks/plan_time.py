@@ -4,10 +4,11 @@
 
 The CPU is calibrated first, into OUT/cpu.json, in the form of `megatron-vl plan --gpu`: products,
 attention and collectives are timed by size, on two ranks at once; the share of the memory's
-bandwidth and the time Python takes for an operation are fitted to three real runs. The other
-layouts are then predicted, and were run for real: the model and optimizer of
-`megatron-vl train` on random rows, in fp32, over gloo, one thread a rank. Told is the median step,
-the slowest rank's. Data are in memory, as a plan does not count reading them.
+bandwidth, the time that Python takes for an operation, and how much longer messages take between
+ranks that wait for one another are fitted to four real runs. The other layouts are then predicted,
+and were run for real: the model and optimizer of `megatron-vl train` on random rows, in fp32, over
+gloo, one thread a rank. Told is the median step, the slowest rank's. Data are in memory, as a plan
+does not count reading them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import chain, combinations, pairwise, product
 from pathlib import Path
 
 WIDTHS = ["--num-layers", 8, "--hidden-size", 256, "--num-heads", 4, "--num-kv-heads", 2,
@@ -32,7 +33,8 @@ MODELS = {  # of `megatron-vl tiny`
     "images": ["--model-type", "qwen2_vl", *WIDTHS, "--vision-depth", 4, "--vision-hidden-size",
                128],
 }
-KNOWN = [("text", "one rank"), ("text", "two long rows at once"), ("images", "one rank")]
+KNOWN = [("text", "DP2"), ("text", "TP2"), ("text", "two long rows at once"),
+         ("images", "one rank")]
 GRID = (1, 16, 16)  # patches of every image
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {  # ranks, how many times --seq-length a row has, options
@@ -229,30 +231,42 @@ def calibrated(args: argparse.Namespace, found: dict[str, dict], directories: di
     card = Card(name="this CPU", memory_gb=1, peak_tflops=max(rate for _, rate in of["products"]),
                 memory_tb_s=of.pop("copy"), node_gb_s=1, network_gb_s=1, host_runs_ahead=False,
                 memory_share=1, operation_host_us=1e-3, rates=Rates(**of))
-    rows = []
     known = [(model, name) for model, name in KNOWN if model in found]
-    for model, name in known:
-        runs = [predicted(args, replace(card, **change), directories[model], name)
-                for change in ({}, {"memory_share": 0.5}, {"operation_host_us": 1.0})]
-        rows.append([runs[1] - runs[0], runs[2] - runs[0], found[model][name] - runs[0]])
-    # Relative errors count: both numbers enter a step's seconds linearly, the share inverted.
-    rows = numpy.array(rows) / numpy.array([[found[model][name]] for model, name in known])
-    passes, microseconds = least_squares(rows[:, :2], rows[:, 2])
+    wanted = numpy.array([found[model][name] for model, name in known])
+
+    def steps(**change) -> numpy.ndarray:
+        """Of the known runs, as parts of what they took."""
+        of = replace(card, **change)
+        return numpy.array([predicted(args, of, directories[model], name)
+                            for model, name in known]) / wanted
+
+    # A step's seconds are linear in the inverted share, in the microseconds and in the slowness.
+    base = steps()
+    passes, microseconds, slower = least_squares(numpy.array([
+        steps(memory_share=0.5) - base, steps(operation_host_us=1.0) - base,
+        steps(rates=slowed(card.rates, 2.0)) - base]).T, 1 - base)
+    print(f"messages take {1 + slower:.1f} times as long as one after another")
     return replace(card, memory_share=float(1 / (1 + passes)),
-                   operation_host_us=float(max(1e-3, microseconds)))
+                   operation_host_us=float(max(1e-3, microseconds)),
+                   rates=slowed(card.rates, 1 + slower))
+
+
+def slowed(rates, times: float):
+    """Messages between ranks that wait for one another take `times` as long."""
+    return replace(rates, node=tuple((size, rate / times) for size, rate in rates.node))
 
 
 def least_squares(factors, wanted):
-    """Two numbers, neither below zero, with `factors` @ numbers as near `wanted` as it gets."""
+    """Numbers, none below zero, with `factors` @ numbers as near `wanted` as it gets."""
     import numpy
 
-    found = []
-    for used in ([0, 1], [0], [1], []):
-        numbers = numpy.zeros(2)
+    found, columns = [], range(factors.shape[1])
+    for used in map(list, chain(*(combinations(columns, n) for n in range(len(columns) + 1)))):
+        numbers = numpy.zeros(len(columns))
         numbers[used] = numpy.linalg.lstsq(factors[:, used], wanted, rcond=None)[0]
         if (numbers >= 0).all():
-            found.append((numpy.linalg.norm(factors @ numbers - wanted), *numbers))
-    return min(found)[1:]
+            found.append((float(numpy.linalg.norm(factors @ numbers - wanted)), list(numbers)))
+    return min(found)[1]
 
 
 def written(card, path: Path) -> None:
@@ -274,6 +288,11 @@ def main() -> None:
                 directories[model], *MODELS[model]))], check=True, stdout=subprocess.DEVNULL)
         found[model] = measured(args, directories[model])
     (args.out / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
+    compare(args, found, directories)
+
+
+def compare(args: argparse.Namespace, found: dict[str, dict], directories: dict[str, Path]) -> None:
+    """Calibrates, predicts and prints."""
     card = calibrated(args, found, directories)
     written(card, args.out / "cpu.json")
     print(f"memory_share {card.memory_share:.2f}, operation_host_us {card.operation_host_us:.1f}")
