@@ -5,7 +5,7 @@
 The CPU is calibrated first, into OUT/cpu.json, in the form of `megatron-vl plan --gpu`: products,
 attention and collectives are timed by size, on two ranks at once; the share of the memory's
 bandwidth, the time that Python takes for an operation, and how much longer messages take between
-ranks that wait for one another are fitted to four real runs. The other layouts are then predicted,
+ranks that wait for one another are fitted to three real runs. The other layouts are then predicted,
 and were run for real: the model and optimizer of `megatron-vl train` on random rows, in fp32, over
 gloo, one thread a rank. Told is the median step, the slowest rank's. Data are in memory, as a plan
 does not count reading them.
@@ -33,8 +33,8 @@ MODELS = {  # of `megatron-vl tiny`
     "images": ["--model-type", "qwen2_vl", *WIDTHS, "--vision-depth", 4, "--vision-hidden-size",
                128],
 }
-KNOWN = [("text", "DP2"), ("text", "TP2"), ("text", "two long rows at once"),
-         ("images", "one rank")]
+# They calibrate: of two ranks, as these share the machine's memory.
+KNOWN = [("text", "DP2"), ("text", "TP2"), ("images", "DP2")]
 GRID = (1, 16, 16)  # patches of every image
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {  # ranks, how many times --seq-length a row has, options
