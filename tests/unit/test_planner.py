@@ -18,8 +18,9 @@ from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import CARDS, calibrated, read_card
 from megatron_vl.planner.microbatch import Microbatch, Work
 from megatron_vl.planner.rates import rate_at
-from megatron_vl.planner.search import Question
-from megatron_vl.planner.step_time import predict
+from megatron_vl.planner.schedule import Pipeline
+from megatron_vl.planner.search import Choice, Question
+from megatron_vl.planner.step_time import StepTime, predict
 
 GIB = 2**30
 # What the H200 of docs/benchmarks.md reached in a run with torch's own attention and layers.
@@ -130,6 +131,18 @@ def test_a_file_of_rates_that_cannot_be_used_is_refused(model, tmp_path, capsys,
     file.write_text(json.dumps(written))
     text = said(capsys, "plan", model("2B"), "--gpus", 1, "--calibrate", file, code=2)
     assert text.count("\n") == 1 and re.search(rf"--calibrate .*gpu.json.*{told}", text), text
+
+
+def test_of_steps_that_are_alike_the_one_that_waits_less_comes_first(model):
+    plan = Question(hf_dir=model("2B"), gpus=1, per_node=1, card=CARDS["h200"], options={},
+                    image_tokens=1).plan()
+
+    def choice(seconds: float, busy: float) -> Choice:
+        step = StepTime(pipeline=Pipeline(ends=(seconds,), busy=(busy,)), seconds=seconds, flops=1)
+        return Choice(options={}, plan=plan, stages=(), step=step)
+
+    waits, works, slow = choice(1.0, 0.5), choice(1.002, 0.9), choice(1.1, 1.1)
+    assert sorted((slow, waits, works), key=Choice.order) == [works, waits, slow]
 
 
 def test_the_host_is_waited_for_only_where_it_is_slower_or_does_not_run_ahead():
