@@ -40,6 +40,7 @@ class Card:
     link_share: float = 0.75  # of node_gb_s and network_gb_s, in large messages
     node_latency_us: float = 10.0  # of a message within a node
     network_latency_us: float = 30.0  # between nodes
+    host_gb_s: float = 25.0  # of one card's share of the host's memory, and of the link to it
     layer_host_us: float = 4700.0  # in which Python queues the forward and backward of a layer
 
     @property
@@ -55,6 +56,9 @@ class Card:
 
     def memory_seconds(self, nbytes: float) -> float:
         return nbytes / (self.memory_tb_s * 1e12 * self.memory_share)
+
+    def host_seconds(self, nbytes: float) -> float:
+        return nbytes / (self.host_gb_s * GB)
 
     def link_seconds(self, nbytes: float, *, within_node: bool, messages: int = 1) -> float:
         """Of so many messages that carry `nbytes` together, from one card."""

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from megatron_vl.models.common.parts import MERGER
 from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.planner.cards import Card
+from megatron_vl.planner.microbatch import Microbatch
 from megatron_vl.planner.schedule import Pipeline, simulate
 from megatron_vl.training.memory import FP32, ITEMSIZE, RankMemory
 from megatron_vl.training.plan import Plan
-from megatron_vl.training.reporting.flops import step_flops
 
 FORWARD_SHARE = 1 / 3  # of a layer's host time
 
@@ -55,23 +55,6 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Microbatch:
-    """What a microbatch holds: rows of one sample each, full and all trained, as in the memory."""
-
-    lengths: tuple[int, ...]  # tokens of every row
-    grid: tuple[int, int, int] | None  # patches of an image
-    images: float  # so many fill the rows, a fraction where the last does not end with its row
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def patches(self) -> float:
-        return self.images * math.prod(self.grid) if self.grid else 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
     """Where a step's time goes."""
 
@@ -84,27 +67,13 @@ class StepTime:
         return self.flops / (self.seconds * plan.layout.world_size * card.peak_tflops * 1e12)
 
 
-def microbatch(plan: Plan, image_tokens: int) -> Microbatch:
-    """The rows of a microbatch, full of images of about so many tokens where there is a tower."""
-    rows, vision = plan.config.batch.micro_batch_size, plan.spec.vision
-    lengths = (plan.row_length,) * rows
-    if vision is None:
-        return Microbatch(lengths=lengths, grid=None, images=0.0)
-    smallest = vision.smallest_grid
-    most = -(-plan.row_length // vision.num_tokens(smallest)) * math.prod(smallest)
-    patches = min(most, plan.config.data.max_patches_per_row or most)
-    side = max(1, math.isqrt(min(image_tokens, plan.row_length) // vision.num_tokens(smallest)))
-    grid = vision.only_grid or (smallest[0], smallest[1] * side, smallest[2] * side)
-    return Microbatch(lengths=lengths, grid=grid, images=rows * patches / math.prod(grid))
-
-
 def parts(plan: Plan, card: Card, batch: Microbatch, *, per_node: int, chunks: int) -> Parts:
     """What layers and ends take on one rank, whatever the split is; `chunks` of cross-entropy."""
     links = _Links(plan, card, per_node)
-    merger = _merger(plan, card, batch) if batch.grid else Work()
+    merger = _merger(plan, card, batch) if batch.patches else Work()
     return Parts(
         layer=_language_layer(plan, card, batch, links),
-        vision_layer=_vision_layer(plan, card, batch, links) if batch.grid else Work(),
+        vision_layer=_vision_layer(plan, card, batch, links) if batch.patches else Work(),
         start=merger + links.gathered_embeddings(batch),
         end=_head(plan, card, batch, chunks),
     )
@@ -151,15 +120,10 @@ def step_time(
         reduced, gathered = links.shared(held)
         backward = sum(row[stage].backward for row in work)
         update = card.memory_seconds(2 * held.optimizer_bytes + held.gradient_bytes)
+        update += card.host_seconds(2 * held.host_bytes)
         ends.append(pipeline.ends[stage] + max(0.0, reduced - backward) + update + gathered)
-    return StepTime(pipeline=pipeline, seconds=max(ends), flops=_needed(plan, batch))
-
-
-def _needed(plan: Plan, batch: Microbatch) -> float:
-    one = step_flops(plan.spec, grids=[batch.grid] if batch.grid else [], lengths=batch.lengths,
-                     trained=batch.tokens, trainable=plan.trainable)
-    microbatches = plan.num_microbatches * plan.layout.dp
-    return (one[0] * batch.images + one[1]) * microbatches
+    return StepTime(pipeline=pipeline, seconds=max(ends),
+                    flops=batch.needed * plan.num_microbatches * plan.layout.dp)
 
 
 # ---- computation -------------------------------------------------------------------------------
@@ -174,8 +138,8 @@ def _again(work: Work, elementwise: float, granularity: str) -> Work:
 def _language_layer(plan: Plan, card: Card, batch: Microbatch, links: _Links) -> Work:
     decoder, layout, experts = plan.spec.decoder, plan.layout, plan.spec.decoder.experts
     ranks, number = layout.tp * layout.cp, decoder.num_layers
-    attention = decoder.attention_flops(batch.lengths) / number / ranks
-    matrices = decoder.forward_flops(batch.lengths, 0) / number / ranks - attention
+    attention = batch.attention / number / ranks
+    matrices = batch.matrices / number / ranks
     factors = 2 * plan.trainable.adapter_numbers.get(LANGUAGE, 0) * batch.tokens / number / ranks
     trained = LANGUAGE not in plan.trainable.frozen
     inner = decoder.ffn_hidden_size if experts is None else (
@@ -197,10 +161,8 @@ def _language_layer(plan: Plan, card: Card, batch: Microbatch, links: _Links) ->
 def _vision_layer(plan: Plan, card: Card, batch: Microbatch, links: _Links) -> Work:
     vision, layout = plan.spec.vision, plan.layout
     ranks = layout.tp * layout.cp  # cut over TP, or images divided over it
-    of_layer = batch.images / vision.depth / ranks
-    attention = vision.attention_flops(batch.grid) * of_layer
-    tower = vision.forward_flops(batch.grid) - vision.merger_flops(batch.grid)
-    matrices = tower * of_layer - attention
+    attention = batch.vision_attention / vision.depth / ranks
+    matrices = batch.vision_matrices / vision.depth / ranks
     factors = 2 * plan.trainable.adapter_numbers.get(VISION, 0) * batch.patches
     factors = factors / vision.depth / ranks
     trained, reached = (VISION not in what for what in (plan.trainable.frozen,
@@ -221,7 +183,7 @@ def _vision_layer(plan: Plan, card: Card, batch: Microbatch, links: _Links) -> W
 
 def _merger(plan: Plan, card: Card, batch: Microbatch) -> Work:
     ranks = plan.layout.tp * plan.layout.cp
-    flops = plan.spec.vision.merger_flops(batch.grid) * batch.images / ranks
+    flops = batch.merger / ranks
     trainable = plan.trainable
     reached = VISION not in trainable.still or MERGER not in trainable.still
     backward = flops * (reached + (MERGER not in trainable.frozen))
@@ -230,8 +192,8 @@ def _merger(plan: Plan, card: Card, batch: Microbatch) -> Work:
 
 def _head(plan: Plan, card: Card, batch: Microbatch, chunks: int) -> Work:
     decoder, ranks = plan.spec.decoder, plan.layout.tp * plan.layout.cp
-    flops = 2 * batch.tokens * decoder.hidden_size * decoder.vocab_size / ranks
-    losses = card.memory_seconds(batch.tokens * decoder.vocab_size / ranks * 2 * FP32)
+    flops = 2 * batch.trained * decoder.hidden_size * decoder.vocab_size / ranks
+    losses = card.memory_seconds(batch.trained * decoder.vocab_size / ranks * 2 * FP32)
     trained, again = LANGUAGE not in plan.trainable.frozen, chunks > 1
     return Work(
         forward=card.matrix_seconds(flops) + losses,
@@ -288,7 +250,7 @@ class _Links:
     def gathered_embeddings(self, batch: Microbatch) -> Work:
         """Embeddings of images that ranks have divided; their gradients are local."""
         layout = self.layout
-        if not batch.grid:
+        if not batch.patches:
             return Work()
         nbytes = batch.tokens * self.plan.spec.decoder.hidden_size * self.itemsize
         return Work(forward=self._sent(nbytes, layout.media_ranks, span=layout.tp * layout.cp))
@@ -297,10 +259,22 @@ class _Links:
         """Hidden states, and features that travel with them, to the next stage."""
         tensors = 1 + self.plan.spec.travelling_features(self.plan.split)
         width = self.plan.spec.decoder.hidden_size * self.itemsize * tensors
+        nbytes = batch.tokens / self.layout.row_parts * width
+        if self.plan.split.encoders_span:  # every tensor could hold a row that is all images
+            nbytes = max(nbytes, self._vision_states())
         return self.card.link_seconds(
-            batch.tokens / self.layout.row_parts * width,
+            nbytes,
             within_node=self.layout.world_size <= self.per_node,
         )
+
+    def _vision_states(self) -> float:
+        """Bytes of a microbatch that is all images, where it enters the tower's last chunk."""
+        vision, split = self.plan.spec.vision, self.plan.split
+        grid = vision.smallest_grid
+        first = split.layers(VISION, *split.embedding_chunk).start
+        rows, images = self.plan.config.batch.micro_batch_size, -(
+            -self.plan.row_length // vision.num_tokens(grid))
+        return rows * images * math.prod(vision.states([grid], first)) * self.itemsize
 
     def shared(self, held: RankMemory) -> tuple[float, float]:
         """(reduce-scatter of a step's gradients, all-gather of updated weights)."""

@@ -14,8 +14,9 @@ from true_sizes import write
 from megatron_vl.cli.main import run
 from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import CARDS, read_card
+from megatron_vl.planner.microbatch import Microbatch
 from megatron_vl.planner.search import Question
-from megatron_vl.planner.step_time import Microbatch, chunk_work, parts, step_time
+from megatron_vl.planner.step_time import chunk_work, parts, step_time
 from megatron_vl.training.memory import rank_memory
 
 GIB = 2**30
@@ -108,9 +109,10 @@ def test_the_measured_steps_of_the_h200_are_predicted(model, row_length, seconds
                         options={"global_batch_size": 8, "seq_length": row_length},
                         image_tokens=400)
     samples = [560] * (row_length // 560)
-    batch = Microbatch(lengths=(*samples, row_length - sum(samples)), grid=(1, 40, 40),
-                       images=0.75 * row_length / 400)
+    samples.append(row_length - sum(samples))
     plan = question.plan()
+    batch = Microbatch.of(plan.spec, lengths=samples, trained=row_length,
+                          images={(1, 40, 40): 0.75 * row_length / 400})
     work = chunk_work(plan, parts(plan, question.card, batch, per_node=1, chunks=1), question.card)
     found = step_time(plan, work, [rank_memory(plan, 0)], question.card, batch, per_node=1)
     assert found.seconds == pytest.approx(seconds, rel=0.1)
