@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.recompute import recompute_of
 from megatron_vl.models.registry import load_spec
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import VISION, Layout
@@ -211,21 +212,23 @@ def _of_split(
             found.fell["virtual stages need a multiple of PP microbatches"] += 1
             return
         own = options | {"micro_batch_size": rows}
+        try:
+            plan = question.plan(**own)
+        except InputError as error:
+            found.refused(error)
+            return
+        told = _telling_stages(plan)
+        if max(memory(plan, stage).device_bytes for stage in told) > question.card.room:
+            found.fell["weights, gradients and optimizer alone do not fit"] += 1
+            _remember(question, found, own, memory)
+            return
+
         for level, more in enumerate(RECOMPUTE):
-            try:
-                plan = question.plan(**own, **more)
-            except InputError as error:
-                found.refused(error)
-                return
-            told = _telling_stages(plan)
-            if max(memory(plan, stage).device_bytes for stage in told) > question.card.room:
-                found.fell["weights, gradients and optimizer alone do not fit"] += 1
-                _remember(question, found, own, memory)
-                return
-            fit = _if_fits(question, own | more, plan, told, memory)
-            if fit is not None:
-                yield min([fit, *_by_tower(question, own, plan, level, told, memory)],
-                          key=lambda one: one.least)
+            if fits := list(_fits_with([more], question, own, plan, told, memory)):
+                # Where both towers need so much, one of them may do with less.
+                between = BETWEEN.get(level, ()) if plan.spec.vision is not None else ()
+                fits += _fits_with(between, question, own, plan, told, memory)
+                yield min(fits, key=lambda one: one.least)
                 break
             found.fell["activations do not fit"] += 1
         else:  # with more rows less fits
@@ -233,26 +236,25 @@ def _of_split(
             return
 
 
-def _by_tower(
-    question: Question, options: dict[str, object], plan: Plan, level: int, told: list[int],
-    memory: HeldMemory,
+def _fits_with(
+    levels: Iterable[dict[str, object]], question: Question, options: dict[str, object], plan: Plan,
+    told: Sequence[int], memory: HeldMemory,
 ) -> Iterator[_Fit]:
-    """What also fits where one of the towers is recomputed less than at a level that both need."""
-    if plan.spec.vision is None or not level:
-        return
-    for own in BETWEEN[level]:
-        fit = _if_fits(question, options | own, question.plan(**options, **own), told, memory)
-        if fit is not None:
-            yield fit
+    """What fits, of these recomputations."""
+    for level in levels:
+        again = _again(plan, level)
+        chunks = memory.chunks(again)
+        if all(memory.stage(again, stage, chunks=chunks).bytes <= question.card.room
+               for stage in told):
+            yield _priced(question, options | level, again, chunks)
 
 
-def _if_fits(
-    question: Question, options: dict[str, object], plan: Plan, told: list[int], memory: HeldMemory
-) -> _Fit | None:
-    chunks = memory.chunks(plan)
-    if all(memory.stage(plan, stage, chunks=chunks).bytes <= question.card.room for stage in told):
-        return _priced(question, options, plan, chunks)
-    return None
+def _again(plan: Plan, level: dict[str, object]) -> Plan:
+    """The plan with so much recompute."""
+    recompute, vit_recompute = recompute_of(
+        plan.split, granularity=level.get("recompute_granularity"),
+        vit_granularity=level.get("vit_recompute_granularity", "same"))
+    return replace(plan, recompute=recompute, vit_recompute=vit_recompute)
 
 
 def _splits(
@@ -323,7 +325,7 @@ def _priced(question: Question, options: dict[str, object], plan: Plan, chunks: 
 
 
 def _timed(question: Question, fit: _Fit, memory: HeldMemory) -> Choice:
-    plan, chunks = fit.plan, memory.chunks(fit.plan)
+    plan, chunks = question.plan(**fit.options), memory.chunks(fit.plan)
     stages = tuple(memory.stage(plan, stage, chunks=chunks) for stage in range(plan.layout.pp))
     step = step_time(plan, fit.work, [one.held for one in stages], question.card,
                      question.microbatch(plan), per_node=question.per_node)

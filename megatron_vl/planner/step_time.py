@@ -11,7 +11,6 @@ Letters: T tokens and P patches of a microbatch, over all ranks that share it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +59,8 @@ class StepTime:
 
     pipeline: Pipeline
     seconds: float  # of the step, to the last stage's updated weights
+    ends: tuple[float, ...]  # of every stage, its update included
+    work: Sequence[Sequence[Work]]  # of a microbatch, [chunk][stage]
     flops: float  # that the step needs, over all ranks
 
     def utilization(self, plan: Plan, card: Card) -> float:
@@ -122,7 +123,7 @@ def step_time(
         update = card.memory_seconds(2 * held.optimizer_bytes + held.gradient_bytes)
         update += card.host_seconds(2 * held.host_bytes)
         ends.append(pipeline.ends[stage] + max(0.0, reduced - backward) + update + gathered)
-    return StepTime(pipeline=pipeline, seconds=max(ends),
+    return StepTime(pipeline=pipeline, seconds=max(ends), ends=tuple(ends), work=work,
                     flops=batch.needed * plan.num_microbatches * plan.layout.dp)
 
 
@@ -260,21 +261,12 @@ class _Links:
         tensors = 1 + self.plan.spec.travelling_features(self.plan.split)
         width = self.plan.spec.decoder.hidden_size * self.itemsize * tensors
         nbytes = batch.tokens / self.layout.row_parts * width
-        if self.plan.split.encoders_span:  # every tensor could hold a row that is all images
-            nbytes = max(nbytes, self._vision_states())
+        rows = self.plan.config.batch.micro_batch_size
+        nbytes = max(nbytes, rows * self.itemsize * self.plan.spec.travelling_states(
+            self.plan.split, self.plan.row_length))
         return self.card.link_seconds(
-            nbytes,
-            within_node=self.layout.world_size <= self.per_node,
+            nbytes, within_node=self.layout.world_size <= self.per_node,
         )
-
-    def _vision_states(self) -> float:
-        """Bytes of a microbatch that is all images, where it enters the tower's last chunk."""
-        vision, split = self.plan.spec.vision, self.plan.split
-        grid = vision.smallest_grid
-        first = split.layers(VISION, *split.embedding_chunk).start
-        rows, images = self.plan.config.batch.micro_batch_size, -(
-            -self.plan.row_length // vision.num_tokens(grid))
-        return rows * images * math.prod(vision.states([grid], first)) * self.itemsize
 
     def shared(self, held: RankMemory) -> tuple[float, float]:
         """(reduce-scatter of a step's gradients, all-gather of updated weights)."""
