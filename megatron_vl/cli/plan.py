@@ -63,6 +63,9 @@ def add_parser(commands) -> None:
                         "(default: 256)")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml",
                         help="write the options of the first layout, for train --config")
+    parser.add_argument("--page", type=Path, metavar="FILE.html",
+                        help="write one page: the first layout's timeline and memory, the fastest "
+                        "ten, and how to run it")
     for group, names in OPTIONS.items():
         add_some_arguments(parser, group, names)
     parser.set_defaults(run=run)
@@ -73,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_vl.planner.advice import nothing_fits
     from megatron_vl.planner.answer import answer, yaml_text
+    from megatron_vl.planner.page import page_text
     from megatron_vl.planner.search import search
 
     out = None if args.out is None else with_suffix(args.out, (".yaml", ".yml"), "--out")
+    page = None if args.page is None else with_suffix(args.page, (".html", ".htm"), "--page")
     question = _question(args)
     found = search(question, progress=lambda every: tqdm(
         every, desc="layouts", disable=None, leave=False))
@@ -86,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
         with replacing_file(out) as file:
             file.write_text(yaml_text(question, found.best[0]), encoding="utf-8")
         print(f"\nthe options of the first are in {out}")
+    if page is not None:
+        with replacing_file(page) as file:
+            file.write_text(page_text(question, found), encoding="utf-8")
+        print(f"\nthe page is {page}")
     return 0
 
 

@@ -23,9 +23,9 @@ def answer(question: Question, found: Found) -> str:
     """All that is printed of a search that found something."""
     first = found.best[0]
     parts = [
-        _head(question, found),
-        "\n".join(aligned(_choices(question, found.best))),
-        "\n".join(aligned(_stages(first))),
+        "\n".join(head_lines(question, found)),
+        "\n".join(aligned(choice_rows(question, found.best))),
+        "\n".join(aligned(stage_rows(first))),
         "\n".join(aligned(_memory(question, first))),
         "run the first (in the launcher scripts, these variables):",
         command(question, first),
@@ -47,11 +47,12 @@ def yaml_text(question: Question, choice: Choice) -> str:
 # ---- tables ------------------------------------------------------------------------------------
 
 
-def _head(question: Question, found: Found) -> str:
+def head_lines(question: Question, found: Found) -> list[str]:
+    """What was asked, what is taken for granted, and what fell."""
     card, plan = question.card, found.best[0].plan
     nodes = -(-question.gpus // question.per_node)
     fell = sum(found.fell.values())
-    return "\n".join([
+    return [
         f"{plan.spec.model_type} on {question.gpus} x {card.name}, {nodes} "
         f"node{'s' * (nodes > 1)}: a run may fill {card.room / GIB:.1f} GiB of a card",
         f"{plan.config.batch.global_batch_size} rows of {plan.row_length} tokens a step",
@@ -59,7 +60,7 @@ def _head(question: Question, found: Found) -> str:
         *_offloaded(found.best[0]),
         f"{found.fit} ways to run fit, {fell} do not{':' * (fell > 0)}",
         *(f"  {number:6,} {reason}" for reason, number in found.fell.most_common()),
-    ])
+    ]
 
 
 def _offloaded(choice: Choice) -> Iterator[str]:
@@ -88,7 +89,8 @@ def _rows(question: Question, plan: Plan) -> Iterator[str]:
                f"training lets a row hold")
 
 
-def _choices(question: Question, best: Iterable[Choice]) -> Iterator[tuple[str, ...]]:
+def choice_rows(question: Question, best: Iterable[Choice]) -> Iterator[tuple[str, ...]]:
+    """The layouts, below a header."""
     row, counts = question.row, question.data is not None
     yield ("", "layout", "rows", "recompute", "tokens/s",
            *(("trained/s", "samples/s") if counts else ()), "s/step", "MFU", "bubble", "balance",
@@ -115,7 +117,7 @@ def recompute_of(choice: Choice) -> str:
     return language if same else f"{language}, tower {tower}"
 
 
-def _stages(choice: Choice) -> Iterator[tuple[str, ...]]:
+def stage_rows(choice: Choice) -> Iterator[tuple[str, ...]]:
     """Of the first, layers and time of every stage."""
     split, pipeline = choice.plan.split, choice.step.pipeline
     yield ("the first", *(f"{WORDS[tower]} layers" for tower in split.towers), "busy, s",

@@ -266,7 +266,7 @@ def _splits(
         return [{}]
     plan = question.plan(**options, pp_layers=str(even(spec, layout)),
                          global_batch_size=layout.dp * layout.pp)
-    of = _parts(question, plan, chunks=1)
+    of = parts_of(question, plan, chunks=1)
     vision, number = spec.layers.get(VISION, 0), spec.decoder.num_layers
     tower = of.vision_layer.seconds
 
@@ -302,7 +302,8 @@ def _listed(rows: list[list[int]]) -> str:
     return json.dumps(rows, separators=(",", ":"))
 
 
-def _parts(question: Question, plan: Plan, chunks: int) -> Parts:
+def parts_of(question: Question, plan: Plan, chunks: int = 1) -> Parts:
+    """What the chunks of a layout are made of."""
     return parts(plan, question.card, question.microbatch(plan), per_node=question.per_node,
                  chunks=chunks)
 
@@ -319,7 +320,7 @@ def _telling_stages(plan: Plan) -> list[int]:
 
 
 def _priced(question: Question, options: dict[str, object], plan: Plan, chunks: int) -> _Fit:
-    work = chunk_work(plan, _parts(question, plan, chunks), question.card)
+    work = chunk_work(plan, parts_of(question, plan, chunks), question.card)
     stages = [sum(row[stage].seconds for row in work) for stage in range(plan.layout.pp)]
     return _Fit(options=options, plan=plan, work=work, least=max(stages) * plan.num_microbatches)
 
