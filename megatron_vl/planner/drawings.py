@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megatron_vl.pages import escape
 from megatron_vl.parallel import VISION
 from megatron_vl.planner.cards import GB, Card
+from megatron_vl.planner.schedule import Ran
 from megatron_vl.planner.search import Choice
 from megatron_vl.planner.step_time import Parts
 from megatron_vl.training.dry_run import GIB
@@ -22,7 +23,8 @@ TIMES = {
 BYTES = {"weights": "#0072b2", "gradients": "#8ecae6", "optimizer": "#009e73",
          "activations kept": "#e08700", "a moment's more": "#f2c14e"}
 STYLE = """svg { display: block; max-width: 100%; height: auto; margin: .4em 0; }
-svg text { font-size: 11px; fill: #444; } svg .on { font-size: 9px; fill: #fff; }
+svg text { font-size: 11px; fill: #444; } svg .on { font-size: 9px; }
+svg .dark { fill: #fff; }
 svg .room { stroke: #d55e00; stroke-width: 1.5; } svg .grid { stroke: #ddd; }
 """
 
@@ -114,26 +116,24 @@ def timeline(choice: Choice, of: Parts) -> str:
                 ("tower", one.start, at), ("language", at, one.end)]
             for part, begin, finish in parts:
                 for left, right in axis.pieces(begin, finish):
-                    gap = min(0.6, (right - left) / 4)  # so that neighbours are told apart
+                    gap = min(0.6, (right - left) / 8)  # so that neighbours are told apart
                     shapes.add(TIMES[f"{part}, {kind}"], left, y, right - left - gap, height - 2)
             if height > 15:
-                words += _numbered(one.operation.microbatch, axis.pieces(one.start, one.end),
-                                   y + height / 2 + 2)
+                words += _numbered(one, axis.pieces(one.start, one.end), y + height / 2 + 2)
         for left, right in axis.pieces(step.pipeline.ends[stage], step.ends[stage]):
             shapes.add(TIMES["gradients and update"], left, y, right - left, height - 2)
     bottom = 8 + stages * height
     parts = [shapes.svg(), *words, *_stage_names(stages, height),
              *_ticks(axis, bottom, lambda value: f"{value:g} s")]
+    cut = ""
     if axis.cut:
-        left = axis(axis.until)
-        parts.append(
-            f'<rect x="{left:.1f}" y="4" width="{GAP}" height="{bottom - 2}" fill="#fff"/>'
-            f'<text x="{left + GAP / 2:.1f}" y="{bottom / 2:.0f}" text-anchor="middle" '
-            f'transform="rotate(-90 {left + GAP / 2:.1f} {bottom / 2:.0f})">'
-            f'{axis.again - axis.until:.2f} s</text>')
+        middle = axis(axis.until) + GAP / 2
+        parts.append(f'<text x="{middle:.1f}" y="{bottom / 2 + 8:.0f}" text-anchor="middle">'
+                     f'. . .</text>')
+        cut = f"<span>. . . {axis.again - axis.until:.2f} s are left out</span>"
     colors = {name: color for name, color in TIMES.items()
               if color in shapes.paths or name == "waiting"}
-    return _drawing(bottom + 22, parts, "the pipeline of a step") + _legend(colors)
+    return _drawing(bottom + 22, parts, "the pipeline of a step") + _legend(colors, cut)
 
 
 def memory(choice: Choice, card: Card) -> str:
@@ -197,12 +197,14 @@ def _row_height(stages: int) -> int:
     return 22 if stages <= 16 else 14 if stages <= 32 else 9
 
 
-def _numbered(number: int, pieces: Iterable[tuple[float, float]], y: float) -> Iterator[str]:
+def _numbered(one: Ran, pieces: Iterable[tuple[float, float]], y: float) -> Iterator[str]:
     """The number of a microbatch, from 1, where it has room."""
+    number = str(one.operation.microbatch + 1)
     for left, right in pieces:
-        if right - left > 7 * len(str(number + 1)):
-            yield (f'<text class="on" x="{(left + right) / 2:.1f}" y="{y:.1f}" '
-                   f'text-anchor="middle">{number + 1}</text>')
+        if right - left > 7 * len(number):
+            yield (f'<text class="on{" dark" * one.operation.backward}" '
+                   f'x="{(left + right) / 2:.1f}" y="{y:.1f}" text-anchor="middle">{number}'
+                   f'</text>')
 
 
 def _stage_names(stages: int, height: int, *, top: int = 8) -> Iterator[str]:
@@ -227,10 +229,10 @@ def _ticks(axis: _Axis, bottom: int, named: Callable[[float], str]) -> Iterator[
                    f'</text>')
 
 
-def _legend(colors: dict[str, str]) -> str:
+def _legend(colors: dict[str, str], more: str = "") -> str:
     return "<p class=legend>" + "".join(
         f'<span><i style="background:{color}"></i>{escape(name)}</span>'
-        for name, color in colors.items()) + "</p>\n"
+        for name, color in colors.items()) + f"{more}</p>\n"
 
 
 def _drawing(height: float, parts: Iterable[str], what: str) -> str:

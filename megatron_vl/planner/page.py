@@ -24,8 +24,9 @@ def page_text(question: Question, found: Found) -> str:
     title, *lines = head_lines(question, found)
     header, *rows = choice_rows(question, found.best)
     stages_header, *stages = stage_rows(first)
+    said = escape("\n".join(lines))
     parts = [
-        "<p>", "<br>\n".join(map(escape, lines)), "</p>\n",
+        f"<pre>{said}</pre>\n",
         f"<p class=small>{escape(WARNING)}</p>\n",
         "<h2>the fastest</h2>\n",
         table(rows, header=header, marked=[0], numeric=_numeric(header, "layout", "recompute")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.cuda_graphs import convert_schedule_table_to_order
@@ -31,6 +33,17 @@ def test_an_uneven_pipeline_takes_what_a_hand_finds():
     # Every crossing adds half a second: F0 arrives at 1.5, B1 leaves at 13.5 and arrives at 14.
     step = simulate([[1, 2]], [[2, 4]], microbatches=2, transfer=0.5)
     assert step.ends == (16, 13.5)
+
+
+@pytest.mark.parametrize(("p", "v", "m"), [(1, 1, 3), (4, 1, 8), (4, 2, 8)])
+def test_a_timeline_has_every_operation_once_where_its_stage_is_free(p, v, m):
+    step = simulate(**even(p, v), microbatches=m, transfer=0.25)
+    for stage, ran in enumerate(step.timeline):
+        assert [one.operation for one in ran] == list(operations(stage, p=p, v=v, m=m))
+        for one, then in pairwise(ran):
+            assert one.end <= then.start
+        assert sum(one.end - one.start for one in ran) == pytest.approx(step.busy[stage])
+        assert ran[-1].end == step.ends[stage]
 
 
 @pytest.mark.parametrize("m", [4, 8, 12])
