@@ -180,7 +180,7 @@ def test_the_page_has_the_numbers_of_every_card_and_share():
     card = CARDS["h200"]
     told = {name: float(value) for row in shares[1:]
             for name, value in zip(CODE.findall(row[0]), row[1].split(", "), strict=True)}
-    assert told == {name: getattr(card, name) for name in told} and len(told) == 8
+    assert told == {name: getattr(card, name) for name in told} and len(told) == 9
 
 
 @pytest.mark.parametrize(("row_length", "seconds"), [(8192, 3.81), (4096, 2.40)])
