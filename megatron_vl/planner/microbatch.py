@@ -11,10 +11,8 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.family import Grid
 from megatron_vl.models.media import IMAGE, MediaLimits, StoredMedia
 from megatron_vl.models.registry import family
-from megatron_vl.models.spec import ModelSpec
-from megatron_vl.peft.trainable import Trainable
 from megatron_vl.training.plan import Plan
-from megatron_vl.training.reporting.flops import ALL, step_flops
+from megatron_vl.training.reporting.flops import step_flops
 from megatron_vl.training.rows import DataRows, RowSample
 
 
@@ -37,8 +35,8 @@ class Microbatch:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, *, lengths: Sequence[int], images: Mapping[Grid, float],
-        trained: int, padding: Sequence[int] = (), trainable: Trainable = ALL,
+        cls, plan: Plan, *, lengths: Sequence[int], images: Mapping[Grid, float], trained: int,
+        padding: Sequence[int] = (),
     ) -> Microbatch:
         """Of some rows together.
 
@@ -48,7 +46,8 @@ class Microbatch:
                 row a fraction.
             padding: tokens at the end of every row.
         """
-        decoder, vision, segments = spec.decoder, spec.vision, [*lengths, *padding]
+        spec, segments = plan.spec, [*lengths, *padding]
+        decoder, vision = spec.decoder, spec.vision
         attention = decoder.attention_flops(segments)
 
         def summed(number) -> float:
@@ -56,7 +55,7 @@ class Microbatch:
 
         def needed(grids: Iterable[Grid], lengths: Sequence[int], trained: int) -> int:
             return sum(step_flops(spec, grids=grids, lengths=lengths, trained=trained,
-                                  trainable=trainable))
+                                  trainable=plan.trainable))
 
         vision_attention, merger = (
             summed(vision.attention_flops), summed(vision.merger_flops)) if images else (0, 0)
@@ -76,8 +75,8 @@ class Microbatch:
 
 def full_row(plan: Plan, image_tokens: int) -> Microbatch:
     """A row of one sample, all trained; with a tower, full of images of about so many tokens."""
-    return Microbatch.of(plan.spec, lengths=[plan.row_length], trained=plan.row_length,
-                         images=_filling(plan, image_tokens), trainable=plan.trainable)
+    return Microbatch.of(plan, lengths=[plan.row_length], trained=plan.row_length,
+                         images=_filling(plan, image_tokens))
 
 
 def image_grid(plan: Plan, image_tokens: int) -> Grid:
@@ -107,11 +106,10 @@ def mean_row(plan: Plan, data: DataRows) -> Microbatch:
     samples = [one for row in data.rows for one in row]
     fills = [sum(one.tokens for one in row) for row in data.rows]
     return Microbatch.of(
-        plan.spec, lengths=[one.tokens for one in samples],
+        plan, lengths=[one.tokens for one in samples],
         trained=sum(one.trained for one in samples),
         images=Counter(grid for one in samples for grid in one.grids),
         padding=[plan.row_length - fill for fill in fills if fill < plan.row_length],
-        trainable=plan.trainable,
     ).times(1 / len(data.rows))
 
 

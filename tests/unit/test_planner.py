@@ -192,7 +192,7 @@ def test_the_measured_steps_of_the_h200_are_predicted(model, row_length, seconds
     samples = [560] * (row_length // 560)
     samples.append(row_length - sum(samples))
     plan = question.plan()
-    batch = Microbatch.of(plan.spec, lengths=samples, trained=row_length,
+    batch = Microbatch.of(plan, lengths=samples, trained=row_length,
                           images={(1, 40, 40): 0.75 * row_length / 400})
     work = chunk_work(plan, parts(plan, question.card, batch, per_node=1, chunks=1), question.card)
     found = step_time(plan, work, [rank_memory(plan, 0)], question.card, batch, per_node=1)
