@@ -29,7 +29,6 @@ OPTIONS = {  # of a run, whatever its layout is
     OptimizerOptions: ("grad_reduce_in_bf16",),
 }
 LEAST_ROWS = 64  # of a step, where nothing says how many
-IMAGE_TOKENS = 1024  # of an image, where nothing says how many
 TEXT_TOKENS = 256  # of a sample beside its images, where nothing says how many
 MOST = 2**16  # cards
 
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _question(args: argparse.Namespace):
     from megatron_vl.planner.cards import read_card
-    from megatron_vl.planner.search import Question
+    from megatron_vl.planner.search import IMAGE_TOKENS, Question
 
     for name, least in (("gpus", 1), ("gpus_per_node", 1), ("image_tokens", 1),
                         ("images_per_sample", 0), ("text_tokens", 1)):

@@ -66,12 +66,12 @@ def head_lines(question: Question, found: Found) -> list[str]:
 def _offloaded(choice: Choice) -> Iterator[str]:
     host = max(one.held.host_bytes for one in choice.stages)
     if host:
-        yield (f"nothing fits without --optimizer-cpu-offload, which takes up to {host / GIB:.1f} "
-               f"GiB of the host's memory a card")
+        yield (f"nothing fits without --optimizer-cpu-offload, which needs TransformerEngine and "
+               f"up to {host / GIB:.1f} GiB of the host's memory a card")
 
 
 def _rows(question: Question, plan: Plan) -> Iterator[str]:
-    """What times and memory take rows to hold."""
+    """What rows are taken to hold, for times and for memory."""
     row, vision = question.row, plan.spec.vision
     if question.data is None:
         yield "times are of full rows, all trained" + ("" if vision is None else (

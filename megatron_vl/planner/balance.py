@@ -38,14 +38,16 @@ def balanced(
 
 def spread(layers: int, layer: float, *, stages: int, share: float) -> list[int] | None:
     """Layers of a vision tower on the first stages, so that none but the last takes longer than
-    `share`; None if one stage is enough, or no stage would be left.
+    `share`; None if one stage is enough, or all are too few.
 
     Args:
         layer: seconds of one.
         share: seconds of a stage.
     """
-    each = max(1, round(share / layer)) if layer else layers
+    if not layer:
+        return None
+    each = max(1, round(share / layer))
     used = -(-layers // each)
-    if used < 2 or used > stages:
+    if not 2 <= used <= stages:
         return None
     return [each] * (used - 1) + [layers - each * (used - 1)] + [0] * (stages - used)

@@ -48,6 +48,7 @@ from megatron_vl.training.rows import DataRows
 
 BEST = 10  # that are told of
 DATA = "DATA"  # in place of a dataset's path
+IMAGE_TOKENS = 1024  # of an image, where nothing says how many
 OFFLOAD = {"optimizer_cpu_offload": True}  # tried where nothing fits without
 
 
@@ -60,7 +61,7 @@ class Question:
     per_node: int
     card: Card
     options: dict[str, object]  # of the run, whatever its layout is
-    image_tokens: int = 1024  # of one image, where `data` are not known
+    image_tokens: int = IMAGE_TOKENS  # of one image, where `data` are not known
     dataset: str | None = None  # as --train-data-path names it
     data: DataRows | None = None  # rows of it; None: full of images
 
@@ -222,7 +223,6 @@ def _of_split(
             found.fell["weights, gradients and optimizer alone do not fit"] += 1
             _remember(question, found, own, memory)
             return
-
         for level, more in enumerate(RECOMPUTE):
             if fits := list(_fits_with([more], question, own, plan, told, memory)):
                 # Where both towers need so much, one of them may do with less.

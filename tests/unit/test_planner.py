@@ -199,6 +199,11 @@ def test_the_measured_steps_of_the_h200_are_predicted(model, row_length, seconds
     assert found.seconds == pytest.approx(seconds, rel=0.1)
 
 
+def test_a_model_without_a_tower_is_planned_over_stages(text_model_dir, capsys):
+    text = said(capsys, "plan", text_model_dir, "--gpus", 4, "--text-tokens", 1000)
+    assert re.search(r"^\d+ +\S*PP2\S* ", text, re.M) and "2.0 samples, 97.7% full" in text
+
+
 @pytest.mark.parametrize(("layers", "layer", "extra"), [
     (7, 1.0, [[3.5, 0, 1.2]]), (6, 2.0, [[0, 0.5]]), (5, 1.0, [[9, 0, 0]]), (8, 1.0, [[0, 0]] * 2),
 ])
