@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields, replace
 from pathlib import Path
 
+from megatron_vl.cli.lint import AS_IN_TRAINING
 from megatron_vl.errors import Bounds, InputError
+from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import load_spec
 from megatron_vl.outputs import replacing_file, with_suffix
 from megatron_vl.training.options.config_sources import add_some_arguments
@@ -20,13 +23,13 @@ from megatron_vl.training.options.option import defaults
 
 OPTIONS = {  # of a run, whatever its layout is
     BatchOptions: ("seq_length", "global_batch_size"),
-    DataOptions: ("max_patches_per_row",),
+    DataOptions: AS_IN_TRAINING,
     LoraOptions: ("lora_rank", "lora_target", "quantize_base", "train_vit", "train_merger"),
     ModelRunOptions: ("freeze_vit", "freeze_merger", "freeze_llm"),
     OptimizerOptions: ("grad_reduce_in_bf16",),
 }
 LEAST_ROWS = 64  # of a step, where nothing says how many
-IMAGE_TOKENS = 1024  # of an image, where nothing says how many
+TEXT_TOKENS = 256  # of a sample beside its images, where nothing says how many
 MOST = 2**16  # cards
 
 
@@ -50,8 +53,21 @@ def add_parser(commands) -> None:
     parser.add_argument("--image-tokens", type=int, metavar="N",
                         help="tokens of an image, of which rows are full; for times alone "
                         "(default: 1024)")
+    parser.add_argument("--dataset", metavar="DATASET",
+                        help="prepared data whose rows times are predicted for, as "
+                        "--train-data-path takes them; a part of their samples is looked at")
+    parser.add_argument("--images-per-sample", type=int, metavar="N",
+                        help="in place of --dataset: images of every sample")
+    parser.add_argument("--image-size", type=_size, metavar="WxH",
+                        help="with --images-per-sample: pixels of every image, as 1280x720")
+    parser.add_argument("--text-tokens", type=int, metavar="N",
+                        help="with --images-per-sample: all other tokens of a sample "
+                        "(default: 256)")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml",
                         help="write the options of the first layout, for train --config")
+    parser.add_argument("--page", type=Path, metavar="FILE.html",
+                        help="write one page: the first layout's timeline and memory, the fastest "
+                        "ten, and how to run it")
     for group, names in OPTIONS.items():
         add_some_arguments(parser, group, names)
     parser.set_defaults(run=run)
@@ -62,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_vl.planner.advice import nothing_fits
     from megatron_vl.planner.answer import answer, yaml_text
+    from megatron_vl.planner.page import page_text
     from megatron_vl.planner.search import search
 
     out = None if args.out is None else with_suffix(args.out, (".yaml", ".yml"), "--out")
+    page = None if args.page is None else with_suffix(args.page, (".html", ".htm"), "--page")
     question = _question(args)
     found = search(question, progress=lambda every: tqdm(
         every, desc="layouts", disable=None, leave=False))
@@ -75,17 +93,23 @@ def run(args: argparse.Namespace) -> int:
         with replacing_file(out) as file:
             file.write_text(yaml_text(question, found.best[0]), encoding="utf-8")
         print(f"\nthe options of the first are in {out}")
+    if page is not None:
+        with replacing_file(page) as file:
+            file.write_text(page_text(question, found), encoding="utf-8")
+        print(f"\nthe page is {page}")
     return 0
 
 
 def _question(args: argparse.Namespace):
     from megatron_vl.planner.cards import read_card
-    from megatron_vl.planner.search import Question
+    from megatron_vl.planner.search import IMAGE_TOKENS, Question
 
-    for name in ("gpus", "gpus_per_node", "image_tokens"):
+    for name, least in (("gpus", 1), ("gpus_per_node", 1), ("image_tokens", 1),
+                        ("images_per_sample", 0), ("text_tokens", 1)):
         if getattr(args, name) is not None:
-            Bounds(least=1, most=MOST).check(f"--{name.replace('_', '-')}", getattr(args, name))
+            Bounds(least=least, most=MOST).check(_flag(name), getattr(args, name))
     spec = load_spec(args.hf_dir)
+    _check_data(args, spec)
     if args.image_tokens is not None and spec.vision is None:
         raise spec.takes_text_alone("image_tokens", args.image_tokens)
     if args.image_tokens is not None and (grid := spec.vision.only_grid) is not None:
@@ -103,8 +127,56 @@ def _question(args: argparse.Namespace):
                if name in args}
     options.setdefault("seq_length", defaults(BatchOptions)["seq_length"])
     options.setdefault("global_batch_size", -(-LEAST_ROWS // args.gpus) * args.gpus)
-    return Question(
+    question = Question(
         hf_dir=args.hf_dir, gpus=args.gpus, per_node=per_node,
         card=read_card(args.gpu, args.calibrate), options=options,
-        image_tokens=args.image_tokens or IMAGE_TOKENS,
+        image_tokens=args.image_tokens or IMAGE_TOKENS, dataset=args.dataset,
     )
+    return replace(question, data=_data(args, question))
+
+
+def _check_data(args: argparse.Namespace, spec) -> None:
+    """Raises InputError: options that say what rows hold, and exclude or need one another."""
+    sample = [name for name in ("images_per_sample", "image_size", "text_tokens")
+              if getattr(args, name) is not None]
+    given = [_flag(name) for name in ("dataset", "image_tokens") if getattr(args, name) is not None]
+    given += [_flag(sample[0])] if sample else []
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} both say what rows hold; give one of them.")
+    if not sample:
+        return
+    if spec.vision is None and (args.images_per_sample or args.image_size):
+        raise spec.takes_text_alone(sample[0], getattr(args, sample[0]))
+    if bool(args.images_per_sample) != (args.image_size is not None):
+        raise InputError("--images-per-sample and --image-size need one another; give both, or "
+                         "--images-per-sample 0 for samples of text.")
+
+
+def _data(args: argparse.Namespace, question):
+    from megatron_vl.planner.microbatch import equal_samples
+    from megatron_vl.training.options.config import TrainConfig
+    from megatron_vl.training.rows import dataset_rows
+
+    if args.dataset is not None:
+        return dataset_rows(TrainConfig.from_dict(
+            question.options | {"train_data_path": args.dataset, "hf_config": str(args.hf_dir)}))
+    if args.images_per_sample is None and args.text_tokens is None:
+        return None
+    width, height = args.image_size or (0, 0)
+    limits = MediaLimits(**{f.name: question.options[f.name] for f in fields(MediaLimits)
+                            if f.name in question.options})
+    return equal_samples(question.single, limits, images=args.images_per_sample or 0, width=width,
+                         height=height, text_tokens=args.text_tokens or TEXT_TOKENS)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= MOST
+            and 0 < int(height) <= MOST):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels; write 1280x720")
+    return int(width), int(height)

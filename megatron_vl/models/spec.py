@@ -6,6 +6,7 @@ converter, the data pipeline and the trainer all read the same `ModelSpec`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -230,6 +231,16 @@ class ModelSpec:
             return 0
         first = split.layers(LANGUAGE, *split.embedding_chunk)
         return max(0, self.vision.num_features - len(first))
+
+    def travelling_states(self, split: StageSplit, row_length: int) -> int:
+        """Numbers that chunks hand on for a row while the tower spans several, language layers too:
+        of a row that is all images, as it enters the tower's last chunk. 0 where none does."""
+        if not split.encoders_span:
+            return 0
+        grid = self.vision.smallest_grid
+        images = -(-row_length // self.vision.num_tokens(grid))
+        first = split.layers(VISION, *split.embedding_chunk).start
+        return images * math.prod(self.vision.states([grid], first))
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding under tensor parallelism: the next multiple of `tp`."""

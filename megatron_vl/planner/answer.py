@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 
 import yaml
 
-from megatron_vl.parallel import LANGUAGE
+from megatron_vl.parallel.stages import WORDS
 from megatron_vl.planner.commands import command, run_options, script_variables
-from megatron_vl.planner.microbatch import microbatch
+from megatron_vl.planner.microbatch import image_grid, most_patches, row_patches
 from megatron_vl.planner.search import Choice, Found, Question
 from megatron_vl.training.dry_run import GIB, aligned
+from megatron_vl.training.plan import Plan
 
 WARNING = (
     "Times are predictions from data sheets, from measurements of single operations and from what "
@@ -22,9 +23,9 @@ def answer(question: Question, found: Found) -> str:
     """All that is printed of a search that found something."""
     first = found.best[0]
     parts = [
-        _head(question, found),
-        "\n".join(aligned(_choices(question, found.best))),
-        "\n".join(aligned(_stages(first))),
+        "\n".join(head_lines(question, found)),
+        "\n".join(aligned(choice_rows(question, found.best))),
+        "\n".join(aligned(stage_rows(first))),
         "\n".join(aligned(_memory(question, first))),
         "run the first (in the launcher scripts, these variables):",
         command(question, first),
@@ -46,43 +47,85 @@ def yaml_text(question: Question, choice: Choice) -> str:
 # ---- tables ------------------------------------------------------------------------------------
 
 
-def _head(question: Question, found: Found) -> str:
-    plan, card = found.best[0].plan, question.card
+def head_lines(question: Question, found: Found) -> list[str]:
+    """What was asked, what is taken for granted, and what fell."""
+    card, plan = question.card, found.best[0].plan
     nodes = -(-question.gpus // question.per_node)
     fell = sum(found.fell.values())
-    grid = microbatch(plan, question.image_tokens).grid
-    images = "" if grid is None else (
-        f", all of them images of {plan.spec.vision.num_tokens(grid)} tokens")
-    return "\n".join([
+    return [
         f"{plan.spec.model_type} on {question.gpus} x {card.name}, {nodes} "
         f"node{'s' * (nodes > 1)}: a run may fill {card.room / GIB:.1f} GiB of a card",
-        f"{plan.config.batch.global_batch_size} rows of {plan.row_length} tokens a step{images}",
+        f"{plan.config.batch.global_batch_size} rows of {plan.row_length} tokens a step",
+        *_rows(question, plan),
+        *_offloaded(found.best[0]),
         f"{found.fit} ways to run fit, {fell} do not{':' * (fell > 0)}",
         *(f"  {number:6,} {reason}" for reason, number in found.fell.most_common()),
-    ])
+    ]
 
 
-def _choices(question: Question, best: Iterable[Choice]) -> Iterator[tuple[str, ...]]:
-    yield ("", "layout", "rows", "recompute", "tokens/s", "s/step", "MFU", "bubble", "balance",
+def _offloaded(choice: Choice) -> Iterator[str]:
+    host = max(one.held.host_bytes for one in choice.stages)
+    if host:
+        yield (f"nothing fits without --optimizer-cpu-offload, which needs TransformerEngine and "
+               f"up to {host / GIB:.1f} GiB of the host's memory a card")
+
+
+def _rows(question: Question, plan: Plan) -> Iterator[str]:
+    """What rows are taken to hold, for times and for memory."""
+    row, vision = question.row, plan.spec.vision
+    if question.data is None:
+        yield "times are of full rows, all trained" + ("" if vision is None else (
+            f" and of images of {vision.num_tokens(image_grid(plan, question.image_tokens))} tokens"
+        ))
+    else:
+        patches = row_patches(question.data)
+        yield f"times are of the mean row of {question.data.source}:"
+        yield (f"  {row.samples:.1f} samples, {row.sample_tokens / row.tokens:.1%} full, "
+               f"{row.trained / row.sample_tokens:.1%} of the tokens trained" + (
+                   "" if vision is None else f", {row.images:.1f} images, {row.patches:,.0f} "
+                   f"patches ({max(patches):,} in the largest row)"))
+    if vision is not None:
+        yield (f"memory is of full rows with {most_patches(plan):,} patches, the most that "
+               f"training lets a row hold")
+
+
+def choice_rows(question: Question, best: Iterable[Choice]) -> Iterator[tuple[str, ...]]:
+    """The layouts, below a header."""
+    row, counts = question.row, question.data is not None
+    yield ("", "layout", "rows", "recompute", "tokens/s",
+           *(("trained/s", "samples/s") if counts else ()), "s/step", "MFU", "bubble", "balance",
            "GiB", "of room")
     for number, one in enumerate(best, 1):
         step, worst = one.step, one.worst.bytes
+        rows = one.plan.config.batch.global_batch_size / step.seconds
         yield (
             f"{number}", f"{one.plan.layout}", f"{one.plan.config.batch.micro_batch_size}",
-            one.options.get("recompute_granularity", "-"), f"{one.tokens_per_second:,.0f}",
+            recompute_of(one), f"{one.tokens_per_second:,.0f}",
+            *((f"{rows * row.trained:,.0f}", f"{rows * row.samples:,.1f}") if counts else ()),
             f"{step.seconds:.2f}", f"{step.utilization(one.plan, question.card):.1%}",
             f"{step.pipeline.bubble:.1%}", f"{step.pipeline.balance:.2f}",
             f"{worst / GIB:.1f}", f"{worst / question.card.room:.0%}",
         )
 
 
-def _stages(choice: Choice) -> Iterator[tuple[str, ...]]:
+def recompute_of(choice: Choice) -> str:
+    """What is computed again, in words: of the language model, and of the tower where that
+    differs."""
+    language = choice.plan.recompute.granularity.replace("none", "-")
+    tower = choice.plan.vit_recompute.granularity.replace("none", "-")
+    same = choice.plan.spec.vision is None or tower == language
+    return language if same else f"{language}, tower {tower}"
+
+
+def stage_rows(choice: Choice) -> Iterator[tuple[str, ...]]:
     """Of the first, layers and time of every stage."""
     split, pipeline = choice.plan.split, choice.step.pipeline
-    yield ("the first", "language layers", "busy, s", "of a step")
+    yield ("the first", *(f"{WORDS[tower]} layers" for tower in split.towers), "busy, s",
+           "of a step")
     for stage, busy in enumerate(pipeline.busy):
-        layers = [str(len(split.layers(LANGUAGE, stage, chunk))) for chunk in range(split.vp)]
-        yield f"stage {stage}", "+".join(layers), f"{busy:.2f}", f"{busy / choice.step.seconds:.0%}"
+        layers = ("+".join(str(len(split.layers(tower, stage, chunk))) for chunk in range(split.vp))
+                  for tower in split.towers)
+        yield f"stage {stage}", *layers, f"{busy:.2f}", f"{busy / choice.step.seconds:.0%}"
 
 
 def _memory(question: Question, choice: Choice) -> Iterator[tuple[str, ...]]:

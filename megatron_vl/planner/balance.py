@@ -1,4 +1,4 @@
-"""How many language layers a stage holds so that stages take alike long, not hold alike many."""
+"""How many layers a stage holds so that stages take alike long, not hold alike many."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from collections.abc import Sequence
 Rows = list[list[int]]  # [chunk][stage]
 
 
-def balanced(layers: int, layer: float, extra: Sequence[Sequence[float]]) -> Rows:
+def balanced(
+    layers: int, layer: float, extra: Sequence[Sequence[float]], *, first: int = 0
+) -> Rows:
     """The split whose busiest stage is least busy, and within a stage its busiest chunk.
 
     Args:
-        layers: of the language model; at least one for every chunk but the first.
+        layers: of the language model; at least one for every chunk behind `first`.
         layer: seconds of one.
         extra: seconds of what else is on a chunk, [chunk][stage].
+        first: chunk, in the order they run, that may hold layers; those before hold none.
 
-    The first chunk may hold none: a vision tower can take longer than all other stages' layers.
+    That one may hold none either: a vision tower can take longer than all other stages' layers.
     """
-    chunks = [(chunk, stage) for chunk in range(len(extra)) for stage in range(len(extra[0]))]
-    counts = [[1] * len(row) for row in extra]
-    counts[0][0] = 0
-    busy = [sum(row[stage] for row in extra) for stage in range(len(extra[0]))]
-    for _, stage in chunks[1:]:
+    stages = len(extra[0])
+    chunks = [(chunk, stage) for chunk in range(len(extra)) for stage in range(stages)][first:]
+    counts = [[0] * stages for _ in extra]
+    busy = [sum(row[stage] for row in extra) for stage in range(stages)]
+    for chunk, stage in chunks[1:]:
+        counts[chunk][stage] = 1
         busy[stage] += layer
     for _ in range(layers - len(chunks) + 1):
         # Of stages that are alike the later one, which keeps fewer microbatches' activations.
@@ -30,3 +34,20 @@ def balanced(layers: int, layer: float, extra: Sequence[Sequence[float]]) -> Row
         counts[chunk][stage] += 1
         busy[stage] += layer
     return counts
+
+
+def spread(layers: int, layer: float, *, stages: int, share: float) -> list[int] | None:
+    """Layers of a vision tower on the first stages, so that none but the last takes longer than
+    `share`; None if one stage is enough, or all are too few.
+
+    Args:
+        layer: seconds of one.
+        share: seconds of a stage.
+    """
+    if not layer:
+        return None
+    each = max(1, round(share / layer))
+    used = -(-layers // each)
+    if not 2 <= used <= stages:
+        return None
+    return [each] * (used - 1) + [layers - each * (used - 1)] + [0] * (stages - used)

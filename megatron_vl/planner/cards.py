@@ -42,6 +42,7 @@ class Card:
     link_share: float = 0.75  # of node_gb_s and network_gb_s, in large messages
     node_latency_us: float = 10.0  # of a message within a node
     network_latency_us: float = 30.0  # between nodes
+    host_gb_s: float = 25.0  # of one card's share of the host's memory, and of the link to it
     operation_host_us: float = 20.0  # in which Python queues one operation
     host_runs_ahead: bool = True  # Python queues while the device computes; not on a CPU
     rates: Rates = UNMEASURED  # measured; each takes the place of the share of its kind
@@ -73,6 +74,10 @@ class Card:
     def host_seconds(self, operations: float) -> float:
         """In which Python queues so many operations."""
         return operations * self.operation_host_us / 1e6
+
+    def host_memory_seconds(self, nbytes: float) -> float:
+        """In which the host reads or writes them, or a card sends them there."""
+        return nbytes / (self.host_gb_s * GB)
 
     def link_seconds(
         self, nbytes: float, *, within_node: bool, messages: int = 1, lanes: float = 1

@@ -15,8 +15,8 @@ def run_options(question: Question, choice: Choice) -> dict[str, object]:
 
 def command(question: Question, choice: Choice) -> str:
     """`megatron-vl train` with these options."""
-    words = ["megatron-vl", "train", "--load", str(question.hf_dir), "--train-data-path", "DATA",
-             "--save", "RUN"]
+    words = ["megatron-vl", "train", "--load", str(question.hf_dir), "--train-data-path",
+             question.dataset or "DATA", "--save", "RUN"]
     nodes = question.gpus // question.per_node
     words += ["--nnodes", str(nodes)] if nodes > 1 else []
     words += ["--nproc-per-node", str(min(question.gpus, question.per_node))]

@@ -9,7 +9,8 @@ of tokens and heads, a rank sends what leaves the node by its own.
 from __future__ import annotations
 
 from megatron_vl.planner.cards import Card
-from megatron_vl.planner.microbatch import Microbatch, Work
+from megatron_vl.planner.microbatch import Microbatch
+from megatron_vl.planner.work import Work
 from megatron_vl.training.memory import FP32, ITEMSIZE, RankMemory
 from megatron_vl.training.plan import Plan
 
@@ -75,7 +76,7 @@ class Links:
     def gathered_embeddings(self, batch: Microbatch) -> Work:
         """Embeddings of images that ranks have divided; their gradients are local."""
         layout = self.layout
-        if not batch.images:
+        if not batch.patches:
             return Work()
         nbytes = batch.tokens * self.plan.spec.decoder.hidden_size * self.itemsize
         return Work(forward=self._sent(nbytes, layout.media_ranks, span=layout.tp * layout.cp))
@@ -84,10 +85,12 @@ class Links:
         """Hidden states, and features that travel with them, to the next stage."""
         tensors = 1 + self.plan.spec.travelling_features(self.plan.split)
         width = self.plan.spec.decoder.hidden_size * self.itemsize * tensors
+        nbytes = batch.tokens / self.layout.row_parts * width
+        rows = self.plan.config.batch.micro_batch_size
+        nbytes = max(nbytes, rows * self.itemsize * self.plan.spec.travelling_states(
+            self.plan.split, self.plan.row_length))
         return self.card.link_seconds(
-            batch.tokens / self.layout.row_parts * width,
-            within_node=self.layout.world_size <= self.per_node,
-        )
+            nbytes, within_node=self.layout.world_size <= self.per_node)
 
     def shared(self, held: RankMemory) -> tuple[float, float]:
         """(reduce-scatter of a step's gradients, all-gather of updated weights)."""

@@ -25,12 +25,22 @@ class Operation:
     backward: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """When an operation ran, in seconds from the step's start."""
+
+    operation: Operation
+    start: float
+    end: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pipeline:
     """Seconds that a step's microbatches take on the stages."""
 
     ends: tuple[float, ...]  # of every stage's last backward, from the step's start
     busy: tuple[float, ...]  # of every stage
+    timeline: tuple[tuple[Ran, ...], ...]  # of every stage, in order
 
     @property
     def seconds(self) -> float:
@@ -77,6 +87,7 @@ def simulate(
     v, p = len(forward[0]), len(forward[0][0])
     orders = [list(operations(stage, p=p, v=v, m=microbatches)) for stage in range(p)]
     next_of, free, busy = [0] * p, [0.0] * p, [0.0] * p
+    timeline: list[list[Ran]] = [[] for _ in range(p)]
     arrived: dict[tuple[int, int, bool], float] = {}  # (microbatch, chunk of all, backward)
     for microbatch in range(microbatches):
         arrived[microbatch, 0, False] = 0.0
@@ -93,7 +104,9 @@ def simulate(
                 break
             kinds = backward if operation.backward else forward
             seconds = kinds[operation.microbatch % len(kinds)][operation.chunk][stage]
-            end = max(start, free[stage]) + seconds
+            start = max(start, free[stage])
+            end = start + seconds
+            timeline[stage].append(Ran(operation, start, end))
             free[stage], busy[stage] = end, busy[stage] + seconds
             next_of[stage] += 1
             if operation.backward:
@@ -107,4 +120,4 @@ def simulate(
                 if to % p != stage:
                     ready.append(to % p)
     assert all(done == len(order) for done, order in zip(next_of, orders, strict=True)), "it hangs"
-    return Pipeline(ends=tuple(free), busy=tuple(busy))
+    return Pipeline(ends=tuple(free), busy=tuple(busy), timeline=tuple(map(tuple, timeline)))

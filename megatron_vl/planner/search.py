@@ -14,27 +14,41 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.models.common.recompute import recompute_of
 from megatron_vl.models.registry import load_spec
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import VISION, Layout
-from megatron_vl.planner.balance import balanced
+from megatron_vl.planner.balance import balanced, spread
 from megatron_vl.planner.cards import Card
 from megatron_vl.planner.held import HeldMemory, StageMemory
-from megatron_vl.planner.microbatch import Work, microbatch
-from megatron_vl.planner.space import RECOMPUTE, ROWS, Unfit, even, layouts, options_of
+from megatron_vl.planner.microbatch import Microbatch, full_row, mean_row
+from megatron_vl.planner.space import (
+    BETWEEN,
+    RECOMPUTE,
+    ROWS,
+    Unfit,
+    even,
+    layouts,
+    options_of,
+)
 from megatron_vl.planner.step_time import Parts, StepTime, chunk_work, parts, step_time
+from megatron_vl.planner.work import Work
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
+from megatron_vl.training.rows import DataRows
 
 BEST = 10  # that are told of
 ALIKE = 0.01  # by which two predicted steps do not differ
 DATA = "DATA"  # in place of a dataset's path
+IMAGE_TOKENS = 1024  # of an image, where nothing says how many
+OFFLOAD = {"optimizer_cpu_offload": True}  # tried where nothing fits without
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """What is asked."""
 
@@ -43,13 +57,30 @@ class Question:
     per_node: int
     card: Card
     options: dict[str, object]  # of the run, whatever its layout is
-    image_tokens: int  # of one image
+    image_tokens: int = IMAGE_TOKENS  # of one image, where `data` are not known
+    dataset: str | None = None  # as --train-data-path names it
+    data: DataRows | None = None  # rows of it; None: full of images
 
     def plan(self, **more: object) -> Plan:
         """The run of these options and `more`. Raises InputError as `train --dry-run` does."""
         values = {"bf16": True, "train_data_path": DATA, **self.options, **more,
                   "hf_config": str(self.hf_dir)}
         return plan_run(TrainConfig.from_dict(values), self.gpus, here=False)
+
+    @cached_property
+    def single(self) -> Plan:
+        """The run on one card. Raises InputError: options that no layout could mend."""
+        return replace(self, gpus=1).plan()
+
+    @cached_property
+    def row(self) -> Microbatch:
+        """The mean row."""
+        if self.data is None:
+            return full_row(self.single, self.image_tokens)
+        return mean_row(self.single, self.data)
+
+    def microbatch(self, plan: Plan) -> Microbatch:
+        return self.row.times(plan.config.batch.micro_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +91,7 @@ class Choice:
     plan: Plan
     stages: tuple[StageMemory, ...]
     step: StepTime | None  # None: it does not fit
+    tokens: float = 0.0  # of a step, without padding
 
     @property
     def worst(self) -> StageMemory:
@@ -72,7 +104,7 @@ class Choice:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.plan.config.batch.global_batch_size * self.plan.row_length / self.step.seconds
+        return self.tokens / self.step.seconds
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,7 +114,13 @@ class Found:
     best: list[Choice] = field(default_factory=list)  # the fastest first
     fell: Counter[str] = field(default_factory=Counter)  # why, and how many
     fit: int = 0
+    refusal: str = ""  # the first that the run's options met
     closest: Choice | None = None  # of those that do not fit
+
+    def refused(self, error: InputError) -> None:
+        """Of a layout that the run's options do not go with."""
+        self.refusal = self.refusal or str(error)
+        self.fell[f"the run's options do not go with it, as: {self.refusal}"] += 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,12 +142,23 @@ def search(question: Question, *, progress: Callable[[Iterable], Iterable] = ite
     Raises:
         InputError: options that no layout could mend.
     """
-    spec, found, fits, memory = load_spec(question.hf_dir), Found(), [], HeldMemory()
-    for layout in progress(list(_layouts(question, spec))):
-        if isinstance(layout, Unfit):
-            found.fell[layout.reason] += 1
-        else:
-            fits += _fitting(question, spec, layout, memory, found)
+    spec = load_spec(question.hf_dir)
+    everything = list(_layouts(question, spec))
+
+    def fitting(question: Question) -> tuple[Found, HeldMemory, list[_Fit]]:
+        found, fits, memory = Found(), [], HeldMemory()
+        for layout in progress(everything):
+            if isinstance(layout, Unfit):
+                found.fell[layout.reason] += 1
+            else:
+                fits += _fitting(question, spec, layout, memory, found)
+        return found, memory, fits
+
+    found, memory, fits = fitting(question)
+    if not fits and found.closest is not None:
+        question = replace(question, options=question.options | OFFLOAD)
+        offloaded, memory, fits = fitting(question)
+        found = offloaded if fits else found
     found.fit = len(fits)
     best: list[tuple[float, int, Choice]] = []  # a heap of the slowest first
     for number, fit in enumerate(sorted(fits, key=lambda fit: fit.least)):
@@ -131,75 +180,133 @@ def fits_any(question: Question) -> bool:
 
 
 def _layouts(question: Question, spec: ModelSpec) -> Iterator[Layout | Unfit]:
-    plan = replace(question, gpus=1).plan()  # what it refuses, no layout could mend
     return layouts(spec, gpus=question.gpus, per_node=question.per_node,
-                   row_length=plan.row_length)
+                   row_length=question.single.row_length)
 
 
 def _fitting(
     question: Question, spec: ModelSpec, layout: Layout, memory: HeldMemory, found: Found
 ) -> Iterator[_Fit]:
-    """What fits of a layout: for every number of rows, with the least recompute that does."""
-    options = options_of(layout)
+    """What fits of a layout: of every split and number of rows, with the least recompute that
+    does."""
     if question.options["global_batch_size"] % layout.dp:
         found.fell["DP does not divide the global batch size"] += 1
         return
+    options = options_of(layout)
     try:
-        options |= _split_options(question, spec, layout, options)
-    except InputError:
-        found.fell["the run's options do not go with it"] += 1
+        splits = _splits(question, spec, layout, options)
+    except InputError as error:
+        found.refused(error)
         return
+    for split in splits:
+        yield from _of_split(question, layout, options | split, memory, found)
+
+
+def _of_split(
+    question: Question, layout: Layout, options: dict[str, object], memory: HeldMemory, found: Found
+) -> Iterator[_Fit]:
     for rows in ROWS:
-        fit = None
-        for recompute in RECOMPUTE:
-            own = options | {"micro_batch_size": rows} | (
-                {"recompute_granularity": recompute} if recompute else {})
-            try:
-                plan = question.plan(**own)
-            except InputError:
-                found.fell["microbatches do not divide over it"] += 1
-                break
-            told = _telling_stages(plan)
-            if max(memory(plan, stage).device_bytes for stage in told) > question.card.room:
-                found.fell["weights, gradients and optimizer alone do not fit"] += 1
-                _remember(question, found, own, memory)
-                return
-            chunks = memory.chunks(plan)
-            if all(memory.stage(plan, stage, chunks=chunks).bytes <= question.card.room
-                   for stage in told):
-                fit = _priced(question, own, plan, chunks)
+        microbatches, rest = divmod(question.options["global_batch_size"], layout.dp * rows)
+        if rest:
+            found.fell["DP x rows of a microbatch do not divide the global batch size"] += 1
+            return
+        if layout.vp > 1 and microbatches % layout.pp:
+            found.fell["virtual stages need a multiple of PP microbatches"] += 1
+            return
+        own = options | {"micro_batch_size": rows}
+        try:
+            plan = question.plan(**own)
+        except InputError as error:
+            found.refused(error)
+            return
+        told = _telling_stages(plan)
+        if max(memory(plan, stage).device_bytes for stage in told) > question.card.room:
+            found.fell["weights, gradients and optimizer alone do not fit"] += 1
+            _remember(question, found, own, memory)
+            return
+        for level, more in enumerate(RECOMPUTE):
+            if fits := list(_fits_with([more], question, own, plan, told, memory)):
+                # Where both towers need so much, one of them may do with less.
+                between = BETWEEN.get(level, ()) if plan.spec.vision is not None else ()
+                fits += _fits_with(between, question, own, plan, told, memory)
+                yield min(fits, key=lambda one: one.least)
                 break
             found.fell["activations do not fit"] += 1
-        else:
+        else:  # with more rows less fits
             _remember(question, found, own, memory)
-        if fit is None:  # with more rows less fits
             return
-        yield fit
 
 
-def _split_options(
+def _fits_with(
+    levels: Iterable[dict[str, object]], question: Question, options: dict[str, object], plan: Plan,
+    told: Sequence[int], memory: HeldMemory,
+) -> Iterator[_Fit]:
+    """What fits, of these recomputations."""
+    for level in levels:
+        again = _again(plan, level)
+        chunks = memory.chunks(again)
+        if all(memory.stage(again, stage, chunks=chunks).bytes <= question.card.room
+               for stage in told):
+            yield _priced(question, options | level, again, chunks)
+
+
+def _again(plan: Plan, level: dict[str, object]) -> Plan:
+    """The plan with so much recompute."""
+    recompute, vit_recompute = recompute_of(
+        plan.split, granularity=level.get("recompute_granularity"),
+        vit_granularity=level.get("vit_recompute_granularity", "same"))
+    return replace(plan, recompute=recompute, vit_recompute=vit_recompute)
+
+
+def _splits(
     question: Question, spec: ModelSpec, layout: Layout, options: dict[str, object]
-) -> dict[str, object]:
-    """`pp_layers` by time, where that is not the even split."""
+) -> list[dict[str, object]]:
+    """Splits by time as options: the tower on stage 0; and over the first stages, where its layers
+    take longer than a stage's share. `pp_layers` is left out where it is the even split."""
     if layout.pp == 1:
-        return {}
+        return [{}]
     plan = question.plan(**options, pp_layers=str(even(spec, layout)),
                          global_batch_size=layout.dp * layout.pp)
-    of = _parts(question, plan, chunks=1)
-    extra = [[0.0] * layout.pp for _ in range(layout.vp)]
-    extra[0][0] = of.start.seconds + of.vision_layer.seconds * spec.layers.get(VISION, 0)
-    extra[-1][-1] += of.end.seconds
-    counts = balanced(spec.decoder.num_layers, of.layer.seconds, extra)
-    if counts == even(spec, layout) and not spec.decoder.num_layers % (layout.pp * layout.vp):
-        return {}
-    if layout.vp == 1:
-        return {"pp_layers": ",".join(map(str, counts[0]))}
-    return {"pp_layers": json.dumps(counts, separators=(",", ":"))}
+    of = parts_of(question, plan, chunks=1)
+    vision, number = spec.layers.get(VISION, 0), spec.decoder.num_layers
+    tower = of.vision_layer.seconds
+
+    def split(on_stages: Sequence[int]) -> tuple[list[list[int]], float]:
+        """Language layers beside these of the tower, and seconds of the busiest stage."""
+        extra = [[0.0] * layout.pp for _ in range(layout.vp)]
+        extra[0] = [count * tower for count in on_stages]
+        first = max((at for at, count in enumerate(on_stages) if count), default=0)
+        extra[0][first] += of.start.seconds
+        extra[-1][-1] += of.end.seconds
+        counts = balanced(number, of.layer.seconds, extra, first=first)
+        return counts, max(
+            sum(counts[chunk][stage] * of.layer.seconds + extra[chunk][stage]
+                for chunk in range(layout.vp)) for stage in range(layout.pp))
+
+    whole, busiest = split([vision] + [0] * (layout.pp - 1))
+    usual = whole == even(spec, layout) and not number % (layout.pp * layout.vp)
+    found = [{} if usual else {"pp_layers": _listed(whole)}]
+    total = (of.start + of.end).seconds + vision * tower + number * of.layer.seconds
+    over = spread(vision, tower, stages=layout.pp, share=total / layout.pp / layout.vp)
+    if over is not None:
+        counts, less = split(over)
+        if less < busiest:
+            rows = [over, *([[0] * layout.pp] * (layout.vp - 1))]
+            found.append({"pp_layers": _listed(counts), "vit_pp_layers": _listed(rows)})
+    return found
 
 
-def _parts(question: Question, plan: Plan, chunks: int) -> Parts:
-    return parts(plan, question.card, microbatch(plan, question.image_tokens),
-                 per_node=question.per_node, chunks=chunks)
+def _listed(rows: list[list[int]]) -> str:
+    """As pp-layers takes it."""
+    if len(rows) == 1:
+        return ",".join(map(str, rows[0]))
+    return json.dumps(rows, separators=(",", ":"))
+
+
+def parts_of(question: Question, plan: Plan, chunks: int = 1) -> Parts:
+    """What the chunks of a layout are made of."""
+    return parts(plan, question.card, question.microbatch(plan), per_node=question.per_node,
+                 chunks=chunks)
 
 
 def _telling_stages(plan: Plan) -> list[int]:
@@ -214,24 +321,26 @@ def _telling_stages(plan: Plan) -> list[int]:
 
 
 def _priced(question: Question, options: dict[str, object], plan: Plan, chunks: int) -> _Fit:
-    work = chunk_work(plan, _parts(question, plan, chunks), question.card)
+    work = chunk_work(plan, parts_of(question, plan, chunks), question.card)
     stages = [sum(row[stage].seconds for row in work) for stage in range(plan.layout.pp)]
     return _Fit(options=options, plan=plan, work=work, least=max(stages) * plan.num_microbatches)
 
 
 def _timed(question: Question, fit: _Fit, memory: HeldMemory) -> Choice:
-    plan, chunks = fit.plan, memory.chunks(fit.plan)
+    plan, chunks = question.plan(**fit.options), memory.chunks(fit.plan)
     stages = tuple(memory.stage(plan, stage, chunks=chunks) for stage in range(plan.layout.pp))
     step = step_time(plan, [fit.work], [one.held for one in stages], question.card,
-                     [microbatch(plan, question.image_tokens)], per_node=question.per_node)
-    return Choice(options=fit.options, plan=plan, stages=stages, step=step)
+                     [question.microbatch(plan)], per_node=question.per_node)
+    offload = {name: question.options[name] for name in OFFLOAD if name in question.options}
+    return Choice(options=fit.options | offload, plan=plan, stages=stages, step=step,
+                  tokens=question.row.sample_tokens * plan.config.batch.global_batch_size)
 
 
 def _remember(
     question: Question, found: Found, options: dict[str, object], memory: HeldMemory
 ) -> None:
     """Keeps what needs the least of all that do not fit, every layer recomputed."""
-    options = options | {"recompute_granularity": RECOMPUTE[-1]}
+    options = options | RECOMPUTE[-1]
     plan = question.plan(**options)
     told, most = _telling_stages(plan), found.closest and found.closest.worst.bytes
     if most and max(memory(plan, stage).device_bytes for stage in told) >= most:

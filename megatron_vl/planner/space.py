@@ -10,9 +10,23 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 
 ROWS = (1, 2, 4, 8)  # of a microbatch
-RECOMPUTE = (None, "selective", "full")  # from the fastest to the smallest
+# Of both towers, from the fastest to the smallest.
+RECOMPUTE = ({}, {"recompute_granularity": "selective"}, {"recompute_granularity": "full"})
 MOST_CHUNKS = 4  # of a stage: more make a small bubble little smaller, and send all the more
 LEAST_TOKENS = 128  # of a row on one rank: fewer leave a card idle
+
+
+def _recompute(language: str | None, tower: str) -> dict[str, object]:
+    return {"vit_recompute_granularity": tower} | (
+        {"recompute_granularity": language} if language else {})
+
+
+# Where a level is needed and the one before is too large: one of the towers less than that.
+BETWEEN = {
+    1: [_recompute(None, "selective"), _recompute(None, "full"), _recompute("selective", "none")],
+    2: [_recompute(None, "full"), _recompute("selective", "full"), _recompute("full", "none"),
+        _recompute("full", "selective")],
+}
 
 
 @dataclass(frozen=True, slots=True)

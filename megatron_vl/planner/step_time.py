@@ -9,7 +9,6 @@ Letters: T tokens and P patches of a microbatch, over all ranks that share it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,11 +16,11 @@ from megatron_vl.models.common.parts import MERGER
 from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.planner.cards import Card
 from megatron_vl.planner.links import Links
-from megatron_vl.planner.microbatch import Microbatch, Work
+from megatron_vl.planner.microbatch import Microbatch
 from megatron_vl.planner.schedule import Pipeline, simulate
+from megatron_vl.planner.work import Work
 from megatron_vl.training.memory import FP32, RankMemory, rank_memory
 from megatron_vl.training.plan import Plan
-from megatron_vl.training.reporting.flops import step_flops
 
 # Operations that a layer launches, forward and backward: those of Megatron-Core's local layers on
 # one TP rank that make a tensor, counted without views. Fused kernels are fewer.
@@ -46,6 +45,8 @@ class StepTime:
 
     pipeline: Pipeline
     seconds: float  # of the step, to the last stage's updated weights
+    ends: tuple[float, ...]  # of every stage, its update included
+    works: tuple[Sequence[Sequence[Work]], ...]  # of a microbatch, [chunk][stage]; in turn
     flops: float  # that the step needs, over all ranks
 
     def utilization(self, plan: Plan, card: Card) -> float:
@@ -56,10 +57,10 @@ class StepTime:
 def parts(plan: Plan, card: Card, batch: Microbatch, *, per_node: int, chunks: int) -> Parts:
     """What layers and ends take on one rank, whatever the split is; `chunks` of cross-entropy."""
     links = Links(plan, card, per_node)
-    merger = _merger(plan, card, batch) if batch.images else Work()
+    merger = _merger(plan, card, batch) if batch.patches else Work()
     return Parts(
         layer=_language_layer(plan, card, batch, links),
-        vision_layer=_vision_layer(plan, card, batch, links) if batch.images else Work(),
+        vision_layer=_vision_layer(plan, card, batch, links) if batch.patches else Work(),
         start=merger + links.gathered_embeddings(batch),
         end=_head(plan, card, batch, chunks),
     )
@@ -107,9 +108,12 @@ def step_time(
         if options.overlap_param_gather:
             gathered -= sum(row[stage].forward for row in works[0])
         update = card.memory_seconds(STEP_PASSES * held.optimizer_bytes + held.gradient_bytes)
+        update += card.host_memory_seconds(STEP_PASSES * held.host_bytes)
         ends.append(pipeline.ends[stage] + max(0.0, reduced) + links.tied(held) + update
                     + max(0.0, gathered))
-    return StepTime(pipeline=pipeline, seconds=max(ends), flops=_needed(plan, batches))
+    needed = sum(one.needed for one in batches) / len(batches)
+    return StepTime(pipeline=pipeline, seconds=max(ends), ends=tuple(ends), works=tuple(works),
+                    flops=needed * plan.num_microbatches * plan.layout.dp)
 
 
 def predict(
@@ -120,17 +124,6 @@ def predict(
              for one in batches]
     stages = [rank_memory(plan, stage) for stage in range(plan.layout.pp)]
     return step_time(plan, works, stages, card, batches, per_node=per_node)
-
-
-def _needed(plan: Plan, batches: Sequence[Microbatch]) -> float:
-    """FLOPs of a step over all ranks."""
-    def of(batch: Microbatch) -> float:
-        language = step_flops(plan.spec, grids=[], lengths=batch.lengths, trained=batch.tokens,
-                              trainable=plan.trainable)[1]
-        return language + batch.of_images(lambda grid: step_flops(
-            plan.spec, grids=[grid], lengths=[], trained=0, trainable=plan.trainable)[0])
-
-    return sum(map(of, batches)) / len(batches) * plan.num_microbatches * plan.layout.dp
 
 
 # ---- computation -------------------------------------------------------------------------------
@@ -146,8 +139,8 @@ def _again(work: Work, elementwise: float, granularity: str) -> Work:
 def _language_layer(plan: Plan, card: Card, batch: Microbatch, links: Links) -> Work:
     decoder, layout, experts = plan.spec.decoder, plan.layout, plan.spec.decoder.experts
     ranks, number = layout.tp * layout.cp, decoder.num_layers
-    attention = decoder.attention_flops(batch.lengths) / number / ranks
-    matrices = decoder.forward_flops(batch.lengths, 0) / number / ranks - attention
+    attention = batch.attention / number / ranks
+    matrices = batch.matrices / number / ranks
     factors = 2 * plan.trainable.adapter_numbers.get(LANGUAGE, 0) * batch.tokens / number / ranks
     trained = LANGUAGE not in plan.trainable.frozen
     heads = 2 * (decoder.num_attention_heads + decoder.num_query_groups) * decoder.head_dim
@@ -187,14 +180,12 @@ def _language_layer(plan: Plan, card: Card, batch: Microbatch, links: Links) -> 
 def _vision_layer(plan: Plan, card: Card, batch: Microbatch, links: Links) -> Work:
     vision, layout = plan.spec.vision, plan.layout
     ranks = layout.tp * layout.cp  # cut over TP, or images divided over it
-    attention = batch.of_images(vision.attention_flops) / vision.depth / ranks
-    tower = batch.of_images(lambda grid: vision.forward_flops(grid) - vision.merger_flops(grid))
-    matrices = tower / vision.depth / ranks - attention
+    attention = batch.vision_attention / vision.depth / ranks
+    matrices = batch.vision_matrices / vision.depth / ranks
     factors = 2 * plan.trainable.adapter_numbers.get(VISION, 0) * batch.patches
     factors = factors / vision.depth / ranks
     trained, reached = (VISION not in what for what in (plan.trainable.frozen,
                                                         plan.trainable.still))
-    length = batch.of_images(lambda grid: math.prod(grid) * grid[1] * grid[2]) / batch.patches
     products, operations = 4, VISION_OPERATIONS
     # As in a language layer, with an MLP of about four widths; norms of whole patches.
     width = vision.hidden_size * (10 / layout.media_ranks + (4 + 3 * 4) / ranks)
@@ -203,7 +194,7 @@ def _vision_layer(plan: Plan, card: Card, batch: Microbatch, links: Links) -> Wo
     sent = links.vision_layer(batch)
 
     def attended(backward: bool) -> float:
-        return card.attention_seconds(attention * (1 + backward), length=length,
+        return card.attention_seconds(attention * (1 + backward), length=batch.mean_frame,
                                       backward=backward)
 
     work = Work(
@@ -225,7 +216,7 @@ def _vision_layer(plan: Plan, card: Card, batch: Microbatch, links: Links) -> Wo
 
 def _merger(plan: Plan, card: Card, batch: Microbatch) -> Work:
     ranks = plan.layout.tp * plan.layout.cp
-    flops = batch.of_images(plan.spec.vision.merger_flops) / ranks
+    flops = batch.merger / ranks
     trainable = plan.trainable
     reached = VISION not in trainable.still or MERGER not in trainable.still
     backward = flops * (reached + (MERGER not in trainable.frozen))
@@ -234,8 +225,8 @@ def _merger(plan: Plan, card: Card, batch: Microbatch) -> Work:
 
 def _head(plan: Plan, card: Card, batch: Microbatch, chunks: int) -> Work:
     decoder, ranks = plan.spec.decoder, plan.layout.tp * plan.layout.cp
-    flops = 2 * batch.tokens * decoder.hidden_size * decoder.vocab_size / ranks
-    losses = card.memory_seconds(batch.tokens * decoder.vocab_size / ranks * 2 * FP32)
+    flops = 2 * batch.trained * decoder.hidden_size * decoder.vocab_size / ranks
+    losses = card.memory_seconds(batch.trained * decoder.vocab_size / ranks * 2 * FP32)
     trained, again = LANGUAGE not in plan.trainable.frozen, chunks > 1
     return Work(
         forward=card.matrix_seconds(flops) + losses,

@@ -187,7 +187,11 @@ def activation_memory(
     pixels, merger = _tower_ends(plan) if vision else (0, 0)
     # What enters a stage, unless its first layer keeps it, and what leaves it: until its gradient
     # has come.
-    borders = language.stream * ((plan.recompute.granularity != "full") + (not last))
+    # Where the tower spans stages, tensors between any two could hold a row that is all images.
+    sent = max(language.stream, itemsize * plan.config.batch.micro_batch_size
+               * plan.spec.travelling_states(plan.split, plan.row_length))
+    kept_first = plan.recompute.granularity == "full" and sent == language.stream
+    borders = sent * ((not kept_first) + (not last))
     # Features that language layers are to add are kept by those that are computed again, else until
     # the forward is over; and with what enters and leaves a stage.
     travelling = plan.spec.travelling_features(plan.split) * language.stream
@@ -200,7 +204,7 @@ def activation_memory(
     others = round((flight - 1) * microbatch)
     if stage > 0:
         # Received ahead, and the gradient that is sent back.
-        others += 2 * (language.stream + travelling)
+        others += 2 * (sent + travelling)
     # As they come, in fp32, until a stage's forward is over.
     given = _pixels(plan) * FP32 if vision and not (pixels and itemsize == FP32) else 0
     in_forward = given + language.forward if plan.recompute.granularity == "full" else 0

@@ -12,12 +12,10 @@ import math
 from dataclasses import replace
 
 from megatron_vl.errors import InputError
-from megatron_vl.models.registry import family, load_spec
 from megatron_vl.training.checkpoint.start import hf_directory
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.paths import media_limits, mixtures, trained_text
-
-LOOKED_AT = 2000  # samples that a forecast is made of
+from megatron_vl.training.paths import mixtures
+from megatron_vl.training.rows import forecaster, nothing_fits
 
 
 def with_steps(config: TrainConfig) -> TrainConfig:
@@ -95,31 +93,7 @@ def short_of_schedule(config: TrainConfig, done: int) -> str:
 
 def _packed_rows(config: TrainConfig) -> int:
     """Rows of an epoch, by a forecast."""
-    from megatron_vl.data.lint.forecast import Forecaster
-    from megatron_vl.data.lint.look import Looker, build_encoder
-    from megatron_vl.data.lint.reading import choose, open_leaves
-    from megatron_vl.data.load.config import DataConfig
-
-    hf_dir, (train, _) = hf_directory(config), mixtures(config)
-    rules = DataConfig(
-        train=train, seq_length=config.batch.seq_length, media=media_limits(config),
-        trained=trained_text(config), max_patches_per_row=config.data.max_patches_per_row,
-        seed=config.model.seed,
-    )
-    leaves = open_leaves(train, "train")
-    spec = load_spec(hf_dir)
-    encoder = build_encoder(rules, hf_dir, spec, family(spec.model_type), split="train")
-    looker = Looker(leaves, encoder)
-    looks = [
-        look for place in choose(leaves, LOOKED_AT, seed=rules.seed)
-        if (look := looker.look(*place)) is not None
-    ]
-    found = Forecaster(leaves, looks, endless=True, seed=rules.seed).rows(
-        rules.seq_length, rules.max_patches_per_row
-    )
+    found = forecaster(config).rows(config.batch.seq_length, config.data.max_patches_per_row)
     if found.rows is None:
-        raise InputError(
-            f"no sample of {train} fits a row of {rules.seq_length} tokens; raise seq-length, or "
-            f"look at them with megatron-vl lint."
-        )
+        raise nothing_fits(config)
     return found.rows

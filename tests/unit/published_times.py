@@ -137,9 +137,9 @@ def predicted(one: Published, directory: Path) -> StepTime:
     question = Question(hf_dir=directory, gpus=one.gpus, per_node=min(8, one.gpus),
                         card=card, options={}, image_tokens=1)
     plan, length = question.plan(**one.options), one.options["seq_length"]
-    rows, images = one.options["micro_batch_size"], ()
+    rows, images = one.options["micro_batch_size"], {}
     if one.image_tokens:
         side = 2 * round(one.image_tokens**0.5)
-        images = (((1, side, side), rows * length / 2 / (side // 2) ** 2),)
-    batch = Microbatch(lengths=(length,) * rows, images=images)
+        images = {(1, side, side): rows * length / 2 / (side // 2) ** 2}
+    batch = Microbatch.of(plan, lengths=[length] * rows, trained=length * rows, images=images)
     return predict(plan, question.card, [batch], per_node=question.per_node)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.cuda_graphs import convert_schedule_table_to_order
@@ -38,6 +40,17 @@ def test_microbatches_that_differ_take_what_a_hand_finds():
     # 10-13, B1 13-15, B2 16-20; stage 1: F0 3-4, B0 4-6, F1 6-7, B1 7-9, F2 13-14, B2 14-16.
     step = simulate([[[3, 1]], [[1, 1]]], [[[4, 2]], [[2, 2]]], microbatches=3, transfer=0)
     assert step.ends == (20, 16) and step.busy == (17, 9)
+
+
+@pytest.mark.parametrize(("p", "v", "m"), [(1, 1, 3), (4, 1, 8), (4, 2, 8)])
+def test_a_timeline_has_every_operation_once_where_its_stage_is_free(p, v, m):
+    step = simulate(**even(p, v), microbatches=m, transfer=0.25)
+    for stage, ran in enumerate(step.timeline):
+        assert [one.operation for one in ran] == list(operations(stage, p=p, v=v, m=m))
+        for one, then in pairwise(ran):
+            assert one.end <= then.start
+        assert sum(one.end - one.start for one in ran) == pytest.approx(step.busy[stage])
+        assert ran[-1].end == step.ends[stage]
 
 
 @pytest.mark.parametrize("m", [4, 8, 12])

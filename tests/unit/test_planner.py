@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -14,13 +15,17 @@ from test_docs import CODE, tables
 from true_sizes import write
 
 from megatron_vl.cli.main import run
+from megatron_vl.models.registry import load_spec
+from megatron_vl.parallel import Layout
 from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import CARDS, calibrated, read_card
-from megatron_vl.planner.microbatch import Microbatch, Work
+from megatron_vl.planner.microbatch import Microbatch
 from megatron_vl.planner.rates import rate_at
 from megatron_vl.planner.schedule import Pipeline
-from megatron_vl.planner.search import Choice, Question
-from megatron_vl.planner.step_time import StepTime, predict
+from megatron_vl.planner.search import Choice, Question, _splits, parts_of
+from megatron_vl.planner.space import options_of
+from megatron_vl.planner.step_time import StepTime, chunk_work, predict
+from megatron_vl.planner.work import Work
 
 GIB = 2**30
 # What the H200 of docs/benchmarks.md reached in a run with torch's own attention and layers.
@@ -42,6 +47,7 @@ def said(capsys, *words: object, code: int = 0) -> str:
 
 @pytest.mark.parametrize(("size", "family", "gpus", "words"), [
     ("2B", "qwen2_vl", 1, []),
+    ("7B", "qwen2_vl", 1, []),  # with its optimizer in host memory
     ("7B", "qwen2_vl", 8, ["--seq-length", 4096]),
     ("72B", "qwen2_vl", 64, []),
     ("72B", "qwen2_5_vl", 2, ["--lora-rank", 16, "--quantize-base", "nf4", "--gpu", "h200"]),
@@ -57,7 +63,7 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
                "--train-data-path", "DATA", *nodes)
     first = re.search(r"^1 +(\S+) +.* ([\d.]+) +(\d+)%$", text, re.M)
     worst = max(re.findall(r"^on stage \d+ .* (\d+\.\d\d)$", dry, re.M), key=float)
-    assert f", {first[1]}: " in dry and f"{float(worst):.1f}" == f"{float(first[2]):.1f}"
+    assert f", {first[1]}: " in dry and float(worst) == pytest.approx(float(first[2]), abs=0.056)
     assert re.search(rf"^stage \d+ .* {worst} +\d+\.\d\d$", text, re.M) and int(first[3]) <= 100
     assert "were not measured on these cards" in " ".join(text.split())
     # The command says what the file says.
@@ -75,12 +81,88 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
     (["--gpus", 8, "--seq-length", 0], ["seq-length is 0"]),
     (["--gpus", 8, "--quantize-base", "nf4"], ["quantize-base is about an adapter"]),
     (["--gpus", 8, "--out", "plan.txt"], ["--out plan.txt ends in .txt"]),
+    (["--gpus", 8, "--page", "plan.txt"], ["--page plan.txt ends in .txt"]),
+    (["--gpus", 8, "--images-per-sample", 2], ["need one another; give both"]),
+    (["--gpus", 8, "--dataset", "x", "--image-tokens", 9], ["both say what rows hold"]),
+    (["--gpus", 8, "--dataset", "no/such"], ["no/such"]),
+    (["--gpus", 8, "--text-tokens", 4000], ["a sample of 4000 tokens fits no row; raise"]),
 ])
 def test_what_cannot_be_is_refused_in_a_sentence(model, capsys, words, told):
     text = said(capsys, "plan", model("7B"), *words, code=2)
     assert text.count("\n") == 1
     for one in told:
         assert re.search(one, text), text
+
+
+def test_times_are_those_of_the_rows_that_lint_forecasts(hf_dir, mixed_dir, tmp_path, capsys):
+    words = ["--seq-length", 1024, "--max-patches-per-row", 3000]
+    text = said(capsys, "plan", hf_dir, "--gpus", 2, "--dataset", mixed_dir, *words)
+    said(capsys, "lint", mixed_dir, "--model", hf_dir, "--out", tmp_path / "lint", *words)
+    numbers = json.loads((tmp_path / "lint" / "lint.json").read_text())
+    row = next(one for one in numbers["forecast"]
+               if (one["seq_length"], one["max_patches"]) == (1024, 3000))
+    assert 0.2 < row["fill"] < 0.999 and row["patches_max"] > 0
+    told = (f"{row['samples']:.1f} samples, {row['fill']:.1%} full, ",
+            f"{row['patches_mean']:,.0f} patches ({row['patches_max']:,} in the largest row)")
+    assert all(one in text for one in told), (text, told)
+    assert "memory is of full rows with 3,000 patches" in text
+    assert f"--train-data-path {mixed_dir}" in text
+    # What every second brings: tokens and samples of as many rows.
+    first = re.search(r"^1 +\S+ +\d+ +\S+ +([\d,]+) +[\d,]+ +([\d,.]+)", text, re.M)
+    tokens, samples = (float(one.replace(",", "")) for one in first.groups())
+    assert tokens / samples == pytest.approx(row["fill"] * 1024 / row["samples"], rel=0.01)
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    # 56 x 84 pixels are 4 x 6 patches and 6 tokens, with the two marks 8; the row holds 2048.
+    (["--images-per-sample", 2, "--image-size", "84x56", "--text-tokens", 100],
+     "17.0 samples, 96.3% full, 86.2% of the tokens trained, 34.0 images, 816 patches (816 "),
+    (["--images-per-sample", 0], "8.0 samples, 100.0% full, 100.0% of the tokens trained, 0.0 im"),
+    (["--images-per-sample", 2, "--image-size", "84x56", "--max-patches-per-row", 100],
+     "2.0 samples, 26.6% full, 94.1% of the tokens trained, 4.0 images, 96 patches (96 "),
+])
+def test_samples_that_are_described_fill_rows(hf_dir, capsys, words, told):
+    assert told in said(capsys, "plan", hf_dir, "--gpus", 1, *words)
+
+
+def test_rows_of_less_work_take_less_time(hf_dir, capsys):
+    def tokens_a_second(*words: object) -> float:
+        text = said(capsys, "plan", hf_dir, "--gpus", 1, *words)
+        return float(re.search(r"^1 +\S+ +\d+ +\S+ +([\d,]+)", text, re.M)[1].replace(",", ""))
+
+    assert tokens_a_second("--images-per-sample", 0) >= tokens_a_second()
+
+
+def test_a_tower_that_takes_longer_than_a_stage_lies_on_several(model):
+    question = Question(hf_dir=model("72B"), gpus=64, per_node=8, card=CARDS["h100-80g"],
+                        options={"global_batch_size": 64, "seq_length": 2048})
+    layout = Layout(tp=2, pp=16, dp=2, sequence_parallel=True)
+    whole, over = _splits(question, load_spec(question.hf_dir), layout, options_of(layout))
+    busiest = {}
+    for name, split in (("whole", whole), ("over", over)):
+        plan = question.plan(**options_of(layout), **split)
+        work = chunk_work(plan, parts_of(question, plan), question.card)
+        busiest[name] = max(sum(row[stage].seconds for row in work) for stage in range(16))
+    assert "vit_pp_layers" not in whole and busiest["over"] < busiest["whole"]
+
+
+def test_a_page_draws_every_stage_and_all_of_the_layouts(model, tmp_path, capsys):
+    file = tmp_path / "plan.html"
+    text = said(capsys, "plan", model("7B"), "--gpus", 8, "--page", file, "--global-batch-size",
+                2048)
+    page = file.read_text()
+    stages = len(re.findall(r"^stage \d+ ", text.partition("GiB of a rank")[0], re.M))
+    timeline, memory = (re.search(f'aria-label="{name}".*?</svg>', page, re.S)[0] for name in (
+        "the pipeline of a step", "memory of every stage"))
+    for drawing in (timeline, memory):
+        assert re.findall(r">stage (\d+)<", drawing) == list(map(str, range(stages)))
+        drawn = [(float(x), float(x) + float(width)) for x, width in
+                 re.findall(r"M([\d.]+) [\d.]+h([\d.]+)v", drawing)]
+        assert drawn and all(62 <= left < right <= 1048.2 for left, right in drawn)
+    assert "s are left out" in page  # of so many microbatches the middle
+    assert page.count("<circle") == 10 and "<script" not in page
+    command = re.search(r"^megatron-vl train .*", text, re.M)[0]
+    assert html.escape(command, quote=True) in page
 
 
 def test_a_file_replaces_numbers_of_a_card(tmp_path):
@@ -138,7 +220,8 @@ def test_of_steps_that_are_alike_the_one_that_waits_less_comes_first(model):
                     image_tokens=1).plan()
 
     def choice(seconds: float, busy: float) -> Choice:
-        step = StepTime(pipeline=Pipeline(ends=(seconds,), busy=(busy,)), seconds=seconds, flops=1)
+        pipeline = Pipeline(ends=(seconds,), busy=(busy,), timeline=())
+        step = StepTime(pipeline=pipeline, seconds=seconds, ends=(seconds,), works=(), flops=1)
         return Choice(options={}, plan=plan, stages=(), step=step)
 
     waits, works, slow = choice(1.0, 0.5), choice(1.002, 0.9), choice(1.1, 1.1)
@@ -162,7 +245,7 @@ def test_the_page_has_the_numbers_of_every_card_and_share():
     card = CARDS["h100-80g"]
     told = {name: float(value) for row in shares[1:]
             for name, value in zip(CODE.findall(row[0]), row[1].split(", "), strict=True)}
-    assert told == {name: getattr(card, name) for name in told} and len(told) == 8
+    assert told == {name: getattr(card, name) for name in told} and len(told) == 9
 
 
 @pytest.mark.parametrize(("row_length", "seconds"), [(8192, 3.81), (4096, 2.40)])
@@ -173,9 +256,11 @@ def test_the_measured_steps_of_the_h200_are_predicted(model, row_length, seconds
                         options={"global_batch_size": 8, "seq_length": row_length},
                         image_tokens=400)
     samples = [560] * (row_length // 560)
-    batch = Microbatch(lengths=(*samples, row_length - sum(samples)),
-                       images=(((1, 40, 40), 0.75 * row_length / 400),))
-    found = predict(question.plan(), card, [batch], per_node=1)
+    samples.append(row_length - sum(samples))
+    plan = question.plan()
+    batch = Microbatch.of(plan, lengths=samples, trained=row_length,
+                          images={(1, 40, 40): 0.75 * row_length / 400})
+    found = predict(plan, card, [batch], per_node=1)
     assert found.seconds == pytest.approx(seconds, rel=0.1)
 
 
@@ -191,6 +276,11 @@ def test_the_page_has_the_published_steps_beside_what_is_predicted(tmp_path):
     assert not told
     missed = {name for name, ratio in ratios.items() if not 0.8 <= ratio <= 1.2}
     assert missed == set(MISSED)
+
+
+def test_a_model_without_a_tower_is_planned_over_stages(text_model_dir, capsys):
+    text = said(capsys, "plan", text_model_dir, "--gpus", 4, "--text-tokens", 1000)
+    assert re.search(r"^\d+ +\S*PP2\S* ", text, re.M) and "2.0 samples, 97.7% full" in text
 
 
 @pytest.mark.parametrize(("layers", "layer", "extra"), [

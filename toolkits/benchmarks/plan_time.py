@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, combinations, pairwise, product
@@ -213,11 +214,10 @@ def predicted(args: argparse.Namespace, card, directory: Path, name: str) -> flo
     plan = plan_of(args, directory, name)
     batch = make_batch(plan)
     bounds = batch.cu_seqlens.tolist()
-    grids = [tuple(grid) for grid in batch.grid_thw.tolist()]
-    return predict(plan, card, [Microbatch(
-        lengths=tuple(end - start for start, end in pairwise(bounds) if end > start),
-        images=tuple((grid, 1.0) for grid in grids),
-    )], per_node=2).seconds
+    one = Microbatch.of(
+        plan, lengths=[end - start for start, end in pairwise(bounds) if end > start],
+        trained=int(batch.loss_mask.sum()), images=Counter(map(tuple, batch.grid_thw.tolist())))
+    return predict(plan, card, [one], per_node=2).seconds
 
 
 def calibrated(args: argparse.Namespace, found: dict[str, dict], directories: dict[str, Path]):

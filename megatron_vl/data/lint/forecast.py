@@ -62,14 +62,7 @@ class Forecaster:
         self.seen = [[look for look in looks if look.leaf == i] for i in range(len(leaves))]
 
     def rows(self, seq_length: int, max_patches: int | None = None) -> Forecast:
-        def fits(look: Look) -> bool:
-            return look.tokens <= seq_length and (
-                max_patches is None or look.patches <= max_patches
-            )
-
-        # A reason that has nothing to do with the length keeps a sample out of every row.
-        usable = [[look for look in seen if look.tokens is not None] for seen in self.seen]
-        kept = [[look for look in looks if fits(look)] for looks in usable]
+        kept, usable = self._kept(seq_length, max_patches)
         what = {"seq_length": seq_length, "max_patches": max_patches}
         lost = 1 - self._share(kept, usable)
         if not any(kept):
@@ -86,6 +79,25 @@ class Forecaster:
             fill=sum(tokens) / (len(rows) * seq_length), alone=sum(tokens) / (samples * seq_length),
             patches_mean=sum(patches) / len(rows), patches_max=max(patches),
         )  # fmt: skip
+
+    def packed(self, seq_length: int, max_patches: int | None = None) -> list[list[Look]]:
+        """The rows that `rows` counts; none if no sample fits one."""
+        kept, _ = self._kept(seq_length, max_patches)
+        return self._pack(self._draws(kept), seq_length, max_patches) if any(kept) else []
+
+    def _kept(
+        self, seq_length: int, max_patches: int | None
+    ) -> tuple[list[list[Look]], list[list[Look]]]:
+        """Of every dataset the samples that a row holds, and those that some length could."""
+
+        def fits(look: Look) -> bool:
+            return look.tokens <= seq_length and (
+                max_patches is None or look.patches <= max_patches
+            )
+
+        # A reason that has nothing to do with the length keeps a sample out of every row.
+        usable = [[look for look in seen if look.tokens is not None] for seen in self.seen]
+        return [[look for look in looks if fits(look)] for looks in usable], usable
 
     def _pack(
         self, draws: Iterator[Look], seq_length: int, max_patches: int | None

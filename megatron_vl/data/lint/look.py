@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from megatron.energon import SkipSample
@@ -37,7 +38,11 @@ class Look:
     answers: int = 0  # turns of the assistant
     tokens: int | None = None  # None: it was not encoded
     trained: int = 0  # tokens that are trained
-    patches: int = 0
+    grids: tuple[Grid, ...] = ()  # of its images and videos
+
+    @property
+    def patches(self) -> int:
+        return sum(map(prod, self.grids))
 
     def count(self, kind: str) -> int:
         return sum(media.kind == kind for media in self.media)
@@ -80,7 +85,7 @@ class Looker:
             return Look(**where, name=name, reason=problem.reason, message=problem.message)
         found = {}
         if encoded is not None:
-            found = {"tokens": encoded.num_tokens, "patches": encoded.num_patches,
+            found = {"tokens": encoded.num_tokens, "grids": tuple(encoded.grids),
                      "trained": int((encoded.labels != IGNORE).sum())}
         over = self.encoder.over
         return Look(
