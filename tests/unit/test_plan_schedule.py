@@ -6,7 +6,8 @@ import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.cuda_graphs import convert_schedule_table_to_order
 
-from megatron_vl.planner.schedule import operations, simulate
+from megatron_vl.parallel import operations
+from megatron_vl.planner.schedule import simulate
 
 
 def even(p: int, v: int) -> dict:

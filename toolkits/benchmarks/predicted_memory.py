@@ -4,25 +4,24 @@
 
 HF_DIR needs config.json alone: weights are random. Every token of a row is trained; with a vision
 tower a row is as many images of 16 x 16 patches as fit into it. Every line trains the model of
-`megatron-vl train` with other options for two steps, on so many processes on the CPU, which talk over
-gloo. After the second one the storages of weights, gradients and the optimizer's state are summed up.
-During it the bytes of all other tensors are counted from when they are made until they are gone.
+`megatron-vl train` with other options for one step, on so many processes on the CPU over gloo.
 
-The distributed optimizer's state is compared without the padding at the end of the ranks' shares,
-which has none.
+`held` are weights, gradients and optimizer state: the storages that stay from step to step, and how
+far the prediction is off on the worst rank, in bytes. Of activations the bytes of all other tensors
+are counted from when an operation makes them until they are gone, and the peak is compared.
+What gloo itself copies on its threads is no operation, and is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -105,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", choices=LINES, default=list(LINES),
                         help="processes at once (default: all)")
     parser.add_argument("--only", default="", metavar="WORD", help="lines with this in their name")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a rank
     return parser.parse_args()
 
 
@@ -177,10 +177,24 @@ def make_row(spec, seq_length: int):
     return replace(batch, labels=batch.tokens, loss_mask=batch.loss_mask.new_ones(1, seq_length))
 
 
-def measure(args: argparse.Namespace, options: dict) -> dict:
-    """What this rank was predicted to take and took, in bytes."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    """Bytes of a rank."""
+
+    held: int  # predicted of weights, gradients and the optimizer's state
+    off: dict[str, int]  # by which that is more than what was found, of each of them
+    predicted: int  # of activations
+    measured: int  # of those
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+
+def measure(args: argparse.Namespace, options: dict) -> Rank:
+    """One step of this rank."""
     from megatron_vl.models import load_spec
-    from megatron_vl.platform import initialize, leave_layout
+    from megatron_vl.platform import initialize
     from megatron_vl.training.activations import activation_memory
     from megatron_vl.training.memory import rank_memory
     from megatron_vl.training.options.config import TrainConfig
@@ -228,19 +242,16 @@ def measure(args: argparse.Namespace, options: dict) -> dict:
     known += [row.tokens, row.labels, row.loss_mask, row.position_ids]
     with AllocatedBytes([*known, *(one for kind in held.values() for one in kind)]) as counted:
         step()
-    leave_layout()
     said, found = rank_memory(plan, stage), {}
     for kind, tensors in held.items():
         storages = {one.untyped_storage()._cdata: one.untyped_storage() for one in tensors}
         found[kind] = sum(storage.nbytes() for storage in storages.values())
-    activations = activation_memory(plan, stage)
-    return {
-        "predicted": {"weights": said.weight_bytes, "gradients": said.gradient_bytes,
-                      "optimizer": said.optimizer_bytes, "activations": activations.peak},
-        "measured": found | {"activations": counted.peak},
-        "moments": {name: getattr(activations, name)
-                    for name in ("kept", "losses", "layer", "vision", "embedding")},
-    }
+    predicted = {"weights": said.weight_bytes, "gradients": said.gradient_bytes,
+                 "optimizer": said.optimizer_bytes}
+    return Rank(
+        held=sum(predicted.values()), off={kind: predicted[kind] - found[kind] for kind in found},
+        predicted=activation_memory(plan, stage).peak, measured=counted.peak,
+    )
 
 
 def held_tensors(model: list, optimizer) -> dict[str, list[torch.Tensor]]:
@@ -269,38 +280,57 @@ def lines(args: argparse.Namespace, ranks: int) -> dict[str, dict]:
     from megatron_vl.models import load_spec
 
     spec = load_spec(args.hf_dir)
+    has_tower, has_experts = spec.vision is not None, spec.decoder.experts is not None
     return {
         name: options for name, options in LINES[ranks].items() if args.only in name
-        and (spec.vision is not None or not options.keys() & {*EVERY, *WHOLE})
-        and (spec.decoder.experts is not None or not options.keys() & {*EP2})
-        and (spec.decoder.experts is None or not options.keys() & {*TP2}
-             or "sequence_parallel" in options)
+        and (has_tower or not (options.keys() & {*EVERY, *WHOLE} or "tower" in name))
+        and (has_experts or not options.keys() & EP2.keys())
+        # Megatron-Core trains experts over TP ranks with sequence parallelism alone.
+        and not (has_experts and options == TP2)
     }
 
 
 def measure_lines(args: argparse.Namespace) -> None:
-    """On every rank; the first one prints."""
-    from megatron_vl.platform import select_platform
+    """On every rank; the first one prints a line of the table each."""
+    from megatron_vl.platform import leave_layout, select_platform
 
     select_platform().install()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name, options in lines(args, world()).items():
-        mine = measure(args, options)
-        found = [mine]
-        if world() > 1:
-            found = [None] * world()
-            torch.distributed.all_gather_object(found, mine)
+        mine, ranks = measure(args, options), [None] * world()
+        torch.distributed.all_gather_object(ranks, mine)
+        leave_layout()
         if int(os.environ.get("RANK", 0)) == 0:
-            print(json.dumps({"name": name, "ranks": found}), flush=True)
+            print(table_row(name, ranks), flush=True)
+
+
+def table_row(name: str, ranks: list[Rank]) -> str:
+    """Ranks that are alike to a hundredth are written once."""
+    fullest = max(ranks, key=lambda rank: rank.measured)
+    off = max(abs(number) for rank in ranks for number in rank.off.values())
+    ratios = [f"{rank.ratio:.2f}" for rank in ranks]
+    return (
+        f"| {name} | {fullest.held / 2**20:,.1f} | {off:,} | {fullest.predicted / 2**20:,.1f} | "
+        f"{fullest.measured / 2**20:,.1f} | "
+        f"{' '.join(ratios if len(set(ratios)) > 1 else ratios[:1])} |"
+    )
 
 
 def main() -> None:
     args = parse_arguments()
-    if "MEASURED_HERE" in os.environ:
+    if args.here:
         measure_lines(args)
         return
-    raise SystemExit
+    print("| training | held MiB | off, bytes | activations, predicted MiB | measured MiB | ratio, "
+          "rank by rank |\n|---|---|---|---|---|---|", flush=True)
+    for ranks in args.ranks:
+        done = subprocess.run([
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(ranks), __file__, *sys.argv[1:], "--here",
+        ])
+        if done.returncode:
+            sys.exit(f"{ranks} rank(s) failed.")
 
 
 if __name__ == "__main__":
