@@ -93,7 +93,7 @@ def activation_memory(
     for chunk in own if vision else ():
         pixels = _pixels(plan, stage, chunk)
         in_vision = max(in_vision, beside[chunk] + vision.kept(chunk) + pixels + max(
-            vision.working(chunk) + tied_gradient, given[chunk] + vision.forward))
+            vision.working(chunk) + tied_gradient, given[chunk] + vision.forward(chunk)))
     if embedding is not None and embedding.trained:
         chunk = embeds[1]
         in_embedding = (
@@ -107,7 +107,7 @@ def activation_memory(
         losses=losses,
         layer=max(
             beside[chunk] + kept[chunk]
-            + max(language.working(chunk) + tied_gradient, given[chunk] + language.forward)
+            + max(language.working(chunk) + tied_gradient, given[chunk] + language.forward(chunk))
             for chunk in own
         ),
         vision=in_vision, embedding=in_embedding,

@@ -17,7 +17,7 @@ from megatron_vl.ops.blockwise import whole_bytes
 from megatron_vl.ops.experts import ExpertsCase
 from megatron_vl.parallel import LANGUAGE, VISION
 from megatron_vl.peft.adapter_map import FACTORS
-from megatron_vl.training.memory import FP32, ITEMSIZE, RankMemory
+from megatron_vl.training.memory import FP32, ITEMSIZE, Held, RankMemory
 from megatron_vl.training.plan import Plan
 
 # Tensors [T, F] beside the result: gate, value and silu; the input and its sigmoid; the input.
@@ -45,6 +45,7 @@ class Layers:
     quantized: bool  # they are whole while they are used
     adapter: int  # bytes that the factors of one layer keep
     adapted: bool
+    mlp_adapted: bool  # by factors of its own
     reached: bool  # by gradients
     recompute: Recompute
     itemsize: int
@@ -69,7 +70,8 @@ class Layers:
         or of their factors.
         """
         inputs = self.trained or self.adapted
-        norms = 2 * (self.stream // self.itemsize * FP32 * self.norms + self.stream * inputs)
+        norms = 2 * self.stream // self.itemsize * FP32 * self.norms
+        norms += self.stream * (inputs + (bool(self.dispatched) or self.mlp_inputs))
         attention = self.tokens * self.queries * self.itemsize * (self.attended + inputs)
         return norms + self._qk_norm + attention + self.mlp + self.adapter
 
@@ -80,9 +82,13 @@ class Layers:
         Of experts the first one's input is a copy of every token for each of its experts, beside
         that of the router, and what the activation gives is kept for the router's weights.
         """
-        inputs = self.trained or self.adapted
-        kept = ACTIVATION_KEPT[self.activation] + inputs + bool(self.dispatched)
-        return self.inner_bytes * kept + self.dispatched * inputs
+        kept = ACTIVATION_KEPT[self.activation] + self.mlp_inputs + bool(self.dispatched)
+        return self.inner_bytes * kept + self.dispatched * self.mlp_inputs
+
+    @property
+    def mlp_inputs(self) -> bool:
+        """Whether its linear layers keep them."""
+        return self.trained or self.mlp_adapted
 
     @property
     def selective_layer(self) -> int:
@@ -92,7 +98,7 @@ class Layers:
         projected = self.queries * (1 + inputs + (self.keys < self.queries)) + 2 * self.keys
         first = self.inner_bytes * (2 if self.activation == "swiglu" else 1)
         return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize + first
-                + self.dispatched * inputs + self.adapter)
+                + self.dispatched * self.mlp_inputs + self.adapter)
 
     @property
     def _qk_norm(self) -> int:
@@ -132,33 +138,30 @@ class Layers:
         if not self.counts[chunk]:
             return 0
         if not self.reached:
-            return self.forward
+            return self.forward(chunk)
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
         mlp = 2 * self.stream + max(
             # What a linear layer kept for its weights or factors is gone by then.
-            (2 if self.trained or self.adapted else 3) * self.inner_bytes,
+            (2 if self.mlp_inputs else 3) * self.inner_bytes,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
             3 * self.dispatched,  # at the end of the forward that is run again
         )
-        how = self.recompute
-        again = {"none": 0, "selective": self.layer - self.selective_layer,
-                 "full": self.layer}[how.granularity]
-        if how.granularity == "full":
-            if how.method == "uniform":
-                again *= how.num_layers
-            elif how.num_layers < self.counts[chunk]:
-                again = 0
+        again = 0
+        if self.recompute.granularity == "selective":
+            again = self.layer - self.selective_layer
+        elif self._recomputes_last(chunk):
+            uniform = self.recompute.method == "uniform"
+            again = self.layer * (self.recompute.num_layers if uniform else 1)
         norm = self.norm_copies * self.stream // self.itemsize * FP32
-        if how.granularity != "selective":
+        if self.recompute.granularity != "selective":
             norm -= self.mlp
         return again + max(mlp, norm)
 
-    @property
-    def forward(self) -> int:
+    def forward(self, chunk: int) -> int:
         """What the forward of a layer needs beside what is kept.
 
         Where its activations are: what entered the layer, the sum of that with attention, and what
@@ -166,9 +169,16 @@ class Layers:
         before they were sorted.
         """
         dispatch = (2 * self.stream + 3 * self.dispatched) * bool(self.dispatched)
-        if self.reached and self.recompute.granularity != "full":
+        if self.reached and not self._recomputes_last(chunk):
             return max(3 * self.stream, dispatch)
         return max(4 * self.stream + self.inner_bytes * self.passing, dispatch)
+
+    def _recomputes_last(self, chunk: int) -> bool:
+        """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
+        """
+        how = self.recompute
+        return how.granularity == "full" and (
+            how.method == "uniform" or how.num_layers >= self.counts[chunk])
 
     def _beside(self, weight: int) -> int:
         """Of a weight of so many numbers, in its layer's backward."""
@@ -255,6 +265,7 @@ def _layers(plan: Plan, held: RankMemory, part: str, recompute: Recompute, **siz
     itemsize = ITEMSIZE[plan.config.model.dtype]
     return Layers(
         counts=counts, recompute=recompute, trained=trained, adapted=adapted, reached=reached,
+        mlp_adapted=adapted and any(".mlp." in name for name in _factor_pairs(held, part)),
         quantized=part == LANGUAGE and trainable.quantize_base is not None,
         adapter=_factors(plan, held, part, sizes["tokens"]) * itemsize // max(sum(counts), 1),
         itemsize=itemsize, **sizes,
@@ -264,14 +275,19 @@ def _layers(plan: Plan, held: RankMemory, part: str, recompute: Recompute, **siz
 def _factors(plan: Plan, held: RankMemory, part: str, tokens: int) -> int:
     """Numbers that the factors of a stage keep: A x, the B that is made of what is stored, and what
     dropout drew."""
+    numbers = 0
+    for pair in _factor_pairs(held, part).values():
+        (rank, width), (rows, _) = pair["A"].shape, pair["B"].shape
+        drawn = tokens * width if plan.config.lora.lora_dropout else 0
+        numbers += pair["A"].layers * (tokens * rank + rows * rank + drawn)
+    return numbers
+
+
+def _factor_pairs(held: RankMemory, part: str) -> dict[str, dict[str, Held]]:
+    """By the linear layer that they are of."""
     found = {}
     for one in (one for chunk in held.chunks for one in chunk.held if part_of(one.name) == part):
         for factor, leaf in FACTORS.items():
             if one.name.endswith(f".{leaf}"):
                 found.setdefault(one.name.removesuffix(leaf), {})[factor] = one
-    numbers = 0
-    for pair in found.values():
-        (rank, width), (rows, _) = pair["A"].shape, pair["B"].shape
-        drawn = tokens * width if plan.config.lora.lora_dropout else 0
-        numbers += pair["A"].layers * (tokens * rank + rows * rank + drawn)
-    return numbers
+    return found
