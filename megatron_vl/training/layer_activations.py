@@ -51,6 +51,7 @@ class Layers:
     itemsize: int
     head_dim: int
     dispatched: int = 0  # bytes of the tokens that come to a rank's experts; 0: there are none
+    sharing: int = 1  # ranks that share an expert
     stacked: int = 0  # bytes of the first matrix of all experts, where they are one product
 
     @property
@@ -148,7 +149,7 @@ class Layers:
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            3 * self.dispatched,  # at the end of the forward that is run again
+            self.combined,  # at the end of the forward that is run again
         )
         again = 0
         if self.recompute.granularity == "selective":
@@ -165,13 +166,22 @@ class Layers:
         """What the forward of a layer needs beside what is kept.
 
         Where its activations are: what entered the layer, the sum of that with attention, and what
-        the MLP gives; or all that the experts give, one by one and together, and their tokens
-        before they were sorted.
+        the MLP gives, or the experts.
         """
-        dispatch = (2 * self.stream + 3 * self.dispatched) * bool(self.dispatched)
+        combined = (2 * self.stream + self.combined) * bool(self.dispatched)
         if self.reached and not self._recomputes_last(chunk):
-            return max(3 * self.stream, dispatch)
-        return max(4 * self.stream + self.inner_bytes * self.passing, dispatch)
+            return max(3 * self.stream, combined)
+        return max(4 * self.stream + self.inner_bytes * self.passing, combined)
+
+    @property
+    def combined(self) -> int:
+        """At the end of the experts: what they give, one by one and together, and their tokens
+        before these were sorted; or what they give twice, in fp32 and summed over those who share
+        them."""
+        if self.sharing == 1:
+            return 3 * self.dispatched
+        whole = self.dispatched // self.itemsize * FP32
+        return 2 * self.dispatched + whole + whole // self.sharing
 
     def _recomputes_last(self, chunk: int) -> bool:
         """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
@@ -223,7 +233,7 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
         attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
         inner=inner // tp, activation="swiglu", passing=4, norms=1 + trained, norm_copies=5,
-        dispatched=dispatched, stacked=_stacked(plan),
+        dispatched=dispatched, sharing=layout.expert_tp, stacked=_stacked(plan),
     )
 
 

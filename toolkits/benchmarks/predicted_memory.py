@@ -8,8 +8,9 @@ tower a row is as many images of 16 x 16 patches as fit into it. Every line trai
 
 `held` are weights, gradients and optimizer state: the storages that stay from step to step, and how
 far the prediction is off on the worst rank, in bytes. Of activations the bytes of all other tensors
-are counted from when an operation makes them until they are gone, and the peak is compared.
-What gloo itself copies on its threads is no operation, and is left out.
+are counted from when an operation makes them until they are gone, and the peak up to the end of the
+last backward is compared. `afterwards` is the peak from then on, of the fullest rank: ranks sum
+their gradients, which gloo does by way of copies that NCCL does not make, and update the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,6 +138,11 @@ class AllocatedBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
         return out
 
+    def take_peak(self) -> int:
+        """The peak so far; it starts again."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
@@ -185,6 +191,7 @@ class Rank:
     off: dict[str, int]  # by which that is more than what was found, of each of them
     predicted: int  # of activations
     measured: int  # of those
+    afterwards: int  # measured, after the last backward
 
     @property
     def ratio(self) -> float:
@@ -240,7 +247,11 @@ def measure(args: argparse.Namespace, options: dict) -> Rank:
     held = held_tensors(model, optimizer)
     known = [one for chunk in model for one in chunk.module.buffers()]
     known += [row.tokens, row.labels, row.loss_mask, row.position_ids]
+    backward = []  # peaks of it
+    config = model[0].config
     with AllocatedBytes([*known, *(one for kind in held.values() for one in kind)]) as counted:
+        config.finalize_model_grads_func = _first(
+            lambda: backward.append(counted.take_peak()), config.finalize_model_grads_func)
         step()
     said, found = rank_memory(plan, stage), {}
     for kind, tensors in held.items():
@@ -250,8 +261,18 @@ def measure(args: argparse.Namespace, options: dict) -> Rank:
                  "optimizer": said.optimizer_bytes}
     return Rank(
         held=sum(predicted.values()), off={kind: predicted[kind] - found[kind] for kind in found},
-        predicted=activation_memory(plan, stage).peak, measured=counted.peak,
+        predicted=activation_memory(plan, stage).peak, measured=backward[0],
+        afterwards=counted.peak,
     )
+
+
+def _first(note: Callable[[], None], then: Callable) -> Callable:
+    """`then`, before which `note` is called."""
+    def both(*args, **options):
+        note()
+        return then(*args, **options)
+
+    return both
 
 
 def held_tensors(model: list, optimizer) -> dict[str, list[torch.Tensor]]:
@@ -306,14 +327,15 @@ def measure_lines(args: argparse.Namespace) -> None:
 
 
 def table_row(name: str, ranks: list[Rank]) -> str:
-    """Ranks that are alike to a hundredth are written once."""
+    """The ratio is written once where all ranks have the same, to a hundredth."""
     fullest = max(ranks, key=lambda rank: rank.measured)
     off = max(abs(number) for rank in ranks for number in rank.off.values())
     ratios = [f"{rank.ratio:.2f}" for rank in ranks]
     return (
         f"| {name} | {fullest.held / 2**20:,.1f} | {off:,} | {fullest.predicted / 2**20:,.1f} | "
         f"{fullest.measured / 2**20:,.1f} | "
-        f"{' '.join(ratios if len(set(ratios)) > 1 else ratios[:1])} |"
+        f"{' '.join(ratios if len(set(ratios)) > 1 else ratios[:1])} | "
+        f"{max(rank.afterwards for rank in ranks) / 2**20:,.1f} |"
     )
 
 
@@ -323,7 +345,7 @@ def main() -> None:
         measure_lines(args)
         return
     print("| training | held MiB | off, bytes | activations, predicted MiB | measured MiB | ratio, "
-          "rank by rank |\n|---|---|---|---|---|---|", flush=True)
+          "rank by rank | afterwards MiB |\n|---|---|---|---|---|---|---|", flush=True)
     for ranks in args.ranks:
         done = subprocess.run([
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
