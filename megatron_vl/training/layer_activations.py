@@ -149,7 +149,9 @@ class Layers:
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            self.combined,  # at the end of the forward that is run again
+            # After the forward that is run again, with the gradients that come first.
+            (self.combined + 2 * self.stream * self._recomputes_last(chunk))
+            * bool(self.dispatched),
         )
         again = 0
         if self.recompute.granularity == "selective":

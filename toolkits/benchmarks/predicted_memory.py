@@ -92,7 +92,7 @@ LINES = {  # by the number of ranks
         ),
         "PP4": PP4,
         "PP4, full recompute": PP4 | full("uniform", 1),
-        "TP2, SP, EP2, PP2": SP | EP2 | PP2,
+        "TP2, SP, EP2, PP2": SP | EP2 | PP2 | dict(expert_tensor_parallel_size=1),
         "EP2, PP2, DP2, distributed optimizer": EP2 | PP2 | DISTRIBUTED,
     },
 }
