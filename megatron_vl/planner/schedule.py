@@ -1,28 +1,20 @@
 """A step's pipeline, event by event, in the order of Megatron-Core's schedules; no torch.
 
-A stage runs its operations in a fixed order: forwards of the warm-up, then one forward and one
-backward in turn (1F1B), then backwards of the cool-down. An operation starts once the stage is free
-and what it needs has arrived: hidden states of the chunk before it, or gradients of the chunk
-behind it. A transfer delays its receiver and occupies no stage.
+An operation starts once the stage is free and what it needs has arrived: hidden states of the
+chunk before it, or gradients of the chunk behind it. A transfer delays its receiver and occupies no
+stage.
 
 Letters: p stages, v chunks of a stage, m microbatches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vl.parallel import Operation, operations
+
 Rows = Sequence[Sequence[float]]  # seconds of a microbatch, [chunk][stage]
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """The forward or backward of one microbatch through one chunk; all count from 0."""
-
-    microbatch: int
-    chunk: int
-    backward: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +48,6 @@ class Pipeline:
     def balance(self) -> float:
         """Work of the mean stage over that of the busiest; 1: all are equal."""
         return sum(self.busy) / len(self.busy) / max(self.busy)
-
-
-def operations(stage: int, *, p: int, v: int, m: int) -> Iterator[Operation]:
-    """What a stage runs, in order. With v > 1, m is a multiple of p."""
-    total = m * v
-    # Microbatches go through a chunk in groups of p, and a group through all chunks.
-    at = [(k // (p * v) * p + k % p, k // p % v) for k in range(total)]
-    warm_up = p - stage - 1 if v == 1 else 2 * (p - stage - 1) + (v - 1) * p
-    warm_up = min(warm_up if p > 1 else 0, total)
-    for k in range(total + warm_up):
-        if k < total:
-            microbatch, chunk = at[k]
-            yield Operation(microbatch, chunk, False)
-        if k >= warm_up:
-            microbatch, chunk = at[k - warm_up]
-            yield Operation(microbatch, v - 1 - chunk, True)
 
 
 def simulate(

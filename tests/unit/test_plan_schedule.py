@@ -8,7 +8,8 @@ import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.cuda_graphs import convert_schedule_table_to_order
 
-from megatron_vl.planner.schedule import operations, simulate
+from megatron_vl.parallel import in_flight, operations
+from megatron_vl.planner.schedule import simulate
 
 
 def even(p: int, v: int) -> dict:
@@ -76,3 +77,15 @@ def test_a_stage_keeps_as_many_microbatches_as_its_memory_counts(p, v, m):
             most = max(most, kept)
         counted = min(p - stage, m) if v == 1 else min(2 * (p - stage - 1) + (v - 1) * p + 1, m * v)
         assert most == counted and kept == 0
+
+
+@pytest.mark.parametrize(("stage", "p", "v", "m", "kept"), [
+    (0, 4, 1, 8, [{(4,)}]),
+    (3, 4, 1, 8, [{(1,)}]),
+    (0, 4, 1, 2, [{(2,)}]),
+    # F0 F1 of chunk 0, the same of chunk 1, then in turn F2, B0 of chunk 1, F3 of chunk 0, ...
+    (0, 2, 2, 4, [{(3, 2), (4, 1)}, {(3, 2), (4, 1)}]),
+    (1, 2, 2, 4, [{(3, 0)}, {(2, 1)}]),
+])
+def test_microbatches_are_kept_from_their_forward_to_their_backward(stage, p, v, m, kept):
+    assert [set(one) for one in in_flight(stage, p=p, v=v, m=m)] == kept

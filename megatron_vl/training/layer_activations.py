@@ -1,0 +1,305 @@
+"""Bytes that a tower's layers on a stage keep from forward to backward, and work with; no torch.
+
+Of every operation the formulas count what autograd keeps of it for backward.
+
+Letters: T tokens of a microbatch on a rank, P patches, E width of the residual stream, Q that of
+this rank's query heads, F that of its MLP, z bytes of a number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_vl.models.common.parts import part_of
+from megatron_vl.models.common.recompute import Recompute
+from megatron_vl.ops.blockwise import whole_bytes
+from megatron_vl.ops.experts import ExpertsCase
+from megatron_vl.parallel import LANGUAGE, VISION
+from megatron_vl.peft.adapter_map import FACTORS
+from megatron_vl.training.memory import FP32, ITEMSIZE, Held, RankMemory
+from megatron_vl.training.plan import Plan
+
+# Tensors [T, F] beside the result: gate, value and silu; the input and its sigmoid; the input.
+ACTIVATION_KEPT = {"swiglu": 3, "quick_gelu": 2, "gelu": 1, "gelu_pytorch_tanh": 1, "silu": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layers:
+    """The layers of a tower on one stage; sizes are a rank's."""
+
+    counts: tuple[int, ...]  # of every chunk
+    tokens: int  # T, or P
+    parts: int  # that sequence parallelism cuts the residual stream into
+    width: int  # E
+    queries: int  # Q
+    keys: int  # that of keys
+    attended: int  # tensors [T, Q] that attention keeps
+    qk_norms: int  # fp32 tensors [T, Q] and [T, keys] that their norms keep
+    inner: int  # F; of experts, of those a token goes to together
+    activation: str  # of ACTIVATION_KEPT
+    passing: int  # tensors [T, F] of the MLP's forward, at most at a time
+    norms: int  # fp32 tensors that a norm keeps: its input, and the normalised one if trained
+    norm_copies: int  # such tensors in the backward of a norm
+    trained: bool  # the weights of their own
+    quantized: bool  # they are whole while they are used
+    adapter: int  # bytes that the factors of one layer keep
+    adapted: bool
+    mlp_adapted: bool  # by factors of its own
+    reached: bool  # by gradients
+    recompute: Recompute
+    itemsize: int
+    head_dim: int
+    dispatched: int = 0  # bytes of the tokens that come to a rank's experts; 0: there are none
+    sharing: int = 1  # ranks that share an expert
+    stacked: int = 0  # bytes of the first matrix of all experts, where they are one product
+
+    @property
+    def stream(self) -> int:
+        """The residual stream between two layers, all that a recomputed one keeps."""
+        return self.tokens // self.parts * self.width * self.itemsize
+
+    @property
+    def inner_bytes(self) -> int:
+        return self.tokens * self.inner * self.itemsize
+
+    @property
+    def layer(self) -> int:
+        """All that one layer keeps.
+
+        Norms compute in fp32. Linear layers keep their inputs, for the gradients of their weights
+        or of their factors.
+        """
+        inputs = self.trained or self.adapted
+        norms = 2 * self.stream // self.itemsize * FP32 * self.norms
+        norms += self.stream * (inputs + (bool(self.dispatched) or self.mlp_inputs))
+        attention = self.tokens * self.queries * self.itemsize * (self.attended + inputs)
+        return norms + self._qk_norm + attention + self.mlp + self.adapter
+
+    @property
+    def mlp(self) -> int:
+        """The linear layers' part of that.
+
+        Of experts the first one's input is a copy of every token for each of its experts, beside
+        that of the router, and what the activation gives is kept for the router's weights.
+        """
+        kept = ACTIVATION_KEPT[self.activation] + self.mlp_inputs + bool(self.dispatched)
+        return self.inner_bytes * kept + self.dispatched * self.mlp_inputs
+
+    @property
+    def mlp_inputs(self) -> bool:
+        """Whether its linear layers keep them."""
+        return self.trained or self.mlp_adapted
+
+    @property
+    def selective_layer(self) -> int:
+        """The same, where norms, activation and attention are computed again."""
+        inputs = self.trained or self.adapted
+        # With fewer keys than queries, these are copied when the projection is taken apart.
+        projected = self.queries * (1 + inputs + (self.keys < self.queries)) + 2 * self.keys
+        first = self.inner_bytes * (2 if self.activation == "swiglu" else 1)
+        return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize + first
+                + self.dispatched * self.mlp_inputs + self.adapter)
+
+    @property
+    def _qk_norm(self) -> int:
+        normed = self.tokens * (self.queries + self.keys) * FP32 * self.qk_norms
+        if self.qk_norms and self.itemsize == FP32:
+            # The keys are not copied then, and the projection that they are part of is kept.
+            normed += self.tokens * (self.keys + self.queries * (self.keys < self.queries)) * FP32
+        return normed
+
+    def kept(self, chunk: int) -> int:
+        """From forward to backward, of a chunk's layers, with the cosines and sines of positions.
+        """
+        count = self.counts[chunk]
+        if not self.reached or not count:
+            return 0
+        how, number = self.recompute, self.recompute.num_layers
+        rotary = self.tokens * self.head_dim * self.itemsize
+        if how.granularity == "none":
+            return rotary + count * self.layer
+        if how.granularity == "selective":
+            return rotary + count * self.selective_layer
+        if how.method == "uniform":
+            return rotary + -(-count // number) * self.stream
+        again = min(number, count)
+        return rotary + again * self.stream + (count - again) * self.layer
+
+    def working(self, chunk: int) -> int:
+        """What one moment of a chunk needs on top of that.
+
+        In backward, what is recomputed, and the narrowest place: two gradients as wide as the MLP's
+        inner state are made before what they come from is dropped, or a norm's in fp32, when what
+        the last MLP kept is gone. Layers that are not recomputed come first. A trained
+        weight has a gradient before that reaches its buffer; a quantised one is whole; those of
+        experts are stacked, and then their gradients. Of a tower that no gradient reaches there is
+        the forward alone.
+        """
+        if not self.counts[chunk]:
+            return 0
+        if not self.reached:
+            return self.forward(chunk)
+        second = self.width * self.inner
+        first = second * (2 if self.activation == "swiglu" else 1)
+        mlp = 2 * self.stream + max(
+            # What a linear layer kept for its weights or factors is gone by then.
+            (2 if self.mlp_inputs else 3) * self.inner_bytes,
+            self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
+            self._beside(second),
+            self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
+            (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
+            # After the forward that is run again, with the gradients that come first.
+            (self.combined + 2 * self.stream * self._recomputes_last(chunk))
+            * bool(self.dispatched),
+        )
+        again = 0
+        if self.recompute.granularity == "selective":
+            again = self.layer - self.selective_layer
+        elif self._recomputes_last(chunk):
+            uniform = self.recompute.method == "uniform"
+            again = self.layer * (self.recompute.num_layers if uniform else 1)
+        norm = self.norm_copies * self.stream // self.itemsize * FP32
+        if self.recompute.granularity != "selective":
+            norm -= self.mlp
+        return again + max(mlp, norm)
+
+    def forward(self, chunk: int) -> int:
+        """What the forward of a layer needs beside what is kept.
+
+        Where its activations are: what entered the layer, the sum of that with attention, and what
+        the MLP gives, or the experts.
+        """
+        combined = (2 * self.stream + self.combined) * bool(self.dispatched)
+        if self.reached and not self._recomputes_last(chunk):
+            return max(3 * self.stream, combined)
+        return max(4 * self.stream + self.inner_bytes * self.passing, combined)
+
+    @property
+    def combined(self) -> int:
+        """At the end of the experts: what they give, one by one and together, and their tokens
+        before these were sorted; or what they give twice, in fp32 and summed over those who share
+        them."""
+        if self.sharing == 1:
+            return 3 * self.dispatched
+        whole = self.dispatched // self.itemsize * FP32
+        return 2 * self.dispatched + whole + whole // self.sharing
+
+    def _recomputes_last(self, chunk: int) -> bool:
+        """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
+        """
+        how = self.recompute
+        return how.granularity == "full" and (
+            how.method == "uniform" or how.num_layers >= self.counts[chunk])
+
+    def _beside(self, weight: int) -> int:
+        """Of a weight of so many numbers, in its layer's backward."""
+        if self.quantized:
+            return whole_bytes(weight, self.itemsize)
+        return weight * self.itemsize if self.trained else 0
+
+
+def count_tokens(plan: Plan) -> int:
+    """Of a microbatch on a rank."""
+    return plan.config.batch.micro_batch_size * plan.row_length // plan.layout.cp
+
+
+def count_patches(plan: Plan) -> int:
+    """Of rows that are all images, on a rank; images are taken to be divided evenly."""
+    vision, rows = plan.spec.vision, plan.config.batch.micro_batch_size
+    grid = vision.smallest_grid
+    patches = -(-plan.row_length // vision.num_tokens(grid)) * math.prod(grid)
+    limit = plan.config.data.max_patches_per_row or patches
+    return -(-rows * min(patches, limit) // plan.layout.media_ranks)
+
+
+def language_layers(plan: Plan, held: RankMemory) -> Layers:
+    decoder, layout, tp = plan.spec.decoder, plan.layout, plan.layout.tp
+    experts, itemsize = decoder.experts, ITEMSIZE[plan.config.model.dtype]
+    inner = decoder.ffn_hidden_size if experts is None else (
+        experts.per_token * experts.ffn_hidden_size)
+    trained = LANGUAGE not in plan.trainable.frozen
+    parts = tp if layout.sequence_parallel else 1
+    # Routers are taken to send every expert as much; ranks that share one have all its tokens.
+    dispatched = 0 if experts is None else (
+        count_tokens(plan) // parts * experts.per_token * layout.expert_tp
+        * decoder.hidden_size * itemsize)
+    # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
+    # length, and the output in these and in order. Keys and values of groups are repeated for every
+    # head at once; otherwise they are parts of the projection, which is kept with them.
+    grouped = decoder.num_query_groups < decoder.num_attention_heads
+    return _layers(
+        plan, held, LANGUAGE, plan.recompute, width=decoder.hidden_size,
+        tokens=count_tokens(plan), parts=parts, head_dim=decoder.head_dim,
+        queries=decoder.num_attention_heads * decoder.head_dim // tp,
+        keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
+        attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
+        inner=inner // tp, activation="swiglu", passing=4, norms=1 + trained, norm_copies=5,
+        dispatched=dispatched, sharing=layout.expert_tp, stacked=_stacked(plan),
+    )
+
+
+def _stacked(plan: Plan) -> int:
+    """Of the gates and up projections of a layer's experts on a rank, if a GPU has them so."""
+    way, decoder, layout = plan.experts_way(ExpertsCase), plan.spec.decoder, plan.layout
+    if way is None or not way.grouped:
+        return 0
+    first = 2 * decoder.experts.ffn_hidden_size // layout.expert_tp * decoder.hidden_size
+    return decoder.experts.count // layout.ep * first * ITEMSIZE[plan.config.model.dtype]
+
+
+def vision_layers(plan: Plan, held: RankMemory) -> Layers | None:
+    """None on a stage without vision layers."""
+    vision, tp = plan.spec.vision, plan.layout.vit_tp
+    if vision is None or not any(
+        plan.split.layers(VISION, held.stage, chunk) for chunk in range(plan.layout.vp)
+    ):
+        return None
+    # Frames of one size are a rectangle as they are.
+    return _layers(
+        plan, held, VISION, plan.vit_recompute, width=vision.hidden_size,
+        tokens=count_patches(plan), parts=1, head_dim=vision.head_dim,
+        queries=vision.hidden_size // tp, keys=vision.hidden_size // tp, attended=5, qk_norms=0,
+        inner=vision.ffn_hidden_size // tp,
+        activation="swiglu" if vision.gated else vision.activation,
+        passing=6 if vision.gated else 4,  # a bias makes another tensor
+        norms=1, norm_copies=2,
+    )
+
+
+def _layers(plan: Plan, held: RankMemory, part: str, recompute: Recompute, **sizes) -> Layers:
+    counts = tuple(len(plan.split.layers(part, held.stage, chunk))
+                   for chunk in range(plan.layout.vp))
+    trainable = plan.trainable
+    trained, adapted = part not in trainable.frozen, part in trainable.adapted
+    # Gradients reach the language layers for whatever is trained before them.
+    reached = trained or adapted or part == LANGUAGE
+    itemsize = ITEMSIZE[plan.config.model.dtype]
+    return Layers(
+        counts=counts, recompute=recompute, trained=trained, adapted=adapted, reached=reached,
+        mlp_adapted=adapted and any(".mlp." in name for name in _factor_pairs(held, part)),
+        quantized=part == LANGUAGE and trainable.quantize_base is not None,
+        adapter=_factors(plan, held, part, sizes["tokens"]) * itemsize // max(sum(counts), 1),
+        itemsize=itemsize, **sizes,
+    )
+
+
+def _factors(plan: Plan, held: RankMemory, part: str, tokens: int) -> int:
+    """Numbers that the factors of a stage keep: A x, the B that is made of what is stored, and what
+    dropout drew."""
+    numbers = 0
+    for pair in _factor_pairs(held, part).values():
+        (rank, width), (rows, _) = pair["A"].shape, pair["B"].shape
+        drawn = tokens * width if plan.config.lora.lora_dropout else 0
+        numbers += pair["A"].layers * (tokens * rank + rows * rank + drawn)
+    return numbers
+
+
+def _factor_pairs(held: RankMemory, part: str) -> dict[str, dict[str, Held]]:
+    """By the linear layer that they are of."""
+    found = {}
+    for one in (one for chunk in held.chunks for one in chunk.held if part_of(one.name) == part):
+        for factor, leaf in FACTORS.items():
+            if one.name.endswith(f".{leaf}"):
+                found.setdefault(one.name.removesuffix(leaf), {})[factor] = one
+    return found
