@@ -47,6 +47,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--image-tokens", type=int, metavar="N",
                         help="tokens of an image, of which rows are full; for times alone "
                         "(default: 1024)")
+    parser.add_argument("--trace", action="store_true",
+                        help="build ranks of the first layout without memory, and print what they "
+                        "take beside what was predicted")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml",
                         help="write the options of the first layout, for train --config")
     for group, names in OPTIONS.items():
@@ -68,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
     if not found.best:
         raise nothing_fits(question, found)
     print(answer(question, found))
+    if args.trace:
+        from megatron_vl.training.dry_run import aligned
+        from megatron_vl.training.trace.show import trace_rows
+
+        print("", *aligned(trace_rows(found.best[0].plan)), sep="\n")
     if out is not None:
         with replacing_file(out) as file:
             file.write_text(yaml_text(question, found.best[0]), encoding="utf-8")
