@@ -21,6 +21,8 @@ from megatron_vl.training.plan import Plan
 if TYPE_CHECKING:
     import torch
 
+    from megatron_vl.platform import Platform
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankTrace:
@@ -50,7 +52,7 @@ def trace(plan: Plan, ranks: Sequence[int]) -> list[RankTrace]:
     """
     check_trace(plan, ranks)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(partial(_trace_rank, plan), ranks))
+        return list(pool.map(partial(trace_rank, plan), ranks))
 
 
 def check_trace(plan: Plan, ranks: Iterable[int]) -> None:
@@ -78,20 +80,25 @@ def check_trace(plan: Plan, ranks: Iterable[int]) -> None:
             )
 
 
-def _trace_rank(plan: Plan, rank: int) -> RankTrace:
+def trace_rank(plan: Plan, rank: int) -> RankTrace:
     """The same of one, in this process, whose only platform is to be the meta device."""
     from megatron_vl.platform import initialize
     from megatron_vl.platform.meta import become
 
     warnings.simplefilter("ignore")  # of names that later versions of torch give collectives
-    started = time.perf_counter()
     model_run = replace(plan.config.model, attention_backend="auto")
     plan = replace(plan, config=replace(plan.config, model=model_run))
     become(rank, plan.layout.world_size)
-    platform = initialize(plan.layout, embedding_stage=plan.split.embedding_chunk[0])
+    return measure(plan, rank, initialize(
+        plan.layout, embedding_stage=plan.split.embedding_chunk[0]))
+
+
+def measure(plan: Plan, rank: int, platform: Platform) -> RankTrace:
+    """Bytes of this process, which is `rank`, in the microbatches that fill its pipeline."""
     from megatron_vl.training.setup import build_model, build_optimizer
     from megatron_vl.training.trace.allocated import AllocatedBytes
 
+    started = time.perf_counter()
     model = build_model(plan, platform, initialize_weights=False)
     optimizer, _ = build_optimizer(plan, model, platform)
     kinds = held(model, optimizer)
@@ -100,7 +107,7 @@ def _trace_rank(plan: Plan, rank: int) -> RankTrace:
             _undivided, chunk.config.finalize_model_grads_func)
     device = platform.device(0)
     with AllocatedBytes((one for kind in kinds.values() for one in kind), device.type) as counted:
-        run_microbatches(plan, model, device)
+        _run_microbatches(plan, model, device)
     sizes, seen = {}, set()
     for kind, tensors in kinds.items():
         storages = {one.untyped_storage()._cdata: one.untyped_storage() for one in tensors}
@@ -136,7 +143,7 @@ def held(model: list, optimizer=None) -> dict[str, list[torch.Tensor]]:
     return {"weight": [*weights, *buffers], "gradient": gradients, "optimizer": state}
 
 
-def run_microbatches(plan: Plan, model: list, device: torch.device) -> None:
+def _run_microbatches(plan: Plan, model: list, device: torch.device) -> None:
     """As many microbatches of full rows as fill the pipeline, through its schedule."""
     from megatron_vl.training.step import RowStream, run_schedule
     from megatron_vl.training.trace.row import full_batch
