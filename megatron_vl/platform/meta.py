@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from megatron_vl.platform.base import PLATFORMS, Kind
+from megatron_vl.platform.base import PLATFORMS, Kind, use_cpu
 from megatron_vl.platform.cpu import CpuPlatform
 from megatron_vl.platform.init import leave_layout
 from megatron_vl.platform.optimizer import install_optimizer
@@ -84,6 +84,7 @@ def become(rank: int, world_size: int) -> None:
     if torch.distributed.is_initialized():
         leave_layout()
         torch.distributed.destroy_process_group()
+    use_cpu()  # nothing may stand in for a CUDA device that is there
     PLATFORMS[:] = [Kind(name="meta", is_here=lambda: True, load=MetaPlatform)]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     os.environ.pop("MASTER_ADDR", None)
