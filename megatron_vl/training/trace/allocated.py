@@ -19,14 +19,16 @@ class AllocatedBytes(TorchDispatchMode):
     Args:
         known: tensors of before, which are not counted.
         device: the type of the devices whose storages are counted.
+        resized: whether storages may be emptied and filled without an operation, as selective
+            recompute does; all are then looked at again at every new peak.
 
     Attributes:
         now, peak: bytes.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor], device: str = "cpu"):
+    def __init__(self, known: Iterable[torch.Tensor], device: str = "cpu", *, resized: bool = True):
         super().__init__()
-        self._device = device
+        self._device, self._resized = device, resized
         self._known = [one.untyped_storage() for one in known]  # kept, so that no other has its id
         self._sizes = {storage._cdata: 0 for storage in self._known}
         self._made: dict[int, weakref.ref] = {}
@@ -40,7 +42,8 @@ class AllocatedBytes(TorchDispatchMode):
             if isinstance(one, torch.Tensor) and one.device.type == self._device:
                 self._count(one.untyped_storage())
         if self.now > self.peak:
-            self._look_again()
+            if self._resized:
+                self._look_again()
             self.peak = max(self.peak, self.now)
         return out
 
@@ -53,7 +56,7 @@ class AllocatedBytes(TorchDispatchMode):
             weakref.finalize(storage, self._gone, key)
 
     def _look_again(self) -> None:
-        """Selective recompute empties storages, and fills them, without an operation."""
+        """Takes the sizes that storages have by now."""
         for key, made in self._made.items():
             storage = made()
             if storage is not None:

@@ -106,7 +106,9 @@ def measure(plan: Plan, rank: int, platform: Platform) -> RankTrace:
         chunk.config.finalize_model_grads_func = partial(
             _undivided, chunk.config.finalize_model_grads_func)
     device = platform.device(0)
-    with AllocatedBytes((one for kind in kinds.values() for one in kind), device.type) as counted:
+    known = [one for kind in kinds.values() for one in kind]
+    resized = "selective" in (plan.recompute.granularity, plan.vit_recompute.granularity)
+    with AllocatedBytes(known, device.type, resized=resized) as counted:
         _run_microbatches(plan, model, device)
     sizes, seen = {}, set()
     for kind, tensors in kinds.items():
