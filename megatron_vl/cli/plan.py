@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vl.errors import Bounds, InputError
@@ -63,19 +64,22 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.planner.advice import nothing_fits
     from megatron_vl.planner.answer import answer, yaml_text
     from megatron_vl.planner.search import search
+    from megatron_vl.training.dry_run import aligned
+    from megatron_vl.training.trace.rank import check_trace
+    from megatron_vl.training.trace.show import trace_rows
 
     out = None if args.out is None else with_suffix(args.out, (".yaml", ".yml"), "--out")
     question = _question(args)
+    if args.trace:  # what no layout could mend, before they are searched
+        check_trace(replace(question, gpus=1).plan(), ())
     found = search(question, progress=lambda every: tqdm(
         every, desc="layouts", disable=None, leave=False))
     if not found.best:
         raise nothing_fits(question, found)
+    traced = aligned(trace_rows(found.best[0].plan)) if args.trace else ()
     print(answer(question, found))
     if args.trace:
-        from megatron_vl.training.dry_run import aligned
-        from megatron_vl.training.trace.show import trace_rows
-
-        print("", *aligned(trace_rows(found.best[0].plan)), sep="\n")
+        print("", *traced, sep="\n")
     if out is not None:
         with replacing_file(out) as file:
             file.write_text(yaml_text(question, found.best[0]), encoding="utf-8")

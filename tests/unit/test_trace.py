@@ -117,7 +117,9 @@ def test_what_cannot_be_traced_is_refused_by_name(model, words, told, request, c
     assert told in capsys.readouterr().err
 
 
-def test_a_plan_shows_traced_beside_predicted_bytes(text_model_dir, capsys):
+def test_a_plan_shows_traced_beside_predicted_bytes(text_model_dir, experts_model_dir, capsys):
+    assert run(["plan", str(experts_model_dir), "--gpus", "2", "--trace"]) == 2
+    assert "has experts" in capsys.readouterr().err
     assert run(["plan", str(text_model_dir), "--gpus", "2", "--seq-length", "512", "--trace"]) == 0
     out = capsys.readouterr().out
     assert "traced, GiB" in out and "\nrank 0 " in out
