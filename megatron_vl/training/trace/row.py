@@ -32,8 +32,7 @@ def full_batch(plan: Plan, pixels_on: torch.device | str | None) -> RowBatch:
     if spec.vision is not None:
         grid, tokens_of_it = _image(plan)
         number = length // len(tokens_of_it)
-        if limit := plan.config.data.max_patches_per_row:
-            number = min(number, limit // math.prod(grid))
+        number = min(number, _most_patches(plan) // math.prod(grid))
         tokens[:, : number * len(tokens_of_it)] = tokens_of_it.repeat(number)
         grids = torch.tensor([grid] * (rows * number), dtype=torch.int64).reshape(-1, 3)
         if pixels_on is not None and number:
@@ -62,9 +61,16 @@ def _image(plan: Plan) -> tuple[tuple[int, int, int], torch.Tensor]:
     frames, height, width = vision.smallest_grid
     grid = vision.only_grid or (frames, SIDES * height, SIDES * width)
     around = 2 * ids.spanned
-    if vision.num_tokens(grid) + around > plan.row_length:
+    if (vision.num_tokens(grid) + around > plan.row_length
+            or math.prod(grid) > _most_patches(plan)):
         grid = vision.smallest_grid
     places = torch.full((vision.num_tokens(grid) + around,), ids.image)
     if ids.spanned:
         places[0], places[-1] = ids.vision_start, ids.vision_end
     return grid, places
+
+
+def _most_patches(plan: Plan) -> int:
+    """Of a row: as max-patches-per-row says, else of one that is all images of the smallest."""
+    return plan.config.data.max_patches_per_row or (
+        plan.row_length * math.prod(plan.spec.vision.smallest_grid))
