@@ -63,6 +63,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--text-tokens", type=int, metavar="N",
                         help="with --images-per-sample: all other tokens of a sample "
                         "(default: 256)")
+    parser.add_argument("--trace", action="store_true",
+                        help="build ranks of the first layout without memory, and print what they "
+                        "take beside what was predicted")
     parser.add_argument("--out", type=Path, metavar="FILE.yaml",
                         help="write the options of the first layout, for train --config")
     parser.add_argument("--page", type=Path, metavar="FILE.html",
@@ -80,15 +83,23 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.planner.answer import answer, yaml_text
     from megatron_vl.planner.page import page_text
     from megatron_vl.planner.search import search
+    from megatron_vl.training.dry_run import aligned
+    from megatron_vl.training.trace.rank import check_trace
+    from megatron_vl.training.trace.show import trace_rows
 
     out = None if args.out is None else with_suffix(args.out, (".yaml", ".yml"), "--out")
     page = None if args.page is None else with_suffix(args.page, (".html", ".htm"), "--page")
     question = _question(args)
+    if args.trace:  # what no layout could mend, before they are searched
+        check_trace(replace(question, gpus=1).plan(), ())
     found = search(question, progress=lambda every: tqdm(
         every, desc="layouts", disable=None, leave=False))
     if not found.best:
         raise nothing_fits(question, found)
+    traced = aligned(trace_rows(found.best[0].plan)) if args.trace else ()
     print(answer(question, found))
+    if args.trace:
+        print("", *traced, sep="\n")
     if out is not None:
         with replacing_file(out) as file:
             file.write_text(yaml_text(question, found.best[0]), encoding="utf-8")

@@ -25,7 +25,8 @@ from megatron_vl.training.options.config_sources import add_arguments, load_conf
 
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 LAUNCH = (*NODES, "cluster_env", "rendezvous_timeout")
-NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "dry_run", "debug", "run", "argv"}
+NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "dry_run", "trace", "debug", "run",
+               "argv"}
 
 
 def add_parser(commands) -> None:
@@ -41,6 +42,11 @@ def add_parser(commands) -> None:
         "--dry-run", action="store_true",
         help="check the run as a start does, print its layout and what every rank holds, and "
         "stop; needs config.json alone",
+    )
+    parser.add_argument(
+        "--trace", type=int, nargs="*", metavar="RANK",
+        help="with --dry-run, trace these ranks' memory beside the predicted one; without a number "
+        "one of the first, a middle, the last and the fullest stage",
     )
     launch = parser.add_argument_group("Processes of this node, when torchrun did not start them.")
     launch.add_argument(
@@ -67,6 +73,8 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = _config(args)
+    if args.trace is not None and not args.dry_run:
+        raise InputError("--trace is of a run that is not started; give --dry-run with it.")
     if args.show_config:
         import yaml
 
@@ -79,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_vl.training.dry_run import dry_run
 
         env, processes, _ = started_on(args)
-        print(dry_run(config, nnodes=env.nnodes, nproc_per_node=processes))
+        print(dry_run(config, nnodes=env.nnodes, nproc_per_node=processes, traced=args.trace))
         return 0
     if started_by_torchrun():
         if FAILURE_FILE not in os.environ and _looks(args):  # our own launcher has looked

@@ -26,13 +26,19 @@ from megatron_vl.training.memory import ChunkMemory, Held, RankMemory, copies, r
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.paths import check_outputs, datasets, mixtures
 from megatron_vl.training.plan import Plan, plan_run
+from megatron_vl.training.trace.show import trace_rows
 from megatron_vl.weights.map import Where
 
 GIB = 2**30
 
 
-def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
+def dry_run(
+    config: TrainConfig, *, nnodes: int, nproc_per_node: int, traced: Sequence[int] | None = None
+) -> str:
     """All that can be said of a run without starting it.
+
+    Args:
+        traced: ranks whose memory is traced; empty: `telling_ranks`; None: none is.
 
     Raises:
         InputError: what would be refused at a start on any machine.
@@ -52,6 +58,7 @@ def dry_run(config: TrainConfig, *, nnodes: int, nproc_per_node: int) -> str:
         *_expert_table(plan),
         "\n".join(aligned(_memory_rows(plan, stages))),
         "\n".join(aligned(_activation_rows(plan, stages))),
+        *([] if traced is None else ["\n".join(aligned(trace_rows(plan, traced)))]),
         _sums(plan, stages),
         *_shape_tables(stages),
     ]

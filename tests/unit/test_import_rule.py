@@ -45,7 +45,8 @@ WITHIN = {  # room within a room -> those beside it that it may import; what lie
     },
     "training": {"options": (), "resilience": ("options",), "checkpoint": ("options", "resilience"),
                  "reporting": ("options", "resilience", "checkpoint"),
-                 "replay": ("options", "resilience", "checkpoint", "reporting")},
+                 "replay": ("options", "resilience", "checkpoint", "reporting"),
+                 "trace": ()},
 }
 OUTSIDE = ("toolkits", "examples")  # they call the command line
 MAY_IMPORT_THE_PACKAGE = (
@@ -62,7 +63,7 @@ LIGHT = (
     "peft.adapter_map", "peft.conversion", "peft.files", "peft.targets", "peft.trainable",
     "training.adapter", "training.options.config", "training.paths", "training.plan",
     "training.memory", "training.activations", "training.layer_activations",
-    "training.dry_run", "training.replay.source",
+    "training.dry_run", "training.replay.source", "training.trace.show",
     "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",

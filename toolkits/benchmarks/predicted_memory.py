@@ -20,15 +20,12 @@ import os
 import subprocess
 import sys
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from memory import full, make_batch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 LORA = dict(lora_rank=8)
 CHUNKS = dict(cross_entropy_chunks=8)
@@ -109,61 +106,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class AllocatedBytes(TorchDispatchMode):
-    """Entered, it counts every storage that an operation makes, until it is gone.
-
-    torch's own MemTracker would, but it calls `buffers()` of every module, which Megatron-Core's
-    data-parallel wrapper has as a list.
-
-    Args:
-        known: tensors of before, which are not counted.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]):
-        super().__init__()
-        self._known = [one.untyped_storage() for one in known]  # kept, so that no other has its id
-        self._sizes = {storage._cdata: 0 for storage in self._known}
-        self._made: dict[int, weakref.ref] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not all(one in (torch.Tensor, torch.nn.Parameter) for one in types):
-            return NotImplemented  # a quantised weight comes again, as the operations on its codes
-        out = func(*args, **(kwargs or {}))
-        for one in tree_iter(out):
-            if isinstance(one, torch.Tensor):
-                self._count(one.untyped_storage())
-        if self.now > self.peak:
-            self._look_again()
-            self.peak = max(self.peak, self.now)
-        return out
-
-    def take_peak(self) -> int:
-        """The peak so far; it starts again."""
-        peak, self.peak = self.peak, self.now
-        return peak
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self._made[key] = weakref.ref(storage)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._gone, key)
-
-    def _look_again(self) -> None:
-        """Selective recompute empties storages, and fills them, without an operation."""
-        for key, made in self._made.items():
-            storage = made()
-            if storage is not None:
-                self.now += storage.nbytes() - self._sizes[key]
-                self._sizes[key] = storage.nbytes()
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-        del self._made[key]
-
-
 def make_row(spec, seq_length: int):
     """A row [1, s] all of whose tokens are trained."""
     if spec.vision is not None:
@@ -208,6 +150,7 @@ def measure(args: argparse.Namespace, options: dict) -> Rank:
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
     from megatron_vl.training.step import RowStream, run_schedule
+    from megatron_vl.training.trace.allocated import AllocatedBytes
 
     row = make_row(load_spec(args.hf_dir), args.seq_length)
     if row.pixel_patches is not None:

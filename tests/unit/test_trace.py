@@ -1,0 +1,125 @@
+"""A traced rank holds what the same rank holds in a run, and what the formulas say of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from megatron_vl.cli.main import run
+from megatron_vl.training.activations import activation_memory
+from megatron_vl.training.memory import rank_memory
+from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.plan import plan_run
+from megatron_vl.training.trace.rank import measure, trace_rank
+
+HOST_BYTES = 16 * 1024  # places, lengths and positions, which on a CPU lie beside the device's
+TP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+PP = dict(pipeline_model_parallel_size=2)
+VP = dict(**PP, num_virtual_stages_per_pipeline_rank=2)
+CP = dict(context_parallel_size=2)
+SELECTIVE = dict(recompute_granularity="selective")
+FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+LORA = dict(lora_rank=4)
+TEXT, IMAGES, WINDOWS = "text_model_dir", "model_dir", "window_model_dir"
+
+
+def plan_of(hf_dir, world: int = 1, **options):
+    return plan_run(TrainConfig.from_dict(dict(
+        hf_config=str(hf_dir), train_data_path="DATA", bf16=True, use_distributed_optimizer=True,
+        seq_length=512, global_batch_size=8,
+    ) | options), world, here=False)
+
+
+def measured(plan):
+    """A real run's first rank, of one, in this process."""
+    from megatron_vl.platform import initialize, leave_layout
+
+    found = measure(plan, 0, initialize(plan.layout))
+    leave_layout()
+    return found
+
+
+@pytest.fixture(scope="module")
+def process():
+    """Makes a process that does one thing after another; a platform is for the life of one."""
+    pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(2)]
+    yield dict(zip(("traced", "real"), pools, strict=True))
+    for pool in pools:
+        pool.shutdown()
+
+
+@pytest.mark.parametrize(("model", "options"), [
+    (TEXT, {}),
+    (TEXT, LORA | SELECTIVE | dict(quantize_base="nf4")),
+    (IMAGES, FULL | dict(cross_entropy_chunks=4)),
+    (WINDOWS, dict(fp16=True, bf16=False)),
+], ids=str)
+def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, request):
+    plan = plan_of(request.getfixturevalue(model), **options)
+    traced = process["traced"].submit(trace_rank, plan, 0)
+    real, traced = process["real"].submit(measured, plan).result(), traced.result()
+    for kind in ("weight_bytes", "gradient_bytes", "optimizer_bytes"):
+        assert getattr(traced, kind) == getattr(real, kind), kind
+    assert 0 <= real.activation_bytes - traced.activation_bytes < HOST_BYTES
+
+
+@pytest.mark.parametrize(("model", "world", "rank", "options", "apart"), [
+    (TEXT, 2, 1, TP, 0.02),
+    (TEXT, 4, 0, TP | PP | dict(pp_layers="1,3"), 0.06),
+    (TEXT, 4, 3, TP | PP | dict(pp_layers="1,3"), 0.02),
+    (TEXT, 2, 0, VP, 0.05),
+    (TEXT, 2, 1, VP, 0.03),
+    (TEXT, 2, 1, CP, 0.02),
+    (TEXT, 1, 0, SELECTIVE, 0.02),
+    (TEXT, 2, 0, FULL | TP, 0.06),
+    (TEXT, 8, 5, LORA, 0.02),
+    (TEXT, 1, 0, LORA | dict(quantize_base="nf4"), 0.02),
+    (IMAGES, 2, 0, TP, 0.02),
+    (IMAGES, 2, 0, PP, 0.20),
+    (IMAGES, 2, 1, CP, 0.25),
+    (IMAGES, 2, 0, TP | dict(vit_data_parallel=True), 0.25),
+    (IMAGES, 1, 0, FULL, 0.02),
+    (WINDOWS, 1, 0, {}, 0.08),
+    ("qk_norm_model_dir", 2, 0, TP, 0.02),
+    ("baichuan_model_dir", 2, 0, TP, 0.05),
+    ("resampler_model_dir", 1, 0, {}, 0.08),
+], ids=str)
+def test_the_formulas_are_not_far_from_a_traced_rank(
+    process, model, world, rank, options, apart, request
+):
+    """`apart` is how far the formula of activations may be."""
+    plan = plan_of(request.getfixturevalue(model), world, **options)
+    traced = process["traced"].submit(trace_rank, plan, rank).result()
+    held = rank_memory(plan, traced.stage)
+    assert traced.gradient_bytes == held.gradient_bytes
+    # Of an adapter there is a scale beside every row of a second factor.
+    scales = 0.06 * ("lora_rank" in options)
+    assert traced.weight_bytes == pytest.approx(held.weight_bytes, rel=scales)
+    # Gaps between weights are in no rank's share.
+    assert traced.optimizer_bytes == pytest.approx(held.optimizer_bytes, rel=0.005)
+    predicted = activation_memory(plan, traced.stage, held=held).peak
+    assert predicted == pytest.approx(traced.activation_bytes, rel=apart)
+
+
+@pytest.mark.parametrize(("model", "words", "told"), [
+    (TEXT, ["--trace", 2], "--trace has rank 2, but this run has ranks 0 to 1; leave it out."),
+    ("experts_model_dir", ["--trace"], "qwen3_moe has experts"),
+    (TEXT, ["--trace", "--packing-buffer-size", 0, "--pipeline-model-parallel-size", 2],
+     "packing-buffer-size 0 lets stages tell one another"),
+], ids=str)
+def test_what_cannot_be_traced_is_refused_by_name(model, words, told, request, capsys):
+    hf_dir = request.getfixturevalue(model)
+    given = ["train", "--dry-run", "--hf-config", hf_dir, "--train-data-path", "DATA",
+             "--nproc-per-node", 2, "--global-batch-size", 2, *words]
+    assert run(list(map(str, given))) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_plan_shows_traced_beside_predicted_bytes(text_model_dir, experts_model_dir, capsys):
+    assert run(["plan", str(experts_model_dir), "--gpus", "2", "--trace"]) == 2
+    assert "has experts" in capsys.readouterr().err
+    assert run(["plan", str(text_model_dir), "--gpus", "2", "--seq-length", "512", "--trace"]) == 0
+    out = capsys.readouterr().out
+    assert "traced, GiB" in out and "\nrank 0 " in out
