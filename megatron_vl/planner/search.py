@@ -21,7 +21,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import VISION, Layout
 from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import Card
-from megatron_vl.planner.held import HeldMemory, StageMemory
+from megatron_vl.planner.held import HeldMemory
 from megatron_vl.planner.space import RECOMPUTE, ROWS, Unfit, even, layouts, options_of
 from megatron_vl.planner.step_time import (
     Parts,
@@ -34,6 +34,7 @@ from megatron_vl.planner.step_time import (
 )
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
+from megatron_vl.training.stage_memory import StageMemory
 
 BEST = 10  # that are told of
 DATA = "DATA"  # in place of a dataset's path
