@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron_vl.errors import FAILURE_FILE, Bounds, InputError
@@ -23,9 +24,12 @@ from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.config_sources import add_arguments, load_config
 
+CARDS = "h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, 16g, or a FILE.json"
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+LAYOUT_FLAGS = ("layout", "gpu")
 LAUNCH = (*NODES, "cluster_env", "rendezvous_timeout")
-NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "dry_run", "debug", "run", "argv"}
+NOT_OPTIONS = {*LAUNCH, *LAYOUT_FLAGS, "command", "config", "show_config", "dry_run", "debug",
+               "run", "argv"}
 
 
 def add_parser(commands) -> None:
@@ -41,6 +45,17 @@ def add_parser(commands) -> None:
         "--dry-run", action="store_true",
         help="check the run as a start does, print its layout and what every rank holds, and "
         "stop; needs config.json alone",
+    )
+    layout = parser.add_argument_group("The layout, predicted as megatron-vl plan does.")
+    layout.add_argument(
+        "--layout", choices=("given", "auto"), default="given",
+        help="auto: the first choice of megatron-vl plan for this run's options, its processes and "
+        "--gpu; a resumed run keeps the one it began with; given (default): as the options say",
+    )
+    layout.add_argument(
+        "--gpu", metavar="CARD",
+        help=f"the card that layout auto and the prediction count with: {CARDS} "
+        "(default: this machine's, by its name)",
     )
     launch = parser.add_argument_group("Processes of this node, when torchrun did not start them.")
     launch.add_argument(
@@ -90,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         stop = StopRequest(beside_failure(STOP))
         if config.checkpoint.save is not None:  # without it there is nothing to do but to end
             stop.listen()
-        run_worker(lambda: _run_rank(config, stop), command="train", debug=args.debug)
+        run_worker(lambda: _run_rank(config, stop, args.gpu), command="train", debug=args.debug)
     from megatron_vl.training.checkpoint.lock import check_free
     from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint
     from megatron_vl.training.epochs import with_steps
@@ -186,7 +201,12 @@ def _processes(config) -> int:
     return select_platform().device_count() or config.parallel.layout_size
 
 
-def _run_rank(config, stop) -> None:
+def _run_rank(config, stop, gpu: str | None) -> None:
+    from megatron_vl.planner.cards import read_card
+    from megatron_vl.planner.in_run import compare
     from megatron_vl.training.rank import run_rank  # once the platform is there for Megatron-Core
 
-    run_rank(config, stop)
+    run_rank(config, stop, compare=partial(
+        compare, card=None if gpu is None else read_card(gpu),
+        per_node=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+    ))
