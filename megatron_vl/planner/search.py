@@ -50,12 +50,19 @@ class Question:
     card: Card
     options: dict[str, object]  # of the run, whatever its layout is
     image_tokens: int  # of one image
+    fixed: frozenset[str] = frozenset()  # names of options that every layout keeps
 
     def plan(self, **more: object) -> Plan:
         """The run of these options and `more`. Raises InputError as `train --dry-run` does."""
+        more = {name: value for name, value in more.items() if name not in self.fixed}
         values = {"bf16": True, "train_data_path": DATA, **self.options, **more,
                   "hf_config": str(self.hf_dir)}
         return plan_run(TrainConfig.from_dict(values), self.gpus, here=False)
+
+
+    def tried(self, name: str, values: Sequence) -> Sequence:
+        """Those of an option, or the one that is fixed."""
+        return (self.options.get(name),) if name in self.fixed else values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,9 +157,9 @@ def _fitting(
     except InputError:
         found.fell["the run's options do not go with it"] += 1
         return
-    for rows in ROWS:
+    for rows in question.tried("micro_batch_size", ROWS):
         fit = None
-        for recompute in RECOMPUTE:
+        for recompute in question.tried("recompute_granularity", RECOMPUTE):
             own = options | {"micro_batch_size": rows} | (
                 {"recompute_granularity": recompute} if recompute else {})
             try:
