@@ -96,7 +96,7 @@ def choose(config: TrainConfig, given: Collection[str], card: Card, *, ranks: in
         options={name: value for name, value in best.options.items() if name not in given},
         why=f"layout auto: {best.plan.layout}, by prediction the fastest of {found.fit} ways to "
             f"run that fit {ranks} x {card.name}: {best.tokens_per_second:,.0f} tokens/s, "
-            f"{best.worst.bytes / GIB:.1f} of {card.room / GIB:.1f} GiB on the fullest rank",
+            f"{best.worst.bytes / GIB:.2f} of {card.room / GIB:.2f} GiB on the fullest rank",
     )
 
 

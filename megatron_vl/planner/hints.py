@@ -135,10 +135,10 @@ class _Busy:
 def layer_seconds(plan: Plan, measured: Measured) -> float | None:
     """Of a step, in one language layer; None where every stage has something of the tower.
 
-    A stage between the ends holds layers alone. On the last the logits take the share of FLOPs that
-    they have.
+    A stage between the ends holds layers alone. Where there is none, the logits of the last one are
+    taken to take the share of FLOPs that they have.
     """
-    split, decoder, found = plan.split, plan.spec.decoder, []
+    split, decoder, between, last = plan.split, plan.spec.decoder, [], None
     trained = LANGUAGE not in plan.trainable.frozen
     head = 2 * measured.trained_tokens * decoder.hidden_size * decoder.vocab_size * (2 + trained)
     layer = max(0.0, measured.llm_flops - head) / decoder.num_layers
@@ -148,11 +148,11 @@ def layer_seconds(plan: Plan, measured: Measured) -> float | None:
             split.layers(VISION, stage, chunk) for chunk in range(split.vp))
         if not layers or vision or stage == split.embedding_chunk[0]:
             continue
-        share = 1.0
         if stage == split.pp - 1:
-            share = layers * layer / (layers * layer + head)
-        found.append(busy * share / layers)
-    return sum(found) / len(found) if found else None
+            last = busy * layer / (layers * layer + head)
+        else:
+            between.append(busy / layers)
+    return sum(between) / len(between) if between else last
 
 
 def _count(plan: Plan, stage: int) -> int:
