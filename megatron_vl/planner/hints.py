@@ -1,6 +1,7 @@
 """The first thing that would make a run faster, computed from the run's own first steps.
 
-Whatever is named was tried: the run's checks accept it, and where the card is known it fits. Times
+Whatever is named was tried: the run's checks accept it, and where the card is known it fits. What
+a resumed run may not change, as what its data's position depends on, is for a new one. Times
 of other splits come from the measured seconds of a language layer and of what else each stage
 computes, run through the pipeline's simulation.
 """
@@ -101,8 +102,8 @@ def _reading(plan: Plan, measured: Measured, per_node: int) -> Iterator[Hint]:
     if number > workers and _tried(plan, num_workers=number):
         gain = 1 - max(computing, reading / number) / step
         yield Hint(gain=gain, text=(
-            f"Reading data takes {wait / step:.0%} of a step: --num-workers {number} would make "
-            f"steps {gain:.0%} shorter."))
+            f"Reading data takes {wait / step:.0%} of a step: --num-workers {number} in a new run "
+            f"would make steps {gain:.0%} shorter."))
 
 
 # ---- the pipeline ------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def _memory(
         return
     free, now = room.bytes - max(measured.memory_bytes), predict(plan, stages)
     recompute, rows = plan.config.model.recompute_granularity, plan.config.batch.micro_batch_size
-    tries = [({"micro_batch_size": 2 * rows}, f"--micro-batch-size {2 * rows}")]
+    tries = [({"micro_batch_size": 2 * rows}, f"--micro-batch-size {2 * rows} in a new run")]
     if recompute is not None:
         tries.append(({"recompute_granularity": None}, f"no --recompute-granularity {recompute}"))
     if recompute == "full":
