@@ -217,7 +217,8 @@ def _with_layout(args: argparse.Namespace, config: TrainConfig) -> tuple[TrainCo
         ranks = per_node * env.nnodes
     chosen = begun_with(here, given, ranks) or choose(
         here, given, _card(args), ranks=ranks, per_node=per_node)
-    words = flags({name: value for name, value in chosen.options.items() if value is not None})
+    usual = TrainConfig.from_dict({}).resolved()
+    words = flags({name: value for name, value in chosen.options.items() if value != usual[name]})
     if os.environ.get("RANK", "0") == "0":
         comment = "# " if args.show_config else ""  # which is YAML
         print(f"{comment}{chosen.why}; {shlex.join(words)}", flush=True)

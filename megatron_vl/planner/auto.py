@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from megatron_vl.errors import InputError
 from megatron_vl.planner.advice import nothing_fits
 from megatron_vl.planner.cards import Card
-from megatron_vl.planner.in_run import IMAGE_TOKENS
 from megatron_vl.planner.search import Question, search
-from megatron_vl.training.checkpoint.start import hf_directory, source_of
+from megatron_vl.planner.step_time import IMAGE_TOKENS
+from megatron_vl.training.checkpoint.start import hf_directory, source_of, weights_alone
 from megatron_vl.training.dry_run import GIB
 from megatron_vl.training.options.config import LENGTHS, TrainConfig
 from megatron_vl.training.options.groups import GROUPS, ParallelOptions
@@ -42,13 +42,13 @@ def check_free(given: Collection[str]) -> None:
 
 
 def begun_with(config: TrainConfig, given: Collection[str], ranks: int) -> Chosen | None:
-    """The layout of the run that is resumed; None where SAVE holds no checkpoint to go on from.
+    """The layout of the run that is resumed; None where SAVE holds nothing that was trained.
 
     Raises:
         InputError: so many ranks cannot have it.
     """
     info, own = source_of(config)
-    if not own or "tensor_model_parallel_size" not in info.args:
+    if not own or weights_alone(config, info, own):
         return None
     options = {name: info.args[name] for name in (*LAYOUT, *BESIDE)
                if name in info.args and name not in given}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron_vl.planner.cards import Card, card_of
 from megatron_vl.planner.hints import advice
 from megatron_vl.planner.step_time import (
+    IMAGE_TOKENS,
     Microbatch,
     StepTime,
     chunk_work,
@@ -19,8 +20,6 @@ from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.first_steps import Compared, Measured
 from megatron_vl.training.reporting.flops import step_flops
 from megatron_vl.training.stage_memory import StageMemory, stage_memory
-
-IMAGE_TOKENS = 1024  # of an image: only what all images of a step need is measured
 
 
 def compare(

@@ -23,6 +23,7 @@ from megatron_vl.training.memory import FP32, ITEMSIZE, RankMemory
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.flops import step_flops
 
+IMAGE_TOKENS = 1024  # of an image, where nothing says how many
 FORWARD_SHARE = 1 / 3  # of a layer's host time
 
 
