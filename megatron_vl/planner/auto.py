@@ -17,7 +17,9 @@ from megatron_vl.training.options.groups import GROUPS, ParallelOptions
 
 LAYOUT = tuple(one.name for one in fields(ParallelOptions)
                if one.name != "distributed_timeout_minutes")
-BESIDE = ("micro_batch_size", "recompute_granularity", "overlap_grad_reduce")  # chosen with it
+# Chosen with it, and kept when a run is resumed.
+BESIDE = ("micro_batch_size", "recompute_granularity", "vit_recompute_granularity",
+          "overlap_grad_reduce", "optimizer_cpu_offload", "optimizer_offload_fraction")
 # Of these groups nothing changes what fits or how fast it is, nor do these options.
 ASIDE = ("checkpoint", "fault", "log")
 LEFT_OUT = (*LENGTHS, "train_iters", "exit_interval", "exit_duration_in_mins", "early_stop",
@@ -92,6 +94,7 @@ def choose(config: TrainConfig, given: Collection[str], card: Card, *, ranks: in
     if not found.best:
         raise nothing_fits(question, found, more="{} ranks")
     best = found.best[0]
+    assert {*best.options} <= {*LAYOUT, *BESIDE}, "a resumed run would not keep it"
     return Chosen(
         options={name: value for name, value in best.options.items() if name not in given},
         why=f"layout auto: {best.plan.layout}, by prediction the fastest of {found.fit} ways to "
