@@ -59,7 +59,6 @@ class Question:
                   "hf_config": str(self.hf_dir)}
         return plan_run(TrainConfig.from_dict(values), self.gpus, here=False)
 
-
     def tried(self, name: str, values: Sequence) -> Sequence:
         """Those of an option, or the one that is fixed."""
         return (self.options.get(name),) if name in self.fixed else values
