@@ -118,7 +118,7 @@ class _Busy:
     forward: float  # share of the forward
 
     def pipeline(self, counts: Rows, microbatches: int) -> Pipeline:
-        """A step's of a split, of as many microbatches as it was measured with."""
+        """A step's of a split, its seconds divided over so many microbatches."""
         both = [[(number * self.layer + more) / microbatches for number, more in zip(
             *rows, strict=True)] for rows in zip(counts, self.extra, strict=True)]
         return simulate(
@@ -134,7 +134,7 @@ class _Busy:
 
 
 def layer_seconds(plan: Plan, measured: Measured) -> float | None:
-    """Of a step, in one language layer; None where every stage has something of the tower.
+    """Of a step, in one language layer; None where it cannot be told from the rest of its stage.
 
     A stage between the ends holds layers alone. Where there is none, the logits of the last one are
     taken to take the share of FLOPs that they have.
@@ -147,7 +147,7 @@ def layer_seconds(plan: Plan, measured: Measured) -> float | None:
         layers = _count(plan, stage)
         vision = VISION in split.towers and any(
             split.layers(VISION, stage, chunk) for chunk in range(split.vp))
-        if not layers or vision or stage == split.embedding_chunk[0]:
+        if not layers or not layer or vision or stage == split.embedding_chunk[0]:
             continue
         if stage == split.pp - 1:
             last = busy * layer / (layers * layer + head)
