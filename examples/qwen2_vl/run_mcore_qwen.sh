@@ -14,14 +14,15 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash ${LAUNCHER:-$0} \\
    1 ENV                       dsw: this machine alone; dlc: one of several nodes
    2 MODEL_SIZE                a published size, such as 7B, or auto; checked against
                                config.json
-   3 BATCH_SIZE                rows of a forward pass on one data-parallel rank
+   3 BATCH_SIZE                rows of a forward pass on one data-parallel rank; with TP auto, auto
    4 GLOBAL_BATCH_SIZE         rows of an optimizer step
    5 LR                        learning rate
    6 MIN_LR                    learning rate at the end of the cosine
    7 SEQ_LEN                   longest sample, and length of a packed row, in tokens
    8 PAD_LEN                   longest row when a row holds one sample, at most SEQ_LEN
    9 PR                        fp16, bf16, fp8 or fp32
-  10 TP                        tensor-parallel ranks
+  10 TP                        tensor-parallel ranks; TP, PP and CP auto: the layout that
+                               megatron-vl plan names first, and with AC false its recompute
   11 PP                        pipeline stages
   12 CP                        context-parallel ranks
   -- SP                        only in the 24-argument form: sequence parallelism, true or false
@@ -48,6 +49,7 @@ usage: [MP_PP0_LAYERS=n] [MP_VP=n] bash ${LAUNCHER:-$0} \\
   MP_AC_LAYERS       with AC full: layers of a group whose input is kept (default 1: every layer's
                      is); with AC offload: layers
   MP_PACKING_BUFFER  samples packed together into rows of SEQ_LEN (default 0: one sample a row)
+  MP_GPU             with TP auto: the card to count with (default: this machine's, by its name)
   MP_HF_PATH         config.json and tokenizer, when PRETRAIN_CHECKPOINT_PATH is none
   MP_EXTRA           further options of megatron-vl train, as one string
   MP_DRY_RUN         true: check it, print the layout and what every rank holds, start nothing
@@ -122,6 +124,15 @@ switch() { # NAME VALUE FLAG [OTHER]: adds FLAG when VALUE is true, and OTHER wh
   esac
 }
 
+case $TP,$PP,$CP in
+  auto,auto,auto) OPTIONS+=(--layout auto) ;;
+  *auto*) refuse "TP is '$TP', PP '$PP' and CP '$CP'; give a size for each, or auto for all three." ;;
+  *) OPTIONS+=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
+    --context-parallel-size "$CP") ;;
+esac
+if [ "$TP,$BATCH_SIZE" != auto,auto ]; then OPTIONS+=(--micro-batch-size "$BATCH_SIZE"); fi
+if [ -n "${MP_GPU:-}" ]; then OPTIONS+=(--gpu "$MP_GPU"); fi
+
 case $PR in
   bf16 | bfloat16) OPTIONS+=(--bf16) ;;
   fp16 | float16) OPTIONS+=(--fp16) ;;
@@ -194,7 +205,7 @@ CALLED=(
   first-stage-layers=MP_PP0_LAYERS num-virtual-stages-per-pipeline-rank=MP_VP vp=MP_VP
   expert-model-parallel-size=MP_EP ep=MP_EP expert-tensor-parallel-size=MP_ETP etp=MP_ETP
   packing-buffer-size=MP_PACKING_BUFFER hf-config=MP_HF_PATH cluster-env="ENV dlc"
-  no-cluster-env="ENV dsw" nproc-per-node=NPROC_PER_NODE
+  "layout auto=TP auto" gpu=MP_GPU no-cluster-env="ENV dsw" nproc-per-node=NPROC_PER_NODE
 )
 for WORD in ${EXTRA[@]+"${EXTRA[@]}"}; do # who typed the flag reads the flag
   WORD=${WORD%%=*}
@@ -214,10 +225,6 @@ command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON; set PYTHON to th
 COMMAND=(
   "$PYTHON" -m megatron_vl train "${NODES[@]}"
   --model-size "$MODEL_SIZE"
-  --tensor-model-parallel-size "$TP"
-  --pipeline-model-parallel-size "$PP"
-  --context-parallel-size "$CP"
-  --micro-batch-size "$BATCH_SIZE"
   --global-batch-size "$GLOBAL_BATCH_SIZE"
   --seq-length "$SEQ_LEN"
   --max-padding-length "$PAD_LEN"

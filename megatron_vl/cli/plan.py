@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _question(args: argparse.Namespace):
     from megatron_vl.planner.cards import read_card
-    from megatron_vl.planner.search import IMAGE_TOKENS, Question
+    from megatron_vl.planner.microbatch import IMAGE_TOKENS
+    from megatron_vl.planner.search import Question
 
     for name, least in (("gpus", 1), ("gpus_per_node", 1), ("image_tokens", 1),
                         ("images_per_sample", 0), ("text_tokens", 1)):

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron_vl.errors import FAILURE_FILE, Bounds, InputError
@@ -21,12 +25,19 @@ from megatron_vl.launch.cluster import (
 )
 from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.training.options.config import TrainConfig
-from megatron_vl.training.options.config_sources import add_arguments, load_config
+from megatron_vl.training.options.config_sources import (
+    add_arguments,
+    given_options,
+    load_config,
+)
 
+CARDS = "h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, 16g, or a FILE.json"
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+AUTO = "auto"
+LAYOUT_FLAGS = ("layout", "gpu")
 LAUNCH = (*NODES, "cluster_env", "rendezvous_timeout")
-NOT_OPTIONS = {*LAUNCH, "command", "config", "show_config", "dry_run", "trace", "debug", "run",
-               "argv"}
+NOT_OPTIONS = {*LAUNCH, *LAYOUT_FLAGS, "command", "config", "show_config", "dry_run", "trace",
+               "debug", "run", "argv"}
 
 
 def add_parser(commands) -> None:
@@ -47,6 +58,17 @@ def add_parser(commands) -> None:
         "--trace", type=int, nargs="*", metavar="RANK",
         help="with --dry-run, trace these ranks' memory beside the predicted one; without a number "
         "one of the first, a middle, the last and the fullest stage",
+    )
+    layout = parser.add_argument_group("The layout, predicted as megatron-vl plan does.")
+    layout.add_argument(
+        "--layout", choices=("given", AUTO), default="given",
+        help="auto: the first choice of megatron-vl plan for this run's options, its processes and "
+        "--gpu; a resumed run keeps the one it began with; given (default): as the options say",
+    )
+    layout.add_argument(
+        "--gpu", metavar="CARD",
+        help=f"the card that layout auto and the prediction count with: {CARDS} "
+        "(default: this machine's, by its name)",
     )
     launch = parser.add_argument_group("Processes of this node, when torchrun did not start them.")
     launch.add_argument(
@@ -72,9 +94,11 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    given = _config(args)
+    given, words = _config(args), []
     if args.trace is not None and not args.dry_run:
         raise InputError("--trace is of a run that is not started; give --dry-run with it.")
+    if args.layout == AUTO:
+        given, words = _with_layout(args, given)
     if args.show_config:
         import yaml
 
@@ -83,6 +107,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.training.checkpoint.start import with_local_models
 
     config = with_local_models(given, weights=not args.dry_run)
+    if args.gpu is not None:
+        from megatron_vl.planner.cards import read_card
+
+        read_card(args.gpu)  # before ranks do
     if args.dry_run:
         from megatron_vl.training.dry_run import dry_run
 
@@ -98,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         stop = StopRequest(beside_failure(STOP))
         if config.checkpoint.save is not None:  # without it there is nothing to do but to end
             stop.listen()
-        run_worker(lambda: _run_rank(config, stop), command="train", debug=args.debug)
+        run_worker(lambda: _run_rank(config, stop, args.gpu), command="train", debug=args.debug)
     from megatron_vl.training.checkpoint.lock import check_free
     from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint
     from megatron_vl.training.epochs import with_steps
@@ -118,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"node {env.node_rank} of {env.nnodes}, {processes} processes each, node 0 is "
               f"{env.master_addr}:{env.master_port} ({env.source})", flush=True)
     return launch(
-        [*args.argv, *_found(given, config)], nproc_per_node=processes, nnodes=env.nnodes,
+        [*args.argv, *_found(given, config), *words], nproc_per_node=processes, nnodes=env.nnodes,
         node_rank=env.node_rank, master_addr=env.master_addr, master_port=env.master_port,
         rendezvous_timeout=args.rendezvous_timeout,
         max_restarts=0 if config.checkpoint.save is None else config.fault.max_restarts,
@@ -132,7 +160,7 @@ def started_with(
     """`started_on` of unparsed arguments; `command` is the one whose user typed them.
 
     Raises:
-        InputError: see `started_on`.
+        InputError: see `started_on`; or a layout that is yet to be chosen.
         SystemExit: arguments that the parser refuses.
     """
     from megatron_vl.cli.main import Parser
@@ -141,7 +169,13 @@ def started_with(
     commands = parser.add_subparsers()
     add_parser(commands)
     commands.choices["train"].prog = f"megatron-vl {command}"
-    return started_on(parser.parse_args(["train", *words]))
+    args = parser.parse_args(["train", *words])
+    if args.layout == AUTO:
+        raise InputError(
+            f"--layout auto is for megatron-vl train, and {command} counts with the layout before; "
+            f"give its options, as megatron-vl plan names them."
+        )
+    return started_on(args)
 
 
 def started_on(args: argparse.Namespace) -> tuple[ClusterEnv, int, TrainConfig]:
@@ -154,9 +188,68 @@ def started_on(args: argparse.Namespace) -> tuple[ClusterEnv, int, TrainConfig]:
     return env, env.nproc_per_node or _processes(config), config
 
 
+def _flags(args: argparse.Namespace) -> dict[str, object]:
+    return {key: value for key, value in vars(args).items() if key not in NOT_OPTIONS}
+
+
 def _config(args: argparse.Namespace) -> TrainConfig:
-    flags = {key: value for key, value in vars(args).items() if key not in NOT_OPTIONS}
-    return load_config(flags, args.config)
+    return load_config(_flags(args), args.config)
+
+
+def _with_layout(args: argparse.Namespace, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The options with the layout that is chosen for them, and its flags for the ranks.
+
+    Every node chooses by itself, of the same options; ranks compare theirs before they start.
+
+    Raises:
+        InputError: a layout that is given too, a card that is not known, or nothing that fits.
+    """
+    from megatron_vl.planner.auto import begun_with, check_free, choose
+    from megatron_vl.planner.commands import flags
+    from megatron_vl.training.checkpoint.start import with_local_models
+
+    given = {name for name, value in given_options(_flags(args), args.config).items()
+             if value is not None}
+    check_free(given)
+    here = with_local_models(config, weights=False)
+    if started_by_torchrun():
+        ranks, per_node = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    else:
+        env = _nodes(args)
+        per_node = env.nproc_per_node or _devices()
+        if not per_node:
+            raise InputError(
+                "--layout auto needs to know how many ranks there are, and this machine has no "
+                "GPU; give --nproc-per-node.")
+        ranks = per_node * env.nnodes
+    chosen = begun_with(here, given, ranks) or choose(
+        here, given, _card(args), ranks=ranks, per_node=per_node)
+    usual = TrainConfig.from_dict({}).resolved()
+    words = flags({name: value for name, value in chosen.options.items() if value != usual[name]})
+    if os.environ.get("RANK", "0") == "0":
+        comment = "# " if args.show_config else ""  # which is YAML
+        print(f"{comment}{chosen.why}; {shlex.join(words)}", flush=True)
+    config = TrainConfig.from_dict(config.to_dict() | chosen.options)
+    return config, [*words, "--layout", "given"]
+
+
+def _card(args: argparse.Namespace):
+    """That of --gpu, or this machine's."""
+    from megatron_vl.planner.cards import card_of, read_card
+
+    if args.gpu is not None:
+        return read_card(args.gpu)
+    # Asked in a process of its own: a device's context stays with whoever asks.
+    name = subprocess.run(
+        [sys.executable, "-c", "from megatron_vl.platform import select_platform; "
+         "print(select_platform().device_name())"], capture_output=True, text=True, check=True,
+    ).stdout.strip()
+    card = card_of(name)
+    if card is None:
+        raise InputError(
+            f"--layout auto counts with a card's numbers, and this machine's {name} is none that "
+            f"is known; give --gpu {CARDS}.")
+    return card
 
 
 def _nodes(args: argparse.Namespace) -> ClusterEnv:
@@ -189,12 +282,21 @@ def _looks(args: argparse.Namespace) -> bool:
 
 
 def _processes(config) -> int:
+    return _devices() or config.parallel.layout_size
+
+
+def _devices() -> int:
     from megatron_vl.platform import select_platform
 
-    return select_platform().device_count() or config.parallel.layout_size
+    return select_platform().device_count()
 
 
-def _run_rank(config, stop) -> None:
+def _run_rank(config, stop, gpu: str | None) -> None:
+    from megatron_vl.planner.cards import read_card
+    from megatron_vl.planner.in_run import compare
     from megatron_vl.training.rank import run_rank  # once the platform is there for Megatron-Core
 
-    run_rank(config, stop)
+    run_rank(config, stop, compare=partial(
+        compare, card=None if gpu is None else read_card(gpu),
+        per_node=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+    ))

@@ -13,17 +13,17 @@ RANK = 16  # of the adapter that is tried
 MOST_TIMES = 64  # as many cards are tried
 
 
-def nothing_fits(question: Question, found: Found) -> InputError:
-    """That no layout fits, and the mend."""
+def nothing_fits(question: Question, found: Found, *, more: str = "--gpus {}") -> InputError:
+    """That no layout fits, and the mend; `more` says a number of cards."""
     cards = f"{question.gpus} x {question.card.name}"
     closest = found.closest
     if closest is None:
         reasons = "; ".join(f"{reason}: {number}" for reason, number in found.fell.most_common())
         return InputError(
-            f"no layout of {cards} can run these options ({reasons}); change --gpus, "
-            f"--global-batch-size or --seq-length."
+            f"no layout of {cards} can run these options ({reasons}); change "
+            f"the number of cards, --global-batch-size or --seq-length."
         )
-    helps = list(_helps(question))
+    helps = list(_helps(question, more))
     mend = f"{' or '.join(helps)} would fit" if helps else (
         "use cards with more memory, or a smaller --seq-length")
     return InputError(
@@ -43,7 +43,7 @@ def _said(choice: Choice) -> str:
     )
 
 
-def _helps(question: Question) -> Iterator[str]:
+def _helps(question: Question, more: str) -> Iterator[str]:
     adapter = replace(question, options=question.options | {"lora_rank": RANK})
     if "lora_rank" not in question.options and _would_fit(adapter):
         yield f"--lora-rank {RANK}"
@@ -52,7 +52,7 @@ def _helps(question: Question) -> Iterator[str]:
         gpus = question.gpus * times
         whole = gpus <= question.per_node or not gpus % question.per_node
         if whole and _would_fit(replace(question, gpus=gpus)):
-            yield f"--gpus {gpus}"
+            yield more.format(gpus)
             return
         times *= 2
 

@@ -8,6 +8,7 @@ FILE.json replaces any of these numbers.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -119,6 +120,19 @@ CARDS = {
     "24g": _card("NVIDIA GeForce RTX 4090", 24, 1.008, 32, 1.56),
     "16g": _card("NVIDIA GeForce RTX 4080", 16, 0.717, 32, 1.56),
 }
+# What drivers call these cards; others of nearly the same name have other rates.
+DEVICES = {
+    "h200": r"NVIDIA H200",
+    "h100-80g": r"NVIDIA H100 80GB HBM3",
+    "a100-80g": r"(NVIDIA )?A100-SXM4-80GB",
+    "a100-40g": r"(NVIDIA )?A100-SXM4-40GB",
+    "a800": r"NVIDIA A800-SXM4-80GB",
+    "mi300x": r"AMD Instinct MI300X.*",
+    "910b": r"Ascend910B\d",
+    "l40s": r"NVIDIA L40S",
+    "24g": r"NVIDIA GeForce RTX 4090",
+    "16g": r"NVIDIA GeForce RTX 4080",
+}
 SHARES = ("usable_memory", "matrix_share", "attention_share", "memory_share", "link_share")
 _Point = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 _Points = Annotated[list[_Point], Field(min_length=1)]
@@ -134,6 +148,12 @@ _File = create_model(
     like=(str | None, None),
     **{one.name: (_KINDS.get(one.name, Positive) | None, None) for one in fields(Card)},
 )
+
+
+def card_of(device_name: str) -> Card | None:
+    """The card that a device's driver calls so; None of one that is not known."""
+    return next((CARDS[name] for name, pattern in DEVICES.items()
+                 if re.fullmatch(pattern, device_name)), None)
 
 
 def read_card(text: str, measured: Path | None = None) -> Card:

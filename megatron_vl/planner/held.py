@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from megatron_vl.training.activations import (
-    ActivationMemory,
-    activation_memory,
-    cross_entropy_chunks,
-)
+from megatron_vl.training.activations import cross_entropy_chunks
 from megatron_vl.training.memory import RankMemory, rank_memory
 from megatron_vl.training.plan import Plan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageMemory:
-    """Bytes of every rank of a stage."""
-
-    held: RankMemory
-    activations: ActivationMemory
-
-    @property
-    def bytes(self) -> int:
-        return self.held.device_bytes + self.activations.peak
+from megatron_vl.training.stage_memory import StageMemory, stage_memory
 
 
 class HeldMemory:
@@ -46,6 +29,4 @@ class HeldMemory:
 
     def stage(self, plan: Plan, stage: int, *, chunks: int) -> StageMemory:
         """All that a rank of a stage needs."""
-        held = self(plan, stage)
-        return StageMemory(
-            held=held, activations=activation_memory(plan, stage, chunks=chunks, held=held))
+        return stage_memory(plan, stage, held=self(plan, stage), chunks=chunks)

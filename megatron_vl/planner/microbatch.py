@@ -15,6 +15,8 @@ from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.flops import step_flops
 from megatron_vl.training.rows import DataRows, RowSample
 
+IMAGE_TOKENS = 1024  # of an image, where nothing says how many
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:

@@ -24,11 +24,12 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import VISION, Layout
 from megatron_vl.planner.balance import balanced, spread
 from megatron_vl.planner.cards import Card
-from megatron_vl.planner.held import HeldMemory, StageMemory
-from megatron_vl.planner.microbatch import Microbatch, full_row, mean_row
+from megatron_vl.planner.held import HeldMemory
+from megatron_vl.planner.microbatch import IMAGE_TOKENS, Microbatch, full_row, mean_row
 from megatron_vl.planner.space import (
     BETWEEN,
     RECOMPUTE,
+    RECOMPUTE_OPTIONS,
     ROWS,
     Unfit,
     even,
@@ -40,11 +41,11 @@ from megatron_vl.planner.work import Work
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
 from megatron_vl.training.rows import DataRows
+from megatron_vl.training.stage_memory import StageMemory
 
 BEST = 10  # that are told of
 ALIKE = 0.01  # by which two predicted steps do not differ
 DATA = "DATA"  # in place of a dataset's path
-IMAGE_TOKENS = 1024  # of an image, where nothing says how many
 OFFLOAD = {"optimizer_cpu_offload": True}  # tried where nothing fits without
 
 
@@ -60,9 +61,11 @@ class Question:
     image_tokens: int = IMAGE_TOKENS  # of one image, where `data` are not known
     dataset: str | None = None  # as --train-data-path names it
     data: DataRows | None = None  # rows of it; None: full of images
+    fixed: frozenset[str] = frozenset()  # names of options that every layout keeps
 
     def plan(self, **more: object) -> Plan:
         """The run of these options and `more`. Raises InputError as `train --dry-run` does."""
+        more = {name: value for name, value in more.items() if name not in self.fixed}
         values = {"bf16": True, "train_data_path": DATA, **self.options, **more,
                   "hf_config": str(self.hf_dir)}
         return plan_run(TrainConfig.from_dict(values), self.gpus, here=False)
@@ -81,6 +84,19 @@ class Question:
 
     def microbatch(self, plan: Plan) -> Microbatch:
         return self.row.times(plan.config.batch.micro_batch_size)
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Of a microbatch, to try."""
+        name = "micro_batch_size"
+        return (self.options.get(name, 1),) if name in self.fixed else ROWS
+
+    @property
+    def recompute(self) -> Sequence[dict[str, object]]:
+        """Options to try, from the fastest to the smallest; what is fixed is the same in all."""
+        kept = {name: self.options[name] for name in RECOMPUTE_OPTIONS if name in self.fixed}
+        levels = ({},) if RECOMPUTE_OPTIONS[0] in kept else RECOMPUTE
+        return [level | kept for level in levels]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +221,8 @@ def _fitting(
 def _of_split(
     question: Question, layout: Layout, options: dict[str, object], memory: HeldMemory, found: Found
 ) -> Iterator[_Fit]:
-    for rows in ROWS:
+    free = not question.fixed.intersection(RECOMPUTE_OPTIONS)
+    for rows in question.rows:
         microbatches, rest = divmod(question.options["global_batch_size"], layout.dp * rows)
         if rest:
             found.fell["DP x rows of a microbatch do not divide the global batch size"] += 1
@@ -224,10 +241,10 @@ def _of_split(
             found.fell["weights, gradients and optimizer alone do not fit"] += 1
             _remember(question, found, own, memory)
             return
-        for level, more in enumerate(RECOMPUTE):
+        for level, more in enumerate(question.recompute):
             if fits := list(_fits_with([more], question, own, plan, told, memory)):
                 # Where both towers need so much, one of them may do with less.
-                between = BETWEEN.get(level, ()) if plan.spec.vision is not None else ()
+                between = BETWEEN.get(level, ()) if plan.spec.vision is not None and free else ()
                 fits += _fits_with(between, question, own, plan, told, memory)
                 yield min(fits, key=lambda one: one.least)
                 break
@@ -340,7 +357,7 @@ def _remember(
     question: Question, found: Found, options: dict[str, object], memory: HeldMemory
 ) -> None:
     """Keeps what needs the least of all that do not fit, every layer recomputed."""
-    options = options | RECOMPUTE[-1]
+    options = options | question.recompute[-1]
     plan = question.plan(**options)
     told, most = _telling_stages(plan), found.closest and found.closest.worst.bytes
     if most and max(memory(plan, stage).device_bytes for stage in told) >= most:

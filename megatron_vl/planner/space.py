@@ -10,6 +10,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 
 ROWS = (1, 2, 4, 8)  # of a microbatch
+RECOMPUTE_OPTIONS = ("recompute_granularity", "vit_recompute_granularity")
 # Of both towers, from the fastest to the smallest.
 RECOMPUTE = ({}, {"recompute_granularity": "selective"}, {"recompute_granularity": "full"})
 MOST_CHUNKS = 4  # of a stage: more make a small bubble little smaller, and send all the more

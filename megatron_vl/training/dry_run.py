@@ -18,7 +18,7 @@ from megatron_vl.models.registry import family
 from megatron_vl.ops.attention import ORDERS
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
 from megatron_vl.parallel.stages import WORDS
-from megatron_vl.training.activations import activation_memory, cross_entropy_chunks
+from megatron_vl.training.activations import cross_entropy_chunks
 from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint, needs_load
 from megatron_vl.training.epochs import with_steps
 from megatron_vl.training.machine import check_machine
@@ -26,6 +26,7 @@ from megatron_vl.training.memory import ChunkMemory, Held, RankMemory, copies, r
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.paths import check_outputs, datasets, mixtures
 from megatron_vl.training.plan import Plan, plan_run
+from megatron_vl.training.stage_memory import stage_memory
 from megatron_vl.training.trace.show import trace_rows
 from megatron_vl.weights.map import Where
 
@@ -235,10 +236,11 @@ def _activation_rows(plan: Plan, stages: Sequence[RankMemory]) -> Iterable[Seque
     yield ("activations, at most", "microbatches", "kept", *moments.values(), "peak GiB",
            "with the above")
     for held in stages:
-        memory = activation_memory(plan, held.stage, held=held)
+        whole = stage_memory(plan, held.stage, held=held)
+        memory = whole.activations
         yield (f"on stage {held.stage}", f"{memory.in_flight:g}", f"{memory.kept:,}",
                *(f"{getattr(memory, name):,}" for name in moments), f"{memory.peak / GIB:.2f}",
-               f"{(held.device_bytes + memory.peak) / GIB:.2f}")
+               f"{whole.bytes / GIB:.2f}")
 
 
 def _sums(plan: Plan, stages: Sequence[RankMemory]) -> str:

@@ -30,11 +30,13 @@ from megatron_vl.training.microbatches import Microbatches, train_loader
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.describe import describe
 from megatron_vl.training.reporting.experts import ExpertLoads
+from megatron_vl.training.reporting.first_steps import Compare
 from megatron_vl.training.reporting.metrics import duration
 from megatron_vl.training.reporting.show import Show
 from megatron_vl.training.resilience.guard import StepGuard, blame, update
 from megatron_vl.training.resilience.hang import HangWatch
 from megatron_vl.training.resilience.left_out import LeftOut
+from megatron_vl.training.resilience.stragglers import BackwardTimers
 from megatron_vl.training.setup import (
     build_model,
     build_optimizer,
@@ -47,13 +49,14 @@ from megatron_vl.weights.mcore_io import CheckpointInfo
 
 def train(
     plan: Plan, *, stop: StopRequest, give_up: Callable[[str], None],
-    first_step: Callable[[], None] = lambda: None,
+    first_step: Callable[[], None] = lambda: None, compare: Compare | None = None,
 ) -> None:
     """Run `plan` on this rank, from its checkpoint to its last step or until it is asked to stop.
 
     Args:
         give_up: ends this process with a message, when the run no longer gets on.
         first_step: called after this start's first step.
+        compare: says what was predicted of the first steps, and what would help.
     """
     config = plan.config
     platform = initialize(
@@ -61,7 +64,7 @@ def train(
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     watch = HangWatch(config.hang_seconds, config.stacks_dir, give_up)
-    trainer = Trainer(plan, platform, stop, watch)
+    trainer = Trainer(plan, platform, stop, watch, compare=compare)
     trainer.say(trainer.described)
     if config.checkpoint.save is None:
         trainer.say("warning: no --save is given, so nothing of this run will be kept")
@@ -106,7 +109,10 @@ def _due(iteration: int, interval: int) -> bool:
 class Trainer:
     """The pieces of one run on one rank."""
 
-    def __init__(self, plan: Plan, platform, stop: StopRequest, watch: HangWatch):
+    def __init__(
+        self, plan: Plan, platform, stop: StopRequest, watch: HangWatch, *,
+        compare: Compare | None = None,
+    ):
         self.plan, self.config, self.platform = plan, plan.config, platform
         self.stop, self.watch = stop, watch
         self.stopping = False  # some rank was asked to stop, and all know
@@ -115,10 +121,11 @@ class Trainer:
         self.device = current_device()
         self.started = time.perf_counter()
         self.done = self.saved = 0  # steps, and steps of the last checkpoint
-        self.show = Show(plan, platform, self.device)
+        self.show = Show(plan, platform, self.device, compare=compare)
         self.source, self.own = self._find_checkpoint()
         watch.beat("building the model")
         self.model = build_model(plan, platform, initialize_weights=self.source is None)
+        self.model[0].config.timers = BackwardTimers(self.show.backward)
         self.optimizer, self.scheduler = build_optimizer(plan, self.model, platform)
         fault, exports = self.config.fault, self.config.checkpoint.exports
         self.guard = StepGuard(max_skipped=fault.max_skipped_steps, spike=fault.skip_grad_spikes)

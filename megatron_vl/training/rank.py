@@ -12,11 +12,17 @@ from megatron_vl.training.loop import train
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.paths import check_paths
 from megatron_vl.training.plan import plan_run
+from megatron_vl.training.reporting.first_steps import Compare
 from megatron_vl.training.resilience.preflight import preflight
 
 
-def run_rank(config: TrainConfig, stop: StopRequest) -> None:
+def run_rank(
+    config: TrainConfig, stop: StopRequest, *, compare: Compare | None = None
+) -> None:
     """Trains; the launcher's environment variables say which rank this is.
+
+    Args:
+        compare: see `train`.
 
     Raises:
         InputError: paths or options that cannot be used.
@@ -37,5 +43,5 @@ def run_rank(config: TrainConfig, stop: StopRequest) -> None:
 
     train(
         plan_run(config, int(os.environ["WORLD_SIZE"])), stop=stop, give_up=give_up,
-        first_step=first_step,
+        first_step=first_step, compare=compare,
     )

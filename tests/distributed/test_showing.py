@@ -28,6 +28,19 @@ def test_every_step_knows_its_flops_its_memory_and_what_the_devices_could_do(pla
         assert step["vision_mfu"] + step["llm_mfu"] == pytest.approx(used)
 
 
+def test_the_first_steps_of_every_stage_are_compared_with_what_was_predicted(
+    workshop, uneven_run, plain_run
+):
+    for name, stages in (("plain", 1), ("uneven", 2)):
+        (file,) = (workshop.root / name / "log").glob("*/metrics.jsonl")
+        found = read_history(file).compared
+        assert found["iteration"] == 10 and found["memory_bytes"] is None  # of a CPU
+        assert len(found["predicted"]["memory_bytes"]) == stages
+        for forward, backward in zip(found["forward"], found["backward"], strict=True):
+            assert min(forward, backward) > 0
+            assert forward + backward < 1.5 * found["step_seconds"]  # medians of noisy steps
+
+
 def test_a_trace_holds_the_forward_and_backward_passes_of_its_steps(workshop, plain_run):
     (board,) = (workshop.root / "plain" / "tensorboard").iterdir()
     (trace,) = board.glob("*.pt.trace.json.gz")
@@ -42,7 +55,7 @@ def test_a_trace_holds_the_forward_and_backward_passes_of_its_steps(workshop, pl
 def test_the_page_of_a_run_is_written_at_its_end_and_can_be_made_again(shown):
     page = (shown / "report.html").read_text()
     for what in ("<h2>plots</h2>", "<h2>layout: TP1xPP1xDP1</h2>", "iter_0000010", "MFU",
-                 "<td>0-3</td>", "seq-length"):
+                 "<td>0-3</td>", "seq-length", "<h2>prediction and fact, to iteration 10</h2>"):
         assert what in page, what
     done = megatron_vl("report", shown, "--output", shown / "again.html")
     assert done.code == 0, done.text

@@ -191,14 +191,19 @@ def test_a_run_resumed_from_an_earlier_iteration_repeats_it_exactly(workshop, un
 
 
 def test_two_data_ranks_see_other_rows_and_their_checkpoint_resumes(workshop, plain_run):
-    changes = dict(extra="--nproc-per-node 2", TRAIN_ITERS=4, SAVE_INTERVAL=2)
+    card = workshop.root / "card.json"
+    card.write_text(json.dumps({"like": "16g"}))  # on which two data ranks are best
+    changes = dict(extra=f"--nproc-per-node 2 --gpu {card}", TRAIN_ITERS=4, SAVE_INTERVAL=2,
+                   TP="auto", PP="auto", CP="auto",
+                   PRETRAIN_CHECKPOINT_PATH=workshop.weights(1, 1))
     done = workshop.train("dp2", **changes)
-    assert done.code == 0, done.text
+    assert done.code == 0 and "layout auto: TP1xPP1xDP2, by prediction" in done.out, done.text
     undisturbed = losses(workshop.steps("dp2"))
     assert len(list((workshop.checkpoint("dp2") / "iter_0000004").glob("loader_dp*.json"))) == 2
     (workshop.checkpoint("dp2") / "latest_checkpointed_iteration.txt").write_text("2\n")
+    card.write_text(json.dumps({"like": "16g", "memory_gb": 0.001}))  # which would fit nothing
     done = workshop.train("dp2", **changes)
-    assert done.code == 0, done.text
+    assert done.code == 0 and "layout auto: TP1xPP1xDP2, as " in done.out, done.text
     assert "2 steps done" in done.out and "iteration 2/4" not in done.out
     assert "iteration 3/4" in done.out
     assert losses(workshop.steps("dp2")) == pytest.approx(undisturbed, rel=1e-6)

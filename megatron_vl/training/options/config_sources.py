@@ -59,8 +59,6 @@ def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
     )
 
 
-
-
 def load_config(
     flags: dict[str, Any], yaml_file: str | None, environ: Mapping[str, str] | None = None
 ) -> TrainConfig:
@@ -69,6 +67,13 @@ def load_config(
     Raises:
         InputError: an unreadable file, an unknown key or variable, an unusable value.
     """
+    return TrainConfig.from_dict(given_options(flags, yaml_file, environ))
+
+
+def given_options(
+    flags: dict[str, Any], yaml_file: str | None, environ: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The options that are given at all, by name; see `load_config`."""
     values: dict[str, Any] = {}
 
     def put(given: dict[str, Any]) -> None:
@@ -100,7 +105,7 @@ def load_config(
         put({key_of(str(key)): value for key, value in read.items()})
     put(_from_environment(os.environ if environ is None else environ))
     put(flags)
-    return TrainConfig.from_dict(values)
+    return values
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class History:
     validations: list[dict]
     starts: list[dict]  # what ran where with which options, at every start; absent in old files
     experts: list[dict]  # tokens of every expert of every layer, each of some steps
+    compared: dict | None  # the last start's first steps, with what was `predicted` of them
     ranks: dict | None  # the last word on each rank's times and memory, with `layout` as it was
 
 
@@ -43,7 +44,7 @@ def read_history(source: str | Path) -> History:
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a run's metrics.jsonl or its directory.")
     kinds: dict[str, dict[int, dict]] = {
-        name: {} for name in ("train", "validation", "experts", "ranks")}
+        name: {} for name in ("train", "validation", "experts", "compared", "ranks")}
     starts: list[dict] = []
     try:
         with path.open("rb") as file:
@@ -61,9 +62,10 @@ def read_history(source: str | Path) -> History:
                     ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give another.") from error
-    steps, validations, experts, ranks = ([one[at] for at in sorted(one)] for one in kinds.values())
+    steps, validations, experts, compared, ranks = (
+        [one[at] for at in sorted(one)] for one in kinds.values())
     return History(file=path, steps=steps, validations=validations, starts=starts, experts=experts,
-                   ranks=ranks[-1] if ranks else None)
+                   compared=compared[-1] if compared else None, ranks=ranks[-1] if ranks else None)
 
 
 def _add(line: bytes, kinds: dict[str, dict[int, dict]], starts: list[dict]) -> None:

@@ -203,6 +203,10 @@ class MetricLog:
         """Every rank's own numbers, for the file alone: they are many."""
         self._write("ranks", {"iteration": iteration, **ranks})
 
+    def compared(self, values: dict) -> None:
+        """The first steps and what was predicted of them, for the file alone."""
+        self._write("compared", values)
+
     def experts_seen(self, iteration: int, steps: int, tokens: list[list[int]]) -> None:
         """Every expert's tokens of the latest steps, for the file alone."""
         self._write("experts", {"iteration": iteration, "steps": steps, "tokens": tokens})

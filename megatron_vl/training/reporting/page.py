@@ -54,6 +54,7 @@ def page_text(run: History) -> str:
     start = run.starts[-1] if run.starts else None
     if start is not None:
         parts += _layout(start)
+    parts += _compared(run)
     parts += answers(run.validations)
     parts += _data(run)
     parts += _ranks(run)
@@ -166,6 +167,36 @@ def _data(run: History) -> list[str]:
         rows.append(("left out", "none"))
     return ["<h2>data that was trained on</h2>\n",
             table([(name.replace("_", " "), value) for name, value in rows])]
+
+
+def _compared(run: History) -> list[str]:
+    """The first steps beside what was predicted of them."""
+    if run.compared is None:
+        return []
+    found, predicted = run.compared, run.compared["predicted"]
+    memory = found["memory_bytes"]
+    busy = predicted["busy"]
+    rows = [
+        (str(stage), f"{expected / 2**30:.2f}", f"{memory[stage] / 2**30:.2f}" if memory else "-",
+         f"{1000 * forward:.1f}", f"{1000 * backward:.1f}",
+         f"{(forward + backward) / found['step_seconds']:.0%}",
+         f"{1000 * busy[stage]:.1f}" if busy else "-")
+        for stage, (expected, forward, backward) in enumerate(zip(
+            predicted["memory_bytes"], found["forward"], found["backward"], strict=True))
+    ]
+    seconds = f"a step took {found['step_seconds']:.3g} s"
+    if predicted["step_seconds"] is not None:
+        seconds += f", {predicted['step_seconds']:.3g} s were predicted for {predicted['card']}"
+    seconds += f"; waiting for data {found['data_wait_seconds'] / found['step_seconds']:.0%} of it"
+    none = "" if memory else "; a CPU does not count what tensors take"
+    return [
+        f"<h2>prediction and fact, to iteration {found['iteration']}</h2>\n",
+        f"<p>{escape(seconds + none)}.</p>\n",
+        table(rows, header=("stage", "memory predicted, GiB", "measured, GiB", "forward, ms",
+                            "backward, ms", "of a step", "both predicted, ms"),
+              numeric=(True,) * 7),
+        *([f"<p>{escape(predicted['advice'])}</p>\n"] if predicted["advice"] else []),
+    ]
 
 
 def _ranks(run: History) -> list[str]:

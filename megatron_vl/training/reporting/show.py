@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import torch
 from megatron.core import parallel_state
@@ -19,6 +20,7 @@ from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.training.checkpoint.record import facts_of
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.experts import ExpertLoad
+from megatron_vl.training.reporting.first_steps import Compare, FirstSteps, Measured, told
 from megatron_vl.training.reporting.flops import step_flops
 from megatron_vl.training.reporting.metrics import MetricLog, StepMetrics
 from megatron_vl.training.reporting.padding import PaddingWatch
@@ -28,20 +30,27 @@ from megatron_vl.training.reporting.progress import Console
 from megatron_vl.training.reporting.throughput import Throughput
 from megatron_vl.training.reporting.trackers import Trackers
 from megatron_vl.training.reporting.validation import Validation
-from megatron_vl.training.resilience.stragglers import ForwardClock, Stragglers, gather, host_names
+from megatron_vl.training.resilience.stragglers import PassClock, Stragglers, gather, host_names
 from megatron_vl.training.step import StepCounts
 
 RARELY = 100  # steps between the lines of the metrics file about single ranks and experts
 
 
 class Show:
-    """All ranks make one together; what only rank 0 does is left out on the others."""
+    """All ranks make one together; what only rank 0 does is left out on the others.
 
-    def __init__(self, plan: Plan, platform, device: torch.device):
+    Args:
+        compare: says what was predicted of the first steps; None: nothing is told of them.
+    """
+
+    def __init__(
+        self, plan: Plan, platform, device: torch.device, *, compare: Compare | None = None
+    ):
         self.plan, self.platform, self.device = plan, platform, device
+        self.compare = compare
         self.rank = torch.distributed.get_rank()
         self.console = Console()
-        self.clock = ForwardClock(platform)
+        self.clock, self.backward = PassClock(platform), PassClock(platform)
         self.stragglers = Stragglers(plan.layout, host_names())
         # Ranks that each saw a part of the rows, which together are the step's.
         self.replicas = torch.distributed.get_process_group_ranks(
@@ -50,6 +59,7 @@ class Show:
         self.profiler = StepProfiler(plan.config.log, plan.profile_dir, self.rank)
         self.padding = PaddingWatch(plan.config.data.packing_buffer_size)
         self.log: MetricLog | None = None
+        self.first_steps: FirstSteps | None = None
         self.throughput: Throughput | None = None
         self.iteration = self.first = 0
         self.memory: list[float] = []  # peak bytes of each rank
@@ -79,6 +89,9 @@ class Show:
             plan, device=name, platform=self.platform.name, peak_tflops=tflops,
             hosts=self.stragglers.hosts, described=described, done=done,
         ))
+        if self.compare is not None:
+            self.first_steps = FirstSteps(
+                layout=plan.layout, device=name, counts_memory=not self.platform.in_host_memory)
         self.throughput = Throughput(max(0, steps - done), plan.layout.world_size)
         self.console.start(done, steps)
 
@@ -115,9 +128,9 @@ class Show:
             the ranks was asked to stop.
         """
         mine = [asked_to_stop, data_wait_seconds, self.clock.take_seconds(),
-                self.platform.peak_memory_bytes()]
+                self.backward.take_seconds(), self.platform.peak_memory_bytes()]
         everyone = gather([*mine, *self._counted(counts)], self.device)
-        asked, waits, forwards, memory = zip(
+        asked, waits, forwards, backwards, memory = zip(
             *(one[: len(mine)] for one in everyone), strict=True
         )
         totals, new = self._totals([everyone[rank][len(mine):] for rank in self.replicas])
@@ -141,8 +154,11 @@ class Show:
                 self.loads.append(load.tokens)
             self.log.step(metrics, last=last)
             self.throughput.add(metrics)
-            if told := self.padding.add(metrics.positions, metrics.tokens, last=last):
-                self.say(as_called(told))
+            if padded := self.padding.add(metrics.positions, metrics.tokens, last=last):
+                self.say(as_called(padded))
+            if self.first_steps is not None:
+                self._compare(self.first_steps.add(
+                    metrics, forward=forwards, backward=backwards, memory=memory, last=last))
             self.console.step(metrics.loss)
             if iteration % RARELY == 0:
                 self._tell_ranks()
@@ -190,6 +206,12 @@ class Show:
             vision_balance=mean / busiest if busiest and self.plan.layout.media_ranks > 1 else None,
             skipped_samples={r: n for r, n in zip(REASONS, left_out, strict=True) if n},
         ), new
+
+    def _compare(self, measured: Measured | None) -> None:
+        if measured is not None:
+            compared = self.compare(self.plan, measured)
+            self.say(told(measured, compared))
+            self.log.compared(asdict(measured) | {"predicted": asdict(compared)})
 
     # ---- the end ------------------------------------------------------------------------------
 

@@ -27,23 +27,48 @@ SLOWER = 1.25  # times the middle one of the others of its stage
 MATTERS = 0.05  # of the step that its delay must be
 
 
-class ForwardClock:
-    """Device time of this rank's forward passes since the last look."""
+class PassClock:
+    """Device time of this rank's forward or backward passes since the last look."""
 
     def __init__(self, platform):
         self.platform = platform
+        self._started: object = None
         self._spans: list[tuple] = []
+
+    def start(self, barrier: bool = False) -> None:
+        """`barrier` is what Megatron-Core gives its timers, for passes never true."""
+        self._started = self.platform.mark()
+
+    def stop(self) -> None:
+        self._spans.append((self._started, self.platform.mark()))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        start = self.platform.mark()
+        self.start()
         yield
-        self._spans.append((start, self.platform.mark()))
+        self.stop()
 
     def take_seconds(self) -> float:
         """The passes must have run, as they have once the loss they led to was read."""
         spans, self._spans = self._spans, []
         return sum(self.platform.seconds_between(*span) for span in spans)
+
+
+class BackwardTimers:
+    """The `timers` of a model's config: Megatron-Core's schedules tell them of each backward pass
+    of a chunk, and of much else, which is let pass."""
+
+    def __init__(self, clock: PassClock):
+        self.clock = clock
+
+    def __call__(self, name: str, log_level: int = 0) -> PassClock | BackwardTimers:
+        return self.clock if name == "backward-compute" else self
+
+    def start(self, barrier: bool = False) -> None:
+        """Of another timer."""
+
+    def stop(self) -> None:
+        """Of another timer."""
 
 
 def gather(values: list[float], device: torch.device) -> list[list[float]]:
