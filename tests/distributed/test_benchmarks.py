@@ -47,7 +47,7 @@ SCRIPTS = {
     ),
     "plan_time.py": (
         "T --model text --steps 1 --seq-length 64",
-        r"^(\| text \| .+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|\n){9}\nof 6 that were not known, .*",
+        r"^(\| text \| .+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|\n){9}\nof 7 that were not known, .*",
     ),
     "soak.py": (
         "M D T/runs --minutes 0.25 --every 3 --faults kill_every_rank",
