@@ -10,7 +10,6 @@ from megatron_vl.parallel import VISION
 from megatron_vl.planner.cards import GB, Card
 from megatron_vl.planner.schedule import Ran
 from megatron_vl.planner.search import Choice
-from megatron_vl.planner.step_time import Parts
 from megatron_vl.training.dry_run import GIB
 
 WIDTH, LEFT, RIGHT = 1060, 62, 12  # pixels of a drawing, and beside what is drawn
@@ -89,12 +88,8 @@ class _Axis:
         return self(self.until) + GAP
 
 
-def timeline(choice: Choice, of: Parts) -> str:
-    """A row a stage: what it does when, from the step's start to its end.
-
-    Args:
-        of: the layout's parts, of which a chunk's tower is told apart.
-    """
+def timeline(choice: Choice) -> str:
+    """A row a stage: what it does when, from the step's start to its end."""
     axis, step, split = _Axis.of(choice), choice.step, choice.plan.split
     stages = len(step.pipeline.timeline)
     height = _row_height(stages)
@@ -107,9 +102,10 @@ def timeline(choice: Choice, of: Parts) -> str:
             chunk, backward = one.operation.chunk, one.operation.backward
             layers = len(split.layers(VISION, stage, chunk)) if VISION in split.towers else 0
             kind = "backward" if backward else "forward"
-            work = step.works[one.operation.microbatch % len(step.works)]
-            whole = getattr(work[chunk][stage], kind)
-            share = min(1.0, layers * getattr(of.vision_layer, kind) / whole) if whole else 0.0
+            which = one.operation.microbatch % len(step.works)
+            whole = getattr(step.works[which][chunk][stage], kind)
+            tower = layers * getattr(step.parts[which].vision_layer, kind)
+            share = min(1.0, tower / whole) if whole else 0.0
             # The tower runs first, and backward last.
             at = one.end - (one.end - one.start) * share if backward else (
                 one.start + (one.end - one.start) * share)

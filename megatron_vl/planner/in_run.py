@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_vl.planner.cards import Card, card_of
 from megatron_vl.planner.hints import advice
 from megatron_vl.planner.microbatch import IMAGE_TOKENS, Microbatch, image_grid
-from megatron_vl.planner.step_time import StepTime, chunk_work, parts, step_time
+from megatron_vl.planner.step_time import StepTime, parts, step_time
 from megatron_vl.training.activations import cross_entropy_chunks
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.first_steps import Compared, Measured
@@ -44,8 +44,7 @@ def predicted_step(
     """Of rows that hold what a microbatch of the measured steps held on average."""
     batch = _as_measured(plan, measured)
     of = parts(plan, card, batch, per_node=per_node, chunks=cross_entropy_chunks(plan))
-    return step_time(plan, [chunk_work(plan, of, card)], [one.held for one in stages], card,
-                     [batch], per_node=per_node)
+    return step_time(plan, [of], [one.held for one in stages], card, [batch], per_node=per_node)
 
 
 def _as_measured(plan: Plan, measured: Measured) -> Microbatch:

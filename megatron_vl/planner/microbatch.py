@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 
 from megatron_vl.errors import InputError
 from megatron_vl.models.family import Grid
@@ -85,6 +87,10 @@ class Microbatch:
         """Patches of a frame, in the mean over patches."""
         return self.squared_frames / self.patches
 
+    def __add__(self, other: Microbatch) -> Microbatch:
+        return Microbatch(**{one.name: getattr(self, one.name) + getattr(other, one.name)
+                             for one in fields(self)})
+
     def times(self, number: float) -> Microbatch:
         return Microbatch(**{one.name: getattr(self, one.name) * number for one in fields(self)})
 
@@ -117,16 +123,17 @@ def _filling(plan: Plan, image_tokens: int) -> dict[Grid, float]:
     return {grid: most_patches(plan) / math.prod(grid)}
 
 
-def mean_row(plan: Plan, data: DataRows) -> Microbatch:
-    """The mean of some rows, each with its padding."""
-    samples = [one for row in data.rows for one in row]
-    fills = [sum(one.tokens for one in row) for row in data.rows]
+def batch_of(plan: Plan, row: Sequence[RowSample]) -> Microbatch:
+    """A row of these samples, with its padding."""
+    rest = plan.row_length - sum(one.tokens for one in row)
     return Microbatch.of(
-        plan, lengths=[one.tokens for one in samples],
-        trained=sum(one.trained for one in samples),
-        images=Counter(grid for one in samples for grid in one.grids),
-        padding=[plan.row_length - fill for fill in fills if fill < plan.row_length],
-    ).times(1 / len(data.rows))
+        plan, lengths=[one.tokens for one in row], trained=sum(one.trained for one in row),
+        images=Counter(grid for one in row for grid in one.grids), padding=[rest] * (rest > 0),
+    )
+
+
+def mean(batches: Sequence[Microbatch]) -> Microbatch:
+    return reduce(add, batches).times(1 / len(batches))
 
 
 def row_patches(data: DataRows) -> list[int]:

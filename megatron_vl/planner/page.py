@@ -6,7 +6,7 @@ from megatron_vl.pages import escape, page, table
 from megatron_vl.planner.answer import WARNING, choice_rows, head_lines, stage_rows, yaml_text
 from megatron_vl.planner.commands import command, script_variables
 from megatron_vl.planner.drawings import STYLE, memory, scatter, timeline
-from megatron_vl.planner.search import Found, Question, parts_of
+from megatron_vl.planner.search import Found, Question
 
 _STYLE = STYLE + """pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8;
   padding: .7em 1em; font-size: .85em; }
@@ -34,7 +34,7 @@ def page_text(question: Question, found: Found) -> str:
         f"<h2>a step of the first: {escape(first.plan.layout)}</h2>\n",
         f"<p>{first.step.seconds:.2f} s, {first.plan.num_microbatches} microbatches"
         f"{_chunks(first)}; the numbers are those of microbatches.</p>\n",
-        timeline(first, parts_of(question, first.plan)),
+        timeline(first),
         "<h2>its memory, by stage</h2>\n",
         memory(first, question.card),
         "<h2>its stages</h2>\n",

@@ -25,7 +25,7 @@ from megatron_vl.parallel import VISION, Layout
 from megatron_vl.planner.balance import balanced, spread
 from megatron_vl.planner.cards import Card
 from megatron_vl.planner.held import HeldMemory
-from megatron_vl.planner.microbatch import IMAGE_TOKENS, Microbatch, full_row, mean_row
+from megatron_vl.planner.microbatch import IMAGE_TOKENS, Microbatch, batch_of, full_row, mean
 from megatron_vl.planner.space import (
     BETWEEN,
     RECOMPUTE,
@@ -37,7 +37,6 @@ from megatron_vl.planner.space import (
     options_of,
 )
 from megatron_vl.planner.step_time import Parts, StepTime, chunk_work, parts, step_time
-from megatron_vl.planner.work import Work
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
 from megatron_vl.training.rows import DataRows
@@ -45,6 +44,7 @@ from megatron_vl.training.stage_memory import StageMemory
 
 BEST = 10  # that are told of
 ALIKE = 0.01  # by which two predicted steps do not differ
+REPLICAS, MICROBATCHES = 4, 64  # whose rows are told apart, and how many of each
 DATA = "DATA"  # in place of a dataset's path
 OFFLOAD = {"optimizer_cpu_offload": True}  # tried where nothing fits without
 
@@ -76,14 +76,31 @@ class Question:
         return replace(self, gpus=1).plan()
 
     @cached_property
+    def each(self) -> list[Microbatch]:
+        """The rows that are known, or one full of images."""
+        if self.data is None:
+            return [full_row(self.single, self.image_tokens)]
+        return [batch_of(self.single, row) for row in self.data.rows]
+
+    @cached_property
     def row(self) -> Microbatch:
         """The mean row."""
-        if self.data is None:
-            return full_row(self.single, self.image_tokens)
-        return mean_row(self.single, self.data)
+        return mean(self.each)
 
     def microbatch(self, plan: Plan) -> Microbatch:
+        """The mean one."""
         return self.row.times(plan.config.batch.micro_batch_size)
+
+    def microbatches(self, plan: Plan) -> list[list[Microbatch]]:
+        """Of some replicas each its own, in turn; the rows that are known, as far as they go."""
+        rows = plan.config.batch.micro_batch_size
+        known = [sum(self.each[at + 1 : at + rows], start=self.each[at])
+                 for at in range(0, len(self.each) - rows + 1, rows)]
+        replicas = min(plan.layout.dp, REPLICAS, len(known))
+        if len(self.each) == 1 or not replicas:
+            return [[self.microbatch(plan)]]
+        number = min(plan.num_microbatches, MICROBATCHES, len(known) // replicas)
+        return [known[at : at + number] for at in range(0, replicas * number, number)]
 
     @property
     def rows(self) -> Sequence[int]:
@@ -145,7 +162,6 @@ class _Fit:
 
     options: dict[str, object]
     plan: Plan
-    work: Sequence[Sequence[Work]]
     least: float  # seconds a step cannot take less than
 
 
@@ -340,17 +356,27 @@ def _telling_stages(plan: Plan) -> list[int]:
 def _priced(question: Question, options: dict[str, object], plan: Plan, chunks: int) -> _Fit:
     work = chunk_work(plan, parts_of(question, plan, chunks), question.card)
     stages = [sum(row[stage].seconds for row in work) for stage in range(plan.layout.pp)]
-    return _Fit(options=options, plan=plan, work=work, least=max(stages) * plan.num_microbatches)
+    return _Fit(options=options, plan=plan, least=max(stages) * plan.num_microbatches)
 
 
 def _timed(question: Question, fit: _Fit, memory: HeldMemory) -> Choice:
     plan, chunks = question.plan(**fit.options), memory.chunks(fit.plan)
     stages = tuple(memory.stage(plan, stage, chunks=chunks) for stage in range(plan.layout.pp))
-    step = step_time(plan, [fit.work], [one.held for one in stages], question.card,
-                     [question.microbatch(plan)], per_node=question.per_node)
+    # Replicas wait for the one whose rows take longest.
+    step = max((_step(question, plan, batches, stages, chunks)
+                for batches in question.microbatches(plan)), key=lambda one: one.seconds)
     offload = {name: question.options[name] for name in OFFLOAD if name in question.options}
     return Choice(options=fit.options | offload, plan=plan, stages=stages, step=step,
                   tokens=question.row.sample_tokens * plan.config.batch.global_batch_size)
+
+
+def _step(
+    question: Question, plan: Plan, batches: Sequence[Microbatch], stages: Sequence[StageMemory],
+    chunks: int,
+) -> StepTime:
+    card, per_node = question.card, question.per_node
+    of = [parts(plan, card, one, per_node=per_node, chunks=chunks) for one in batches]
+    return step_time(plan, of, [one.held for one in stages], card, batches, per_node=per_node)
 
 
 def _remember(

@@ -46,7 +46,8 @@ class StepTime:
     pipeline: Pipeline
     seconds: float  # of the step, to the last stage's updated weights
     ends: tuple[float, ...]  # of every stage, its update included
-    works: tuple[Sequence[Sequence[Work]], ...]  # of a microbatch, [chunk][stage]; in turn
+    parts: tuple[Parts, ...]  # of microbatches, which come in turn
+    works: tuple[Sequence[Sequence[Work]], ...]  # of the same, [chunk][stage]
     flops: float  # that the step needs, over all ranks
 
     def utilization(self, plan: Plan, card: Card) -> float:
@@ -84,17 +85,16 @@ def chunk_work(plan: Plan, of: Parts, card: Card) -> list[list[Work]]:
 
 
 def step_time(
-    plan: Plan, works: Sequence[Sequence[Sequence[Work]]], stages: Sequence[RankMemory],
-    card: Card, batches: Sequence[Microbatch], *, per_node: int,
+    plan: Plan, of: Sequence[Parts], stages: Sequence[RankMemory], card: Card,
+    batches: Sequence[Microbatch], *, per_node: int,
 ) -> StepTime:
     """A step on ranks that hold `stages`.
 
     Args:
-        works: of a microbatch, [chunk][stage]; where a step has more microbatches than there are
-            of them, they come in turn.
-        batches: the microbatches that have these works.
+        of: the parts of `batches`, which come in turn where a step has more.
     """
     links, options = Links(plan, card, per_node), plan.config.optimizer
+    works = [chunk_work(plan, one, card) for one in of]
     pipeline = simulate(
         [[[one.forward for one in row] for row in work] for work in works],
         [[[one.backward for one in row] for row in work] for work in works],
@@ -112,18 +112,17 @@ def step_time(
         ends.append(pipeline.ends[stage] + max(0.0, reduced) + links.tied(held) + update
                     + max(0.0, gathered))
     needed = sum(one.needed for one in batches) / len(batches)
-    return StepTime(pipeline=pipeline, seconds=max(ends), ends=tuple(ends), works=tuple(works),
-                    flops=needed * plan.num_microbatches * plan.layout.dp)
+    return StepTime(pipeline=pipeline, seconds=max(ends), ends=tuple(ends), parts=tuple(of),
+                    works=tuple(works), flops=needed * plan.num_microbatches * plan.layout.dp)
 
 
 def predict(
     plan: Plan, card: Card, batches: Sequence[Microbatch], *, per_node: int, chunks: int = 1
 ) -> StepTime:
     """A step of these microbatches, in turn; `chunks` of cross-entropy."""
-    works = [chunk_work(plan, parts(plan, card, one, per_node=per_node, chunks=chunks), card)
-             for one in batches]
+    of = [parts(plan, card, one, per_node=per_node, chunks=chunks) for one in batches]
     stages = [rank_memory(plan, stage) for stage in range(plan.layout.pp)]
-    return step_time(plan, works, stages, card, batches, per_node=per_node)
+    return step_time(plan, of, stages, card, batches, per_node=per_node)
 
 
 # ---- computation -------------------------------------------------------------------------------

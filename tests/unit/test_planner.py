@@ -26,6 +26,7 @@ from megatron_vl.planner.search import Choice, Question, _splits, parts_of
 from megatron_vl.planner.space import options_of
 from megatron_vl.planner.step_time import StepTime, chunk_work, predict
 from megatron_vl.planner.work import Work
+from megatron_vl.training.rows import DataRows, RowSample
 
 GIB = 2**30
 # What the H200 of docs/benchmarks.md reached in a run with torch's own attention and layers.
@@ -125,6 +126,24 @@ def test_samples_that_are_described_fill_rows(hf_dir, capsys, words, told):
     assert told in said(capsys, "plan", hf_dir, "--gpus", 1, *words)
 
 
+def test_rows_that_differ_are_simulated_one_by_one(model):
+    images, text = (RowSample(tokens=2048, trained=2048, grids=((1, 64, 64),) * number)
+                    for number in (2, 0))
+    question = Question(
+        hf_dir=model("2B"), gpus=2, per_node=2, card=CARDS["h100-80g"],
+        options={"global_batch_size": 8, "seq_length": 2048},
+        data=DataRows(rows=((images,), (text,)) * 8, source="pages"))
+    plan = question.plan(pipeline_model_parallel_size=2)
+    (batches,) = question.microbatches(plan)
+    assert [one.images for one in batches] == [2, 0] * 4
+    apart, alike = (predict(plan, question.card, those, per_node=2).seconds
+                    for those in (batches, [question.microbatch(plan)]))
+    assert apart > 1.02 * alike
+    # Two replicas have rows of their own, two at a time.
+    replicas = question.microbatches(question.plan(micro_batch_size=2))
+    assert [[one.images for one in batches] for batches in replicas] == [[2, 2], [2, 2]]
+
+
 def test_rows_of_less_work_take_less_time(hf_dir, capsys):
     def tokens_a_second(*words: object) -> float:
         text = said(capsys, "plan", hf_dir, "--gpus", 1, *words)
@@ -221,7 +240,8 @@ def test_of_steps_that_are_alike_the_one_that_waits_less_comes_first(model):
 
     def choice(seconds: float, busy: float) -> Choice:
         pipeline = Pipeline(ends=(seconds,), busy=(busy,), timeline=())
-        step = StepTime(pipeline=pipeline, seconds=seconds, ends=(seconds,), works=(), flops=1)
+        step = StepTime(pipeline=pipeline, seconds=seconds, ends=(seconds,), parts=(), works=(),
+                        flops=1)
         return Choice(options={}, plan=plan, stages=(), step=step)
 
     waits, works, slow = choice(1.0, 0.5), choice(1.002, 0.9), choice(1.1, 1.1)
