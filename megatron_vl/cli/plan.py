@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from megatron_vl.cli.lint import AS_IN_TRAINING
 from megatron_vl.errors import Bounds, InputError
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import load_spec
-from megatron_vl.outputs import replacing_file, with_suffix
+from megatron_vl.outputs import check_writable, replacing_file, with_suffix
+from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.config_sources import add_some_arguments
 from megatron_vl.training.options.groups import (
     BatchOptions,
@@ -30,7 +32,7 @@ OPTIONS = {  # of a run, whatever its layout is
 }
 LEAST_ROWS = 64  # of a step, where nothing says how many
 TEXT_TOKENS = 256  # of a sample beside its images, where nothing says how many
-MOST = 2**16  # cards
+MOST = 2**16  # cards, images of a sample, pixels of a side
 
 
 def add_parser(commands) -> None:
@@ -89,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = None if args.out is None else with_suffix(args.out, (".yaml", ".yml"), "--out")
     page = None if args.page is None else with_suffix(args.page, (".html", ".htm"), "--page")
+    for option, path in (("--out", out), ("--page", page)):
+        if path is not None:  # before minutes of search
+            check_writable(path.absolute().parent, f"{option} {path}")
     question = _question(args)
     if args.trace:  # what no layout could mend, before they are searched
         check_trace(replace(question, gpus=1).plan(), ())
@@ -100,14 +105,16 @@ def run(args: argparse.Namespace) -> int:
     print(answer(question, found))
     if args.trace:
         print("", *traced, sep="\n")
+    files = []
     if out is not None:
-        with replacing_file(out) as file:
-            file.write_text(yaml_text(question, found.best[0]), encoding="utf-8")
-        print(f"\nthe options of the first are in {out}")
+        files.append((out, yaml_text(question, found.best[0]), "the options of the first are in"))
     if page is not None:
-        with replacing_file(page) as file:
-            file.write_text(page_text(question, found), encoding="utf-8")
-        print(f"\nthe page is {page}")
+        files.append((page, page_text(question, found), "the page is"))
+    with ExitStack() as pending:  # both or none
+        for path, text, _ in files:
+            pending.enter_context(replacing_file(path)).write_text(text, encoding="utf-8")
+    for path, _, words in files:
+        print(f"\n{words} {path}")
     return 0
 
 
@@ -116,10 +123,14 @@ def _question(args: argparse.Namespace):
     from megatron_vl.planner.microbatch import IMAGE_TOKENS
     from megatron_vl.planner.search import Question
 
-    for name, least in (("gpus", 1), ("gpus_per_node", 1), ("image_tokens", 1),
-                        ("images_per_sample", 0), ("text_tokens", 1)):
+    tokens = BOUNDS["seq_length"]
+    for name, bounds in {
+        "gpus": Bounds(least=1, most=MOST), "gpus_per_node": Bounds(least=1, most=MOST),
+        "image_tokens": tokens, "text_tokens": tokens,
+        "images_per_sample": Bounds(least=0, most=MOST),
+    }.items():
         if getattr(args, name) is not None:
-            Bounds(least=least, most=MOST).check(_flag(name), getattr(args, name))
+            bounds.check(_flag(name), getattr(args, name))
     spec = load_spec(args.hf_dir)
     _check_data(args, spec)
     if args.image_tokens is not None and spec.vision is None:
@@ -155,6 +166,8 @@ def _check_data(args: argparse.Namespace, spec) -> None:
     given += [_flag(sample[0])] if sample else []
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} both say what rows hold; give one of them.")
+    if args.dataset is not None and not args.dataset.strip():
+        raise InputError("--dataset is empty; give prepared data, as --train-data-path takes them.")
     if not sample:
         return
     if spec.vision is None and (args.images_per_sample or args.image_size):

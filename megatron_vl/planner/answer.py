@@ -27,8 +27,9 @@ def answer(question: Question, found: Found) -> str:
         "\n".join(aligned(choice_rows(question, found.best))),
         "\n".join(aligned(stage_rows(first))),
         "\n".join(aligned(_memory(question, first))),
-        "run the first (in the launcher scripts, these variables):",
+        "run the first:",
         command(question, first),
+        "or, with a launcher script, its variables:",
         script_variables(question, first),
         WARNING,
     ]
@@ -55,10 +56,10 @@ def head_lines(question: Question, found: Found) -> list[str]:
     return [
         f"{plan.spec.model_type} on {question.gpus} x {card.name}, {nodes} "
         f"node{'s' * (nodes > 1)}: a run may fill {card.room / GIB:.1f} GiB of a card",
-        f"{plan.config.batch.global_batch_size} rows of {plan.row_length} tokens a step",
+        f"{plan.config.batch.global_batch_size:,} rows of {plan.row_length:,} tokens a step",
         *_rows(question, plan),
         *_offloaded(found.best[0]),
-        f"{found.fit} ways to run fit, {fell} do not{':' * (fell > 0)}",
+        f"{found.fit:,} ways to run fit, {fell:,} do not{':' * (fell > 0)}",
         *(f"  {number:6,} {reason}" for reason, number in found.fell.most_common()),
     ]
 

@@ -60,7 +60,7 @@ def begun_with(config: TrainConfig, given: Collection[str], ranks: int) -> Chose
     except InputError as error:
         raise InputError(
             f"--layout auto keeps the layout of {info.path}, and {ranks} ranks cannot have it: "
-            f"{error} Say another layout by its options."
+            f"{error} For another layout, give its options in place of --layout auto."
         ) from None
     return Chosen(options=options, why=f"layout auto: {layout}, as {info.path} was trained")
 
@@ -96,7 +96,7 @@ def choose(config: TrainConfig, given: Collection[str], card: Card, *, ranks: in
     assert {*best.options} <= {*LAYOUT, *BESIDE}, "a resumed run would not keep it"
     return Chosen(
         options={name: value for name, value in best.options.items() if name not in given},
-        why=f"layout auto: {best.plan.layout}, by prediction the fastest of {found.fit} ways to "
+        why=f"layout auto: {best.plan.layout}, by prediction the fastest of {found.fit:,} ways to "
             f"run that fit {ranks} x {card.name}: {best.tokens_per_second:,.0f} tokens/s, "
             f"{best.worst.bytes / GIB:.2f} of {card.room / GIB:.2f} GiB on the fullest rank",
     )

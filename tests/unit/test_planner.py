@@ -82,10 +82,13 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
     (["--gpus", 8, "--quantize-base", "nf4"], ["quantize-base is about an adapter"]),
     (["--gpus", 8, "--out", "plan.txt"], ["--out plan.txt ends in .txt"]),
     (["--gpus", 8, "--page", "plan.txt"], ["--page plan.txt ends in .txt"]),
+    (["--gpus", 8, "--out", "README.md/x.yaml"], ["--out README.md/x.yaml cannot .* is a file"]),
+    (["--gpus", 8, "--page", "README.md/a/x"], ["--page README.md/a/x.html cannot .* is a file"]),
     (["--gpus", 8, "--images-per-sample", 2], ["need one another; give both"]),
     (["--gpus", 8, "--dataset", "x", "--image-tokens", 9], ["both say what rows hold"]),
     (["--gpus", 8, "--dataset", "no/such"], ["no/such"]),
-    (["--gpus", 8, "--text-tokens", 4000], ["a sample of 4000 tokens fits no row; raise"]),
+    (["--gpus", 8, "--dataset", " "], ["--dataset is empty; give prepared data"]),
+    (["--gpus", 8, "--text-tokens", 100_000], ["a sample of 100000 tokens fits no row; raise"]),
 ])
 def test_what_cannot_be_is_refused_in_a_sentence(model, capsys, words, told):
     text = said(capsys, "plan", model("7B"), *words, code=2)
@@ -202,9 +205,10 @@ def test_what_was_measured_takes_the_place_of_the_shares(tmp_path):
 
 @pytest.mark.parametrize(("written", "told"), [
     ({"rates": {"products": [[2, 1], [1, 1]]}}, "the sizes of rates.products are .2.0, 1.0.; let"),
-    ({"rates": {"products": []}}, "rates.products is "),
+    ({"rates": {"products": []}}, "rates.products is ..: it must have at least 1 item, not 0"),
     ({"rates": {"products": [[1, 0]]}}, "rates.products.0.1 is 0"),
-    ({"rates": {"matmul": [[1, 1]]}}, "rates.matmul is "),
+    ({"rates": {"matmul": [[1, 1]]}}, "rates.matmul is .*: no key of this name is known"),
+    ({"name": "a\nb"}, "name is .*: it must be words of one line"),
     ({"like": "h200"}, "has like, but --gpu says which card; leave it out"),
     ({"memory_share": 2}, "memory_share is 2"),
 ])
