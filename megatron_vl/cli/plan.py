@@ -30,6 +30,9 @@ OPTIONS = {  # of a run, whatever its layout is
     ModelRunOptions: ("freeze_vit", "freeze_merger", "freeze_llm"),
     OptimizerOptions: ("grad_reduce_in_bf16",),
 }
+# Of planner.cards, which takes longer to import than to say its names.
+CARD_NAMES = ("h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, 16g, or a "
+              "FILE.json")
 LEAST_ROWS = 64  # of a step, where nothing says how many
 TEXT_TOKENS = 256  # of a sample beside its images, where nothing says how many
 MOST = 2**16  # cards, images of a sample, pixels of a side
@@ -45,8 +48,7 @@ def add_parser(commands) -> None:
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="directory with config.json")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="cards of the run")
     parser.add_argument("--gpu", default="h100-80g", metavar="CARD",
-                        help="h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, "
-                        "16g, or a FILE.json with numbers of your own (default: h100-80g)")
+                        help=f"{CARD_NAMES} with numbers of your own (default: h100-80g)")
     parser.add_argument("--calibrate", type=Path, metavar="FILE.json",
                         help="what was measured on such a card, in place of the shares of its "
                         "data sheet; toolkits/gpu/check.sh writes one")
@@ -81,8 +83,8 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megatron_vl.planner.advice import nothing_fits
     from megatron_vl.planner.answer import answer, yaml_text
+    from megatron_vl.planner.nothing_fits import nothing_fits
     from megatron_vl.planner.page import page_text
     from megatron_vl.planner.search import search
     from megatron_vl.training.dry_run import aligned

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 
 from megatron_vl.errors import InputError
-from megatron_vl.planner.advice import nothing_fits
 from megatron_vl.planner.cards import Card
+from megatron_vl.planner.nothing_fits import nothing_fits
 from megatron_vl.planner.search import Question, search
 from megatron_vl.training.checkpoint.start import hf_directory, source_of, weights_alone
 from megatron_vl.training.dry_run import GIB

@@ -15,6 +15,7 @@ from test_docs import CODE, tables
 from true_sizes import write
 
 from megatron_vl.cli.main import run
+from megatron_vl.cli.plan import CARD_NAMES
 from megatron_vl.models.registry import load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.planner.balance import balanced
@@ -246,6 +247,7 @@ def test_the_page_has_the_numbers_of_every_card_and_share():
         (name, card.memory_gb, card.peak_tflops, card.memory_tb_s, card.node_gb_s,
          card.network_gb_s) for name, card in CARDS.items()
     ]
+    assert f"{', '.join(CARDS)}, or a FILE.json" == CARD_NAMES
     card = CARDS["h100-80g"]
     told = {name: float(value) for row in shares[1:]
             for name, value in zip(CODE.findall(row[0]), row[1].split(", "), strict=True)}
