@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import yaml
 
 from megatron_vl.parallel.stages import WORDS
+from megatron_vl.planner.cards import GB
 from megatron_vl.planner.commands import command, run_options, script_variables
 from megatron_vl.planner.microbatch import image_grid, most_patches, row_patches
 from megatron_vl.planner.search import Choice, Found, Question
@@ -55,7 +56,8 @@ def head_lines(question: Question, found: Found) -> list[str]:
     fell = sum(found.fell.values())
     return [
         f"{plan.spec.model_type} on {question.gpus} x {card.name}, {nodes} "
-        f"node{'s' * (nodes > 1)}: a run may fill {card.room / GIB:.1f} GiB of a card",
+        f"node{'s' * (nodes > 1)}",
+        f"a run may fill {card.room / GIB:.1f} of a card's {card.memory_gb * GB / GIB:.1f} GiB",
         f"{plan.config.batch.global_batch_size:,} rows of {plan.row_length:,} tokens a step",
         *_rows(question, plan),
         *_offloaded(found.best[0]),

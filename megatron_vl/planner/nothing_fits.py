@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_vl.errors import InputError
+from megatron_vl.planner.commands import flags
 from megatron_vl.planner.search import Choice, Found, Question, fits_any
 from megatron_vl.training.dry_run import GIB
 
-RANK = 16  # of the adapter that is tried
+ADAPTERS = ({"lora_rank": 16}, {"lora_rank": 16, "quantize_base": "nf4"})  # that are tried
 MOST_TIMES = 64  # as many cards are tried
 
 
@@ -44,9 +45,11 @@ def _said(choice: Choice) -> str:
 
 
 def _helps(question: Question, more: str) -> Iterator[str]:
-    adapter = replace(question, options=question.options | {"lora_rank": RANK})
-    if "lora_rank" not in question.options and _would_fit(adapter):
-        yield f"--lora-rank {RANK}"
+    for adapter in ADAPTERS:
+        added = {name: adapter[name] for name in adapter if name not in question.options}
+        if added and _would_fit(replace(question, options=question.options | added)):
+            yield " ".join(flags(added))
+            break
     times = 2
     while times <= MOST_TIMES:
         gpus = question.gpus * times

@@ -75,7 +75,9 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
 
 @pytest.mark.parametrize(("words", "told"), [
     (["--gpus", 1, "--gpu", "24g"], [r"TP1xPP1xDP1 .* comes closest", r"--gpus 16 would fit",
-                                     r"--lora-rank 16"]),
+                                     r"--lora-rank 16 or"]),
+    (["--gpus", 1, "--gpu", "16g"], [r"--lora-rank 16 --quantize-base nf4 or --gpus \d+ would"]),
+    (["--gpus", 1, "--gpu", "16g", "--lora-rank", 8], [r"; --quantize-base nf4 or --gpus 2 would"]),
     (["--gpus", 12], ["--gpus 12 is not a multiple of the 8 cards of a node"]),
     (["--gpus", 0], ["--gpus is 0"]),
     (["--gpus", 1, "--gpu", "h300"], ["--gpu h300 is no card .* did you mean h200?"]),
@@ -164,6 +166,7 @@ def test_a_page_draws_every_stage_and_all_of_the_layouts(model, tmp_path, capsys
                  re.findall(r"M([\d.]+) [\d.]+h([\d.]+)v", drawing)]
         assert drawn and all(62 <= left < right <= 1048.2 for left, right in drawn)
     assert "s are left out" in page  # of so many microbatches the middle
+    assert ("are microbatches" in page) == ('class="on' in timeline)
     assert page.count("<circle") == 10 and "<script" not in page
     command = re.search(r"^megatron-vl train .*", text, re.M)[0]
     assert html.escape(command, quote=True) in page
