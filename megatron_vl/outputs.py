@@ -139,6 +139,22 @@ def with_suffix(path: str | Path, suffixes: Sequence[str], option: str) -> Path:
     return path
 
 
+def check_writable(folder: Path, what: str) -> None:
+    """Whether files can be made in `folder`, which need not be there yet; makes nothing.
+
+    Args:
+        what: the option that names it, and its value.
+
+    Raises:
+        InputError: they cannot.
+    """
+    folder = folder.absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise InputError(f"{what} cannot be made: {there} {why}; give another.")
+
+
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """A new file beside `path`, with its suffix, that replaces it when the block ends.

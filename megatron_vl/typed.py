@@ -7,6 +7,7 @@ hundredths of a second: commands that do not read such files do not.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +96,7 @@ def _adapter(kind: Any) -> TypeAdapter:
 _WANTED = {
     "model_type": "it must be a table", "dict_type": "it must be a table",
     "list_type": "it must be a list", "tuple_type": "it must be a list",
-    "string_unicode": "UTF-8 cannot write it",
+    "string_unicode": "UTF-8 cannot write it", "extra_forbidden": "no key of this name is known",
 }  # fmt: skip
 
 
@@ -103,5 +104,6 @@ def _fault(fault: dict, at: str) -> str:
     where = ".".join(filter(None, (at, *(shown(str(key)) for key in fault["loc"])))) or "it"
     if fault["type"] == "missing":
         return f"{where} is missing"
-    said = fault["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+    said = re.sub(r"^\w+ should", "it must", fault["msg"].removeprefix("Value error, "))
+    said = said.replace(" after validation", "")
     return f"{where} is {shown(repr(fault['input']))}: {_WANTED.get(fault['type'], said)}"

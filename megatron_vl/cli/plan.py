@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from megatron_vl.cli.lint import AS_IN_TRAINING
 from megatron_vl.errors import Bounds, InputError
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import load_spec
-from megatron_vl.outputs import replacing_file, with_suffix
+from megatron_vl.outputs import check_writable, replacing_file, with_suffix
+from megatron_vl.training.options.bounds import BOUNDS
 from megatron_vl.training.options.config_sources import add_some_arguments
 from megatron_vl.training.options.groups import (
     BatchOptions,
@@ -28,9 +30,12 @@ OPTIONS = {  # of a run, whatever its layout is
     ModelRunOptions: ("freeze_vit", "freeze_merger", "freeze_llm"),
     OptimizerOptions: ("grad_reduce_in_bf16",),
 }
+# Of planner.cards, which takes longer to import than to say its names.
+CARD_NAMES = ("h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, 16g, or a "
+              "FILE.json")
 LEAST_ROWS = 64  # of a step, where nothing says how many
 TEXT_TOKENS = 256  # of a sample beside its images, where nothing says how many
-MOST = 2**16  # cards
+MOST = 2**16  # cards, images of a sample, pixels of a side
 
 
 def add_parser(commands) -> None:
@@ -43,8 +48,7 @@ def add_parser(commands) -> None:
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="directory with config.json")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="cards of the run")
     parser.add_argument("--gpu", default="h100-80g", metavar="CARD",
-                        help="h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, "
-                        "16g, or a FILE.json with numbers of your own (default: h100-80g)")
+                        help=f"{CARD_NAMES} with numbers of your own (default: h100-80g)")
     parser.add_argument("--calibrate", type=Path, metavar="FILE.json",
                         help="what was measured on such a card, in place of the shares of its "
                         "data sheet; toolkits/gpu/check.sh writes one")
@@ -79,8 +83,8 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megatron_vl.planner.advice import nothing_fits
     from megatron_vl.planner.answer import answer, yaml_text
+    from megatron_vl.planner.nothing_fits import nothing_fits
     from megatron_vl.planner.page import page_text
     from megatron_vl.planner.search import search
     from megatron_vl.training.dry_run import aligned
@@ -89,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = None if args.out is None else with_suffix(args.out, (".yaml", ".yml"), "--out")
     page = None if args.page is None else with_suffix(args.page, (".html", ".htm"), "--page")
+    for option, path in (("--out", out), ("--page", page)):
+        if path is not None:  # before minutes of search
+            check_writable(path.absolute().parent, f"{option} {path}")
     question = _question(args)
     if args.trace:  # what no layout could mend, before they are searched
         check_trace(replace(question, gpus=1).plan(), ())
@@ -100,14 +107,16 @@ def run(args: argparse.Namespace) -> int:
     print(answer(question, found))
     if args.trace:
         print("", *traced, sep="\n")
+    files = []
     if out is not None:
-        with replacing_file(out) as file:
-            file.write_text(yaml_text(question, found.best[0]), encoding="utf-8")
-        print(f"\nthe options of the first are in {out}")
+        files.append((out, yaml_text(question, found.best[0]), "the options of the first are in"))
     if page is not None:
-        with replacing_file(page) as file:
-            file.write_text(page_text(question, found), encoding="utf-8")
-        print(f"\nthe page is {page}")
+        files.append((page, page_text(question, found), "the page is"))
+    with ExitStack() as pending:  # both or none
+        for path, text, _ in files:
+            pending.enter_context(replacing_file(path)).write_text(text, encoding="utf-8")
+    for path, _, words in files:
+        print(f"\n{words} {path}")
     return 0
 
 
@@ -116,10 +125,14 @@ def _question(args: argparse.Namespace):
     from megatron_vl.planner.microbatch import IMAGE_TOKENS
     from megatron_vl.planner.search import Question
 
-    for name, least in (("gpus", 1), ("gpus_per_node", 1), ("image_tokens", 1),
-                        ("images_per_sample", 0), ("text_tokens", 1)):
+    tokens = BOUNDS["seq_length"]
+    for name, bounds in {
+        "gpus": Bounds(least=1, most=MOST), "gpus_per_node": Bounds(least=1, most=MOST),
+        "image_tokens": tokens, "text_tokens": tokens,
+        "images_per_sample": Bounds(least=0, most=MOST),
+    }.items():
         if getattr(args, name) is not None:
-            Bounds(least=least, most=MOST).check(_flag(name), getattr(args, name))
+            bounds.check(_flag(name), getattr(args, name))
     spec = load_spec(args.hf_dir)
     _check_data(args, spec)
     if args.image_tokens is not None and spec.vision is None:
@@ -155,6 +168,8 @@ def _check_data(args: argparse.Namespace, spec) -> None:
     given += [_flag(sample[0])] if sample else []
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} both say what rows hold; give one of them.")
+    if args.dataset is not None and not args.dataset.strip():
+        raise InputError("--dataset is empty; give prepared data, as --train-data-path takes them.")
     if not sample:
         return
     if spec.vision is None and (args.images_per_sample or args.image_size):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from megatron_vl.cli.plan import CARD_NAMES
 from megatron_vl.errors import FAILURE_FILE, Bounds, InputError
 from megatron_vl.launch.cluster import (
     MACHINE,
@@ -31,7 +32,6 @@ from megatron_vl.training.options.config_sources import (
     load_config,
 )
 
-CARDS = "h200, h100-80g, a100-80g, a100-40g, a800, mi300x, 910b, l40s, 24g, 16g, or a FILE.json"
 NODES = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 AUTO = "auto"
 LAYOUT_FLAGS = ("layout", "gpu")
@@ -67,7 +67,7 @@ def add_parser(commands) -> None:
     )
     layout.add_argument(
         "--gpu", metavar="CARD",
-        help=f"the card that layout auto and the prediction count with: {CARDS} "
+        help=f"the card that layout auto and the prediction count with: {CARD_NAMES} "
         "(default: this machine's, by its name)",
     )
     launch = parser.add_argument_group("Processes of this node, when torchrun did not start them.")
@@ -248,7 +248,7 @@ def _card(args: argparse.Namespace):
     if card is None:
         raise InputError(
             f"--layout auto counts with a card's numbers, and this machine's {name} is none that "
-            f"is known; give --gpu {CARDS}.")
+            f"is known; give --gpu {CARD_NAMES}.")
     return card
 
 

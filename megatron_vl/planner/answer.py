@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import yaml
 
 from megatron_vl.parallel.stages import WORDS
+from megatron_vl.planner.cards import GB
 from megatron_vl.planner.commands import command, run_options, script_variables
 from megatron_vl.planner.microbatch import image_grid, most_patches, row_patches
 from megatron_vl.planner.search import Choice, Found, Question
@@ -27,8 +28,9 @@ def answer(question: Question, found: Found) -> str:
         "\n".join(aligned(choice_rows(question, found.best))),
         "\n".join(aligned(stage_rows(first))),
         "\n".join(aligned(_memory(question, first))),
-        "run the first (in the launcher scripts, these variables):",
+        "run the first:",
         command(question, first),
+        "or, with a launcher script, its variables:",
         script_variables(question, first),
         WARNING,
     ]
@@ -54,11 +56,12 @@ def head_lines(question: Question, found: Found) -> list[str]:
     fell = sum(found.fell.values())
     return [
         f"{plan.spec.model_type} on {question.gpus} x {card.name}, {nodes} "
-        f"node{'s' * (nodes > 1)}: a run may fill {card.room / GIB:.1f} GiB of a card",
-        f"{plan.config.batch.global_batch_size} rows of {plan.row_length} tokens a step",
+        f"node{'s' * (nodes > 1)}",
+        f"a run may fill {card.room / GIB:.1f} of a card's {card.memory_gb * GB / GIB:.1f} GiB",
+        f"{plan.config.batch.global_batch_size:,} rows of {plan.row_length:,} tokens a step",
         *_rows(question, plan),
         *_offloaded(found.best[0]),
-        f"{found.fit} ways to run fit, {fell} do not{':' * (fell > 0)}",
+        f"{found.fit:,} ways to run fit, {fell:,} do not{':' * (fell > 0)}",
         *(f"  {number:6,} {reason}" for reason, number in found.fell.most_common()),
     ]
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 
 from megatron_vl.errors import InputError
-from megatron_vl.planner.advice import nothing_fits
 from megatron_vl.planner.cards import Card
+from megatron_vl.planner.nothing_fits import nothing_fits
 from megatron_vl.planner.search import Question, search
 from megatron_vl.training.checkpoint.start import hf_directory, source_of, weights_alone
 from megatron_vl.training.dry_run import GIB
@@ -60,7 +60,7 @@ def begun_with(config: TrainConfig, given: Collection[str], ranks: int) -> Chose
     except InputError as error:
         raise InputError(
             f"--layout auto keeps the layout of {info.path}, and {ranks} ranks cannot have it: "
-            f"{error} Say another layout by its options."
+            f"{error} For another layout, give its options in place of --layout auto."
         ) from None
     return Chosen(options=options, why=f"layout auto: {layout}, as {info.path} was trained")
 
@@ -96,7 +96,7 @@ def choose(config: TrainConfig, given: Collection[str], card: Card, *, ranks: in
     assert {*best.options} <= {*LAYOUT, *BESIDE}, "a resumed run would not keep it"
     return Chosen(
         options={name: value for name, value in best.options.items() if name not in given},
-        why=f"layout auto: {best.plan.layout}, by prediction the fastest of {found.fit} ways to "
+        why=f"layout auto: {best.plan.layout}, by prediction the fastest of {found.fit:,} ways to "
             f"run that fit {ranks} x {card.name}: {best.tokens_per_second:,.0f} tokens/s, "
             f"{best.worst.bytes / GIB:.2f} of {card.room / GIB:.2f} GiB on the fullest rank",
     )

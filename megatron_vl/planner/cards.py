@@ -13,12 +13,12 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, create_model
+from pydantic import AfterValidator, Field, create_model
 
 from megatron_vl.errors import InputError
 from megatron_vl.planner.rates import Rates, rate_at
 from megatron_vl.platform.peaks import peak_tflops
-from megatron_vl.typed import Positive, Shape, read_file
+from megatron_vl.typed import Name, Positive, Shape, read_file
 
 UNMEASURED = Rates()
 GB, TERA = 10**9, 10**12
@@ -134,6 +134,14 @@ DEVICES = {
     "16g": r"NVIDIA GeForce RTX 4080",
 }
 SHARES = ("usable_memory", "matrix_share", "attention_share", "memory_share", "link_share")
+
+
+def _line(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("it must be words of one line")
+    return text
+
+
 _Point = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 _Points = Annotated[list[_Point], Field(min_length=1)]
 _RATES = create_model(
@@ -141,7 +149,7 @@ _RATES = create_model(
     **{one.name: (_Points | None, None) for one in fields(Rates)},
 )
 _KINDS = dict.fromkeys(SHARES, Share) | {
-    "name": str, "host_runs_ahead": bool, "rates": _RATES}
+    "name": Annotated[Name, AfterValidator(_line)], "host_runs_ahead": bool, "rates": _RATES}
 _File = create_model(
     "_File", __base__=Shape,
     __cls_kwargs__={"extra": "forbid"},

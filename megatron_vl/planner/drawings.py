@@ -116,21 +116,22 @@ def timeline(choice: Choice) -> str:
                     gap = min(0.6, (right - left) / 8)  # so that neighbours are told apart
                     shapes.add(TIMES[f"{part}, {kind}"], left, y, right - left - gap, height - 2)
             if height > 15:
-                words += _numbered(one, axis.pieces(one.start, one.end), y + height / 2 + 2)
+                words += _numbered(one, axis.pieces(one.start, one.end), y + height / 2 + 2,
+                                   digits=len(str(choice.plan.num_microbatches)))
         for left, right in axis.pieces(step.pipeline.ends[stage], step.ends[stage]):
             shapes.add(TIMES["gradients and update"], left, y, right - left, height - 2)
     bottom = 8 + stages * height
     parts = [shapes.svg(), *words, *_stage_names(stages, height),
              *_ticks(axis, bottom, lambda value: f"{value:g} s")]
-    cut = ""
+    more = "<span>1, 2, . . . are microbatches</span>" if words else ""
     if axis.cut:
         middle = axis(axis.until) + GAP / 2
         parts.append(f'<text x="{middle:.1f}" y="{bottom / 2 + 8:.0f}" text-anchor="middle">'
                      f'. . .</text>')
-        cut = f"<span>. . . {axis.again - axis.until:.2f} s are left out</span>"
+        more += f"<span>. . . {axis.again - axis.until:.2f} s are left out</span>"
     colors = {name: color for name, color in TIMES.items()
               if color in shapes.paths or name == "waiting"}
-    return _drawing(bottom + 22, parts, "the pipeline of a step") + _legend(colors, cut)
+    return _drawing(bottom + 22, parts, "the pipeline of a step") + _legend(colors, more)
 
 
 def memory(choice: Choice, card: Card) -> str:
@@ -194,11 +195,13 @@ def _row_height(stages: int) -> int:
     return 22 if stages <= 16 else 14 if stages <= 32 else 9
 
 
-def _numbered(one: Ran, pieces: Iterable[tuple[float, float]], y: float) -> Iterator[str]:
-    """The number of a microbatch, from 1, where it has room."""
+def _numbered(
+    one: Ran, pieces: Iterable[tuple[float, float]], y: float, *, digits: int
+) -> Iterator[str]:
+    """The number of a microbatch, from 1, where one of so many digits has room."""
     number = str(one.operation.microbatch + 1)
     for left, right in pieces:
-        if right - left > 7 * len(number):
+        if right - left > 7 * digits:
             yield (f'<text class="on{" dark" * one.operation.backward}" '
                    f'x="{(left + right) / 2:.1f}" y="{y:.1f}" text-anchor="middle">{number}'
                    f'</text>')

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_vl.planner.advice import advice
 from megatron_vl.planner.cards import Card, card_of
-from megatron_vl.planner.hints import advice
 from megatron_vl.planner.microbatch import IMAGE_TOKENS, Microbatch, image_grid
 from megatron_vl.planner.step_time import StepTime, parts, step_time
 from megatron_vl.training.activations import cross_entropy_chunks

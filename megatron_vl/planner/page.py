@@ -33,7 +33,7 @@ def page_text(question: Question, found: Found) -> str:
         scatter(found.best) if len(found.best) > 1 else "",
         f"<h2>a step of the first: {escape(first.plan.layout)}</h2>\n",
         f"<p>{first.step.seconds:.2f} s, {first.plan.num_microbatches} microbatches"
-        f"{_chunks(first)}; the numbers are those of microbatches.</p>\n",
+        f"{_chunks(first)}.</p>\n",
         timeline(first),
         "<h2>its memory, by stage</h2>\n",
         memory(first, question.card),

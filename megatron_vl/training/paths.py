@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron_vl.data.options import TrainedText
 from megatron_vl.errors import InputError
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import family, load_spec
+from megatron_vl.outputs import check_writable
 from megatron_vl.training.checkpoint.export import HF
 from megatron_vl.training.checkpoint.start import hf_directory
 from megatron_vl.training.options.checkpoint import CheckpointOptions
@@ -63,15 +63,12 @@ def check_outputs(config: TrainConfig) -> None:
     ):
         if given is None:
             continue
-        folder = Path(given).absolute()
+        path = Path(given)
         if option.endswith("-file"):
-            if folder.is_dir():
+            if path.is_dir():
                 raise InputError(f"{option} {given} is a directory; give a file.")
-            folder = folder.parent
-        there = next(p for p in (folder, *folder.parents) if p.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            what = "may not be written to" if there.is_dir() else "is a file"
-            raise InputError(f"{option} {given} cannot be made: {there} {what}; give another.")
+            path = path.absolute().parent
+        check_writable(path, f"{option} {given}")
 
 
 def _check_export(options: CheckpointOptions) -> None:

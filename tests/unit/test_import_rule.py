@@ -67,7 +67,7 @@ LIGHT = (
     "training.reporting.report", "training.reporting.history", "training.reporting.page",
     "cli.main", "cli.cluster_env", "cli.convert", "cli.prepare", "cli.lint", "cli.plot",
     "cli.report",
-    "planner.search", "planner.answer", "planner.advice", "planner.auto", "cli.plan",
+    "planner.search", "planner.answer", "planner.nothing_fits", "planner.auto", "cli.plan",
     "cli.finetune", "cli.replay", "cli.tiny", "cli.train", "cli.chat", "cli.evaluate",
     "ask.answerer", "ask.checkpoint", "ask.dialogue", "ask.evaluate", "ask.page", "ask.terminal",
 )

@@ -15,6 +15,7 @@ from test_docs import CODE, tables
 from true_sizes import write
 
 from megatron_vl.cli.main import run
+from megatron_vl.cli.plan import CARD_NAMES
 from megatron_vl.models.registry import load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.planner.balance import balanced
@@ -75,7 +76,9 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
 
 @pytest.mark.parametrize(("words", "told"), [
     (["--gpus", 1, "--gpu", "24g"], [r"TP1xPP1xDP1 .* comes closest", r"--gpus 16 would fit",
-                                     r"--lora-rank 16"]),
+                                     r"--lora-rank 16 or"]),
+    (["--gpus", 1, "--gpu", "16g"], [r"--lora-rank 16 --quantize-base nf4 or --gpus \d+ would"]),
+    (["--gpus", 1, "--gpu", "16g", "--lora-rank", 8], [r"; --quantize-base nf4 or --gpus 2 would"]),
     (["--gpus", 12], ["--gpus 12 is not a multiple of the 8 cards of a node"]),
     (["--gpus", 0], ["--gpus is 0"]),
     (["--gpus", 1, "--gpu", "h300"], ["--gpu h300 is no card .* did you mean h200?"]),
@@ -83,10 +86,13 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
     (["--gpus", 8, "--quantize-base", "nf4"], ["quantize-base is about an adapter"]),
     (["--gpus", 8, "--out", "plan.txt"], ["--out plan.txt ends in .txt"]),
     (["--gpus", 8, "--page", "plan.txt"], ["--page plan.txt ends in .txt"]),
+    (["--gpus", 8, "--out", "README.md/x.yaml"], ["--out README.md/x.yaml cannot .* is a file"]),
+    (["--gpus", 8, "--page", "README.md/a/x"], ["--page README.md/a/x.html cannot .* is a file"]),
     (["--gpus", 8, "--images-per-sample", 2], ["need one another; give both"]),
     (["--gpus", 8, "--dataset", "x", "--image-tokens", 9], ["both say what rows hold"]),
     (["--gpus", 8, "--dataset", "no/such"], ["no/such"]),
-    (["--gpus", 8, "--text-tokens", 4000], ["a sample of 4000 tokens fits no row; raise"]),
+    (["--gpus", 8, "--dataset", " "], ["--dataset is empty; give prepared data"]),
+    (["--gpus", 8, "--text-tokens", 100_000], ["a sample of 100000 tokens fits no row; raise"]),
 ])
 def test_what_cannot_be_is_refused_in_a_sentence(model, capsys, words, told):
     text = said(capsys, "plan", model("7B"), *words, code=2)
@@ -179,6 +185,7 @@ def test_a_page_draws_every_stage_and_all_of_the_layouts(model, tmp_path, capsys
                  re.findall(r"M([\d.]+) [\d.]+h([\d.]+)v", drawing)]
         assert drawn and all(62 <= left < right <= 1048.2 for left, right in drawn)
     assert "s are left out" in page  # of so many microbatches the middle
+    assert ("are microbatches" in page) == ('class="on' in timeline)
     assert page.count("<circle") == 10 and "<script" not in page
     command = re.search(r"^megatron-vl train .*", text, re.M)[0]
     assert html.escape(command, quote=True) in page
@@ -221,9 +228,10 @@ def test_what_was_measured_takes_the_place_of_the_shares(tmp_path):
 
 @pytest.mark.parametrize(("written", "told"), [
     ({"rates": {"products": [[2, 1], [1, 1]]}}, "the sizes of rates.products are .2.0, 1.0.; let"),
-    ({"rates": {"products": []}}, "rates.products is "),
+    ({"rates": {"products": []}}, "rates.products is ..: it must have at least 1 item, not 0"),
     ({"rates": {"products": [[1, 0]]}}, "rates.products.0.1 is 0"),
-    ({"rates": {"matmul": [[1, 1]]}}, "rates.matmul is "),
+    ({"rates": {"matmul": [[1, 1]]}}, "rates.matmul is .*: no key of this name is known"),
+    ({"name": "a\nb"}, "name is .*: it must be words of one line"),
     ({"like": "h200"}, "has like, but --gpu says which card; leave it out"),
     ({"memory_share": 2}, "memory_share is 2"),
 ])
@@ -262,6 +270,7 @@ def test_the_page_has_the_numbers_of_every_card_and_share():
         (name, card.memory_gb, card.peak_tflops, card.memory_tb_s, card.node_gb_s,
          card.network_gb_s) for name, card in CARDS.items()
     ]
+    assert f"{', '.join(CARDS)}, or a FILE.json" == CARD_NAMES
     card = CARDS["h100-80g"]
     told = {name: float(value) for row in shares[1:]
             for name, value in zip(CODE.findall(row[0]), row[1].split(", "), strict=True)}
