@@ -189,11 +189,12 @@ class Layers:
     def combined(self) -> int:
         """At the end of the experts: what they give, one by one and together, and their tokens
         before these were sorted; or what they give twice, in fp32 and summed over those who share
-        them."""
+        them. Sorted tokens are alive by then too, whether they are kept or not."""
+        alive = self.dispatched * (not self.mlp_inputs)
         if self.sharing == 1:
-            return 3 * self.dispatched
+            return 3 * self.dispatched + alive
         whole = self.dispatched // self.itemsize * FP32
-        return 2 * self.dispatched + whole + whole // self.sharing
+        return 2 * self.dispatched + whole + whole // self.sharing + alive
 
     def _recomputes_last(self, chunk: int) -> bool:
         """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
@@ -244,7 +245,8 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
         queries=decoder.num_attention_heads * decoder.head_dim // tp,
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
         attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
-        inner=inner // tp, activation="swiglu", passing=4, biased=False, norms=1 + trained, norm_copies=5,
+        inner=inner // tp, activation="swiglu", passing=4, biased=False,
+        norms=1 + trained, norm_copies=5,
         dispatched=dispatched, sharing=layout.expert_tp, stacked=_stacked(plan),
     )
 
