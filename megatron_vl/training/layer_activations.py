@@ -164,15 +164,21 @@ class Layers:
             (self.combined + 2 * self.stream * self._recomputes_last(chunk))
             * bool(self.dispatched),
         )
-        again = 0
-        if selective:  # the norm before the MLP, and the activation and what it gave
+        attention = again = 0
+        if selective:
+            # The norm before either half is computed again, then the activation and what it gave,
+            # or attention, beside four gradients as wide, when what the MLP kept is gone.
             again = self.norm + 2 * self.inner_bytes
+            attention = (
+                self.norm + self.stream + (self.attended + 4) * self.tokens * self.queries
+                * self.itemsize - self.first - self.dispatched * self.mlp_inputs
+            )
         elif self._recomputes_last(chunk):
             uniform = self.recompute.method == "uniform"
             again = self.layer * (self.recompute.num_layers if uniform else 1)
         norm = self.norm_copies * self.stream // self.itemsize * FP32
         norm -= self.first + 2 * self.inner_bytes if selective else self.mlp
-        return again + max(mlp, norm)
+        return max(again + max(mlp, norm), attention)
 
     def forward(self, chunk: int) -> int:
         """What the forward of a layer needs beside what is kept.
