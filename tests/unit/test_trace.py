@@ -107,6 +107,8 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     ("baichuan_model_dir", 2, 0, TP),
     ("resampler_model_dir", 1, 0, {}),
     ("resampler_model_dir", 2, 0, TP),
+    # Off by more, with SELECTIVE: qk_norm over PP (gradients of the norms of queries and keys, 5 %
+    # low), text over PP4 (4 % high), the resampler over PP (it is priced as a merger, 17 % low).
 ], ids=str)
 def test_formulas_and_trace_agree(process, model, world, rank, options, request):
     plan = plan_of(request.getfixturevalue(model), world, **options)
