@@ -83,9 +83,13 @@ def activation_memory(
     given = [_given(plan) if vision and (stage, chunk) == (0, 0) else 0 for chunk in own]
     head = _head_weight(held) if stage == layout.pp - 1 else None
     embedding = _weight(held, EMBEDDING) if stage == embeds[0] else None
-    losses = in_vision = in_embedding = tied_gradient = 0
+    losses = in_vision = in_embedding = tied_gradient = left = 0
+    if (embedding is not None and not embedding.trained and language.adapted
+            and not (vision and vision.reached) and plan.num_microbatches > 1):
+        # What entered the layers last, and its gradient, until the next forward is over.
+        left = 2 * language.stream
     if head is not None:
-        losses = beside[-1] + kept[-1] + given[-1] + _head(plan, language, head, chunks)
+        losses = beside[-1] + kept[-1] + given[-1] + left + _head(plan, language, head, chunks)
         if embedding is not None and plan.spec.decoder.tie_word_embeddings and head.trained:
             tied_gradient = _gradient(head, itemsize)  # waits for the embedding's
         if embedding is not None and plan.recompute.granularity != "full":
@@ -93,7 +97,7 @@ def activation_memory(
     for chunk in own if vision else ():
         pixels = _pixels(plan, stage, chunk)
         in_vision = max(in_vision, beside[chunk] + vision.kept(chunk) + pixels + max(
-            vision.working(chunk) + tied_gradient, given[chunk] + vision.forward(chunk)))
+            vision.working(chunk), given[chunk] + vision.forward(chunk)))
     if embedding is not None and embedding.trained:
         chunk = embeds[1]
         in_embedding = (
@@ -107,7 +111,8 @@ def activation_memory(
         losses=losses,
         layer=max(
             beside[chunk] + kept[chunk]
-            + max(language.working(chunk) + tied_gradient, given[chunk] + language.forward(chunk))
+            + max(language.working(chunk) + tied_gradient,
+                  given[chunk] + left + language.forward(chunk))
             for chunk in own
         ),
         vision=in_vision, embedding=in_embedding,
@@ -203,7 +208,8 @@ def _merger(plan: Plan) -> int:
     if not trained and VISION in trainable.still:
         return 0
     inner = count_patches(plan) * vision.hidden_size * (1 + vision.num_features)  # of every merger
-    return inner * (FP32 + itemsize * trained) + inner * itemsize * (
+    norms = 1 + (vision.normalization == "RMSNorm") * trained
+    return inner * (FP32 * norms + itemsize * trained) + inner * itemsize * (
         1 + trained) // plan.layout.vit_tp
 
 

@@ -39,6 +39,7 @@ class Layers:
     inner: int  # F; of experts, of those a token goes to together
     activation: str  # of ACTIVATION_KEPT
     passing: int  # tensors [T, F] of the MLP's forward, at most at a time
+    biased: bool  # the linear layers of the MLP: its first one's output lies beside the sum
     norms: int  # fp32 tensors that a norm keeps: its input, and the normalised one if trained
     norm_copies: int  # such tensors in the backward of a norm
     trained: bool  # the weights of their own
@@ -71,7 +72,7 @@ class Layers:
         or of their factors.
         """
         inputs = self.trained or self.adapted
-        norms = 2 * self.stream // self.itemsize * FP32 * self.norms
+        norms = 2 * self.norm
         norms += self.stream * (inputs + (bool(self.dispatched) or self.mlp_inputs))
         attention = self.tokens * self.queries * self.itemsize * (self.attended + inputs)
         return norms + self._qk_norm + attention + self.mlp + self.adapter
@@ -97,9 +98,18 @@ class Layers:
         inputs = self.trained or self.adapted
         # With fewer keys than queries, these are copied when the projection is taken apart.
         projected = self.queries * (1 + inputs + (self.keys < self.queries)) + 2 * self.keys
-        first = self.inner_bytes * (2 if self.activation == "swiglu" else 1)
-        return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize + first
-                + self.dispatched * self.mlp_inputs + self.adapter)
+        return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize
+                + self.first + self.dispatched * self.mlp_inputs + self.adapter)
+
+    @property
+    def first(self) -> int:
+        """What the first linear layer gives."""
+        return self.inner_bytes * (2 if self.activation == "swiglu" else 1)
+
+    @property
+    def norm(self) -> int:
+        """What a norm keeps beside its output."""
+        return self.stream // self.itemsize * FP32 * self.norms
 
     @property
     def _qk_norm(self) -> int:
@@ -140,11 +150,12 @@ class Layers:
             return 0
         if not self.reached:
             return self.forward(chunk)
+        selective = self.recompute.granularity == "selective"
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
         mlp = 2 * self.stream + max(
             # What a linear layer kept for its weights or factors is gone by then.
-            (2 if self.mlp_inputs else 3) * self.inner_bytes,
+            (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
@@ -153,16 +164,21 @@ class Layers:
             (self.combined + 2 * self.stream * self._recomputes_last(chunk))
             * bool(self.dispatched),
         )
-        again = 0
-        if self.recompute.granularity == "selective":
-            again = self.layer - self.selective_layer
+        attention = again = 0
+        if selective:
+            # The norm before either half is computed again, then the activation and what it gave,
+            # or attention, beside four gradients as wide, when what the MLP kept is gone.
+            again = self.norm + 2 * self.inner_bytes
+            attention = (
+                self.norm + self.stream + (self.attended + 4) * self.tokens * self.queries
+                * self.itemsize - self.first - self.dispatched * self.mlp_inputs
+            )
         elif self._recomputes_last(chunk):
             uniform = self.recompute.method == "uniform"
             again = self.layer * (self.recompute.num_layers if uniform else 1)
         norm = self.norm_copies * self.stream // self.itemsize * FP32
-        if self.recompute.granularity != "selective":
-            norm -= self.mlp
-        return again + max(mlp, norm)
+        norm -= self.first + 2 * self.inner_bytes if selective else self.mlp
+        return max(again + max(mlp, norm), attention)
 
     def forward(self, chunk: int) -> int:
         """What the forward of a layer needs beside what is kept.
@@ -172,18 +188,19 @@ class Layers:
         """
         combined = (2 * self.stream + self.combined) * bool(self.dispatched)
         if self.reached and not self._recomputes_last(chunk):
-            return max(3 * self.stream, combined)
+            return max(3 * self.stream + self.first * self.biased, combined)
         return max(4 * self.stream + self.inner_bytes * self.passing, combined)
 
     @property
     def combined(self) -> int:
         """At the end of the experts: what they give, one by one and together, and their tokens
         before these were sorted; or what they give twice, in fp32 and summed over those who share
-        them."""
+        them. Sorted tokens are alive by then too, whether they are kept or not."""
+        alive = self.dispatched * (not self.mlp_inputs)
         if self.sharing == 1:
-            return 3 * self.dispatched
+            return 3 * self.dispatched + alive
         whole = self.dispatched // self.itemsize * FP32
-        return 2 * self.dispatched + whole + whole // self.sharing
+        return 2 * self.dispatched + whole + whole // self.sharing + alive
 
     def _recomputes_last(self, chunk: int) -> bool:
         """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
@@ -234,7 +251,8 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
         queries=decoder.num_attention_heads * decoder.head_dim // tp,
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
         attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
-        inner=inner // tp, activation="swiglu", passing=4, norms=1 + trained, norm_copies=5,
+        inner=inner // tp, activation="swiglu", passing=4, biased=False,
+        norms=1 + trained, norm_copies=5,
         dispatched=dispatched, sharing=layout.expert_tp, stacked=_stacked(plan),
     )
 
@@ -255,6 +273,7 @@ def vision_layers(plan: Plan, held: RankMemory) -> Layers | None:
         plan.split.layers(VISION, held.stage, chunk) for chunk in range(plan.layout.vp)
     ):
         return None
+    trained, rms = VISION not in plan.trainable.frozen, vision.normalization == "RMSNorm"
     # Frames of one size are a rectangle as they are.
     return _layers(
         plan, held, VISION, plan.vit_recompute, width=vision.hidden_size,
@@ -263,7 +282,7 @@ def vision_layers(plan: Plan, held: RankMemory) -> Layers | None:
         inner=vision.ffn_hidden_size // tp,
         activation="swiglu" if vision.gated else vision.activation,
         passing=6 if vision.gated else 4,  # a bias makes another tensor
-        norms=1, norm_copies=2,
+        biased=True, norms=1 + rms * trained, norm_copies=5 if rms else 2,
     )
 
 

@@ -17,11 +17,16 @@ from megatron_vl.training.trace.rank import measure, trace_rank
 HOST_BYTES = 16 * 1024  # places, lengths and positions, which on a CPU lie beside the device's
 TP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
 PP = dict(pipeline_model_parallel_size=2)
+PP4 = dict(pipeline_model_parallel_size=4)
 VP = dict(**PP, num_virtual_stages_per_pipeline_rank=2)
 CP = dict(context_parallel_size=2)
 SELECTIVE = dict(recompute_granularity="selective")
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+BLOCK = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
 LORA = dict(lora_rank=4)
+FP32 = dict(bf16=False)
+CHUNKS = dict(cross_entropy_chunks=4)
+TOWER_OVER_STAGES = dict(vit_pp_layers="1,1", pp_layers="0,4")
 TEXT, IMAGES, WINDOWS = "text_model_dir", "model_dir", "window_model_dir"
 
 
@@ -65,31 +70,47 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     assert 0 <= real.activation_bytes - traced.activation_bytes < HOST_BYTES
 
 
-@pytest.mark.parametrize(("model", "world", "rank", "options", "apart"), [
-    (TEXT, 2, 1, TP, 0.02),
-    (TEXT, 4, 0, TP | PP | dict(pp_layers="1,3"), 0.06),
-    (TEXT, 4, 3, TP | PP | dict(pp_layers="1,3"), 0.02),
-    (TEXT, 2, 0, VP, 0.05),
-    (TEXT, 2, 1, VP, 0.03),
-    (TEXT, 2, 1, CP, 0.02),
-    (TEXT, 1, 0, SELECTIVE, 0.02),
-    (TEXT, 2, 0, FULL | TP, 0.06),
-    (TEXT, 8, 5, LORA, 0.02),
-    (TEXT, 1, 0, LORA | dict(quantize_base="nf4"), 0.02),
-    (IMAGES, 2, 0, TP, 0.02),
-    (IMAGES, 2, 0, PP, 0.20),
-    (IMAGES, 2, 1, CP, 0.25),
-    (IMAGES, 2, 0, TP | dict(vit_data_parallel=True), 0.25),
-    (IMAGES, 1, 0, FULL, 0.02),
-    (WINDOWS, 1, 0, {}, 0.08),
-    ("qk_norm_model_dir", 2, 0, TP, 0.02),
-    ("baichuan_model_dir", 2, 0, TP, 0.05),
-    ("resampler_model_dir", 1, 0, {}, 0.08),
+@pytest.mark.parametrize(("model", "world", "rank", "options"), [
+    (TEXT, 1, 0, {}),
+    (TEXT, 1, 0, FP32),
+    (TEXT, 1, 0, CHUNKS),
+    (TEXT, 1, 0, SELECTIVE),
+    (TEXT, 1, 0, FULL | dict(recompute_num_layers=2)),
+    (TEXT, 1, 0, BLOCK),
+    (TEXT, 1, 0, LORA | FULL),
+    (TEXT, 1, 0, LORA | dict(quantize_base="nf4")),
+    (TEXT, 2, 1, TP),
+    (TEXT, 2, 0, FULL | TP),
+    (TEXT, 2, 1, CP),
+    (TEXT, 2, 0, PP | SELECTIVE),
+    (TEXT, 2, 0, PP | FULL),
+    (TEXT, 2, 0, VP),
+    (TEXT, 2, 1, VP),
+    (TEXT, 4, 0, TP | PP | dict(pp_layers="1,3")),
+    (TEXT, 4, 3, TP | PP | dict(pp_layers="1,3")),
+    (TEXT, 4, 0, PP4),
+    (TEXT, 4, 1, PP4),
+    (TEXT, 4, 2, PP4),
+    (TEXT, 8, 5, LORA),
+    (IMAGES, 1, 0, FULL),
+    (IMAGES, 1, 0, LORA | FULL),
+    (IMAGES, 2, 0, TP),
+    (IMAGES, 2, 0, TP | dict(vit_data_parallel=True)),
+    (IMAGES, 2, 0, PP),
+    (IMAGES, 2, 1, CP),
+    (IMAGES, 2, 0, PP | TOWER_OVER_STAGES),
+    (IMAGES, 2, 1, PP | TOWER_OVER_STAGES),
+    (WINDOWS, 1, 0, {}),
+    (WINDOWS, 2, 0, TP),
+    ("deepstack_model_dir", 2, 0, PP),
+    ("qk_norm_model_dir", 2, 0, TP),
+    ("baichuan_model_dir", 2, 0, TP),
+    ("resampler_model_dir", 1, 0, {}),
+    ("resampler_model_dir", 2, 0, TP),
+    # Off by more, with SELECTIVE: qk_norm over PP (gradients of the norms of queries and keys, 5 %
+    # low), text over PP4 (4 % high), the resampler over PP (it is priced as a merger, 17 % low).
 ], ids=str)
-def test_the_formulas_are_not_far_from_a_traced_rank(
-    process, model, world, rank, options, apart, request
-):
-    """`apart` is how far the formula of activations may be."""
+def test_formulas_and_trace_agree(process, model, world, rank, options, request):
     plan = plan_of(request.getfixturevalue(model), world, **options)
     traced = process["traced"].submit(trace_rank, plan, rank).result()
     held = rank_memory(plan, traced.stage)
@@ -100,7 +121,7 @@ def test_the_formulas_are_not_far_from_a_traced_rank(
     # Gaps between weights are in no rank's share.
     assert traced.optimizer_bytes == pytest.approx(held.optimizer_bytes, rel=0.005)
     predicted = activation_memory(plan, traced.stage, held=held).peak
-    assert predicted == pytest.approx(traced.activation_bytes, rel=apart)
+    assert predicted == pytest.approx(traced.activation_bytes, rel=0.03)
 
 
 @pytest.mark.parametrize(("model", "words", "told"), [

@@ -33,6 +33,7 @@ class ResampledVisionSpec:
     out_hidden_size: int  # E
     norm_eps: float
     activation: str = "gelu"
+    normalization: str = "LayerNorm"
     gated: bool = False
 
     def __post_init__(self) -> None:

@@ -19,8 +19,9 @@ SIDES = 8  # smallest images a side of an image: a row of the smallest alone has
 def full_batch(plan: Plan, pixels_on: torch.device | str | None) -> RowBatch:
     """A microbatch of `plan`.
 
-    Every row is two segments of different length. With a vision tower, as many images of 64 tokens
-    as fit into it, or within max-patches-per-row, stand at its start.
+    Every row is segments of two lengths that take turns, which attention copies into rectangles,
+    and a short one, for which the row as it was is kept as well. With a vision tower, as many
+    images of 64 tokens as fit into it, or within max-patches-per-row, stand at its start.
 
     Args:
         pixels_on: the device of `pixel_patches`; None: a stage that has none of them.
@@ -39,8 +40,8 @@ def full_batch(plan: Plan, pixels_on: torch.device | str | None) -> RowBatch:
             patches = rows * number * math.prod(grid)
             pixels = torch.empty(patches, spec.vision.patch_dim, device=pixels_on)
     axes = family(spec.model_type).positions(spec).axes
-    bounds = [0, *(at for row in range(rows)
-                   for at in (row * length + 3 * length // 4, (row + 1) * length))]
+    bounds = sorted({row * length + of_64 * length // 64
+                     for row in range(rows) for of_64 in (0, 18, 31, 49, 62, 64)})
     return RowBatch(
         tokens=tokens,
         labels=tokens,
