@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_vl.training.activations import activation_memory
-from megatron_vl.training.memory import rank_memory
 from megatron_vl.training.plan import Plan
+from megatron_vl.training.stage_memory import stage_memory
 from megatron_vl.training.trace.rank import trace
 
 GIB = 2**30
 
 
-def predicted_bytes(plan: Plan, stage: int) -> int:
-    """Of every rank of a stage, by the formulas."""
-    held = rank_memory(plan, stage)
-    return held.device_bytes + activation_memory(plan, stage, held=held).peak
-
-
 def telling_ranks(plan: Plan) -> list[int]:
     """The first rank of the first, a middle and the last stage, and of the fullest one."""
     pp = plan.layout.pp
-    fullest = max(range(pp), key=lambda stage: predicted_bytes(plan, stage))
+    fullest = max(range(pp), key=lambda stage: stage_memory(plan, stage).bytes)
     per_stage = plan.layout.world_size // pp
     return [stage * per_stage for stage in sorted({0, pp // 2, pp - 1, fullest})]
 
@@ -35,7 +28,7 @@ def trace_rows(plan: Plan, ranks: Sequence[int] = ()) -> list[tuple[str, ...]]:
     rows = [("traced, GiB", "stage", "weights", "gradients", "optimizer", "activations",
              "together", "predicted", "ratio", "seconds")]
     for one in trace(plan, ranks or telling_ranks(plan)):
-        predicted = predicted_bytes(plan, one.stage)
+        predicted = stage_memory(plan, one.stage).bytes
         numbers = (one.weight_bytes, one.gradient_bytes, one.optimizer_bytes, one.activation_bytes,
                    one.bytes, predicted)
         rows.append((f"rank {one.rank}", f"{one.stage}",
