@@ -82,7 +82,7 @@ def _rows(question: Question, plan: Plan) -> Iterator[str]:
         ))
     else:
         patches = row_patches(question.data)
-        yield f"times are of the mean row of {question.data.source}:"
+        yield f"times are of the rows of {question.data.source}; the mean row:"
         yield (f"  {row.samples:.1f} samples, {row.sample_tokens / row.tokens:.1%} full, "
                f"{row.trained / row.sample_tokens:.1%} of the tokens trained" + (
                    "" if vision is None else f", {row.images:.1f} images, {row.patches:,.0f} "

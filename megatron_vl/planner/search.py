@@ -36,7 +36,14 @@ from megatron_vl.planner.space import (
     layouts,
     options_of,
 )
-from megatron_vl.planner.step_time import Parts, StepTime, chunk_work, parts, step_time
+from megatron_vl.planner.step_time import (
+    Parts,
+    StepTime,
+    chunk_work,
+    needed_flops,
+    parts,
+    step_time,
+)
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import Plan, plan_run
 from megatron_vl.training.rows import DataRows
@@ -362,9 +369,10 @@ def _priced(question: Question, options: dict[str, object], plan: Plan, chunks: 
 def _timed(question: Question, fit: _Fit, memory: HeldMemory) -> Choice:
     plan, chunks = question.plan(**fit.options), memory.chunks(fit.plan)
     stages = tuple(memory.stage(plan, stage, chunks=chunks) for stage in range(plan.layout.pp))
-    # Replicas wait for the one whose rows take longest.
+    # Replicas wait for the one whose rows take longest; what all of them need is the mean's.
     step = max((_step(question, plan, batches, stages, chunks)
                 for batches in question.microbatches(plan)), key=lambda one: one.seconds)
+    step = replace(step, flops=needed_flops(plan, [question.microbatch(plan)]))
     offload = {name: question.options[name] for name in OFFLOAD if name in question.options}
     return Choice(options=fit.options | offload, plan=plan, stages=stages, step=step,
                   tokens=question.row.sample_tokens * plan.config.batch.global_batch_size)

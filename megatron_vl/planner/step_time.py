@@ -111,9 +111,14 @@ def step_time(
         update += card.host_memory_seconds(STEP_PASSES * held.host_bytes)
         ends.append(pipeline.ends[stage] + max(0.0, reduced) + links.tied(held) + update
                     + max(0.0, gathered))
-    needed = sum(one.needed for one in batches) / len(batches)
     return StepTime(pipeline=pipeline, seconds=max(ends), ends=tuple(ends), parts=tuple(of),
-                    works=tuple(works), flops=needed * plan.num_microbatches * plan.layout.dp)
+                    works=tuple(works), flops=needed_flops(plan, batches))
+
+
+def needed_flops(plan: Plan, batches: Sequence[Microbatch]) -> float:
+    """Of a step over all ranks, whose microbatches are these in turn."""
+    needed = sum(one.needed for one in batches) / len(batches)
+    return needed * plan.num_microbatches * plan.layout.dp
 
 
 def predict(

@@ -23,7 +23,7 @@ from megatron_vl.planner.cards import CARDS, calibrated, read_card
 from megatron_vl.planner.microbatch import Microbatch
 from megatron_vl.planner.rates import rate_at
 from megatron_vl.planner.schedule import Pipeline
-from megatron_vl.planner.search import Choice, Question, _splits, parts_of
+from megatron_vl.planner.search import Choice, Question, _splits, parts_of, search
 from megatron_vl.planner.space import options_of
 from megatron_vl.planner.step_time import StepTime, chunk_work, predict
 from megatron_vl.planner.work import Work
@@ -145,6 +145,10 @@ def test_rows_that_differ_are_simulated_one_by_one(model):
     apart, alike = (predict(plan, question.card, those, per_node=2).seconds
                     for those in (batches, [question.microbatch(plan)]))
     assert apart > 1.02 * alike
+    # What they need, to which MFU refers, is that of all rows, though a step takes fewer.
+    third = replace(question, data=DataRows(rows=((images,), (text,), (text,)) * 4, source="books"))
+    needed = search(third).best[0].step.flops
+    assert needed == pytest.approx(8 * third.row.needed)
     # Two replicas have rows of their own, two at a time.
     replicas = question.microbatches(question.plan(micro_batch_size=2))
     assert [[one.images for one in batches] for batches in replicas] == [[2, 2], [2, 2]]
