@@ -95,10 +95,7 @@ WAITS = {
 DISPATCHES = ("megatron/core/transformer/moe/token_dispatcher.py:",
               "megatron/core/transformer/moe/moe_utils.py:permute:")
 LOADS = {"megatron_vl/training/reporting/experts.py:take: copy between host and device": 1}
-PROGRAMS = {
-    "shadow": ROOT / "tests" / "shadow" / "ranks.py",
-    "cpu": ROOT / "tests" / "distributed" / "training_jobs.py",
-}
+PROGRAM, DEVICES = ROOT / "tests" / "shadow" / "ranks.py", ("npu", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +107,14 @@ def runs(
     others |= dict.fromkeys(EXPERTS, experts_model_dir)
 
     def make(out: Path) -> None:
-        for device, program in PROGRAMS.items():
+        for device in DEVICES:
             (out / device).mkdir(parents=True)
             weights, folder = out / device / "weights", out / device
-            if device == "shadow":
+            if device == "npu":
                 assert command(["convert", str(model_dir), str(weights), "--format", "torch_dist"
                                 ]) == 0
             else:
-                shutil.copytree(out / "shadow" / "weights", weights)
+                shutil.copytree(out / "npu" / "weights", weights)
             (folder / "jobs.json").write_text(json.dumps({
                 name: RUN | options | {
                     "load": str(others.get(name, weights)),
@@ -128,11 +125,11 @@ def runs(
                 for name, options in JOBS.items()
             }))
             done = run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                        "--nproc-per-node", 2, program, folder])
+                        "--nproc-per-node", 2, PROGRAM, folder, device])
             assert done.code == 0, done.text
 
     root = shared.made("shadow", make)
-    return {device: root / device for device in PROGRAMS}
+    return {device: root / device for device in DEVICES}
 
 
 def numbers(folder: Path, name: str) -> dict:
@@ -147,7 +144,7 @@ def numbers(folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
-    found = numbers(runs["shadow"], name)
+    found = numbers(runs["npu"], name)
     assert found == numbers(runs["cpu"], name)
     if name in RESUMED.values():
         assert list(found) == [("train", 2), ("validation", 2)]
@@ -156,18 +153,18 @@ def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
 
 
 def test_weights_that_are_gathered_when_they_are_asked_for_give_the_same_numbers_to_the_bit(runs):
-    assert numbers(runs["shadow"], "dp2, weights gathered behind") == numbers(
-        runs["shadow"], "dp2")
+    assert numbers(runs["npu"], "dp2, weights gathered behind") == numbers(
+        runs["npu"], "dp2")
 
 
 def test_weights_are_gathered_before_they_are_saved(runs):
-    whole, gathered = (str(runs["shadow"] / one / "iter_0000001")
+    whole, gathered = (str(runs["npu"] / one / "iter_0000001")
                        for one in ("dp2", "dp2, weights gathered behind"))
-    config = str(runs["shadow"] / "weights")
+    config = str(runs["npu"] / "weights")
     assert command(["verify", whole, gathered, "--hf-config", config]) == 0
 
 
-@pytest.mark.parametrize("device", PROGRAMS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BF16)
 def test_gradients_summed_in_bf16_come_close_in_half_the_memory(name, device, runs):
     exact, found = (numbers(runs[device], one) for one in ("dp2", name))
@@ -181,14 +178,14 @@ def test_gradients_summed_in_bf16_come_close_in_half_the_memory(name, device, ru
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_goes_on_to_the_bit(name, runs):
-    steps = numbers(runs["shadow"], name)
-    assert numbers(runs["shadow"], RESUMED[name])["train", 2] == steps["train", 2]
+    steps = numbers(runs["npu"], name)
+    assert numbers(runs["npu"], RESUMED[name])["train", 2] == steps["train", 2]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", JOBS)
 def test_the_host_never_waits_for_the_device_in_a_microbatch_and_seldom_in_a_step(name, rank, runs):
-    waits = json.loads((runs["shadow"] / f"{name}.{rank}.json").read_text())["waits"]
+    waits = json.loads((runs["npu"] / f"{name}.{rank}.json").read_text())["waits"]
     chunks = 2 if name.startswith("vp2") else 1
     schedule = waits.pop("schedule")
     if name in EXPERTS:
@@ -201,7 +198,7 @@ def test_the_host_never_waits_for_the_device_in_a_microbatch_and_seldom_in_a_ste
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", JOBS)
 def test_no_weight_is_used_before_it_would_be_waited_for(name, rank, runs):
-    assert json.loads((runs["shadow"] / f"{name}.{rank}.json").read_text())["unasked"] == []
+    assert json.loads((runs["npu"] / f"{name}.{rank}.json").read_text())["unasked"] == []
 
 
 # ---- experts ------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+SHADOW = Path(__file__).resolve().parent
+sys.path[:0] = [str(SHADOW.parent)]
 
 from shadow import device  # noqa: E402
 
@@ -55,7 +56,7 @@ WAITS = {
     "a repetition of unknown length": (
         1, lambda x, y, h: x.repeat_interleave(torch.ones_like(x[:, 0], dtype=torch.int64), 0)),
     "a repetition of known length": (0, lambda x, y, h: x.repeat_interleave(2, dim=0)),
-    "a synchronization": (1, lambda x, y, h: torch.shadow.synchronize()),
+    "a synchronization": (1, lambda x, y, h: torch.npu.synchronize()),
 }  # fmt: skip
 
 
@@ -64,9 +65,11 @@ def of_host():
 
 
 def main() -> None:
-    device.register()
+    sys.path[:0] = [str(SHADOW / "site")]
+    import torch_npu  # noqa: F401
+
     store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(device.TYPE, rank=0, world_size=1, store=store)
+    torch.distributed.init_process_group(device.BACKEND, rank=0, world_size=1, store=store)
 
     def tensors() -> list[torch.Tensor]:
         torch.manual_seed(0)
