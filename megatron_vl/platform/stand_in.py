@@ -201,6 +201,8 @@ def _install_calls_of(own: ModuleType, kind: str) -> None:
         "default_stream", "stream",
     ):
         setattr(cuda, name, getattr(own, name))
+    # Asked for its first number wherever CUDA seems to be there; an NPU's is None.
+    cuda.get_device_capability = lambda device=None: (0, 0)
     _install_random_calls(
         lambda device=None: own.get_rng_state(),
         lambda state, device=None: own.set_rng_state(state),

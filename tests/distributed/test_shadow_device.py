@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -49,7 +48,7 @@ WINDOWS = {  # of Qwen2.5-VL
 }
 QUANTIZED = {
     "an adapter beside nf4, tp2 sp": TP2 | {
-        "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4"},
+        "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4", "lora_dropout": 0.3},
 }
 EXPERTS = {
     # With weights that stay, so that both steps' tokens go where those of the first go.
@@ -78,6 +77,7 @@ EXACT = LAYOUTS | WINDOWS | FEATURES | EXPERTS | QUANTIZED | AGAIN | {
     again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
+TWO = ("tp2 sp", *QUANTIZED)
 JOBS = EXACT | {name: options | {"bf16": True} for name, options in BF16.items()}
 # Once a chunk: Megatron-Core asks behind the last microbatch whether a token was trained.
 AFTER_ALL = (
@@ -96,6 +96,9 @@ DISPATCHES = ("megatron/core/transformer/moe/token_dispatcher.py:",
               "megatron/core/transformer/moe/moe_utils.py:permute:")
 LOADS = {"megatron_vl/training/reporting/experts.py:take: copy between host and device": 1}
 PROGRAM, DEVICES = ROOT / "tests" / "shadow" / "ranks.py", ("npu", "cpu")
+# A user's environment: torch loads torch_npu when asked to, which then makes CUDA mean NPU.
+TRANSFERRED = "npu, transferred"
+OF_A_USER = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_TRANSFER_TO_NPU": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +110,11 @@ def runs(
     others |= dict.fromkeys(EXPERTS, experts_model_dir)
 
     def make(out: Path) -> None:
-        for device in DEVICES:
-            (out / device).mkdir(parents=True)
-            weights, folder = out / device / "weights", out / device
-            if device == "npu":
-                assert command(["convert", str(model_dir), str(weights), "--format", "torch_dist"
-                                ]) == 0
-            else:
-                shutil.copytree(out / "npu" / "weights", weights)
+        weights = out / "weights"
+        assert command(["convert", str(model_dir), str(weights), "--format", "torch_dist"]) == 0
+        for device in (*DEVICES, TRANSFERRED):
+            folder = out / device
+            folder.mkdir()
             (folder / "jobs.json").write_text(json.dumps({
                 name: RUN | options | {
                     "load": str(others.get(name, weights)),
@@ -122,14 +122,15 @@ def runs(
                     "train_data_path": str(wds_dir), "valid_data_path": str(wds_dir),
                     "metrics_file": str(folder / f"{name}.jsonl"),
                 }
-                for name, options in JOBS.items()
+                for name, options in JOBS.items() if device in DEVICES or name in TWO
             }))
             done = run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                        "--nproc-per-node", 2, PROGRAM, folder, device])
+                        "--nproc-per-node", 2, PROGRAM, folder, device.partition(",")[0]],
+                       **(OF_A_USER if device == TRANSFERRED else {}))
             assert done.code == 0, done.text
 
     root = shared.made("shadow", make)
-    return {device: root / device for device in DEVICES}
+    return {device: root / device for device in (*DEVICES, TRANSFERRED)}
 
 
 def numbers(folder: Path, name: str) -> dict:
@@ -152,6 +153,11 @@ def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
         assert list(found) == [("train", 1), ("train", 2)]
 
 
+@pytest.mark.parametrize("name", TWO)
+def test_a_run_after_transfer_to_npu_gives_them_too(name, runs):
+    assert numbers(runs[TRANSFERRED], name) == numbers(runs["cpu"], name)
+
+
 def test_weights_that_are_gathered_when_they_are_asked_for_give_the_same_numbers_to_the_bit(runs):
     assert numbers(runs["npu"], "dp2, weights gathered behind") == numbers(
         runs["npu"], "dp2")
@@ -160,7 +166,7 @@ def test_weights_that_are_gathered_when_they_are_asked_for_give_the_same_numbers
 def test_weights_are_gathered_before_they_are_saved(runs):
     whole, gathered = (str(runs["npu"] / one / "iter_0000001")
                        for one in ("dp2", "dp2, weights gathered behind"))
-    config = str(runs["npu"] / "weights")
+    config = str(runs["npu"].parent / "weights")
     assert command(["verify", whole, gathered, "--hf-config", config]) == 0
 
 

@@ -28,6 +28,8 @@ from torch_npu import npu
 device.register(npu)
 npu.refuse_bitwise_reductions()
 torch.npu.config = npu.Config()
+if os.environ.get("TORCH_TRANSFER_TO_NPU") == "1":
+    import torch_npu.contrib.transfer_to_npu  # noqa: F401
 
 
 def npu_fusion_attention(*args, **kwargs):
