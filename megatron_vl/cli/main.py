@@ -154,12 +154,13 @@ def run(argv: list[str]) -> int:
             f"install it there: {sys.executable} -m pip install -e {Path(__file__).parents[2]}."
         )
     except RuntimeError as error:
-        if not str(error).startswith("Failed to load the backend extension"):
+        what, _, name = str(error).partition(".")[0].partition(": ")
+        if what != "Failed to load the backend extension":
             raise
-        # `import torch` itself fails, wherever it stands.
+        # Of `import torch` itself, wherever it stands.
         code, said = _unusable(argv), (
-            f"{str(error).partition('.')[0]}, which torch loads by itself ({error.__cause__}); "
-            f"source what its libraries need, for torch_npu CANN's set_env.sh, or set "
+            f"torch loads {name} by itself and cannot ({error.__cause__}); source what its "
+            f"libraries need, for torch_npu CANN's set_env.sh, or set "
             f"TORCH_DEVICE_BACKEND_AUTOLOAD=0 and ASCEND_RT_VISIBLE_DEVICES= to run on the CPU."
         )
     except KeyboardInterrupt:

@@ -114,7 +114,7 @@ def run(func, args: tuple, kwargs: dict):
     name = func.__name__.partition(".")[0]
     if here:
         _refuse_mixed(func, name, tensors)
-        _refuse_dtypes(func, name, here, kwargs)
+        _refuse_dtypes(func, name, here, args)
     _count_wait(name, tensors, args, kwargs)
     if func.namespace == "c10d":
         args = _with_twin(args)
@@ -175,14 +175,14 @@ def _refuse_mixed(func, name: str, tensors: list[torch.Tensor]) -> None:
         )
 
 
-def _refuse_dtypes(func, name: str, tensors: list[torch.Tensor], kwargs: dict) -> None:
+def _refuse_dtypes(func, name: str, tensors: list[torch.Tensor], args: tuple) -> None:
     if func.namespace == "c10d" and "reduce" in name:
         known = _REDUCED
     elif name == "_foreach_norm":
         known = _NORMED
     else:
         return
-    asked = {one.dtype for one in tensors} | {kwargs.get("dtype") or tensors[0].dtype}
+    asked = {one.dtype for one in tensors} | {one for one in args if isinstance(one, torch.dtype)}
     if foreign := asked - known:
         raise RuntimeError(f"{func} has no kernel for {foreign}")
 
