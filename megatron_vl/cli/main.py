@@ -153,16 +153,6 @@ def run(argv: list[str]) -> int:
             f"Python that this project is installed in (the scripts take it from PYTHON), or "
             f"install it there: {sys.executable} -m pip install -e {Path(__file__).parents[2]}."
         )
-    except RuntimeError as error:
-        what, _, name = str(error).partition(".")[0].partition(": ")
-        if what != "Failed to load the backend extension":
-            raise
-        # Of `import torch` itself, wherever it stands.
-        code, said = _unusable(argv), (
-            f"torch loads {name} by itself and cannot ({error.__cause__}); source what its "
-            f"libraries need, for torch_npu CANN's set_env.sh, or set "
-            f"TORCH_DEVICE_BACKEND_AUTOLOAD=0 and ASCEND_RT_VISIBLE_DEVICES= to run on the CPU."
-        )
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
     print(f"megatron-vl {chosen}: {said}", file=sys.stderr)

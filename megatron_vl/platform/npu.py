@@ -60,8 +60,8 @@ def is_here() -> bool:
 class NpuPlatform:
     name = "npu"
     notice = (
-        "npu: this project has never run on an NPU, only on a CPU that stands for one; please say "
-        "in an issue (README.md) what you see, whether it fails or works"
+        "npu: this project has never run on an NPU, only on a CPU that stands for one; please "
+        "report what you see, whether it works or fails (docs/ascend.md says what and where)"
     )
     collective_backend = "hccl"
     runs_cuda = False

@@ -69,12 +69,13 @@ BF16 = {"dp2 bf16": {"grad_reduce_in_bf16": True}}
 # Goes on from the first step of another, with a validation behind the second.
 RESUMED = {
     one: f"{one} again"
-    for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
+    for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2", *QUANTIZED)
 }
 SAVED = (*RESUMED, "dp2")
-AGAIN = {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
+OF_LAYOUTS = LAYOUTS | QUANTIZED
+AGAIN = {one: OF_LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
 EXACT = LAYOUTS | WINDOWS | FEATURES | EXPERTS | QUANTIZED | AGAIN | {
-    again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
+    again: OF_LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
 TWO = ("tp2 sp", *QUANTIZED)
