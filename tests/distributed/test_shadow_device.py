@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from commands import ROOT, run
+from commands import ROOT, megatron_vl, run
 
 from megatron_vl.cli.main import run as command
 from megatron_vl.data.encode.samples import IGNORE
@@ -96,7 +97,8 @@ WAITS = {
 DISPATCHES = ("megatron/core/transformer/moe/token_dispatcher.py:",
               "megatron/core/transformer/moe/moe_utils.py:permute:")
 LOADS = {"megatron_vl/training/reporting/experts.py:take: copy between host and device": 1}
-PROGRAM, DEVICES = ROOT / "tests" / "shadow" / "ranks.py", ("npu", "cpu")
+DEVICES = "npu", "cpu"
+PROGRAM, SITE = (ROOT / "tests" / "shadow" / one for one in ("ranks.py", "site"))
 # A user's environment: torch loads torch_npu when asked to, which then makes CUDA mean NPU.
 TRANSFERRED = "npu, transferred"
 OF_A_USER = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_TRANSFER_TO_NPU": "1"}
@@ -157,6 +159,11 @@ def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
 @pytest.mark.parametrize("name", TWO)
 def test_a_run_after_transfer_to_npu_gives_them_too(name, runs):
     assert numbers(runs[TRANSFERRED], name) == numbers(runs["cpu"], name)
+
+
+def test_parity_holds_on_an_npu(hf_dir):
+    done = megatron_vl("parity", hf_dir, PYTHONPATH=f"{SITE}{os.pathsep}{ROOT}")
+    assert done.code == 0 and "equal within 1e-05" in done.out, done.text
 
 
 def test_weights_that_are_gathered_when_they_are_asked_for_give_the_same_numbers_to_the_bit(runs):
