@@ -8,6 +8,7 @@ is an error here, and what it has to wait for is counted:
 - an operation on tensors of both sides raises, as does sending one through a process group of the
   other;
 - so do sums of dtypes that HCCL does not reduce, and norms that NPUs have no kernel for;
+- a tensor that is made float64 on it becomes float32, without a word (torch_npu warns once);
 - random numbers come from the device's own generator, which is of the CPU's kind;
 - `waits` counts each time the host stands still until the device has run what was queued: a value
   that is read, an operation whose result has a size of its own, a copy that was not asked to go on
@@ -121,6 +122,8 @@ def run(func, args: tuple, kwargs: dict):
     kwargs = {key: _each(_held, value) for key, value in kwargs.items() if key != "pin_memory"}
     if is_shadow(device):
         kwargs["device"] = "cpu"
+    elif name == "_to_copy" and device is None and kwargs.get("dtype") == torch.float64:
+        kwargs["dtype"] = torch.float32
     with _drawing(func):
         out = func(*_each(_held, args), **kwargs)
     if device is not None and not is_shadow(device):

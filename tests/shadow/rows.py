@@ -45,7 +45,8 @@ REFUSED = {
     "a host's tensor in a group of the device": lambda x, y, h: torch.distributed.all_reduce(h),
     "a device's tensor in a group of the host": lambda x, y, h: torch.distributed.all_reduce(
         x, group=of_host()),
-    "a sum of float64": lambda x, y, h: torch.distributed.reduce(x.double(), 0),
+    "a sum of float64": lambda x, y, h: torch.distributed.reduce(
+        torch.zeros(1, dtype=torch.float64, device="npu"), 0),
     "a bitwise sum": lambda x, y, h: torch.distributed.all_reduce(
         x.int(), op=torch.distributed.ReduceOp.BOR),
     "a norm in float64": lambda x, y, h: torch._foreach_norm([x], 2, dtype=torch.float64),
@@ -155,6 +156,8 @@ GIVES = {
     "formats and programs": ([False, [False]], lambda: [
         torch.npu.config.allow_internal_format, torch.npu.compile_modes]),
     "a capability to compare": (0, lambda: torch.cuda.get_device_capability()[0]),
+    "a tensor made float64": ("torch.float32", lambda: str(
+        torch.zeros(1, device="npu").double().dtype)),
     "a stream": (True, in_stream),
     "a time": (True, timed),
     "memory": (True, lambda: platform().peak_memory_bytes() > 2**20),
