@@ -66,7 +66,8 @@ class Kind:
     """A row of the table of platforms.
 
     Attributes:
-        is_here: whether this machine is one; asked before anything is loaded.
+        is_here: whether this machine is one; asked before anything is loaded. Raises InputError
+            where it is set up as one and cannot be.
         load: makes the platform; imports what it needs.
     """
 
@@ -117,5 +118,5 @@ def use_cpu() -> None:
 
 
 def select_platform() -> Platform:
-    """The platform of this machine."""
+    """The platform of this machine. Raises InputError: it has torch_npu, which finds no NPU."""
     return next(kind for kind in PLATFORMS if kind.is_here()).load()

@@ -100,7 +100,9 @@ def in_tracker(then_outside: bool) -> list[float]:
 
 
 def cpu_beside_the_device() -> list[float]:
+    """Which has drawn less often than the device afterwards."""
     torch.manual_seed(7)
+    drawn_here()
     drawn_here()
     return torch.rand(3).tolist()
 
@@ -108,6 +110,7 @@ def cpu_beside_the_device() -> list[float]:
 def again() -> bool:
     from megatron_vl.platform import device_random_state, set_device_random_state
 
+    cpu_beside_the_device()
     state = device_random_state()
     first = drawn_here()
     set_device_random_state(state)
