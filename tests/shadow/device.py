@@ -8,11 +8,12 @@ is an error here, and what it has to wait for is counted:
 - an operation on tensors of both sides raises, as does sending one through a process group of the
   other;
 - so do sums of dtypes that HCCL does not reduce, and norms that NPUs have no kernel for;
-- a tensor that is made float64 on it becomes float32, without a word (torch_npu warns once);
 - random numbers come from the device's own generator, which is of the CPU's kind;
 - `waits` counts each time the host stands still until the device has run what was queued: a value
   that is read, an operation whose result has a size of its own, a copy that was not asked to go on
   behind (`non_blocking`), a synchronization.
+
+As on an NPU, `tensor.double()` is float32, without a word.
 """
 
 from __future__ import annotations
