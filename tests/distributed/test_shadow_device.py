@@ -157,8 +157,10 @@ def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_a_run_after_transfer_to_npu_gives_them_too(name, runs):
+def test_a_run_after_transfer_to_npu_takes_no_npu_for_cuda_and_gives_them_too(name, runs):
     assert numbers(runs[TRANSFERRED], name) == numbers(runs["cpu"], name)
+    said = json.loads((runs[TRANSFERRED] / f"{name}.0.json").read_text())["said"]
+    assert said.startswith("npu: this project has never run on an NPU") and " on npu, " in said
 
 
 def test_parity_holds_on_an_npu(hf_dir):
