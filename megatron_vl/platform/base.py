@@ -16,6 +16,7 @@ class Platform(Protocol):
 
     Attributes:
         name: what the log calls it.
+        notice: what a run says about it at its start; empty: nothing.
         collective_backend: torch.distributed backend for tensors on `device`.
         runs_cuda: whether CUDA's own libraries can run, or ROCm's in their place.
         fuses_ops: whether kernels made at run time (torch.compile) pay here.
@@ -23,6 +24,7 @@ class Platform(Protocol):
     """
 
     name: str
+    notice: str
     collective_backend: str
     runs_cuda: bool
     fuses_ops: bool
@@ -64,13 +66,26 @@ class Kind:
     """A row of the table of platforms.
 
     Attributes:
-        is_here: whether this machine is one; asked before anything is loaded.
+        is_here: whether this machine is one; asked before anything is loaded. Raises InputError
+            where it is set up as one and cannot be.
         load: makes the platform; imports what it needs.
     """
 
     name: str
     is_here: Callable[[], bool]
     load: Callable[[], Platform]
+
+
+def _npu_is_here() -> bool:
+    from megatron_vl.platform.npu import is_here
+
+    return is_here()
+
+
+def _npu() -> Platform:
+    from megatron_vl.platform.npu import NpuPlatform
+
+    return NpuPlatform()
 
 
 def _cuda() -> Platform:
@@ -85,10 +100,11 @@ def _cpu() -> Platform:
     return CpuPlatform()
 
 
-# The first that is here is taken; one for another maker's devices stands before the CPU's.
-# `torch.cuda.is_available()` decides and nothing else: ROCm builds answer it too while their
-# `torch.version.cuda` is None.
+# The first that is here is taken. NPUs are asked for before CUDA, which a user's transfer_to_npu
+# makes them answer for. Of CUDA `torch.cuda.is_available()` decides and nothing else: ROCm builds
+# answer it too while their `torch.version.cuda` is None.
 PLATFORMS: list[Kind] = [
+    Kind(name="npu", is_here=_npu_is_here, load=_npu),
     Kind(name="cuda", is_here=lambda: torch.cuda.is_available(), load=_cuda),
     Kind(name="cpu", is_here=lambda: True, load=_cpu),
 ]
@@ -96,10 +112,11 @@ PLATFORMS: list[Kind] = [
 
 def use_cpu() -> None:
     """Take this machine, and the processes started from here, for one without other devices."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    os.environ.update(
+        CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", ASCEND_RT_VISIBLE_DEVICES="")
     PLATFORMS[:] = [kind for kind in PLATFORMS if kind.name == "cpu"]
 
 
 def select_platform() -> Platform:
-    """The platform of this machine."""
+    """The platform of this machine. Raises InputError: it has torch_npu, which finds no NPU."""
     return next(kind for kind in PLATFORMS if kind.is_here()).load()

@@ -25,6 +25,7 @@ _installed = False
 
 class CpuPlatform:
     name = "cpu"
+    notice = ""
     collective_backend = "gloo"
     runs_cuda = False
     fuses_ops = False  # every process would start a C++ compiler

@@ -17,6 +17,7 @@ from megatron_vl.platform.write_results import install_write_results
 
 class CudaPlatform:
     name = "cuda"
+    notice = ""
     collective_backend = "nccl"
     runs_cuda = True
     in_host_memory = False

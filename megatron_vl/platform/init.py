@@ -57,10 +57,11 @@ def initialize(
 def be_deterministic() -> None:
     """Make torch refuse kernels that may add in another order at every run.
 
-    To be called before `connect`: cuBLAS and NCCL read their variables once, when they start.
+    To be called before `connect`: cuBLAS, NCCL and HCCL read their variables once, when they start.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("HCCL_DETERMINISTIC", "true")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 

@@ -9,6 +9,7 @@ path and reads the others' checkpoints.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -19,15 +20,19 @@ def has_fused_optimizer() -> bool:
     return any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
 
 
-def install_optimizer() -> None:
-    """Give Megatron-Core the Adam, the norm and the scaling below."""
+def install_optimizer(*, norm_dtype: torch.dtype = torch.float64) -> None:
+    """Give Megatron-Core the Adam, the norm and the scaling below.
+
+    Args:
+        norm_dtype: in which squares are summed.
+    """
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
-    clip_grads.l2_norm_impl = l2_norm
+    clip_grads.l2_norm_impl = functools.partial(l2_norm, dtype=norm_dtype)
     clip_grads.multi_tensor_scale_impl = scale
 
 
@@ -91,15 +96,16 @@ class GroupStepAdam(torch.optim.Optimizer):
             )
 
 
-def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
+def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args, dtype=torch.float64):
     """The norm fp32 [1] of all tensors together, as amp_C.multi_tensor_l2norm; nothing waits for
     it.
 
     Summed in fp64: in fp32 a CPU adds one square after the other, and of an embedding's 50 million
-    0.2 % are lost, another part in every layout.
+    0.2 % are lost, another part in every layout. In fp32 where a device has no such kernel for
+    fp64 (aclnnForeachNorm takes at most fp32).
     """
     norms = [norm for tensors in tensor_lists
-             for norm in torch._foreach_norm(tensors, 2, dtype=torch.float64)]
+             for norm in torch._foreach_norm(tensors, 2, dtype=dtype)]
     return torch.stack(norms).norm().float().view(1), None
 
 

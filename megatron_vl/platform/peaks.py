@@ -6,6 +6,8 @@ import re
 
 # Dense bf16 products with fp32 sums, in 10^12 FLOPs a second, as the makers' data sheets say, of a
 # sheet's figure with sparsity the half. The first pattern that is a word of the name counts.
+# Of Ascend's there is no sheet: they are the matrix units' in Huawei's torchtitan-npu, and of a
+# name without its variant what verl and VeOmni count with, which is too much for a B3 or B4.
 PEAK_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -28,7 +30,14 @@ PEAK_TFLOPS = (
     ("RTX 4080", 97.5),
     ("RTX 3090", 71.0),
     ("MI300X", 1307.4),
-    (r"Ascend910B\d", 354.0),  # of no data sheet: what verl and VeOmni count with
+    (r"Ascend910B1\w*", 373.9),
+    (r"Ascend910B2\w*", 354.0),
+    (r"Ascend910B3\w*", 294.9),
+    (r"Ascend910B4\w*", 245.8),
+    (r"Ascend910_93\w*", 354.0),
+    (r"Ascend950PR\w*", 432.0),
+    (r"Ascend950DT\w*", 486.0),
+    (r"Ascend910B\w*", 354.0),
 )
 
 

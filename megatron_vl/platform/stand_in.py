@@ -1,7 +1,7 @@
 """What Megatron-Core asks CUDA, answered for a device of another kind.
 
 Megatron-Core names CUDA in five ways; each gets its meaning for the device here, once, for the life
-of the process, and only when no CUDA device is available:
+of the process, and never where a CUDA device is:
 
 1. the `torch.cuda` state calls: the current device answers the device, synchronisation, streams and
    profiler ranges do nothing, `Tensor.cuda()` moves there;
@@ -11,8 +11,9 @@ of the process, and only when no CUDA device is available:
 5. numbers for the host: those of tokens on their way to experts come to it from the device, and not
    from CUDA alone.
 
-That is all a device needs whose operators run in order and draw their numbers on the CPU; one with
-streams and generators of its own puts them in the places of 1 and 2 afterwards.
+A device whose operators run in order and draw their numbers on the CPU needs no more. One with
+streams, memory and generators of its own gives the module that has them, its torch.cuda, for 1
+and 2.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import contextlib
 import functools
 import sys
 import warnings
+from types import ModuleType
 
 import torch
 
@@ -30,17 +32,24 @@ _FACTORIES = (
 )
 
 
-def install_stand_in(device: torch.device) -> None:
+def install_stand_in(device: torch.device, own: ModuleType | None = None) -> None:
     """Let Megatron-Core find `device` wherever it looks for CUDA; imports it. Not to be repeated.
+
+    Args:
+        own: the device's module, as torch.npu; None: its operators run in order, on the CPU's
+            generator. It may have been copied over torch.cuda, which then seems available.
 
     Raises:
         AssertionError: there is a CUDA device.
     """
-    if torch.cuda.is_available():
+    if own is None and torch.cuda.is_available():
         raise AssertionError("nothing may stand in for CUDA where CUDA is available")
     import_megatron_core()
     _install_device_calls(device)
-    _install_random_calls()
+    if own is None:
+        _install_one_generator()
+    else:
+        _install_calls_of(own, device.type)
     _install_factories(device)
     _install_type_names(device)
     _install_host_numbers()
@@ -139,7 +148,7 @@ def _install_device_calls(device: torch.device) -> None:
 # ---- 2. random numbers ------------------------------------------------------------------------
 
 
-def _install_random_calls() -> None:
+def _install_one_generator() -> None:
     generator = torch.default_generator
 
     def get_state(device=None):
@@ -153,25 +162,51 @@ def _install_random_calls() -> None:
     def manual_seed(seed):
         generator.manual_seed(int(seed))
 
-    cuda = torch.cuda
-    for module in (cuda, cuda.random):
-        module.get_rng_state, module.set_rng_state = get_state, set_state
-        module.manual_seed = manual_seed
-        # torch.manual_seed has just seeded the one generator there is.
-        module.manual_seed_all = _nothing()
+    # torch.manual_seed has just seeded the one generator there is.
+    _install_random_calls(get_state, set_state, manual_seed, manual_seed_all=_nothing())
     from megatron.core.tensor_parallel import random as megatron_random
 
-    def get_tracked(device="cuda", clone=False, graph_safe=False):
-        return generator.get_state()
-
-    def set_tracked(new_state, device=-1, graph_safe=False):
-        generator.set_state(new_state)
-
-    megatron_random._get_cuda_rng_state = get_tracked
-    megatron_random._set_cuda_rng_state = set_tracked
     # `fork` warns when the CPU generator moved inside a CUDA fork; here they are one generator.
     megatron_random.logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _install_random_calls(get_state, set_state, manual_seed, manual_seed_all) -> None:
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state, module.set_rng_state = get_state, set_state
+        module.manual_seed, module.manual_seed_all = manual_seed, manual_seed_all
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_tracked(device="cuda", clone=False, graph_safe=False):
+        return get_state()
+
+    def set_tracked(new_state, device=-1, graph_safe=False):
+        set_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_tracked
+    megatron_random._set_cuda_rng_state = set_tracked
+
+
+# ---- 1 and 2 of a device with a module of its own ------------------------------------------------
+
+
+def _install_calls_of(own: ModuleType, kind: str) -> None:
+    """A process has one device: an index, or the name of CUDA, means the current one."""
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device(kind, own.current_device())
+    for name in (
+        "synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "memory_allocated",
+        "max_memory_allocated", "memory_reserved", "Stream", "Event", "current_stream",
+        "default_stream", "stream",
+    ):
+        setattr(cuda, name, getattr(own, name))
+    # Asked for its first number wherever CUDA seems to be there; an NPU's is None.
+    cuda.get_device_capability = lambda device=None: (0, 0)
+    _install_random_calls(
+        lambda device=None: own.get_rng_state(),
+        lambda state, device=None: own.set_rng_state(state),
+        own.manual_seed, own.manual_seed_all,
     )
 
 

@@ -21,10 +21,17 @@ def _check_devices(config: TrainConfig) -> None:
     from megatron_vl.platform import select_platform  # imports torch
 
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-    if select_platform().runs_cuda:
+    platform = select_platform()
+    if platform.runs_cuda:
         _check_offload(config, transformer_engine)
         if transformer_engine:
             return
+    elif config.optimizer.optimizer_cpu_offload and not platform.in_host_memory:
+        raise InputError(
+            f"optimizer-cpu-offload is for CUDA devices, which Megatron-Core looks for to offload "
+            f"from, and not for {platform.name}; use use-distributed-optimizer, which shares the "
+            f"state over data ranks."
+        )
     for option, asked, instead in (
         ("fp8-format", config.model.fp8_format, "bf16"),
         ("cpu-offloading", config.model.cpu_offloading,

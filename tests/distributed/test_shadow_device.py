@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from commands import ROOT, run
+from commands import ROOT, megatron_vl, run
 
 from megatron_vl.cli.main import run as command
 from megatron_vl.data.encode.samples import IGNORE
@@ -49,7 +49,7 @@ WINDOWS = {  # of Qwen2.5-VL
 }
 QUANTIZED = {
     "an adapter beside nf4, tp2 sp": TP2 | {
-        "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4"},
+        "sequence_parallel": True, "lora_rank": 3, "quantize_base": "nf4", "lora_dropout": 0.3},
 }
 EXPERTS = {
     # With weights that stay, so that both steps' tokens go where those of the first go.
@@ -70,14 +70,16 @@ BF16 = {"dp2 bf16": {"grad_reduce_in_bf16": True}}
 # Goes on from the first step of another, with a validation behind the second.
 RESUMED = {
     one: f"{one} again"
-    for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2")
+    for one in ("dp2, weights gathered behind", "tp2, images divided", "vp2", *QUANTIZED)
 }
 SAVED = (*RESUMED, "dp2")
-AGAIN = {one: LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
+OF_LAYOUTS = LAYOUTS | QUANTIZED
+AGAIN = {one: OF_LAYOUTS[one] | {"save_interval": 1} for one in SAVED}
 EXACT = LAYOUTS | WINDOWS | FEATURES | EXPERTS | QUANTIZED | AGAIN | {
-    again: LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
+    again: OF_LAYOUTS[name] | {"resume": [name, 1], "eval_interval": 2, "eval_iters": 1}
     for name, again in RESUMED.items()
 }
+TWO = ("tp2 sp", *QUANTIZED)
 JOBS = EXACT | {name: options | {"bf16": True} for name, options in BF16.items()}
 # Once a chunk: Megatron-Core asks behind the last microbatch whether a token was trained.
 AFTER_ALL = (
@@ -95,10 +97,11 @@ WAITS = {
 DISPATCHES = ("megatron/core/transformer/moe/token_dispatcher.py:",
               "megatron/core/transformer/moe/moe_utils.py:permute:")
 LOADS = {"megatron_vl/training/reporting/experts.py:take: copy between host and device": 1}
-PROGRAMS = {
-    "shadow": ROOT / "tests" / "shadow" / "ranks.py",
-    "cpu": ROOT / "tests" / "distributed" / "training_jobs.py",
-}
+DEVICES = "npu", "cpu"
+PROGRAM, SITE = (ROOT / "tests" / "shadow" / one for one in ("ranks.py", "site"))
+# A user's environment: torch loads torch_npu when asked to, which then makes CUDA mean NPU.
+TRANSFERRED = "npu, transferred"
+OF_A_USER = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_TRANSFER_TO_NPU": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +113,11 @@ def runs(
     others |= dict.fromkeys(EXPERTS, experts_model_dir)
 
     def make(out: Path) -> None:
-        for device, program in PROGRAMS.items():
-            (out / device).mkdir(parents=True)
-            weights, folder = out / device / "weights", out / device
-            if device == "shadow":
-                assert command(["convert", str(model_dir), str(weights), "--format", "torch_dist"
-                                ]) == 0
-            else:
-                shutil.copytree(out / "shadow" / "weights", weights)
+        weights = out / "weights"
+        assert command(["convert", str(model_dir), str(weights), "--format", "torch_dist"]) == 0
+        for device in (*DEVICES, TRANSFERRED):
+            folder = out / device
+            folder.mkdir()
             (folder / "jobs.json").write_text(json.dumps({
                 name: RUN | options | {
                     "load": str(others.get(name, weights)),
@@ -125,14 +125,15 @@ def runs(
                     "train_data_path": str(wds_dir), "valid_data_path": str(wds_dir),
                     "metrics_file": str(folder / f"{name}.jsonl"),
                 }
-                for name, options in JOBS.items()
+                for name, options in JOBS.items() if device in DEVICES or name in TWO
             }))
             done = run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                        "--nproc-per-node", 2, program, folder])
+                        "--nproc-per-node", 2, PROGRAM, folder, device.partition(",")[0]],
+                       **(OF_A_USER if device == TRANSFERRED else {}))
             assert done.code == 0, done.text
 
     root = shared.made("shadow", make)
-    return {device: root / device for device in PROGRAMS}
+    return {device: root / device for device in (*DEVICES, TRANSFERRED)}
 
 
 def numbers(folder: Path, name: str) -> dict:
@@ -147,7 +148,7 @@ def numbers(folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
-    found = numbers(runs["shadow"], name)
+    found = numbers(runs["npu"], name)
     assert found == numbers(runs["cpu"], name)
     if name in RESUMED.values():
         assert list(found) == [("train", 2), ("validation", 2)]
@@ -155,19 +156,31 @@ def test_a_run_gives_the_numbers_of_the_cpu_to_the_bit(name, runs):
         assert list(found) == [("train", 1), ("train", 2)]
 
 
+@pytest.mark.parametrize("name", TWO)
+def test_a_run_after_transfer_to_npu_takes_no_npu_for_cuda_and_gives_them_too(name, runs):
+    assert numbers(runs[TRANSFERRED], name) == numbers(runs["cpu"], name)
+    said = json.loads((runs[TRANSFERRED] / f"{name}.0.json").read_text())["said"]
+    assert said.startswith("npu: this project has never run on an NPU") and " on npu, " in said
+
+
+def test_parity_holds_on_an_npu(hf_dir):
+    done = megatron_vl("parity", hf_dir, PYTHONPATH=f"{SITE}{os.pathsep}{ROOT}")
+    assert done.code == 0 and "equal within 1e-05" in done.out, done.text
+
+
 def test_weights_that_are_gathered_when_they_are_asked_for_give_the_same_numbers_to_the_bit(runs):
-    assert numbers(runs["shadow"], "dp2, weights gathered behind") == numbers(
-        runs["shadow"], "dp2")
+    assert numbers(runs["npu"], "dp2, weights gathered behind") == numbers(
+        runs["npu"], "dp2")
 
 
 def test_weights_are_gathered_before_they_are_saved(runs):
-    whole, gathered = (str(runs["shadow"] / one / "iter_0000001")
+    whole, gathered = (str(runs["npu"] / one / "iter_0000001")
                        for one in ("dp2", "dp2, weights gathered behind"))
-    config = str(runs["shadow"] / "weights")
+    config = str(runs["npu"].parent / "weights")
     assert command(["verify", whole, gathered, "--hf-config", config]) == 0
 
 
-@pytest.mark.parametrize("device", PROGRAMS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BF16)
 def test_gradients_summed_in_bf16_come_close_in_half_the_memory(name, device, runs):
     exact, found = (numbers(runs[device], one) for one in ("dp2", name))
@@ -181,14 +194,14 @@ def test_gradients_summed_in_bf16_come_close_in_half_the_memory(name, device, ru
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_goes_on_to_the_bit(name, runs):
-    steps = numbers(runs["shadow"], name)
-    assert numbers(runs["shadow"], RESUMED[name])["train", 2] == steps["train", 2]
+    steps = numbers(runs["npu"], name)
+    assert numbers(runs["npu"], RESUMED[name])["train", 2] == steps["train", 2]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", JOBS)
 def test_the_host_never_waits_for_the_device_in_a_microbatch_and_seldom_in_a_step(name, rank, runs):
-    waits = json.loads((runs["shadow"] / f"{name}.{rank}.json").read_text())["waits"]
+    waits = json.loads((runs["npu"] / f"{name}.{rank}.json").read_text())["waits"]
     chunks = 2 if name.startswith("vp2") else 1
     schedule = waits.pop("schedule")
     if name in EXPERTS:
@@ -201,7 +214,7 @@ def test_the_host_never_waits_for_the_device_in_a_microbatch_and_seldom_in_a_ste
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", JOBS)
 def test_no_weight_is_used_before_it_would_be_waited_for(name, rank, runs):
-    assert json.loads((runs["shadow"] / f"{name}.{rank}.json").read_text())["unasked"] == []
+    assert json.loads((runs["npu"] / f"{name}.{rank}.json").read_text())["unasked"] == []
 
 
 # ---- experts ------------------------------------------------------------------------------------

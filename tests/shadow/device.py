@@ -1,35 +1,46 @@
-"""An accelerator that is this machine's CPU, under a device type of its own: "shadow".
+"""An accelerator that is this machine's CPU, under the device type of Ascend's NPUs.
 
-Torch's own door for other vendors' devices (PrivateUse1) names it. A tensor on it is a `Shadow`
-around a tensor of the CPU, whose kernels compute; so a run's numbers are those of the CPU, to the
-bit. What a real accelerator does not allow is an error here, and what it has to wait for is
-counted:
+It comes to torch through the same door (PrivateUse1), with a torch.npu of its own: see
+site/torch_npu/. A tensor on it is a `Shadow` around a tensor of the CPU, whose kernels compute; so
+a run's numbers are those of the CPU, to the bit. What an accelerator, or this one, does not allow
+is an error here, and what it has to wait for is counted:
 
 - an operation on tensors of both sides raises, as does sending one through a process group of the
-  other ;
+  other;
+- so do sums of dtypes that HCCL does not reduce, and norms that NPUs have no kernel for;
+- random numbers come from the device's own generator, which is of the CPU's kind;
 - `waits` counts each time the host stands still until the device has run what was queued: a value
   that is read, an operation whose result has a size of its own, a copy that was not asked to go on
   behind (`non_blocking`), a synchronization.
+
+As on an NPU, `tensor.double()` is float32, without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_vl.ops.quantized import QuantizedTensor
-
-TYPE = "shadow"
+TYPE, BACKEND = "npu", "hccl"
 # Their result's shape depends on what is in a tensor, or they are read as a Python value.
 _READ = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero"}
 _COPIES = {"_to_copy", "copy_", "_foreach_copy_"}
 
+# What HCCL reduces, and what aclnnForeachNorm takes.
+_REDUCED = {torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+            torch.float32}
+_NORMED = {torch.float16, torch.bfloat16, torch.float32}
+
+# torch knows such a device's index 0 alone, so each process has one.
+generator = torch.Generator()
 waits: Counter[str] = Counter()  # by the line that made the host wait
 
 
@@ -93,6 +104,8 @@ def is_shadow(device: object) -> bool:
 
 def run(func, args: tuple, kwargs: dict):
     """An operator on tensors of the device, or of the CPU alone."""
+    from megatron_vl.ops.quantized import QuantizedTensor
+
     device = kwargs.get("device")
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     if any(isinstance(one, QuantizedTensor) for one in tensors):  # which is asked before a backend
@@ -103,13 +116,17 @@ def run(func, args: tuple, kwargs: dict):
     name = func.__name__.partition(".")[0]
     if here:
         _refuse_mixed(func, name, tensors)
+        _refuse_dtypes(func, name, here, args)
     _count_wait(name, tensors, args, kwargs)
     if func.namespace == "c10d":
         args = _with_twin(args)
     kwargs = {key: _each(_held, value) for key, value in kwargs.items() if key != "pin_memory"}
     if is_shadow(device):
         kwargs["device"] = "cpu"
-    out = func(*_each(_held, args), **kwargs)
+    elif name == "_to_copy" and device is None and kwargs.get("dtype") == torch.float64:
+        kwargs["dtype"] = torch.float32
+    with _drawing(func):
+        out = func(*_each(_held, args), **kwargs)
     if device is not None and not is_shadow(device):
         return out
     if name == "copy_" and not isinstance(args[0], Shadow):
@@ -160,6 +177,32 @@ def _refuse_mixed(func, name: str, tensors: list[torch.Tensor]) -> None:
             f"{func} got tensors of {TYPE} and of the CPU, these of shapes "
             f"{[tuple(one.shape) for one in foreign]}"
         )
+
+
+def _refuse_dtypes(func, name: str, tensors: list[torch.Tensor], args: tuple) -> None:
+    if func.namespace == "c10d" and "reduce" in name:
+        known = _REDUCED
+    elif name == "_foreach_norm":
+        known = _NORMED
+    else:
+        return
+    asked = {one.dtype for one in tensors} | {one for one in args if isinstance(one, torch.dtype)}
+    if foreign := asked - known:
+        raise RuntimeError(f"{func} has no kernel for {foreign}")
+
+
+@contextlib.contextmanager
+def _drawing(func) -> Iterator[None]:
+    """The CPU's generator is the device's while one of its operators draws."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        yield
+        return
+    cpu = torch.default_generator
+    before = cpu.get_state()
+    cpu.set_state(generator.get_state())
+    yield
+    generator.set_state(cpu.get_state())
+    cpu.set_state(before)
 
 
 def _count_wait(name: str, tensors: list, args: tuple, kwargs: dict) -> None:
@@ -228,32 +271,6 @@ def _twin(boxed: torch.ScriptObject) -> torch.ScriptObject:
 
 # ---- the device as torch knows it ---------------------------------------------------------------
 
-
-class Module:
-    """torch.shadow."""
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def is_available(self) -> bool:
-        return True
-
-    def current_device(self) -> int:
-        return 0
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def manual_seed_all(self, seed: int) -> None:
-        """torch.manual_seed has seeded the CPU's generator, which is the device's."""
-
-    def device_count(self) -> int:
-        return 1
-
-    def synchronize(self, device=None) -> None:
-        count_wait("synchronize")
-
-
 # `torch.tensor` asks for these where no Python sees it.
 
 
@@ -288,11 +305,11 @@ KERNELS = {
 _library = torch.library.Library("aten", "IMPL")
 
 
-def register() -> None:
-    """Make the device known to torch, for the life of the process."""
-    backend_registration._setup_privateuseone_for_python_backend(TYPE, Module())
+def register(module: ModuleType) -> None:
+    """Make the device known to torch, with `module` as torch.npu, for the life of the process."""
+    backend_registration._setup_privateuseone_for_python_backend(TYPE, module)
     torch.distributed.Backend.register_backend(
-        TYPE, make_backend, extended_api=True, devices=[TYPE]
+        BACKEND, make_backend, extended_api=True, devices=[TYPE]
     )
     for name, kernel in KERNELS.items():
         _library.impl(name, kernel, "PrivateUse1")

@@ -1,22 +1,28 @@
-"""Ranks of a job on the shadow device.
+"""Ranks of a job on the shadow device, or of the one that it is compared with.
 
-    torchrun --nproc-per-node N ranks.py OUT
+    torchrun --nproc-per-node N ranks.py OUT npu|cpu
 
-runs the jobs of OUT/jobs.json as distributed/training_jobs.py does, and says of each how often the
-host waited for the device, by the line it did so: in the schedule of the last step, over all its
-microbatches; in the rest of that step; and in the latest microbatches of a validation. `unasked`
-are the trained weights whose module did not run before they were used, so that one that is still
-being gathered would not have been waited for.
+runs the jobs of OUT/jobs.json as distributed/training_jobs.py does. On NPUs it says of each how
+often the host waited for the device, by the line it did so: in the schedule of the last step, over
+all its microbatches; in the rest of that step; and in the latest microbatches of a validation.
+`unasked` are the trained weights whose module did not run before they were used, so that one that
+is still being gathered would not have been waited for. The CPU sums a gradient's squares in fp32
+here, as NPUs do.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+OUT, KIND = Path(sys.argv[1]), sys.argv[2]
 sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
+if KIND == "npu":
+    sys.path.insert(0, str(TESTS / "shadow" / "site"))  # which installs torch_npu
+    os.environ["LOCAL_RANK"] = "0"  # each rank sees but its own NPU
 
 
 def watch(trainer) -> dict:
@@ -55,12 +61,25 @@ def unasked(chunks: list) -> list[str]:
     return names
 
 
-if __name__ == "__main__":
+def work() -> None:
     import training_jobs
 
-    from megatron_vl.launch.worker import run_worker
-    from shadow import device
-    from shadow.machine import use_it
+    if KIND == "npu":
+        training_jobs.main(OUT, watch)
+        return
+    import torch
 
-    use_it()
-    run_worker(lambda: training_jobs.main(Path(sys.argv[1]), watch), command="jobs", debug=True)
+    from megatron_vl.platform.optimizer import install_optimizer
+
+    install_optimizer(norm_dtype=torch.float32)
+    training_jobs.main(OUT)
+
+
+if __name__ == "__main__":
+    from megatron_vl.launch.worker import run_worker
+
+    if KIND == "npu":
+        import torch  # noqa: F401  which loads torch_npu
+
+        from shadow import device
+    run_worker(work, command="jobs", debug=True)

@@ -131,8 +131,10 @@ def test_nothing_frozen_is_three_times_the_forward_pass(spec):
     ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H20", 148.0),
     ("NVIDIA H200", 989.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", 181.0),
     ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 D", 147.0),
-    ("Ascend910B3", 354.0), ("NVIDIA RTX A4000", None), ("Tesla V100-SXM2-16GB", None),
-    ("x86_64", None),
+    ("Ascend910B1", 373.9), ("Ascend910B2C", 354.0), ("Ascend910B3", 294.9),
+    ("Ascend910B4-1", 245.8), ("Ascend910B", 354.0), ("Ascend910_9362", 354.0),
+    ("Ascend950PR_9579", 432.0), ("Ascend910ProB", None), ("Ascend310P3", None),
+    ("NVIDIA RTX A4000", None), ("Tesla V100-SXM2-16GB", None), ("x86_64", None),
 ])
 def test_a_device_s_peak_is_known_by_its_name_or_not_at_all(name, peak):
     assert peak_tflops(name) == peak

@@ -122,7 +122,9 @@ def test_the_norm_and_the_scaling_are_those_of_megatron_core():
 
     from megatron_vl.platform.optimizer import l2_norm, scale
 
-    assert clip_grads.l2_norm_impl is l2_norm and clip_grads.multi_tensor_scale_impl is scale
+    norm = clip_grads.l2_norm_impl
+    assert norm.func is l2_norm and norm.keywords == {"dtype": torch.float64}
+    assert clip_grads.multi_tensor_scale_impl is scale
     torch.manual_seed(0)
     tensors = [torch.randn(7), torch.randn(2, 3), torch.randn(1)]
     ours, _ = l2_norm(0, None, [tensors], False)

@@ -21,7 +21,8 @@ def describe(plan: Plan, platform) -> str:
     config, spec = plan.config, plan.spec
     rows = config.batch.global_batch_size
     return (
-        f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
+        (f"{platform.notice}\n" if platform.notice else "")
+        + f"{spec.model_type} on {platform.name}, {plan.layout}: {plan.split}\n"
         f"{rows} rows of {plan.described_length} a step = {plan.num_microbatches} "
         f"microbatches x {config.batch.micro_batch_size} rows x {plan.layout.dp} data ranks; "
         f"{_steps(plan)}; {plan.precision}"
