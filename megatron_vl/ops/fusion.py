@@ -29,7 +29,6 @@ from megatron_vl.ops.rotary import rotate
 from megatron_vl.platform import select_platform
 
 REFERENCE = "torch"
-FAST_GELU_IS_QUICK = ("Ascend910B", "Ascend910_93")  # of torch_npu; how Atlas A2 and A3 are called
 
 
 def quick_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,11 +66,8 @@ def biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 def _npu(operation: str) -> Callable[[], Callable]:
     def load() -> Callable:
-        platform = select_platform()
-        if platform.name != "npu":
+        if select_platform().name != "npu":
             raise ImportError("no Ascend NPU")
-        if operation == "quick_gelu" and not platform.device_name().startswith(FAST_GELU_IS_QUICK):
-            raise ImportError("npu_fast_gelu is another function on this device")
         from megatron_vl.ops import fusion_npu
 
         return getattr(fusion_npu, operation)

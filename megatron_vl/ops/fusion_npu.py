@@ -25,7 +25,8 @@ def swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def quick_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """See `megatron_vl.ops.fusion.quick_gelu`."""
+    """See `megatron_vl.ops.fusion.quick_gelu`. On the first Ascend 910, which the platform refuses,
+    the kernel is another function."""
     return torch_npu.npu_fast_gelu(fusion.biased(x, bias))
 
 

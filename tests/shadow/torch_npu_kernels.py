@@ -59,8 +59,6 @@ def npu_fusion_attention(
     _check(lengths[0].count(1) <= MOST_OF_ONE_TOKEN, "SIGSEGV")
     _check(sparse_mode in range(5), f"sparse_mode {sparse_mode}")
     if atten_mask is not None:
-        # Of a shadow what it holds: looking at it is no operation of the run.
-        atten_mask = getattr(atten_mask, "held", atten_mask)
         _check_mask(atten_mask, sparse_mode, *map(max, lengths))
     outputs, largest, sums = [], [], []
     of_q, of_k = lengths
@@ -72,8 +70,7 @@ def npu_fusion_attention(
         if atten_mask is not None:
             masked = _masked(
                 atten_mask, len(q), len(k), sparse_mode, pre_tockens, next_tockens)
-            scores = scores.masked_fill(
-                masked.to(scores.device, non_blocking=True), float("-inf"))
+            scores = scores.masked_fill(masked, float("-inf"))
         most = scores.amax(-1, keepdim=True).detach()
         weights = (scores - most).exp()
         total = weights.sum(-1, keepdim=True)
@@ -179,12 +176,8 @@ def npu_swiglu(self: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
 def npu_gelu(self: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     _check_dtypes(self)
-    x = self.float()
-    if approximate == "tanh":
-        inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
-        return (0.5 * x * (1 + inner.tanh())).to(self.dtype)
-    _check(approximate == "none", f"approximate {approximate!r}")
-    return (0.5 * x * (1 + (x / 2**0.5).erf())).to(self.dtype)
+    _check(approximate in ("none", "tanh"), f"approximate {approximate!r}")
+    return torch.nn.functional.gelu(self, approximate=approximate)
 
 
 def npu_fast_gelu(self: torch.Tensor) -> torch.Tensor:
