@@ -50,6 +50,7 @@ class AttentionCase:
         dtype: name of the dtype of q, k and v.
         head_dim: H.
         deterministic: the gradients must repeat bit for bit.
+        npu: an Ascend NPU is there.
         cuda: a CUDA or ROCm device is there.
         capability: its compute capability; None while no device may be touched, and what depends
             on it is then left open.
@@ -60,6 +61,7 @@ class AttentionCase:
     dtype: str
     head_dim: int
     deterministic: bool = False
+    npu: bool = False
     cuda: bool = False
     capability: tuple[int, int] | None = None
     cudnn: int = 0
@@ -79,6 +81,7 @@ class AttentionCase:
             dtype=str(dtype).removeprefix("torch."),
             head_dim=head_dim,
             deterministic=deterministic,
+            npu=platform.name == "npu",
             cuda=platform.runs_cuda,
             capability=platform.capability() if touched else None,
             cudnn=platform.cudnn_version() if touched else 0,
@@ -180,6 +183,23 @@ def _why_not_torch_varlen(case: AttentionCase) -> str | None:
     return _lacks(case, "torch", (2, 11))
 
 
+def _why_not_npu_fusion(case: AttentionCase) -> str | None:
+    """As the documentation of npu_fusion_attention has it (Ascend/op-plugin).
+
+    torch_npu lists its backward among the operators that it can make deterministic for none of the
+    devices but the 950DT.
+    """
+    if not case.npu:
+        return "no Ascend NPU"
+    if case.dtype not in (*HALF, "float32"):
+        return f"no kernel for {case.dtype}"
+    if case.head_dim > 768:
+        return f"head dim {case.head_dim} is above 768"
+    if case.deterministic:
+        return "not known to be deterministic"
+    return None
+
+
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
@@ -225,13 +245,20 @@ def _load_torch_varlen(deterministic: bool) -> VarlenAttention:
     return attention
 
 
+def _load_npu_fusion(deterministic: bool) -> VarlenAttention:
+    from megatron_vl.ops.attention_npu import attention
+
+    return attention
+
+
 def _load_sdpa(deterministic: bool) -> VarlenAttention:
     from megatron_vl.ops.sdpa import attention
 
     return attention
 
 
-# In the order in which `auto` tries them: cuDNN's fused kernels, flash-attention, torch's own.
+# In the order in which `auto` tries them: cuDNN's fused kernels, flash-attention, torch's own. That
+# of NPUs runs where none of these does.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -240,6 +267,7 @@ BACKENDS: dict[str, Backend] = {
         Backend(name="flash2", why_not=_why_not_flash2, load=_load_flash2),
         Backend(name="flash4", why_not=_why_not_flash4, load=_load_flash4),
         Backend(name="torch-varlen", why_not=_why_not_torch_varlen, load=_load_torch_varlen),
+        Backend(name="npu-fusion", why_not=_why_not_npu_fusion, load=_load_npu_fusion),
         Backend(name="sdpa", why_not=lambda case: None, load=_load_sdpa),
     )
 }

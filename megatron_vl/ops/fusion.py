@@ -2,14 +2,16 @@
 
 | operation | kernels, in the order in which they are tried |
 |---|---|
-| `rotary` | Triton's |
-| `swiglu` | liger-kernel's, else Megatron-Core's, made by torch.compile |
-| `quick_gelu` | Triton's, with the bias |
-| `gelu`, `gelu_pytorch_tanh`, `silu` | torch has one |
+| `rotary` | torch_npu's, Triton's |
+| `swiglu` | torch_npu's, liger-kernel's, else Megatron-Core's, made by torch.compile |
+| `quick_gelu` | torch_npu's, Triton's, with the bias |
+| `gelu` | torch_npu's; elsewhere torch has one |
+| `gelu_pytorch_tanh`, `silu` | torch has one |
+| `rms_norm` | torch_npu's; elsewhere torch has one |
 
 The reference runs everywhere. A kernel runs on a device that gains by it, if what it is written
-with is installed. torch.compile could make all of them, but its wrappers cost the host a tenth of a
-millisecond a call, more than the kernels take.
+with is installed; torch_npu's are those of Ascend NPUs. torch.compile could make all of them, but
+its wrappers cost the host a tenth of a millisecond a call, more than the kernels take.
 
 Letters: I inner width; x is [..., I], or [..., 2 I] where it holds gate and value side by side.
 """
@@ -24,36 +26,53 @@ import torch
 from torch.nn import functional as F
 
 from megatron_vl.ops.rotary import rotate
+from megatron_vl.platform import select_platform
 
 REFERENCE = "torch"
 
 
 def quick_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x * sigmoid(1.702 x), as CLIP's."""
-    x = _biased(x, bias)
+    x = biased(x, bias)
     return x * torch.sigmoid(1.702 * x)
 
 
 def gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return F.gelu(_biased(x, bias))
+    return F.gelu(biased(x, bias))
 
 
 def gelu_tanh(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return F.gelu(_biased(x, bias), approximate="tanh")
+    return F.gelu(biased(x, bias), approximate="tanh")
 
 
 def silu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return F.silu(_biased(x, bias))
+    return F.silu(biased(x, bias))
 
 
 def swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """silu(gate) * value, [..., I] of [..., 2 I]."""
-    gate, value = _biased(x, bias).chunk(2, dim=-1)
+    gate, value = biased(x, bias).chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
-def _biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x if bias is None else x + bias
+
+
+def _npu(operation: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        if select_platform().name != "npu":
+            raise ImportError("no Ascend NPU")
+        from megatron_vl.ops import fusion_npu
+
+        return getattr(fusion_npu, operation)
+
+    return load
 
 
 def _triton_rotary() -> Callable:
@@ -72,7 +91,7 @@ def _liger_swiglu() -> Callable:
     from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
 
     def liger_swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        x = _biased(x, bias)
+        x = biased(x, bias)
         out = LigerFusedGateUpSiLUMulFunction.apply(x.reshape(-1, x.shape[-1]), False)
         return out.view(*x.shape[:-1], x.shape[-1] // 2)
 
@@ -88,13 +107,19 @@ def _compiled_swiglu() -> Callable:
 # Of each operation, by their names: what gives it, in the order in which they are tried. A loader
 # raises ImportError where what it needs is not installed.
 OPERATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
-    "rotary": {"triton": _triton_rotary, REFERENCE: lambda: rotate},
-    "swiglu": {"liger": _liger_swiglu, "compiled": _compiled_swiglu, REFERENCE: lambda: swiglu},
-    "quick_gelu": {"triton": _triton_quick_gelu, REFERENCE: lambda: quick_gelu},
-    "gelu": {REFERENCE: lambda: gelu},
+    "rotary": {"npu": _npu("rotate"), "triton": _triton_rotary, REFERENCE: lambda: rotate},
+    "swiglu": {"npu": _npu("swiglu"), "liger": _liger_swiglu, "compiled": _compiled_swiglu,
+               REFERENCE: lambda: swiglu},
+    "quick_gelu": {"npu": _npu("quick_gelu"), "triton": _triton_quick_gelu,
+                   REFERENCE: lambda: quick_gelu},
+    "gelu": {"npu": _npu("gelu"), REFERENCE: lambda: gelu},
     "gelu_pytorch_tanh": {REFERENCE: lambda: gelu_tanh},
     "silu": {REFERENCE: lambda: silu},
+    "rms_norm": {"npu": _npu("rms_norm"), REFERENCE: lambda: rms_norm},
 }
+# torch's own is another function on some device: on NPUs gelu is the form with tanh, whatever is
+# asked for. There the kernel is no matter of speed.
+NOT_TORCH_EVERYWHERE = ("gelu",)
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "silu")  # of a layer without a gate
 
 
@@ -108,7 +133,9 @@ class Kernel:
 
 @cache
 def choose_kernel(operation: str, fused: bool) -> Kernel:
-    """The first of an operation's kernels that is installed; its reference if not `fused`."""
+    """The first of an operation's kernels that is installed; its reference if not `fused`, where
+    that is the same function on every device."""
+    fused = fused or operation in NOT_TORCH_EVERYWHERE
     for name, load in OPERATIONS[operation].items():
         if fused or name == REFERENCE:
             try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.transformer import TransformerConfig
+
+from megatron_vl.ops.fusion import choose_kernel
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -21,6 +25,17 @@ class LayerNorm(torch.nn.LayerNorm):
         ).to(x.dtype)
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's, by the kernel of `megatron_vl.ops.fusion`."""
+
+    def __init__(self, *args, fused: bool, **options):
+        super().__init__(*args, **options)
+        self.normalize = choose_kernel("rms_norm", fused).function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.normalize(x, self.weight, self.eps)
+
+
 class TorchNorm:
     """RMSNorm or LayerNorm over the last dimension, as `config.normalization` says.
 
@@ -35,7 +50,7 @@ class TorchNorm:
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> torch.nn.Module:
-        kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": LayerNorm}
+        kinds = {"RMSNorm": partial(RMSNorm, fused=config.fused_ops), "LayerNorm": LayerNorm}
         if config.normalization not in kinds:
             raise ValueError(f"normalization {config.normalization!r}; use one of {list(kinds)}")
         norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)

@@ -19,7 +19,7 @@ class Platform(Protocol):
         notice: what a run says about it at its start; empty: nothing.
         collective_backend: torch.distributed backend for tensors on `device`.
         runs_cuda: whether CUDA's own libraries can run, or ROCm's in their place.
-        fuses_ops: whether kernels made at run time (torch.compile) pay here.
+        fuses_ops: whether operations are computed by kernels other than torch's own here.
         in_host_memory: whether the device computes in the host's memory, and has no other.
     """
 

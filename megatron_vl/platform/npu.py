@@ -65,7 +65,7 @@ class NpuPlatform:
     )
     collective_backend = "hccl"
     runs_cuda = False
-    fuses_ops = False  # torch.compile has no compiler for NPUs that pays
+    fuses_ops = True  # by kernels of torch_npu's
     in_host_memory = False
 
     def install(self) -> None:

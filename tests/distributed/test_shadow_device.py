@@ -31,6 +31,8 @@ RUN = {
     "report": False,
     # Rows of one length. Of others stages tell each other theirs, for which the host waits.
     "packing_buffer_size": 8,
+    # The operators that the shadow device has of the CPU, so that its numbers are the CPU's.
+    "attention_backend": "sdpa", "fused_ops": "off",
 }
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 VP2 = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
@@ -67,6 +69,13 @@ FEATURES = {  # of Qwen3-VL, some for a layer of another stage
 }
 # Other numbers than the CPU's, whose norms compute in fp32.
 BF16 = {"dp2 bf16": {"grad_reduce_in_bf16": True}}
+# By the kernels of torch_npu, whose sums are others.
+OWN = {"attention_backend": "auto", "fused_ops": "auto"}
+KERNELS = {
+    "kernels, tp2 sp": TP2 | OWN | {"sequence_parallel": True},
+    "windows by kernels": OWN | {"recompute_granularity": "selective"},
+    "features by kernels over pp2": PP2 | OWN | {"pp_layers": "1,3"},
+}
 # Goes on from the first step of another, with a validation behind the second.
 RESUMED = {
     one: f"{one} again"
@@ -80,7 +89,7 @@ EXACT = LAYOUTS | WINDOWS | FEATURES | EXPERTS | QUANTIZED | AGAIN | {
     for name, again in RESUMED.items()
 }
 TWO = ("tp2 sp", *QUANTIZED)
-JOBS = EXACT | {name: options | {"bf16": True} for name, options in BF16.items()}
+JOBS = EXACT | KERNELS | {name: options | {"bf16": True} for name, options in BF16.items()}
 # Once a chunk: Megatron-Core asks behind the last microbatch whether a token was trained.
 AFTER_ALL = (
     "megatron/core/distributed/finalize_model_grads.py:finalize_model_grads: _local_scalar_dense"
@@ -109,7 +118,8 @@ def runs(
     shared, model_dir, window_model_dir, deepstack_model_dir, experts_model_dir, wds_dir
 ) -> dict[str, Path]:
     """What the jobs left behind, by the device they ran on."""
-    others = dict.fromkeys(WINDOWS, window_model_dir) | dict.fromkeys(FEATURES, deepstack_model_dir)
+    others = dict.fromkeys([*WINDOWS, "windows by kernels"], window_model_dir)
+    others |= dict.fromkeys([*FEATURES, "features by kernels over pp2"], deepstack_model_dir)
     others |= dict.fromkeys(EXPERTS, experts_model_dir)
 
     def make(out: Path) -> None:
@@ -166,6 +176,17 @@ def test_a_run_after_transfer_to_npu_takes_no_npu_for_cuda_and_gives_them_too(na
 def test_parity_holds_on_an_npu(hf_dir):
     done = megatron_vl("parity", hf_dir, PYTHONPATH=f"{SITE}{os.pathsep}{ROOT}")
     assert done.code == 0 and "equal within 1e-05" in done.out, done.text
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_run_by_the_kernels_of_npus_comes_to_the_numbers_of_the_cpu(name, runs):
+    expected, found = (numbers(runs[device], name) for device in ("cpu", "npu"))
+    said = json.loads((runs["npu"] / f"{name}.0.json").read_text())["said"]
+    assert "attention: npu-fusion" in said and "rotary npu, swiglu npu" in said
+    assert "norms npu" in said and list(found) == [("train", 1), ("train", 2)]
+    for step, (loss, norm) in expected.items():
+        # Measured: the same loss, and norms by 8e-8.
+        assert found[step] == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-6))
 
 
 def test_weights_that_are_gathered_when_they_are_asked_for_give_the_same_numbers_to_the_bit(runs):

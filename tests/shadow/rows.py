@@ -50,6 +50,7 @@ REFUSED = {
     "a bitwise sum": lambda x, y, h: torch.distributed.all_reduce(
         x.int(), op=torch.distributed.ReduceOp.BOR),
     "a norm in float64": lambda x, y, h: torch._foreach_norm([x], 2, dtype=torch.float64),
+    "an operator of the vendor's on the host": lambda x, y, h: sys.modules["torch_npu"].npu_gelu(h),
     "another process's device": lambda x, y, h: torch.npu.set_device(1),
     "time between events that tell none": lambda x, y, h: torch.npu.Event().elapsed_time(
         torch.npu.Event()),
@@ -142,6 +143,17 @@ def platform():
     return select_platform()
 
 
+def gelu(form: str, own: bool) -> bool:
+    """Whether it has that form, forward and backward, by torch or by the vendor's operator."""
+    host = torch.linspace(-3, 3, 7, requires_grad=True)
+    here = host.detach().to("npu").requires_grad_()
+    expected = torch.nn.functional.gelu(host, approximate=form)
+    found = (sys.modules["torch_npu"].npu_gelu if own else torch.nn.functional.gelu)(here)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    return torch.equal(found.detach().cpu(), expected) and torch.equal(here.grad.cpu(), host.grad)
+
+
 def hidden() -> str:
     with patch.dict(os.environ, ASCEND_RT_VISIBLE_DEVICES=""):
         return platform().name
@@ -169,6 +181,8 @@ GIVES = {
     "numbers behind the tracker": (drawn(7), lambda: in_tracker(True)),
     "numbers of the CPU": (drawn(7), cpu_beside_the_device),
     "numbers of a state that was kept": (True, again),
+    "torch's gelu": (True, lambda: gelu("tanh", own=False)),
+    "the vendor's gelu": (True, lambda: gelu("none", own=True)),
     "a sum of float64 over ranks": (
         FLOAT64, lambda: reduced(torch.distributed.ReduceOp.SUM)),
     "a maximum of float64 over ranks": (

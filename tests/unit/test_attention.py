@@ -108,10 +108,14 @@ HOPPER = AttentionCase(
     versions={"torch": (2, 12, 0), "transformer-engine": (2, 11, 0), "flash-attn": (2, 8, 3),
               "flash-attn-4": (4, 0, 0)},
 )
+OF_CUDA = [name for name in BACKENDS if name not in ("npu-fusion", "sdpa")]
+NO_NPU = {"npu-fusion": "no Ascend NPU"}
+NPU = dict(npu=True, cuda=False, capability=None, cudnn=0)
 NO_TE = {"torch": (2, 12), "flash-attn": (2, 8, 3), "flash-attn-4": (4, 0)}
 NO_FLASH = {"torch": (2, 12), "transformer-engine": (2, 11), "flash-attn-4": (4, 0)}
 
-# What differs from HOPPER -> the backends that cannot run then, and why; all others can.
+# What differs from HOPPER -> the backends that cannot run then, and why; all others can, but on a
+# machine without an NPU that of NPUs.
 CASES = {
     "all is there": ({}, {}),
     "fp16": (dict(dtype="float16"), {}),
@@ -119,11 +123,31 @@ CASES = {
     "deterministic": (dict(deterministic=True), {}),
     "fp32": (
         dict(dtype="float32"),
-        {name: "no kernel for float32" for name in BACKENDS if name != "sdpa"},
+        dict.fromkeys(OF_CUDA, "no kernel for float32"),
     ),
     "no GPU": (
         dict(cuda=False, capability=None, cudnn=0),
-        {name: "no CUDA device" for name in BACKENDS if name != "sdpa"},
+        dict.fromkeys(OF_CUDA, "no CUDA device"),
+    ),
+    "an NPU": (
+        NPU, {**dict.fromkeys(OF_CUDA, "no CUDA device"), "npu-fusion": None},
+    ),
+    "an NPU, fp32": (
+        NPU | dict(dtype="float32"),
+        {**dict.fromkeys(OF_CUDA, "no CUDA device"), "npu-fusion": None},
+    ),
+    "an NPU, deterministic": (
+        NPU | dict(deterministic=True),
+        {**dict.fromkeys(OF_CUDA, "no CUDA device"),
+         "npu-fusion": "not known to be deterministic"},
+    ),
+    "an NPU, fp64": (
+        NPU | dict(dtype="float64"),
+        {**dict.fromkeys(OF_CUDA, "no CUDA device"), "npu-fusion": "no kernel for float64"},
+    ),
+    "an NPU, wide heads": (
+        NPU | dict(head_dim=776),
+        {**dict.fromkeys(OF_CUDA, "no CUDA device"), "npu-fusion": "head dim 776 is above 768"},
     ),
     "no look at the GPU yet": (dict(capability=None, cudnn=0), {}),
     "no TransformerEngine": (
@@ -201,7 +225,7 @@ CASES = {
 def test_a_backend_says_why_it_cannot_run(changes, reasons):
     case = replace(HOPPER, **changes)
     said = {name: backend.why_not(case) for name, backend in BACKENDS.items()}
-    assert said == {name: reasons.get(name) for name in BACKENDS}
+    assert said == dict.fromkeys(BACKENDS) | NO_NPU | reasons
 
 
 def test_this_machine_is_seen_as_it_is():
@@ -296,7 +320,8 @@ def test_one_asked_for_that_cannot_run_is_refused_by_one_sentence(name, backends
     assert str(refused.value) == sentence
 
 
-NO_GPU = ", ".join(f"{name}: no CUDA device" for name in BACKENDS if name != "sdpa")
+NO_DEVICE = dict.fromkeys(OF_CUDA, "no CUDA device") | NO_NPU
+NO_GPU = ", ".join(f"{name}: {why}" for name, why in NO_DEVICE.items())
 
 
 @pytest.fixture
@@ -331,11 +356,9 @@ def test_a_run_is_refused_before_a_process_starts(plan_with):
     known = "use one of auto, flash-first, te-fused"
     with pytest.raises(InputError, match=f"attention-backend is 'fast'; {known}"):
         plan_with(attention_backend="fast")
-    why = "no kernel for float32" if torch.cuda.is_available() else "no CUDA device"
-    for name in BACKENDS:
-        if name == "sdpa":
-            plan_with(attention_backend=name)
-            continue
+    plan_with(attention_backend="sdpa")
+    on_gpu = "no kernel for float32" if torch.cuda.is_available() else "no CUDA device"
+    for name, why in (dict.fromkeys(OF_CUDA, on_gpu) | NO_NPU).items():
         with pytest.raises(InputError, match=f"{name} cannot run here: {why}; use auto, or sdpa"):
             plan_with(attention_backend=name)
 
@@ -382,7 +405,6 @@ def test_torch_varlen_takes_the_arguments_it_is_given(causal, window, groups):
 
 # ---- on a GPU ---------------------------------------------------------------------------------
 
-KERNELS = [name for name in BACKENDS if name != "sdpa"]
 LONG_AND_SHORT = [600, *[1, 2, 3, 7, 16, 17, 64, 65, 128, 1, 33] * 2]
 # |difference| / (|reference| + its standard deviation), of the output and of the gradients: twice
 # what torch's SDPA in that dtype on a CPU differs by here, 1.6e-2 and 6.8e-2, 1.5e-3 and 7.6e-3.
@@ -416,7 +438,7 @@ def skip_unless_it_runs(name, **case):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", OF_CUDA)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", [4, 2])
@@ -435,7 +457,7 @@ def test_a_kernel_equals_the_reference(name, dtype, causal, groups, head_dim):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", OF_CUDA)
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_deterministic_kernel_repeats_every_bit(name, causal, monkeypatch):
     skip_unless_it_runs(name, dtype=torch.bfloat16, head_dim=80, deterministic=True)

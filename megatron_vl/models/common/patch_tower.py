@@ -32,6 +32,7 @@ from megatron_vl.models.common.transformer_config import (
 )
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.models.tower_spec import VisionSpec
+from megatron_vl.ops.fusion import choose_kernel
 from megatron_vl.ops.rotary import Rotary
 from megatron_vl.ops.segments import Segments
 from megatron_vl.parallel import VISION, Layout, StageSplit
@@ -56,7 +57,7 @@ def merger_config(spec: ModelSpec, layout: Layout, options: ModelOptions) -> Tow
         ffn_hidden_size=spec.vision.merged_size,
         kv_channels=spec.vision.head_dim,
         add_bias_linear=True,
-        activation_func=F.gelu,
+        activation_func=choose_kernel("gelu", options.fused_ops).function,
     )
 
 

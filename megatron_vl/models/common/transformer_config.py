@@ -21,6 +21,7 @@ from megatron_vl.ops.attention import choose_backend
 from megatron_vl.ops.experts import AUTO
 from megatron_vl.ops.fusion import ACTIVATIONS
 from megatron_vl.parallel import LANGUAGE, Layout, StageSplit
+from megatron_vl.platform import select_platform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +217,7 @@ def _shared(layout: Layout, options: ModelOptions, *, sequence_parallel: bool) -
         batch_p2p_comm=layout.vp == 1,
         # The host would wait for the device at every message, for torch before 2.
         batch_p2p_sync=False,
-        gradient_accumulation_fusion=options.fused_ops,
+        gradient_accumulation_fusion=options.fused_ops and select_platform().runs_cuda,
     )
     return shared
 

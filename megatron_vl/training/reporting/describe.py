@@ -84,9 +84,11 @@ def describe_kernels(plan: Plan, platform) -> str:
     names += [vision.activation] if vision is not None and not vision.gated else []
     chosen = [f"{name} {choose_kernel(name, fused).name}" for name in names]
     chosen += [f"experts {way}"] if (way := plan.experts_way()) is not None else []
-    norms = "transformer-engine" if use_transformer_engine() else "torch"
-    gradients = "added in its product" if fused else "added after its product"
-    return f"operations: {', '.join(chosen)}, norms {norms}; weight gradient {gradients}"
+    norms = ("transformer-engine" if use_transformer_engine()
+             else choose_kernel("rms_norm", fused).name)
+    when = "in" if fused and platform.runs_cuda else "after"
+    return (f"operations: {', '.join(chosen)}, norms {norms}; "
+            f"weight gradient added {when} its product")
 
 
 def describe_attention(plan: Plan) -> str:

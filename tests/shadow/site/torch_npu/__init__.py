@@ -2,7 +2,8 @@
 
 `import torch` loads it by its entry point, as it does the vendor's. It has the vendor's names, as
 far as this project and Megatron-Core could ask for them, and none that the vendor's lacks. What it
-refuses, and the names of the cards, are the vendor's too; no operator of the vendor's is here.
+refuses, and the names of the cards, are the vendor's too. Of its operators it has those that the
+project calls.
 
 SHADOW_NPU=NAME is what the card is called; empty, there is none. SHADOW_NPU=broken stands for a
 torch_npu whose CANN is missing.
@@ -24,17 +25,25 @@ sys.path.append(str(Path(__file__).resolve().parents[3]))
 from shadow import device
 
 from torch_npu import npu
+from torch_npu.operators import (
+    npu_fast_gelu,
+    npu_fusion_attention,
+    npu_gelu,
+    npu_rms_norm,
+    npu_rotary_mul,
+    npu_swiglu,
+)
+
+__all__ = [
+    "npu_fast_gelu", "npu_fusion_attention", "npu_gelu", "npu_rms_norm", "npu_rotary_mul",
+    "npu_swiglu",
+]
 
 device.register(npu)
 npu.refuse_bitwise_reductions()
 torch.npu.config = npu.Config()
 if os.environ.get("TORCH_TRANSFER_TO_NPU") == "1":
     import torch_npu.contrib.transfer_to_npu  # noqa: F401
-
-
-def npu_fusion_attention(*args, **kwargs):
-    """transformers imports it where torch_npu is."""
-    raise NotImplementedError("the shadow device has none of the vendor's operators")
 
 
 def _autoload() -> None:
