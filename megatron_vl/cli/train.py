@@ -24,6 +24,7 @@ from megatron_vl.launch.cluster import (
     check_started,
     cluster_env,
 )
+from megatron_vl.launch.devices import device_count
 from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.config_sources import (
@@ -216,7 +217,7 @@ def _with_layout(args: argparse.Namespace, config: TrainConfig) -> tuple[TrainCo
         ranks, per_node = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     else:
         env = _nodes(args)
-        per_node = env.nproc_per_node or _devices()
+        per_node = env.nproc_per_node or device_count()
         if not per_node:
             raise InputError(
                 "--layout auto needs to know how many ranks there are, and this machine has no "
@@ -282,13 +283,7 @@ def _looks(args: argparse.Namespace) -> bool:
 
 
 def _processes(config) -> int:
-    return _devices() or config.parallel.layout_size
-
-
-def _devices() -> int:
-    from megatron_vl.platform import select_platform
-
-    return select_platform().device_count()
+    return device_count() or config.parallel.layout_size
 
 
 def _run_rank(config, stop, gpu: str | None) -> None:
