@@ -6,16 +6,16 @@ find CANN, `import torch` itself fails. A machine without torch_npu is asked not
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_vl.errors import InputError, shown
 
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # 0: torch loads no other maker's package
-ON_CPU = f"set {AUTOLOAD}=0 to run on the CPU"
+ON_CPU = f"set {VISIBLE}= to run on the CPU"  # empty
+# torch itself imports torch_npu unless it is told not to.
+_WITHOUT_IT = f"set TORCH_DEVICE_BACKEND_AUTOLOAD=0 and {VISIBLE}= to run on the CPU"
 DRIVER = "/dev/davinci_manager"
 BUFFER = "HCCL_BUFFSIZE"
 _BUFFER_MB = 200  # of HCCL_BUFFSIZE where it is not set; a communicator holds two
@@ -54,8 +54,8 @@ def package_version(package: str) -> str | None:
 
 
 def is_wanted(environ: Mapping[str, str]) -> bool:
-    """Whether torch_npu is installed, and torch is to load it."""
-    return environ.get(AUTOLOAD, "1") == "1" and package_version("torch_npu") is not None
+    """Whether torch_npu is installed, and its devices are not hidden."""
+    return environ.get(VISIBLE) != "" and package_version("torch_npu") is not None
 
 
 def check_visible(environ: Mapping[str, str]) -> None:
@@ -63,32 +63,23 @@ def check_visible(environ: Mapping[str, str]) -> None:
     text = environ.get(VISIBLE, "")
     if not text:
         return
-    ids = [int(one) for one in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text, re.ASCII) \
-        else []
-    if not ids or ids != sorted(set(ids)):
+    words = text.split(",")
+    numbers = [int(one) for one in words if re.fullmatch(r"\d{1,4}", one, re.ASCII)]
+    if len(numbers) < len(words) or numbers != sorted(set(numbers)):
         raise InputError(
             f"{VISIBLE} is {shown(repr(text))}; CANN reads ascending numbers between commas, "
             f"without spaces, and stops at anything else: write them as 0,1,2,3."
         )
 
 
-def check_start(
-    environ: Mapping[str, str], *, found: Callable[[], bool], root: Path = Path("/")
-) -> list[str]:
-    """Whether a run can start on this machine's NPUs; returns what is only worth a line.
-
-    Args:
-        found: whether torch sees a device.
-        root: where /dev and /usr are.
+def check_start(environ: Mapping[str, str]) -> list[str]:
+    """Whether what is installed for NPUs fits together; returns what is only worth a line.
 
     Raises:
-        InputError: something is missing, or two variables exclude each other.
+        InputError: torch and torch_npu do not fit, or two variables exclude each other.
     """
-    check_visible(environ)
     if not is_wanted(environ):
         return []
-    if not found():
-        raise InputError(_no_device(root))
     both = ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
     if all(environ.get(name) for name in both):
         raise InputError(
@@ -117,21 +108,36 @@ def why_not_imported(
     ) or package_version("torch_npu") is None:
         return None
     if unlike := _unlike_torch():
-        return f"{unlike[:-1]}, or {ON_CPU}."
+        return f"{unlike[:-1]}, or {_WITHOUT_IT}."
     library = next((found[0] for text in said if (found := re.search(r"lib\w+\.so", text))), "")
     begins = f"torch_npu {package_version('torch_npu')} is installed but cannot load"
     if library.startswith(("libascend_hal", "libdrv")):
         return (f"{begins} {library} of the driver; install the driver, in a container mount "
-                f"/usr/local/Ascend/driver (docs/ascend.md has the line), or {ON_CPU}.")
+                f"/usr/local/Ascend/driver (docs/ascend.md has the line), or {_WITHOUT_IT}.")
     if _cann_home(environ) is None:
         script = next((root / one for one in _SET_ENV if (root / one).is_file()), None)
         mend = f"source {script} in this shell" if script else (
             f"install CANN {CANN_OF.get(package_version('torch_npu'), '')}".rstrip()
             + " and source its set_env.sh")
-        return f"{begins} CANN ({library or said[-1]}); {mend}, or {ON_CPU}."
+        return f"{begins} CANN ({library or said[-1]}); {mend}, or {_WITHOUT_IT}."
     return (f"{begins} {library or 'CANN'} from {_cann_home(environ)} "
             f"({said[-1].splitlines()[0] if said[-1] else type(error).__name__}); install the CANN "
-            f"that fits, or {ON_CPU}.")
+            f"that fits, or {_WITHOUT_IT}.")
+
+
+def why_no_device(environ: Mapping[str, str], root: Path = Path("/")) -> str:
+    """What is missing where torch_npu was imported and finds no NPU."""
+    begins = f"torch_npu {package_version('torch_npu')} is installed but sees no NPU"
+    if not any((root / "dev").glob("davinci[0-9]*")):
+        return (f"{begins}: there is no /dev/davinci0; install the driver, give a container its "
+                f"devices (docs/ascend.md has the line), or {ON_CPU}.")
+    missing = [name for name in ("davinci_manager", "devmm_svm", "hisi_hdc")
+               if not (root / "dev" / name).exists()]
+    if missing:
+        names = " and no ".join(f"/dev/{name}" for name in missing)
+        return f"{begins}: there is no {names}; give a container its devices, or {ON_CPU}."
+    return (f"{begins}, though its devices are there; see what npu-smi info says, and whether "
+            f"{VISIBLE} ({shown(repr(environ.get(VISIBLE, '')))}) names some of them.")
 
 
 def cann_version(home: str | Path) -> str | None:
@@ -193,25 +199,11 @@ def _cann_home(environ: Mapping[str, str]) -> str | None:
 def _unlike_torch() -> str:
     """A sentence where torch and torch_npu are of different versions; else empty."""
     torch, npu = package_version("torch"), package_version("torch_npu")
-    if torch is None or npu is None or torch.split(".")[:2] == npu.split(".")[:2]:
+    if not torch or not npu or "." not in npu or torch.split(".")[:2] == npu.split(".")[:2]:
         return ""
     fitting = ".".join(npu.split(".")[:3])
     return (f"torch {torch} and torch_npu {npu} do not fit together; install torch {fitting}, or "
             f"the torch_npu of torch {torch}.")
-
-
-def _no_device(root: Path) -> str:
-    begins = f"torch_npu {package_version('torch_npu')} is installed but sees no NPU"
-    if not any((root / "dev").glob("davinci[0-9]*")):
-        return (f"{begins}: there is no /dev/davinci0; install the driver, give a container its "
-                f"devices (docs/ascend.md has the line), or {ON_CPU}.")
-    missing = [name for name in ("davinci_manager", "devmm_svm", "hisi_hdc")
-               if not (root / "dev" / name).exists()]
-    if missing:
-        names = " and ".join(f"/dev/{name}" for name in missing)
-        return f"{begins}: {names} is missing; give it to the container, or {ON_CPU}."
-    return (f"{begins}, though its devices are there; see what npu-smi info says, and whether "
-            f"{VISIBLE} ({shown(repr(os.environ.get(VISIBLE, '')))}) names some of them.")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from megatron_vl.errors import InputError
 from megatron_vl.launch import ascend
 
 # Rows differ in their images: without it, memory is cut up by the sizes of those gone by.
@@ -19,12 +20,18 @@ def device_count() -> int:
     """Devices that this process may use; 0 where ranks share the CPU.
 
     Raises:
-        InputError: ASCEND_RT_VISIBLE_DEVICES names other devices than CANN would read from it.
+        InputError: a maker's package is installed and gives no device, or not those asked for.
     """
     ascend.check_visible(os.environ)
     from megatron_vl.platform import select_platform
 
-    return select_platform().device_count()
+    try:
+        return select_platform().device_count()
+    except InputError as error:
+        if not ascend.is_wanted(os.environ):
+            raise
+        raise InputError(ascend.why_not_imported(error, os.environ)
+                         or ascend.why_no_device(os.environ)) from error
 
 
 def devices() -> int:
@@ -43,7 +50,8 @@ def check_devices() -> list[str]:
     Raises:
         InputError: a package for devices is installed, and something that it needs is missing.
     """
-    return ascend.check_start(os.environ, found=lambda: device_count() > 0)
+    device_count()
+    return ascend.check_start(os.environ)
 
 
 def variables() -> dict[str, str]:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import megatron_vl, run
 
 from megatron_vl.errors import InputError
@@ -60,7 +62,7 @@ def versions(monkeypatch):
 @pytest.mark.parametrize(("make", "error", "says"), [
     (lambda root: {}, LIBRARY,
      "cannot load CANN (libhccl.so); source {root}/usr/local/Ascend/ascend-toolkit/set_env.sh in "
-     "this shell, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run on the CPU."),
+     "this shell, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 and ASCEND_RT_VISIBLE_DEVICES= to run"),
     (lambda root: (root / ascend._SET_ENV[0]).unlink() or {}, LIBRARY,
      "cannot load CANN (libhccl.so); install CANN 8.5.0 and source its set_env.sh, or set"),
     (home, "libascend_hal.so: cannot open shared object file",
@@ -79,7 +81,7 @@ def test_versions_that_do_not_fit_are_said_before_anything_else(root, versions):
                 "or the torch_npu of torch 2.8.0")
     assert ascend.why_not_imported(ImportError(LIBRARY), {}, root).startswith(sentence)
     with pytest.raises(InputError, match=sentence):
-        ascend.check_start(home(root), found=lambda: True, root=root)
+        ascend.check_start(home(root))
 
 
 def test_an_error_of_a_run_is_not_taken_for_one_of_the_import(versions):
@@ -97,7 +99,8 @@ def test_a_command_without_cann_ends_with_one_sentence_and_runs_on_the_cpu(tmp_p
     assert refused.code == 2 and not (tmp_path / "converted").exists()
     assert refused.err.startswith("megatron-vl convert: torch_npu 2.13.0 is installed but cannot "
                                   "load CANN (libhccl.so); ") and refused.err.count("\n") == 1
-    on_cpu = run(command, PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD=0)
+    on_cpu = run(command, PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD=0,
+                 ASCEND_RT_VISIBLE_DEVICES="")
     assert on_cpu.code == 0, on_cpu.text
 
 
@@ -106,18 +109,26 @@ def test_a_command_without_cann_ends_with_one_sentence_and_runs_on_the_cpu(tmp_p
 
 @pytest.mark.parametrize(("remove", "says"), [
     ([f"davinci{k}" for k in range(8)], "sees no NPU: there is no /dev/davinci0; install the"),
-    (["devmm_svm", "hisi_hdc"], "sees no NPU: /dev/devmm_svm and /dev/hisi_hdc is missing; give"),
+    (["devmm_svm", "hisi_hdc"], "sees no NPU: there is no /dev/devmm_svm and no /dev/hisi_hdc;"),
     ([], "sees no NPU, though its devices are there; see what npu-smi info says"),
 ])
-def test_no_run_falls_back_to_the_cpu_in_silence(remove, says, root, versions):
+def test_what_keeps_the_devices_from_torch_is_told(remove, says, root, versions):
     for name in remove:
         (root / "dev" / name).unlink()
-    with pytest.raises(InputError, match=says):
-        ascend.check_start(home(root), found=lambda: False, root=root)
-    on_cpu = home(root) | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    assert ascend.check_start(on_cpu, found=lambda: False, root=root) == []
-    versions(npu=None)
-    assert ascend.check_start({}, found=lambda: False, root=root) == []
+    assert says in ascend.why_no_device({}, root)
+
+
+def test_no_run_falls_back_to_the_cpu_in_silence(tmp_path, monkeypatch):
+    """Through the platform's own look at a torch_npu that is there and finds nothing."""
+    install(tmp_path, "2.13.0", "")
+    monkeypatch.syspath_prepend(tmp_path)
+    npu = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match="2.13.0 .* sees no NPU: there is no /dev/davinci0"):
+        devices.check_devices()
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
+    assert devices.check_devices() == []
 
 
 @pytest.mark.parametrize(("npu", "files", "says"), [
@@ -133,7 +144,7 @@ def test_another_cann_than_torch_npu_was_made_for_is_told(npu, files, says, root
     versions(npu=npu)
     for name, text in files.items():
         Path(home(root)["ASCEND_TOOLKIT_HOME"], name).write_text(text)
-    told = ascend.check_start(home(root), found=lambda: True, root=root)
+    told = ascend.check_start(home(root))
     assert len(told) == len(says)
     for one, expected in zip(told, says, strict=True):
         assert expected.format(home=home(root)["ASCEND_TOOLKIT_HOME"]) in one
@@ -160,7 +171,7 @@ def test_a_start_refuses_devices_that_would_be_cut(monkeypatch):
 def test_two_names_of_one_setting_exclude_each_other(root, versions):
     both = {"PYTORCH_ALLOC_CONF": "x:1", "PYTORCH_NPU_ALLOC_CONF": "y:1"}
     with pytest.raises(InputError, match="are both set, which torch_npu refuses"):
-        ascend.check_start(home(root) | both, found=lambda: True, root=root)
+        ascend.check_start(home(root) | both)
 
 
 # ---- what ranks are given ---------------------------------------------------------------------
