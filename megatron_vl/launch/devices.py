@@ -50,7 +50,9 @@ def check_devices() -> list[str]:
     Raises:
         InputError: a package for devices is installed, and something that it needs is missing.
     """
-    device_count()
+    ascend.check_visible(os.environ)
+    if ascend.is_wanted(os.environ):
+        device_count()
     return ascend.check_start(os.environ)
 
 

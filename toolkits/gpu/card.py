@@ -84,8 +84,8 @@ def npu_rows() -> Iterator[tuple[str, object]]:
 
     variables = passed_on(os.environ)
     home = variables.get("ASCEND_TOOLKIT_HOME") or variables.get("ASCEND_HOME_PATH")
-    yield "CANN", cann_version(home) if home else None
-    yield "driver", said("cat", "/usr/local/Ascend/driver/version.info")
+    yield "CANN", (home and cann_version(home)) or "not known"
+    yield "driver", said("cat", "/usr/local/Ascend/driver/version.info") or "not known"
     yield "variables", " ".join(f"{name}={value}" for name, value in sorted(variables.items())
                                 if "PATH" not in name)
 
