@@ -24,7 +24,7 @@ from megatron_vl.launch.cluster import (
     check_started,
     cluster_env,
 )
-from megatron_vl.launch.devices import device_count
+from megatron_vl.launch.devices import check_devices, device_count
 from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.config_sources import (
@@ -134,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.training.paths import check_paths
     from megatron_vl.training.plan import plan_run
 
+    check_devices()  # which says more of what is missing than the plan does
     config = with_steps(config)
     env, processes, _ = started_on(args)
     plan = plan_run(config, processes * env.nnodes)
