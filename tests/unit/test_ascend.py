@@ -14,6 +14,8 @@ from commands import megatron_vl, run
 
 from megatron_vl.errors import InputError
 from megatron_vl.launch import ascend, devices
+from megatron_vl.parallel import Layout
+from megatron_vl.training.machine import communication_buffers
 
 LIBRARY = "libhccl.so: cannot open shared object file: No such file or directory"
 
@@ -229,3 +231,13 @@ def test_the_memory_of_communicators_is_told(environ, says):
     for text in ("0", "64M", "-1"):
         with pytest.raises(InputError, match="HCCL_BUFFSIZE is .* number of MB of at least 1"):
             ascend.buffers(16, 1, {"HCCL_BUFFSIZE": text})
+
+
+def test_the_communicators_of_a_layout_are_told_where_torch_npu_is(versions, monkeypatch):
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    layout = Layout(tp=2, pp=2, dp=2)
+    assert "6,040 MB" in (said := communication_buffers(layout, 0)) and "15 communicators" in said
+    assert communication_buffers(Layout(), 0) == ""
+    versions(npu=None)
+    assert communication_buffers(layout, 0) == ""
