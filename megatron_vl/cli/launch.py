@@ -33,7 +33,7 @@ def add_parser(commands) -> None:
                         help=f"a free port of the first host (default: {PORT})")
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
                         help="a variable for the command, without VALUE the one it has here; may "
-                        "be repeated; those of an Ascend NPU's libraries need none")
+                        "be repeated; those of CANN and HCCL, of Ascend NPUs, are passed anyway")
     parser.add_argument("words", nargs="+", metavar="WORD",
                         help="behind --: a command of megatron-vl and its options, started with "
                         "this Python, or any other program")

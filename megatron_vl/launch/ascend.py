@@ -13,11 +13,11 @@ from pathlib import Path
 from megatron_vl.errors import InputError, shown
 
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
-ON_CPU = f"set {VISIBLE}= to run on the CPU"  # empty
+_ON_CPU = f"set {VISIBLE}= to run on the CPU"  # empty
 # torch itself imports torch_npu unless it is told not to.
 _WITHOUT_IT = f"set TORCH_DEVICE_BACKEND_AUTOLOAD=0 and {VISIBLE}= to run on the CPU"
 DRIVER = "/dev/davinci_manager"
-BUFFER = "HCCL_BUFFSIZE"
+_BUFFER = "HCCL_BUFFSIZE"
 _BUFFER_MB = 200  # of HCCL_BUFFSIZE where it is not set; a communicator holds two
 _P2P_MB = 20  # of P2P_HCCL_BUFFSIZE
 # Rows differ in their images, so in the shapes that kernels are kept for; and ranks meet late, some
@@ -130,12 +130,12 @@ def why_no_device(environ: Mapping[str, str], root: Path = Path("/")) -> str:
     begins = f"torch_npu {package_version('torch_npu')} is installed but sees no NPU"
     if not any((root / "dev").glob("davinci[0-9]*")):
         return (f"{begins}: there is no /dev/davinci0; install the driver, give a container its "
-                f"devices (docs/ascend.md has the line), or {ON_CPU}.")
+                f"devices (docs/ascend.md has the line), or {_ON_CPU}.")
     missing = [name for name in ("davinci_manager", "devmm_svm", "hisi_hdc")
                if not (root / "dev" / name).exists()]
     if missing:
         names = " and no ".join(f"/dev/{name}" for name in missing)
-        return f"{begins}: there is no {names}; give a container its devices, or {ON_CPU}."
+        return f"{begins}: there is no {names}; give a container its devices, or {_ON_CPU}."
     return (f"{begins}, though its devices are there; see what npu-smi info says, and whether "
             f"{VISIBLE} ({shown(repr(environ.get(VISIBLE, '')))}) names some of them.")
 
@@ -168,7 +168,7 @@ def buffers(communicators: int, neighbours: int, environ: Mapping[str, str]) -> 
         InputError: HCCL_BUFFSIZE is no size.
     """
     sizes = []
-    for name, usual, least in ((BUFFER, _BUFFER_MB, 1), ("P2P_HCCL_BUFFSIZE", _P2P_MB, 0)):
+    for name, usual, least in ((_BUFFER, _BUFFER_MB, 1), ("P2P_HCCL_BUFFSIZE", _P2P_MB, 0)):
         text = environ.get(name, "").strip() or str(usual)
         if not re.fullmatch(r"\d{1,6}", text, re.ASCII) or int(text) < least:
             raise InputError(
@@ -179,9 +179,9 @@ def buffers(communicators: int, neighbours: int, environ: Mapping[str, str]) -> 
     total = 2 * (communicators * size + neighbours * p2p)
     return (
         f"HCCL's buffers take up to {total:,} MB of a rank's device memory, beside the model: "
-        f"{communicators} communicators of 2 x {size} MB ({BUFFER})"
+        f"{communicators} communicators of 2 x {size} MB ({_BUFFER})"
         + (f" and {neighbours} of neighbouring stages of 2 x {p2p} MB" if neighbours else "")
-        + f"; a lower {BUFFER} takes less."
+        + f"; a lower {_BUFFER} takes less."
     )
 
 

@@ -23,15 +23,17 @@ def device_count() -> int:
         InputError: a maker's package is installed and gives no device, or not those asked for.
     """
     ascend.check_visible(os.environ)
-    from megatron_vl.platform import select_platform
-
     try:
+        from megatron_vl.platform import select_platform
+
         return select_platform().device_count()
-    except InputError as error:
-        if not ascend.is_wanted(os.environ):
+    except (ImportError, RuntimeError, InputError) as error:
+        why = ascend.why_not_imported(error, os.environ)
+        if why is None and isinstance(error, InputError) and ascend.is_wanted(os.environ):
+            why = ascend.why_no_device(os.environ)
+        if why is None:
             raise
-        raise InputError(ascend.why_not_imported(error, os.environ)
-                         or ascend.why_no_device(os.environ)) from error
+        raise InputError(why) from error
 
 
 def devices() -> int:

@@ -62,7 +62,7 @@ def launch(
     if given := variables():
         os.environ.update(given)
         words = " ".join(f"{name}={value}" for name, value in given.items())
-        says.append(f"ranks get {words}, which no variable set")
+        says.append(f"set for the ranks, as nothing had set it: {words}")
     for line in says:
         print(f"megatron-vl {argv[0]}: {line}", file=sys.stderr, flush=True)
     if nnodes == 1 and sys.platform == "linux":

@@ -74,6 +74,15 @@ def test_an_npu_is_measured_by_the_same_steps(tmp_path):
     assert "| CANN |" in (tmp_path / "out" / "gpu.md").read_text()
 
 
+def test_a_machine_without_cann_ends_before_the_first_step(tmp_path):
+    site = {"PYTHONPATH": str(ROOT / "tests" / "shadow" / "site"), "SHADOW_NPU": "broken"}
+    done = subprocess.run(["bash", KIT / "check.sh", tmp_path / "out", "--device", "npu"],
+                          capture_output=True, text=True, env=environment() | site)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("check.sh: torch_npu 0 is installed but cannot load CANN (libhc")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_sees_one_device_of_the_kind_that_was_asked_for(kit):
     from device import one_of, platform_of
 

@@ -28,7 +28,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 import report  # noqa: E402  (it needs the package, as do the next)
 from device import DEVICES, one_of  # noqa: E402
 
-from megatron_vl.launch.devices import variables  # noqa: E402
+from megatron_vl.errors import InputError  # noqa: E402
+from megatron_vl.launch.devices import check_devices, variables  # noqa: E402
 
 LARGE = 100.0  # GiB of device memory from which 8k rows of the 2B fit without recomputation
 FOR_7B = 130.0
@@ -309,6 +310,10 @@ def main() -> int:
     args.out = args.out.resolve()
     os.environ.update(one_of(args.device, os.environ))
     os.environ.update(variables())
+    try:
+        check_devices()
+    except InputError as error:
+        parser.exit(2, f"check.sh: {error}\n")
     inputs = args.inputs.resolve() if args.inputs else args.out / "inputs"
     if not inputs.is_dir():
         made = [sys.executable, "-W", "ignore", HERE / "inputs.py", inputs]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from megatron_vl.platform import Platform, select_platform
-
 DEVICES = ("cuda", "npu", "cpu")
 # What hides a kind's devices where it is empty, and else lists those that are seen.
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
@@ -18,8 +16,10 @@ def one_of(device: str, environ: Mapping[str, str]) -> dict[str, str]:
             for kind, name in _VISIBLE.items()}
 
 
-def platform_of(device: str) -> Platform:
+def platform_of(device: str):
     """That of this machine, which ends the process where it is another one than was asked for."""
+    from megatron_vl.platform import select_platform  # and torch, which check.py does without
+
     found = select_platform()
     if found.name != device:
         sys.exit(f"--device {device}: this machine's is {found.name}; see what hides the other.")
