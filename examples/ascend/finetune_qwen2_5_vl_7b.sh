@@ -11,9 +11,11 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$HERE/../..${PYTHONPATH:+:$PYTHONPATH}"
 source "$HERE/env.sh"
 
-FOUND=$("${PYTHON:-python}" -m megatron_vl cluster-env) # name=value lines, quoted for a shell
-eval "$FOUND"
-# shellcheck disable=SC2154
-export NPUS_PER_NODE=${NPUS_PER_NODE:-$nproc_per_node} NNODES=$nnodes NODE_RANK=$node_rank \
-  MASTER_ADDR=$master_addr MASTER_PORT=$master_port
+found() { "${PYTHON:-python}" -m megatron_vl cluster-env "$1"; }
+NPUS_PER_NODE=${NPUS_PER_NODE:-$(found nproc_per_node)}
+NNODES=$(found nnodes)
+NODE_RANK=$(found node_rank)
+MASTER_ADDR=$(found master_addr)
+MASTER_PORT=$(found master_port)
+export NPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 exec bash "$HERE/../qwen2.5vl/finetune_qwen2_5_vl_7b.sh" "$@"
