@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_vl.errors import InputError
+from megatron_vl.launch.ascend import passed_on
 from megatron_vl.launch.cluster import PORT
 from megatron_vl.launch.hostfile import read_hostfile
 from megatron_vl.launch.hosts import run_on_hosts
@@ -32,7 +33,7 @@ def add_parser(commands) -> None:
                         help=f"a free port of the first host (default: {PORT})")
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
                         help="a variable for the command, without VALUE the one it has here; may "
-                        "be repeated")
+                        "be repeated; those of CANN and HCCL, of Ascend NPUs, are passed anyway")
     parser.add_argument("words", nargs="+", metavar="WORD",
                         help="behind --: a command of megatron-vl and its options, started with "
                         "this Python, or any other program")
@@ -57,12 +58,15 @@ def run(args: argparse.Namespace) -> int:
             f"--env NPROC_PER_NODE: {args.hostfile} says the processes of a host as slots; leave "
             f"out one of the two."
         )
+    own = {name: value for name, value in passed_on(os.environ).items() if name not in variables}
+    if own:
+        print(f"megatron-vl launch: every host gets this one's {', '.join(own)}", file=sys.stderr)
     command = args.words
     if command[0] in COMMANDS:
         command = [sys.executable, "-m", "megatron_vl", *command]
     return run_on_hosts(
         hosts, command, ssh=ssh, port=args.master_port, directory=os.getcwd(),
-        variables=variables,
+        variables=own | variables,
     )
 
 

@@ -26,7 +26,7 @@ from megatron_vl.errors import (
     printable,
     shortened,
 )
-from megatron_vl.launch import interrupts
+from megatron_vl.launch import ascend, interrupts
 from megatron_vl.launch.worker import FAILURE_FILE
 from megatron_vl.training.options.spellings import answer, flags_of, key_of
 
@@ -145,14 +145,11 @@ def run(argv: list[str]) -> int:
             raise
         name = shortened(printable(str(error.filename)))
         code, said = _unusable(argv), f"{name} is longer than a path can be; give a shorter one."
-    except ModuleNotFoundError as error:
-        if (error.name or "megatron_vl").partition(".")[0] == "megatron_vl":
+    except (ImportError, RuntimeError) as error:
+        said = ascend.why_not_imported(error, os.environ) or _missing_package(error)
+        if said is None:
             raise
-        code, said = _unusable(argv), (
-            f"the Python that runs this, {sys.executable}, has no package {error.name}; use the "
-            f"Python that this project is installed in (the scripts take it from PYTHON), or "
-            f"install it there: {sys.executable} -m pip install -e {Path(__file__).parents[2]}."
-        )
+        code = _unusable(argv)
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
     print(f"megatron-vl {chosen}: {said}", file=sys.stderr)
@@ -161,6 +158,20 @@ def run(argv: list[str]) -> int:
 
 def _chosen(argv: list[str]) -> str:
     return next((word for word in argv if not word.startswith("-")), "")
+
+
+def _missing_package(error: Exception) -> str | None:
+    """The sentence of a package that is not installed, which is none of this project's modules."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    name = error.name or "megatron_vl"
+    if name.partition(".")[0] == "megatron_vl":
+        return None
+    return (
+        f"the Python that runs this, {sys.executable}, has no package {name}; use the "
+        f"Python that this project is installed in (the scripts take it from PYTHON), or "
+        f"install it there: {sys.executable} -m pip install -e {Path(__file__).parents[2]}."
+    )
 
 
 def _unusable(argv: list[str]) -> int:

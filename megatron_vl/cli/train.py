@@ -24,6 +24,7 @@ from megatron_vl.launch.cluster import (
     check_started,
     cluster_env,
 )
+from megatron_vl.launch.devices import check_devices, device_count
 from megatron_vl.launch.worker import started_by_torchrun
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.config_sources import (
@@ -133,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vl.training.paths import check_paths
     from megatron_vl.training.plan import plan_run
 
+    check_devices()  # which says more of what is missing than the plan does
     config = with_steps(config)
     env, processes, _ = started_on(args)
     plan = plan_run(config, processes * env.nnodes)
@@ -216,7 +218,7 @@ def _with_layout(args: argparse.Namespace, config: TrainConfig) -> tuple[TrainCo
         ranks, per_node = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     else:
         env = _nodes(args)
-        per_node = env.nproc_per_node or _devices()
+        per_node = env.nproc_per_node or device_count()
         if not per_node:
             raise InputError(
                 "--layout auto needs to know how many ranks there are, and this machine has no "
@@ -282,13 +284,7 @@ def _looks(args: argparse.Namespace) -> bool:
 
 
 def _processes(config) -> int:
-    return _devices() or config.parallel.layout_size
-
-
-def _devices() -> int:
-    from megatron_vl.platform import select_platform
-
-    return select_platform().device_count()
+    return device_count() or config.parallel.layout_size
 
 
 def _run_rank(config, stop, gpu: str | None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_vl.errors import InputError
 from megatron_vl.launch import interrupts
-from megatron_vl.launch.devices import DRIVERS
+from megatron_vl.launch.devices import DRIVERS, check_devices, variables
 from megatron_vl.launch.meeting import agree, meet, meet_alone, no_meeting
 from megatron_vl.launch.stop import AGAIN, SIGNALS
 from megatron_vl.launch.worker import FAILURE_FILE, STEPPED, STOP, read_failure
@@ -49,7 +49,7 @@ def launch(
 
     Raises:
         InputError: the nodes did not meet at `master_addr`:`master_port` within
-            `rendezvous_timeout` seconds, or do not fit together.
+            `rendezvous_timeout` seconds, or do not fit together; or see `check_devices`.
     """
     import_module("torch.distributed.launcher.api")  # before there is anything to tidy up
     interrupts.heed()
@@ -58,8 +58,13 @@ def launch(
     )
     # Megatron-Core counts on it to overlap tensor-parallel messages with matrix products.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Rows differ in their images: without it, memory is cut up by the sizes of those gone by.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    says = check_devices()
+    if given := variables():
+        os.environ.update(given)
+        words = " ".join(f"{name}={value}" for name, value in given.items())
+        says.append(f"set for the ranks, as nothing had set it: {words}")
+    for line in says:
+        print(f"megatron-vl {argv[0]}: {line}", file=sys.stderr, flush=True)
     if nnodes == 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach the ranks
     attempt, store = 0, None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vl.errors import FAILURE_FILE, InputError
+from megatron_vl.launch.ascend import check_visible
 
 # Files beside it: the launcher was asked to stop; the run has got past its first step.
 STOP, STEPPED = "stop", "stepped"
@@ -56,6 +57,7 @@ def run_worker(work: Callable[[], None], *, command: str, debug: bool) -> NoRetu
     try:
         _quiet_libraries()
         _die_together()
+        check_visible(os.environ)  # of ranks that another launcher started
         # Before Megatron-Core is imported by anything else: see the CPU platform.
         select_platform().install()
         work()

@@ -21,7 +21,7 @@ from megatron_vl.parallel.stages import WORDS
 from megatron_vl.training.activations import cross_entropy_chunks
 from megatron_vl.training.checkpoint.start import check_weights, find_checkpoint, needs_load
 from megatron_vl.training.epochs import with_steps
-from megatron_vl.training.machine import check_machine
+from megatron_vl.training.machine import check_machine, communication_buffers
 from megatron_vl.training.memory import ChunkMemory, Held, RankMemory, copies, rank_memory
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.paths import check_outputs, datasets, mixtures
@@ -72,6 +72,8 @@ def dry_run(
         )
     if cut := plan.trainable.cut_within_blocks(plan.layout):
         notes.append(f"{cut}.")
+    if buffers := communication_buffers(plan.layout, plan.split.embedding_chunk[0]):
+        notes.append(buffers)
     if notes:
         parts.append("\n".join(f"note: {note}" for note in notes))
     return "\n\n".join(parts)

@@ -26,6 +26,7 @@ from megatron_vl.training.checkpoint.start import find_checkpoint
 from megatron_vl.training.checkpoint.state import save_checkpoint
 from megatron_vl.training.epochs import short_of_schedule
 from megatron_vl.training.evaluate import evaluate
+from megatron_vl.training.machine import communication_buffers
 from megatron_vl.training.microbatches import Microbatches, train_loader
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.describe import describe
@@ -66,6 +67,8 @@ def train(
     watch = HangWatch(config.hang_seconds, config.stacks_dir, give_up)
     trainer = Trainer(plan, platform, stop, watch, compare=compare)
     trainer.say(trainer.described)
+    if buffers := communication_buffers(plan.layout, plan.split.embedding_chunk[0]):
+        trainer.say(buffers)
     if config.checkpoint.save is None:
         trainer.say("warning: no --save is given, so nothing of this run will be kept")
     if config.data.eval_iters == 0 and config.data.eval_interval:

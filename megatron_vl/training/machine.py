@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from megatron_vl.errors import InputError
+from megatron_vl.launch import ascend
 from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.attention import AttentionCase, check_backend
+from megatron_vl.parallel import Layout, communicators
 from megatron_vl.training.options.config import TrainConfig
 
 
@@ -70,3 +73,16 @@ def _check_offload(config: TrainConfig, transformer_engine: bool) -> None:
             f"{option} on GPUs needs TransformerEngine, which is not installed; install it, or use "
             f"use-distributed-optimizer alone, which shares the state over data ranks."
         )
+
+
+def communication_buffers(layout: Layout, embedding_stage: int) -> str:
+    """What a rank's device holds for its communicators, in words; empty but for HCCL's.
+
+    Raises:
+        InputError: a variable of HCCL is no size.
+    """
+    if not ascend.is_wanted(os.environ) or layout.world_size == 1:
+        return ""
+    most = max(communicators(layout, stage=stage, embedding_stage=embedding_stage)
+               for stage in range(layout.pp))
+    return ascend.buffers(most, min(layout.pp - 1, 2), os.environ)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import ROOT, run
-from test_docs import options, parser
+from test_docs import LINK, blocks, commands, headings, options, parser, prose
 
 from megatron_vl.cli.main import COMMANDS
+from megatron_vl.cli.mm_convert import make_parser as mm_convert
 from megatron_vl.training.options.hf_trainer import FLAGS, translate
 
 SHELLS = sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in (".sh", ".sbatch"))
@@ -60,7 +61,8 @@ def test_every_option_that_an_example_gives_is_known():
     for path in EVERY:
         for command, words in calls(path):
             assert command in COMMANDS, f"{name(path)}: {command}"
-            flags = {word.split("=")[0] for word in words if word.startswith("--")}
+            own = words[: words.index("--")] if "--" in words else words  # behind it are another's
+            flags = {word.split("=")[0] for word in own if word.startswith("--")}
             assert flags <= options(command), f"{name(path)}: {flags - options(command)}"
             seen += command == "train"
     assert seen >= 4, "the launcher, Slurm's script and both manifests train"
@@ -127,6 +129,64 @@ while [ $# -gt 1 ]; do
   shift
 done
 """
+
+
+@pytest.mark.parametrize("page", ["examples/ascend/README.md", "examples/ascend/README_zh.md"])
+def test_the_commands_of_the_ascend_page_can_be_given_as_they_are_written(page):
+    assert blocks(page) == blocks("examples/ascend/README.md")
+    assert [level for level, _ in headings(page)] == [1, 2, 2, 2, 2, 2]
+    for link in LINK.findall(prose(page)):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    for program, *words in commands(page):
+        if program == "bash":
+            assert (ROOT / words[0]).is_file(), words
+        elif program == "mm-convert":
+            mm_convert().parse_args(words)
+        else:
+            assert program in ("megatron-vl", "pip", "modelscope"), words
+
+
+SHOWN = ("NPROC_PER_NODE", "ASCEND_TOOLKIT_HOME", "TASK_QUEUE_ENABLE", "COMBINED_ENABLE")
+MODELARTS = {"MA_NUM_HOSTS": "2", "VC_TASK_INDEX": "1", "MA_NUM_GPUS": "8",
+             "VC_WORKER_HOSTS": "job-worker-0.job,job-worker-1.job"}
+
+
+@pytest.mark.parametrize(("script", "words", "variables", "becomes"), [
+    ("train_full_8p.sh", ["--model_name=/m m", "--data_path=d.json", "--epochs=2", "--fix_vit",
+                          "False", "--", "--tp", "2"], {"NPUS_PER_NODE": "4"},
+     ["megatron_vl finetune", "--model_name_or_path /m m", "--data_path d.json",
+      "--num_train_epochs 2", "--per_device_train_batch_size 1", "--gradient_accumulation_steps 16",
+      "--fix_vit False -- --tp 2", "NPROC_PER_NODE=4", "TASK_QUEUE_ENABLE=2"]),
+    ("train_full_8p.sh", ["--model_name=m", "--data_path=d", "--batch_size=2",
+                          "--gradient_accumulation_steps=3", "--output_path=o"],
+     MODELARTS | {"TASK_QUEUE_ENABLE": "1"},
+     ["--per_device_train_batch_size 2", "--gradient_accumulation_steps 3", "--output_dir o",
+      "NPROC_PER_NODE=\n", "TASK_QUEUE_ENABLE=1", "COMBINED_ENABLE=1"]),
+    ("finetune_qwen2_5_vl_7b.sh", ["--train-iters", "7"], MODELARTS,
+     ["megatron_vl.cli.mm_train", "--nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr "
+      "job-worker-0.job --master_port 29500", "--global-batch-size 384", "--train-iters 7"]),
+    ("finetune_qwen2_5_vl_7b.sh", [], {"NPUS_PER_NODE": "4"},
+     ["--nproc_per_node 4 --nnodes 1 --node_rank 0", "--global-batch-size 96"]),
+])
+def test_published_ascend_commands_start_ours_with_cann_known(
+    script, words, variables, becomes, tmp_path
+):
+    python, cann = tmp_path / "python", tmp_path / "set_env.sh"
+    python.write_text(f'#!/bin/sh\n[ "$3" = cluster-env ] && exec {sys.executable} "$@"\n'
+                      f'echo "$@"\n' + "".join(f'echo {one}="${one}"\n' for one in SHOWN))
+    python.chmod(0o755)
+    cann.write_text('export ASCEND_TOOLKIT_HOME=/cann LD_LIBRARY_PATH="/cann:$LD_LIBRARY_PATH"\n')
+    clean = {name: value for name, value in os.environ.items()
+             if name not in SHOWN and name != "LD_LIBRARY_PATH"}
+    done = subprocess.run(
+        ["bash", ROOT / "examples" / "ascend" / script, *words], capture_output=True, text=True,
+        env=clean | {"PYTHON": str(python), "ASCEND_SET_ENV": str(cann)} | variables)
+    assert done.returncode == 0, done.stderr
+    for part in (*becomes, "ASCEND_TOOLKIT_HOME=/cann"):
+        assert part in done.stdout, part
+    (said,) = done.stderr.splitlines()
+    assert "which nothing had set" in said
+    assert ("TASK_QUEUE_ENABLE" in said) == ("TASK_QUEUE_ENABLE" not in variables)
 
 
 @pytest.mark.parametrize("family", [

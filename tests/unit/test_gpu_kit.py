@@ -58,6 +58,45 @@ def test_every_step_runs_tiny_on_a_cpu_and_its_tables_are_on_the_page(tmp_path):
     assert rates.products and rates.memory and rates.attention and rates.attention_backward
 
 
+@pytest.mark.xdist_group("gpu_kit")
+def test_an_npu_is_measured_by_the_same_steps(tmp_path):
+    """On the shadow device: a torch_npu that computes on the CPU."""
+    done = subprocess.run(
+        ["bash", KIT / "check.sh", tmp_path / "out", "--device", "npu", "--tiny", "--only", "probe",
+         "--inputs", tmp_path], capture_output=True, text=True,
+        env=environment() | {"PYTHONPATH": str(ROOT / "tests" / "shadow" / "site")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[:3000]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    card = found["card"]["facts"]
+    assert card["device"] == "Ascend910B2" and card["memory_gib"] > 0 and card["sheet_tflops"]
+    assert found["probe"]["facts"]["matmul_tflops"] > 0 and not found["probe"]["failed"]
+    assert "| CANN |" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_a_machine_without_cann_ends_before_the_first_step(tmp_path):
+    site = {"PYTHONPATH": str(ROOT / "tests" / "shadow" / "site"), "SHADOW_NPU": "broken"}
+    done = subprocess.run(["bash", KIT / "check.sh", tmp_path / "out", "--device", "npu"],
+                          capture_output=True, text=True, env=environment() | site)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("check.sh: torch_npu 0 is installed but cannot load CANN (libhc")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_sees_one_device_of_the_kind_that_was_asked_for(kit):
+    from device import one_of, platform_of
+
+    npus = {"ASCEND_RT_VISIBLE_DEVICES": "4,5"}
+    for device, environ, cuda, ascend in (
+        ("cuda", {}, "0", ""), ("cuda", {"CUDA_VISIBLE_DEVICES": "2,3"} | npus, "2", ""),
+        ("npu", npus, "", "4"), ("npu", {}, "", "0"), ("cpu", npus, "", ""),
+    ):
+        assert one_of(device, environ) == {
+            "CUDA_VISIBLE_DEVICES": cuda, "ASCEND_RT_VISIBLE_DEVICES": ascend}
+    with pytest.raises(SystemExit, match="--device npu: this machine's is cpu"):
+        platform_of("npu")
+
+
 def environment() -> dict:
     return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 

@@ -57,8 +57,8 @@ def test_every_kind_of_script_is_looked_at():
     assert {TRAINER, FAMILY, QWEN2_VL, BATCH, ROOT / "tests/run.sh"} < set(SCRIPTS)
     others = [path for path in ROOT.glob("*/**/*.sh") if path not in SCRIPTS
               and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
-    # One is sourced by others, one is sh's own.
-    assert sorted(path.name for path in others) == ["environment.sh", "words_of.sh"]
+    # Two are sourced by others, one is sh's own.
+    assert sorted(path.name for path in others) == ["env.sh", "environment.sh", "words_of.sh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from megatron_vl.cli.main import run
+from megatron_vl.parallel import Layout, communicators
 from megatron_vl.training.activations import activation_memory
 from megatron_vl.training.memory import rank_memory
 from megatron_vl.training.options.config import TrainConfig
@@ -144,3 +145,29 @@ def test_a_plan_shows_traced_beside_predicted_bytes(text_model_dir, experts_mode
     assert run(["plan", str(text_model_dir), "--gpus", "2", "--seq-length", "512", "--trace"]) == 0
     out = capsys.readouterr().out
     assert "traced, GiB" in out and "\nrank 0 " in out
+
+
+GROUPS = [dict(tp=2, pp=2, dp=2), dict(pp=3), dict(dp=4, ep=2),
+          dict(tp=2, pp=2, cp=2, dp=2, ep=4, etp=1)]
+
+
+def groups_of(layout: Layout, rank: int, embedding_stage: int) -> int:
+    """Megatron-Core's groups of a rank, that have other ranks and send on the device."""
+    from torch.distributed import distributed_c10d
+
+    from megatron_vl.platform import initialize
+    from megatron_vl.platform.meta import become
+
+    become(rank, layout.world_size)
+    initialize(layout, embedding_stage=embedding_stage)
+    return sum(group.size() > 1 and not group.group_desc.endswith("GLOO")
+               for group in distributed_c10d._world.pg_map)
+
+
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_the_communicators_that_are_told_are_megatron_cores_groups(sizes, process):
+    layout = Layout(**sizes)
+    for rank, embedding_stage in ((0, 0), (0, layout.pp - 1), (layout.world_size - 1, 0)):
+        found = process["traced"].submit(groups_of, layout, rank, embedding_stage).result()
+        assert found == communicators(layout, stage=layout.coordinates(rank).pp,
+                                      embedding_stage=embedding_stage)

@@ -7,13 +7,15 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from device import platform_of
 from results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "transformers", "megatron-core", "megatron-energon",
+PACKAGES = ("torch", "torch_npu", "triton", "transformers", "megatron-core", "megatron-energon",
             "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4", "apex",
             "liger-kernel", "torchvision", "numpy")
 
@@ -51,23 +53,41 @@ def main() -> None:
     row("memory GiB", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f}")
     for package in PACKAGES:
         row(package, version(package))
-    if args.device != "cuda":
+    if args.device == "cpu":
         row("device", "cpu")
         results.fact(device="cpu", memory_gib=0.0)
         return
-    card = torch.cuda.get_device_properties(0)
-    row("device", card.name)
-    row("compute capability", f"{card.major}.{card.minor}")
-    row("device memory GiB", f"{card.total_memory / 2**30:.1f}")
-    row("multiprocessors", card.multi_processor_count)
-    row("CUDA or HIP of torch", torch.version.cuda or torch.version.hip)
-    row("cuDNN", torch.backends.cudnn.version())
-    row("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
-    row("driver", said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
+    here = platform_of(args.device)
+    name, device = here.device_name(), here.device(0)
+    memory = torch.get_device_module(device).mem_get_info()[1] / 2**30
+    row("device", name)
+    row("device memory GiB", f"{memory:.1f}")
+    for what, value in {"cuda": cuda_rows, "npu": npu_rows}[here.name]():
+        row(what, value)
     from megatron_vl.platform.peaks import peak_tflops
 
-    results.fact(device=card.name, memory_gib=card.total_memory / 2**30,
-                 sheet_tflops=peak_tflops(card.name))
+    results.fact(device=name, memory_gib=memory, sheet_tflops=peak_tflops(name))
+
+
+def cuda_rows() -> Iterator[tuple[str, object]]:
+    card = torch.cuda.get_device_properties(0)
+    yield "compute capability", f"{card.major}.{card.minor}"
+    yield "multiprocessors", card.multi_processor_count
+    yield "CUDA or HIP of torch", torch.version.cuda or torch.version.hip
+    yield "cuDNN", torch.backends.cudnn.version()
+    yield "NCCL", ".".join(map(str, torch.cuda.nccl.version()))
+    yield "driver", said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def npu_rows() -> Iterator[tuple[str, object]]:
+    from megatron_vl.launch.ascend import cann_version, passed_on
+
+    variables = passed_on(os.environ)
+    home = variables.get("ASCEND_TOOLKIT_HOME") or variables.get("ASCEND_HOME_PATH")
+    yield "CANN", (home and cann_version(home)) or "not known"
+    yield "driver", said("cat", "/usr/local/Ascend/driver/version.info") or "not known"
+    yield "variables", " ".join(f"{name}={value}" for name, value in sorted(variables.items())
+                                if "PATH" not in name)
 
 
 if __name__ == "__main__":

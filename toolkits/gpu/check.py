@@ -25,7 +25,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import report  # noqa: E402  (it needs the package)
+import report  # noqa: E402  (it needs the package, as do the next)
+from device import DEVICES, one_of  # noqa: E402
+
+from megatron_vl.errors import InputError  # noqa: E402
+from megatron_vl.launch.devices import check_devices, variables  # noqa: E402
 
 LARGE = 100.0  # GiB of device memory from which 8k rows of the 2B fit without recomputation
 FOR_7B = 130.0
@@ -296,7 +300,7 @@ def end(process: subprocess.Popen) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="check.sh", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=DEVICES, default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the tiny model alone")
     parser.add_argument("--only", help="steps that begin so, between commas")
     parser.add_argument("--minutes", type=float, help="leave out what does not fit")
@@ -304,10 +308,12 @@ def main() -> int:
     parser.add_argument("--pack", action="store_true", help="leave few files in OUT")
     args = parser.parse_args()
     args.out = args.out.resolve()
-    # One card; none where the CPU is asked for, whatever the machine has.
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if args.device == "cuda" else ""
-    )
+    os.environ.update(one_of(args.device, os.environ))
+    os.environ.update(variables())
+    try:
+        check_devices()
+    except InputError as error:
+        parser.exit(2, f"check.sh: {error}\n")
     inputs = args.inputs.resolve() if args.inputs else args.out / "inputs"
     if not inputs.is_dir():
         made = [sys.executable, "-W", "ignore", HERE / "inputs.py", inputs]

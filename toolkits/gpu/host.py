@@ -139,7 +139,7 @@ def profile_operators(results: Results, work) -> None:
                     note="of a microbatch, forward and backward; with the profiler's own cost")
 
 
-def single_calls(results: Results, device: torch.device) -> None:
+def single_calls(results: Results, timer: Timer) -> None:
     """Microseconds of the host for one call, 200 in a row on few numbers."""
     import torch.nn.functional as F
 
@@ -148,6 +148,7 @@ def single_calls(results: Results, device: torch.device) -> None:
     from megatron_vl.ops.rotary import Rotary, rotate
     from megatron_vl.ops.segments import Segments
 
+    device = timer.device
     fused = {
         name: choose_kernel(name, True).function for name in ("rotary", "quick_gelu", "swiglu")
     }
@@ -190,24 +191,19 @@ def single_calls(results: Results, device: torch.device) -> None:
                 out = call()
             torch.autograd.grad(out.sum(), [one for one in (q, x, gate) if one.requires_grad],
                                 allow_unused=True)
-            wait(device)
+            timer.wait()
             began = time.perf_counter()
             outs = [call() for _ in range(200)]
             row["forward_us"] = (time.perf_counter() - began) * 1e6 / 200
-            wait(device)
+            timer.wait()
             loss = torch.stack([out.sum() for out in outs]).sum()
-            wait(device)
+            timer.wait()
             began = time.perf_counter()
             torch.autograd.grad(loss, [q, k, v, x, gate], allow_unused=True)
             row["backward_us"] = (time.perf_counter() - began) * 1e6 / 200
         except Exception as problem:  # a row, whatever a kernel raises
             row["error"] = first_line(problem)
         results.row("Host, single calls", **row, note="256 tokens: the host is what is timed")
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -233,7 +229,7 @@ def main() -> None:
                  / operations(args.inputs / args.model))
     profile_functions(results, work)
     profile_operators(results, work)
-    single_calls(results, device)
+    single_calls(results, timer)
     beside(args, results, clock, work)
 
 

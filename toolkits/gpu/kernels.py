@@ -303,7 +303,7 @@ def measure(results: Results, timer: Timer, name: str, make: Callable[[], Op], c
     expected = [x.detach() for x in (*out, *grads)]
     del out, grads, probe
     for who, function in op.candidates.items():
-        if not timer.is_cuda and who in MADE_FOR_A_DEVICE:
+        if not timer.platform.fuses_ops and who in MADE_FOR_A_DEVICE:
             continue
         try:
             started = time.perf_counter()
@@ -403,8 +403,7 @@ def main() -> None:
         initialize(Layout())  # Megatron-Core's loss sums over a group, here of one
     for name in args.only.split(",") if args.only else table:
         measure(results, timer, name, table[name], copy)
-        if timer.is_cuda:
-            torch.cuda.empty_cache()
+        timer.forget()
     if not args.only:
         measure_updates(results, timer, copy, args.tiny)
     if args.warm:

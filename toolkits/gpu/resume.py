@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from device import one_of
 from results import Results, first_line
 
 CLOSE = 1e-3  # relative, of fp32 losses on two devices over a few steps of training
@@ -52,7 +53,7 @@ class Runs:
             words += ["--save", self.scratch / f"{save}-checkpoints"]
         environment = dict(os.environ)
         if cpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+            environment |= one_of("cpu", environment)
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True,
                               env=environment)
         text = f"$ {' '.join(map(str, words))}\n{done.stdout}{done.stderr}"

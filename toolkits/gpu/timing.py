@@ -1,12 +1,12 @@
-"""Time of device work: events around each call, warmed up, inputs rotated out of the cache."""
+"""Time of device work: marks around each call, warmed up, inputs rotated out of the cache."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
+from device import platform_of
 
 CACHE = 200 << 20  # bytes: more than any card's last-level cache
 
@@ -19,28 +19,31 @@ class Timer:
     """
 
     def __init__(self, device: str, seconds: float = 0.15):
-        self.device, self.seconds = torch.device(device), seconds
+        self.platform, self.seconds = platform_of(device), seconds
+        self.device = self.platform.device(0)
 
     @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
+    def runs_behind(self) -> bool:
+        """Whether what is queued runs while the host goes on."""
+        return not self.platform.in_host_memory
 
     def wait(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize()
+        self.platform.synchronize()
+
+    def forget(self) -> None:
+        """Give back the memory that nothing holds, and count the peak anew."""
+        if self.runs_behind:
+            module = torch.get_device_module(self.device)
+            module.empty_cache()
+            module.reset_peak_memory_stats()
 
     def once(self, work: Callable[[], object]) -> float:
         """Milliseconds of one call."""
-        if not self.is_cuda:
-            started = time.perf_counter()
-            work()
-            return 1000 * (time.perf_counter() - started)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = self.platform.mark()
         work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        end = self.platform.mark()
+        self.wait()
+        return 1000 * self.platform.seconds_between(start, end)
 
     def median(self, works: Sequence[Callable[[], object]]) -> float:
         """Median milliseconds of a call, over the works in turn; the same work on other inputs.
@@ -52,16 +55,15 @@ class Timer:
             work()
         self.wait()
         one = max(self.once(works[0]), 1e-3)
-        calls = int(min(50, max(5 if self.is_cuda else 2, 1000 * self.seconds / one)))
-        if not self.is_cuda:
-            return statistics.median(self.once(works[i % len(works)]) for i in range(calls))
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        for i, (start, end) in enumerate(events):
-            start.record()
+        calls = int(min(50, max(5 if self.runs_behind else 2, 1000 * self.seconds / one)))
+        marks = []
+        for i in range(calls):
+            start = self.platform.mark()
             works[i % len(works)]()
-            end.record()
+            marks.append((start, self.platform.mark()))
         self.wait()
-        return statistics.median(start.elapsed_time(end) for start, end in events)
+        return 1000 * statistics.median(
+            self.platform.seconds_between(start, end) for start, end in marks)
 
 
 def copies_beyond_cache(nbytes: int) -> int:

@@ -96,6 +96,12 @@ def memory_stats(device=None) -> dict[str, int]:
     return {"allocated_bytes.all.peak": max_memory_allocated()}
 
 
+def mem_get_info(device=None) -> tuple[int, int]:
+    """Free bytes, and all of them: those of the host."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+
+
 def reset_peak_memory_stats(device=None) -> None:
     """The host's cannot be reset."""
 
