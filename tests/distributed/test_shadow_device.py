@@ -29,7 +29,6 @@ RUN = {
     "save_interval": 9, "lr": 1e-3, "min_lr": 1e-4, "eval_interval": 0, "num_workers": 0,
     "use_distributed_optimizer": True, "overlap_grad_reduce": True, "async_save": True,
     "report": False,
-    # Rows of one length. Of others stages tell each other theirs, for which the host waits.
     "packing_buffer_size": 8,
 }
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -40,6 +39,7 @@ LAYOUTS = {
     "tp2 sp": TP2 | {"sequence_parallel": True},
     "tp2, images divided": TP2 | {"vit_data_parallel": True},
     "pp2": PP2,
+    "pp2, rows of several lengths": PP2 | {"packing_buffer_size": 0},
     "vp2": VP2,
     "cp2": {"context_parallel_size": 2, "recompute_granularity": "selective"},
 }

@@ -269,7 +269,9 @@ class PipelineModel(MegatronModule):
                 self.vision_model(hidden_PD.detach(), grids), self._received
             )
         if not mine:
-            pixels = torch.zeros(shape[0], vision.patch_dim, device=device)
+            pixels = torch.zeros(
+                shape[0], vision.patch_dim, dtype=self.config.params_dtype, device=device
+            )
         elif len(mine) == given:
             pixels = pixel_patches
         else:
@@ -329,7 +331,7 @@ def _reached(x: torch.Tensor) -> torch.Tensor:
 
 
 def _reach(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The same of a vision tower's layers. Pixels, in fp32, need no gradient for it."""
+    """The same of a vision tower's layers. Pixels need no gradient for it."""
     return args, kwargs | {"hidden_states": _reached(kwargs["hidden_states"])}
 
 

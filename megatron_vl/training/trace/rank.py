@@ -70,8 +70,6 @@ def check_trace(plan: Plan, ranks: Iterable[int]) -> None:
         (config.model.cpu_offloading and "cpu-offloading", "needs TransformerEngine's layers"),
         (config.optimizer.optimizer_cpu_offload and "optimizer-cpu-offload",
          "moves what a rank holds to the host"),
-        (plan.row_multiple is not None and plan.layout.pp > 1 and "packing-buffer-size 0",
-         "lets stages tell one another the length of every row"),
     ):
         if named:
             raise InputError(
