@@ -308,8 +308,11 @@ def test_a_loader_has_the_defaults_of_a_run_but_for_those_that_are_meant():
     assert {name: both for name, both in found.items() if both[0] != both[1]} == OTHERWISE
 
 
-def test_a_run_leaves_nothing_to_the_defaults_of_its_loader(monkeypatch):
-    config = TrainConfig.from_dict({"train_data_path": "there"})
+@pytest.mark.parametrize(("precision", "pixels"), [
+    ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_a_run_leaves_nothing_to_the_defaults_of_its_loader(precision, pixels, monkeypatch):
+    config = TrainConfig.from_dict({"train_data_path": "there", precision: True})
     monkeypatch.setattr(microbatches, "DataConfig", dict)
     told = microbatches._data_config(SimpleNamespace(config=config, row_multiple=None))
     assert told.keys() == {one.name for one in fields(DataConfig)}
+    assert told["pixel_dtype"] == pixels
