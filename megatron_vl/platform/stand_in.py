@@ -132,6 +132,7 @@ def _install_device_calls(device: torch.device) -> None:
         return tensor_to(self, *map(there, args), **kwargs)
 
     torch.Tensor.to = to
+    torch.Tensor.record_stream = _nothing()
     torch.Tensor.cuda = lambda self, *args, **kwargs: tensor_to(self, device)
     torch.nn.Module.cuda = lambda self, *args, **kwargs: module_to(self, device)
 

@@ -6,6 +6,7 @@ import torch
 
 from megatron_vl.platform.base import PLATFORMS, Kind
 from megatron_vl.platform.cpu import CpuPlatform
+from megatron_vl.platform.offload import install_offload
 from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.router import install_router
@@ -34,6 +35,7 @@ class ShadowPlatform(CpuPlatform):
         install_write_results()
         install_recompute()
         install_router()
+        install_offload()
         _installed = True
 
     def device(self, local_rank: int) -> torch.device:

@@ -112,6 +112,7 @@ OUT_OF_RANGE = {
     "must be at least 1": [
         "lr-decay-iters: 0", "train-iters: 0", "save-interval: 0", "max-samples-per-sequence: 0",
         "recompute-num-layers: 0", "vit-recompute-num-layers: 0", "cpu-offloading-num-layers: 0",
+        "min-offloaded-tensor-size: 0",
         "log-interval: 0", "profile-step-start: 0",
     ],
     "must be at least 0.01": ["distributed-timeout-minutes: 0"],
