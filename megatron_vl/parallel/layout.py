@@ -129,8 +129,7 @@ class Layout:
     def lengths_vary(self) -> bool:
         """Whether microbatches may differ in the length of their rows.
 
-        Each then tells the next stage its own. Not under virtual stages: Megatron-Core sends
-        lengths both ways in one batch, and between the same two neighbours they are swapped.
+        Not under virtual stages: a schedule of chunks that take turns takes tensors of one shape.
         """
         return self.vp == 1
 

@@ -13,6 +13,7 @@ import time
 import torch
 
 from megatron_vl.platform.checkpoints import install_common_reader
+from megatron_vl.platform.offload import install_offload
 from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.router import install_router
@@ -41,6 +42,7 @@ class CpuPlatform:
         install_common_reader()
         install_recompute()
         install_router()
+        install_offload()
         install_uneven()
         _installed = True
 

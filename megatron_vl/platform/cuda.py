@@ -8,6 +8,7 @@ import torch
 
 from megatron_vl.errors import InputError
 from megatron_vl.platform.checkpoints import install_common_reader
+from megatron_vl.platform.offload import install_offload
 from megatron_vl.platform.optimizer import has_fused_optimizer, install_optimizer
 from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.router import install_router
@@ -32,6 +33,7 @@ class CudaPlatform:
         install_common_reader()
         install_recompute()
         install_router()
+        install_offload()
         # Of each fused operation a model needs more kernels than torch's 8: two towers, trained and
         # evaluated. What is above the limit would run unfused, and nobody would know.
         torch._dynamo.config.recompile_limit = 64

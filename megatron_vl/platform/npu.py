@@ -16,6 +16,7 @@ import torch
 
 from megatron_vl.errors import InputError
 from megatron_vl.platform.checkpoints import install_common_reader
+from megatron_vl.platform.offload import install_offload
 from megatron_vl.platform.optimizer import install_optimizer
 from megatron_vl.platform.recompute import install_recompute
 from megatron_vl.platform.reductions import install_reductions
@@ -88,6 +89,7 @@ class NpuPlatform:
         install_common_reader()
         install_recompute()
         install_router()
+        install_offload()
         _installed = True
 
     def device_count(self) -> int:

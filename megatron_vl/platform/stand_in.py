@@ -47,6 +47,7 @@ def install_stand_in(device: torch.device, own: ModuleType | None = None) -> Non
     import_megatron_core()
     _install_device_calls(device)
     if own is None:
+        torch.Tensor.record_stream = _nothing()
         _install_one_generator()
     else:
         _install_calls_of(own, device.type)

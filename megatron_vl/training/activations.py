@@ -193,11 +193,12 @@ def _pixels(plan: Plan, stage: int, chunk: int) -> int:
 
 
 def _given(plan: Plan) -> int:
-    """Pixels as they come: of the whole microbatch, in fp32, until a chunk's forward is over."""
-    layout, pixels = plan.layout, _pixels(plan, 0, 0)
-    if pixels and plan.config.model.dtype == "float32" and layout.media_ranks == 1:
+    """Pixels as they come: of the whole microbatch, until a chunk's forward is over."""
+    ranks = plan.layout.media_ranks
+    if ranks == 1 and _pixels(plan, 0, 0):
         return 0  # these are what is kept
-    return count_patches(plan) * layout.media_ranks * plan.spec.vision.patch_dim * FP32
+    numbers = count_patches(plan) * ranks * plan.spec.vision.patch_dim
+    return numbers * ITEMSIZE[plan.config.model.dtype]
 
 
 def _merger(plan: Plan) -> int:

@@ -124,7 +124,8 @@ def _look_around(plan: Plan, notes: list[str]) -> None:
             mixture.check(split)
     _note(notes, lambda: check_outputs(config))
     run = config.model
-    asks = (run.fp8_format, run.cpu_offloading, config.optimizer.optimizer_cpu_offload,
+    asks = (run.fp8_format, run.cpu_offloading, config.offload.offload_modules,
+            config.tp_overlap.tp_comm_overlap, config.optimizer.optimizer_cpu_offload,
             run.attention_backend not in (*ORDERS, "sdpa"))
     if any(asks):  # else every machine will do, and torch need not be imported
         _note(notes, lambda: check_machine(config, plan.spec))
@@ -152,6 +153,9 @@ def _head(plan: Plan, nnodes: int, nproc_per_node: int) -> str:
     kinds += [f"frozen: {frozen}"] if frozen else []
     chunks = cross_entropy_chunks(plan)
     kinds += [f"cross-entropy in {chunks} chunks"] if chunks > 1 else []
+    offloaded = config.offload.offload_modules
+    kinds += [f"offloaded: {', '.join(offloaded)}, which the predicted activations still count"
+              ] if offloaded else []
     form = plan.trainable.quantize_base
     kinds += [f"linear weights of the language layers in {form}"] if form is not None else []
     kinds += [plan.described_experts] if plan.described_experts else []

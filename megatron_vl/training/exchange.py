@@ -10,13 +10,13 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megatron_vl.data.encode.samples import RowBatch
+from megatron_vl.data.encode.samples import RowBatch, as_tensors, by_value
 from megatron_vl.parallel import Coordinates, Layout
 
 
@@ -76,7 +76,7 @@ class RowExchange:
         for rank, pixels in self.peers:
             if pixels not in payloads:
                 part = batch if pixels else replace(batch, pixel_patches=None)
-                data = pickle.dumps(_plain(part), protocol=5)
+                data = pickle.dumps(by_value(part), protocol=5)
                 payloads[pixels] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             payload = payloads[pixels]
             for tensor in (torch.tensor([payload.numel()]), payload):
@@ -89,13 +89,4 @@ class RowExchange:
         payload = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(payload, self.reader, group=self.group)
         values = pickle.loads(memoryview(payload.numpy()))  # from our own rank, never from a file
-        return RowBatch(**{
-            name: torch.from_numpy(value) if hasattr(value, "dtype") else value
-            for name, value in values.items()
-        })
-
-
-def _plain(batch: RowBatch) -> dict:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return {name: value.numpy() if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()}
+        return RowBatch(**as_tensors(values))

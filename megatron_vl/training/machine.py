@@ -11,6 +11,7 @@ from megatron_vl.models.spec import ModelSpec
 from megatron_vl.ops.attention import AttentionCase, check_backend
 from megatron_vl.parallel import Layout, communicators
 from megatron_vl.training.options.config import TrainConfig
+from megatron_vl.training.options.offload import NORMS
 
 
 def check_machine(config: TrainConfig, spec: ModelSpec) -> None:
@@ -28,6 +29,7 @@ def _check_devices(config: TrainConfig) -> None:
     if platform.runs_cuda:
         _check_offload(config, transformer_engine)
         if transformer_engine:
+            _check_norms(config)
             return
     elif config.optimizer.optimizer_cpu_offload and not platform.in_host_memory:
         raise InputError(
@@ -39,12 +41,23 @@ def _check_devices(config: TrainConfig) -> None:
         ("fp8-format", config.model.fp8_format, "bf16"),
         ("cpu-offloading", config.model.cpu_offloading,
          "recompute-granularity full"),
+        ("tp-comm-overlap", config.tp_overlap.tp_comm_overlap, "sequence-parallel alone"),
     ):
         if asked:
             raise InputError(
                 f"{option} needs TransformerEngine on a CUDA device and this machine has none; use "
                 f"{instead}."
             )
+
+
+def _check_norms(config: TrainConfig) -> None:
+    """Whether norms that are to be offloaded are modules by themselves."""
+    norms = [one for one in config.offload.offload_modules if one in NORMS]
+    if norms and config.lora.quantize_base is None:
+        raise InputError(
+            f"offload-modules has {' and '.join(norms)}, which TransformerEngine's layers have not "
+            f"apart; give qkv_linear instead."
+        )
 
 
 def _check_attention(config: TrainConfig, spec: ModelSpec) -> None:

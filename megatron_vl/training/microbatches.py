@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import tee
 
+import torch
 from megatron.core import parallel_state
 
 from megatron_vl.data.encode.samples import RowBatch
@@ -109,6 +110,7 @@ def _data_config(plan: Plan) -> DataConfig:
         max_skipped_samples=data.max_skipped_samples,
         media=media_limits(plan.config),
         trained=trained_text(plan.config),
+        pixel_dtype=getattr(torch, plan.config.model.dtype),
         seed=plan.config.model.seed,
     )
 

@@ -168,6 +168,11 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         raise InputError("train-data-path is missing; give an energon dataset directory.")
     for part_of in (media_limits, trained_text, mixtures):
         part_of(config)
+    if config.offload.offload_modules and split.encoders_span:
+        raise InputError(
+            "offload-modules needs language layers on every stage and chunk, but the vision tower "
+            "spans several; leave out vit-pp-layers, or offload-modules."
+        )
     recompute, vit_recompute = _recompute(config, split)
     plan = Plan(
         config=config,
@@ -190,6 +195,12 @@ def plan_run(config: TrainConfig, world_size: int, *, here: bool = True) -> Plan
         )
     if here and config.experts.moe_grouped_gemm == ON:
         plan.experts_way(partial(ExpertsCase.here, touch_device=False))
+    config.tp_overlap.check(
+        layout, dtype=config.model.dtype, lengths_vary=plan.row_multiple is not None,
+        local=None if config.lora.quantize_base is None else "quantize-base",
+    )
+    if here:
+        config.tp_overlap.settings()
     _check_log(plan)
     if layout.vp > 1 and plan.num_microbatches % layout.pp:
         raise InputError(

@@ -28,6 +28,7 @@ from megatron_vl.models.common.transformer_config import ModelOptions
 from megatron_vl.models.registry import family
 from megatron_vl.peft.lora import attach, is_second
 from megatron_vl.platform import Platform
+from megatron_vl.platform.user_buffers import initialize_user_buffers
 from megatron_vl.training.activations import cross_entropy_chunks
 from megatron_vl.training.options.groups import OptimizerOptions
 from megatron_vl.training.plan import Plan
@@ -50,6 +51,9 @@ def model_options(
         fp8_format=run.fp8_format,
         cpu_offloading=run.cpu_offloading,
         cpu_offloading_num_layers=run.cpu_offloading_num_layers,
+        offload_modules=plan.config.offload.offload_modules,
+        min_offloaded_tensor_size=plan.config.offload.min_offloaded_tensor_size,
+        tp_overlap=plan.config.tp_overlap.megatron_core,
         cross_entropy_chunks=cross_entropy_chunks(plan),
         fused_ops=fuses(plan, platform),
         initialize_weights=initialize_weights,
@@ -64,8 +68,22 @@ def model_options(
     )
 
 
+def make_user_buffers(plan: Plan) -> None:
+    """Those of `plan`'s language layers."""
+    config, layout = plan.config, plan.layout
+    initialize_user_buffers(
+        (plan.row_length * config.batch.micro_batch_size // layout.cp,
+         plan.spec.decoder.hidden_size),
+        tp=layout.tp, dtype=getattr(torch, config.model.dtype),
+        fp8=config.model.fp8_format is not None, settings=config.tp_overlap.settings(),
+        bootstrap_backend=config.tp_overlap.tp_comm_bootstrap_backend,
+    )
+
+
 def build_model(plan: Plan, platform: Platform, *, initialize_weights: bool) -> list:
     """This rank's chunks on its device, each wrapped for data parallelism."""
+    if plan.config.tp_overlap.tp_comm_overlap:
+        make_user_buffers(plan)
     options = model_options(plan, platform, initialize_weights=initialize_weights)
     chunks = family(plan.spec.model_type).build_model(plan.spec, plan.layout, plan.split, options)
     if plan.trainable.adapter is not None:

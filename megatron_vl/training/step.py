@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vl.data.encode.samples import IGNORE, RowBatch, Skipped
 from megatron_vl.errors import InputError
 from megatron_vl.ops.segments import Segments, segment_numbers
+from megatron_vl.training.known_lengths import messages
 from megatron_vl.training.scores import sum_scores
 
 
@@ -60,9 +61,16 @@ class RowStream:
         self.batches = batches
         self.device = device
         self.counts = StepCounts()
+        self._ahead: RowBatch | None = None
+
+    def ahead(self) -> RowBatch:
+        """The next microbatch, which stays the next; on the host."""
+        if self._ahead is None:
+            self._ahead = next(self.batches)
+        return self._ahead
 
     def __next__(self) -> RowBatch:
-        batch = next(self.batches)
+        batch, self._ahead = self.ahead(), None
         self.counts.add(batch)
         return batch.to(self.device, non_blocking=True)
 
@@ -110,14 +118,16 @@ def run_schedule(
     Returns:
         what the step's loss function gives for the log, a microbatch each; on last stages alone.
     """
+    first, stream = model[0].module, streams[0]
     return get_forward_backward_func()(
         forward_step_func=step or forward_step,
         data_iterator=streams if len(streams) > 1 else streams[0],
         model=model if len(model) > 1 else model[0],
         num_microbatches=num_microbatches,
-        seq_length=model[0].module.pipeline_length(row_length),
+        seq_length=first.pipeline_length(row_length),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
+        **messages(first.config, lambda: first.relay.shape(stream.ahead().tokens.shape)),
         **more,
     )
 

@@ -29,20 +29,25 @@ RUN = {
     "save_interval": 9, "lr": 1e-3, "min_lr": 1e-4, "eval_interval": 0, "num_workers": 0,
     "use_distributed_optimizer": True, "overlap_grad_reduce": True, "async_save": True,
     "report": False,
-    # Rows of one length. Of others stages tell each other theirs, for which the host waits.
     "packing_buffer_size": 8,
     # The operators that the shadow device has of the CPU, so that its numbers are the CPU's.
     "attention_backend": "sdpa", "fused_ops": "off",
 }
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 VP2 = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
+OFFLOAD = {
+    "fine_grained_activation_offloading": True, "min_offloaded_tensor_size": 1,
+    "offload_modules": ["qkv_linear", "core_attn", "attn_proj", "attn_norm", "mlp_norm"],
+}
 LAYOUTS = {
     "dp2": {},
     "dp2, weights gathered behind": {"overlap_param_gather": True},
     "tp2 sp": TP2 | {"sequence_parallel": True},
     "tp2, images divided": TP2 | {"vit_data_parallel": True},
     "pp2": PP2,
+    "pp2, rows of several lengths": PP2 | {"packing_buffer_size": 0},
     "vp2": VP2,
+    "pp2, offloaded": PP2 | OFFLOAD,
     "cp2": {"context_parallel_size": 2, "recompute_granularity": "selective"},
 }
 WINDOWS = {  # of Qwen2.5-VL
@@ -230,6 +235,13 @@ def test_the_host_never_waits_for_the_device_in_a_microbatch_and_seldom_in_a_ste
     # Megatron-Core 0.19 has none in the schedule either.
     assert schedule in ({AFTER_ALL: chunks}, {})
     assert waits == {"step": WAITS | (LOADS if name in EXPERTS else {}), "validation": {}}
+
+
+def test_what_modules_save_waits_on_the_host_and_changes_no_bit(runs):
+    name = "pp2, offloaded"
+    assert numbers(runs["npu"], name) == numbers(runs["npu"], "pp2")
+    offloaded = json.loads((runs["npu"] / f"{name}.0.json").read_text())["offloaded"]
+    assert set(offloaded) == set(OFFLOAD["offload_modules"]) and all(offloaded.values())
 
 
 @pytest.mark.parametrize("rank", [0, 1])

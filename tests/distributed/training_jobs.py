@@ -78,7 +78,8 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
     dp_rank = parallel_state.get_data_parallel_rank()
     watched, rates = watch(trainer), []
     for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
-        batches = make_batches(plan.spec, case, make_samples(plan.spec, case))
+        batches = make_batches(plan.spec, case, make_samples(plan.spec, case),
+                               parts=plan.layout.row_parts, vary=plan.row_multiple is not None)
         # A data rank has images in one step and none in the next.
         batches = (batches[step:] + batches[:step])[dp_rank :: plan.layout.dp]
         trainer.streams = [RowStream(iter(batches), trainer.device) for _ in trainer.model]

@@ -66,6 +66,13 @@ def test_rows_of_one_sample_are_no_longer_than_their_batch_needs(loaders, kind):
     assert {one.tokens.shape for one in take(packed, 3)} == {(2, 256)}
 
 
+def test_pixels_are_rounded_as_a_tower_would(loaders):
+    exact, rounded = (take(loaders(**options), 2) for options in (
+        {}, {"pixel_dtype": torch.bfloat16}))
+    for one, other in zip(exact, rounded, strict=True):
+        assert torch.equal(one.pixel_patches.to(torch.bfloat16), other.pixel_patches)
+
+
 def test_only_picked_samples_are_decoded(loaders, monkeypatch):
     decoded = []
     real = media.decode_rgb

@@ -19,6 +19,7 @@ from megatron_vl.training.plan import _recompute, plan_run
 from megatron_vl.weights.mcore_io import CheckpointInfo
 
 FULL = dict(recompute_granularity="full")
+OFFLOAD = dict(fine_grained_activation_offloading=True, offload_modules="core_attn")
 REFUSED = {
     "groups that do not divide": (
         dict(**FULL, recompute_num_layers=3),
@@ -40,6 +41,20 @@ REFUSED = {
         dict(cpu_offloading=True, **FULL), "use recompute-granularity full alone"),
     "offload and recompute of the vision tower": (
         dict(cpu_offloading=True, vit_recompute_granularity="full"), "exclude one another"),
+    "modules to offload that are not said": (
+        dict(fine_grained_activation_offloading=True), "need one another; give both"),
+    "modules to offload without the option": (
+        dict(offload_modules="core_attn"), "need one another; give both"),
+    "a module that is not offloaded": (
+        dict(OFFLOAD, offload_modules=["moe_act"]), "offload-modules is 'moe_act'; use one of"),
+    "an output that is kept all the same": (
+        dict(OFFLOAD, offload_modules="attn_proj"), "add core_attn"),
+    "offload twice": (dict(OFFLOAD, cpu_offloading=True), "exclude one another; leave out one"),
+    "offload of layers that are recomputed": (
+        dict(OFFLOAD, **FULL), "have nothing to keep with recompute-granularity full"),
+    "offload with a tower over stages": (
+        dict(OFFLOAD, pipeline_model_parallel_size=2, vit_pp_layers="1,1", pp_layers="0,4"),
+        "needs language layers on every stage and chunk"),
     "gradients in bf16 of a float32 model": (
         dict(grad_reduce_in_bf16=True), "is for bf16 training and this is float32; add bf16"),
     "selective recompute of layers in 8 bits": (

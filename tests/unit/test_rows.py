@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from megatron_vl.data.encode.rows import empty_row, least_length, make_batch, make_row
-from megatron_vl.data.encode.samples import IGNORE, EncodedSample
+from megatron_vl.data.encode.samples import (
+    IGNORE,
+    EncodedSample,
+    RowBatch,
+    as_tensors,
+    by_value,
+)
 
 
 def _sample(key, length, images=0):
@@ -33,10 +39,10 @@ class Counting:
         return torch.arange(len(tokens)).expand(self.axes, -1)
 
 
-def _batch():
+def _batch(**options):
     rows = [make_row([_sample("a", 3), _sample("b", 4, images=2)]), make_row([_sample("c", 8)]),
             empty_row(), make_row([_sample("d", 1, images=1)])]
-    return make_batch(rows, row_length=8, pad_token=99, positions=Counting())
+    return make_batch(rows, row_length=8, pad_token=99, positions=Counting(), **options)
 
 
 def test_every_sample_is_a_segment_and_so_is_a_tail():
@@ -81,9 +87,15 @@ def test_a_batch_without_images_has_no_patches_and_no_grids():
     assert batch.cu_seqlens.tolist() == [0, 3]
 
 
-def test_a_batch_travels_between_processes_whole():
-    batch = _batch()
-    arrived = pickle.loads(pickle.dumps(batch))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", [
+    lambda batch: pickle.loads(pickle.dumps(batch)),  # from a reading process
+    lambda batch: RowBatch(**as_tensors(pickle.loads(pickle.dumps(by_value(batch))))),  # of ranks
+])
+def test_a_batch_travels_between_processes_whole(way, dtype):
+    batch = _batch(pixel_dtype=dtype)
+    assert batch.pixel_patches.dtype == dtype
+    arrived = way(batch)
     for name in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "pixel_patches"):
         assert torch.equal(getattr(arrived, name), getattr(batch, name))
         assert getattr(arrived, name).dtype == getattr(batch, name).dtype

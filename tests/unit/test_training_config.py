@@ -112,6 +112,7 @@ OUT_OF_RANGE = {
     "must be at least 1": [
         "lr-decay-iters: 0", "train-iters: 0", "save-interval: 0", "max-samples-per-sequence: 0",
         "recompute-num-layers: 0", "vit-recompute-num-layers: 0", "cpu-offloading-num-layers: 0",
+        "min-offloaded-tensor-size: 0",
         "log-interval: 0", "profile-step-start: 0",
     ],
     "must be at least 0.01": ["distributed-timeout-minutes: 0"],
@@ -308,8 +309,11 @@ def test_a_loader_has_the_defaults_of_a_run_but_for_those_that_are_meant():
     assert {name: both for name, both in found.items() if both[0] != both[1]} == OTHERWISE
 
 
-def test_a_run_leaves_nothing_to_the_defaults_of_its_loader(monkeypatch):
-    config = TrainConfig.from_dict({"train_data_path": "there"})
+@pytest.mark.parametrize(("precision", "pixels"), [
+    ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_a_run_leaves_nothing_to_the_defaults_of_its_loader(precision, pixels, monkeypatch):
+    config = TrainConfig.from_dict({"train_data_path": "there", precision: True})
     monkeypatch.setattr(microbatches, "DataConfig", dict)
     told = microbatches._data_config(SimpleNamespace(config=config, row_multiple=None))
     assert told.keys() == {one.name for one in fields(DataConfig)}
+    assert told["pixel_dtype"] == pixels

@@ -52,7 +52,8 @@ def least_length(rows: Sequence[Row], *, multiple: int, most: int) -> int:
 
 
 def make_batch(
-    rows: Sequence[Row], *, row_length: int, pad_token: int, positions: Positions
+    rows: Sequence[Row], *, row_length: int, pad_token: int, positions: Positions,
+    pixel_dtype: torch.dtype = torch.float32,
 ) -> RowBatch:
     """Lay rows out as the tensors of a `RowBatch`.
 
@@ -60,6 +61,7 @@ def make_batch(
         row_length: S; no row's samples hold more tokens.
         pad_token: the token that fills a row's tail.
         positions: those of a sample, of its tokens and grids.
+        pixel_dtype: of the patches, which are decoded to float32.
     """
     shape = (len(rows), row_length)
     tokens = np.full(shape, pad_token, dtype=np.int64)
@@ -94,7 +96,7 @@ def make_batch(
         loss_mask=torch.from_numpy((labels != IGNORE).astype(np.float32)),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        pixel_patches=_joined(patches),
+        pixel_patches=_joined(patches, pixel_dtype),
         grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         sample_keys=[sample.name for sample in samples],
         sample_lengths=[sample.num_tokens for sample in samples],
@@ -107,6 +109,7 @@ def make_batch(
     )
 
 
-def _joined(patches: list[torch.Tensor]) -> torch.Tensor | None:
-    """One row's patches as they are: they may be a hundred megabytes."""
+def _joined(patches: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    """One row's float32 patches as they are: they may be a hundred megabytes."""
+    patches = [one.to(dtype) for one in patches]
     return torch.cat(patches) if len(patches) > 1 else patches[0] if patches else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from math import prod
+from math import inf, prod
 
 import numpy as np
 import torch
@@ -120,7 +120,8 @@ class RowBatch:
     loss_mask: torch.Tensor  # float32 [B, S]: 1 where the position is trained
     position_ids: torch.Tensor  # int64 [axes, B, S], the family's axes; every sample starts at 0
     cu_seqlens: torch.Tensor  # int32 [segments + 1]: bounds over the B*S tokens, row after row
-    pixel_patches: torch.Tensor | None  # float32 [P, D] of all images, in order of their tokens
+    # [P, D] of all images, in order of their tokens; float32, or what the tower computes in
+    pixel_patches: torch.Tensor | None
     grid_thw: torch.Tensor  # int64 [images and videos, 3]; [0, 3] where there is none
     sample_keys: list[str]  # names of the samples, in order
     sample_lengths: list[int]  # tokens of every sample, in order; the rest of B*S is padding
@@ -157,19 +158,45 @@ class RowBatch:
 
     def __getstate__(self) -> dict:
         """Small tensors travel between processes by value: torch would open a file for each."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            name: value.numpy()
-            if isinstance(value, torch.Tensor) and value.is_cpu and value.nbytes < _BY_VALUE
-            else value
-            for name, value in values.items()
-        }
+        return by_value(self, _BY_VALUE)
 
     def __setstate__(self, state: dict) -> None:
-        for name, value in state.items():
-            value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in as_tensors(state).items():
             setattr(self, name, value)
 
     def _map(self, change, only: Sequence[str]) -> RowBatch:
         values = {name: getattr(self, name) for name in only}
         return replace(self, **{k: change(v) for k, v in values.items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bits:
+    """A tensor of a dtype that numpy has not."""
+
+    dtype: torch.dtype
+    bits: np.ndarray  # int16
+
+
+def by_value(batch: RowBatch, below: float = inf) -> dict:
+    """What a batch holds, by name, to be pickled: tensors of the host of fewer than `below` bytes
+    as their numbers."""
+
+    def plain(value):
+        if not isinstance(value, torch.Tensor) or not value.is_cpu or value.nbytes >= below:
+            return value
+        if value.dtype == torch.bfloat16:
+            return _Bits(dtype=value.dtype, bits=value.view(torch.int16).numpy())
+        return value.numpy()
+
+    return {f.name: plain(getattr(batch, f.name)) for f in fields(batch)}
+
+
+def as_tensors(values: dict) -> dict:
+    """What `by_value` gave, with its tensors."""
+
+    def whole(value):
+        if isinstance(value, _Bits):
+            return torch.from_numpy(value.bits).view(value.dtype)
+        return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+    return {name: whole(value) for name, value in values.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron_vl.data.load.mixture import Mixture
 from megatron_vl.data.load.task_encoder import RowRules
 from megatron_vl.data.options import BOUNDS, TrainedText, row_length
@@ -35,6 +37,7 @@ class DataConfig:
     max_skipped_samples: int = 0  # unusable samples a reading process skips before it is an error
     media: MediaLimits = field(default_factory=MediaLimits)
     trained: TrainedText = field(default_factory=TrainedText)
+    pixel_dtype: torch.dtype = torch.float32  # that of the vision tower, which would cast them
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -61,6 +64,7 @@ class DataConfig:
             length_option=self.length_option,
             multiple=None if self.packs else self.row_multiple,
             max_patches=self.max_patches_per_row, max_skipped=self.max_skipped_samples,
+            pixel_dtype=self.pixel_dtype,
         )
 
     @property

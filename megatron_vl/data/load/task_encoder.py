@@ -90,6 +90,7 @@ class RowRules:
     length_option: str  # what says `length`, for messages
     max_patches: int | None = None  # patches a row holds at most; a larger sample is skipped
     max_skipped: int = 0  # samples that may be skipped before it is an error
+    pixel_dtype: torch.dtype = torch.float32  # of a batch's patches
 
     def batch_length(self, rows: Sequence[Row]) -> int:
         """Tokens of each row of a batch that holds `rows`."""
@@ -264,7 +265,7 @@ class SampleEncoder(TaskEncoder):
     def make_batch(self, rows: list[Row]) -> RowBatch:
         batch = make_batch(
             rows, row_length=self.rules.batch_length(rows), pad_token=self.model.chat.pad_token,
-            positions=self.model.positions,
+            positions=self.model.positions, pixel_dtype=self.rules.pixel_dtype,
         )
         batch.skipped, self.skipped = tuple(self.skipped), []
         return batch

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    PipelineOffloadManager,
+)
 from torch.nn import functional as F
 
 from megatron_vl.models.common.loss_head import LossHead
@@ -54,6 +57,15 @@ class LanguageModel(GPTModel):
         if self.post_process:
             weight.shared = True  # a copy, which the gradient norm leaves out
             weight.data.zero_()
+
+    def preprocess_for_fine_grained_offloading(self) -> None:
+        """Megatron-Core's, which begins a microbatch; it knows those of training alone."""
+        manager = PipelineOffloadManager.get_instance()
+        if not self.training:
+            manager.disable_offload()
+            return
+        manager.enable_offload()
+        super().preprocess_for_fine_grained_offloading()
 
     def _head_weight(self) -> torch.Tensor:
         """What hidden states are multiplied with, [V, E]."""

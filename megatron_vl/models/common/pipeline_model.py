@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    PipelineOffloadManager,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional as F
@@ -269,7 +272,9 @@ class PipelineModel(MegatronModule):
                 self.vision_model(hidden_PD.detach(), grids), self._received
             )
         if not mine:
-            pixels = torch.zeros(shape[0], vision.patch_dim, device=device)
+            pixels = torch.zeros(
+                shape[0], vision.patch_dim, dtype=self.config.params_dtype, device=device
+            )
         elif len(mine) == given:
             pixels = pixel_patches
         else:
@@ -329,7 +334,7 @@ def _reached(x: torch.Tensor) -> torch.Tensor:
 
 
 def _reach(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The same of a vision tower's layers. Pixels, in fp32, need no gradient for it."""
+    """The same of a vision tower's layers. Pixels need no gradient for it."""
     return args, kwargs | {"hidden_states": _reached(kwargs["hidden_states"])}
 
 
@@ -346,6 +351,8 @@ def build_chunks(
 ) -> list[PipelineModel]:
     """This rank's chunks of the model, first to last; arguments as `PipelineModel`'s."""
     chunks, groups = [], vision_groups(layout)
+    if options.offload_modules:
+        PipelineOffloadManager.reset_instance()  # what it learnt is of another model
     for chunk in range(layout.vp):
         vp_stage = chunk if layout.vp > 1 else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)

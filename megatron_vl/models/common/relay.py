@@ -51,6 +51,11 @@ class Relay:
         images = -(-row_length // tokens)
         return max(length, self.parts * -(-images * numbers // self.width))
 
+    def shape(self, tokens: torch.Size) -> tuple[int, int, int]:
+        """What a rank is sent of tokens [b, s] of this shape."""
+        b, s = tokens
+        return self.length(s) // self.parts, b, self.width
+
     def packed(
         self, hidden: torch.Tensor, shape: torch.Size, features: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -61,10 +66,9 @@ class Relay:
         """
         if self.smallest is None and not self.num_features:
             return hidden
-        b, s = shape
         if features is not None:
             hidden = torch.cat([hidden, features.flatten(0, 1)])
-        room = (self.length(s) // self.parts, b, self.width)
+        room = self.shape(shape)
         padded = F.pad(hidden.flatten(), (0, math.prod(room) - hidden.numel())).view(room)
         return make_viewless_tensor(padded, requires_grad=True, keep_graph=True)
 

@@ -6,7 +6,8 @@ would silently cut vision layers off.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -35,6 +36,8 @@ class ModelOptions:
     fp8_format: str | None = None  # of TransformerEngine: "e4m3" or "hybrid"
     cpu_offloading: bool = False  # keep the decoder's activations in host memory
     cpu_offloading_num_layers: int = 1
+    offload_modules: tuple[str, ...] = ()  # of the decoder's layers: see OffloadOptions
+    min_offloaded_tensor_size: int = 2**20  # numbers
     cross_entropy_chunks: int = 1  # parts of a microbatch's positions that have logits in turn
     fused_ops: bool = False  # elementwise operations by kernels made at run time
     deterministic: bool = False  # only kernels that give the same bits at every run
@@ -47,6 +50,8 @@ class ModelOptions:
     # Of megatron_vl.ops.blockwise.FORMS: that of the language layers' linear weights, then frozen.
     quantize_base: str | None = None
     moe_grouped_gemm: str = AUTO  # of megatron_vl.ops.experts.CHOICES
+    # Megatron-Core's fields of what the language layers' messages overlap with.
+    tp_overlap: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,6 +94,9 @@ def language_config(
         fp8=options.fp8_format,
         cpu_offloading=options.cpu_offloading,
         cpu_offloading_num_layers=options.cpu_offloading_num_layers,
+        fine_grained_activation_offloading=bool(options.offload_modules),
+        offload_modules=list(options.offload_modules),
+        min_offloaded_tensor_size=options.min_offloaded_tensor_size,
         cross_entropy_chunks=options.cross_entropy_chunks,
         **_initialization(options, decoder.init_std),
         embedding_moved=split.encoders_span,
@@ -97,8 +105,9 @@ def language_config(
         # Megatron-Core asks for it together with the one above, also where there are no experts.
         moe_token_dispatcher_type="alltoall",
         context_parallel_size=layout.cp,
+        **options.tp_overlap,
         **_pipeline(layout, split, LANGUAGE),
-        **_recompute(options.recompute, options, decoder.head_dim),
+        **_recompute(options.recompute, options, decoder.head_dim, options.offload_modules),
         **_shared(layout, options, sequence_parallel=layout.sequence_parallel),
     )
 
@@ -239,13 +248,17 @@ def _initialization(options: ModelOptions, std: float) -> dict:
     )
 
 
-def _recompute(recompute: Recompute, options: ModelOptions, head_dim: int) -> dict:
+def _recompute(
+    recompute: Recompute, options: ModelOptions, head_dim: int, offloaded: Sequence[str] = ()
+) -> dict:
     if recompute.granularity == "none":
         return {}
     if recompute.granularity == "selective":
         return dict(
             recompute_granularity="selective",
-            recompute_modules=_recomputed_modules(options, head_dim),
+            recompute_modules=[
+                one for one in _recomputed_modules(options, head_dim) if one not in offloaded
+            ],
             # TransformerEngine's layers keep their inputs in 8 bits then.
             recompute_activation=options.fp8_format is None,
         )

@@ -32,7 +32,7 @@ BOUNDS = DATA | {
     "initial_loss_scale": Bounds(above=0, most=2**32),
     "recompute_num_layers": _LAYERS, "vit_recompute_num_layers": _LAYERS,
     "cpu_offloading_num_layers": _LAYERS, "cross_entropy_chunks": DATA["seq_length"],
-    "init_method_std": _SCALE,
+    "init_method_std": _SCALE, "min_offloaded_tensor_size": Bounds(least=1, most=2**40),
     "lora_rank": Bounds(least=1, most=2**16), "lora_alpha": Bounds(above=0, most=10**6),
     "lora_dropout": _BELOW_ONE, "lora_lr_ratio": Bounds(above=0, most=10**4),
     "moe_aux_loss_coeff": _SCALE, "moe_z_loss_coeff": _SCALE,

@@ -21,8 +21,10 @@ from megatron_vl.training.options.groups import (
     LogOptions,
     LoraOptions,
     ModelRunOptions,
+    OffloadOptions,
     OptimizerOptions,
     ParallelOptions,
+    TpOverlapOptions,
 )
 from megatron_vl.training.options.spellings import answer, key_of
 
@@ -37,9 +39,11 @@ class TrainConfig:
     """One run."""
 
     parallel: ParallelOptions
+    tp_overlap: TpOverlapOptions
     batch: BatchOptions
     optimizer: OptimizerOptions
     model: ModelRunOptions
+    offload: OffloadOptions
     lora: LoraOptions
     experts: ExpertsOptions
     data: DataOptions
@@ -74,6 +78,8 @@ class TrainConfig:
                 f"grad-reduce-in-bf16 is for bf16 training and this is {self.model.dtype}; add "
                 f"bf16, or leave it out."
             )
+        self.offload.check(
+            cpu_offloading=self.model.cpu_offloading, recompute=self.model.recompute_granularity)
         for part in self.frozen:
             if getattr(self.optimizer, f"{part}_lr", None) is not None:
                 raise InputError(
@@ -231,7 +237,7 @@ def _typed(f, value):
         return None
     if isinstance(f.default, tuple):  # one or several, in YAML `0` or `[0, 1]`
         several = value if isinstance(value, (list, tuple)) else [value]
-        if not several:
+        if not several and f.default:
             raise InputError(f"option {name} is empty; give at least one {NAMES[kind]}.")
         return tuple(_value(f, one, kind, name) for one in several)
     return _value(f, value, kind, name)

@@ -20,8 +20,10 @@ from megatron_vl.training.options.checkpoint import CheckpointOptions
 from megatron_vl.training.options.experts import ExpertsOptions
 from megatron_vl.training.options.log import LogOptions
 from megatron_vl.training.options.lora import LoraOptions
+from megatron_vl.training.options.offload import OffloadOptions
 from megatron_vl.training.options.option import defaults, option
 from megatron_vl.training.options.spellings import PRECISIONS
+from megatron_vl.training.options.tp_overlap import TpOverlapOptions
 
 # Defaults of options whose owners are elsewhere.
 _MEDIA, _TEXT = defaults(MediaLimits), defaults(TrainedText)
@@ -448,9 +450,11 @@ class FaultOptions:
 
 GROUPS = {
     "parallel": ParallelOptions,
+    "tp_overlap": TpOverlapOptions,
     "batch": BatchOptions,
     "optimizer": OptimizerOptions,
     "model": ModelRunOptions,
+    "offload": OffloadOptions,
     "lora": LoraOptions,
     "experts": ExpertsOptions,
     "data": DataOptions,

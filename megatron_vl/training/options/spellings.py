@@ -75,10 +75,12 @@ _SAYS = {
     "state over data ranks, as ZeRO 1 does, and tp and pp cut the model":
         "deepspeed zero_stage zero fsdp fsdp_config use_torch_fsdp2 use_megatron_fsdp "
         "data_parallel_sharding_strategy",
-    "sums over the ranks of tp are not overlapped with products, as TransformerEngine's user "
-    "buffers would do it": "tp_comm_overlap tp_comm_overlap_cfg",
-    "parts of layers are not kept in host memory here; give recompute-granularity selective, or "
-    "cpu-offloading for whole layers": "fine_grained_activation_offloading offload_modules",
+    "TransformerEngine has left it; tp-comm-overlap-ag and tp-comm-overlap-rs say the same":
+        "tp_comm_split_ag tp_comm_split_rs tp_comm_atomic_ag tp_comm_atomic_rs",
+    "give no-tp-comm-overlap-ag": "disable_tp_comm_overlap_ag",
+    "give no-tp-comm-overlap-rs": "disable_tp_comm_overlap_rs",
+    "give no-tp-comm-bulk-dgrad": "disable_tp_comm_bulk_dgrad",
+    "give no-tp-comm-bulk-wgrad": "disable_tp_comm_bulk_wgrad",
     "the experts are what config.json says": "num_experts moe_router_topk moe_ffn_hidden_size",
     "training is supervised here, without preference or reinforcement learning":
         "rlhf_type dpo grpo kto reward_model pref_beta",

@@ -68,10 +68,12 @@ def check_trace(plan: Plan, ranks: Iterable[int]) -> None:
          "has experts, and how many tokens each gets is known in a run alone"),
         (config.model.fp8_format is not None and "fp8-format", "needs TransformerEngine's layers"),
         (config.model.cpu_offloading and "cpu-offloading", "needs TransformerEngine's layers"),
+        (config.tp_overlap.tp_comm_overlap and "tp-comm-overlap",
+         "needs TransformerEngine's layers"),
+        (bool(config.offload.offload_modules) and "offload-modules",
+         "moves what a rank holds to the host"),
         (config.optimizer.optimizer_cpu_offload and "optimizer-cpu-offload",
          "moves what a rank holds to the host"),
-        (plan.row_multiple is not None and plan.layout.pp > 1 and "packing-buffer-size 0",
-         "lets stages tell one another the length of every row"),
     ):
         if named:
             raise InputError(

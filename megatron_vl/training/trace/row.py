@@ -38,7 +38,10 @@ def full_batch(plan: Plan, pixels_on: torch.device | str | None) -> RowBatch:
         grids = torch.tensor([grid] * (rows * number), dtype=torch.int64).reshape(-1, 3)
         if pixels_on is not None and number:
             patches = rows * number * math.prod(grid)
-            pixels = torch.empty(patches, spec.vision.patch_dim, device=pixels_on)
+            pixels = torch.empty(
+                patches, spec.vision.patch_dim, device=pixels_on,
+                dtype=getattr(torch, plan.config.model.dtype),
+            )
     axes = family(spec.model_type).positions(spec).axes
     bounds = sorted({row * length + of_64 * length // 64
                      for row in range(rows) for of_64 in (0, 18, 31, 49, 62, 64)})
