@@ -52,6 +52,9 @@ class Layers:
     itemsize: int
     head_dim: int
     dispatched: int = 0  # bytes of the tokens that come to a rank's experts; 0: there are none
+    experts: int = 0  # of a layer
+    own_experts: int = 0  # of them, on a rank
+    per_token: int = 0  # that a token goes to
     sharing: int = 1  # ranks that share an expert
     stacked: int = 0  # bytes of the first matrix of all experts, where they are one product
 
@@ -75,6 +78,7 @@ class Layers:
         norms = 2 * self.norm
         norms += self.stream * (inputs + (bool(self.dispatched) or self.mlp_inputs))
         attention = self.tokens * self.queries * self.itemsize * (self.attended + inputs)
+        attention += self.tokens * self.queries // self.head_dim * FP32  # log-sum-exps
         return norms + self._qk_norm + attention + self.mlp + self.adapter
 
     @property
@@ -85,7 +89,17 @@ class Layers:
         that of the router, and what the activation gives is kept for the router's weights.
         """
         kept = ACTIVATION_KEPT[self.activation] + self.mlp_inputs + bool(self.dispatched)
-        return self.inner_bytes * kept + self.dispatched * self.mlp_inputs
+        return self.inner_bytes * kept + self.dispatched * self.mlp_inputs + self.routing
+
+    @property
+    def routing(self) -> int:
+        """What the router keeps of a layer, and the way of tokens to experts.
+
+        Of every token its experts and its place with each (int64), their weights before and after
+        tokens are sorted; of every expert the weights and whether tokens chose it.
+        """
+        a_token = (8 + 8 + FP32 + FP32 * self.sharing) * self.per_token + (FP32 + 1) * self.experts
+        return self.tokens // self.parts * a_token
 
     @property
     def mlp_inputs(self) -> bool:
@@ -96,10 +110,12 @@ class Layers:
     def selective_layer(self) -> int:
         """The same, where norms, activation and attention are computed again."""
         inputs = self.trained or self.adapted
-        # With fewer keys than queries, these are copied when the projection is taken apart.
-        projected = self.queries * (1 + inputs + (self.keys < self.queries)) + 2 * self.keys
+        # With fewer keys than queries, these are copied when the projection is taken apart. Values
+        # are part of it, beside which queries and keys lie once they are normalised.
+        apart = bool(self.qk_norms) or self.keys < self.queries
+        projected = self.queries * (1 + inputs + apart) + self.keys * (2 + bool(self.qk_norms))
         return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize
-                + self.first + self.dispatched * self.mlp_inputs + self.adapter)
+                + self.first + self.dispatched * self.mlp_inputs + self.routing + self.adapter)
 
     @property
     def first(self) -> int:
@@ -109,11 +125,13 @@ class Layers:
     @property
     def norm(self) -> int:
         """What a norm keeps beside its output."""
-        return self.stream // self.itemsize * FP32 * self.norms
+        return self.tokens // self.parts * FP32 * (self.width * self.norms + 1)
 
     @property
     def _qk_norm(self) -> int:
         normed = self.tokens * (self.queries + self.keys) * FP32 * self.qk_norms
+        if self.qk_norms:
+            normed += self.tokens * (self.queries + self.keys) // self.head_dim * FP32
         if self.qk_norms and self.itemsize == FP32:
             # The keys are not copied then, and the projection that they are part of is kept.
             normed += self.tokens * (self.keys + self.queries * (self.keys < self.queries)) * FP32
@@ -160,9 +178,7 @@ class Layers:
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            # After the forward that is run again, with the gradients that come first.
-            (self.combined + 2 * self.stream * self._recomputes_last(chunk))
-            * bool(self.dispatched),
+            self.combined * bool(self.dispatched),  # in the forward that is run again
         )
         attention = again = 0
         if selective:
@@ -193,14 +209,19 @@ class Layers:
 
     @property
     def combined(self) -> int:
-        """At the end of the experts: what they give, one by one and together, and their tokens
-        before these were sorted; or what they give twice, in fp32 and summed over those who share
-        them. Sorted tokens are alive by then too, whether they are kept or not."""
-        alive = self.dispatched * (not self.mlp_inputs)
-        if self.sharing == 1:
-            return 3 * self.dispatched + alive
-        whole = self.dispatched // self.itemsize * FP32
-        return 2 * self.dispatched + whole + whole // self.sharing + alive
+        """At the end of the experts: the tokens that went out and, of another rank's, those that
+        came, what experts give, one by one and together or sorted, or that in fp32 and summed over
+        those who share them. Sorted tokens are alive by then too, whether they are kept or not."""
+        out, several = self.dispatched // self.sharing, self.own_experts > 1
+        ways = 1 + (self.own_experts < self.experts)
+        if not several and self.sharing == 1:
+            ways -= 1  # what came is what the expert takes
+        summed = 0
+        if self.sharing > 1:
+            numbers = self.dispatched // self.itemsize * FP32
+            summed = numbers * (self.itemsize < FP32) + numbers // self.sharing
+        return (ways * out + (1 + several) * self.dispatched + summed
+                + self.dispatched * (not self.mlp_inputs))
 
     def _recomputes_last(self, chunk: int) -> bool:
         """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
@@ -233,14 +254,20 @@ def count_patches(plan: Plan) -> int:
 def language_layers(plan: Plan, held: RankMemory) -> Layers:
     decoder, layout, tp = plan.spec.decoder, plan.layout, plan.layout.tp
     experts, itemsize = decoder.experts, ITEMSIZE[plan.config.model.dtype]
-    inner = decoder.ffn_hidden_size if experts is None else (
-        experts.per_token * experts.ffn_hidden_size)
     trained = LANGUAGE not in plan.trainable.frozen
     parts = tp if layout.sequence_parallel else 1
-    # Routers are taken to send every expert as much; ranks that share one have all its tokens.
-    dispatched = 0 if experts is None else (
-        count_tokens(plan) // parts * experts.per_token * layout.expert_tp
-        * decoder.hidden_size * itemsize)
+    inner, of_experts = decoder.ffn_hidden_size, {}
+    if experts is not None:
+        # Routers are taken to send every expert as much, or what it takes; ranks that share one
+        # have all its tokens.
+        taken = experts.per_token * min(1, plan.config.experts.moe_expert_capacity_factor or 1)
+        inner = round(taken * experts.ffn_hidden_size)
+        of_experts = dict(
+            dispatched=round(count_tokens(plan) // parts * taken) * layout.expert_tp
+            * decoder.hidden_size * itemsize,
+            experts=experts.count, own_experts=experts.count // layout.ep,
+            per_token=experts.per_token, sharing=layout.expert_tp, stacked=_stacked(plan),
+        )
     # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
     # length, and the output in these and in order. Keys and values of groups are repeated for every
     # head at once; otherwise they are parts of the projection, which is kept with them.
@@ -253,7 +280,7 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
         attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
         inner=inner // tp, activation="swiglu", passing=4, biased=False,
         norms=1 + trained, norm_copies=5,
-        dispatched=dispatched, sharing=layout.expert_tp, stacked=_stacked(plan),
+        **of_experts,
     )
 
 
