@@ -112,8 +112,10 @@ class Layers:
         inputs = self.trained or self.adapted
         # With fewer keys than queries, these are copied when the projection is taken apart. Values
         # are part of it, beside which queries and keys lie once they are normalised.
-        apart = bool(self.qk_norms) or self.keys < self.queries
-        projected = self.queries * (1 + inputs + apart) + self.keys * (2 + bool(self.qk_norms))
+        queries, keys = 1 + (self.keys < self.queries), 2
+        if self.qk_norms:
+            queries, keys = (1, 1) if self.itemsize == FP32 else (2, 3)
+        projected = self.queries * (queries + inputs) + self.keys * keys
         return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize
                 + self.first + self.dispatched * self.mlp_inputs + self.routing + self.adapter)
 
@@ -121,6 +123,11 @@ class Layers:
     def first(self) -> int:
         """What the first linear layer gives."""
         return self.inner_bytes * (2 if self.activation == "swiglu" else 1)
+
+    def keeps_input(self, chunk: int) -> bool:
+        """Whether the first layer of a chunk keeps what enters it, and no copy of that."""
+        return self.counts[chunk] > 0 and (
+            self.recompute.granularity != "none" or self.itemsize == FP32)
 
     @property
     def norm(self) -> int:
@@ -173,12 +180,12 @@ class Layers:
         first = second * (2 if self.activation == "swiglu" else 1)
         mlp = 2 * self.stream + max(
             # What a linear layer kept for its weights or factors is gone by then.
-            (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes,
+            (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            self.combined * bool(self.dispatched),  # in the forward that is run again
+            self.combined * self._recomputes_last(chunk),  # in the forward that is run again
         )
         attention = again = 0
         if selective:
@@ -202,16 +209,18 @@ class Layers:
         Where its activations are: what entered the layer, the sum of that with attention, and what
         the MLP gives, or the experts.
         """
-        combined = (2 * self.stream + self.combined) * bool(self.dispatched)
+        combined = 2 * self.stream + self.combined
         if self.reached and not self._recomputes_last(chunk):
             return max(3 * self.stream + self.first * self.biased, combined)
         return max(4 * self.stream + self.inner_bytes * self.passing, combined)
 
     @property
     def combined(self) -> int:
-        """At the end of the experts: the tokens that went out and, of another rank's, those that
+        """At the end of experts, if there are any: the tokens that went out and, of another rank's, those that
         came, what experts give, one by one and together or sorted, or that in fp32 and summed over
         those who share them. Sorted tokens are alive by then too, whether they are kept or not."""
+        if not self.dispatched:
+            return 0
         out, several = self.dispatched // self.sharing, self.own_experts > 1
         ways = 1 + (self.own_experts < self.experts)
         if not several and self.sharing == 1:
@@ -222,6 +231,13 @@ class Layers:
             summed = numbers * (self.itemsize < FP32) + numbers // self.sharing
         return (ways * out + (1 + several) * self.dispatched + summed
                 + self.dispatched * (not self.mlp_inputs))
+
+    @property
+    def weighing(self) -> int:
+        """In the backward of the router's weights, gradients in fp32 of what they weighed, of all
+        experts at once where these are one product."""
+        at_once = self.own_experts == 1 or self.stacked > 0
+        return 4 * self.inner_bytes * (at_once and self.itemsize < FP32)
 
     def _recomputes_last(self, chunk: int) -> bool:
         """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
