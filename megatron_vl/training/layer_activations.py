@@ -191,7 +191,7 @@ class Layers:
         if selective:
             # The norm before either half is computed again, then the activation and what it gave,
             # or attention, beside four gradients as wide, when what the MLP kept is gone.
-            again = self.norm + 2 * self.inner_bytes
+            again = self.norm + self.stream + 2 * self.inner_bytes
             attention = (
                 self.norm + self.stream + (self.attended + 4) * self.tokens * self.queries
                 * self.itemsize - self.first - self.dispatched * self.mlp_inputs
@@ -262,7 +262,10 @@ def count_patches(plan: Plan) -> int:
     """Of rows that are all images, on a rank; images are taken to be divided evenly."""
     vision, rows = plan.spec.vision, plan.config.batch.micro_batch_size
     grid = vision.smallest_grid
-    patches = -(-plan.row_length // vision.num_tokens(grid)) * math.prod(grid)
+    patches = max(1, plan.row_length // (
+        # Before and behind images of one size stands a token; few larger ones need few of those.
+        vision.num_tokens(grid) + 2 * bool(vision.only_grid and plan.spec.tokens.spanned)
+    )) * math.prod(grid)
     limit = plan.config.data.max_patches_per_row or patches
     return -(-rows * min(patches, limit) // plan.layout.media_ranks)
 
