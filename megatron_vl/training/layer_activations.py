@@ -216,9 +216,10 @@ class Layers:
 
     @property
     def combined(self) -> int:
-        """At the end of experts, if there are any: the tokens that went out and, of another rank's, those that
-        came, what experts give, one by one and together or sorted, or that in fp32 and summed over
-        those who share them. Sorted tokens are alive by then too, whether they are kept or not."""
+        """At the end of experts, if there are any: the tokens that went out and those that came of
+        other ranks; what experts give, one by one and together or sorted, or that in fp32 and
+        summed over those who share them. Sorted tokens are alive by then too, whether they are kept
+        or not."""
         if not self.dispatched:
             return 0
         out, several = self.dispatched // self.sharing, self.own_experts > 1
@@ -258,16 +259,20 @@ def count_tokens(plan: Plan) -> int:
     return plan.config.batch.micro_batch_size * plan.row_length // plan.layout.cp
 
 
-def count_patches(plan: Plan) -> int:
-    """Of rows that are all images, on a rank; images are taken to be divided evenly."""
-    vision, rows = plan.spec.vision, plan.config.batch.micro_batch_size
+def most_patches(plan: Plan) -> int:
+    """Of a row that is all images, up to max-patches-per-row."""
+    vision = plan.spec.vision
     grid = vision.smallest_grid
-    patches = max(1, plan.row_length // (
-        # Before and behind images of one size stands a token; few larger ones need few of those.
-        vision.num_tokens(grid) + 2 * bool(vision.only_grid and plan.spec.tokens.spanned)
-    )) * math.prod(grid)
-    limit = plan.config.data.max_patches_per_row or patches
-    return -(-rows * min(patches, limit) // plan.layout.media_ranks)
+    # Before and behind images of one size stands a token; few larger ones need few of those.
+    tokens = vision.num_tokens(grid) + 2 * bool(vision.only_grid and plan.spec.tokens.spanned)
+    patches = max(1, plan.row_length // tokens) * math.prod(grid)
+    return min(patches, plan.config.data.max_patches_per_row or patches)
+
+
+def count_patches(plan: Plan) -> int:
+    """Of a microbatch of such rows, on a rank; images are taken to be divided evenly."""
+    rows = plan.config.batch.micro_batch_size
+    return -(-rows * most_patches(plan) // plan.layout.media_ranks)
 
 
 def language_layers(plan: Plan, held: RankMemory) -> Layers:
