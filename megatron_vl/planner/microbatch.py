@@ -13,6 +13,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models.family import Grid
 from megatron_vl.models.media import IMAGE, MediaLimits, StoredMedia
 from megatron_vl.models.registry import family
+from megatron_vl.training.layer_activations import most_patches
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.reporting.flops import step_flops
 from megatron_vl.training.rows import DataRows, RowSample
@@ -107,13 +108,6 @@ def image_grid(plan: Plan, image_tokens: int) -> Grid:
     smallest = vision.smallest_grid
     side = max(1, math.isqrt(min(image_tokens, plan.row_length) // vision.num_tokens(smallest)))
     return vision.only_grid or (smallest[0], smallest[1] * side, smallest[2] * side)
-
-
-def most_patches(plan: Plan) -> int:
-    """Of a row that is all images, as far as training lets one be: what memory is computed for."""
-    smallest = plan.spec.vision.smallest_grid
-    most = -(-plan.row_length // plan.spec.vision.num_tokens(smallest)) * math.prod(smallest)
-    return min(most, plan.config.data.max_patches_per_row or most)
 
 
 def _filling(plan: Plan, image_tokens: int) -> dict[Grid, float]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_vl.errors import InputError
 from megatron_vl.planner.commands import flags
-from megatron_vl.planner.search import Choice, Found, Question, fits_any
+from megatron_vl.planner.search import OFFLOAD, Choice, Found, Question, fits_any
 from megatron_vl.training.dry_run import GIB
 
 ADAPTERS = ({"lora_rank": 16}, {"lora_rank": 16, "quantize_base": "nf4"})  # that are tried
@@ -61,7 +61,9 @@ def _helps(question: Question, more: str) -> Iterator[str]:
 
 
 def _would_fit(question: Question) -> bool:
+    """As a search would find it, which offloads the optimizer where nothing fits without."""
     try:
-        return fits_any(question)
+        return any(fits_any(replace(question, options=question.options | more))
+                   for more in ({}, OFFLOAD))
     except InputError:  # options that exclude one another
         return False

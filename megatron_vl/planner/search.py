@@ -53,6 +53,8 @@ BEST = 10  # that are told of
 ALIKE = 0.01  # by which two predicted steps do not differ
 REPLICAS, MICROBATCHES = 4, 64  # whose rows are told apart, and how many of each
 DATA = "DATA"  # in place of a dataset's path
+SPLIT_OPTIONS = ("pp_layers", "vit_pp_layers")
+NO_RECOMPUTE: dict[str, object] = {}
 OFFLOAD = {"optimizer_cpu_offload": True}  # tried where nothing fits without
 
 
@@ -238,11 +240,12 @@ def _fitting(
         found.refused(error)
         return
     for split in splits:
-        yield from _of_split(question, layout, options | split, memory, found)
+        yield from _of_split(question, spec, layout, options | split, memory, found)
 
 
 def _of_split(
-    question: Question, layout: Layout, options: dict[str, object], memory: HeldMemory, found: Found
+    question: Question, spec: ModelSpec, layout: Layout, options: dict[str, object],
+    memory: HeldMemory, found: Found,
 ) -> Iterator[_Fit]:
     free = not question.fixed.intersection(RECOMPUTE_OPTIONS)
     for rows in question.rows:
@@ -269,7 +272,9 @@ def _of_split(
                 # Where both towers need so much, one of them may do with less.
                 between = BETWEEN.get(level, ()) if plan.spec.vision is not None and free else ()
                 fits += _fits_with(between, question, own, plan, told, memory)
-                yield min(fits, key=lambda one: one.least)
+                best = min(fits, key=lambda one: one.least)
+                yield best
+                yield from _balanced_again(question, spec, best, told, memory)
                 break
             found.fell["activations do not fit"] += 1
         else:  # with more rows less fits
@@ -290,6 +295,21 @@ def _fits_with(
             yield _priced(question, options | level, again, chunks)
 
 
+def _balanced_again(
+    question: Question, spec: ModelSpec, fit: _Fit, told: Sequence[int], memory: HeldMemory
+) -> Iterator[_Fit]:
+    """What fits of other splits, which balance what the recompute of this one adds."""
+    level = {name: fit.options[name] for name in RECOMPUTE_OPTIONS if name in fit.options}
+    if not level:
+        return
+    own = {name: value for name, value in fit.options.items()
+           if name not in (*level, *SPLIT_OPTIONS)}
+    for split in _splits(question, spec, fit.plan.layout, options_of(fit.plan.layout), level):
+        if split != {name: fit.options[name] for name in SPLIT_OPTIONS if name in fit.options}:
+            plan = question.plan(**own, **split)
+            yield from _fits_with([level], question, own | split, plan, told, memory)
+
+
 def _again(plan: Plan, level: dict[str, object]) -> Plan:
     """The plan with so much recompute."""
     recompute, vit_recompute = recompute_of(
@@ -299,14 +319,16 @@ def _again(plan: Plan, level: dict[str, object]) -> Plan:
 
 
 def _splits(
-    question: Question, spec: ModelSpec, layout: Layout, options: dict[str, object]
+    question: Question, spec: ModelSpec, layout: Layout, options: dict[str, object],
+    level: dict[str, object] = NO_RECOMPUTE,
 ) -> list[dict[str, object]]:
-    """Splits by time as options: the tower on stage 0; and over the first stages, where its layers
-    take longer than a stage's share. `pp_layers` is left out where it is the even split."""
+    """Splits by time, with so much recompute, as options: the tower on stage 0; and over the first
+    stages, where its layers take longer than a stage's share. `pp_layers` is left out where it is
+    the even split."""
     if layout.pp == 1:
         return [{}]
-    plan = question.plan(**options, pp_layers=str(even(spec, layout)),
-                         global_batch_size=layout.dp * layout.pp)
+    plan = _again(question.plan(**options, pp_layers=str(even(spec, layout)),
+                                global_batch_size=layout.dp * layout.pp), level)
     of = parts_of(question, plan, chunks=1)
     vision, number = spec.layers.get(VISION, 0), spec.decoder.num_layers
     tower = of.vision_layer.seconds

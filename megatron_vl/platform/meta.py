@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from megatron_vl.platform.balanced import install_balanced
 from megatron_vl.platform.base import PLATFORMS, Kind, use_cpu
 from megatron_vl.platform.cpu import CpuPlatform
 from megatron_vl.platform.init import leave_layout
@@ -39,7 +40,7 @@ class MetaPlatform(CpuPlatform):
         install_optimizer()
         install_recompute()
         install_router()
-        _installed.extend((_attention_of_the_cpu(), _several_at_once()))
+        _installed.extend((_attention_of_the_cpu(), _several_at_once(), install_balanced()))
         new_group = torch.distributed.new_group
         torch.distributed.new_group = lambda *args, **kwargs: new_group(
             *args, **{**kwargs, "backend": BACKEND})

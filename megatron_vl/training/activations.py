@@ -11,6 +11,7 @@ this rank's query heads, F that of its MLP, V its part of the vocabulary, z byte
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from operator import add, mul
 
@@ -151,8 +152,11 @@ def _kept(
     place, embeds = (stage, chunk), plan.split.embedding_chunk
     last = place == (plan.layout.pp - 1, plan.layout.vp - 1)
     full, sent = plan.recompute.granularity == "full", _sent(plan, language)
-    # What enters, unless the first layer keeps it, and what leaves: until its gradient has come.
-    borders = sent * ((not (full and sent == language.stream)) + (not last))
+    # What enters, unless the first layer keeps it or it is an embedding that is trained, and what
+    # leaves: until its gradient has come.
+    entered = (place != embeds or language.adapted) and not (
+        language.keeps_input(chunk) and sent == language.stream)
+    borders = sent * (entered + (not last))
     borders += travelling * ((place[::-1] > embeds[::-1]) + (not last))
     if place == embeds:
         # Sequence parallelism takes a view of the whole row's embeddings.
@@ -208,10 +212,30 @@ def _merger(plan: Plan) -> int:
     trained = MERGER not in trainable.frozen or MERGER in trainable.adapted
     if not trained and VISION in trainable.still:
         return 0
+    if vision.only_grid:
+        return _resampler(plan)
     inner = count_patches(plan) * vision.hidden_size * (1 + vision.num_features)  # of every merger
     norms = 1 + (vision.normalization == "RMSNorm") * trained
     return inner * (FP32 * norms + itemsize * trained) + inner * itemsize * (
         1 + trained) // plan.layout.vit_tp
+
+
+def _resampler(plan: Plan) -> int:
+    """What a resampler keeps, with the norms before and behind it and before the tower.
+
+    Of patches the inputs of both norms (fp32) and of the projection to the language width, and
+    there values, keys and what attention takes of them; of its queries what attention gives and the
+    last norm; and its weights of queries, keys and values, which are copied out of one.
+    """
+    vision, tp = plan.spec.vision, plan.layout.vit_tp
+    itemsize, width = ITEMSIZE[plan.config.model.dtype], vision.out_hidden_size
+    patches = count_patches(plan)
+    images = patches // math.prod(vision.only_grid)
+    queries = images * vision.num_tokens(vision.only_grid)
+    return (patches * vision.hidden_size * (FP32 + itemsize)
+            + patches * width * (FP32 + 2 * itemsize + 2 * itemsize // tp)
+            + queries * width * (FP32 + itemsize + itemsize // tp)
+            + 3 * width * width // tp * itemsize)
 
 
 # ---- ends --------------------------------------------------------------------------------------

@@ -52,6 +52,9 @@ class Layers:
     itemsize: int
     head_dim: int
     dispatched: int = 0  # bytes of the tokens that come to a rank's experts; 0: there are none
+    experts: int = 0  # of a layer
+    own_experts: int = 0  # of them, on a rank
+    per_token: int = 0  # that a token goes to
     sharing: int = 1  # ranks that share an expert
     stacked: int = 0  # bytes of the first matrix of all experts, where they are one product
 
@@ -75,6 +78,7 @@ class Layers:
         norms = 2 * self.norm
         norms += self.stream * (inputs + (bool(self.dispatched) or self.mlp_inputs))
         attention = self.tokens * self.queries * self.itemsize * (self.attended + inputs)
+        attention += self.tokens * self.queries // self.head_dim * FP32  # log-sum-exps
         return norms + self._qk_norm + attention + self.mlp + self.adapter
 
     @property
@@ -85,7 +89,17 @@ class Layers:
         that of the router, and what the activation gives is kept for the router's weights.
         """
         kept = ACTIVATION_KEPT[self.activation] + self.mlp_inputs + bool(self.dispatched)
-        return self.inner_bytes * kept + self.dispatched * self.mlp_inputs
+        return self.inner_bytes * kept + self.dispatched * self.mlp_inputs + self.routing
+
+    @property
+    def routing(self) -> int:
+        """What the router keeps of a layer, and the way of tokens to experts.
+
+        Of every token its experts and its place with each (int64), their weights before and after
+        tokens are sorted; of every expert the weights and whether tokens chose it.
+        """
+        a_token = (8 + 8 + FP32 + FP32 * self.sharing) * self.per_token + (FP32 + 1) * self.experts
+        return self.tokens // self.parts * a_token
 
     @property
     def mlp_inputs(self) -> bool:
@@ -96,24 +110,35 @@ class Layers:
     def selective_layer(self) -> int:
         """The same, where norms, activation and attention are computed again."""
         inputs = self.trained or self.adapted
-        # With fewer keys than queries, these are copied when the projection is taken apart.
-        projected = self.queries * (1 + inputs + (self.keys < self.queries)) + 2 * self.keys
+        # With fewer keys than queries, these are copied when the projection is taken apart. Values
+        # are part of it, beside which queries and keys lie once they are normalised.
+        queries, keys = 1 + (self.keys < self.queries), 2
+        if self.qk_norms:
+            queries, keys = (1, 1) if self.itemsize == FP32 else (2, 3)
+        projected = self.queries * (queries + inputs) + self.keys * keys
         return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize
-                + self.first + self.dispatched * self.mlp_inputs + self.adapter)
+                + self.first + self.dispatched * self.mlp_inputs + self.routing + self.adapter)
 
     @property
     def first(self) -> int:
         """What the first linear layer gives."""
         return self.inner_bytes * (2 if self.activation == "swiglu" else 1)
 
+    def keeps_input(self, chunk: int) -> bool:
+        """Whether the first layer of a chunk keeps what enters it, and no copy of that."""
+        return self.counts[chunk] > 0 and (
+            self.recompute.granularity != "none" or self.itemsize == FP32)
+
     @property
     def norm(self) -> int:
         """What a norm keeps beside its output."""
-        return self.stream // self.itemsize * FP32 * self.norms
+        return self.tokens // self.parts * FP32 * (self.width * self.norms + 1)
 
     @property
     def _qk_norm(self) -> int:
         normed = self.tokens * (self.queries + self.keys) * FP32 * self.qk_norms
+        if self.qk_norms:
+            normed += self.tokens * (self.queries + self.keys) // self.head_dim * FP32
         if self.qk_norms and self.itemsize == FP32:
             # The keys are not copied then, and the projection that they are part of is kept.
             normed += self.tokens * (self.keys + self.queries * (self.keys < self.queries)) * FP32
@@ -155,20 +180,18 @@ class Layers:
         first = second * (2 if self.activation == "swiglu" else 1)
         mlp = 2 * self.stream + max(
             # What a linear layer kept for its weights or factors is gone by then.
-            (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes,
+            (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            # After the forward that is run again, with the gradients that come first.
-            (self.combined + 2 * self.stream * self._recomputes_last(chunk))
-            * bool(self.dispatched),
+            self.combined * self._recomputes_last(chunk),  # in the forward that is run again
         )
         attention = again = 0
         if selective:
             # The norm before either half is computed again, then the activation and what it gave,
             # or attention, beside four gradients as wide, when what the MLP kept is gone.
-            again = self.norm + 2 * self.inner_bytes
+            again = self.norm + self.stream + 2 * self.inner_bytes
             attention = (
                 self.norm + self.stream + (self.attended + 4) * self.tokens * self.queries
                 * self.itemsize - self.first - self.dispatched * self.mlp_inputs
@@ -186,21 +209,36 @@ class Layers:
         Where its activations are: what entered the layer, the sum of that with attention, and what
         the MLP gives, or the experts.
         """
-        combined = (2 * self.stream + self.combined) * bool(self.dispatched)
+        combined = 2 * self.stream + self.combined
         if self.reached and not self._recomputes_last(chunk):
             return max(3 * self.stream + self.first * self.biased, combined)
         return max(4 * self.stream + self.inner_bytes * self.passing, combined)
 
     @property
     def combined(self) -> int:
-        """At the end of the experts: what they give, one by one and together, and their tokens
-        before these were sorted; or what they give twice, in fp32 and summed over those who share
-        them. Sorted tokens are alive by then too, whether they are kept or not."""
-        alive = self.dispatched * (not self.mlp_inputs)
-        if self.sharing == 1:
-            return 3 * self.dispatched + alive
-        whole = self.dispatched // self.itemsize * FP32
-        return 2 * self.dispatched + whole + whole // self.sharing + alive
+        """At the end of experts, if there are any: the tokens that went out and those that came of
+        other ranks; what experts give, one by one and together or sorted, or that in fp32 and
+        summed over those who share them. Sorted tokens are alive by then too, whether they are kept
+        or not."""
+        if not self.dispatched:
+            return 0
+        out, several = self.dispatched // self.sharing, self.own_experts > 1
+        ways = 1 + (self.own_experts < self.experts)
+        if not several and self.sharing == 1:
+            ways -= 1  # what came is what the expert takes
+        summed = 0
+        if self.sharing > 1:
+            numbers = self.dispatched // self.itemsize * FP32
+            summed = numbers * (self.itemsize < FP32) + numbers // self.sharing
+        return (ways * out + (1 + several) * self.dispatched + summed
+                + self.dispatched * (not self.mlp_inputs))
+
+    @property
+    def weighing(self) -> int:
+        """In the backward of the router's weights, gradients in fp32 of what they weighed, of all
+        experts at once where these are one product."""
+        at_once = self.own_experts == 1 or self.stacked > 0
+        return 4 * self.inner_bytes * (at_once and self.itemsize < FP32)
 
     def _recomputes_last(self, chunk: int) -> bool:
         """Whether the last layer of a chunk, where backward starts, is computed again as a whole.
@@ -221,26 +259,39 @@ def count_tokens(plan: Plan) -> int:
     return plan.config.batch.micro_batch_size * plan.row_length // plan.layout.cp
 
 
-def count_patches(plan: Plan) -> int:
-    """Of rows that are all images, on a rank; images are taken to be divided evenly."""
-    vision, rows = plan.spec.vision, plan.config.batch.micro_batch_size
+def most_patches(plan: Plan) -> int:
+    """Of a row that is all images, up to max-patches-per-row."""
+    vision = plan.spec.vision
     grid = vision.smallest_grid
-    patches = -(-plan.row_length // vision.num_tokens(grid)) * math.prod(grid)
-    limit = plan.config.data.max_patches_per_row or patches
-    return -(-rows * min(patches, limit) // plan.layout.media_ranks)
+    # Before and behind images of one size stands a token; few larger ones need few of those.
+    tokens = vision.num_tokens(grid) + 2 * bool(vision.only_grid and plan.spec.tokens.spanned)
+    patches = max(1, plan.row_length // tokens) * math.prod(grid)
+    return min(patches, plan.config.data.max_patches_per_row or patches)
+
+
+def count_patches(plan: Plan) -> int:
+    """Of a microbatch of such rows, on a rank; images are taken to be divided evenly."""
+    rows = plan.config.batch.micro_batch_size
+    return -(-rows * most_patches(plan) // plan.layout.media_ranks)
 
 
 def language_layers(plan: Plan, held: RankMemory) -> Layers:
     decoder, layout, tp = plan.spec.decoder, plan.layout, plan.layout.tp
     experts, itemsize = decoder.experts, ITEMSIZE[plan.config.model.dtype]
-    inner = decoder.ffn_hidden_size if experts is None else (
-        experts.per_token * experts.ffn_hidden_size)
     trained = LANGUAGE not in plan.trainable.frozen
     parts = tp if layout.sequence_parallel else 1
-    # Routers are taken to send every expert as much; ranks that share one have all its tokens.
-    dispatched = 0 if experts is None else (
-        count_tokens(plan) // parts * experts.per_token * layout.expert_tp
-        * decoder.hidden_size * itemsize)
+    inner, of_experts = decoder.ffn_hidden_size, {}
+    if experts is not None:
+        # Routers are taken to send every expert as much, or what it takes; ranks that share one
+        # have all its tokens.
+        taken = experts.per_token * min(1, plan.config.experts.moe_expert_capacity_factor or 1)
+        inner = round(taken * experts.ffn_hidden_size)
+        of_experts = dict(
+            dispatched=round(count_tokens(plan) // parts * taken) * layout.expert_tp
+            * decoder.hidden_size * itemsize,
+            experts=experts.count, own_experts=experts.count // layout.ep,
+            per_token=experts.per_token, sharing=layout.expert_tp, stacked=_stacked(plan),
+        )
     # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
     # length, and the output in these and in order. Keys and values of groups are repeated for every
     # head at once; otherwise they are parts of the projection, which is kept with them.
@@ -253,7 +304,7 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
         attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
         inner=inner // tp, activation="swiglu", passing=4, biased=False,
         norms=1 + trained, norm_copies=5,
-        dispatched=dispatched, sharing=layout.expert_tp, stacked=_stacked(plan),
+        **of_experts,
     )
 
 

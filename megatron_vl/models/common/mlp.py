@@ -124,6 +124,13 @@ class TowerLayer(TransformerLayer):
             for linear in (mlp.linear_fc1, mlp.linear_fc2):
                 linear.__class__ = _giving_its_weight(type(linear))
 
+    def _forget_routing(self) -> None:
+        """Megatron-Core's dispatcher keeps the router's weights until the next forward and, by
+        their graph, the input of a layer that is computed again and its gradient."""
+        dispatcher = self.mlp.token_dispatcher
+        dispatcher.probs = dispatcher.routing_map = None
+        dispatcher.reversed_local_input_permutation_mapping = None
+
     def forward(
         self, *args, context: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -137,6 +144,8 @@ class TowerLayer(TransformerLayer):
         if self.is_moe_layer:
             self.mlp.router.tokens = kwargs["packed_seq_params"].routed
         output, _ = super().forward(*args, **kwargs)
+        if self.is_moe_layer:
+            self._forget_routing()
         if context is None:
             return output, None
         added, left = context.split([1, len(context) - 1])  # one gradient of both; slices have two

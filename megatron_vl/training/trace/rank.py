@@ -64,8 +64,6 @@ def check_trace(plan: Plan, ranks: Iterable[int]) -> None:
                 f"--trace has rank {rank}, but this run has ranks 0 to {world - 1}; leave it out."
             )
     for named, why in (
-        (plan.spec.decoder.experts is not None and plan.spec.model_type,
-         "has experts, and how many tokens each gets is known in a run alone"),
         (config.model.fp8_format is not None and "fp8-format", "needs TransformerEngine's layers"),
         (config.model.cpu_offloading and "cpu-offloading", "needs TransformerEngine's layers"),
         (config.tp_overlap.tp_comm_overlap and "tp-comm-overlap",
