@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import megatron_vl, run
+from test_docs import tables
 
 from megatron_vl.errors import InputError
 from megatron_vl.launch import ascend, devices
@@ -150,6 +151,12 @@ def test_another_cann_than_torch_npu_was_made_for_is_told(npu, files, says, root
     assert len(told) == len(says)
     for one, expected in zip(told, says, strict=True):
         assert expected.format(home=home(root)["ASCEND_TOOLKIT_HOME"]) in one
+
+
+def test_the_versions_of_the_page_are_those_that_a_start_compares():
+    (rows,) = [rows for header, *rows in tables("docs/ascend.md") if header[-1] == "CANN"]
+    assert {npu: cann for _, npu, cann in rows} == ascend.CANN_OF
+    assert all(npu.startswith(torch) for torch, npu, _ in rows)
 
 
 @pytest.mark.parametrize("text", ["0, 1", " 0", "1,0", "0,0,1", "0,1,", "0,-1", "0-3", "٣"])
