@@ -23,8 +23,8 @@ def install_offload() -> None:
     if getattr(offload, "frees_nothing", False):
         return
 
-    def bulk_offload(self, forced_released_tensors):
-        offload(self, [])
+    def bulk_offload(self, *args):  # the tensors to free come last
+        offload(self, *args[:-1], [])
 
     bulk_offload.frees_nothing = True
     ChunkOffloadHandler.bulk_offload = bulk_offload
