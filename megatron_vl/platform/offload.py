@@ -14,11 +14,12 @@ def install_offload() -> None:
     hidden states. Without force they are free as soon as nothing holds them.
     """
     from megatron.core.extensions import transformer_engine
-    from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as offloading
 
     if transformer_engine.cpu_offload is None:
         transformer_engine.cpu_offload = SimpleNamespace(CPUOffloadEnabled=False)
-    offload = ChunkOffloadHandler.bulk_offload
+    handler = offloading.ChunkOffloadHandler
+    offload = handler.bulk_offload
     if getattr(offload, "frees_nothing", False):
         return
 
@@ -26,4 +27,4 @@ def install_offload() -> None:
         offload(self, *args[:-1], [])
 
     bulk_offload.frees_nothing = True
-    ChunkOffloadHandler.bulk_offload = bulk_offload
+    handler.bulk_offload = bulk_offload

@@ -319,7 +319,6 @@ def register(module: ModuleType) -> None:
         _library.impl(name, kernel, "PrivateUse1")
     _library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
     torch.Tensor.pin_memory = torch.Tensor.clone  # asked for where an accelerator is
-    torch.Tensor.record_stream = lambda self, stream: None  # its memory is the CPU's
     torch.Tensor.is_pinned = lambda self, device=None: not isinstance(self, Shadow)
-    torch.Tensor.record_stream = lambda self, stream: None
+    torch.Tensor.record_stream = lambda self, stream: None  # its memory is the CPU's
     Everywhere().__enter__()
