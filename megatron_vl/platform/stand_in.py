@@ -51,7 +51,7 @@ def install_stand_in(device: torch.device, own: ModuleType | None = None) -> Non
         _install_one_generator()
     else:
         _install_calls_of(own, device.type)
-    _install_factories(device)
+    _install_factories(device, pins=own is not None)
     _install_type_names(device)
     _install_host_numbers()
 
@@ -214,7 +214,7 @@ def _install_calls_of(own: ModuleType, kind: str) -> None:
 # ---- 3. factories -----------------------------------------------------------------------------
 
 
-def _install_factories(target: torch.device) -> None:
+def _install_factories(target: torch.device, *, pins: bool) -> None:
     # `with torch.device(...)` knows factories by identity and remembers them at its first use. It
     # must remember torch's own: else models built on the meta device would be left unset.
     from torch.utils._device import _device_constructors
@@ -227,8 +227,8 @@ def _install_factories(target: torch.device) -> None:
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
                 kwargs["device"] = target
-            if kwargs.get("pin_memory"):
-                kwargs["pin_memory"] = False  # page-locking is for copies to a GPU
+            if kwargs.get("pin_memory") and not pins:
+                kwargs["pin_memory"] = False  # page-locking is for copies to a device
             return factory(*args, **kwargs)
 
         return make

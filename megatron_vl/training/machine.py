@@ -13,6 +13,8 @@ from megatron_vl.parallel import Layout, communicators
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.options.offload import NORMS
 
+KEEPS_WEIGHTS = "NVTE_CPU_OFFLOAD_V1"
+
 
 def check_machine(config: TrainConfig, spec: ModelSpec) -> None:
     """Raises InputError: something asked for that this machine, or this program on it, cannot do.
@@ -29,7 +31,7 @@ def _check_devices(config: TrainConfig) -> None:
     if platform.runs_cuda:
         _check_offload(config, transformer_engine)
         if transformer_engine:
-            _check_norms(config)
+            _check_modules(config)
             return
     elif config.optimizer.optimizer_cpu_offload and not platform.in_host_memory:
         raise InputError(
@@ -50,13 +52,21 @@ def _check_devices(config: TrainConfig) -> None:
             )
 
 
-def _check_norms(config: TrainConfig) -> None:
-    """Whether norms that are to be offloaded are modules by themselves."""
-    norms = [one for one in config.offload.offload_modules if one in NORMS]
-    if norms and config.lora.quantize_base is None:
+def _check_modules(config: TrainConfig) -> None:
+    """Whether TransformerEngine's layers have the modules that are to be offloaded, and keep their
+    weights on the device."""
+    modules = config.offload.offload_modules
+    if not modules or config.lora.quantize_base is not None:  # layers are Megatron-Core's
+        return
+    if norms := [one for one in modules if one in NORMS]:
         raise InputError(
             f"offload-modules has {' and '.join(norms)}, which TransformerEngine's layers have not "
             f"apart; give qkv_linear instead."
+        )
+    if os.environ.get(KEEPS_WEIGHTS) != "1":  # read when TransformerEngine is imported
+        raise InputError(
+            f"offload-modules needs {KEEPS_WEIGHTS}=1 in the environment, without which "
+            f"TransformerEngine offloads weights too; export it, and start again."
         )
 
 

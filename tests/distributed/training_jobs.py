@@ -5,8 +5,9 @@
 reads OUT/jobs.json, {name: options of megatron-vl train}, with `save` OUT/name, and trains on the
 rows of a parity case, two of whose four microbatches have no image, or none of a text model's. Rank
 R leaves OUT/name.R.json. With an option `resume` [other, iteration] the job goes on where OUT/other
-was, with an option `slow` [rank, seconds] that rank sleeps in each of its forward passes. With an
-`eval_interval` it validates as often.
+was, with an option `slow` [rank, seconds] that rank sleeps in each of its forward passes, with
+`vary` a microbatch's rows are no longer than it needs. With an `eval_interval` it validates as
+often.
 """
 
 from __future__ import annotations
@@ -38,17 +39,21 @@ def main(out: Path, watch: Callable[[Trainer], dict] = lambda _: {}) -> None:
     for name, options in jobs.items():
         other, iteration = options.pop("resume", (None, 0))
         slow = options.pop("slow", (None, 0))
+        vary = options.pop("vary", False)
         if other is not None and rank == 0:
             shutil.copytree(out / other, out / name)
             (out / name / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        found = run(options, world, watch, slow[1] if slow[0] == rank else 0)
+        found = run(options, world, watch, slow[1] if slow[0] == rank else 0, vary)
         (out / f"{name}.{rank}.json").write_text(json.dumps(found))
         leave_layout()
 
 
-def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: float = 0) -> dict:
+def run(
+    options: dict, world: int, watch: Callable[[Trainer], dict], sleep: float = 0,
+    vary: bool = False,
+) -> dict:
     from megatron.core import parallel_state
 
     from megatron_vl.launch.stop import StopRequest
@@ -79,7 +84,7 @@ def run(options: dict, world: int, watch: Callable[[Trainer], dict], sleep: floa
     watched, rates = watch(trainer), []
     for step in range(trainer.done + 1, plan.config.batch.train_iters + 1):
         batches = make_batches(plan.spec, case, make_samples(plan.spec, case),
-                               parts=plan.layout.row_parts, vary=plan.row_multiple is not None)
+                               parts=plan.layout.row_parts, vary=vary)
         # A data rank has images in one step and none in the next.
         batches = (batches[step:] + batches[:step])[dp_rank :: plan.layout.dp]
         trainer.streams = [RowStream(iter(batches), trainer.device) for _ in trainer.model]

@@ -108,6 +108,7 @@ def run(func, args: tuple, kwargs: dict):
     from megatron_vl.ops.quantized import QuantizedTensor
 
     device = kwargs.get("device")
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     if any(isinstance(one, QuantizedTensor) for one in tensors):  # which is asked before a backend
         return QuantizedTensor.__torch_dispatch__(func, (), args, kwargs)
@@ -123,7 +124,7 @@ def run(func, args: tuple, kwargs: dict):
         args = _with_twin(args)
     if name in ("gelu", "gelu_backward"):
         kwargs = kwargs | {"approximate": "tanh"}
-    kwargs = {key: _each(_held, value) for key, value in kwargs.items() if key != "pin_memory"}
+    kwargs = {key: _each(_held, value) for key, value in kwargs.items()}
     if is_shadow(device):
         kwargs["device"] = "cpu"
     elif name == "_to_copy" and device is None and kwargs.get("dtype") == torch.float64:
@@ -318,6 +319,6 @@ def register(module: ModuleType) -> None:
         _library.impl(name, kernel, "PrivateUse1")
     _library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
     torch.Tensor.pin_memory = torch.Tensor.clone  # asked for where an accelerator is
-    torch.Tensor.record_stream = lambda self, stream: None  # its memory is the CPU's
     torch.Tensor.is_pinned = lambda self, device=None: not isinstance(self, Shadow)
+    torch.Tensor.record_stream = lambda self, stream: None  # its memory is the CPU's
     Everywhere().__enter__()

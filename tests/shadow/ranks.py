@@ -6,9 +6,9 @@ runs the jobs of OUT/jobs.json as distributed/training_jobs.py does. On NPUs it 
 often the host waited for the device, by the line it did so: in the schedule of the last step, over
 all its microbatches; in the rest of that step; and in the latest microbatches of a validation.
 `unasked` are the trained weights whose module did not run before they were used, so that one that
-is still being gathered would not have been waited for. `offloaded` are the bytes that a step moved
-to the host, by the module that saved them. The CPU sums a gradient's squares in fp32 here, as NPUs
-do.
+is still being gathered would not have been waited for. `offloaded` are the modules whose tensors go
+to the host, and the bytes that do in the last step. The CPU sums a gradient's squares in fp32 here,
+as NPUs do.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ if KIND == "npu":
 def watch(trainer) -> dict:
     """The latest waits, as long as the trainer goes on."""
     from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+        ChunkOffloadHandler,
         PipelineOffloadManager,
     )
 
     waits = {"schedule": {}, "step": {}, "validation": {}}
     found = {"waits": waits, "unasked": unasked(trainer.model), "offloaded": {}}
     run, step = trainer.microbatches.run, trainer.step
+    moved, offload = [], ChunkOffloadHandler.offload
 
     def counted_run(streams, num_microbatches, forward_only):
         before = +device.waits
@@ -44,11 +46,19 @@ def watch(trainer) -> dict:
 
     def counted_step(iteration: int) -> None:
         before = +device.waits
+        moved.clear()
         step(iteration)
         waits["step"] = device.waits - before - waits["schedule"]
         manager = PipelineOffloadManager.OFFLOAD_MGR
-        found["offloaded"] = {} if manager is None else manager.offload_summary_bytes
+        if manager is not None:
+            found["offloaded"] = {"modules": list(manager.offload_summary_bytes),
+                                  "bytes": sum(moved)}
 
+    def counted_offload(self, tensor, *args, **kwargs):
+        moved.append(tensor.nbytes)
+        return offload(self, tensor, *args, **kwargs)
+
+    ChunkOffloadHandler.offload = counted_offload
     trainer.microbatches.run, trainer.step = counted_run, counted_step
     return found
 

@@ -13,7 +13,7 @@ from megatron_vl.errors import InputError
 from megatron_vl.models import load_spec
 from megatron_vl.parallel import Layout
 from megatron_vl.training.checkpoint.start import _check_options, find_checkpoint
-from megatron_vl.training.machine import _check_offload
+from megatron_vl.training.machine import _check_modules, _check_offload
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import _recompute, plan_run
 from megatron_vl.weights.mcore_io import CheckpointInfo
@@ -47,6 +47,8 @@ REFUSED = {
         dict(offload_modules="core_attn"), "need one another; give both"),
     "a module that is not offloaded": (
         dict(OFFLOAD, offload_modules=["moe_act"]), "offload-modules is 'moe_act'; use one of"),
+    "the smallest tensor of none": (
+        dict(min_offloaded_tensor_size=1), "is of what offload-modules save, which is not given"),
     "an output that is kept all the same": (
         dict(OFFLOAD, offload_modules="attn_proj"), "add core_attn"),
     "offload twice": (dict(OFFLOAD, cpu_offloading=True), "exclude one another; leave out one"),
@@ -176,6 +178,23 @@ def test_what_needs_a_gpu_is_refused_without_one(options, sentence, model_dir):
     with pytest.raises(InputError) as refused:
         plan_run(config(model_dir, **options), 1)
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(("modules", "variable", "sentence"), [
+    (["core_attn", "mlp_norm"], "1", "has mlp_norm, which TransformerEngine's layers have not"),
+    (["core_attn"], "0", "needs NVTE_CPU_OFFLOAD_V1=1 in the environment"),
+    (["core_attn"], "1", None),
+])
+def test_layers_of_transformer_engine_offload_what_they_have_and_no_weight(
+    modules, variable, sentence, model_dir, monkeypatch
+):
+    monkeypatch.setenv("NVTE_CPU_OFFLOAD_V1", variable)
+    options = config(model_dir, **OFFLOAD | dict(offload_modules=modules))
+    if sentence is None:
+        _check_modules(options)
+        return
+    with pytest.raises(InputError, match=sentence):
+        _check_modules(options)
 
 
 def test_offloading_every_layer_is_refused(model_dir):

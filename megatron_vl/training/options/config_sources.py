@@ -50,7 +50,7 @@ def _add_argument(section: argparse._ActionsContainer, f: Field) -> None:
     assert f.default is not MISSING
     several = isinstance(f.default, tuple)
     default = " ".join(map(str, f.default)) if several else f.default
-    shown = "" if default is None else f" (default: {default})"
+    shown = "" if default in (None, "") else f" (default: {default})"
     section.add_argument(
         *flags, type=kind_of(f), nargs="+" if several else None,
         choices=f.metadata["choices"], default=argparse.SUPPRESS,

@@ -10,6 +10,7 @@ from megatron_vl.training.options.option import option
 
 _CORE, _OUTPUT = "core_attn", "attn_proj"
 NORMS = ("attn_norm", "mlp_norm")
+SMALLEST = 2**20
 MODULES = ("qkv_linear", _CORE, _OUTPUT, *NORMS)
 
 
@@ -25,7 +26,7 @@ class OffloadOptions:
         choices=MODULES, kind=str,
     )
     min_offloaded_tensor_size: int = option(
-        2**20, "numbers of the smallest tensor that is offloaded"
+        SMALLEST, "numbers of the smallest tensor that is offloaded"
     )
 
     def __post_init__(self) -> None:
@@ -34,6 +35,11 @@ class OffloadOptions:
             raise InputError(
                 "fine-grained-activation-offloading and offload-modules need one another; give "
                 "both, or leave both out."
+            )
+        if not self.offload_modules and self.min_offloaded_tensor_size != SMALLEST:
+            raise InputError(
+                "min-offloaded-tensor-size is of what offload-modules save, which is not given; "
+                "add it, or leave this out."
             )
         if _OUTPUT in self.offload_modules and _CORE not in self.offload_modules:
             raise InputError(

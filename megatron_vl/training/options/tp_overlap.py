@@ -83,13 +83,14 @@ class TpOverlapOptions:
         return read
 
     def check(self, layout: Layout, *, dtype: str, lengths_vary: bool, local: str | None) -> None:
-        """
+        """Look at a run that is to overlap.
+
         Args:
             lengths_vary: rows differ in length from one microbatch to the next.
             local: the option for which layers are not TransformerEngine's, if there is one.
 
         Raises:
-            InputError: a layout or a run whose layers user buffers cannot serve.
+            InputError: its layers are such as user buffers cannot serve.
         """
         if not self.tp_comm_overlap:
             return
