@@ -43,6 +43,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6",
+            "jsonschema>=4.18",
             "ruff>=0.6",
             "pre-commit>=3",
             "easy-vqa>=1.0",

@@ -18,7 +18,6 @@ from megatron_vl.cli.mm_convert import make_parser as mm_convert
 from megatron_vl.training.options.hf_trainer import FLAGS, translate
 
 SHELLS = sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in (".sh", ".sbatch"))
-MANIFESTS = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
 EVERY = sorted(p for p in (ROOT / "examples").rglob("*") if p.is_file())
 
 
@@ -66,27 +65,6 @@ def test_every_option_that_an_example_gives_is_known():
             assert flags <= options(command), f"{name(path)}: {flags - options(command)}"
             seen += command == "train"
     assert seen >= 4, "the launcher, Slurm's script and both manifests train"
-
-
-def test_the_manifests_hold_what_their_operators_read():
-    pytorch, train = (yaml.safe_load(path.read_text()) for path in MANIFESTS)
-    assert (pytorch["apiVersion"], pytorch["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    replicas = pytorch["spec"]["pytorchReplicaSpecs"]
-    assert list(replicas) == ["Master", "Worker"] and "elasticPolicy" not in pytorch["spec"]
-    for replica in replicas.values():
-        (container,) = replica["template"]["spec"]["containers"]
-        assert container["name"] == "pytorch"
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == int(
-            pytorch["spec"]["nprocPerNode"])
-        volumes = {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
-        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
-    assert train["apiVersion"] == "trainer.kubeflow.org/v1alpha1" and train["kind"] == "TrainJob"
-    spec = train["spec"]
-    assert set(spec) == {"runtimeRef", "trainer"}
-    assert set(spec["trainer"]) <= {
-        "image", "command", "args", "env", "numNodes", "numProcPerNode", "resourcesPerNode"}
-    limit = spec["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
-    assert spec["trainer"]["numProcPerNode"] == limit
 
 
 def test_slurms_script_starts_one_task_a_node_and_passes_words_whole(tmp_path):
