@@ -40,6 +40,7 @@ class Client(mfusepy.Operations):
         self.directory, self.control, self.stale = directory, control, stale
         self.read_at, self.state = -1, {}
         self.listed: dict[str, tuple[float, list[str]]] = {}
+        self.holders: dict[tuple[str, int], int] = {}  # (path, owner) -> its own file
         for name in ("access", "chmod", "chown", "create", "fsync", "getattr", "link", "lock",
                      "mkdir", "open", "read", "readdir", "readlink", "release", "rename", "rmdir",
                      "statfs", "symlink", "truncate", "unlink", "utimens", "write"):
@@ -72,13 +73,13 @@ class Client(mfusepy.Operations):
 
     # ---- names --------------------------------------------------------------------------------
 
-    def getattr(self, path, fh=None):
-        found = os.lstat(self._at(path)) if fh is None else os.fstat(fh)
+    def getattr(self, path, info=None):
+        found = os.lstat(self._at(path)) if info is None else os.fstat(info.fh)
         names = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_ino", "st_blocks")
         times = {f"st_{one}": getattr(found, f"st_{one}_ns") for one in ("atime", "mtime", "ctime")}
         return {name: getattr(found, name) for name in names} | times
 
-    def readdir(self, path, fh):
+    def readdir(self, path, info):
         when, names = self.listed.get(path, (0.0, []))
         if time.monotonic() > when + self.stale:
             names = [".", "..", *os.listdir(self._at(path))]
@@ -132,43 +133,53 @@ class Client(mfusepy.Operations):
 
     # ---- contents -----------------------------------------------------------------------------
 
-    def create(self, path, mode, fi=None):
+    def create(self, path, mode, info):
         self._changed(path)
-        return os.open(self._at(path), os.O_RDWR | os.O_CREAT, mode)
-
-    def open(self, path, flags):
-        return os.open(self._at(path), flags & ~(os.O_APPEND | os.O_CREAT | os.O_EXCL))
-
-    def release(self, path, fh):
-        os.close(fh)
+        info.fh = os.open(self._at(path), os.O_RDWR | os.O_CREAT, mode)
         return 0
 
-    def read(self, path, size, offset, fh):
-        return os.pread(fh, size, offset)
-
-    def write(self, path, data, offset, fh):
-        return os.pwrite(fh, data, offset)
-
-    def truncate(self, path, length, fh=None):
-        return os.truncate(self._at(path) if fh is None else fh, length)
-
-    def fsync(self, path, datasync, fh):
-        os.fsync(fh)
+    def open(self, path, info):
+        ours = os.O_APPEND | os.O_CREAT | os.O_EXCL  # the kernel has done
+        info.fh = os.open(self._at(path), info.flags & ~ours)
         return 0
 
-    def lock(self, path, fh, cmd, lock):
+    def release(self, path, info):
+        os.close(info.fh)
+        return 0
+
+    def read(self, path, size, offset, info):
+        return os.pread(info.fh, size, offset)
+
+    def write(self, path, data, offset, info):
+        return os.pwrite(info.fh, data, offset)
+
+    def truncate(self, path, length, info=None):
+        return os.truncate(self._at(path) if info is None else info.fh, length)
+
+    def fsync(self, path, datasync, info):
+        os.fsync(info.fh)
+        return 0
+
+    def lock(self, path, info, cmd, lock):
+        """For the owner alone: a child that closes what it inherited gives nothing up."""
         if self._told("locks") is False:
             return -errno.ENOLCK
+        key = path, info.lock_owner
+        if key not in self.holders:
+            self.holders[key] = os.open(self._at(path), os.O_RDWR)
         one = ctypes.cast(lock, ctypes.POINTER(_Flock)).contents
         wanted = struct.pack(_FLOCK, one.type, one.whence, one.start, one.length, 0)
-        found = fcntl.fcntl(fh, _LOCK_COMMANDS[cmd], wanted)
+        found = fcntl.fcntl(self.holders[key], _LOCK_COMMANDS[cmd], wanted)
         one.type, one.whence, one.start, one.length, _ = struct.unpack(_FLOCK, found)
+        if one.type == fcntl.F_UNLCK and one.length == 0 and one.start == 0:
+            os.close(self.holders.pop(key))
         return 0
 
 
 if __name__ == "__main__":
     directory, mount, control, stale = sys.argv[1:]
     mfusepy.FUSE(
-        Client(directory, Path(control), float(stale)), mount, foreground=True, fsname="storage",
+        Client(directory, Path(control), float(stale)), mount, foreground=True, raw_fi=True,
+        fsname="storage",
         entry_timeout=float(stale), negative_timeout=float(stale), attr_timeout=float(stale),
     )

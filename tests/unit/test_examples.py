@@ -68,12 +68,14 @@ def test_every_option_that_an_example_gives_is_known():
 
 
 def test_slurms_script_starts_one_task_a_node_and_passes_words_whole(tmp_path):
-    """srun is stood for by a program that prints its words; sbatch is bash here."""
+    """srun is stood for by a program that prints its words; sbatch is bash here. The real ones are
+    in tests/hosts."""
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "scontrol").symlink_to("/bin/true")
     script = ROOT / "examples" / "slurm" / "train.sbatch"
     env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-           "PYTHON": sys.executable}
+           "PYTHON": sys.executable, "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", script, "my run.yaml", "--lr", "1e-3"], env=env, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
