@@ -63,7 +63,7 @@ def preflight(config: TrainConfig) -> None:
         found = differences(known, hosts)
         # By rank 0's clock, for all ranks have to go on together.
         if not found or waits[0] > _STALE_SECONDS or differences(
-                [_lasting(config, one) for one in known], hosts):
+                [lasting(config, one) for one in known], hosts):
             break
         if torch.distributed.get_rank() == 0 and waits[0] < _LOOK_SECONDS:
             print(f"preflight: {found[0]}; waiting up to {_STALE_SECONDS:.0f} s for the file "
@@ -108,7 +108,7 @@ def _checkpoints(config: TrainConfig) -> dict[str, object]:
     return {str(Path(config.checkpoint.save) / "iter_*"): said}
 
 
-def _lasting(config: TrainConfig, facts: dict[str, object]) -> dict[str, object]:
+def lasting(config: TrainConfig, facts: dict[str, object]) -> dict[str, object]:
     """Those that no other look at the same files changes: all but what a run writes into SAVE."""
     save = config.checkpoint.save
     return {name: one for name, one in facts.items()
