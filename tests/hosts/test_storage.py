@@ -16,6 +16,7 @@ from hosts import why_not as no_hosts
 _WHY = storage.why_not() or no_hosts()
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(_WHY), reason=_WHY or "runs")]
 STALE = 20  # seconds
+AWAY = 60  # seconds
 STEPS = 120
 NAMES = ("one", "two")
 
@@ -93,7 +94,7 @@ def test_a_slow_server_and_one_that_is_gone_for_a_while_cost_time_alone(cluster,
     cluster.wait_for_step("slow", 5, jobs)
     cluster.storage.tell(down=True)
     with pytest.raises(AssertionError, match="not within"):
-        storage.wait_until(lambda: STEPS in cluster.losses("slow"), 8)
+        storage.wait_until(lambda: STEPS in cluster.losses("slow"), AWAY)
     cluster.storage.tell()
     ended(jobs, 0, 0)
     assert cluster.losses("slow") == calm
