@@ -1,6 +1,7 @@
 """Before any model is built: do all ranks run the same program on the same files?
 
-One `all_gather_object`. Ranks that differ would otherwise fail an hour later, hang, or train on.
+One `all_gather_object`, and more only while file systems show different checkpoints. Ranks that
+differ would otherwise fail an hour later, hang, or train on.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def preflight(config: TrainConfig) -> None:
     Raises:
         InputError: on every rank, when ranks differ; says in what, which, and both values.
     """
-    started = time.perf_counter()
+    started, waiting = time.perf_counter(), False
     group = None
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo")
@@ -65,9 +66,10 @@ def preflight(config: TrainConfig) -> None:
         if not found or waits[0] > _STALE_SECONDS or differences(
                 [lasting(config, one) for one in known], hosts):
             break
-        if torch.distributed.get_rank() == 0 and waits[0] < _LOOK_SECONDS:
+        if torch.distributed.get_rank() == 0 and not waiting:
             print(f"preflight: {found[0]}; waiting up to {_STALE_SECONDS:.0f} s for the file "
                   f"system to show the same everywhere", flush=True)
+        waiting = True
         time.sleep(_LOOK_SECONDS)
     if group is not None:
         torch.distributed.destroy_process_group(group)
