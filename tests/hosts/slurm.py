@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from pathlib import Path
 
 import psutil
 
 from hosts import Hosts
 from hosts import why_not as no_hosts
+from hosts.storage import wait_until
 
 NODES = ("n1", "n2")
 CORES = 4  # of a node, whatever the machine has
@@ -89,7 +89,7 @@ class Slurm:
             for name in NODES:
                 (root / f"spool-{name}").mkdir()
                 self._start_slurmd(name)
-            self.wait_for(lambda: self.said("sinfo", "-h", "-o", "%T").split() == ["idle"])
+            wait_until(lambda: self.said("sinfo", "-h", "-o", "%T").split() == ["idle"], 60)
         except BaseException:
             self.hosts.close()
             raise
@@ -146,11 +146,3 @@ class Slurm:
         """A lost node has started again."""
         self.hosts[name].mend()
         self._start_slurmd(name)
-
-    @staticmethod
-    def wait_for(what, seconds: float = 60) -> None:
-        """Until `what()` is true."""
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, f"not within {seconds:g} s"
-            time.sleep(0.1)

@@ -9,6 +9,7 @@ import pytest
 from commands import ROOT
 
 from hosts import slurm
+from hosts.storage import wait_until
 
 pytestmark = [
     pytest.mark.hosts,
@@ -65,7 +66,7 @@ class Run:
 
     def wait_for(self, what, seconds: float = 120) -> None:
         try:
-            self.cluster.wait_for(what, seconds)
+            wait_until(what, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}:\n{self.said}") from error
 
