@@ -43,6 +43,8 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6",
+            "jsonschema>=4.18",
+            "mfusepy>=3; sys_platform == 'linux'",
             "ruff>=0.6",
             "pre-commit>=3",
             "easy-vqa>=1.0",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+
+from megatron_vl.errors import InputError
 from megatron_vl.launch.stop import StopRequest
 from megatron_vl.launch.worker import STEPPED, beside_failure, fail
 from megatron_vl.platform import be_deterministic, connect
+from megatron_vl.training.checkpoint.lock import hold
 from megatron_vl.training.epochs import with_steps_of_rank_0
 from megatron_vl.training.loop import train
 from megatron_vl.training.options.config import TrainConfig
@@ -30,10 +37,39 @@ def run_rank(
     if config.model.deterministic:
         be_deterministic()
     connect(timeout_minutes=config.parallel.distributed_timeout_minutes)
-    preflight(config)
     if os.environ["RANK"] == "0":  # another launcher than ours has not looked
         check_paths(config)
-    config = with_steps_of_rank_0(config)
+    with _alone_in(config.checkpoint.save):
+        preflight(config)
+        _train(with_steps_of_rank_0(config), stop, compare)
+
+
+@contextlib.contextmanager
+def _alone_in(save: str | None) -> Iterator[None]:
+    """Hold SAVE's lock on rank 0, before any rank looks for what to go on from: the run before may
+    still be saving. All ranks call it.
+
+    Raises:
+        InputError: another run holds it, or it cannot be locked.
+    """
+    file, error = None, [""]
+    if save is not None and os.environ["RANK"] == "0":
+        try:
+            file = hold(Path(save))
+        except (InputError, OSError) as failed:
+            error = [str(failed)]
+        else:
+            if file is None:
+                print(f"warning: the file system of {save} has no locks, so nothing keeps a second "
+                      f"run from writing there", flush=True)
+    torch.distributed.broadcast_object_list(error, src=0)
+    if error[0]:
+        raise InputError(error[0])
+    with file or contextlib.nullcontext():
+        yield
+
+
+def _train(config: TrainConfig, stop: StopRequest, compare: Compare | None) -> None:
     stepped = beside_failure(STEPPED)
     first_step = (lambda: None) if stepped is None else stepped.touch
 

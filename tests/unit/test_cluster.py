@@ -26,9 +26,10 @@ TORCHRUN = {
     "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
     "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400",
 }  # fmt: skip
-PYTORCHJOB = {  # newer: WORLD_SIZE counts processes, RANK nodes
+PYTORCHJOB = {  # newer: WORLD_SIZE counts processes, RANK nodes; see test_kubernetes.py
     "PET_NNODES": "2", "PET_NPROC_PER_NODE": "8", "PET_NODE_RANK": "1", "WORLD_SIZE": "16",
     "RANK": "1", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456",
+    "PET_MASTER_ADDR": "job-master-0", "PET_MASTER_PORT": "23456",
 }  # fmt: skip
 TRAINJOB = {
     "PET_NNODES": "4", "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "3",

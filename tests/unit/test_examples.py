@@ -18,7 +18,7 @@ from megatron_vl.cli.mm_convert import make_parser as mm_convert
 from megatron_vl.training.options.hf_trainer import FLAGS, translate
 
 SHELLS = sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in (".sh", ".sbatch"))
-MANIFESTS = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
+SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
 EVERY = sorted(p for p in (ROOT / "examples").rglob("*") if p.is_file())
 
 
@@ -68,43 +68,46 @@ def test_every_option_that_an_example_gives_is_known():
     assert seen >= 4, "the launcher, Slurm's script and both manifests train"
 
 
-def test_the_manifests_hold_what_their_operators_read():
-    pytorch, train = (yaml.safe_load(path.read_text()) for path in MANIFESTS)
-    assert (pytorch["apiVersion"], pytorch["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    replicas = pytorch["spec"]["pytorchReplicaSpecs"]
-    assert list(replicas) == ["Master", "Worker"] and "elasticPolicy" not in pytorch["spec"]
-    for replica in replicas.values():
-        (container,) = replica["template"]["spec"]["containers"]
-        assert container["name"] == "pytorch"
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == int(
-            pytorch["spec"]["nprocPerNode"])
-        volumes = {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
-        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
-    assert train["apiVersion"] == "trainer.kubeflow.org/v1alpha1" and train["kind"] == "TrainJob"
-    spec = train["spec"]
-    assert set(spec) == {"runtimeRef", "trainer"}
-    assert set(spec["trainer"]) <= {
-        "image", "command", "args", "env", "numNodes", "numProcPerNode", "resourcesPerNode"}
-    limit = spec["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
-    assert spec["trainer"]["numProcPerNode"] == limit
+@pytest.fixture
+def slurm(tmp_path):
+    """Run Slurm's script as a job that was `preempted` then or not. srun and scontrol are stood for
+    by programs that print their words; the real ones are in tests/hosts."""
+
+    def run_job(*words: str, code: int = 0, preempted: str = "None") -> subprocess.CompletedProcess:
+        stand_ins = {
+            "srun": f'printf "%s\\n" "$@"; exit {code}',
+            "scontrol": f'[ $1 = show ] && echo PreemptTime={preempted} || echo "$@"',
+        }
+        for name, body in stand_ins.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+               "PYTHON": sys.executable, "SLURM_JOB_ID": "7"}
+        return subprocess.run(["bash", SBATCH, *words], env=env, text=True, capture_output=True)
+
+    return run_job
 
 
-def test_slurms_script_starts_one_task_a_node_and_passes_words_whole(tmp_path):
-    """srun is stood for by a program that prints its words; sbatch is bash here."""
-    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "srun").chmod(0o755)
-    script = ROOT / "examples" / "slurm" / "train.sbatch"
-    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-           "PYTHON": sys.executable}
-    done = subprocess.run(["bash", script, "my run.yaml", "--lr", "1e-3"], env=env, text=True,
-                          capture_output=True)
+def test_slurms_script_starts_one_task_a_node_and_passes_words_whole(slurm):
+    done = slurm("my run.yaml", "--lr", "1e-3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-m", "megatron_vl", "train",
         "--cluster-env", "--config", "my run.yaml", "--lr", "1e-3",
     ]
-    assert re.search(r"^#SBATCH --ntasks-per-node=1$", script.read_text(), re.M)
-    assert subprocess.run(["bash", script], capture_output=True).returncode == 2
+    assert re.search(r"^#SBATCH --ntasks-per-node=1$", SBATCH.read_text(), re.M)
+    assert slurm().returncode == 2
+
+
+@pytest.mark.parametrize(("code", "preempted", "ends", "queued"), [
+    (0, "2026-01-01T00:00:00", 0, True),
+    (1, "2026-01-01T00:00:00", 0, True),  # before it could save
+    (2, "2026-01-01T00:00:00", 2, False),  # it would be refused again
+    (1, "None", 1, False),
+])
+def test_slurms_script_queues_a_preempted_job_again(slurm, code, preempted, ends, queued):
+    done = slurm("run.yaml", code=code, preempted=preempted)
+    assert (done.returncode, "requeue 7\n" in done.stdout) == (ends, queued), done.stderr
 
 
 def test_dlcs_command_gives_the_launcher_all_its_arguments():

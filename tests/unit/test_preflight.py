@@ -10,6 +10,7 @@ from megatron_vl.training.resilience.preflight import (
     clock_warning,
     differences,
     facts,
+    lasting,
 )
 from megatron_vl.weights.files import WHOLE_BYTES
 
@@ -79,8 +80,14 @@ def test_facts_change_with_every_file_that_matters_and_with_no_other(hf_dir, wds
     # Where a run goes on from, once there is one.
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("100\n")
-    assert set(facts(config)) - set(before) == {
-        str(tmp_path / "run" / "latest_checkpointed_iteration.txt")}
+    (tmp_path / "run" / "iter_0000100").mkdir()
+    after = facts(config)
+    new = {name for name, value in after.items() if before.get(name) != value}
+    assert new == {str(tmp_path / "run" / name)
+                   for name in ("latest_checkpointed_iteration.txt", "iter_*")}
+    # Which is what a host may see later than another.
+    assert lasting(config, after) == lasting(config, before)
+    assert len(lasting(config, after)) == len(after) - 2
 
 
 def test_a_large_file_is_known_by_its_size_and_some_of_it(hf_dir, wds_dir, tmp_path):

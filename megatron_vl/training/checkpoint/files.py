@@ -48,7 +48,7 @@ def candidates(root: Path) -> list[Path]:
     says = latest(root)
     if says is None:
         return [root / RELEASE]
-    return [folder(root, one) for one in reversed(there) if one <= says]
+    return [folder(root, one) for one in sorted({*there, says}, reverse=True) if one <= says]
 
 
 def publish(root: Path, iteration: int) -> Path:

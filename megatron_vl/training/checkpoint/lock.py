@@ -16,6 +16,8 @@ LOCK = ".lock"
 _HERE_SECONDS = 10.0  # that a process of this machine may take to end
 _ELSEWHERE_SECONDS = 100.0  # after which a network file system lets go of what a dead machine held
 _LOOK_SECONDS = 0.2
+_HELD = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def hold(root: Path) -> IO[str] | None:
@@ -26,7 +28,7 @@ def hold(root: Path) -> IO[str] | None:
         the file, which must stay open.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run holds it, or the file system fails.
     """
     root.mkdir(parents=True, exist_ok=True)
     file = _locked(root)
@@ -44,16 +46,21 @@ def check_free(root: Path) -> None:
 
 
 def _locked(root: Path) -> IO[str] | None:
-    file = (root / LOCK).open("a+", encoding="utf-8")
     begun = time.monotonic()
+    try:
+        file = (root / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _failed(root, error) from error
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in _HELD:
                 file.close()
-                return None
+                if error.errno in _NO_LOCKS:
+                    return None
+                raise _failed(root, error) from error
         file.seek(0)
         holder, _, host = file.read().strip().partition(" on ")
         patience = _HERE_SECONDS if host == socket.gethostname() else _ELSEWHERE_SECONDS
@@ -64,3 +71,10 @@ def _locked(root: Path) -> IO[str] | None:
                 f"{host or 'an unknown host'}; end that one, or give another --save."
             )
         time.sleep(_LOOK_SECONDS)
+
+
+def _failed(root: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{root / LOCK}, by which a run keeps others out, cannot be locked ({error.strerror}); see "
+        f"whether its file system is there and writable, or give another --save."
+    )

@@ -18,13 +18,11 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_vl.errors import InputError
 from megatron_vl.platform import current_device
 from megatron_vl.platform.checkpoints import begin_save
 from megatron_vl.training.checkpoint.files import (
@@ -35,7 +33,6 @@ from megatron_vl.training.checkpoint.files import (
     read_checksums,
     write_checksums,
 )
-from megatron_vl.training.checkpoint.lock import hold
 from megatron_vl.weights.files import reserve
 
 _PART = ".sha256.{}"  # what a rank wrote, until rank 0 has made one list of them
@@ -66,16 +63,13 @@ class _Pending:
 
 
 class Saver:
-    """All ranks create it together and call its methods together.
+    """All ranks create it together and call its methods together; rank 0 holds SAVE's lock.
 
     Args:
         root: SAVE.
         behind: write behind training.
         limit: complete checkpoints to keep; None keeps all.
         held: names of further ones that are still in use; rank 0 is asked.
-
-    Raises:
-        InputError: another run writes there.
     """
 
     def __init__(
@@ -86,23 +80,10 @@ class Saver:
         self.first = torch.distributed.get_rank() == 0
         self.queue = AsyncCallsQueue()
         self.pending: _Pending | None = None
-        self.lock = self._lock()
         if self.first:  # what a run left that was ended while it saved
             for pattern in (".iter_*.partial", ".iter_*.deleted"):
                 for leftover in root.glob(pattern):
                     _clear(leftover)
-
-    def _lock(self) -> IO[str] | None:
-        lock, error = None, [""]
-        if self.first:
-            try:
-                lock = hold(self.root)
-            except (InputError, OSError) as failed:
-                error = [str(failed)]
-        torch.distributed.broadcast_object_list(error, src=0)
-        if error[0]:
-            raise InputError(error[0])
-        return lock
 
     def save(
         self, iteration: int, state: Callable[[], dict], *, content: dict,

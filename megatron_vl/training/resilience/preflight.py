@@ -1,6 +1,7 @@
 """Before any model is built: do all ranks run the same program on the same files?
 
-One `all_gather_object`. Ranks that differ would otherwise fail an hour later, hang, or train on.
+One `all_gather_object`, and more only while file systems show different checkpoints. Ranks that
+differ would otherwise fail an hour later, hang, or train on.
 """
 
 from __future__ import annotations
@@ -27,37 +28,51 @@ from megatron_vl.platform.init import ranks
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.paths import datasets
 from megatron_vl.weights.files import fingerprint
-from megatron_vl.weights.found import LATEST
+from megatron_vl.weights.found import LATEST, iterations
 from megatron_vl.weights.hf_io import SIDE_FILES, WEIGHT_FILES
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers")
 MISSING = "missing"
 CLOCK_SECONDS = 2.0  # clocks may differ by so much; NTP keeps them within hundredths
+# An NFS client believes for up to a minute (acdirmax) that a file is not there, or is as it was.
+_STALE_SECONDS = 70.0
+_LOOK_SECONDS = 2.0
 TOLD = 4  # differences that a message tells, and hosts; all are counted
 
 
 def preflight(config: TrainConfig) -> None:
     """Compare this rank with all others; rank 0 prints one line.
 
-    torch.distributed must be up. The clock is a warning, for nothing is computed from it.
+    torch.distributed must be up. The clock is a warning, for nothing is computed from it. Where
+    ranks differ in what SAVE holds alone, it waits for their file systems.
 
     Raises:
         InputError: on every rank, when ranks differ; says in what, which, and both values.
     """
-    started = time.perf_counter()
-    mine = facts(config)
+    started, waiting = time.perf_counter(), False
     group = None
     if torch.distributed.get_backend() != "gloo":
         group = torch.distributed.new_group(backend="gloo")
-    torch.distributed.barrier(group)
-    # Ranks leave the barrier together, so that what the clocks show then can be compared.
-    told = (socket.gethostname(), time.time(), mine)
-    everyone: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, told, group)
+    while True:
+        mine, waited = facts(config), time.perf_counter() - started
+        torch.distributed.barrier(group)
+        # Ranks leave the barrier together, so that what the clocks show then can be compared.
+        told = (socket.gethostname(), time.time(), mine, waited)
+        everyone: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, told, group)
+        hosts, clocks, known, waits = map(list, zip(*everyone, strict=True))
+        found = differences(known, hosts)
+        # By rank 0's clock, for all ranks have to go on together.
+        if not found or waits[0] > _STALE_SECONDS or differences(
+                [lasting(config, one) for one in known], hosts):
+            break
+        if torch.distributed.get_rank() == 0 and not waiting:
+            print(f"preflight: {found[0]}; waiting up to {_STALE_SECONDS:.0f} s for the file "
+                  f"system to show the same everywhere", flush=True)
+        waiting = True
+        time.sleep(_LOOK_SECONDS)
     if group is not None:
         torch.distributed.destroy_process_group(group)
-    hosts, clocks, known = ([one[k] for one in everyone] for k in range(3))
-    found = differences(known, hosts)
     if found:
         more = f"; and {len(found) - TOLD} more" if len(found) > TOLD else ""
         raise InputError(
@@ -80,9 +95,26 @@ def facts(config: TrainConfig) -> dict[str, object]:
         "megatron_vl": f"{megatron_vl.__version__} with sources {_sources()}",
         **options,
         **{str(path): _content(path) for path in _files(config)},
+        **_checkpoints(config),
         **{f"what the shards of {path} hold ({split})": _shards(path, split)
            for path, split in _datasets(config)},
     }
+
+
+def _checkpoints(config: TrainConfig) -> dict[str, object]:
+    """Of SAVE, as its listing shows them."""
+    if config.checkpoint.save is None:
+        return {}
+    there = iterations(Path(config.checkpoint.save))
+    said = f"{len(there)} checkpoints, the last of iteration {there[-1]}" if there else MISSING
+    return {str(Path(config.checkpoint.save) / "iter_*"): said}
+
+
+def lasting(config: TrainConfig, facts: dict[str, object]) -> dict[str, object]:
+    """Those that no other look at the same files changes: all but what a run writes into SAVE."""
+    save = config.checkpoint.save
+    return {name: one for name, one in facts.items()
+            if save is None or Path(save) not in Path(name).parents}
 
 
 def differences(known: list[dict[str, object]], hosts: list[str]) -> list[str]:
