@@ -178,14 +178,14 @@ def test_a_tower_that_takes_longer_than_a_stage_lies_on_several(model):
 def test_a_split_balances_what_recompute_adds(model):
     question = Question(hf_dir=model("72B"), gpus=64, per_node=1, card=CARDS["h100-80g"],
                         options={"global_batch_size": 64, "seq_length": 2048})
-    layout, level = Layout(pp=16, dp=4), {"recompute_granularity": "full"}
+    layout, level = Layout(pp=8, dp=8), {"vit_recompute_granularity": "full"}
     options, busiest = options_of(layout), []
     for more in ({}, level):
         split = _splits(question, load_spec(question.hf_dir), layout, options, more)[0]
         plan = question.plan(**options, **split, **level)
         work = chunk_work(plan, parts_of(question, plan), question.card)
         busiest.append(max(row.seconds for row in work[0]))
-    assert busiest[1] < busiest[0]
+    assert busiest[1] < 0.95 * busiest[0]
 
 
 def test_a_page_draws_every_stage_and_all_of_the_layouts(model, tmp_path, capsys):
