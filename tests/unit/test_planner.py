@@ -329,6 +329,22 @@ def test_a_model_without_a_tower_is_planned_over_stages(text_model_dir, capsys):
     assert re.search(r"^\d+ +\S*PP2\S* ", text, re.M) and "2.0 samples, 97.7% full" in text
 
 
+def test_samples_that_a_text_model_cannot_take_are_counted_by_reason(
+    text_model_dir, mixed_dir, capsys
+):
+    text = said(capsys, "plan", text_model_dir, "--gpus", 1, "--dataset", mixed_dir)
+    lost, number, why = re.search(r"and (\d+) cannot be used \(not served: (\d+), as (.+)\)",
+                                  text).groups()
+    assert lost == number and "text" in why, why
+
+
+def test_more_rows_are_named_where_stages_wait(model, capsys):
+    words = ["plan", model("72B"), "--gpus", 64, "--gpus-per-node", 1, "--global-batch-size", 64]
+    found = re.search(r"stages of the first wait (\d+)% .*--global-batch-size 128", said(
+        capsys, *words))
+    assert int(found[1]) >= 15
+
+
 @pytest.mark.parametrize(("layers", "layer", "extra"), [
     (7, 1.0, [[3.5, 0, 1.2]]), (6, 2.0, [[0, 0.5]]), (5, 1.0, [[9, 0, 0]]), (8, 1.0, [[0, 0]] * 2),
 ])
