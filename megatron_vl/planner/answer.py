@@ -14,6 +14,7 @@ from megatron_vl.planner.search import Choice, Found, Question
 from megatron_vl.training.dry_run import GIB, aligned
 from megatron_vl.training.plan import Plan
 
+LARGE_BUBBLE = 0.15  # from which more rows are named
 WARNING = (
     "Times are predictions from data sheets, from measurements of single operations and from what "
     "--calibrate says; steps were not measured on these cards. Memory is what train --dry-run says."
@@ -61,6 +62,7 @@ def head_lines(question: Question, found: Found) -> list[str]:
         f"{plan.config.batch.global_batch_size:,} rows of {plan.row_length:,} tokens a step",
         *_rows(question, plan),
         *_offloaded(found.best[0]),
+        *_waits(found.best[0]),
         f"{found.fit:,} ways to run fit, {fell:,} do not{':' * (fell > 0)}",
         *(f"  {number:6,} {reason}" for reason, number in found.fell.most_common()),
     ]
@@ -71,6 +73,14 @@ def _offloaded(choice: Choice) -> Iterator[str]:
     if host:
         yield (f"nothing fits without --optimizer-cpu-offload, which needs TransformerEngine and "
                f"up to {host / GIB:.1f} GiB of the host's memory a card")
+
+
+def _waits(choice: Choice) -> Iterator[str]:
+    """That more rows would help: a bubble is shared by the microbatches of a step."""
+    bubble, rows = choice.step.pipeline.bubble, choice.plan.config.batch.global_batch_size
+    if choice.plan.layout.pp > 1 and bubble >= LARGE_BUBBLE:
+        yield (f"stages of the first wait {bubble:.0%} as long as they work: with "
+               f"--global-batch-size {2 * rows} about half as long, with half as many updates")
 
 
 def _rows(question: Question, plan: Plan) -> Iterator[str]:

@@ -152,9 +152,10 @@ def _kept(
     place, embeds = (stage, chunk), plan.split.embedding_chunk
     last = place == (plan.layout.pp - 1, plan.layout.vp - 1)
     full, sent = plan.recompute.granularity == "full", _sent(plan, language)
-    # What enters, unless the first layer keeps it or it is an embedding that is trained, and what
-    # leaves: until its gradient has come.
-    entered = (place != embeds or language.adapted) and not (
+    # What enters, unless the first layer keeps it or a copy of an embedding that is trained, and
+    # what leaves: until its gradient has come.
+    made_here = place == embeds and not language.adapted and language.counts[chunk]
+    entered = not made_here and not (
         language.keeps_input(chunk) and sent == language.stream)
     borders = sent * (entered + (not last))
     borders += travelling * ((place[::-1] > embeds[::-1]) + (not last))

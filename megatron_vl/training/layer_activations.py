@@ -209,6 +209,8 @@ class Layers:
         Where its activations are: what entered the layer, the sum of that with attention, and what
         the MLP gives, or the experts.
         """
+        if not self.counts[chunk]:
+            return 0
         combined = 2 * self.stream + self.combined
         if self.reached and not self._recomputes_last(chunk):
             return max(3 * self.stream + self.first * self.biased, combined)

@@ -5,6 +5,7 @@ The samples are encoded and packed as in training, spread over the shards; no im
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,12 +79,15 @@ def dataset_rows(config: TrainConfig) -> DataRows:
         raise nothing_fits(config)
     looks = [look for seen in found.seen for look in seen]
     total = sum(len(leaf.places) for leaf in found.leaves)
-    lost = sum(look.reason is not None for look in looks)
+    lost = Counter(look.reason for look in looks if look.reason is not None)
+    because = {look.reason: look.message for look in reversed(looks)}  # of the first each
+    why = ", ".join(f"{reason}: {number:,}, as {because[reason]}"
+                    for reason, number in lost.most_common())
     return DataRows(
         rows=tuple(tuple(RowSample(tokens=one.tokens, trained=one.trained, grids=one.grids)
                          for one in row) for row in rows),
         source=f"{config.data.train_data_path}, of which {len(looks):,} of {total:,} samples were "
-        f"looked at" + (f" and {lost:,} cannot be used" if lost else ""),
+        f"looked at" + (f" and {lost.total():,} cannot be used ({why})" if lost else ""),
     )
 
 

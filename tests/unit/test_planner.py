@@ -178,14 +178,14 @@ def test_a_tower_that_takes_longer_than_a_stage_lies_on_several(model):
 def test_a_split_balances_what_recompute_adds(model):
     question = Question(hf_dir=model("72B"), gpus=64, per_node=1, card=CARDS["h100-80g"],
                         options={"global_batch_size": 64, "seq_length": 2048})
-    layout, level = Layout(pp=16, dp=4), {"recompute_granularity": "full"}
+    layout, level = Layout(pp=8, dp=8), {"vit_recompute_granularity": "full"}
     options, busiest = options_of(layout), []
     for more in ({}, level):
         split = _splits(question, load_spec(question.hf_dir), layout, options, more)[0]
         plan = question.plan(**options, **split, **level)
         work = chunk_work(plan, parts_of(question, plan), question.card)
         busiest.append(max(row.seconds for row in work[0]))
-    assert busiest[1] < busiest[0]
+    assert busiest[1] < 0.95 * busiest[0]
 
 
 def test_a_page_draws_every_stage_and_all_of_the_layouts(model, tmp_path, capsys):
@@ -327,6 +327,22 @@ def test_the_page_has_the_published_steps_beside_what_is_predicted(tmp_path):
 def test_a_model_without_a_tower_is_planned_over_stages(text_model_dir, capsys):
     text = said(capsys, "plan", text_model_dir, "--gpus", 4, "--text-tokens", 1000)
     assert re.search(r"^\d+ +\S*PP2\S* ", text, re.M) and "2.0 samples, 97.7% full" in text
+
+
+def test_samples_that_a_text_model_cannot_take_are_counted_by_reason(
+    text_model_dir, mixed_dir, capsys
+):
+    text = said(capsys, "plan", text_model_dir, "--gpus", 1, "--dataset", mixed_dir)
+    lost, number, why = re.search(r"and (\d+) cannot be used \(not served: (\d+), as (.+)\)",
+                                  text).groups()
+    assert lost == number and "text" in why, why
+
+
+def test_more_rows_are_named_where_stages_wait(model, capsys):
+    words = ["plan", model("72B"), "--gpus", 64, "--gpus-per-node", 1, "--global-batch-size", 64]
+    found = re.search(r"stages of the first wait (\d+)% .*--global-batch-size 128", said(
+        capsys, *words))
+    assert int(found[1]) >= 15
 
 
 @pytest.mark.parametrize(("layers", "layer", "extra"), [
