@@ -96,7 +96,8 @@ def test_node_0_stays_until_the_others_know_how_it_ended(port, capfd):
     def leave(node: int) -> set[int]:
         time.sleep(0.3 * node)  # node 0 has ended before the others ask how it did
         store = stores.pop(node)  # the last to hold it: with node 0's the server goes
-        return set(agree(store, 0, nnodes=3, node_rank=node, end={"final": True}, timeout=60))
+        return set(agree(store, 0, nnodes=3, node_rank=node, end={"final": True}, timeout=60,
+                         tell=pytest.fail))
 
     assert all(0 in said for said in at_once(leave, range(3)))
     assert capfd.readouterr().err == "", "frames of C++ where a store is gone"
@@ -120,7 +121,8 @@ def test_nodes_start_again_together_or_not_at_all(zero, one, code, again, port, 
         me = dict(nnodes=2, node_rank=node, timeout=20)
         store = stores[node] = come(port, **me)
         time.sleep(0.3 * (1 - node))  # node 0's ranks fail for node 1's
-        ended = _together(End(code=code, **judge(code, exits, **done)), "train", store, 0, **me)
+        ended = _together(End(code=code, **judge(code, exits, **done)), "train", store, 0,
+                          hosts=[HOST, HOST], node_rank=node, timeout=20)
         if starts_again(ended, 0, max_restarts=1):
             assert come(port, **me, attempt=1, store=store) is store
             return ended.code, True
