@@ -32,15 +32,19 @@ def pytest_addoption(parser):
         "--quick", action="store_true",
         help="only tests/unit and what is marked quick: enough to know that a tree is not broken",
     )
+    parser.addoption("--hosts", action="store_true", help="only what is marked hosts")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     items.sort(key=place)  # stable: files stay together
-    if config.getoption("quick"):
-        left_out = [item for item in items if not is_quick(item)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if is_quick(item)]
+    quick, hosts = config.getoption("quick"), config.getoption("hosts")
+    kept, left_out = [], []
+    for item in items:
+        on_hosts = item.get_closest_marker("hosts") is not None
+        (kept if on_hosts == hosts and (is_quick(item) or not quick) else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 def is_quick(item) -> bool:

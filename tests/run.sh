@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make the test environment and run every test that fits this machine.
 #   bash tests/run.sh --quick           the unit tests, one comparison and one training
+#   bash tests/run.sh --hosts           only runs over several hosts of this machine: needs root
 #   bash tests/run.sh [pytest arguments]
 #   VENV=path   the environment to make or reuse (default: .venv-test)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh may be dash
