@@ -1,4 +1,4 @@
-"""What becomes of a run when a link or a host fails in the middle of it: `bash tests/run.sh --hosts`.
+"""What becomes of a run when a link or a host fails in mid-step or mid-save (`--hosts`).
 
 Timeouts are short, so that a test takes a minute: a cut that outlasts them stands for a longer one
 that outlasts the usual ones.
