@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_vl.errors import InputError
+from megatron_vl.launch import meeting
 from megatron_vl.launch.launcher import End, _together, judge, starts_again
 from megatron_vl.launch.meeting import agree, meet
 
@@ -101,6 +103,28 @@ def test_node_0_stays_until_the_others_know_how_it_ended(port, capfd):
 
     assert all(0 in said for said in at_once(leave, range(3)))
     assert capfd.readouterr().err == "", "frames of C++ where a store is gone"
+
+
+class Deaf:
+    """Stands for a connection to a host that is gone: no answer, and no error."""
+
+    def __init__(self):
+        self.closed = threading.Event()
+
+    def __call__(self, *_, **__):
+        self.closed.wait(60)
+
+
+def test_a_store_that_never_answers_is_not_waited_for_beyond_the_timeout(monkeypatch):
+    monkeypatch.setattr(meeting, "_MARGIN_SECONDS", 0.5)
+    monkeypatch.setattr(meeting, "_TELL_SECONDS", 0.2)
+    deaf, told, end = Deaf(), [], {"final": False}
+    monkeypatch.setattr(meeting, "_exchange", deaf)
+    began = time.monotonic()
+    assert agree(None, 0, nnodes=3, node_rank=1, end=end, timeout=0.5, tell=told.append) == {1: end}
+    assert time.monotonic() - began < 10
+    assert told == [{0, 2}], "who is waited for is said meanwhile"
+    deaf.closed.set()
 
 
 BEFORE, BEHIND = dict(stepped=False, stopped=False), dict(stepped=True, stopped=False)
