@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def run_on_hosts(
                 variables={**node_variables(hosts, node, port), **variables},
             )
             links.append(_Link(host.name, [*ssh, host.name, script], said, ended, printing))
-        heard = dict(said.get() for _ in links)
+        heard = _first_words(links, said)
         if amiss := [link.why_not(heard[link]) for link in links if heard[link] != _READY]:
             more = f"; and {len(amiss) - TOLD} more hosts" if len(amiss) > TOLD else ""
             raise InputError("; ".join(amiss[:TOLD]) + f"{more}.")
@@ -131,6 +132,20 @@ def run_on_hosts(
         print(f"{_MARK} {link.name} ended with code {code}{why}; the others were ended.",
               file=sys.stderr, flush=True)
     return code
+
+
+def _first_words(links: Sequence[_Link], said: queue.Queue) -> dict[_Link, str]:
+    """What every host's script says first; who is waited for is told while it lasts."""
+    heard: dict[_Link, str] = {}
+    while len(heard) < len(links):
+        try:
+            link, words = said.get(timeout=END_SECONDS)
+            heard[link] = words
+        except queue.Empty:
+            names = ", ".join(link.name for link in links if link not in heard)
+            print(f"{_MARK} still waiting for {names}; see what a login there waits for",
+                  file=sys.stderr, flush=True)
+    return heard
 
 
 class _Link:
@@ -163,6 +178,8 @@ class _Link:
         self._waiting = _start(self._wait)
 
     def begin(self) -> None:
+        for line in self._complaints:  # warnings, as it turned out
+            self._print(line, sys.stderr)
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is an event
             self.job.stdin.write(b"go\n")
             self.job.stdin.flush()
@@ -172,16 +189,16 @@ class _Link:
         with contextlib.suppress(BrokenPipeError):
             self.job.stdin.close()
 
-    def wait(self) -> None:
-        """Until it has ended and all it said is printed; `END_SECONDS` at most."""
+    def wait(self, until: float) -> None:
+        """For its end, and all it said to be printed; `until`, by time.monotonic, at most."""
         try:
-            self.job.wait(END_SECONDS)
+            self.job.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             print(f"{_MARK} {self.name} did not end within {END_SECONDS} s of being told to; see "
                   f"what still runs there.", file=sys.stderr, flush=True)
             self.job.kill()
         for thread in (*self._readers, self._waiting):
-            thread.join(END_SECONDS)
+            thread.join(_CLOSE_SECONDS)
 
     def why_not(self, words: str) -> str:
         """Why the host cannot run the command, and the mend."""
@@ -249,6 +266,7 @@ def _ending(links: list[_Link]) -> Iterator[None]:
     finally:
         for link in links:
             link.end()
+        until = time.monotonic() + END_SECONDS
         for link in links:
-            link.wait()
+            link.wait(until)
         signal.signal(signal.SIGTERM, before)
