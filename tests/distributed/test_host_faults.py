@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Hosts, Job, why_not
-from training_over_hosts import Training, launch
+from training_over_hosts import ENVIRONMENT, Training, launch
 
 STEPS = 30
 HANG, MEET = 15, 20  # seconds: --hang-timeout, --rendezvous-timeout
@@ -120,7 +120,7 @@ def test_a_run_that_lost_its_launcher_keeps_others_out_of_its_save(hosts, traini
     job = training.start(hosts["desk"], ["one", "two"], train_iters=10_000)
     training.wait_for_step(3, job)
     hosts["desk"].cut()
-    again = training.start(hosts["one"], ["one", "two"], train_iters=10_000)
+    again = training.start(hosts["one"], ["one", "two"], train_iters=10_000, port=29501)
     ends(again, 2, f"{training.save} is being written by another run, process ")
     hosts["desk"].mend()
     job.signal(9)
@@ -143,7 +143,7 @@ def test_a_clock_that_is_off_by_an_hour_is_told_and_changes_no_loss(hosts, train
     fast = (f'if [ "$RANK" = 1 ]; then export LD_PRELOAD={FAKETIME} FAKETIME=+3600; fi; '
             f'exec {{python}} -m megatron_vl "$@"')
     job = launch(hosts["desk"], ["one", "two"], "sh", "-c", fast.format(python=sys.executable),
-                 "sh", *training.words(), options=("--env", "PYTHONPATH"))
+                 "sh", *training.words(), options=ENVIRONMENT)
     ends(job, 0, "the clock of rank 1 (two) is 3600 s ahead of the others'")
     assert training.losses == undisturbed
 

@@ -12,7 +12,7 @@ from commands import ROOT
 from hosts import Host, Job
 
 # What a test process has and a host's login has not.
-ENVIRONMENT = ("PYTHONPATH", "OMP_NUM_THREADS")
+ENVIRONMENT = ("--env", "PYTHONPATH", "--env", "OMP_NUM_THREADS")
 
 
 def launch(host: Host, names: Sequence[str], *command: object, options: Sequence[object] = (),
@@ -44,9 +44,10 @@ class Training:
         return ["train", "--use-distributed-optimizer", "--no-report",
                 *(word for pair in pairs for word in pair)]
 
-    def start(self, host: Host, names: Sequence[str], **changes: object) -> Job:
-        env = [word for name in ENVIRONMENT for word in ("--env", name)]
-        return launch(host, names, *self.words(**changes), options=env)
+    def start(self, host: Host, names: Sequence[str], *, port: int = 29500,
+              **changes: object) -> Job:
+        return launch(host, names, *self.words(**changes),
+                      options=(*ENVIRONMENT, "--master-port", port))
 
     @property
     def losses(self) -> dict[int, float]:
