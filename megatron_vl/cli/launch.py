@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     own = {name: value for name, value in passed_on(os.environ).items() if name not in variables}
     if own:
         print(f"megatron-vl launch: every host gets this one's {', '.join(own)}", file=sys.stderr)
-    command = args.words
+    command, package = args.words, ""
     if command[0] in COMMANDS:
-        command = [sys.executable, "-m", "megatron_vl", *command]
+        command, package = [sys.executable, "-m", "megatron_vl", *command], "megatron_vl"
     return run_on_hosts(
         hosts, command, ssh=ssh, port=args.master_port, directory=os.getcwd(),
-        variables=own | variables,
+        variables=own | variables, package=package,
     )
 
 

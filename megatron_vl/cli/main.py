@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     else:
         interrupts.leave_at_once(_chosen(argv))
+    # Where a host is gone, the frames of torch's C++ would bury the sentence that names it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = run(argv)
         sys.stdout.flush()

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,11 +17,17 @@ from pathlib import Path
 from megatron_vl.errors import InputError
 from megatron_vl.launch import interrupts
 from megatron_vl.launch.devices import DRIVERS, check_devices, variables
-from megatron_vl.launch.meeting import agree, meet, meet_alone, no_meeting
+from megatron_vl.launch.interface import (
+    address_towards,
+    interface_of,
+    name_leads_here_alone,
+)
+from megatron_vl.launch.meeting import agree, meet, meet_alone, no_meeting, roster
 from megatron_vl.launch.stop import AGAIN, SIGNALS
 from megatron_vl.launch.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+IFNAME = "GLOO_SOCKET_IFNAME"
 
 
 def launch(
@@ -66,7 +72,7 @@ def launch(
     for line in says:
         print(f"megatron-vl {argv[0]}: {line}", file=sys.stderr, flush=True)
     if nnodes == 1 and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach the ranks
+        os.environ.setdefault(IFNAME, "lo")  # nobody else has to reach the ranks
     attempt, store = 0, None
     while True:
         # Kept while the ranks run: node 0's is where they all meet.
@@ -75,6 +81,9 @@ def launch(
             address=master_addr, port=master_port, timeout=rendezvous_timeout, attempt=attempt,
             store=store,
         )
+        nodes = [] if nnodes == 1 else roster(store, attempt, nnodes)
+        if nodes:
+            _listen_where_others_reach(nodes, node_rank, argv[0])
         with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
             end = _attempt(
                 argv, Path(scratch), attempt, saves=saves, nproc_per_node=nproc_per_node,
@@ -86,8 +95,8 @@ def launch(
         if end.report:
             print(end.report, end="", file=sys.stderr, flush=True)
         if nnodes > 1 and max_restarts:
-            end = _together(end, argv[0], store, attempt, nnodes=nnodes, node_rank=node_rank,
-                            timeout=rendezvous_timeout)
+            end = _together(end, argv[0], store, attempt, node_rank=node_rank,
+                            hosts=[one["host"] for one in nodes], timeout=rendezvous_timeout)
         if not starts_again(end, attempt, max_restarts):
             return end.code
         attempt += 1
@@ -105,38 +114,69 @@ class End:
     final: bool = True  # whatever other nodes hope for
 
 
+def _listen_where_others_reach(nodes: Sequence[dict], node_rank: int, command: str) -> None:
+    """Name gloo an interface, if a host's own name leads nowhere.
+
+    Args:
+        nodes: see `roster`.
+    """
+    alone = len({one["host"] for one in nodes}) == 1  # then any address will do
+    if alone or IFNAME in os.environ or not name_leads_here_alone():
+        return
+    address = nodes[node_rank]["address"] or address_towards(nodes[-1]["address"], 1)
+    if interface := interface_of(address):
+        os.environ[IFNAME] = interface
+        print(f"megatron-vl {command}: the name {socket.gethostname()} is no address for other "
+              f"hosts here, so ranks listen at {address} ({IFNAME} {interface})", flush=True)
+
+
 def _together(
-    mine: End, command: str, store, attempt: int, *, nnodes: int, node_rank: int, timeout: float
+    mine: End, command: str, store, attempt: int, *, hosts: Sequence[str], node_rank: int,
+    timeout: float,
 ) -> End:
     """How an attempt ended for all nodes: they start again together, or not at all."""
+    def tell(silent: set[int]) -> None:
+        print(f"megatron-vl {command}: waiting up to {timeout:g} s for {_named(silent, hosts)} to "
+              f"say how the run ended there", file=sys.stderr, flush=True)
+
     said = agree(
-        store, attempt, nnodes=nnodes, node_rank=node_rank, timeout=timeout,
-        end={"final": mine.final, "hopeful": mine.hopeful, "code": mine.code,
-             "host": socket.gethostname()},
+        store, attempt, nnodes=len(hosts), node_rank=node_rank, timeout=timeout, tell=tell,
+        end={"final": mine.final, "hopeful": mine.hopeful, "code": mine.code},
     )
-    end, words = decide(mine, said, nnodes=nnodes, timeout=timeout)
+    end, words = decide(mine, said, hosts=hosts, timeout=timeout)
     if words:
         print(f"megatron-vl {command}: {words}", file=sys.stderr, flush=True)
     return end
 
 
-def decide(mine: End, said: dict[int, dict], *, nnodes: int, timeout: float) -> tuple[End, str]:
-    """How an attempt ended for all nodes, of which this one ended as `mine`; and what to say."""
+def decide(
+    mine: End, said: dict[int, dict], *, hosts: Sequence[str], timeout: float
+) -> tuple[End, str]:
+    """How an attempt ended for all nodes, of which this one ended as `mine`; and what to say.
+
+    Args:
+        hosts: each node's.
+    """
     if mine.final:
         return mine, ""
     for node, other in sorted(said.items()):
         if other["final"]:
             return (
                 replace(mine, final=True, code=other["code"] or mine.code),
-                f"node {node} ({other['host']}) ended with code {other['code']}; it says why",
+                f"{_named({node}, hosts)} ended with code {other['code']}; it says why",
             )
-    if silent := set(range(nnodes)) - set(said):
+    if silent := set(range(len(hosts))) - set(said):
         return (
             replace(mine, final=True),
-            f"node(s) {', '.join(map(str, sorted(silent)))} did not say within {timeout:g} s how "
-            f"they ended; start all of them again, which resumes",
+            f"{_named(silent, hosts)} did not say within {timeout:g} s how the run ended there; "
+            f"see that every host is up and reaches node 0, and start all of them again, which "
+            f"resumes",
         )
     return replace(mine, hopeful=any(other["hopeful"] for other in said.values())), ""
+
+
+def _named(nodes: set[int], hosts: Sequence[str]) -> str:
+    return ", ".join(f"node {node} ({hosts[node]})" for node in sorted(nodes))
 
 
 def starts_again(end: End, attempt: int, max_restarts: int) -> bool:

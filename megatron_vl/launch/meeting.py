@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from megatron_vl.errors import InputError
+from megatron_vl.launch.interface import address_towards
 
 _LOOK_SECONDS = 0.2  # between two looks at the store
+_TELL_SECONDS = 10.0  # after which it is said who is waited for
+_MARGIN_SECONDS = 10.0  # for the last words, beyond a timeout
 _ALL_CAME = "all came"
 
 
@@ -36,12 +41,11 @@ def meet(
     if node_rank and store is None:
         _wait_for_port(node_rank, address, port, deadline)
     me = {"node": node_rank, "host": socket.gethostname(), "nnodes": nnodes,
-          "nproc_per_node": nproc_per_node}
-    try:
-        store = store or TCPStore(
-            address, port, None, node_rank == 0, timedelta(seconds=max(timeout, 1)),
-            wait_for_workers=False, multi_tenant=True,
-        )
+          "nproc_per_node": nproc_per_node,
+          "address": address_towards(address, port) if node_rank else ""}
+
+    def come() -> str:
+        """The verdict."""
         board = PrefixStore(f"meeting {attempt}", store)
         number = board.add("came", 1)
         board.set(f"{number}", json.dumps(me))
@@ -56,59 +60,120 @@ def meet(
             time.sleep(_LOOK_SECONDS)
         verdict = board.get("verdict").decode()
         board.add("heard", 1)
-        if verdict != _ALL_CAME:
-            # Node 0 leaves last: the others hear why from its store.
-            patience = time.monotonic() + 5
-            while node_rank == 0 and board.add("heard", 0) < board.add("came", 0):
-                if time.monotonic() > patience:
-                    break
-                time.sleep(_LOOK_SECONDS)
-            raise InputError(verdict)
+        # Node 0 leaves last: the others hear why from its store.
+        patience = time.monotonic() + 5
+        while verdict != _ALL_CAME and node_rank == 0 and board.add("heard", 0) < board.add(
+                "came", 0):
+            if time.monotonic() > patience:
+                break
+            time.sleep(_LOOK_SECONDS)
+        return verdict
+
+    try:
+        store = store or TCPStore(
+            address, port, None, node_rank == 0, timedelta(seconds=max(timeout, 1)),
+            wait_for_workers=False, multi_tenant=True,
+        )
+        verdict = _Task(come).result(deadline + _MARGIN_SECONDS)
     except DistError as error:
         raise InputError(no_meeting(node_rank, address, port)) from error
+    if verdict is None:
+        raise InputError(no_meeting(node_rank, address, port, f" (silent for {timeout:g} s)"))
+    if verdict != _ALL_CAME:
+        raise InputError(verdict)
     return store
 
 
-def agree(store, attempt: int, *, nnodes: int, node_rank: int, end: dict, timeout: float
-          ) -> dict[int, dict]:
+def roster(store, attempt: int, nnodes: int) -> list[dict]:
+    """The nodes that met at `store`, in order: `host`, its name, and `address` towards node 0."""
+    from torch.distributed import PrefixStore
+
+    return sorted(_came(PrefixStore(f"meeting {attempt}", store), nnodes),
+                  key=lambda one: one["node"])
+
+
+def agree(
+    store, attempt: int, *, nnodes: int, node_rank: int, end: dict, timeout: float,
+    tell: Callable[[set[int]], None],
+) -> dict[int, dict]:
     """Wait until every node has said how an attempt ended for it, or one that there is no other.
 
     Args:
         store: what `meet` returned.
         end: what this node says: `final` (bool) and whatever else the others should know.
         timeout: seconds to wait for nodes whose ranks have not ended yet.
+        tell: is given the nodes that are waited for, if it takes long.
 
     Returns:
         node -> what it said; without those that are silent. Node 0's store may be gone with it:
         then this node's alone.
     """
-    from torch.distributed import DistError, PrefixStore
+    from torch.distributed import DistError
 
     said = {node_rank: end}
     deadline = time.monotonic() + timeout
+    task = _Task(lambda: _exchange(store, attempt, said, nnodes, node_rank, deadline))
     try:
-        board = PrefixStore(f"end {attempt}", store)
-        board.set(str(node_rank), json.dumps(end))
-        while True:
-            for node in set(range(nnodes)) - set(said):
-                if board.check([str(node)]):
-                    said[node] = json.loads(board.get(str(node)))
-            if len(said) == nnodes or any(one["final"] for one in said.values()):
-                break
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_LOOK_SECONDS)
-        board.add("heard", 1)
-        # Node 0 leaves last, if it leaves: the others hear of it from its store, and torch prints
-        # frames of C++ where one finds it gone.
-        patience = time.monotonic() + 5
-        while node_rank == 0 and board.add("heard", 0) < nnodes:
-            if time.monotonic() > patience:
-                break
-            time.sleep(_LOOK_SECONDS)
+        task.result(min(deadline, time.monotonic() + _TELL_SECONDS))
+        if not task.ended and (silent := set(range(nnodes)) - set(said)):
+            tell(silent)
+        task.result(deadline + _MARGIN_SECONDS)
     except DistError:
         pass
-    return said
+    return dict(said)
+
+
+class _Task(threading.Thread):
+    """Calls of a store in a thread of their own.
+
+    torch bounds only some of them: where node 0 is gone without a word, the others wait for its
+    answer until the kernel gives up, a quarter of an hour or more.
+    """
+
+    def __init__(self, work: Callable[[], object]):
+        super().__init__(daemon=True)
+        self._work, self._result, self._error, self.ended = work, None, None, False
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._work()
+        except Exception as error:
+            self._error = error
+        self.ended = True
+
+    def result(self, until: float):
+        """What the work returns; None if it has not ended at `until`, by time.monotonic."""
+        self.join(max(0.0, until - time.monotonic()))
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def _exchange(store, attempt: int, said: dict[int, dict], nnodes: int, node_rank: int,
+              deadline: float) -> None:
+    """Say what `said` holds of this node, and fill in the others."""
+    from torch.distributed import PrefixStore
+
+    board = PrefixStore(f"end {attempt}", store)
+    board.set(str(node_rank), json.dumps(said[node_rank]))
+    while True:
+        for node in set(range(nnodes)) - set(said):
+            if board.check([str(node)]):
+                said[node] = json.loads(board.get(str(node)))
+        if len(said) == nnodes or any(one["final"] for one in said.values()):
+            break
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_LOOK_SECONDS)
+    board.add("heard", 1)
+    # Node 0 leaves last, if it leaves: the others hear of it from its store, and torch prints
+    # frames of C++ where one finds it gone.
+    patience = time.monotonic() + 5
+    while node_rank == 0 and board.add("heard", 0) < nnodes:
+        if time.monotonic() > patience:
+            break
+        time.sleep(_LOOK_SECONDS)
 
 
 def meet_alone():

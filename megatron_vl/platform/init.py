@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import socket
 from datetime import timedelta
 
@@ -70,7 +71,8 @@ def connect(*, timeout_minutes: float = 10.0) -> None:
     """Join the run's other processes: torch.distributed over this platform's backend. Idempotent.
 
     Raises:
-        InputError: some never came to MASTER_ADDR:MASTER_PORT in time; they are named.
+        InputError: some never came to MASTER_ADDR:MASTER_PORT in time; they are named. Or one
+            cannot connect to another, over gloo.
     """
     if torch.distributed.is_initialized():
         return
@@ -82,15 +84,25 @@ def connect(*, timeout_minutes: float = 10.0) -> None:
         store = _gather(rank, world, timeout)
     else:
         store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(
-        platform.collective_backend,
-        rank=rank,
-        world_size=world,
-        store=torch.distributed.PrefixStore("default_pg", store),
-        timeout=timeout,
-        # No device_id: with it NCCL splits the world for every group, which all ranks must join,
-        # and `new_group(.., use_local_synchronization=True)` of some of them waits for ever.
-    )
+    try:
+        torch.distributed.init_process_group(
+            platform.collective_backend,
+            rank=rank,
+            world_size=world,
+            store=torch.distributed.PrefixStore("default_pg", store),
+            timeout=timeout,
+            # No device_id: with it NCCL splits the world for every group, which all ranks must
+            # join, and `new_group(.., use_local_synchronization=True)` of some waits for ever.
+        )
+    except RuntimeError as error:  # gloo has no class for it
+        found = re.search(r"connectFullMesh failed.*remote=\[(.*?)\]", str(error), re.DOTALL)
+        if found is None:
+            raise
+        raise InputError(
+            f"rank {rank} on {socket.gethostname()} could not connect to another rank at "
+            f"{found[1]}; every host's name has to be an address that the others reach, or its "
+            f"GLOO_SOCKET_IFNAME such an interface, and no firewall between them."
+        ) from error
 
 
 def current_device() -> torch.device:

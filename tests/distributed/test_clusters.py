@@ -166,11 +166,11 @@ def test_ranks_that_never_come_are_named_with_the_address(workshop):
 
 # ---- a hostfile -------------------------------------------------------------------------------
 
-# There is no sshd on the machines that run the tests. This stands for ssh and sshd: like them it
+# This stands for ssh and sshd where there is none; test_hosts.py has the real ones. Like them it
 # passes one string to a shell, with its own standard input, and knows no working directory.
 SSH = """#!/bin/sh
 [ "$1 $2" = "-p 22" ] || exit 255
-shift 2
+while [ "$1" != "${{1#-}}" ]; do shift 2; done
 echo "$1" >> "{seen}"
 shift
 cd / && exec sh -c "$*"
@@ -258,6 +258,8 @@ def test_a_hosts_command_that_does_not_end_when_told_to_is_ended(tmp_path, monke
     deaf = "trap 'echo told >> told' TERM; touch ready; while :; do sleep 0.1; done"
     script = host_script(["sh", "-c", deaf], directory=str(tmp_path), variables={"A": "b"})
     with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as job:
+        job.stdin.write(b"go\n")
+        job.stdin.flush()
         while not (tmp_path / "ready").exists():
             time.sleep(0.1)
         job.stdin.close()

@@ -172,12 +172,12 @@ class Host:
         return done
 
     def processes(self, word: str = "") -> list[psutil.Process]:
-        """Those that run there and have `word` in their command line."""
+        """Those that run there, but for its first, and have `word` in their command line."""
         space, found = os.readlink(f"/proc/{self.pid}/ns/pid"), []
         for one in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if os.readlink(f"/proc/{one.pid}/ns/pid") == space and word in " ".join(
-                        one.cmdline()):
+            with contextlib.suppress(psutil.Error, OSError):  # it has ended meanwhile
+                here = one.pid != self.pid and os.readlink(f"/proc/{one.pid}/ns/pid") == space
+                if here and word in " ".join(one.cmdline()):
                     found.append(one)
         return found
 

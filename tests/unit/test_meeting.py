@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_vl.errors import InputError
+from megatron_vl.launch import meeting
 from megatron_vl.launch.launcher import End, _together, judge, starts_again
 from megatron_vl.launch.meeting import agree, meet
 
@@ -96,10 +98,33 @@ def test_node_0_stays_until_the_others_know_how_it_ended(port, capfd):
     def leave(node: int) -> set[int]:
         time.sleep(0.3 * node)  # node 0 has ended before the others ask how it did
         store = stores.pop(node)  # the last to hold it: with node 0's the server goes
-        return set(agree(store, 0, nnodes=3, node_rank=node, end={"final": True}, timeout=60))
+        return set(agree(store, 0, nnodes=3, node_rank=node, end={"final": True}, timeout=60,
+                         tell=pytest.fail))
 
     assert all(0 in said for said in at_once(leave, range(3)))
     assert capfd.readouterr().err == "", "frames of C++ where a store is gone"
+
+
+class Deaf:
+    """Stands for a connection to a host that is gone: no answer, and no error."""
+
+    def __init__(self):
+        self.closed = threading.Event()
+
+    def __call__(self, *_, **__):
+        self.closed.wait(60)
+
+
+def test_a_store_that_never_answers_is_not_waited_for_beyond_the_timeout(monkeypatch):
+    monkeypatch.setattr(meeting, "_MARGIN_SECONDS", 0.5)
+    monkeypatch.setattr(meeting, "_TELL_SECONDS", 0.2)
+    deaf, told, end = Deaf(), [], {"final": False}
+    monkeypatch.setattr(meeting, "_exchange", deaf)
+    began = time.monotonic()
+    assert agree(None, 0, nnodes=3, node_rank=1, end=end, timeout=0.5, tell=told.append) == {1: end}
+    assert time.monotonic() - began < 10
+    assert told == [{0, 2}], "who is waited for is said meanwhile"
+    deaf.closed.set()
 
 
 BEFORE, BEHIND = dict(stepped=False, stopped=False), dict(stepped=True, stopped=False)
@@ -120,7 +145,8 @@ def test_nodes_start_again_together_or_not_at_all(zero, one, code, again, port, 
         me = dict(nnodes=2, node_rank=node, timeout=20)
         store = stores[node] = come(port, **me)
         time.sleep(0.3 * (1 - node))  # node 0's ranks fail for node 1's
-        ended = _together(End(code=code, **judge(code, exits, **done)), "train", store, 0, **me)
+        ended = _together(End(code=code, **judge(code, exits, **done)), "train", store, 0,
+                          hosts=[HOST, HOST], node_rank=node, timeout=20)
         if starts_again(ended, 0, max_restarts=1):
             assert come(port, **me, attempt=1, store=store) is store
             return ended.code, True

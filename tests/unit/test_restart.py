@@ -59,26 +59,27 @@ def test_ranks_are_started_again_where_that_may_help(ends, restarts):
     assert not starts_again(ended, 0, max_restarts=0)
 
 
-HOPEFUL = {"final": False, "hopeful": True, "code": 1, "host": "a"}
-HOPELESS = {"final": False, "hopeful": False, "code": 1, "host": "b"}
-DONE = {"final": True, "hopeful": False, "code": 0, "host": "c"}
-BAD_INPUT = {"final": True, "hopeful": True, "code": 2, "host": "d"}
+HOPEFUL = {"final": False, "hopeful": True, "code": 1}
+HOPELESS = {"final": False, "hopeful": False, "code": 1}
+DONE = {"final": True, "hopeful": False, "code": 0}
+BAD_INPUT = {"final": True, "hopeful": True, "code": 2}
+SILENT = ("did not say within 5 s how the run ended there; see that every host is up and reaches "
+          "node 0, and start all of them again, which resumes")
 NODES = {  # what this node, node 0 of three, and the others said -> code, hopeful, final, words
     "all have hope": (HOPEFUL, [HOPEFUL, HOPEFUL], 1, True, False, ""),
     "one of the others has": (HOPELESS, [HOPELESS, HOPEFUL], 1, True, False, ""),
     "none has": (HOPELESS, [HOPELESS, HOPELESS], 1, False, False, ""),
     "another's input is bad": (
-        HOPEFUL, [HOPEFUL, BAD_INPUT], 2, True, True, "node 2 (d) ended with code 2; it says why"),
+        HOPEFUL, [HOPEFUL, BAD_INPUT], 2, True, True, "node 2 (c) ended with code 2; it says why"),
     "another is done": (
-        HOPEFUL, [DONE, HOPEFUL], 1, True, True, "node 1 (c) ended with code 0; it says why"),
+        HOPEFUL, [DONE, HOPEFUL], 1, True, True, "node 1 (b) ended with code 0; it says why"),
     "this one's input is bad": (BAD_INPUT, [HOPEFUL, HOPEFUL], 2, True, True, ""),
     "one is silent": (
         HOPEFUL, [HOPEFUL], 1, True, True,
-        "node(s) 2 did not say within 5 s how they ended; start all of them again, which resumes"),
+        f"node 2 (c) {SILENT}"),
     "all others are": (
         HOPEFUL, [], 1, True, True,
-        "node(s) 1, 2 did not say within 5 s how they ended; start all of them again, which "
-        "resumes"),
+        f"node 1 (b), node 2 (c) {SILENT}"),
 }
 
 
@@ -87,5 +88,5 @@ NODES = {  # what this node, node 0 of three, and the others said -> code, hopef
 )
 def test_nodes_start_again_together_or_not_at_all(mine, others, code, hopeful, final, words):
     own = End(**{name: mine[name] for name in ("code", "hopeful", "final")})
-    end, said = decide(own, dict(enumerate([mine, *others])), nnodes=3, timeout=5)
+    end, said = decide(own, dict(enumerate([mine, *others])), hosts="abc", timeout=5)
     assert (end.code, end.hopeful, end.final, said) == (code, hopeful, final, words)

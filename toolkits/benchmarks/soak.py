@@ -1,6 +1,7 @@
 """A run that is hit by faults for minutes on end: what it cost, what it leaked, where it ended.
 
     python soak.py HF_DIR DATASET OUT [--minutes 20] [--every 40] [--seed 0] [--pp 2] [--tp 1]
+                   [--hosts 2]
 
 Trains under `megatron-vl train` with checkpoints behind training, and about every so many seconds
 does to it one of FAULTS, in turn and at random moments. The last third of the time is calm: there
@@ -79,6 +80,17 @@ class Soak:
             time.sleep(0.02)
         return True
 
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def restarts(self) -> int:
+        return self.said().count("starting all processes again")
+
+    def stop(self) -> bool:
+        """Ask it to; whether it ended well."""
+        self.job.send_signal(self.chance.choice([signal.SIGTERM, signal.SIGUSR1]))
+        return self.job.wait(timeout=120) == 0
+
     def wait_for_steps(self, count: int = 1) -> bool:
         seen = len(self.steps())
         return self.wait_for(lambda: len(self.steps()) >= seen + count)
@@ -107,9 +119,8 @@ class Soak:
             kill(self.chance.choice(children))
 
     def ask_to_stop(self) -> None:
-        self.job.send_signal(self.chance.choice([signal.SIGTERM, signal.SIGUSR1]))
-        if self.job.wait(timeout=60) != 0:
-            raise RuntimeError("it did not end with 0 when it was asked to stop")
+        if not self.stop():
+            raise RuntimeError("it did not end well when it was asked to stop")
         self.start()
 
     def stop_a_rank_for_a_while(self) -> None:
@@ -147,6 +158,10 @@ class Soak:
     )
 
 
+def names(kind: Soak | type[Soak]) -> list[str]:
+    return [one.__name__ for one in kind.FAULTS]
+
+
 def kill(*processes: psutil.Process) -> None:
     for one in processes:
         with contextlib.suppress(*GONE):
@@ -182,7 +197,7 @@ def soak(job: Soak) -> dict:
         time.sleep(job.chance.uniform(0.2, 2) * args.every / 2)
         fault = next(faults, None)
         if fault is None:
-            order = [one for one in Soak.FAULTS if one.__name__ in args.faults]
+            order = [one for one in job.FAULTS if one.__name__ in (args.faults or names(job))]
             job.chance.shuffle(order)
             faults = iter(order)
             fault = next(faults)
@@ -200,12 +215,9 @@ def soak(job: Soak) -> dict:
                 for one in job.ranks()
             })
     alive = job.job.poll() is None
-    with contextlib.suppress(*GONE):
-        job.job.send_signal(signal.SIGTERM)
-    code = job.job.wait(timeout=120)
     if not alive:
-        print(f"it ended by itself with {code}; see {job.log}", flush=True)
-    return {"survived": alive and code == 0, "seconds": time.monotonic() - begun,
+        print(f"it ended by itself with {job.job.returncode}; see {args.out}", flush=True)
+    return {"survived": alive and job.stop(), "seconds": time.monotonic() - begun,
             "watched": watched}
 
 
@@ -217,7 +229,7 @@ def losses(metrics: Path) -> dict[int, float]:
 
 def report(job: Soak, seen: dict) -> bool:
     """Print the table; whether all is as it should be."""
-    steps, said = job.steps(), job.log.read_text()
+    steps, said = job.steps(), job.said()
     furthest, again = 0, []
     for before, now in pairwise([0, *steps]):
         if now <= before:
@@ -238,7 +250,7 @@ def report(job: Soak, seen: dict) -> bool:
         ("seconds", f"{seen['seconds']:.0f}"), ("steps", f"{furthest:,}"),
         ("faults", f"{job.done.total()}"),
         *((f"  {name}", str(count)) for name, count in job.done.most_common()),
-        ("restarts by itself", str(said.count("starting all processes again"))),
+        ("restarts by itself", str(job.restarts())),
         ("times the command was given", str(job.started)),
         ("fell back from a damaged checkpoint", str(said.count("DAMAGED"))),
         ("steps done again, most after one fault", str(max(again, default=0))),
@@ -264,7 +276,6 @@ def report(job: Soak, seen: dict) -> bool:
 
 
 def main() -> None:
-    names = [one.__name__ for one in Soak.FAULTS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR")
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="prepared dataset")
@@ -274,13 +285,21 @@ def main() -> None:
                         help="seconds between faults, about (default: 40)")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=2)
-    parser.add_argument("--faults", nargs="+", metavar="FAULT", default=names, choices=names,
-                        help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--hosts", type=int, default=0,
+                        help="over so many hosts of namespaces, as root (default: none)")
+    parser.add_argument("--faults", nargs="+", metavar="FAULT",
+                        help=f"of {', '.join(names(Soak))}, or of soak_hosts.py (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    job = Soak(args)
+    kind = Soak
+    if args.hosts:
+        sys.modules["soak"] = sys.modules["__main__"]
+        from soak_hosts import HostsSoak as kind
+    if unknown := set(args.faults or ()) - set(names(kind)):
+        parser.error(f"--faults {', '.join(unknown)}: of {', '.join(names(kind))}")
+    job = kind(args)
     seen = soak(job)
     sys.exit(0 if report(job, seen) else 1)
 
