@@ -60,6 +60,7 @@ setup(
         "trackers": ["wandb>=0.17", "swanlab>=0.6", "mlflow>=2.14"],
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7", "triton>=3",
                  "liger-kernel>=0.8,<0.9"],
+        "npu": ["torch-npu>=2.8,<2.15"],
     },
     entry_points={"console_scripts": [
         "megatron-vl = megatron_vl.cli.main:main",

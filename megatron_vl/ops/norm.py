@@ -18,7 +18,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if x.device.type == "cuda":  # `is_cuda` is also an NPU's after transfer_to_npu
             return super().forward(x)
         return torch.nn.functional.layer_norm(
             x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps

@@ -22,7 +22,7 @@ def optional() -> set[str]:
     """What the extras install that some inputs or machines need, imported where they are met."""
     text = (ROOT / "setup.py").read_text()
     return {Requirement(one).name
-            for extra in ("parquet", "parity", "modelscope", "web", "trackers", "cuda")
+            for extra in ("parquet", "parity", "modelscope", "web", "trackers", "cuda", "npu")
             for one in ast.literal_eval(
                 re.search(rf'"{extra}": (\[.*?\]),$', text, re.M | re.S)[1])}
 
