@@ -76,11 +76,12 @@ def _offloaded(choice: Choice) -> Iterator[str]:
 
 
 def _waits(choice: Choice) -> Iterator[str]:
-    """That more rows would help: a bubble is shared by the microbatches of a step."""
-    bubble, rows = choice.step.pipeline.bubble, choice.plan.config.batch.global_batch_size
-    if choice.plan.layout.pp > 1 and bubble >= LARGE_BUBBLE:
-        yield (f"stages of the first wait {bubble:.0%} as long as they work: with "
-               f"--global-batch-size {2 * rows} about half as long, with half as many updates")
+    """That more rows would help: what even the busiest stage waits is once a step."""
+    pipeline, rows = choice.step.pipeline, choice.plan.config.batch.global_batch_size
+    bubble = pipeline.seconds / max(pipeline.busy) - 1
+    if bubble >= LARGE_BUBBLE:
+        yield (f"the busiest stage of the first waits {bubble:.0%} as long as it works: with "
+               f"--global-batch-size {2 * rows} about half of that, with half as many updates")
 
 
 def _rows(question: Question, plan: Plan) -> Iterator[str]:

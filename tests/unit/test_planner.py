@@ -340,7 +340,7 @@ def test_samples_that_a_text_model_cannot_take_are_counted_by_reason(
 
 def test_more_rows_are_named_where_stages_wait(model, capsys):
     words = ["plan", model("72B"), "--gpus", 64, "--gpus-per-node", 1, "--global-batch-size", 64]
-    found = re.search(r"stages of the first wait (\d+)% .*--global-batch-size 128", said(
+    found = re.search(r"the first waits (\d+)% .*--global-batch-size 128", said(
         capsys, *words))
     assert int(found[1]) >= 15
 

@@ -174,7 +174,8 @@ def measure(args: argparse.Namespace, options: dict) -> Rank:
         """What comes from a loader is gone when its forward is over; pixels come to stage 0."""
         pixels = row.pixel_patches if stage == 0 else None
         while True:
-            yield replace(row, pixel_patches=None if pixels is None else pixels.clone())
+            yield replace(row, pixel_patches=None if pixels is None else pixels.to(
+                getattr(torch, plan.config.model.dtype), copy=True))  # as a loader gives them
 
     def step() -> None:
         for chunk in model:
