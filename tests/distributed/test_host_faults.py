@@ -148,13 +148,13 @@ def test_a_clock_that_is_off_by_an_hour_is_told_and_changes_no_loss(hosts, train
     assert training.losses == undisturbed
 
 
-def test_a_disk_that_is_full_on_one_host_fails_each_save_and_tells_of_its_rank(
+def test_a_disk_that_is_full_on_one_host_fails_each_save_and_is_named(
         hosts, training, undisturbed):
     training.save.mkdir()
     hosts["two"].mount(training.save, "1m")
     job = training.start(hosts["desk"], ["one", "two"], train_iters=6)
-    ends(job, 2, "NOT SAVED: iteration 5: rank 1", "[two] megatron-vl train: the last checkpoint, "
-         "of iteration 6, could not be saved (rank 1")
+    ends(job, 2, "NOT SAVED: iteration 5: rank 1 (two)", "[two] megatron-vl train: the last "
+         "checkpoint, of iteration 6, could not be saved (rank 1 (two)")
     assert training.losses == {i: undisturbed[i] for i in range(1, 7)}
 
 

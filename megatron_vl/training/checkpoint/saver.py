@@ -33,6 +33,7 @@ from megatron_vl.training.checkpoint.files import (
     read_checksums,
     write_checksums,
 )
+from megatron_vl.training.resilience.stragglers import host_names
 from megatron_vl.weights.files import reserve
 
 _PART = ".sha256.{}"  # what a rank wrote, until rank 0 has made one list of them
@@ -78,6 +79,7 @@ class Saver:
     ):
         self.root, self.behind, self.limit, self.held = root, behind, limit, held
         self.first = torch.distributed.get_rank() == 0
+        self.hosts = host_names()
         self.queue = AsyncCallsQueue()
         self.pending: _Pending | None = None
         if self.first:  # what a run left that was ended while it saved
@@ -175,7 +177,7 @@ class Saver:
             for rank in range(torch.distributed.get_world_size()):
                 part = read_checksums(folder, _PART.format(rank))
                 if part is None:
-                    raise OSError(f"rank {rank} did not finish writing")
+                    raise OSError(f"{self._rank(rank)} did not finish writing")
                 sums |= part
                 (folder / _PART.format(rank)).unlink()
             mine = [one.name for one in folder.iterdir() if one.name not in sums]
@@ -205,7 +207,7 @@ class Saver:
     def _failed(self, error: Exception) -> Saved:
         pending, self.pending = self.pending, None
         folder = partial_folder(self.root, pending.iteration)
-        words = [_words(error)]  # rank 0 knows of which rank's failure
+        words = [self._words(error)]  # rank 0 knows of which rank's failure
         if self.first:
             # torch's writer says of a full disk only that it is not where it should be in a file.
             if shutil.disk_usage(self.root).free < 2 * _ROOM_BYTES:
@@ -224,13 +226,24 @@ class Saver:
             try:
                 result = work()
             except (OSError, ValueError) as failed:
-                error = f"rank {torch.distributed.get_rank()}: {failed}"
+                error = f"{self._rank(torch.distributed.get_rank())}: {failed}"
         errors = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(errors, error)
         for one in errors:
             if one is not None:
                 raise SaveError(one)
         return result
+
+    def _rank(self, rank: int) -> str:
+        return f"rank {rank} ({self.hosts[rank]})"
+
+    def _words(self, error: Exception) -> str:
+        """What happened, of the rank it happened on where that is known."""
+        failures = getattr(error, "failures", None)
+        if failures:
+            rank, (cause, _) = next(iter(failures.items()))
+            return f"{self._rank(rank)}: {cause}"
+        return str(error).splitlines()[0]
 
 
 def _write_and_hash(write: Callable, folder: Path, rank: int, written: tuple[str, ...],
@@ -272,12 +285,3 @@ def _count(request: AsyncRequest) -> int:
         return 0
     _, buckets, _ = request.async_fn_args
     return sum(len(items) + len(tensors) for _, _, (items, tensors) in buckets)
-
-
-def _words(error: Exception) -> str:
-    """What happened, of the rank it happened on where that is known."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (cause, _) = next(iter(failures.items()))
-        return f"rank {rank}: {cause}"
-    return str(error).splitlines()[0]

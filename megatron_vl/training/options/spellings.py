@@ -118,6 +118,7 @@ _SAYS = {
     "data are read by energon": "dataloader_type",
     "the vocabulary is padded to a multiple of tp": "make_vocab_size_divisible_by",
     "the flag --layout auto of megatron-vl train chooses the layout": "layout auto_layout",
+    "the flag --gpu of megatron-vl train names the card": "gpu gpu_name gpu_type card",
     "see fused-ops": "gradient_accumulation_fusion no_gradient_accumulation_fusion "
         "bias_swiglu_fusion no_bias_swiglu_fusion bias_gelu_fusion no_bias_gelu_fusion "
         "rope_fusion no_rope_fusion masked_softmax_fusion no_masked_softmax_fusion",
