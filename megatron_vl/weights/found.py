@@ -124,7 +124,7 @@ def latest(root: Path) -> int | None:
         ) from error
     # Zeros before a number are some people's way to write it.
     number = text.lstrip("0") or text[:1]
-    if number.isdecimal() and (root / f"iter_{int(number):07d}").is_dir():
+    if re.fullmatch(r"\d{1,15}", number, re.ASCII) and (root / f"iter_{int(number):07d}").is_dir():
         return int(number)  # which a network file system may show before it lists it
     if number not in there:
         raise InputError(

@@ -75,7 +75,7 @@ def test_the_first_choice_passes_a_dry_run_with_the_same_numbers(
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["--gpus", 1, "--gpu", "24g"], [r"TP1xPP1xDP1 .* comes closest", r"--gpus 16 would fit",
+    (["--gpus", 1, "--gpu", "24g"], [r"TP1xPP1xDP1 .* comes closest", r"--gpus 4 would fit",
                                      r"--lora-rank 16 or"]),
     (["--gpus", 1, "--gpu", "16g"], [r"--lora-rank 16 --quantize-base nf4 or --gpus \d+ would"]),
     (["--gpus", 1, "--gpu", "16g", "--lora-rank", 8], [r"; --quantize-base nf4 or --gpus 2 would"]),

@@ -141,7 +141,8 @@ def test_answers_are_of_words_that_are_no_option_and_name_options_that_are_there
     assert not set(ANSWERS) & (OPTIONS | others)
     for word, says in ANSWERS.items():
         named = set(re.findall(r"(?<![\w-])[a-z]+(?:-[a-z0-9]+)+", says)) - {"data-parallel"}
-        assert {name.replace("-", "_") for name in named} - {"megatron_vl"} <= OPTIONS, word
+        known = OPTIONS | {f"no_{name}" for name in OPTIONS} | {"megatron_vl"}
+        assert {name.replace("-", "_") for name in named} <= known, word
         if says.startswith("use "):
             assert says.removeprefix("use ").replace("-", "_") in OPTIONS, word
 
