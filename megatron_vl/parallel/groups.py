@@ -18,6 +18,7 @@ def communicators(layout: Layout, *, stage: int, embedding_stage: int = 0) -> in
         layout.world_size, layout.world_size,  # the world; all that share an optimizer
         dp * cp, dp, cp, tp, pp, tp * pp, tp * cp, tp * dp, tp * dp * cp,
         etp, ep, edp, etp * ep, etp * ep * pp,
+        etp * ep * pp,  # made by Megatron-Core 0.19
         len(ends) if stage in ends else 1,
     ]
     return sum(size > 1 for size in sizes)

@@ -244,7 +244,7 @@ def test_the_communicators_of_a_layout_are_told_where_torch_npu_is(versions, mon
     monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
     monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
     layout = Layout(tp=2, pp=2, dp=2)
-    assert "6,040 MB" in (said := communication_buffers(layout, 0)) and "15 communicators" in said
+    assert "6,440 MB" in (said := communication_buffers(layout, 0)) and "16 communicators" in said
     assert communication_buffers(Layout(), 0) == ""
     versions(npu=None)
     assert communication_buffers(layout, 0) == ""

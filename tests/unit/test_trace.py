@@ -152,10 +152,13 @@ def test_formulas_and_trace_agree(process, model, world, rank, options, request)
 
 
 def counted_products(plan) -> float:
-    """FLOPs of a microbatch's products of matrices, by torch; it knows no attention of a CPU."""
+    """FLOPs of a microbatch's products of matrices, by torch; not of attention, which it knows on a
+    CPU from 2.15 on, and counts as if no mask were."""
     with FlopCounterMode(display=False) as counter:
         trace_rank(plan, 0)
-    return counter.get_total_flops() / 2  # one more microbatch than stages
+    products = sum(flops for operator, flops in counter.get_flop_counts()["Global"].items()
+                   if "scaled_dot_product" not in str(operator))
+    return products / 2  # one more microbatch than stages
 
 
 @pytest.mark.parametrize("model", [TEXT, IMAGES, EXPERTS, "deepstack_model_dir"])
@@ -203,8 +206,10 @@ def groups_of(layout: Layout, rank: int, embedding_stage: int) -> int:
 
     become(rank, layout.world_size)
     initialize(layout, embedding_stage=embedding_stage)
-    return sum(group.size() > 1 and not group.group_desc.endswith("GLOO")
-               for group in distributed_c10d._world.pg_map)
+    names = [group.group_desc for group in distributed_c10d._world.pg_map
+             if group.size() > 1 and not group.group_desc.endswith("GLOO")]
+    experts = "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP"  # of which Megatron-Core 0.19 makes two
+    return len(names) + (experts in names and f"{experts}_WITH_EGTP" not in names)
 
 
 @pytest.mark.parametrize("sizes", GROUPS, ids=str)
