@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_vl", "megatron_vl.*"]),
     install_requires=[
-        "torch>=2.8,<2.15",
+        "torch>=2.8,<2.16",
         "megatron-core>=0.16.1,<0.20",
         "megatron-energon>=7.4.1,<8",
         "webdataset>=0.2.86,<2",

@@ -73,6 +73,17 @@ def whole_buckets(optimizer) -> Iterator[None]:
             part.numel_unpadded = size
 
 
+def names_in(folder: Path) -> set[str]:
+    """Of a checkpoint's tensors and other objects, which are `name/shard_..`.
+
+    Megatron-Core 0.16 to 0.19 makes each tensor again for this, which torch 2.15 refuses: what it
+    keeps of one has strides.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
 def _takes(function, argument: str) -> bool:
     return argument in inspect.signature(function).parameters
 

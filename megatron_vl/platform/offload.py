@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from megatron_vl.platform.init import current_device
+
 
 def install_offload() -> None:
     """Let it run without TransformerEngine, and free no storage by force. Idempotent.
@@ -28,3 +34,10 @@ def install_offload() -> None:
 
     bulk_offload.frees_nothing = True
     handler.bulk_offload = bulk_offload
+    if hasattr(handler, "_can_manage_tensor_for_offload"):  # of 0.19, which takes CUDA's alone
+        handler._can_manage_tensor_for_offload = staticmethod(_is_an_activation)
+
+
+def _is_an_activation(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == current_device().type and not isinstance(
+        tensor, (torch.nn.Parameter, FakeTensor, FunctionalTensor))

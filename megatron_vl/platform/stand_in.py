@@ -198,10 +198,16 @@ def _install_calls_of(own: ModuleType, kind: str) -> None:
     cuda.current_device = lambda: torch.device(kind, own.current_device())
     for name in (
         "synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "memory_allocated",
-        "max_memory_allocated", "memory_reserved", "Stream", "Event", "current_stream",
+        "max_memory_allocated", "memory_reserved", "Stream", "current_stream",
         "default_stream", "stream",
     ):
         setattr(cuda, name, getattr(own, name))
+
+    def event(*args, external=False, **options):
+        """`external`, which torch.cuda alone knows, is for graphs of recorded operations."""
+        return own.Event(*args, **options)
+
+    cuda.Event = event
     # Asked for its first number wherever CUDA seems to be there; an NPU's is None.
     cuda.get_device_capability = lambda device=None: (0, 0)
     _install_random_calls(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_vl.data.load.loader_state import from_json
 from megatron_vl.errors import InputError, shown
 from megatron_vl.inputs import read_text
 from megatron_vl.peft.lora import factors
 from megatron_vl.platform import barrier, select_platform, set_device_random_state
+from megatron_vl.platform.checkpoints import names_in
 from megatron_vl.training.adapter import stored_adapter
 from megatron_vl.training.checkpoint.files import LOADER, faults, read_checksums
 from megatron_vl.training.checkpoint.start import weights_alone
@@ -216,7 +216,7 @@ def _count_on(optimizer) -> None:
 
 
 def _holds(info: CheckpointInfo, key: str) -> bool:
-    names = load_sharded_metadata(str(info.path))
+    names = names_in(info.path)
     return any(name == key or name.startswith((f"{key}/", f"{key}.")) for name in names)
 
 
