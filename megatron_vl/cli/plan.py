@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_vl.cli.lint import AS_IN_TRAINING
-from megatron_vl.errors import Bounds, InputError
+from megatron_vl.errors import Bounds, InputError, shown
 from megatron_vl.models.media import MediaLimits
 from megatron_vl.models.registry import load_spec
 from megatron_vl.outputs import check_writable, replacing_file, with_suffix
@@ -202,8 +203,8 @@ def _flag(name: str) -> str:
 
 def _size(text: str) -> tuple[int, int]:
     """Width and height."""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= MOST
-            and 0 < int(height) <= MOST):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels; write 1280x720")
-    return int(width), int(height)
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text, re.ASCII)
+    size = tuple(map(int, found.groups())) if found else ()
+    if not size or not all(0 < pixels <= MOST for pixels in size):
+        raise argparse.ArgumentTypeError(f"{shown(repr(text))} is no size; write 1280x720 pixels")
+    return size

@@ -22,7 +22,7 @@ from megatron_vl.launch.interface import (
     interface_of,
     name_leads_here_alone,
 )
-from megatron_vl.launch.meeting import agree, meet, meet_alone, no_meeting, roster
+from megatron_vl.launch.meeting import agree, meet, meet_alone, no_meeting
 from megatron_vl.launch.stop import AGAIN, SIGNALS
 from megatron_vl.launch.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 
@@ -76,12 +76,11 @@ def launch(
     attempt, store = 0, None
     while True:
         # Kept while the ranks run: node 0's is where they all meet.
-        store = meet_alone() if nnodes == 1 else meet(
+        store, nodes = (meet_alone(), []) if nnodes == 1 else meet(
             nnodes=nnodes, node_rank=node_rank, nproc_per_node=nproc_per_node,
             address=master_addr, port=master_port, timeout=rendezvous_timeout, attempt=attempt,
             store=store,
         )
-        nodes = [] if nnodes == 1 else roster(store, attempt, nnodes)
         if nodes:
             _listen_where_others_reach(nodes, node_rank, argv[0])
         with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
@@ -118,7 +117,7 @@ def _listen_where_others_reach(nodes: Sequence[dict], node_rank: int, command: s
     """Name gloo an interface, if a host's own name leads nowhere.
 
     Args:
-        nodes: see `roster`.
+        nodes: see `meet`.
     """
     alone = len({one["host"] for one in nodes}) == 1  # then any address will do
     if alone or IFNAME in os.environ or not name_leads_here_alone():

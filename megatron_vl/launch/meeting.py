@@ -26,7 +26,10 @@ def meet(
     *, nnodes: int, node_rank: int, nproc_per_node: int, address: str, port: int, timeout: float,
     attempt: int = 0, store=None,
 ):
-    """Wait until all nodes have come, `timeout` seconds at most; returns the store to keep.
+    """Wait until all nodes have come, `timeout` seconds at most.
+
+    Returns:
+        the store to keep; and the nodes in order: `host`, its name, and `address` towards node 0.
 
     They meet again for every attempt, at the same `store`: the first of them to be there again
     must not find one that is about to close.
@@ -44,8 +47,8 @@ def meet(
           "nproc_per_node": nproc_per_node,
           "address": address_towards(address, port) if node_rank else ""}
 
-    def come() -> str:
-        """The verdict."""
+    def come() -> tuple[str, list[dict]]:
+        """The verdict, and who came."""
         board = PrefixStore(f"meeting {attempt}", store)
         number = board.add("came", 1)
         board.set(f"{number}", json.dumps(me))
@@ -67,29 +70,22 @@ def meet(
             if time.monotonic() > patience:
                 break
             time.sleep(_LOOK_SECONDS)
-        return verdict
+        return verdict, _came(board, nnodes) if verdict == _ALL_CAME else []
 
     try:
         store = store or TCPStore(
             address, port, None, node_rank == 0, timedelta(seconds=max(timeout, 1)),
             wait_for_workers=False, multi_tenant=True,
         )
-        verdict = _Task(come).result(deadline + _MARGIN_SECONDS)
+        heard = _Task(come).result(deadline + _MARGIN_SECONDS)
     except DistError as error:
         raise InputError(no_meeting(node_rank, address, port)) from error
-    if verdict is None:
+    if heard is None:
         raise InputError(no_meeting(node_rank, address, port, f" (silent for {timeout:g} s)"))
+    verdict, nodes = heard
     if verdict != _ALL_CAME:
         raise InputError(verdict)
-    return store
-
-
-def roster(store, attempt: int, nnodes: int) -> list[dict]:
-    """The nodes that met at `store`, in order: `host`, its name, and `address` towards node 0."""
-    from torch.distributed import PrefixStore
-
-    return sorted(_came(PrefixStore(f"meeting {attempt}", store), nnodes),
-                  key=lambda one: one["node"])
+    return store, sorted(nodes, key=lambda one: one["node"])
 
 
 def agree(

@@ -86,6 +86,9 @@ NOT_READ = {
     "a number": ("CaptioningSample", dict(caption=3), InputError, "as image, caption; check"),
     "an image that is decoded": ("CaptioningSample", dict(caption="a", image=[[0]]), InputError,
                                  "is not an image's bytes"),
+    "a choice of thousands of digits": (
+        "MultiChoiceVQASample", CHOICES | dict(correct_choice_idx="1" * 5000),
+        InputError, "correct_choice_idx; check"),
     "a choice that is not there": ("MultiChoiceVQASample", CHOICES | dict(correct_choice_idx=2),
                                    InputError, "correct_choice_idx; check"),
     "two marks": ("VQASample", dict(context="<image> or <image>?", answers=["a"]), BadEntry,

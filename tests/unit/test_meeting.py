@@ -38,9 +38,10 @@ def at_once(work: Callable, nodes) -> list:
 def come(port: int, **node):
     """The store, or the sentence by which a node is refused."""
     try:
-        return meet(nproc_per_node=2, address="127.0.0.1", port=port, **{"timeout": 1, **node})
+        store, _ = meet(nproc_per_node=2, address="127.0.0.1", port=port, **{"timeout": 1, **node})
     except InputError as error:
         return str(error)
+    return store
 
 
 NODES = {  # each node's (nnodes, node_rank) -> what each says

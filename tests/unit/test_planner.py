@@ -101,6 +101,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(model, capsys, words, told):
         assert re.search(one, text), text
 
 
+@pytest.mark.parametrize("size", ["9x", "0x9", "9x9x9", "9" * 5000 + "x9"], ids=lambda size: size[:5])
+def test_what_is_no_size_is_refused(size, capsys):
+    with pytest.raises(SystemExit):
+        run(["plan", "HF", "--gpus", "8", "--image-size", size])
+    assert "is no size; write 1280x720 pixels" in capsys.readouterr().err
+
+
 def test_times_are_those_of_the_rows_that_lint_forecasts(hf_dir, mixed_dir, tmp_path, capsys):
     words = ["--seq-length", 1024, "--max-patches-per-row", 3000]
     text = said(capsys, "plan", hf_dir, "--gpus", 2, "--dataset", mixed_dir, *words)

@@ -6,6 +6,7 @@ file's bytes, text is from a .txt or a place in a .json.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from string import ascii_uppercase
@@ -95,7 +96,8 @@ def _answer(sample: VQASample | VidQASample) -> tuple:
 def _choice(sample: MultiChoiceVQASample) -> tuple:
     """The choices below the question behind letters, of which the right one's is the answer."""
     choices, right = sample.choices, sample.correct_choice_idx
-    right = int(right) if isinstance(right, str) and right.strip().isdecimal() else right
+    if isinstance(right, str) and re.fullmatch(r"\s*\d{1,9}\s*", right, re.ASCII):
+        right = int(right)
     fits = (
         isinstance(choices, (list, tuple)) and isinstance(right, int)
         and 0 <= right < len(choices) <= len(ascii_uppercase)
