@@ -18,6 +18,7 @@ from megatron_vl.launch import ascend, devices
 from megatron_vl.parallel import Layout
 from megatron_vl.training.machine import communication_buffers
 
+TORCH = ascend.package_version("torch")  # which torch_npu has to fit
 LIBRARY = "libhccl.so: cannot open shared object file: No such file or directory"
 
 
@@ -94,13 +95,13 @@ def test_an_error_of_a_run_is_not_taken_for_one_of_the_import(versions):
 @pytest.mark.cold
 def test_a_command_without_cann_ends_with_one_sentence_and_runs_on_the_cpu(tmp_path, hf_dir):
     """Through torch's own loading of other makers' packages."""
-    install(tmp_path / "site", "2.13.0", f"raise ImportError({LIBRARY!r})")
+    install(tmp_path / "site", TORCH, f"raise ImportError({LIBRARY!r})")
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "megatron_vl", "convert", hf_dir, tmp_path / "converted",
                "--format", "torch_dist"]
     refused = run(command, PYTHONPATH=path)
     assert refused.code == 2 and not (tmp_path / "converted").exists()
-    assert refused.err.startswith("megatron-vl convert: torch_npu 2.13.0 is installed but cannot "
+    assert refused.err.startswith(f"megatron-vl convert: torch_npu {TORCH} is installed but cannot "
                                   "load CANN (libhccl.so); ") and refused.err.count("\n") == 1
     on_cpu = run(command, PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD=0,
                  ASCEND_RT_VISIBLE_DEVICES="")
