@@ -45,6 +45,8 @@ setup(
             "hypothesis>=6",
             "jsonschema>=4.18",
             "mfusepy>=3; sys_platform == 'linux'",
+            "triton>=3; sys_platform == 'linux'",  # whose kernels an interpreter runs on a CPU
+            "liger-kernel>=0.8,<0.9; sys_platform == 'linux'",
             "ruff>=0.6",
             "pre-commit>=3",
             "easy-vqa>=1.0",

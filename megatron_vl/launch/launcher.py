@@ -23,6 +23,7 @@ from megatron_vl.launch.interface import (
     name_leads_here_alone,
 )
 from megatron_vl.launch.meeting import agree, meet, meet_alone, no_meeting
+from megatron_vl.launch.pulse import Pulse
 from megatron_vl.launch.stop import AGAIN, SIGNALS
 from megatron_vl.launch.worker import FAILURE_FILE, STEPPED, STOP, read_failure
 
@@ -81,9 +82,13 @@ def launch(
             address=master_addr, port=master_port, timeout=rendezvous_timeout, attempt=attempt,
             store=store,
         )
+        hosts = [one["host"] for one in nodes]
         if nodes:
             _listen_where_others_reach(nodes, node_rank, argv[0])
-        with tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch:
+        with (
+            _pulse(store, attempt, hosts, node_rank, argv[0]),
+            tempfile.TemporaryDirectory(prefix="megatron-vl-") as scratch,
+        ):
             end = _attempt(
                 argv, Path(scratch), attempt, saves=saves, nproc_per_node=nproc_per_node,
                 nnodes=nnodes, node_rank=node_rank, meeting=(store.host, store.port),
@@ -94,8 +99,8 @@ def launch(
         if end.report:
             print(end.report, end="", file=sys.stderr, flush=True)
         if nnodes > 1 and max_restarts:
-            end = _together(end, argv[0], store, attempt, node_rank=node_rank,
-                            hosts=[one["host"] for one in nodes], timeout=rendezvous_timeout)
+            end = _together(end, argv[0], store, attempt, node_rank=node_rank, hosts=hosts,
+                            timeout=rendezvous_timeout)
         if not starts_again(end, attempt, max_restarts):
             return end.code
         attempt += 1
@@ -127,6 +132,18 @@ def _listen_where_others_reach(nodes: Sequence[dict], node_rank: int, command: s
         os.environ[IFNAME] = interface
         print(f"megatron-vl {command}: the name {socket.gethostname()} is no address for other "
               f"hosts here, so ranks listen at {address} ({IFNAME} {interface})", flush=True)
+
+
+def _pulse(
+    store, attempt: int, hosts: Sequence[str], node_rank: int, command: str
+) -> contextlib.AbstractContextManager:
+    """Tells of nodes that fall silent, if there are others."""
+    def say(sentence: str) -> None:
+        print(f"megatron-vl {command}: {sentence}", file=sys.stderr, flush=True)
+
+    if not hosts:
+        return contextlib.nullcontext()
+    return Pulse(store, attempt, node_rank=node_rank, hosts=hosts, say=say)
 
 
 def _together(

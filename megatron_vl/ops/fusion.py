@@ -1,4 +1,4 @@
-"""Elementwise operations: each in plain torch, the reference, and the kernels that equal it.
+"""Elementwise operations and cross-entropy: plain torch, the reference, and kernels that equal it.
 
 | operation | kernels, in the order in which they are tried |
 |---|---|
@@ -8,6 +8,7 @@
 | `gelu` | torch_npu's; elsewhere torch has one |
 | `gelu_pytorch_tanh`, `silu` | torch has one |
 | `rms_norm` | torch_npu's; elsewhere torch has one |
+| `cross_entropy` | Triton's, of logits as they were computed |
 
 The reference runs everywhere. A kernel runs on a device that gains by it, if what it is written
 with is installed; torch_npu's are those of Ascend NPUs. torch.compile could make all of them, but
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch.nn import functional as F
@@ -75,16 +77,19 @@ def _npu(operation: str) -> Callable[[], Callable]:
     return load
 
 
-def _triton_rotary() -> Callable:
-    from megatron_vl.ops.rotary_triton import rotate
+def _triton(module: str, operation: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        if select_platform().name == "npu":
+            raise ImportError("Triton's kernels here are not written for an NPU")
+        return getattr(import_module(f"megatron_vl.ops.{module}"), operation)
 
-    return rotate
+    return load
 
 
-def _triton_quick_gelu() -> Callable:
-    from megatron_vl.ops.activation_triton import quick_gelu
+def _cross_entropy() -> Callable:
+    from megatron_vl.ops.cross_entropy import cross_entropy
 
-    return quick_gelu
+    return cross_entropy
 
 
 def _liger_swiglu() -> Callable:
@@ -107,15 +112,18 @@ def _compiled_swiglu() -> Callable:
 # Of each operation, by their names: what gives it, in the order in which they are tried. A loader
 # raises ImportError where what it needs is not installed.
 OPERATIONS: dict[str, dict[str, Callable[[], Callable]]] = {
-    "rotary": {"npu": _npu("rotate"), "triton": _triton_rotary, REFERENCE: lambda: rotate},
+    "rotary": {"npu": _npu("rotate"), "triton": _triton("rotary_triton", "rotate"),
+               REFERENCE: lambda: rotate},
     "swiglu": {"npu": _npu("swiglu"), "liger": _liger_swiglu, "compiled": _compiled_swiglu,
                REFERENCE: lambda: swiglu},
-    "quick_gelu": {"npu": _npu("quick_gelu"), "triton": _triton_quick_gelu,
+    "quick_gelu": {"npu": _npu("quick_gelu"), "triton": _triton("activation_triton", "quick_gelu"),
                    REFERENCE: lambda: quick_gelu},
     "gelu": {"npu": _npu("gelu"), REFERENCE: lambda: gelu},
     "gelu_pytorch_tanh": {REFERENCE: lambda: gelu_tanh},
     "silu": {REFERENCE: lambda: silu},
     "rms_norm": {"npu": _npu("rms_norm"), REFERENCE: lambda: rms_norm},
+    "cross_entropy": {"triton": _triton("cross_entropy_triton", "cross_entropy"),
+                      REFERENCE: _cross_entropy},
 }
 # torch's own is another function on some device: on NPUs gelu is the form with tanh, whatever is
 # asked for. There the kernel is no matter of speed.

@@ -27,7 +27,7 @@ class CudaPlatform:
     def install(self) -> None:
         """Megatron-Core needs help where TransformerEngine or Apex is not there alone."""
         if not has_fused_optimizer():
-            install_optimizer()
+            install_optimizer(clips_in_step=True)
         install_weight_gradient()
         install_write_results()
         install_common_reader()

@@ -9,8 +9,8 @@ path and reads the others' checkpoints.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+from functools import partial
 
 import torch
 
@@ -20,19 +20,24 @@ def has_fused_optimizer() -> bool:
     return any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
 
 
-def install_optimizer(*, norm_dtype: torch.dtype = torch.float64) -> None:
+def install_optimizer(
+    *, norm_dtype: torch.dtype = torch.float64, clips_in_step: bool = False
+) -> None:
     """Give Megatron-Core the Adam, the norm and the scaling below.
 
     Args:
         norm_dtype: in which squares are summed.
+        clips_in_step: see `clip`. Of CUDA's kernel alone: an NPU's takes a divisor and leaves it
+            out (aclnnApplyAdamWV2), and a CPU's runs have to equal an NPU's to the bit.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads, distrib_optimizer
 
+    GroupStepAdam.clips_in_step = clips_in_step
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
-    clip_grads.l2_norm_impl = functools.partial(l2_norm, dtype=norm_dtype)
+    clip_grads.l2_norm_impl = partial(l2_norm, dtype=norm_dtype)
     clip_grads.multi_tensor_scale_impl = scale
 
 
@@ -48,6 +53,9 @@ class GroupStepAdam(torch.optim.Optimizer):
     State per parameter: `exp_avg`, `exp_avg_sq`, same shape and dtype as the parameter.
     """
 
+    clips_in_step = False
+    divisor = 1.0  # of the next step's gradients
+
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True,
         capturable=False,
@@ -62,6 +70,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 
         if closure is not None:
             raise AssertionError("Megatron-Core's optimizers pass no closure")
+        divisor, self.divisor = self.divisor, 1.0
         for group in self.param_groups:
             if not group["params"]:
                 continue  # uncounted, as by FusedAdam
@@ -74,9 +83,8 @@ class GroupStepAdam(torch.optim.Optimizer):
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
             # torch wants a count a parameter, where the parameter is, and increments it itself.
-            before = torch.full(
-                (len(params),), group["step"] - 1, dtype=torch.float32, device=params[0].device
-            )
+            numbers = partial(torch.full, dtype=torch.float32, device=params[0].device)
+            before = numbers((len(params),), group["step"] - 1)
             beta1, beta2 = group["betas"]
             (adamw if self.adam_w_mode else adam)(
                 params,
@@ -93,7 +101,26 @@ class GroupStepAdam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                grad_scale=numbers((), divisor) if divisor != 1 else None,
             )
+
+
+def clip(optimizer, norm: float) -> None:
+    """Scale the gradients of one of Megatron-Core's optimizers, of this norm over all of them, to
+    its `clip_grad`, if they are larger.
+
+    Where Adam's kernel can divide what it reads, the gradients are not read once more for it.
+    """
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    config, adam = optimizer.config, optimizer.optimizer
+    if getattr(adam, "clips_in_step", False):
+        adam.divisor = max(1.0, (norm + 1e-6) / config.clip_grad)  # Megatron-Core's factor
+    else:
+        clip_grad_by_total_norm_fp32(
+            optimizer.get_parameters(), max_norm=config.clip_grad, total_norm=norm,
+            use_decoupled_grad=config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+        )
 
 
 def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args, dtype=torch.float64):

@@ -20,6 +20,7 @@ from training_over_hosts import ENVIRONMENT, Training, launch
 
 STEPS = 30
 HANG, MEET = 15, 20  # seconds: --hang-timeout, --rendezvous-timeout
+SILENT = "has been silent for 1"  # and some seconds
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 pytestmark = [
     pytest.mark.hosts,
@@ -76,7 +77,7 @@ def test_a_slow_link_that_loses_frames_and_is_cut_for_a_minute_changes_no_loss(
     training.wait_for_step(4, job)
     hosts.order("delay", 0)
     hosts.order("loss", 0)
-    for seconds, moment in ((5, "step"), (5, "save"), (60, "step")):
+    for seconds, moment in ((5, "step"), (5, "save"), (60, "step"), (60, "save")):
         training.wait_for_step(max(training.losses) + 1, job)
         if moment == "save":
             in_a_save(training, job)
@@ -85,6 +86,8 @@ def test_a_slow_link_that_loses_frames_and_is_cut_for_a_minute_changes_no_loss(
         hosts["two"].mend()
     ends(job, 0, seconds=300)
     assert "starting all processes again" not in job.text
+    assert f"node 1 (two) {SILENT}" in job.text and f"node 0 (one) {SILENT}" in job.text
+    assert "node 1 (two) is heard again, after 6" in job.text
     assert training.losses == undisturbed
 
 
@@ -109,6 +112,8 @@ def test_a_host_that_dies_is_named_and_another_takes_its_place(
     killed = time.monotonic()
     node = ["one", "two"].index(lost)
     silent = f"node {node} ({lost}) did not say within {MEET} s how the run ended there"
+    job.wait_for(f"node {node} ({lost}) {SILENT}")
+    assert time.monotonic() - killed < HANG
     job.wait_for("no progress for", silent)
     assert time.monotonic() - killed < HANG + MEET + 30
     ends(job, 1, f"{lost} did not end within 60 s")

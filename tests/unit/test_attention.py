@@ -345,8 +345,8 @@ def test_a_run_says_once_what_computes_attention_and_why(plan_with):
     platform = select_platform()
     lines = describe(plan_with(bf16=True), platform).splitlines()
     assert lines[-2] == f"attention: sdpa (first that runs here; {NO_GPU})"
-    assert lines[-1] == ("operations: rotary torch, swiglu torch, quick_gelu torch, norms torch; "
-                         "weight gradient added after its product")
+    assert lines[-1] == ("operations: rotary torch, swiglu torch, cross_entropy torch, quick_gelu "
+                         "torch, norms torch; weight gradient added after its product")
     assert sum("attention" in line for line in lines) == 1
     lines = describe(plan_with(attention_backend="sdpa"), platform).splitlines()
     assert lines[-2] == "attention: sdpa (asked for)"

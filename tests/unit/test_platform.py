@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,29 @@ def test_a_step_counted_once_updates_parameters_that_are_many_and_of_any_shape()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("norm", [0.5, 8.0])
+def test_gradients_clipped_in_the_step_are_those_that_megatron_core_clips(norm, monkeypatch):
+    from megatron_vl.platform.optimizer import GroupStepAdam, clip
+
+    torch.manual_seed(0)
+    gradients = [torch.randn(500) for _ in range(2)]
+    found = []
+    for clips_in_step in (False, True):
+        weight = torch.nn.Parameter(torch.ones(500))
+        adam = GroupStepAdam([weight], lr=0.1, eps=1e-3)  # so large that a factor matters
+        monkeypatch.setattr(GroupStepAdam, "clips_in_step", clips_in_step)
+        one = SimpleNamespace(
+            optimizer=adam, get_parameters=lambda weight=weight: [weight], config=SimpleNamespace(
+                clip_grad=1.0, use_precision_aware_optimizer_no_fp8_or_ds_fp8=False))
+        for number, gradient in enumerate(gradients):
+            weight.grad = gradient.clone()
+            if number == 0:  # what it left does not reach the step after it
+                clip(one, norm)
+            adam.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
 def test_the_norm_and_the_scaling_are_those_of_megatron_core():
     from megatron.core.optimizer import clip_grads
     from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
@@ -160,8 +184,8 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import layers
 import torch
 assert layers._grad_accum_fusion_available
-print(optimizer.Adam is GroupStepAdam, distrib_optimizer.HAVE_APEX_OR_TE,
-      torch._dynamo.config.recompile_limit)
+print(optimizer.Adam is GroupStepAdam and GroupStepAdam.clips_in_step,
+      distrib_optimizer.HAVE_APEX_OR_TE, torch._dynamo.config.recompile_limit)
 """
 
 

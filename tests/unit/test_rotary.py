@@ -123,10 +123,8 @@ def test_turning_back_is_the_gradient():
     assert torch.autograd.gradcheck(lambda x: rotate(x, rotary.cos, rotary.sin), x)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not importlib.util.find_spec("triton"), reason="Triton is not installed; it needs no GPU"
-)
+@pytest.mark.gpu  # there too; without one, Triton interprets them
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton: this is no Linux")
 def test_the_kernels_equal_the_references():
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = run([sys.executable, "-c", KERNEL], **interpreted)

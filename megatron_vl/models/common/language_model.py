@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
 from torch.nn import functional as F
 
 from megatron_vl.models.common.loss_head import LossHead
+from megatron_vl.ops.fusion import choose_kernel
 
 
 class Scores(NamedTuple):
@@ -107,6 +108,7 @@ class LanguageModel(GPTModel):
         head = LossHead(
             padding=self.vocab_size - self.real_vocab_size,
             at_once=-(-trained_sb.numel() // self.config.cross_entropy_chunks),
+            cross_entropy=choose_kernel("cross_entropy", self.config.fused_ops).function,
         )
         if self.training:
             return head.losses(hidden_nE, weight, label_n) * weight_n

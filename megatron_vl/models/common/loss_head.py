@@ -6,12 +6,15 @@ R tensor-parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
+
+from megatron_vl.ops.cross_entropy import cross_entropy, without_padding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,17 +24,19 @@ class LossHead:
     Attributes:
         padding: rows at the vocabulary's end that are no words, so that TP divides it.
         at_once: positions whose logits exist at a time.
+        cross_entropy: of `megatron_vl.ops.fusion`.
     """
 
     padding: int
     at_once: int
+    cross_entropy: Callable
 
     def losses(
         self, hidden_nE: torch.Tensor, weight_VE: torch.Tensor, label_n: torch.Tensor
     ) -> torch.Tensor:
         """float32 [n]. Logits of several parts are made again in backward."""
         if hidden_nE.shape[0] <= self.at_once:
-            return vocab_parallel_cross_entropy(self.logits(hidden_nE, weight_VE), label_n)
+            return self.cross_entropy(F.linear(hidden_nE, weight_VE), label_n, self.padding)
         return _InParts.apply(self, hidden_nE, weight_VE, label_n)
 
     def scores(
@@ -41,10 +46,10 @@ class LossHead:
         parts = []
         with torch.no_grad():
             for hidden_cE, label_c in self.parts(hidden_nE, label_n):
-                logits_cV = self.logits(hidden_cE, weight_VE)
+                logits_cV = without_padding(F.linear(hidden_cE, weight_VE), self.padding)
                 # Before the cross-entropy, which overwrites the logits.
                 likeliest_c = _likeliest(logits_cV)
-                parts.append((vocab_parallel_cross_entropy(logits_cV, label_c), likeliest_c))
+                parts.append((cross_entropy(logits_cV, label_c, 0), likeliest_c))
                 del logits_cV  # before the next part's
         loss_n, likeliest_n = map(torch.cat, zip(*parts, strict=True))
         return loss_n, likeliest_n
@@ -53,27 +58,18 @@ class LossHead:
         """Of tensors of as many rows, as many rows each as there may be logits at a time."""
         return zip(*(one.split(self.at_once) for one in tensors), strict=True)
 
-    def logits(self, hidden_cE: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
-        """float32 [c, V]."""
-        logits_cV = F.linear(hidden_cE, weight_VE).float()
-        width = logits_cV.shape[1]
-        padding = min(width, self.padding - _ranks_behind() * width)
-        if padding > 0:
-            # None may be predicted. Softmax makes their gradient zero, so no graph need know.
-            logits_cV.detach()[:, -padding:] = float("-inf")
-        return logits_cV
-
     def gradients(
         self, hidden_cE: torch.Tensor, weight_VE: torch.Tensor, label_c: torch.Tensor,
         of_loss_c: torch.Tensor, of_hidden_cE: torch.Tensor, of_weight_VE: torch.Tensor | None,
     ) -> None:
         """Makes a part's logits again. Writes the gradient of its hidden states, and adds to that
         of the weight, if it has one."""
-        logits_cV = self.logits(hidden_cE, weight_VE).requires_grad_()
         with torch.enable_grad():
-            loss_c = vocab_parallel_cross_entropy(logits_cV, label_c)
-        (of_logits_cV,) = torch.autograd.grad(loss_c, logits_cV, of_loss_c)
-        of_logits_cV = of_logits_cV.to(weight_VE.dtype)
+            logits_cV = F.linear(hidden_cE.detach().requires_grad_(), weight_VE.detach())
+            gradient = get_gradient_edge(logits_cV)
+            loss_c = self.cross_entropy(logits_cV, label_c, self.padding)
+        del logits_cV  # of which the plain form has a copy in float32 by now
+        (of_logits_cV,) = torch.autograd.grad(loss_c, gradient, of_loss_c)
         torch.mm(of_logits_cV, weight_VE, out=of_hidden_cE)
         if of_weight_VE is not None:
             of_weight_VE.addmm_(of_logits_cV.t(), hidden_cE)
@@ -91,7 +87,7 @@ class _InParts(torch.autograd.Function):
         ctx.head = head
         ctx.save_for_backward(hidden_nE, weight_VE, label_n)
         return torch.cat([
-            vocab_parallel_cross_entropy(head.logits(hidden_cE, weight_VE), label_c)
+            head.cross_entropy(F.linear(hidden_cE, weight_VE), label_c, head.padding)
             for hidden_cE, label_c in head.parts(hidden_nE, label_n)
         ])
 
@@ -125,9 +121,3 @@ def _likeliest(logits_nV: torch.Tensor) -> torch.Tensor:
     largest_Rn, word_Rn = found[::2], found[1::2]
     rank_n = largest_Rn.max(dim=0).indices  # ranks ascend as words do
     return word_Rn.gather(0, rank_n[None])[0].long()
-
-
-def _ranks_behind() -> int:
-    """Tensor-parallel ranks with later parts of the vocabulary."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    return size - 1 - parallel_state.get_tensor_model_parallel_rank()

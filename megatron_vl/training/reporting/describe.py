@@ -80,7 +80,7 @@ def describe_kernels(plan: Plan, platform) -> str:
     """Who computes the other operations on this rank."""
     fused = fuses(plan, platform)
     vision = plan.spec.vision
-    names = ["rotary", "swiglu"]
+    names = ["rotary", "swiglu", "cross_entropy"]
     names += [vision.activation] if vision is not None and not vision.gated else []
     chosen = [f"{name} {choose_kernel(name, fused).name}" for name in names]
     chosen += [f"experts {way}"] if (way := plan.experts_way()) is not None else []

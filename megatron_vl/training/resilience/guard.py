@@ -12,9 +12,9 @@ from itertools import chain
 from statistics import median
 
 import torch
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_vl.errors import InputError
+from megatron_vl.platform.optimizer import clip
 
 NORMS = 64  # of the latest updates: what is usual
 LEAST = 16  # of them, before a spike is called one
@@ -98,10 +98,7 @@ def update(optimizer, loss: float, guard: StepGuard) -> tuple[bool, float | None
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if one.is_stub_optimizer or not one.config.clip_grad > 0 or not one.get_parameters():
             continue
-        clip_grad_by_total_norm_fp32(
-            one.get_parameters(), max_norm=one.config.clip_grad, total_norm=norm,
-            use_decoupled_grad=one.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-        )
+        clip(one, norm)
     return optimizer.step_with_ready_grads(), norm, ""
 
 
