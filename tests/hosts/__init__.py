@@ -160,7 +160,7 @@ class Host:
         """
         log = self.hosts.root / f"job{time.monotonic_ns()}.log"
         inside = ["nsenter", "--target", self.pid, *_NAMESPACES, f"--wdns={cwd}", "setsid",
-                  "env", "--default-signal=INT", *command]
+                  "env", "--default-signal=INT,HUP", *command]
         with log.open("w") as file:
             return Job(log, list(map(str, inside)), environment_with(**environment), file)
 

@@ -87,6 +87,10 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+def cross_entropy_ours(logits, targets):
+    return choose_kernel("cross_entropy", True).function(logits, targets, 0).sum()
+
+
 def rotate_both(q, k, cos, sin):
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
@@ -242,6 +246,7 @@ def ops(device: torch.device, tiny: bool) -> dict[str, Callable[[], Op]]:
             candidates={
                 "torch, by fp32": cross_entropy, "Megatron-Core": mcore_cross_entropy,
                 "torch.compile": compiled(cross_entropy), "liger": liger_cross_entropy,
+                "megatron_vl's Triton": cross_entropy_ours,
             },
         ),
         "linear layer of experts": lambda: experts(*((96, 4, 32, 48) if tiny else
