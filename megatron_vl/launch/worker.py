@@ -28,6 +28,8 @@ from megatron_vl.launch.ascend import check_visible
 STOP, STEPPED = "stop", "stepped"
 # What a user can do nothing about, by the logger that says it: how it begins.
 _NOTICES = {
+    "megatron.core.distributed.distributed_data_parallel":
+        "DistributedDataParallel: full_param_layout not provided",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",

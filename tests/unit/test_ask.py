@@ -404,12 +404,11 @@ def test_ctrl_c_ends_an_answer_and_then_the_program(answerers):
         wait(lambda: said.endswith(b"\r\n> "))
         os.write(typed, b"/image x.png\n")
         wait(lambda: said.endswith(b"takes text alone; leave it out.\r\n> "))
-        # Python prints the prompt before it waits for a key, and would see the signal at the next.
-        time.sleep(1)
-        os.write(typed, b"\x03")
+        # Python prints the prompt before it waits for a key, and until then sees no signal.
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            os.write(typed, b"\x03")
+            time.sleep(1)
         assert os.waitstatus_to_exitcode(ended[1]) == 130
     except BaseException:
         os.kill(child, signal.SIGKILL)
