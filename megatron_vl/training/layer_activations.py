@@ -130,6 +130,11 @@ class Layers:
             self.recompute.granularity != "none" or self.itemsize == FP32)
 
     @property
+    def _shared(self) -> int:
+        """What a norm keeps of its input where that is no copy, for it is in fp32 already."""
+        return self.stream * (self.itemsize == FP32)
+
+    @property
     def norm(self) -> int:
         """What a norm keeps beside its output."""
         return self.tokens // self.parts * FP32 * (self.width * self.norms + 1)
@@ -161,8 +166,11 @@ class Layers:
         again = min(number, count)
         return rotary + again * self.stream + (count - again) * self.layer
 
-    def working(self, chunk: int) -> int:
+    def working(self, chunk: int, *, arrived: bool = False) -> int:
         """What one moment of a chunk needs on top of that.
+
+        Args:
+            arrived: whether the gradient of its output has come from elsewhere, and counts there.
 
         In backward, what is recomputed, and the narrowest place: two gradients as wide as the MLP's
         inner state are made before what they come from is dropped, or a norm's in fp32, when what
@@ -178,7 +186,7 @@ class Layers:
         selective = self.recompute.granularity == "selective"
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
-        mlp = 2 * self.stream + max(
+        mlp = (2 - arrived) * self.stream + max(
             # What a linear layer kept for its weights or factors is gone by then.
             (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
@@ -190,15 +198,18 @@ class Layers:
         attention = again = 0
         if selective:
             # The norm before either half is computed again, then the activation and what it gave,
-            # or attention, beside four gradients as wide, when what the MLP kept is gone.
-            again = self.norm + self.stream + 2 * self.inner_bytes
+            # or attention, beside four gradients as wide, when what the MLP kept is gone. Of gates
+            # and values with a bias the sum is made as well.
+            summed = self.biased and self.activation == "swiglu"
+            normed = self.norm + self.stream - self._shared
+            again = normed + (2 + summed) * self.inner_bytes
             attention = (
-                self.norm + self.stream + (self.attended + 4) * self.tokens * self.queries
+                normed + self.stream + (self.attended + 4) * self.tokens * self.queries
                 * self.itemsize - self.first - self.dispatched * self.mlp_inputs
             )
         elif self._recomputes_last(chunk):
             uniform = self.recompute.method == "uniform"
-            again = self.layer * (self.recompute.num_layers if uniform else 1)
+            again = self.layer * (self.recompute.num_layers if uniform else 1) - self._shared
         norm = self.norm_copies * self.stream // self.itemsize * FP32
         norm -= self.first + 2 * self.inner_bytes if selective else self.mlp
         return max(again + max(mlp, norm), attention)
@@ -213,7 +224,7 @@ class Layers:
             return 0
         combined = 2 * self.stream + self.combined
         if self.reached and not self._recomputes_last(chunk):
-            return max(3 * self.stream + self.first * self.biased, combined)
+            return max(3 * self.stream + self.first * self.biased, combined) - 2 * self._shared
         return max(4 * self.stream + self.inner_bytes * self.passing, combined)
 
     @property
