@@ -76,8 +76,8 @@ def activation_memory(
     # The gradients of what left, which has come, and of what entered, which has been sent back; of
     # virtual stages one more that comes ahead.
     always = (between + interleaved) * sent
-    # What these are of is there as well, while the next forward runs.
-    before = between * sent * (plan.num_microbatches > layout.pp - stage)
+    # While the next forward runs, what these are of is there as well; of virtual stages one less.
+    before = (between - interleaved) * sent * (plan.num_microbatches > layout.pp - stage)
     if language.parts > 1 and language.trained:
         # What sequence parallelism gathers for linear layers, in a buffer that stays.
         always += language.parts * language.stream
@@ -93,16 +93,22 @@ def activation_memory(
             and not (vision and vision.reached) and plan.num_microbatches > 1):
         # What entered the layers last, and its gradient, until the next forward is over.
         left = 2 * language.stream
+    elif stage == 0 and vision and vision.adapted and plan.num_microbatches > 1:
+        left = 2 * vision.stream  # the same of the tower's
     if head is not None:
-        losses = beside[-1] + kept[-1] + given[-1] + left + before + _head(plan, language, head, chunks)
+        losses = (beside[-1] + kept[-1] + given[-1] + left + before
+                  + _head(plan, language, head, chunks))
         if embedding is not None and plan.spec.decoder.tie_word_embeddings and head.trained:
             tied_gradient = _gradient(head, itemsize)  # waits for the embedding's
         if embedding is not None and plan.recompute.granularity != "full":
             losses += _features(plan, language)
     for chunk in own if vision else ():
         pixels = _pixels(plan, stage, chunk)
+        # Of pixels as they come, those that this rank sees, where nothing keeps them.
+        taken = _own_pixels(plan) * (given[chunk] > 0 == pixels and layout.media_ranks > 1)
         in_vision = max(in_vision, beside[chunk] + vision.kept(chunk) + pixels + max(
-            vision.working(chunk), given[chunk] + before + vision.forward(chunk)))
+            vision.working(chunk),
+            given[chunk] + taken + left * (not vision.adapted) + before + vision.forward(chunk)))
     if embedding is not None and embedding.trained:
         chunk = embeds[1]
         in_embedding = (
@@ -200,7 +206,10 @@ def _vision_kept(plan: Plan, stage: int, chunk: int, vision: Layers | None) -> i
     if vision is None:
         return 0
     merger = _merger(plan) if (stage, chunk) == plan.split.embedding_chunk else 0
-    return vision.kept(chunk) + _pixels(plan, stage, chunk) + merger
+    # Whose gradient asks for those of the factors.
+    entered = vision.stream * (
+        (stage, chunk) == (0, 0) and vision.adapted and not vision.keeps_input(chunk))
+    return vision.kept(chunk) + _pixels(plan, stage, chunk) + entered + merger
 
 
 def _features(plan: Plan, language: Layers) -> int:
@@ -212,6 +221,10 @@ def _pixels(plan: Plan, stage: int, chunk: int) -> int:
     """What the patch embedding keeps."""
     if (stage, chunk) != (0, 0) or VISION in plan.trainable.frozen:
         return 0
+    return _own_pixels(plan)
+
+
+def _own_pixels(plan: Plan) -> int:
     return count_patches(plan) * plan.spec.vision.patch_dim * ITEMSIZE[plan.config.model.dtype]
 
 

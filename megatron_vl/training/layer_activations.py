@@ -186,14 +186,17 @@ class Layers:
         selective = self.recompute.granularity == "selective"
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
-        mlp = (2 - arrived) * self.stream + max(
+        again_as_a_whole = self._recomputes_last(chunk)
+        # The gradient of the output; of what is computed again its output, or its norm's again.
+        streams = (1 - arrived + (selective or again_as_a_whole)) * self.stream
+        mlp = streams + max(
             # What a linear layer kept for its weights or factors is gone by then.
             (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            self.combined * self._recomputes_last(chunk),  # in the forward that is run again
+            self.combined * again_as_a_whole,  # in the forward that is run again
         )
         attention = again = 0
         if selective:
@@ -204,13 +207,16 @@ class Layers:
             normed = self.norm + self.stream - self._shared
             again = normed + (2 + summed) * self.inner_bytes
             attention = (
-                normed + self.stream + (self.attended + 4) * self.tokens * self.queries
+                normed + self.stream + (min(self.attended, 7) + 4) * self.tokens * self.queries
                 * self.itemsize - self.first - self.dispatched * self.mlp_inputs
             )
-        elif self._recomputes_last(chunk):
+        elif again_as_a_whole:
             uniform = self.recompute.method == "uniform"
             again = self.layer * (self.recompute.num_layers if uniform else 1) - self._shared
-        norm = self.norm_copies * self.stream // self.itemsize * FP32
+        numbers = self.stream // self.itemsize
+        # What it gave, and normalised before its weight was applied, is gone as well.
+        norm = streams + (self.norm_copies - self.norms + 1) * numbers * FP32
+        norm -= self.stream * self.mlp_inputs
         norm -= self.first + 2 * self.inner_bytes if selective else self.mlp
         return max(again + max(mlp, norm), attention)
 
@@ -307,16 +313,18 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
         )
     # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
     # length, and the output in these and in order. Keys and values of groups are repeated for every
-    # head at once; otherwise they are parts of the projection, which is kept with them.
+    # head at once; otherwise they are parts of the projection, which is kept with them, unless
+    # context parallelism exchanges copies.
     grouped = decoder.num_query_groups < decoder.num_attention_heads
     return _layers(
         plan, held, LANGUAGE, plan.recompute, width=decoder.hidden_size,
         tokens=count_tokens(plan), parts=parts, head_dim=decoder.head_dim,
         queries=decoder.num_attention_heads * decoder.head_dim // tp,
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
-        attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
-        inner=inner // tp, activation="swiglu", passing=4, biased=False,
-        norms=1 + trained, norm_copies=5,
+        attended=5 if grouped else 7 if layout.cp > 1 else 9,
+        qk_norms=decoder.qk_norm * (1 + trained),
+        inner=inner // tp, activation="swiglu", passing=4, biased=False, norms=1 + trained,
+        norm_copies=5,
         **of_experts,
     )
 
