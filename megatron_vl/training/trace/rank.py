@@ -87,14 +87,21 @@ def trace_rank(plan: Plan, rank: int) -> RankTrace:
     from megatron_vl.platform.meta import become
 
     warnings.simplefilter("ignore")  # of names that later versions of torch give collectives
-    config = replace(plan.config, model=replace(plan.config.model, attention_backend="auto"))
-    if (way := plan.experts_way(ExpertsCase)) is not None:  # as the formulas have it
-        grouped = ON if way.grouped else OFF
-        config = replace(config, experts=replace(config.experts, moe_grouped_gemm=grouped))
-    plan = replace(plan, config=config)
+    model_run = replace(plan.config.model, attention_backend="auto")
+    plan = experts_as_predicted(replace(plan, config=replace(plan.config, model=model_run)))
     become(rank, plan.layout.world_size)
     return measure(plan, rank, initialize(
         plan.layout, embedding_stage=plan.split.embedding_chunk[0]))
+
+
+def experts_as_predicted(plan: Plan) -> Plan:
+    """The same run, whose experts are computed as the formulas take them, which may be a GPU's way.
+    """
+    way, config = plan.experts_way(ExpertsCase), plan.config
+    if way is None:
+        return plan
+    experts = replace(config.experts, moe_grouped_gemm=ON if way.grouped else OFF)
+    return replace(plan, config=replace(config, experts=experts))
 
 
 def measure(plan: Plan, rank: int, platform: Platform) -> RankTrace:
