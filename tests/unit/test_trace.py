@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vl.cli.main import run
@@ -16,6 +17,7 @@ from megatron_vl.training.activations import activation_memory
 from megatron_vl.training.memory import rank_memory
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import plan_run
+from megatron_vl.training.trace.allocated import AllocatedBytes
 from megatron_vl.training.trace.rank import measure, trace_rank
 from megatron_vl.training.trace.row import full_batch
 
@@ -63,6 +65,17 @@ def process():
     yield dict(zip(("traced", "real"), pools, strict=True))
     for pool in pools:
         pool.shutdown()
+
+
+def test_what_is_emptied_and_filled_again_counts_as_long_as_it_is_there():
+    with AllocatedBytes([]) as counted:
+        first = torch.empty(1000)
+        first.untyped_storage().resize_(0)
+        second = torch.empty(2000)
+        assert counted.peak == second.nbytes
+        first.untyped_storage().resize_(4000)
+        first.add_(1)
+    assert counted.peak == first.nbytes + second.nbytes
 
 
 @pytest.mark.parametrize(("model", "options"), [
@@ -152,6 +165,9 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     ("deepstack_model_dir", 2, 1, VP | FULL),
     (TEXT, 4, 2, PP4 | LORA | SELECTIVE),
     (TEXT, 4, 1, PP4 | FULL),
+    ("narrow_model_dir", 4, 2, PP4),
+    ("narrow_model_dir", 4, 2, PP4 | FULL),
+    ("deepstack_model_dir", 4, 2, PP4),
     (EXPERTS, 4, 2, PP4 | FULL),
     (EXPERTS, 2, 0, CP | FULL | CHUNKS),
     ("baichuan_model_dir", 2, 0, CP),
