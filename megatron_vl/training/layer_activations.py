@@ -110,14 +110,19 @@ class Layers:
     def selective_layer(self) -> int:
         """The same, where norms, activation and attention are computed again."""
         inputs = self.trained or self.adapted
-        # With fewer keys than queries, these are copied when the projection is taken apart. Values
-        # are part of it, beside which queries and keys lie once they are normalised.
-        queries, keys = 1 + (self.keys < self.queries), 2
+        # Values are part of the projection, beside which queries and keys lie once they are
+        # normalised.
+        queries, keys = 1 + self._copies_queries, 2
         if self.qk_norms:
             queries, keys = (1, 1) if self.itemsize == FP32 else (2, 3)
         projected = self.queries * (queries + inputs) + self.keys * keys
         return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize
                 + self.first + self.dispatched * self.mlp_inputs + self.routing + self.adapter)
+
+    @property
+    def _copies_queries(self) -> bool:
+        """Whether those of several groups are copied when the projection is taken apart."""
+        return self.head_dim < self.keys < self.queries
 
     @property
     def first(self) -> int:
@@ -146,7 +151,7 @@ class Layers:
             normed += self.tokens * (self.queries + self.keys) // self.head_dim * FP32
         if self.qk_norms and self.itemsize == FP32:
             # The keys are not copied then, and the projection that they are part of is kept.
-            normed += self.tokens * (self.keys + self.queries * (self.keys < self.queries)) * FP32
+            normed += self.tokens * (self.keys + self.queries * self._copies_queries) * FP32
         return normed
 
     def kept(self, chunk: int) -> int:
@@ -193,6 +198,8 @@ class Layers:
             # What a linear layer kept for its weights or factors is gone by then.
             (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
+            # What sequence parallelism gathers of the output's gradient, and the next one.
+            self.inner_bytes + (self.parts > 1) * self.parts * self.stream,
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
@@ -229,6 +236,10 @@ class Layers:
         if not self.counts[chunk]:
             return 0
         combined = 2 * self.stream + self.combined
+        if self.reached and self.recompute.granularity == "selective":
+            # Of the MLP what the first linear layer gives is kept, and both that it is added to.
+            active = self.stream + self.inner_bytes * self.passing - self.first
+            return max(3 * self.stream, active, combined) - 2 * self._shared
         if self.reached and not self._recomputes_last(chunk):
             return max(3 * self.stream + self.first * self.biased, combined) - 2 * self._shared
         return max(4 * self.stream + self.inner_bytes * self.passing, combined)
