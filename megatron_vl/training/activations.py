@@ -91,8 +91,8 @@ def activation_memory(
     losses = in_vision = in_embedding = tied_gradient = left = 0
     if (embedding is not None and not embedding.trained and language.adapted
             and not (vision and vision.reached) and plan.num_microbatches > 1):
-        # What entered the layers last, of which sequence parallelism takes a view, and its gradient,
-        # until the next forward is over.
+        # What entered the layers last, whole under sequence parallelism, and its gradient, until the
+        # next forward is over.
         left = (language.parts + 1) * language.stream
     elif stage == 0 and vision and vision.adapted and plan.num_microbatches > 1:
         left = 2 * vision.stream  # the same of the tower's
