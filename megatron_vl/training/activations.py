@@ -91,8 +91,8 @@ def activation_memory(
     losses = in_vision = in_embedding = tied_gradient = left = 0
     if (embedding is not None and not embedding.trained and language.adapted
             and not (vision and vision.reached) and plan.num_microbatches > 1):
-        # What entered the layers last, whole under sequence parallelism, and its gradient, until the
-        # next forward is over.
+        # What entered the layers last, whole under sequence parallelism, and its gradient, until
+        # the next forward is over.
         left = (language.parts + 1) * language.stream
     elif stage == 0 and vision and vision.adapted and plan.num_microbatches > 1:
         left = 2 * vision.stream  # the same of the tower's
@@ -123,10 +123,10 @@ def activation_memory(
         losses=losses,
         layer=max(
             beside[chunk] + kept[chunk]
-            + max(language.working(chunk, arrived=(stage, chunk) != ends) + tied_gradient
-                  + _unpacked(plan, stage, chunk, language),
+            + max(language.working(chunk, arrived=arrived) + tied_gradient
+                  + arrived * _unpacked(plan, stage, chunk, language),
                   given[chunk] + left + before + language.forward(chunk))
-            for chunk in own
+            for chunk, arrived in ((chunk, (stage, chunk) != ends) for chunk in own)
         ),
         vision=in_vision, embedding=in_embedding,
     )
@@ -184,8 +184,7 @@ def _unpacked(plan: Plan, stage: int, chunk: int, language: Layers) -> int:
     """In a chunk's backward, a copy of what is needed of the gradient that has come, where states
     are sent with features or padded; and the gradients of the features that entered."""
     packed = plan.split.encoders_span or plan.spec.travelling_features(plan.split)
-    last = (stage, chunk) == (plan.layout.pp - 1, plan.layout.vp - 1)
-    if not packed or last or not language.counts[chunk]:
+    if not packed or not language.counts[chunk]:
         return 0
     if (stage, chunk) == plan.split.embedding_chunk or not plan.spec.vision.num_features:
         return language.stream

@@ -191,9 +191,9 @@ class Layers:
         selective = self.recompute.granularity == "selective"
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
-        again_as_a_whole = self._recomputes_last(chunk)
+        whole = self._recomputes_last(chunk)
         # The gradient of the output; of what is computed again its output, or its norm's again.
-        streams = (1 - arrived + (selective or again_as_a_whole)) * self.stream
+        streams = (1 - arrived + (selective or whole)) * self.stream
         mlp = streams + max(
             # What a linear layer kept for its weights or factors is gone by then.
             (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
@@ -203,7 +203,7 @@ class Layers:
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            self.combined * again_as_a_whole,  # in the forward that is run again
+            self.combined * whole,  # in the forward that is run again
         )
         attention = again = 0
         if selective:
@@ -217,7 +217,7 @@ class Layers:
                 normed + self.stream + (min(self.attended, 7) + 4) * self.tokens * self.queries
                 * self.itemsize - self.first - self.dispatched * self.mlp_inputs
             )
-        elif again_as_a_whole:
+        elif whole:
             uniform = self.recompute.method == "uniform"
             again = self.layer * (self.recompute.num_layers if uniform else 1) - self._shared
         numbers = self.stream // self.itemsize
@@ -237,9 +237,9 @@ class Layers:
             return 0
         combined = 2 * self.stream + self.combined
         if self.reached and self.recompute.granularity == "selective":
-            # Of the MLP what the first linear layer gives is kept, and both that it is added to.
-            active = self.stream + self.inner_bytes * self.passing - self.first
-            return max(3 * self.stream, active, combined) - 2 * self._shared
+            # What enters the layer and its sum with attention are kept, a norm's output is not.
+            return self.stream + max(
+                self.stream, self.inner_bytes * self.passing - self.first, self.combined)
         if self.reached and not self._recomputes_last(chunk):
             return max(3 * self.stream + self.first * self.biased, combined) - 2 * self._shared
         return max(4 * self.stream + self.inner_bytes * self.passing, combined)
