@@ -114,7 +114,8 @@ def activation_memory(
         chunk = embeds[1]
         in_embedding = (
             beside[chunk] + _vision_kept(plan, stage, chunk, vision) + tied_gradient
-            + _gradient(embedding, itemsize) + language.stream
+            + _gradient(embedding, itemsize)
+            + language.stream * (language.counts[chunk] > 0)  # else that which has come
         )
     return ActivationMemory(
         stage=stage,
