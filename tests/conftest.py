@@ -156,6 +156,15 @@ def text_model_dir(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def narrow_model_dir(shared) -> Path:
+    """Qwen2 whose MLP is much narrower than the model."""
+    return shared.made("narrow_model", lambda out: _tiny(
+        out, "--model-type", "qwen2", "--hidden-size", 64, "--ffn-size", 16, "--ranks", 1500,
+        "--dtype", "float32",
+    ))
+
+
+@pytest.fixture(scope="session")
 def window_model_dir(shared) -> Path:
     """The same with Qwen2.5-VL's tower: two layers, the first with windows of 2 x 2 tokens."""
     return shared.made("window_model", lambda out: _tiny(

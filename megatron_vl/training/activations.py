@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from operator import add, mul
 
 from megatron_vl.models.common.parts import MERGER
-from megatron_vl.parallel import VISION, in_flight
+from megatron_vl.parallel import LANGUAGE, VISION, in_flight
 from megatron_vl.training.layer_activations import (
     Layers,
     count_patches,
@@ -70,10 +70,14 @@ def activation_memory(
     # What repeats after three groups of microbatches holds no more then.
     flights = in_flight(stage, p=layout.pp, v=layout.vp,
                         m=min(plan.num_microbatches, 3 * layout.pp))
-    always = 0
-    if stage > 0 or layout.vp > 1:
-        # Received ahead, and the gradient that is sent back.
-        always += 2 * (_sent(plan, language) + travelling)
+    ends, interleaved = (layout.pp - 1, layout.vp - 1), layout.vp > 1
+    between = (stage > 0 or interleaved) + (stage < layout.pp - 1 or interleaved)
+    sent = _sent(plan, language) + travelling
+    # The gradients of what left, which has come, and of what entered, which has been sent back; of
+    # virtual stages one more that comes ahead.
+    always = (between + interleaved) * sent
+    # While the next forward runs, what these are of is there as well; of virtual stages one less.
+    before = (between - interleaved) * sent * (plan.num_microbatches > layout.pp - stage)
     if language.parts > 1 and language.trained:
         # What sequence parallelism gathers for linear layers, in a buffer that stays.
         always += language.parts * language.stream
@@ -87,23 +91,31 @@ def activation_memory(
     losses = in_vision = in_embedding = tied_gradient = left = 0
     if (embedding is not None and not embedding.trained and language.adapted
             and not (vision and vision.reached) and plan.num_microbatches > 1):
-        # What entered the layers last, and its gradient, until the next forward is over.
-        left = 2 * language.stream
+        # What entered the layers last, whole under sequence parallelism, and its gradient, until
+        # the next forward is over.
+        left = (language.parts + 1) * language.stream
+    elif stage == 0 and vision and vision.adapted and plan.num_microbatches > 1:
+        left = 2 * vision.stream  # the same of the tower's
     if head is not None:
-        losses = beside[-1] + kept[-1] + given[-1] + left + _head(plan, language, head, chunks)
+        losses = (beside[-1] + kept[-1] + given[-1] + left + before
+                  + _head(plan, language, head, chunks))
         if embedding is not None and plan.spec.decoder.tie_word_embeddings and head.trained:
             tied_gradient = _gradient(head, itemsize)  # waits for the embedding's
         if embedding is not None and plan.recompute.granularity != "full":
             losses += _features(plan, language)
     for chunk in own if vision else ():
         pixels = _pixels(plan, stage, chunk)
+        # Of pixels as they come, those that this rank sees, where nothing keeps them.
+        taken = _own_pixels(plan) * (given[chunk] > 0 == pixels and layout.media_ranks > 1)
         in_vision = max(in_vision, beside[chunk] + vision.kept(chunk) + pixels + max(
-            vision.working(chunk), given[chunk] + vision.forward(chunk)))
+            vision.working(chunk),
+            given[chunk] + taken + left * (not vision.adapted) + before + vision.forward(chunk)))
     if embedding is not None and embedding.trained:
         chunk = embeds[1]
         in_embedding = (
             beside[chunk] + _vision_kept(plan, stage, chunk, vision) + tied_gradient
-            + _gradient(embedding, itemsize) + language.stream
+            + _gradient(embedding, itemsize)
+            + language.stream * (language.counts[chunk] > 0)  # else that which has come
         )
     return ActivationMemory(
         stage=stage,
@@ -112,9 +124,10 @@ def activation_memory(
         losses=losses,
         layer=max(
             beside[chunk] + kept[chunk]
-            + max(language.working(chunk) + tied_gradient,
-                  given[chunk] + left + language.forward(chunk))
-            for chunk in own
+            + max(language.working(chunk, arrived=arrived) + tied_gradient
+                  + arrived * _unpacked(plan, stage, chunk, language),
+                  given[chunk] + left + before + language.forward(chunk))
+            for chunk, arrived in ((chunk, (stage, chunk) != ends) for chunk in own)
         ),
         vision=in_vision, embedding=in_embedding,
     )
@@ -168,6 +181,18 @@ def _kept(
     return language.kept(chunk) + _vision_kept(plan, stage, chunk, vision) + borders
 
 
+def _unpacked(plan: Plan, stage: int, chunk: int, language: Layers) -> int:
+    """In a chunk's backward, a copy of what is needed of the gradient that has come, where states
+    are sent with features or padded; and the gradients of the features that entered."""
+    packed = plan.split.encoders_span or plan.spec.travelling_features(plan.split)
+    if not packed or not language.counts[chunk]:
+        return 0
+    if (stage, chunk) == plan.split.embedding_chunk or not plan.spec.vision.num_features:
+        return language.stream
+    start = plan.split.layers(LANGUAGE, stage, chunk).start
+    return language.stream * (1 + max(0, plan.spec.vision.num_features - start))
+
+
 def _sent(plan: Plan, language: Layers) -> int:
     """Of a tensor between two stages, features aside.
 
@@ -182,7 +207,10 @@ def _vision_kept(plan: Plan, stage: int, chunk: int, vision: Layers | None) -> i
     if vision is None:
         return 0
     merger = _merger(plan) if (stage, chunk) == plan.split.embedding_chunk else 0
-    return vision.kept(chunk) + _pixels(plan, stage, chunk) + merger
+    # Whose gradient asks for those of the factors.
+    entered = vision.stream * (
+        (stage, chunk) == (0, 0) and vision.adapted and not vision.keeps_input(chunk))
+    return vision.kept(chunk) + _pixels(plan, stage, chunk) + entered + merger
 
 
 def _features(plan: Plan, language: Layers) -> int:
@@ -194,6 +222,10 @@ def _pixels(plan: Plan, stage: int, chunk: int) -> int:
     """What the patch embedding keeps."""
     if (stage, chunk) != (0, 0) or VISION in plan.trainable.frozen:
         return 0
+    return _own_pixels(plan)
+
+
+def _own_pixels(plan: Plan) -> int:
     return count_patches(plan) * plan.spec.vision.patch_dim * ITEMSIZE[plan.config.model.dtype]
 
 
@@ -217,8 +249,10 @@ def _merger(plan: Plan) -> int:
         return _resampler(plan)
     inner = count_patches(plan) * vision.hidden_size * (1 + vision.num_features)  # of every merger
     norms = 1 + (vision.normalization == "RMSNorm") * trained
+    # In fp32 the norms before features keep no copy of what the next layers keep.
+    shared = inner // (1 + vision.num_features) * vision.num_features * (itemsize == FP32)
     return inner * (FP32 * norms + itemsize * trained) + inner * itemsize * (
-        1 + trained) // plan.layout.vit_tp
+        1 + trained) // plan.layout.vit_tp - shared * FP32
 
 
 def _resampler(plan: Plan) -> int:

@@ -110,14 +110,19 @@ class Layers:
     def selective_layer(self) -> int:
         """The same, where norms, activation and attention are computed again."""
         inputs = self.trained or self.adapted
-        # With fewer keys than queries, these are copied when the projection is taken apart. Values
-        # are part of it, beside which queries and keys lie once they are normalised.
-        queries, keys = 1 + (self.keys < self.queries), 2
+        # Values are part of the projection, beside which queries and keys lie once they are
+        # normalised.
+        queries, keys = 1 + self._copies_queries, 2
         if self.qk_norms:
             queries, keys = (1, 1) if self.itemsize == FP32 else (2, 3)
         projected = self.queries * (queries + inputs) + self.keys * keys
         return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize
                 + self.first + self.dispatched * self.mlp_inputs + self.routing + self.adapter)
+
+    @property
+    def _copies_queries(self) -> bool:
+        """Whether those of several groups are copied when the projection is taken apart."""
+        return self.head_dim < self.keys < self.queries
 
     @property
     def first(self) -> int:
@@ -128,6 +133,11 @@ class Layers:
         """Whether the first layer of a chunk keeps what enters it, and no copy of that."""
         return self.counts[chunk] > 0 and (
             self.recompute.granularity != "none" or self.itemsize == FP32)
+
+    @property
+    def _shared(self) -> int:
+        """What a norm keeps of its input where that is no copy, for it is in fp32 already."""
+        return self.stream * (self.itemsize == FP32)
 
     @property
     def norm(self) -> int:
@@ -141,7 +151,7 @@ class Layers:
             normed += self.tokens * (self.queries + self.keys) // self.head_dim * FP32
         if self.qk_norms and self.itemsize == FP32:
             # The keys are not copied then, and the projection that they are part of is kept.
-            normed += self.tokens * (self.keys + self.queries * (self.keys < self.queries)) * FP32
+            normed += self.tokens * (self.keys + self.queries * self._copies_queries) * FP32
         return normed
 
     def kept(self, chunk: int) -> int:
@@ -161,8 +171,11 @@ class Layers:
         again = min(number, count)
         return rotary + again * self.stream + (count - again) * self.layer
 
-    def working(self, chunk: int) -> int:
+    def working(self, chunk: int, *, arrived: bool = False) -> int:
         """What one moment of a chunk needs on top of that.
+
+        Args:
+            arrived: whether the gradient of its output has come from elsewhere, and counts there.
 
         In backward, what is recomputed, and the narrowest place: two gradients as wide as the MLP's
         inner state are made before what they come from is dropped, or a norm's in fp32, when what
@@ -178,28 +191,39 @@ class Layers:
         selective = self.recompute.granularity == "selective"
         second = self.width * self.inner
         first = second * (2 if self.activation == "swiglu" else 1)
-        mlp = 2 * self.stream + max(
+        whole = self._recomputes_last(chunk)
+        # The gradient of the output; of what is computed again its output, or its norm's again.
+        streams = (1 - arrived + (selective or whole)) * self.stream
+        mlp = streams + max(
             # What a linear layer kept for its weights or factors is gone by then.
             (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
+            # What sequence parallelism gathers of the output's gradient, and the next one.
+            self.inner_bytes + (self.parts > 1) * self.parts * self.stream,
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            self.combined * self._recomputes_last(chunk),  # in the forward that is run again
+            self.combined * whole,  # in the forward that is run again
         )
         attention = again = 0
         if selective:
             # The norm before either half is computed again, then the activation and what it gave,
-            # or attention, beside four gradients as wide, when what the MLP kept is gone.
-            again = self.norm + self.stream + 2 * self.inner_bytes
+            # or attention, beside four gradients as wide, when what the MLP kept is gone. Of gates
+            # and values with a bias the sum is made as well.
+            summed = self.biased and self.activation == "swiglu"
+            normed = self.norm + self.stream - self._shared
+            again = normed + (2 + summed) * self.inner_bytes
             attention = (
-                self.norm + self.stream + (self.attended + 4) * self.tokens * self.queries
+                normed + self.stream + (min(self.attended, 7) + 4) * self.tokens * self.queries
                 * self.itemsize - self.first - self.dispatched * self.mlp_inputs
             )
-        elif self._recomputes_last(chunk):
+        elif whole:
             uniform = self.recompute.method == "uniform"
-            again = self.layer * (self.recompute.num_layers if uniform else 1)
-        norm = self.norm_copies * self.stream // self.itemsize * FP32
+            again = self.layer * (self.recompute.num_layers if uniform else 1) - self._shared
+        numbers = self.stream // self.itemsize
+        # What it gave, and normalised before its weight was applied, is gone as well.
+        norm = streams + (self.norm_copies - self.norms + 1) * numbers * FP32
+        norm -= self.stream * self.mlp_inputs
         norm -= self.first + 2 * self.inner_bytes if selective else self.mlp
         return max(again + max(mlp, norm), attention)
 
@@ -212,8 +236,12 @@ class Layers:
         if not self.counts[chunk]:
             return 0
         combined = 2 * self.stream + self.combined
+        if self.reached and self.recompute.granularity == "selective":
+            # What enters the layer and its sum with attention are kept, a norm's output is not.
+            return self.stream + max(
+                self.stream, self.inner_bytes * self.passing - self.first, self.combined)
         if self.reached and not self._recomputes_last(chunk):
-            return max(3 * self.stream + self.first * self.biased, combined)
+            return max(3 * self.stream + self.first * self.biased, combined) - 2 * self._shared
         return max(4 * self.stream + self.inner_bytes * self.passing, combined)
 
     @property
@@ -296,16 +324,18 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
         )
     # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
     # length, and the output in these and in order. Keys and values of groups are repeated for every
-    # head at once; otherwise they are parts of the projection, which is kept with them.
+    # head at once; otherwise they are parts of the projection, which is kept with them, unless
+    # context parallelism exchanges copies.
     grouped = decoder.num_query_groups < decoder.num_attention_heads
     return _layers(
         plan, held, LANGUAGE, plan.recompute, width=decoder.hidden_size,
         tokens=count_tokens(plan), parts=parts, head_dim=decoder.head_dim,
         queries=decoder.num_attention_heads * decoder.head_dim // tp,
         keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
-        attended=5 if grouped else 9, qk_norms=decoder.qk_norm * (1 + trained),
-        inner=inner // tp, activation="swiglu", passing=4, biased=False,
-        norms=1 + trained, norm_copies=5,
+        attended=5 if grouped else 7 if layout.cp > 1 else 9,
+        qk_norms=decoder.qk_norm * (1 + trained),
+        inner=inner // tp, activation="swiglu", passing=4, biased=False, norms=1 + trained,
+        norm_copies=5,
         **of_experts,
     )
 

@@ -19,7 +19,13 @@ from megatron_vl.training.exchange import RowExchange
 from megatron_vl.training.paths import media_limits, mixtures, trained_text
 from megatron_vl.training.plan import Plan
 from megatron_vl.training.resilience.hang import HangWatch
-from megatron_vl.training.step import RowStream, forward_step, naming_rows, run_schedule
+from megatron_vl.training.step import (
+    RowStream,
+    forward_step,
+    naming_rows,
+    run_schedule,
+    streams_of,
+)
 
 
 class Microbatches:
@@ -39,7 +45,7 @@ class Microbatches:
     def streams(self, batches: Iterator[RowBatch] | None) -> list[RowStream]:
         """One stream a model chunk; chunks of one rank see the same rows."""
         copies = tee(self.exchange.rows(batches), len(self.model))
-        return [RowStream(copy, self.device) for copy in copies]
+        return streams_of(self.model, copies, self.device)
 
     def backward(self, streams: list[RowStream], optimizer) -> list:
         """Leaves a step's gradients in the model's buffers; returns what `run` does."""

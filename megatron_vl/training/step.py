@@ -6,8 +6,8 @@ Letters: b rows, s row length, n trained positions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -55,11 +55,17 @@ class StepCounts:
 
 class RowStream:
     """Microbatches for one model chunk, counted as they pass; what is computed with on its device.
+
+    Args:
+        pixels: whether the chunk computes with them; they are left out of others' microbatches.
     """
 
-    def __init__(self, batches: Iterator[RowBatch], device: torch.device | str):
+    def __init__(
+        self, batches: Iterator[RowBatch], device: torch.device | str, *, pixels: bool = True
+    ):
         self.batches = batches
         self.device = device
+        self.pixels = pixels
         self.counts = StepCounts()
         self._ahead: RowBatch | None = None
 
@@ -72,6 +78,8 @@ class RowStream:
     def __next__(self) -> RowBatch:
         batch, self._ahead = self.ahead(), None
         self.counts.add(batch)
+        if not self.pixels:
+            batch = replace(batch, pixel_patches=None)
         return batch.to(self.device, non_blocking=True)
 
     def __iter__(self):
@@ -139,9 +147,18 @@ def run_batches(
     """The same of a list of microbatches, all of one shape."""
     micro_batch_size, row_length = batches[0].tokens.shape
     return run_schedule(
-        model, [RowStream(iter(batches), device) for _ in model], num_microbatches=len(batches),
-        row_length=row_length, micro_batch_size=micro_batch_size, forward_only=forward_only, **more,
+        model, streams_of(model, [iter(batches) for _ in model], device),
+        num_microbatches=len(batches), row_length=row_length, micro_batch_size=micro_batch_size,
+        forward_only=forward_only, **more,
     )
+
+
+def streams_of(
+    model: list, batches: Sequence[Iterator[RowBatch]], device: torch.device | str
+) -> list[RowStream]:
+    """Every chunk's of its microbatches; pixels come to the first chunk of the first stage."""
+    return [RowStream(each, device, pixels=chunk.module.pre_process)
+            for chunk, each in zip(model, batches, strict=True)]
 
 
 def blank_like(batch: RowBatch) -> RowBatch:

@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vl.cli.main import run
@@ -16,6 +17,7 @@ from megatron_vl.training.activations import activation_memory
 from megatron_vl.training.memory import rank_memory
 from megatron_vl.training.options.config import TrainConfig
 from megatron_vl.training.plan import plan_run
+from megatron_vl.training.trace.allocated import AllocatedBytes
 from megatron_vl.training.trace.rank import measure, trace_rank
 from megatron_vl.training.trace.row import full_batch
 
@@ -29,6 +31,7 @@ SELECTIVE = dict(recompute_granularity="selective")
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 BLOCK = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
 LORA = dict(lora_rank=4)
+EVERY_PART = dict(lora_target=["llm", "vit", "merger"])
 FP32 = dict(bf16=False)
 CHUNKS = dict(cross_entropy_chunks=4)
 TOWER_OVER_STAGES = dict(vit_pp_layers="1,1", pp_layers="0,4")
@@ -64,12 +67,23 @@ def process():
         pool.shutdown()
 
 
+def test_what_is_emptied_and_filled_again_counts_as_long_as_it_is_there():
+    with AllocatedBytes([]) as counted:
+        first = torch.empty(1000)
+        first.untyped_storage().resize_(0)
+        second = torch.empty(2000)
+        assert counted.peak == second.nbytes
+        first.untyped_storage().resize_(4000)
+        first.add_(1)
+    assert counted.peak == first.nbytes + second.nbytes
+
+
 @pytest.mark.parametrize(("model", "options"), [
     (TEXT, {}),
     (TEXT, LORA | SELECTIVE | dict(quantize_base="nf4")),
     (IMAGES, FULL | dict(cross_entropy_chunks=4)),
     (WINDOWS, dict(fp16=True, bf16=False)),
-    (EXPERTS, SELECTIVE | CHUNKS),
+    (EXPERTS, SELECTIVE | CHUNKS | dict(moe_grouped_gemm="off")),
     (EXPERTS, FULL | GROUPED | dict(moe_expert_capacity_factor=100.0)),
 ], ids=str)
 def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, request):
@@ -135,6 +149,28 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (EXPERTS, 4, 0, PP | EP),
     (EXPERTS, 4, 1, PP4 | SELECTIVE),
     ("deepstack_experts_model_dir", 2, 0, PP),
+    (TEXT, 1, 0, FP32 | SELECTIVE | CHUNKS),
+    (TEXT, 4, 1, PP4 | FP32),
+    (WINDOWS, 1, 0, FP32 | SELECTIVE),
+    ("deepstack_model_dir", 1, 0, FP32),
+    ("resampler_model_dir", 1, 0, FP32 | SELECTIVE),
+    (IMAGES, 1, 0, LORA | CHUNKS | FULL),
+    (IMAGES, 2, 0, LORA | CHUNKS | CP),
+    (IMAGES, 1, 0, LORA | CHUNKS | EVERY_PART),
+    (WINDOWS, 1, 0, SELECTIVE | CHUNKS),
+    (WINDOWS, 2, 0, PP | TOWER_OVER_STAGES | SELECTIVE),
+    ("deepstack_model_dir", 4, 1, PP4 | FULL),
+    ("deepstack_model_dir", 4, 2, PP4 | SELECTIVE),
+    ("deepstack_model_dir", 2, 0, VP | FULL),
+    ("deepstack_model_dir", 2, 1, VP | FULL),
+    (TEXT, 4, 2, PP4 | LORA | SELECTIVE),
+    (TEXT, 4, 1, PP4 | FULL),
+    ("narrow_model_dir", 4, 2, PP4),
+    ("narrow_model_dir", 4, 2, PP4 | FULL),
+    ("deepstack_model_dir", 4, 2, PP4),
+    (EXPERTS, 4, 2, PP4 | FULL),
+    (EXPERTS, 2, 0, CP | FULL | CHUNKS),
+    ("baichuan_model_dir", 2, 0, CP),
 ], ids=str)
 def test_formulas_and_trace_agree(process, model, world, rank, options, request):
     plan = plan_of(request.getfixturevalue(model), world, **options)

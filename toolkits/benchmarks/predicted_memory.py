@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,6 +103,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", choices=LINES, default=list(LINES),
                         help="processes at once (default: all)")
     parser.add_argument("--only", default="", metavar="WORD", help="lines with this in their name")
+    parser.add_argument("--own-router", action="store_true",
+                        help="tokens go where the random router sends them, and not in turn")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a rank
     return parser.parse_args()
 
@@ -143,14 +146,16 @@ class Rank:
 def measure(args: argparse.Namespace, options: dict) -> Rank:
     """One step of this rank."""
     from megatron_vl.models import load_spec
+    from megatron_vl.models.common.router import routers
     from megatron_vl.platform import initialize
     from megatron_vl.training.activations import activation_memory
     from megatron_vl.training.memory import rank_memory
     from megatron_vl.training.options.config import TrainConfig
     from megatron_vl.training.plan import plan_run
     from megatron_vl.training.setup import build_model, build_optimizer
-    from megatron_vl.training.step import RowStream, run_schedule
+    from megatron_vl.training.step import run_schedule, streams_of
     from megatron_vl.training.trace.allocated import AllocatedBytes
+    from megatron_vl.training.trace.rank import experts_as_predicted
 
     row = make_row(load_spec(args.hf_dir), args.seq_length)
     if row.pixel_patches is not None:
@@ -158,16 +163,19 @@ def measure(args: argparse.Namespace, options: dict) -> Rank:
     stages = options.get("pipeline_model_parallel_size", 1)
     replicas = world() // stages // options.get("tensor_model_parallel_size", 1) // options.get(
         "context_parallel_size", 1)
-    plan = plan_run(TrainConfig.from_dict({
+    plan = experts_as_predicted(plan_run(TrainConfig.from_dict({
         "hf_config": str(args.hf_dir), "bf16": True, "train_data_path": str(args.hf_dir),
         "seq_length": args.seq_length, "micro_batch_size": 1,
         # As many microbatches as a pipeline needs to hold as many as it ever does.
         "global_batch_size": replicas * stages * options.get(VIRTUAL, 1),
         "use_distributed_optimizer": False, **options,
-    }), world(), here=False)
+    }), world(), here=False))
     platform = initialize(plan.layout, embedding_stage=plan.split.embedding_chunk[0])
     model = build_model(plan, platform, initialize_weights=True)
     optimizer, _ = build_optimizer(plan, model, platform)
+    if not args.own_router:
+        for router in routers(model):
+            router.routing = partial(_in_turn, router.routing)
     stage = plan.layout.coordinates(torch.distributed.get_rank()).pp
 
     def rows() -> Iterator:
@@ -183,7 +191,7 @@ def measure(args: argparse.Namespace, options: dict) -> Rank:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         run_schedule(
-            model, [RowStream(rows(), "cpu") for _ in model], forward_only=False,
+            model, streams_of(model, [rows() for _ in model], "cpu"), forward_only=False,
             num_microbatches=plan.num_microbatches, micro_batch_size=1, row_length=args.seq_length,
         )
         optimizer.step()
@@ -208,6 +216,15 @@ def measure(args: argparse.Namespace, options: dict) -> Rank:
         predicted=activation_memory(plan, stage).peak, measured=backward[0],
         afterwards=counted.peak,
     )
+
+
+def _in_turn(
+    routing: Callable, logits: torch.Tensor, **more
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`routing` of logits [s, b, E] that send tokens to experts in turn, to each as many."""
+    experts = torch.arange(logits.shape[-1])
+    turn = torch.arange(logits.numel() // len(experts))[:, None] + experts  # of token and expert
+    return routing(logits - 1e3 * (turn % len(experts)).view_as(logits), **more)
 
 
 def _first(note: Callable[[], None], then: Callable) -> Callable:

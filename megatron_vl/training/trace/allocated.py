@@ -20,7 +20,8 @@ class AllocatedBytes(TorchDispatchMode):
         known: tensors of before, which are not counted.
         device: the type of the devices whose storages are counted.
         resized: whether storages may be emptied and filled without an operation, as selective
-            recompute does; all are then looked at again at every new peak.
+            recompute does. What is filled counts again from the operation that uses it; what is
+            emptied is looked for at every new peak.
 
     Attributes:
         now, peak: bytes.
@@ -38,12 +39,16 @@ class AllocatedBytes(TorchDispatchMode):
         if not all(one in (torch.Tensor, torch.nn.Parameter) for one in types):
             return NotImplemented  # a quantised weight comes again, as the operations on its codes
         out = func(*args, **(kwargs or {}))
+        for one in tree_iter((args, kwargs)) if self._resized else ():
+            if isinstance(one, torch.Tensor):
+                self._measure(one.untyped_storage())
         for one in tree_iter(out):
             if isinstance(one, torch.Tensor) and one.device.type == self._device:
                 self._count(one.untyped_storage())
         if self.now > self.peak:
-            if self._resized:
-                self._look_again()
+            for made in [*self._made.values()] if self._resized else ():
+                if (storage := made()) is not None:
+                    self._measure(storage)
             self.peak = max(self.peak, self.now)
         return out
 
@@ -60,13 +65,12 @@ class AllocatedBytes(TorchDispatchMode):
             self.now += storage.nbytes()
             weakref.finalize(storage, self._gone, key)
 
-    def _look_again(self) -> None:
-        """Takes the sizes that storages have by now."""
-        for key, made in self._made.items():
-            storage = made()
-            if storage is not None:
-                self.now += storage.nbytes() - self._sizes[key]
-                self._sizes[key] = storage.nbytes()
+    def _measure(self, storage: torch.UntypedStorage) -> None:
+        """Takes the size that it has by now."""
+        key = storage._cdata
+        if key in self._made:
+            self.now += storage.nbytes() - self._sizes[key]
+            self._sizes[key] = storage.nbytes()
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_vl.errors import InputError
+from megatron_vl.ops.experts import OFF, ON, ExpertsCase
 from megatron_vl.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -87,10 +88,20 @@ def trace_rank(plan: Plan, rank: int) -> RankTrace:
 
     warnings.simplefilter("ignore")  # of names that later versions of torch give collectives
     model_run = replace(plan.config.model, attention_backend="auto")
-    plan = replace(plan, config=replace(plan.config, model=model_run))
+    plan = experts_as_predicted(replace(plan, config=replace(plan.config, model=model_run)))
     become(rank, plan.layout.world_size)
     return measure(plan, rank, initialize(
         plan.layout, embedding_stage=plan.split.embedding_chunk[0]))
+
+
+def experts_as_predicted(plan: Plan) -> Plan:
+    """The same run, whose experts are computed as the formulas take them, which may be a GPU's way.
+    """
+    way, config = plan.experts_way(ExpertsCase), plan.config
+    if way is None:
+        return plan
+    experts = replace(config.experts, moe_grouped_gemm=ON if way.grouped else OFF)
+    return replace(plan, config=replace(config, experts=experts))
 
 
 def measure(plan: Plan, rank: int, platform: Platform) -> RankTrace:
@@ -147,22 +158,22 @@ def held(model: list, optimizer=None) -> dict[str, list[torch.Tensor]]:
 
 def _run_microbatches(plan: Plan, model: list, device: torch.device) -> None:
     """As many microbatches of full rows as fill the pipeline, through its schedule."""
-    from megatron_vl.training.step import RowStream, run_schedule
+    from megatron_vl.training.step import run_schedule, streams_of
     from megatron_vl.training.trace.row import full_batch
 
     layout = plan.layout
     # One more than are kept at once; with virtual stages the next multiple of the stages.
     number = min(plan.num_microbatches, layout.pp + 1 if layout.vp == 1 else 2 * layout.pp)
 
-    def rows() -> Iterator:
+    def rows(chunk) -> Iterator:
         while True:  # pixels are gone when their forward is over, as from a loader
-            yield full_batch(plan, device if model[0].module.pre_process else None)
+            yield full_batch(plan, device if chunk.module.pre_process else None)
 
     for chunk in model:
         chunk.train()
         chunk.zero_grad_buffer()
     run_schedule(
-        model, [RowStream(rows(), device) for _ in model], num_microbatches=number,
+        model, streams_of(model, [*map(rows, model)], device), num_microbatches=number,
         micro_batch_size=plan.config.batch.micro_batch_size, row_length=plan.row_length,
         forward_only=False,
     )
