@@ -10,6 +10,20 @@ Points = tuple[tuple[float, float], ...]  # (size, rate), sizes ascending
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinkRates:
+    """Of one link, by kind of message: (10^6 bytes one rank sends in one, 10^9 bytes a second)."""
+
+    all_gather: Points = ()
+    reduce_scatter: Points = ()
+    all_reduce: Points = ()
+    all_to_all: Points = ()
+    send: Points = ()  # to one other rank
+
+
+UNMEASURED = LinkRates()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
     """Rates by size; without a point, nothing was measured and a data sheet's share counts."""
 
@@ -17,8 +31,8 @@ class Rates:
     attention: Points = ()  # (tokens of a segment, 10^12 FLOPs a second) of a forward pass
     attention_backward: Points = ()
     memory: Points = ()  # (10^6 bytes an operation reads and writes, 10^12 bytes a second)
-    node: Points = ()  # (10^6 bytes one rank sends, 10^9 bytes a second) within a node
-    network: Points = ()  # the same between nodes
+    node: LinkRates = UNMEASURED  # within a node
+    network: LinkRates = UNMEASURED  # between nodes
 
 
 def rate_at(points: Points, size: float) -> float:
