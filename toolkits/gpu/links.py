@@ -38,13 +38,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds_of(call: Callable[[], object], platform, calls: int) -> float:
+def seconds_of(
+    call: Callable[[], object], platform, calls: int, before: Callable[[], object]
+) -> float:
     """Median of a call, by this rank's clock; every rank of the call's group has to be here."""
     for _ in range(3):  # connections are made
         call()
     platform.synchronize()
     marks = []
     for _ in range(calls):
+        before()
         start = platform.mark()
         call()
         marks.append((start, platform.mark()))
@@ -79,18 +82,25 @@ def messages(group, numbers: int, device) -> Iterator[tuple[str, Callable[[], ob
 
 
 def rates_by_kind(
-    group, platform, device, megabytes: Sequence[float], calls: int = 20
+    group, platform, device, megabytes: Sequence[float], *, calls: int = 20,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[tuple[float, float]]]:
-    """Kind -> (10^6 bytes that a rank sends, 10^9 bytes a second), by the slowest rank's clock."""
+    """Kind -> (10^6 bytes that a rank sends, 10^9 bytes a second), in the mean over ranks.
+
+    Args:
+        before: what a rank does before each message, and is not timed; a message then takes as long
+            as ranks wait for one another too.
+    """
     import torch
     import torch.distributed as dist
 
     found: dict[str, list[tuple[float, float]]] = {}
     for size in megabytes:
         for kind, call, number in messages(group, int(size * 1e6 / 4), device):
-            slowest = torch.tensor(seconds_of(call, platform, calls) / number, device=device)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
-            found.setdefault(kind, []).append((size, size / 1e3 / float(slowest)))
+            seconds = torch.tensor(seconds_of(call, platform, calls, before), device=device)
+            dist.all_reduce(seconds, group=group)
+            mean = float(seconds) / dist.get_world_size(group) / number
+            found.setdefault(kind, []).append((size, size / 1e3 / mean))
     return found
 
 
