@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from megatron_vl.errors import InputError
-from megatron_vl.planner.rates import LinkRates, Points, Rates, rate_at
+from megatron_vl.planner.rates import LinkRates, Points, Rates, message_seconds, rate_at
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.typed import Name, Positive, Shape, read_file
 
@@ -92,7 +92,8 @@ class Card:
         """
         points = getattr(self.rates.node if within_node else self.rates.network, kind)
         if points and nbytes:
-            rate, latency = rate_at(points, nbytes / messages / 1e6), 0.0
+            size = nbytes / messages / 1e6
+            rate, latency = size / 1e3 / message_seconds(points, size), 0.0
         elif within_node:
             rate, latency = self.node_gb_s * self.link_share, self.node_latency_us
         else:

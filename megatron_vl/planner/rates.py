@@ -1,4 +1,4 @@
-"""What was measured on a card, by size; between two measured sizes the rate is interpolated."""
+"""What was measured on a card, by size, and what lies between two measured sizes."""
 
 from __future__ import annotations
 
@@ -44,3 +44,15 @@ def rate_at(points: Points, size: float) -> float:
             share = math.log(size / below) / math.log(above / below)
             return slower + share * (faster - slower)
     return points[-1][1]
+
+
+def message_seconds(points: Points, megabytes: float) -> float:
+    """Linear between the two nearest sizes, below all that of the first, beyond all by the rate of
+    the last."""
+    sizes = [(size, size / 1e3 / rate) for size, rate in points]
+    if megabytes <= sizes[0][0]:
+        return sizes[0][1]
+    for (below, sooner), (above, later) in pairwise(sizes):
+        if megabytes <= above:
+            return sooner + (megabytes - below) / (above - below) * (later - sooner)
+    return megabytes / 1e3 / points[-1][1]

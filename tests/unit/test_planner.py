@@ -21,7 +21,7 @@ from megatron_vl.parallel import Layout
 from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import CARDS, calibrated, read_card
 from megatron_vl.planner.microbatch import Microbatch
-from megatron_vl.planner.rates import rate_at
+from megatron_vl.planner.rates import message_seconds, rate_at
 from megatron_vl.planner.schedule import Pipeline
 from megatron_vl.planner.search import Choice, Question, _splits, parts_of, search
 from megatron_vl.planner.space import options_of
@@ -230,6 +230,15 @@ def test_a_rate_between_two_measured_sizes_is_interpolated():
     points = ((1.0, 10.0), (100.0, 30.0), (1000.0, 20.0))
     for size, rate in ((0.1, 10), (1, 10), (10, 20), (100, 30), (100 * 10**0.5, 25), (1e6, 20)):
         assert rate_at(points, size) == pytest.approx(rate)
+
+
+def test_a_message_between_two_measured_sizes_has_the_latency_of_both():
+    latency, rate = 2e-5, 50  # seconds, GB/s
+    points = tuple((size, size / 1e3 / (latency + size / 1e3 / rate)) for size in (0.1, 1.0, 10.0))
+    for size in (0.1, 0.3, 1, 7, 10):
+        assert message_seconds(points, size) == pytest.approx(latency + size / 1e3 / rate)
+    assert message_seconds(points, 0.01) == message_seconds(points, 0.1)
+    assert message_seconds(points, 100) == pytest.approx(10 * message_seconds(points, 10))
 
 
 def test_what_was_measured_takes_the_place_of_the_shares(tmp_path):
