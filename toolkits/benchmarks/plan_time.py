@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing.connection
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -109,7 +111,7 @@ def seconds_of(plan, steps: int) -> float:
     """The median step, the slowest rank's, after one that warms up."""
     import torch
 
-    from megatron_vl.platform import initialize, leave_layout
+    from megatron_vl.platform import initialize
     from megatron_vl.training.setup import build_model, build_optimizer
     from megatron_vl.training.step import run_batches
 
@@ -127,7 +129,6 @@ def seconds_of(plan, steps: int) -> float:
         run_batches(model, batches, "cpu")
         optimizer.step()
         found.append(time.perf_counter() - started)
-    leave_layout()
     slowest = torch.tensor(found[1:], dtype=torch.float64)
     torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
     return statistics.median(slowest.tolist())
@@ -149,9 +150,10 @@ def rates() -> dict:
 
     from megatron_vl.ops.attention import BACKENDS
     from megatron_vl.ops.segments import Segments
-    from megatron_vl.platform import select_platform
+    from megatron_vl.parallel import Layout
+    from megatron_vl.platform import initialize
 
-    platform = select_platform()
+    platform = initialize(Layout(dp=2))
     products, memory, forward, backward = [], [], [], []
     for rows, inner, columns in ((128, 128, 128), (256, 128, 256), (512, 256, 256),
                                  (512, 256, 1024), (1024, 256, 2048)):
@@ -180,21 +182,50 @@ def rates() -> dict:
             "attention_backward": backward, "node": node}
 
 
-def work(args: argparse.Namespace) -> None:
-    """As one of two ranks: prints of every round the seconds of layouts by name, and the rates."""
+def of_two_ranks(job: Callable[[], object]) -> object:
+    """What rank 0 of two finds, processes that end with the job.
+
+    A model with its optimizer leaves gloo's threads behind, 50 a layout, which slow what follows.
+    """
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        answer = job()
+        if rank == 0:
+            found.put(answer)
+
+    ranks = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for one in ranks:
+        one.start()
+    multiprocessing.connection.wait([one.sentinel for one in ranks])
+    for one in ranks:
+        one.join(30)
+        if one.exitcode != 0:
+            sys.exit("a rank failed, see above; or it waits for one that did")
+    return found.get()
+
+
+def measured(args: argparse.Namespace) -> list[dict]:
+    """Of every round the seconds of layouts by name, and the rates."""
     warnings.simplefilter("ignore")
     from megatron_vl.platform import select_platform
 
-    select_platform().install()
+    select_platform().install()  # once, for all that are forked
     import torch
 
     torch.set_num_threads(1)
-    rounds = []
+    plans, rounds = {name: plan_of(args, name) for name in LAYOUTS}, []
     for _ in range(args.rounds):
-        found = {name: seconds_of(plan_of(args, name), args.steps) for name in LAYOUTS}
-        rounds.append(found | {RATES: rates()})
-    if torch.distributed.get_rank() == 0:
-        print(json.dumps(rounds))
+        found = {name: of_two_ranks(partial(seconds_of, plan, args.steps))
+                 for name, plan in plans.items()}
+        rounds.append(found | {RATES: of_two_ranks(rates)})
+    return rounds
 
 
 # ---- predicted ---------------------------------------------------------------------------------
@@ -217,8 +248,8 @@ def predicted(plans: dict, found: dict) -> tuple[dict[str, float], object]:
     from megatron_vl.planner.rates import LinkRates, Rates
     from megatron_vl.planner.step_time import predict
 
-    of = dict(found[RATES])
-    measured = Rates(node=LinkRates(**of.pop("node")), **of)
+    of = found[RATES]
+    measured = Rates(**of | {"node": LinkRates(**of["node"])})
     card = Card(name="this CPU", memory_gb=1, peak_tflops=max(rate for _, rate in of["products"]),
                 memory_tb_s=max(rate for _, rate in of["memory"]), node_gb_s=1, network_gb_s=1,
                 host_runs_ahead=False, operation_host_us=1e-3, rates=measured)
@@ -239,9 +270,9 @@ def compare(args: argparse.Namespace, rounds: list[dict]) -> None:
     median = statistics.median
     plans = {name: (plan := plan_of(args, name), microbatch(plan)) for name in LAYOUTS}
     both = [(found, *predicted(plans, found)) for found in rounds]
-    *_, card = sorted(both, key=lambda one: one[0][REFERENCE])[len(both) // 2]
+    found, _, card = sorted(both, key=lambda one: one[0][REFERENCE])[len(both) // 2]
     path = args.out / f"{args.model}.json"
-    path.write_text(json.dumps(asdict(card), indent=1) + "\n")
+    path.write_text(json.dumps(asdict(card) | {"rates": found[RATES]}, indent=1) + "\n")
     print(f"operation_host_us {', '.join(f'{one[2].operation_host_us:.1f}' for one in both)}\n")
     print("| model | layout | predicted s | measured s | ratio | over DP2, predicted | measured "
           "| ratio | slowest round |\n|---|---|---|---|---|---|---|---|---|")
@@ -264,20 +295,11 @@ def compare(args: argparse.Namespace, rounds: list[dict]) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    if "LOCAL_RANK" in os.environ:
-        work(args)
-        return
     directory = args.out / args.model
     if not directory.is_dir():
         subprocess.run([sys.executable, "-m", "megatron_vl", "tiny", *map(str, (
             directory, *MODELS[args.model]))], check=True, stdout=subprocess.DEVNULL)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *sys.argv], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        sys.exit(done.returncode)
-    rounds = json.loads(done.stdout.splitlines()[-1])
+    rounds = measured(args)
     (args.out / f"{args.model}-measured.json").write_text(json.dumps(rounds, indent=1) + "\n")
     compare(args, rounds)
 
