@@ -11,7 +11,7 @@ import os
 import shlex
 from pathlib import Path
 
-from megatron_vl.cli.train import started_with
+from megatron_vl.cli.train import layout_flags, started_with
 from megatron_vl.errors import CALLED
 from megatron_vl.launch.torchrun import take_over
 from megatron_vl.launch.worker import started_by_torchrun
@@ -80,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
     data = data_directory(given, output)
     set_batch(made, config.parallel.layout(node.nnodes * processes).dp)
     made.words += ["--train-data-path", str(data)]
+    chosen = layout_flags([*made.words, *saves, *args.options], command="finetune")
+    args.options += chosen
+    if chosen:
+        made.told.append("--layout auto changes no rows of a step: each process counts as a "
+                         "data-parallel rank")
     if data != given and not args.dry_run:
         words = preparation(given, data, args.data_format, nnodes=node.nnodes)
         plan_run(started(made.words)[2], node.nnodes * processes)  # before hours of preparing

@@ -162,32 +162,46 @@ def started_with(
     """`started_on` of unparsed arguments; `command` is the one whose user typed them.
 
     Raises:
-        InputError: see `started_on`; or a layout that is yet to be chosen.
+        InputError: see `started_on`.
         SystemExit: arguments that the parser refuses.
     """
+    return started_on(_parsed(words, command))
+
+
+def layout_flags(words: list[str], *, command: str) -> list[str]:
+    """The layout's flags, for behind `words`: what --layout auto comes to; none without it.
+
+    Raises:
+        InputError: see `started_on`; a layout that is given too, or nothing that fits.
+        SystemExit: arguments that the parser refuses.
+    """
+    args = _parsed(words, command)
+    return _with_layout(args, _config(args))[1] if args.layout == AUTO else []
+
+
+def _parsed(words: list[str], command: str) -> argparse.Namespace:
     from megatron_vl.cli.main import Parser
 
     parser = Parser(prog="megatron-vl")
     commands = parser.add_subparsers()
     add_parser(commands)
     commands.choices["train"].prog = f"megatron-vl {command}"
-    args = parser.parse_args(["train", *words])
-    if args.layout == AUTO:
-        raise InputError(
-            f"--layout auto is for megatron-vl train, and {command} counts with the layout before; "
-            f"give its options, as megatron-vl plan names them."
-        )
-    return started_on(args)
+    return parser.parse_args(["train", *words])
 
 
 def started_on(args: argparse.Namespace) -> tuple[ClusterEnv, int, TrainConfig]:
-    """The nodes of a run, the processes of each, and its options.
+    """The nodes of a run, the processes of each, and its options, before a layout is chosen.
 
     Raises:
         InputError: arguments, variables or options that cannot be used.
     """
     config, env = _config(args), _nodes(args)
-    return env, env.nproc_per_node or _processes(config), config
+    processes = env.nproc_per_node or device_count()
+    if not processes and args.layout == AUTO:
+        raise InputError(
+            "--layout auto needs to know how many ranks there are, and this machine has no "
+            "GPU; give --nproc-per-node.")
+    return env, processes or config.parallel.layout_size, config
 
 
 def _flags(args: argparse.Namespace) -> dict[str, object]:
@@ -217,12 +231,7 @@ def _with_layout(args: argparse.Namespace, config: TrainConfig) -> tuple[TrainCo
     if started_by_torchrun():
         ranks, per_node = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     else:
-        env = _nodes(args)
-        per_node = env.nproc_per_node or device_count()
-        if not per_node:
-            raise InputError(
-                "--layout auto needs to know how many ranks there are, and this machine has no "
-                "GPU; give --nproc-per-node.")
+        env, per_node, _ = started_on(args)
         ranks = per_node * env.nnodes
     chosen = begun_with(here, given, ranks) or choose(
         here, given, _card(args), ranks=ranks, per_node=per_node)
@@ -281,10 +290,6 @@ def _found(given: TrainConfig, config: TrainConfig) -> list[str]:
 def _looks(args: argparse.Namespace) -> bool:
     """Whether the scheduler's variables are asked."""
     return args.nnodes is None if args.cluster_env is None else args.cluster_env
-
-
-def _processes(config) -> int:
-    return device_count() or config.parallel.layout_size
 
 
 def _run_rank(config, stop, gpu: str | None) -> None:

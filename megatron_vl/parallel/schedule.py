@@ -23,19 +23,24 @@ class Operation:
     backward: bool
 
 
+def warm_up(stage: int, *, p: int, v: int, m: int) -> int:
+    """How many operations a stage runs forward before the first after which it runs one back."""
+    before = p - stage - 1 if v == 1 else 2 * (p - stage - 1) + (v - 1) * p
+    return min(before if p > 1 else 0, m * v)
+
+
 def operations(stage: int, *, p: int, v: int, m: int) -> Iterator[Operation]:
     """What a stage runs, in order. With v > 1, m is a multiple of p."""
     total = m * v
     # Microbatches go through a chunk in groups of p, and a group through all chunks.
     at = [(k // (p * v) * p + k % p, k // p % v) for k in range(total)]
-    warm_up = p - stage - 1 if v == 1 else 2 * (p - stage - 1) + (v - 1) * p
-    warm_up = min(warm_up if p > 1 else 0, total)
-    for k in range(total + warm_up):
+    before = warm_up(stage, p=p, v=v, m=m)
+    for k in range(total + before):
         if k < total:
             microbatch, chunk = at[k]
             yield Operation(microbatch, chunk, False)
-        if k >= warm_up:
-            microbatch, chunk = at[k - warm_up]
+        if k >= before:
+            microbatch, chunk = at[k - before]
             yield Operation(microbatch, v - 1 - chunk, True)
 
 

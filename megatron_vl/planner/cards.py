@@ -13,10 +13,10 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from megatron_vl.errors import InputError
-from megatron_vl.planner.rates import Rates, rate_at
+from megatron_vl.planner.rates import LinkRates, Points, Rates, message_seconds, rate_at
 from megatron_vl.platform.peaks import peak_tflops
 from megatron_vl.typed import Name, Positive, Shape, read_file
 
@@ -81,15 +81,19 @@ class Card:
         return nbytes / (self.host_gb_s * GB)
 
     def link_seconds(
-        self, nbytes: float, *, within_node: bool, messages: int = 1, lanes: float = 1
+        self, nbytes: float, *, kind: str, within_node: bool, messages: int = 1, lanes: float = 1
     ) -> float:
         """Of so many messages that carry `nbytes` together, from one card.
 
         Between nodes they take `lanes` cards' ways at once.
+
+        Args:
+            kind: a field of `LinkRates`.
         """
-        points = self.rates.node if within_node else self.rates.network
+        points = getattr(self.rates.node if within_node else self.rates.network, kind)
         if points and nbytes:
-            rate, latency = rate_at(points, nbytes / messages / 1e6), 0.0
+            size = nbytes / messages / 1e6
+            rate, latency = size / 1e3 / message_seconds(points, size), 0.0
         elif within_node:
             rate, latency = self.node_gb_s * self.link_share, self.node_latency_us
         else:
@@ -144,18 +148,25 @@ def _line(text: str) -> str:
 
 _Point = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 _Points = Annotated[list[_Point], Field(min_length=1)]
-_RATES = create_model(
-    "_RATES", __base__=Shape, __cls_kwargs__={"extra": "forbid"},
-    **{one.name: (_Points | None, None) for one in fields(Rates)},
-)
+KINDS = tuple(one.name for one in fields(LinkRates))
+
+
+def _by_kind(given: object) -> object:
+    return dict.fromkeys(KINDS, given) if isinstance(given, list) else given
+
+
+def _table(called: str, /, **fields: object) -> type:
+    return create_model(called, __base__=Shape, __cls_kwargs__={"extra": "forbid"},
+                        **{field: (kind | None, None) for field, kind in fields.items()})
+
+
+_BY_KIND = Annotated[_table("_BY_KIND", **dict.fromkeys(KINDS, _Points)), BeforeValidator(_by_kind)]
+_LINKS = {"node": _BY_KIND, "network": _BY_KIND}
+_RATES = _table("_RATES", **{one.name: _LINKS.get(one.name, _Points) for one in fields(Rates)})
 _KINDS = dict.fromkeys(SHARES, Share) | {
     "name": Annotated[Name, AfterValidator(_line)], "host_runs_ahead": bool, "rates": _RATES}
-_File = create_model(
-    "_File", __base__=Shape,
-    __cls_kwargs__={"extra": "forbid"},
-    like=(str | None, None),
-    **{one.name: (_KINDS.get(one.name, Positive) | None, None) for one in fields(Card)},
-)
+_File = _table("_File", like=str,
+               **{one.name: _KINDS.get(one.name, Positive) for one in fields(Card)})
 
 
 def card_of(device_name: str) -> Card | None:
@@ -215,10 +226,17 @@ def _read(path: Path, what: str) -> dict:
     given = found.model_dump(exclude_none=True)
     if "rates" not in given:
         return given
-    rates = {name: tuple(map(tuple, points)) for name, points in given["rates"].items()}
-    for name, points in rates.items():
-        sizes = [size for size, _ in points]
-        if sizes != sorted(set(sizes)):
-            raise InputError(f"{what}{path}: the sizes of rates.{name} are {sizes}; let them "
-                             f"ascend.")
+    rates = given["rates"]
+    for name in rates.keys() & _LINKS:
+        rates[name] = LinkRates(**_ascending(rates[name], f"{what}{path}: ", f"rates.{name}"))
+    points = {name: of for name, of in rates.items() if name not in _LINKS}
+    rates |= _ascending(points, f"{what}{path}: ", "rates")
     return given | {"rates": Rates(**rates)}
+
+
+def _ascending(points: dict[str, list], file: str, table: str) -> dict[str, Points]:
+    for name, of in points.items():
+        sizes = [size for size, _ in of]
+        if sizes != sorted(set(sizes)):
+            raise InputError(f"{file}the sizes of {table}.{name} are {sizes}; let them ascend.")
+    return {name: tuple(map(tuple, of)) for name, of in points.items()}

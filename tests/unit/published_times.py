@@ -8,8 +8,9 @@ from pathlib import Path
 
 from true_sizes import published
 
-from megatron_vl.planner.cards import read_card
+from megatron_vl.planner.cards import Card, read_card
 from megatron_vl.planner.microbatch import Microbatch
+from megatron_vl.planner.rates import LinkRates, Rates
 from megatron_vl.planner.search import Question
 from megatron_vl.planner.step_time import StepTime, predict
 
@@ -31,6 +32,7 @@ class Published:
     seconds: float
     options: dict = field(default_factory=dict)
     overlapped: bool = False  # TP's communication is, which is then predicted to take no time
+    deepep: bool = False  # sends a token to a node once, whichever of its experts the token has
     image_tokens: int = 0  # of the images that fill half of a row; 0: text alone
 
 
@@ -82,17 +84,19 @@ def gpt(layers: int, hidden: int, heads: int, tp: int, pp: int, vp: int, gpus: i
                                    overlap_param_gather=True), overlapped=True)
 
 
-def zoo(seconds: float, tp: int, ep: int, **more) -> Published:
+def zoo(seconds: float, tp: int, pp: int, ep: int, *, deepep: bool = False, **more) -> Published:
     """Of Megatron-MoE-ModelZoo: 94 layers, the embedding and the logits in the place of two."""
-    chunks = [[3] * 8 for _ in range(4)]
-    chunks[0][0] = chunks[-1][-1] = 2
+    vp = 3 if pp == 32 else 4
+    chunks = [[96 // pp // vp] * pp for _ in range(vp)]
+    chunks[0][0] -= 1
+    chunks[-1][-1] -= 1
     return Published(
-        model="qwen3-235b-a22b", gpu="h100-80g", gpus=256, seconds=seconds,
-        options=sizes(tp, 8, 4, ep, length=4096, batch=2048, expert_tensor_parallel_size=1,
+        model="qwen3-235b-a22b", gpu="h100-80g", gpus=256, seconds=seconds, deepep=deepep,
+        options=sizes(tp, pp, vp, ep, length=4096, batch=2048, expert_tensor_parallel_size=1,
                       pp_layers=json.dumps(chunks), overlap_param_gather=True, **more))
 
 
-FULL = {"recompute_granularity": "full"}
+FULL, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
 VL = {"freeze_vit": True, "freeze_merger": True, **FULL}
 FIGURES = {
     "GPT 1.7B": gpt(24, 2048, 16, 1, 1, 1, 48, 192, 408.8),
@@ -104,8 +108,9 @@ FIGURES = {
     "GPT 177B": gpt(96, 12288, 96, 8, 6, 4, 2304, 1152, 432.8),
     "GPT 314B": gpt(96, 16384, 128, 8, 8, 4, 3072, 1536, 474.4),
     "GPT 462B": gpt(112, 18432, 144, 8, 16, 1, 6144, 3072, 459.9),
-    "Qwen3-235B-A22B, EP32": zoo(19.7, 2, 32, recompute_granularity="selective"),
-    "Qwen3-235B-A22B, TP4": zoo(29.0, 4, 8),
+    "Qwen3-235B-A22B, EP32": zoo(19.7, 2, 8, 32, deepep=True, **SELECTIVE),
+    "Qwen3-235B-A22B, PP32": zoo(24.2, 2, 32, 8, **SELECTIVE),
+    "Qwen3-235B-A22B, TP4": zoo(29.0, 4, 8, 8, deepep=True),
     "Qwen2.5-VL-7B": Published(
         model="qwen2.5-vl-7b", gpu="a100-80g", gpus=2, seconds=4.1, image_tokens=100,
         options=sizes(2, length=2048, batch=4, **VL)),
@@ -114,7 +119,7 @@ FIGURES = {
         options=sizes(length=2048, batch=4, lora_rank=8, **FULL)),
     "Qwen2.5-14B": Published(
         model="qwen2-14b", gpu="a800", gpus=8, seconds=9.04,
-        options=sizes(4, length=8192, batch=16, recompute_granularity="selective")),
+        options=sizes(4, length=8192, batch=16, **SELECTIVE)),
     "Qwen2.5-7B": Published(
         model="qwen2-7b", gpu="a100-80g", gpus=4, seconds=23,
         options=sizes(4, length=32768, batch=8, **FULL)),
@@ -124,8 +129,17 @@ FIGURES = {
 }
 
 # Not within a fifth; docs/planning.md says what is known of each.
-MISSED = ("GPT 32B", "Qwen3-235B-A22B, EP32", "Qwen3-235B-A22B, TP4", "Qwen2.5-VL-7B",
+MISSED = ("GPT 32B", "Qwen3-235B-A22B, PP32", "Qwen3-235B-A22B, TP4", "Qwen2.5-VL-7B",
           "Qwen2.5-VL-7B, LoRA", "Qwen2.5-7B", "Qwen3-30B-A3B")
+
+
+def once_a_node(card: Card, nodes: float, experts: int = 8) -> Card:
+    """A token that goes to `experts` of all alike goes to other nodes so much less often."""
+    if nodes <= 1:
+        return card
+    away = experts * (1 - 1 / nodes) / ((nodes - 1) * (1 - (1 - 1 / nodes) ** experts))
+    rate = card.network_gb_s * card.link_share * away
+    return replace(card, rates=Rates(network=LinkRates(all_to_all=((1.0, rate),))))
 
 
 def predicted(one: Published, directory: Path) -> StepTime:
@@ -134,6 +148,8 @@ def predicted(one: Published, directory: Path) -> StepTime:
     card = read_card(one.gpu)
     if one.overlapped:
         card = replace(card, node_gb_s=1e6, node_latency_us=0)
+    if one.deepep:
+        card = once_a_node(card, one.options["expert_model_parallel_size"] / 8)
     question = Question(hf_dir=directory, gpus=one.gpus, per_node=min(8, one.gpus),
                         card=card, options={}, image_tokens=1)
     plan, length = question.plan(**one.options), one.options["seq_length"]

@@ -225,8 +225,16 @@ def test_both_languages_have_the_same_commands_and_every_command_is_taken(folder
                for link in LINK.findall(prose(page)))
 
 
+@pytest.mark.parametrize(("options", "says"), [
+    (["--tp", 4, "--pp", 2, "--nproc-per-node", 16], [
+        "--global-batch-size 32", "has 7,505,973,248 parameters; TP 4 x PP 2 ranks hold"]),
+    # Four ranks have no room for four replicas; a step has their rows all the same.
+    (["--layout", "auto", "--gpu", "24g", "--nnodes", 4, "--node-rank", 0, "--nproc-per-node", 1,
+      "--micro-batch-size", 1], ["64 microbatches x 1 rows x 1 data ranks", "PP 4 ranks hold",
+                                 "--layout auto changes no rows of a step"]),
+])
 def test_the_true_size_is_planned_from_config_and_tokenizer_alone(
-    belle, baichuan_model_dir, tmp_path
+    options, says, belle, baichuan_model_dir, tmp_path
 ):
     model = tmp_path / "Baichuan2-7B-Chat"
     model.mkdir()
@@ -235,10 +243,8 @@ def test_the_true_size_is_planned_from_config_and_tokenizer_alone(
         "num_attention_heads": 32, "vocab_size": 125696, "max_position_embeddings": 4096}
     (model / "config.json").write_text(json.dumps(config))
     shutil.copy(baichuan_model_dir / "tokenizer.model", model)
-    done = shell(SHIM, belle, model, tmp_path / "out", "--dry-run", "--", "--tp", 4, "--pp", 2,
-                 "--nproc-per-node", 16)
-    assert done.code == 0, done.text
-    assert "the model has 7,505,973,248 parameters; TP 4 x PP 2 ranks hold" in done.out
+    done = shell(SHIM, belle, model, tmp_path / "out", "--dry-run", "--", *options)
+    assert done.code == 0 and all(one in done.out for one in says), done.text
     assert not (tmp_path / "out").exists()
 
 

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
 from megatron_vl.planner.cards import CARDS, calibrated
+from megatron_vl.planner.rates import UNMEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "toolkits" / "gpu"
@@ -40,10 +42,10 @@ def test_every_step_runs_tiny_on_a_cpu_and_its_tables_are_on_the_page(tmp_path):
     found = json.loads((out / "results.json").read_text())
     steps = {one["step"]: one["outcome"] for one in found["steps"]}
     assert set(steps.values()) == {"ok"} and set(steps) == set(found["results"])
-    assert {"card", "probe", "kernels", "tests", "parity-float32", "resume", "train-trace",
+    assert {"card", "probe", "links", "kernels", "tests", "parity-float32", "resume", "train-trace",
             "transformers-padded", "transformers-packed"} == set(steps)
     text, page = (out / "gpu.md").read_text(), (out / "gpu.html").read_text()
-    for title in ("Measured ceilings", "Attention", "Kernels", "Tests marked gpu",
+    for title in ("Measured ceilings", "Attention", "Links", "Kernels", "Tests marked gpu",
                   "Parity with transformers", "Resuming and precision", "Training",
                   "Kernels by time", "transformers"):
         assert f"\n## {title}\n" in text and f"<h2>{title}</h2>" in page
@@ -56,6 +58,7 @@ def test_every_step_runs_tiny_on_a_cpu_and_its_tables_are_on_the_page(tmp_path):
                      "trace.json.gz"}
     rates = calibrated(CARDS["h200"], out / "gpu.json").rates
     assert rates.products and rates.memory and rates.attention and rates.attention_backward
+    assert all(len(points) == 2 for points in astuple(rates.node)) and rates.network == UNMEASURED
 
 
 @pytest.mark.xdist_group("gpu_kit")
@@ -115,20 +118,24 @@ def test_what_does_not_fit_is_left_out_the_least_important_first(kit):
         assert "".join(one.name for one in fitting(steps, seconds)) == expected
 
 
-def test_a_step_that_fails_or_hangs_is_told_and_stops_no_other(kit, tmp_path):
+def test_a_step_that_fails_or_hangs_is_told_and_stops_no_other(kit, tmp_path, monkeypatch):
     from check import Check, Step
 
-    for name, line in (("fails", "raise SystemExit(3)"), ("hangs", "import time; time.sleep(60)"),
-                       ("works", "pass")):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    sees = "import os; raise SystemExit(os.environ['CUDA_VISIBLE_DEVICES'] != '{}')"
+    scripts = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)",
+               "one card": sees.format("2"), "all cards": sees.format("2,3")}
+    for name, line in scripts.items():
         (tmp_path / f"{name}.py").write_text(line)
-    check = Check(Namespace(out=tmp_path / "out", pack=False, minutes=None), tmp_path)
+    check = Check(Namespace(out=tmp_path / "out", pack=False, minutes=None, device="cuda"),
+                  tmp_path)
     check.run_group([
-        Step(name=name, seconds=1, limit=limit, rank=1, words=[tmp_path / f"{name}.py"])
-        for name, limit in (("fails", 60), ("hangs", 1), ("works", 60))
+        Step(name=name, seconds=1, limit=1 if name == "hangs" else 60, rank=1,
+             words=[tmp_path / f"{name}.py"], all_devices=name == "all cards") for name in scripts
     ])
     assert {name: one["outcome"] for name, one in check.status.items()} == {
-        "fails": "failed with exit code 3", "hangs": "ended after its limit of 1 s", "works": "ok"
-    }
+        "fails": "failed with exit code 3", "hangs": "ended after its limit of 1 s",
+        "one card": "ok", "all cards": "ok"}
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert "| fails: failed with exit code 3 |" in text and "| hangs: ended after" in text
 

@@ -21,7 +21,7 @@ from megatron_vl.parallel import Layout
 from megatron_vl.planner.balance import balanced
 from megatron_vl.planner.cards import CARDS, calibrated, read_card
 from megatron_vl.planner.microbatch import Microbatch
-from megatron_vl.planner.rates import rate_at
+from megatron_vl.planner.rates import message_seconds, rate_at
 from megatron_vl.planner.schedule import Pipeline
 from megatron_vl.planner.search import Choice, Question, _splits, parts_of, search
 from megatron_vl.planner.space import options_of
@@ -232,21 +232,31 @@ def test_a_rate_between_two_measured_sizes_is_interpolated():
         assert rate_at(points, size) == pytest.approx(rate)
 
 
+def test_a_message_between_two_measured_sizes_has_the_latency_of_both():
+    latency, rate = 2e-5, 50  # seconds, GB/s
+    points = tuple((size, size / 1e3 / (latency + size / 1e3 / rate)) for size in (0.1, 1.0, 10.0))
+    for size in (0.1, 0.3, 1, 7, 10):
+        assert message_seconds(points, size) == pytest.approx(latency + size / 1e3 / rate)
+    assert message_seconds(points, 0.01) == message_seconds(points, 0.1)
+    assert message_seconds(points, 100) == pytest.approx(10 * message_seconds(points, 10))
+
+
 def test_what_was_measured_takes_the_place_of_the_shares(tmp_path):
     file, card = tmp_path / "gpu.json", CARDS["h100-80g"]
     file.write_text(json.dumps({"memory_share": 0.6, "operation_host_us": 5, "rates": {
         "products": [[1, 100], [100, 500]], "attention_backward": [[1024, 250]],
-        "node": [[1, 50], [100, 300]]}}))
+        "node": [[1, 50], [100, 300]], "network": {"send": [[1, 5]]}}}))
     found = calibrated(card, file)
     assert found.name == card.name and found.room == card.room
     # Ten products of 10^10 FLOPs each: between the two measured sizes.
     assert found.matrix_seconds(1e11, products=10) == pytest.approx(1e11 / 300e12)
     assert found.attention_seconds(1e12, length=99, backward=True) == pytest.approx(1 / 250)
     assert found.attention_seconds(1e12, length=99) == card.attention_seconds(1e12, length=99)
-    sent = dict(nbytes=1e8, messages=100)
-    assert found.link_seconds(**sent, within_node=True) == pytest.approx(1e8 / 50e9)
-    assert found.link_seconds(**sent, within_node=False) == card.link_seconds(
-        **sent, within_node=False)
+    sent, away = dict(nbytes=1e8, messages=100), dict(within_node=False, kind="all_gather")
+    for kind in ("all_gather", "send"):
+        assert found.link_seconds(**sent, within_node=True, kind=kind) == pytest.approx(1e8 / 50e9)
+    assert found.link_seconds(**sent, **away) == card.link_seconds(**sent, **away)
+    assert found.link_seconds(**sent, **away | dict(kind="send")) == pytest.approx(1e8 / 5e9)
     assert found.memory_seconds(1e9) < card.memory_seconds(1e9)
 
 
@@ -254,6 +264,8 @@ def test_what_was_measured_takes_the_place_of_the_shares(tmp_path):
     ({"rates": {"products": [[2, 1], [1, 1]]}}, "the sizes of rates.products are .2.0, 1.0.; let"),
     ({"rates": {"products": []}}, "rates.products is ..: it must have at least 1 item, not 0"),
     ({"rates": {"products": [[1, 0]]}}, "rates.products.0.1 is 0"),
+    ({"rates": {"node": {"send": [[2, 1], [1, 1]]}}}, "the sizes of rates.node.send are .2.0, 1"),
+    ({"rates": {"network": {"sends": [[1, 1]]}}}, "rates.network.sends is .*: no key of this name"),
     ({"rates": {"matmul": [[1, 1]]}}, "rates.matmul is .*: no key of this name is known"),
     ({"name": "a\nb"}, "name is .*: it must be words of one line"),
     ({"like": "h200"}, "has like, but --gpu says which card; leave it out"),

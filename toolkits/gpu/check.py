@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import report  # noqa: E402  (it needs the package, as do the next)
-from device import DEVICES, one_of  # noqa: E402
+from device import DEVICES, all_of, one_of  # noqa: E402
 
 from megatron_vl.errors import InputError  # noqa: E402
 from megatron_vl.launch.devices import check_devices, variables  # noqa: E402
@@ -44,6 +44,7 @@ class Step:
         limit: seconds after which it is ended.
         rank: the lower, the more important where --minutes are few.
         group: steps of one group run beside one another.
+        all_devices: whether it sees all of them, and not one alone.
         words: its script and arguments, behind the path of its result.
     """
 
@@ -53,6 +54,7 @@ class Step:
     rank: int
     words: list = field(default_factory=list)
     group: str = ""
+    all_devices: bool = False
 
 
 def steps(args, inputs: Path, memory: float) -> list[Step]:
@@ -62,6 +64,11 @@ def steps(args, inputs: Path, memory: float) -> list[Step]:
         Step(name="card", seconds=6, limit=60, rank=0, words=["card.py", "--device", args.device]),
         Step(name="probe", seconds=25, limit=90, rank=1, words=["probe.py", *shared]),
     ]
+
+    def links(seconds: float, limit: float, group: str = "") -> Step:
+        return Step(name="links", seconds=seconds, limit=limit, rank=1, group=group,
+                    all_devices=True, words=["links.py", *shared])
+
     if args.tiny:
         small = ["--model", "tiny", "--seq-length", 512, "--rows", 2]
         return [
@@ -70,6 +77,7 @@ def steps(args, inputs: Path, memory: float) -> list[Step]:
                  group="small"),
             Step(name="tests", seconds=10, limit=60, rank=1, words=["commands.py", "tests"],
                  group="small"),
+            links(10, 60, group="small"),
             Step(name="parity-float32", seconds=20, limit=120, rank=1,
                  words=["commands.py", "parity", inputs], group="small"),
             Step(name="resume", seconds=30, limit=150, rank=1,
@@ -89,6 +97,7 @@ def steps(args, inputs: Path, memory: float) -> list[Step]:
 
     return [
         *made,
+        links(30, 100),
         Step(name="tests", seconds=60, limit=120, rank=1, group="checks",
              words=["commands.py", "tests", "-n", 6]),
         *(Step(name=f"parity-{dtype}", seconds=60, limit=150, rank=1, group="checks",
@@ -216,6 +225,8 @@ class Check:
         began = time.monotonic()
         print(f"[{began - self.began:6.1f} s] {step.name}", flush=True)
         environment = dict(os.environ)
+        if not step.all_devices:
+            environment |= one_of(self.args.device, os.environ)
         if step.group:
             environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "2")
         with open(self.logs / f"{step.name}.log", "wb") as log:
@@ -270,9 +281,11 @@ class Check:
 def calibration(results: dict[str, dict]) -> dict:
     """What the steps measured of the card, as `megatron-vl plan --calibrate` reads it."""
     facts = {name: found["facts"] for name, found in results.items()}
-    host = facts.get("host", {})
-    return {name: of[name] for name, of in (("rates", facts.get("probe", {})),
-                                            ("operation_host_us", host)) if name in of}
+    rates = {kind: points for step in ("probe", "links")
+             for kind, points in facts.get(step, {}).get("rates", {}).items()}
+    host = {name: value for name, value in facts.get("host", {}).items()
+            if name == "operation_host_us"}
+    return host | ({"rates": rates} if rates else {})
 
 
 def end(process: subprocess.Popen) -> None:
@@ -308,7 +321,7 @@ def main() -> int:
     parser.add_argument("--pack", action="store_true", help="leave few files in OUT")
     args = parser.parse_args()
     args.out = args.out.resolve()
-    os.environ.update(one_of(args.device, os.environ))
+    os.environ.update(all_of(args.device))
     os.environ.update(variables())
     try:
         check_devices()

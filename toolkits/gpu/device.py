@@ -10,10 +10,16 @@ DEVICES = ("cuda", "npu", "cpu")
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 
 
+def all_of(device: str) -> dict[str, str]:
+    """The variables by which a process sees no device of another kind."""
+    return {name: "" for kind, name in _VISIBLE.items() if kind != device}
+
+
 def one_of(device: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The variables by which a process sees one device of this kind, and none of another."""
-    return {name: (environ.get(name) or "0").split(",")[0] if kind == device else ""
-            for kind, name in _VISIBLE.items()}
+    own = {name: (environ.get(name) or "0").split(",")[0]
+           for kind, name in _VISIBLE.items() if kind == device}
+    return all_of(device) | own
 
 
 def platform_of(device: str):
