@@ -73,6 +73,7 @@ class _Messages:
             self._one_side[message] = now, stage
             return
         before, other = self._one_side.pop(message)
+        assert other != stage, "a stage is ready for a message twice"
         self.there[message] = max(now, before) + self.transfer
         self.moved.add(other)
 
@@ -80,7 +81,10 @@ class _Messages:
 class _Stage:
     """A stage, whose programs yield the messages that they wait for."""
 
-    def __init__(self, stage: int, p: int, v: int, m: int, messages: _Messages, seconds):
+    def __init__(
+        self, stage: int, p: int, v: int, m: int, messages: _Messages,
+        seconds: tuple[Sequence[Rows], Sequence[Rows]],
+    ):
         self.stage, self.messages, self.seconds = stage, messages, seconds
         self.now = self.busy = 0.0
         self.ran: list[Ran] = []
@@ -91,9 +95,9 @@ class _Stage:
         self.sends: list[Message] = []
         for one in self.order:
             place, step = one.chunk * p + stage, -1 if one.backward else 1
-            for messages, to, there in ((self.needs, place, 0 <= place - step < p * v),
-                                        (self.sends, place + step, 0 <= place + step < p * v)):
-                messages.append((one.microbatch, to, one.backward) if there and p > 1 else None)
+            for found, to, there in ((self.needs, place, 0 <= place - step < p * v),
+                                     (self.sends, place + step, 0 <= place + step < p * v)):
+                found.append((one.microbatch, to, one.backward) if there and p > 1 else None)
 
     def run(self, at: int) -> None:
         """An operation; what it made can be sent then."""
@@ -121,8 +125,8 @@ class _Stage:
                 self.ask(at + 1)
 
     def with_virtual_stages(self) -> Iterator[list[Message]]:
-        """Between warm-up and cool-down, a forward and a backward in turn, messages overlap: a
-        stage waits for its second last send in a direction alone."""
+        """Between warm-up and cool-down, where forward and backward take turns, messages overlap:
+        a stage waits for the send before its last in a direction."""
         self.ask(0)
         for at, needed in enumerate(self.needs):
             yield [needed]
@@ -130,7 +134,7 @@ class _Stage:
             if not self.warm_up <= at < self.cool_down:
                 self.ask(at + 1)
                 yield [self.sends[at], *self.needs[at + 1:at + 2]]
-                if at == self.warm_up - 1:  # and the first backward's
+                if at == self.warm_up - 1 < self.cool_down - 1:  # and the first backward's
                     self.ask(at + 2)
             else:
                 if self.order[at].backward or at + 2 < self.cool_down:
