@@ -45,9 +45,12 @@ SCRIPTS = {
     "predicted_memory.py, experts": (
         "E --seq-length 256 --ranks 2 --only EP2", predicted(4, off="(0|3,072)"),
     ),
+    "plan_schedule.py": (
+        "--stages 2", r"^(\| .+ \| [\d.]+ \| [\d.]+ \| [+-][\d.]+% to [+-][\d.]+% \|\n?){9}$",
+    ),
     "plan_time.py": (
-        "T --model text --steps 1 --seq-length 64",
-        r"^(\| text \| .+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|\n){9}\nof 7 that were not known, .*",
+        "T --rounds 1 --steps 1 --seq-length 64",
+        r"^(\| text \| .+( \| [\d.]+){6} \| \+\d+% \|\n){8}\n\d of 8 steps and \d of 7 steps .*",
     ),
     "soak.py": (
         "M D T/runs --minutes 0.25 --every 3 --faults kill_every_rank",
