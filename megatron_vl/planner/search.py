@@ -193,7 +193,9 @@ def search(question: Question, *, progress: Callable[[Iterable], Iterable] = ite
                 found.fell[layout.reason] += 1
             else:
                 fits += _fitting(question, spec, layout, memory, found)
-        return found, memory, fits
+        # A split that balances one recompute may be another's.
+        once = {frozenset(fit.options.items()): fit for fit in fits}
+        return found, memory, [*once.values()]
 
     found, memory, fits = fitting(question)
     if not fits and found.closest is not None:

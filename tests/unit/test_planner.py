@@ -195,6 +195,13 @@ def test_a_split_balances_what_recompute_adds(model):
     assert busiest[1] < 0.95 * busiest[0]
 
 
+def test_no_way_to_run_is_told_twice(model, monkeypatch):
+    monkeypatch.setattr("megatron_vl.planner.search.BEST", 10**6)
+    best = search(Question(hf_dir=model("7B"), gpus=8, per_node=8, card=CARDS["a100-40g"],
+                           options={"global_batch_size": 64, "seq_length": 2048})).best
+    assert len(best) > 100 and len({frozenset(one.options.items()) for one in best}) == len(best)
+
+
 def test_a_page_draws_every_stage_and_all_of_the_layouts(model, tmp_path, capsys):
     file = tmp_path / "plan.html"
     text = said(capsys, "plan", model("7B"), "--gpus", 8, "--page", file, "--global-batch-size",
