@@ -12,6 +12,8 @@ from commands import run
 from megatron_vl.models.common.patch_tower import grid_positions, patch_angles
 from megatron_vl.ops.rotary import Rotary, rotate, section_angles
 
+# Without a GPU Triton interprets its kernels: no test that `-m gpu` is asked for.
+ON_A_GPU = pytest.mark.gpu if torch.cuda.is_available() else lambda test: test
 KERNEL = """
 import torch
 from megatron_vl.ops.rotary import Rotary, rotate
@@ -123,7 +125,7 @@ def test_turning_back_is_the_gradient():
     assert torch.autograd.gradcheck(lambda x: rotate(x, rotary.cos, rotary.sin), x)
 
 
-@pytest.mark.gpu  # there too; without one, Triton interprets them
+@ON_A_GPU
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton: this is no Linux")
 def test_the_kernels_equal_the_references():
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

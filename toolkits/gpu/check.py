@@ -75,7 +75,7 @@ def steps(args, inputs: Path, memory: float) -> list[Step]:
             *made,
             Step(name="kernels", seconds=10, limit=60, rank=1, words=["kernels.py", *shared],
                  group="small"),
-            Step(name="tests", seconds=10, limit=60, rank=1, words=["commands.py", "tests"],
+            Step(name="tests", seconds=10, limit=120, rank=1, words=["commands.py", "tests"],
                  group="small"),
             links(10, 60, group="small"),
             Step(name="parity-float32", seconds=20, limit=120, rank=1,
