@@ -3,17 +3,10 @@ Hugging Face directories do."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import os
-import pty
 import re
-import select
 import shutil
-import signal
-import sys
-import time
 from dataclasses import replace
 
 import av
@@ -364,62 +357,6 @@ def test_what_cannot_be_asked_is_said_in_a_sentence(what, answerers, shown):
     assert said in str(told.value) and "\n" not in str(told.value)
 
 
-def test_every_line_that_is_piped_is_a_question(answerers, shown, monkeypatch, capsys):
-    _, answerer = answerers("qwen2_vl")
-    lines = f"a?\n\n/image '{shown[0]}'\nwhat?\n/reset\na?\n/exit\nunheard\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    one = dialogue(answerer)
-    capsys.readouterr()  # of making the model
-    terminal.talk(one)
-    again, said = dialogue(answerer), []
-    said.append("".join(again.ask("a?")))
-    again.show("image", shown[0])
-    said.append("".join(again.ask("what?")))
-    out, err = capsys.readouterr()
-    assert out == "".join(f"{terminal.printable(text)}\n" for text in (*said, said[0]))
-    assert err == f"cut off after --max-new-tokens {NEW}\n" * 3
-    assert len(one.turns) == 2 and not one.media
-
-
-def test_ctrl_c_ends_an_answer_and_then_the_program(answerers):
-    hf_dir, _ = answerers("qwen2")
-    child, typed = pty.fork()
-    if child == 0:  # in a terminal of its own
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job ignores
-        os.execv(sys.executable, [sys.executable, "-m", "megatron_vl", "chat", str(hf_dir),
-                                  "--max-new-tokens", "20000"])
-    said, deadline = b"", time.monotonic() + 120
-
-    def wait(enough) -> None:
-        nonlocal said
-        while not enough():
-            assert time.monotonic() < deadline, said
-            if select.select([typed], [], [], 1)[0]:
-                said += os.read(typed, 2**16)
-
-    try:
-        wait(lambda: said.endswith(b"> "))
-        os.write(typed, b"a?\n")
-        wait(lambda: len(said.partition(b"a?\r\n")[2]) > 40)
-        os.write(typed, b"\x03")
-        wait(lambda: said.endswith(b"\r\n> "))
-        os.write(typed, b"/image x.png\n")
-        wait(lambda: said.endswith(b"takes text alone; leave it out.\r\n> "))
-        # Python prints the prompt before it waits for a key, and would see the signal at the next.
-        time.sleep(1)
-        os.write(typed, b"\x03")
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert os.waitstatus_to_exitcode(ended[1]) == 130
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise
-    finally:
-        os.close(typed)
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -492,18 +429,3 @@ def test_an_export_goes_nowhere_else(model_dir, tmp_path, capsys):
     with pytest.raises(InputError, match="--export is for a Megatron-Core checkpoint"):
         hf_directory(model_dir, export=tmp_path / "new", say=print)
     assert hf_directory(tmp_path / "mcore", export=tmp_path / "new", say=print).name == "new"
-
-
-# ---- what is typed -------------------------------------------------------------------------------
-
-
-def test_a_question_is_one_argument_wherever_it_stands(model_dir, capsys):
-    words = [str(model_dir), "a question"], ["--max-new-tokens", "2"]
-    for order in (words, words[::-1], ([words[0][0]], words[1], ["a question"])):
-        assert run(["chat", *itertools.chain(*order)]) == 0
-    out, err = capsys.readouterr()
-    assert out and out == out[: len(out) // 3] * 3
-    assert err == "cut off after --max-new-tokens 2\n" * 3
-    with pytest.raises(SystemExit):
-        run(["chat", str(model_dir), "a", "question"])
-    assert "QUESTION is 2 words, a and so on; put it in quotes" in capsys.readouterr().err
