@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def launch(
         words = " ".join(f"{name}={value}" for name, value in given.items())
         says.append(f"set for the ranks, as nothing had set it: {words}")
     for line in says:
-        print(f"megatron-vl {argv[0]}: {line}", file=sys.stderr, flush=True)
+        _say(argv[0], line)
     if nnodes == 1 and sys.platform == "linux":
         os.environ.setdefault(IFNAME, "lo")  # nobody else has to reach the ranks
     attempt, store = 0, None
@@ -104,8 +105,8 @@ def launch(
         if not starts_again(end, attempt, max_restarts):
             return end.code
         attempt += 1
-        print(f"megatron-vl {argv[0]}: starting all processes again, restart {attempt} of "
-              f"{max_restarts} (max-restarts)", file=sys.stderr, flush=True)
+        _say(argv[0], f"starting all processes again, restart {attempt} of {max_restarts} "
+                      f"(max-restarts)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,12 +139,13 @@ def _pulse(
     store, attempt: int, hosts: Sequence[str], node_rank: int, command: str
 ) -> contextlib.AbstractContextManager:
     """Tells of nodes that fall silent, if there are others."""
-    def say(sentence: str) -> None:
-        print(f"megatron-vl {command}: {sentence}", file=sys.stderr, flush=True)
-
     if not hosts:
         return contextlib.nullcontext()
-    return Pulse(store, attempt, node_rank=node_rank, hosts=hosts, say=say)
+    return Pulse(store, attempt, node_rank=node_rank, hosts=hosts, say=partial(_say, command))
+
+
+def _say(command: str, sentence: str) -> None:
+    print(f"megatron-vl {command}: {sentence}", file=sys.stderr, flush=True)
 
 
 def _together(
@@ -152,8 +154,8 @@ def _together(
 ) -> End:
     """How an attempt ended for all nodes: they start again together, or not at all."""
     def tell(silent: set[int]) -> None:
-        print(f"megatron-vl {command}: waiting up to {timeout:g} s for {_named(silent, hosts)} to "
-              f"say how the run ended there", file=sys.stderr, flush=True)
+        _say(command, f"waiting up to {timeout:g} s for {_named(silent, hosts)} to say how the run "
+                      f"ended there")
 
     said = agree(
         store, attempt, nnodes=len(hosts), node_rank=node_rank, timeout=timeout, tell=tell,
@@ -161,7 +163,7 @@ def _together(
     )
     end, words = decide(mine, said, hosts=hosts, timeout=timeout)
     if words:
-        print(f"megatron-vl {command}: {words}", file=sys.stderr, flush=True)
+        _say(command, words)
     return end
 
 
