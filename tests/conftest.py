@@ -9,6 +9,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,9 @@ from megatron_vl.errors import call_as_typed
 ROOT = Path(__file__).resolve().parents[1]
 NURSERY = warm.Nursery()
 pytest_plugins = ["order"]
+# A shell's background job ignores Ctrl-C, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

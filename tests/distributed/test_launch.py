@@ -167,8 +167,6 @@ def test_ctrl_c_while_ranks_import_is_one_line(model_dir, wds_dir):
          "--train-data-path", wds_dir, "--nproc-per-node", "2", "--global-batch-size", "2"],
         env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
-        # As at a terminal, also where whoever runs the tests has it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     ranks, deadline = [], time.monotonic() + 60
     while len(ranks) < 2 and time.monotonic() < deadline:

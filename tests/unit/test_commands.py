@@ -80,8 +80,6 @@ def test_ctrl_c_while_train_imports_torch_ends_it_by_one_line(model_dir, wds_dir
         [sys.executable, "-m", "megatron_vl", "train", "--hf-config", model_dir,
          "--train-data-path", wds_dir, "--global-batch-size", "2"],
         env=environment_with(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # As at a terminal, also where whoever runs the tests has it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not imports_torch(job):
