@@ -54,7 +54,6 @@ def _write(
         column = begin + tl.arange(0, block)
         x = tl.load(start + column, mask=column < width, other=float("-inf")).to(tl.float32)
         gradient = (tl.exp(x - below) - tl.where(column == word, 1.0, 0.0)) * factor
-        gradient = tl.where(column < width, gradient, 0.0)
         tl.store(start + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
 
 
