@@ -50,7 +50,7 @@ SCRIPTS = {
     ),
     "plan_time.py": (
         "T --rounds 1 --steps 1 --seq-length 64",
-        r"^(\| text \| .+( \| [\d.]+){6} \| \+\d+% \|\n){8}\n\d of 8 steps and \d of 7 steps .*",
+        r"^(\| text \| .+( \| [\d.]+){2} \| [a-z\d.]+ \| \+\d+% \|\n){10}\n\d of 7 steps .*",
     ),
     "soak.py": (
         "M D T/runs --minutes 0.25 --every 3 --faults kill_every_rank",

@@ -4,14 +4,15 @@
 
 Every layout runs for real: the model and optimizer of `megatron-vl train` on random rows, in fp32,
 over gloo, one thread a rank. Data are in memory, as a plan does not count reading them. A shared
-machine's speed changes from minute to minute, so layouts take turns: each round runs all of them,
-and what is told of one is the median over rounds of its step over that of DP2 in the same round.
+machine is at times slower than it is alone, never faster: layouts take turns, each round runs all
+of them, and the best round counts, of steps and of rates.
 
-No number of the card is fitted to a layout that is predicted. Products, attention, elementwise
-operations and messages are timed by size in every round, on both ranks at once, messages after a
-product, so that ranks wait for one another as in a step. The time that Python takes for an
-operation is that of a step whose rows are so short that hardly anything else takes time. The card
-is left in OUT/MODEL.json, in the form of `megatron-vl plan --gpu`.
+Three layouts calibrate: of one with short rows most of a step is Python, of one with full recompute
+computation, of one with TP2 messages. Products, attention, elementwise operations and messages are
+timed by size in every round, on both ranks at once, messages after a product, so that ranks wait
+for one another as in a step. The three steps tell how much longer all computation takes than it
+does alone, how much longer all messages, and how long Python takes for an operation. The card is
+left in OUT/MODEL.json, in the form of `megatron-vl plan --gpu`.
 """
 
 from __future__ import annotations
@@ -45,19 +46,22 @@ MODELS = {  # of `megatron-vl tiny`
                128],
 }
 GRID = (1, 16, 16)  # patches of every image
-PP2 = {"pipeline_model_parallel_size": 2}
-REFERENCE, SHORT = "DP2", "DP2, short rows"
-LAYOUTS = {  # how long a row is, of --seq-length; options
-    REFERENCE: (1, {}),
+PP2, FULL = {"pipeline_model_parallel_size": 2}, {"recompute_granularity": "full"}
+CALIBRATING = {  # how long a row is, of --seq-length; options
+    "DP2, short rows": (1 / 4, {}),
+    "DP2, full recompute": (1, FULL),
     "TP2": (1, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+}
+PREDICTED = {
+    "DP2": (1, {}),
     "PP2": (1, PP2),
     "PP2, 6 and 2 layers": (1, PP2 | {"pp_layers": "6,2"}),
     "PP2 VP2": (1, PP2 | {"num_virtual_stages_per_pipeline_rank": 2}),
+    "PP2, full recompute": (1, PP2 | FULL),
     "CP2": (1, {"context_parallel_size": 2}),
-    "DP2, full recompute": (1, {"recompute_granularity": "full"}),
     "DP2, two long rows at once": (2, {"micro_batch_size": 2}),
-    SHORT: (1 / 4, {}),
 }
+LAYOUTS = CALIBRATING | PREDICTED
 RATES = "rates"
 
 
@@ -65,8 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--model", choices=MODELS, default="text", help="default: text")
-    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a round (default: 2)")
+    parser.add_argument("--rounds", type=int, default=4, help="default: 4")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round (default: 3)")
     parser.add_argument("--seq-length", type=int, default=512, help="of a row (default: 512)")
     return parser.parse_args()
 
@@ -242,55 +246,69 @@ def microbatch(plan):
         trained=int(batch.loss_mask.sum()), images=Counter(map(tuple, batch.grid_thw.tolist())))
 
 
-def predicted(plans: dict, found: dict) -> tuple[dict[str, float], object]:
-    """Seconds by layout as a round's rates and its SHORT tell them, and the card."""
+def best(rounds: list, of: Callable = max) -> object:
+    """One of what all rounds found: of every number the largest, in whatever lists it lies."""
+    first = rounds[0]
+    if isinstance(first, dict):
+        return {name: best([one[name] for one in rounds], of) for name in first}
+    if isinstance(first, list | tuple):
+        return [best(list(one), of) for one in zip(*rounds, strict=True)]
+    return of(rounds)
+
+
+def card_of(rates: dict, us: float, computation: float, messages: float):
+    """A card whose operations take `us` of Python, and the measured ones so many times as long."""
     from megatron_vl.planner.cards import Card
     from megatron_vl.planner.rates import LinkRates, Rates
-    from megatron_vl.planner.step_time import predict
 
-    of = found[RATES]
-    measured = Rates(**of | {"node": LinkRates(**of["node"])})
-    card = Card(name="this CPU", memory_gb=1, peak_tflops=max(rate for _, rate in of["products"]),
-                memory_tb_s=max(rate for _, rate in of["memory"]), node_gb_s=1, network_gb_s=1,
-                host_runs_ahead=False, operation_host_us=1e-3, rates=measured)
+    def slower(points, times):
+        return [(size, rate / times) for size, rate in points]
 
-    def seconds(name: str, card: Card) -> float:
-        plan, batch = plans[name]
-        return predict(plan, card, [batch], per_node=2).seconds
-
-    # A step's seconds are linear in the microseconds of an operation.
-    without, one = (seconds(SHORT, replace(card, operation_host_us=us)) for us in (1e-3, 1.0))
-    card = replace(card, operation_host_us=max(
-        1e-3, (found[SHORT] - without) / (one - without)))
-    return {name: seconds(name, card) for name in plans}, card
+    measured = {name: slower(points, computation) for name, points in rates.items()
+                if name != "node"}
+    node = {kind: slower(points, messages) for kind, points in rates["node"].items()}
+    return Card(name="this CPU", memory_gb=1, peak_tflops=max(rate for _, rate in
+                                                              measured["products"]),
+                memory_tb_s=max(rate for _, rate in measured["memory"]), node_gb_s=1,
+                network_gb_s=1, host_runs_ahead=False, operation_host_us=us,
+                rates=Rates(**measured, node=LinkRates(**node)))
 
 
 def compare(args: argparse.Namespace, rounds: list[dict]) -> None:
-    """Predicts every round by itself, and prints the medians."""
-    median = statistics.median
+    """Calibrates by three layouts, predicts the others, and prints both."""
+    import numpy
+
+    from megatron_vl.planner.step_time import predict
+
     plans = {name: (plan := plan_of(args, name), microbatch(plan)) for name in LAYOUTS}
-    both = [(found, *predicted(plans, found)) for found in rounds]
-    found, _, card = sorted(both, key=lambda one: one[0][REFERENCE])[len(both) // 2]
+    found = best(rounds, min) | {RATES: best([one[RATES] for one in rounds])}
+
+    def seconds(name: str, *factors: float) -> float:
+        plan, batch = plans[name]
+        return predict(plan, card_of(found[RATES], *factors), [batch], per_node=2).seconds
+
+    # The steps that calibrate run nothing side by side: their seconds are linear in the factors.
+    none = 1e-6
+    alone = [[seconds(name, *row) for row in numpy.eye(3).clip(none)] for name in CALIBRATING]
+    factors = numpy.linalg.solve(alone, [found[name] for name in CALIBRATING]).clip(none).tolist()
     path = args.out / f"{args.model}.json"
-    path.write_text(json.dumps(asdict(card) | {"rates": found[RATES]}, indent=1) + "\n")
-    print(f"operation_host_us {', '.join(f'{one[2].operation_host_us:.1f}' for one in both)}\n")
-    print("| model | layout | predicted s | measured s | ratio | over DP2, predicted | measured "
-          "| ratio | slowest round |\n|---|---|---|---|---|---|---|---|---|")
-    times, off, absolute = {}, [], []
-    for name in (name for name in LAYOUTS if name != SHORT):
-        guess, fact = (median(one[at][name] for one in both) for at in (1, 0))
-        ratio = median(one[1][name] / one[0][name] for one in both)
-        over = [median(one[at][name] / one[at][REFERENCE] for one in both) for at in (1, 0)]
-        slowest = max(one[0][name] for one in both) / min(one[0][name] for one in both) - 1
-        print(f"| {args.model} | {name} | {guess:.3f} | {fact:.3f} | {ratio:.2f} | {over[0]:.2f} "
-              f"| {over[1]:.2f} | {over[0] / over[1]:.2f} | +{slowest:.0%} |")
-        times[name] = over
-        absolute.append(abs(ratio - 1))
-        off += [] if name == REFERENCE else [abs(over[0] / over[1] - 1)]
-    print(f"\n{sum(one <= 0.15 for one in absolute)} of {len(absolute)} steps and "
-          f"{sum(one <= 0.15 for one in off)} of {len(off)} steps over DP2 within 15 %")
-    orders = [", ".join(sorted(times, key=lambda name: times[name][at])) for at in (1, 0)]
-    print(f"fastest first: {orders[0]}\n    predicted: {orders[1]}")
+    card = asdict(card_of(found[RATES], *factors))
+    del card["rates"]["network"]  # which has no points
+    path.write_text(json.dumps(card, indent=1) + "\n")
+    print("An operation takes {:.0f} us of Python, computation {:.2f} and messages {:.2f} times as "
+          "long as alone.\n".format(*factors))
+    print("| model | layout | predicted s | measured s | ratio | slowest round |\n"
+          "|---|---|---|---|---|---|")
+    guesses = {name: seconds(name, *factors) for name in LAYOUTS}
+    for name, guess in guesses.items():
+        spread = max(one[name] for one in rounds) / min(one[name] for one in rounds) - 1
+        ratio = "calibrates" if name in CALIBRATING else f"{guess / found[name]:.2f}"
+        print(f"| {args.model} | {name} | {guess:.3f} | {found[name]:.3f} | {ratio} "
+              f"| +{spread:.0%} |")
+    near = sum(abs(guesses[name] / found[name] - 1) <= 0.15 for name in PREDICTED)
+    print(f"\n{near} of {len(PREDICTED)} steps within 15 %")
+    for what, times in (("fastest first", found), ("    predicted", guesses)):
+        print(f"{what}: {', '.join(sorted(PREDICTED, key=times.__getitem__))}")
 
 
 def main() -> None:
