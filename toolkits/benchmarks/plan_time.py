@@ -7,12 +7,12 @@ over gloo, one thread a rank. Data are in memory, as a plan does not count readi
 machine is at times slower than it is alone, never faster: layouts take turns, each round runs all
 of them, and the best round counts, of steps and of rates.
 
-Three layouts calibrate: of one with short rows most of a step is Python, of one with full recompute
-computation, of one with TP2 messages. Products, attention, elementwise operations and messages are
-timed by size in every round, on both ranks at once, messages after a product, so that ranks wait
-for one another as in a step. The three steps tell how much longer all computation takes than it
-does alone, how much longer all messages, and how long Python takes for an operation. The card is
-left in OUT/MODEL.json, in the form of `megatron-vl plan --gpu`.
+Three layouts calibrate: of one with short rows most of a step is Python, of one with two long rows
+computation, of TP2 messages. Products, attention, elementwise operations and messages are timed by
+size in every round, on both ranks at once, messages after a product, so that ranks wait for one
+another as in a step. The three steps tell how much longer computation takes there than alone, how
+much longer messages, and how long Python takes for an operation. The card is left in
+OUT/MODEL.json, in the form of `megatron-vl plan --gpu`.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ GRID = (1, 16, 16)  # patches of every image
 PP2, FULL = {"pipeline_model_parallel_size": 2}, {"recompute_granularity": "full"}
 CALIBRATING = {  # how long a row is, of --seq-length; options
     "DP2, short rows": (1 / 4, {}),
-    "DP2, full recompute": (1, FULL),
+    "DP2, two long rows at once": (2, {"micro_batch_size": 2}),
     "TP2": (1, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
 PREDICTED = {
     "DP2": (1, {}),
+    "DP2, full recompute": (1, FULL),
     "PP2": (1, PP2),
     "PP2, 6 and 2 layers": (1, PP2 | {"pp_layers": "6,2"}),
     "PP2 VP2": (1, PP2 | {"num_virtual_stages_per_pipeline_rank": 2}),
     "PP2, full recompute": (1, PP2 | FULL),
     "CP2": (1, {"context_parallel_size": 2}),
-    "DP2, two long rows at once": (2, {"micro_batch_size": 2}),
 }
 LAYOUTS = CALIBRATING | PREDICTED
 RATES = "rates"
@@ -295,8 +295,8 @@ def compare(args: argparse.Namespace, rounds: list[dict]) -> None:
     card = asdict(card_of(found[RATES], *factors))
     del card["rates"]["network"]  # which has no points
     path.write_text(json.dumps(card, indent=1) + "\n")
-    print("An operation takes {:.0f} us of Python, computation {:.2f} and messages {:.2f} times as "
-          "long as alone.\n".format(*factors))
+    print("An operation takes {:.0f} us of Python; computation takes {:.2f}, messages {:.2f} times "
+          "as long as alone.\n".format(*factors))
     print("| model | layout | predicted s | measured s | ratio | slowest round |\n"
           "|---|---|---|---|---|---|")
     guesses = {name: seconds(name, *factors) for name in LAYOUTS}
