@@ -243,16 +243,21 @@ def _merger(plan: Plan) -> int:
     vision, trainable = plan.spec.vision, plan.trainable
     itemsize = ITEMSIZE[plan.config.model.dtype]
     trained = MERGER not in trainable.frozen or MERGER in trainable.adapted
-    if not trained and VISION in trainable.still:
+    reached = VISION not in trainable.still
+    if not trained and not reached:
         return 0
     if vision.only_grid:
         return _resampler(plan)
-    inner = count_patches(plan) * vision.hidden_size * (1 + vision.num_features)  # of every merger
-    norms = 1 + (vision.normalization == "RMSNorm") * trained
-    # In fp32 the norms before features keep no copy of what the next layers keep.
-    shared = inner // (1 + vision.num_features) * vision.num_features * (itemsize == FP32)
-    return inner * (FP32 * norms + itemsize * trained) + inner * itemsize * (
-        1 + trained) // plan.layout.vit_tp - shared * FP32
+    inner = count_patches(plan) * vision.hidden_size
+    # The norm before it is the tower's, those of features their mergers'.
+    rms = vision.normalization == "RMSNorm" and VISION not in trainable.frozen
+    norms = inner * FP32 * (1 + rms) * reached
+    # In fp32 that is no copy.
+    copies = itemsize < FP32 and (reached or MERGER not in trainable.frozen)
+    norms += inner * FP32 * vision.num_features * copies
+    mergers = inner * (1 + vision.num_features)
+    return norms + mergers * itemsize * trained + mergers * itemsize * (
+        1 + trained) // plan.layout.vit_tp
 
 
 def _resampler(plan: Plan) -> int:

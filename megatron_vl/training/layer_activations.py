@@ -35,6 +35,7 @@ class Layers:
     queries: int  # Q
     keys: int  # that of keys
     attended: int  # tensors [T, Q] that attention keeps
+    keeps_projection: bool  # as values are parts of it
     qk_norms: int  # fp32 tensors [T, Q] and [T, keys] that their norms keep
     inner: int  # F; of experts, of those a token goes to together
     activation: str  # of ACTIVATION_KEPT
@@ -51,6 +52,7 @@ class Layers:
     recompute: Recompute
     itemsize: int
     head_dim: int
+    others: int = 0  # width of other ranks' q, k, v, gathered where there are fewer groups than TP
     dispatched: int = 0  # bytes of the tokens that come to a rank's experts; 0: there are none
     experts: int = 0  # of a layer
     own_experts: int = 0  # of them, on a rank
@@ -78,6 +80,8 @@ class Layers:
         norms = 2 * self.norm
         norms += self.stream * (inputs + (bool(self.dispatched) or self.mlp_inputs))
         attention = self.tokens * self.queries * self.itemsize * (self.attended + inputs)
+        if self.keeps_projection or (self.qk_norms and self.itemsize == FP32):
+            attention += self.tokens * self.others * self.itemsize
         attention += self.tokens * self.queries // self.head_dim * FP32  # log-sum-exps
         return norms + self._qk_norm + attention + self.mlp + self.adapter
 
@@ -110,12 +114,12 @@ class Layers:
     def selective_layer(self) -> int:
         """The same, where norms, activation and attention are computed again."""
         inputs = self.trained or self.adapted
-        # Values are part of the projection, beside which queries and keys lie once they are
-        # normalised.
+        # Values are part of the projection, or of the gathered one, beside which queries and keys
+        # lie once they are normalised.
         queries, keys = 1 + self._copies_queries, 2
         if self.qk_norms:
             queries, keys = (1, 1) if self.itemsize == FP32 else (2, 3)
-        projected = self.queries * (queries + inputs) + self.keys * keys
+        projected = self.queries * (queries + inputs) + self.keys * keys + self.others
         return (2 * self.stream + self._qk_norm + self.tokens * projected * self.itemsize
                 + self.first + self.dispatched * self.mlp_inputs + self.routing + self.adapter)
 
@@ -325,14 +329,18 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
     # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
     # length, and the output in these and in order. Keys and values of groups are repeated for every
     # head at once; otherwise they are parts of the projection, which is kept with them, unless
-    # context parallelism exchanges copies.
-    grouped = decoder.num_query_groups < decoder.num_attention_heads
+    # context parallelism exchanges copies or norms of queries and keys keep it in fp32.
+    heads, groups = decoder.num_attention_heads, decoder.num_query_groups
+    queries, keys = heads * decoder.head_dim // tp, -(-groups // tp) * decoder.head_dim
+    gathered = (heads + 2 * groups) * decoder.head_dim
+    grouped = max(1, groups // tp // layout.cp) < heads // tp // layout.cp
+    kept = decoder.qk_norm and itemsize == FP32
     return _layers(
         plan, held, LANGUAGE, plan.recompute, width=decoder.hidden_size,
         tokens=count_tokens(plan), parts=parts, head_dim=decoder.head_dim,
-        queries=decoder.num_attention_heads * decoder.head_dim // tp,
-        keys=-(-decoder.num_query_groups // tp) * decoder.head_dim,
-        attended=5 if grouped else 7 if layout.cp > 1 else 9,
+        queries=queries, keys=keys, others=(gathered - queries - 2 * keys) * (groups < tp),
+        attended=5 if grouped else 7 if layout.cp > 1 else 6 if kept else 9,
+        keeps_projection=not grouped and layout.cp == 1,
         qk_norms=decoder.qk_norm * (1 + trained),
         inner=inner // tp, activation="swiglu", passing=4, biased=False, norms=1 + trained,
         norm_copies=5,
@@ -361,8 +369,8 @@ def vision_layers(plan: Plan, held: RankMemory) -> Layers | None:
     return _layers(
         plan, held, VISION, plan.vit_recompute, width=vision.hidden_size,
         tokens=count_patches(plan), parts=1, head_dim=vision.head_dim,
-        queries=vision.hidden_size // tp, keys=vision.hidden_size // tp, attended=5, qk_norms=0,
-        inner=vision.ffn_hidden_size // tp,
+        queries=vision.hidden_size // tp, keys=vision.hidden_size // tp, attended=5,
+        keeps_projection=False, qk_norms=0, inner=vision.ffn_hidden_size // tp,
         activation="swiglu" if vision.gated else vision.activation,
         passing=6 if vision.gated else 4,  # a bias makes another tensor
         biased=True, norms=1 + rms * trained, norm_copies=5 if rms else 2,

@@ -23,6 +23,7 @@ from megatron_vl.training.trace.row import full_batch
 
 HOST_BYTES = 16 * 1024  # places, lengths and positions, which on a CPU lie beside the device's
 TP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+TP4 = dict(tensor_model_parallel_size=4, sequence_parallel=True)  # of two groups
 PP = dict(pipeline_model_parallel_size=2)
 PP4 = dict(pipeline_model_parallel_size=4)
 VP = dict(**PP, num_virtual_stages_per_pipeline_rank=2)
@@ -35,6 +36,7 @@ EVERY_PART = dict(lora_target=["llm", "vit", "merger"])
 FP32 = dict(bf16=False)
 CHUNKS = dict(cross_entropy_chunks=4)
 TOWER_OVER_STAGES = dict(vit_pp_layers="1,1", pp_layers="0,4")
+FROZEN_TOWER = dict(freeze_vit=True)
 EP = dict(expert_model_parallel_size=2)
 WHOLE = dict(expert_model_parallel_size=4, expert_tensor_parallel_size=1)  # an expert a rank
 GROUPED = dict(moe_grouped_gemm="on")
@@ -171,6 +173,14 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (EXPERTS, 4, 2, PP4 | FULL),
     (EXPERTS, 2, 0, CP | FULL | CHUNKS),
     ("baichuan_model_dir", 2, 0, CP),
+    (TEXT, 4, 1, TP4),
+    (TEXT, 4, 1, TP4 | SELECTIVE),
+    (TEXT, 4, 0, TP | CP),
+    ("qk_norm_model_dir", 4, 3, TP4 | FP32),
+    (IMAGES, 1, 0, FROZEN_TOWER),
+    (WINDOWS, 2, 0, FROZEN_TOWER | TP),
+    (WINDOWS, 1, 0, LORA | EVERY_PART),
+    ("deepstack_model_dir", 1, 0, FROZEN_TOWER),
 ], ids=str)
 def test_formulas_and_trace_agree(process, model, world, rank, options, request):
     plan = plan_of(request.getfixturevalue(model), world, **options)

@@ -1,6 +1,6 @@
 """Seconds of a step of two ranks, as `megatron-vl plan` predicts and as measured.
 
-    python plan_time.py OUT [--model text|images] [--rounds 3] [--steps 2] [--seq-length 512]
+    python plan_time.py OUT [--model text|images] [--rounds 4] [--steps 3] [--seq-length 512]
 
 Every layout runs for real: the model and optimizer of `megatron-vl train` on random rows, in fp32,
 over gloo, one thread a rank. Data are in memory, as a plan does not count reading them. A shared
