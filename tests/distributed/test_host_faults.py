@@ -103,7 +103,7 @@ def test_a_cut_beyond_the_hang_timeout_starts_all_ranks_again(hosts, training, u
     hosts["two"].cut()
     job.wait_for("waiting up to 120 s for node 1 (two) to say how the run ended there")
     hosts["two"].mend()
-    ends(job, 0, "no progress for", "waiting up to 120 s for node 0 (one) to say", "restart 1 of 2")
+    ends(job, 0, "no progress for", "restart 1 of 2")  # the other node may notice after the mend
     assert training.losses == undisturbed
 
 
