@@ -27,6 +27,7 @@ from megatron_vl.errors import (
     shortened,
 )
 from megatron_vl.launch import ascend, interrupts
+from megatron_vl.launch.store_thread import leave
 from megatron_vl.launch.worker import FAILURE_FILE
 from megatron_vl.training.options.spellings import answer, flags_of, key_of
 
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         if not _reader_is_gone():
             raise
         code = 128 + signal.SIGPIPE
-    sys.exit(code)
+    leave(code)
 
 
 def _reader_is_gone() -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 
 from megatron_vl.errors import InputError
 from megatron_vl.launch.interface import address_towards
+from megatron_vl.launch.store_thread import StoreThread
 
 _LOOK_SECONDS = 0.2  # between two looks at the store
 _TELL_SECONDS = 10.0  # after which it is said who is waited for
@@ -119,15 +119,11 @@ def agree(
     return dict(said)
 
 
-class _Task(threading.Thread):
-    """Calls of a store in a thread of their own.
-
-    torch bounds only some of them: where node 0 is gone without a word, the others wait for its
-    answer until the kernel gives up, a quarter of an hour or more.
-    """
+class _Task(StoreThread):
+    """Calls of a store whose result need not be waited for."""
 
     def __init__(self, work: Callable[[], object]):
-        super().__init__(daemon=True)
+        super().__init__()
         self._work, self._result, self._error, self.ended = work, None, None, False
         self.start()
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+from megatron_vl.launch.store_thread import StoreThread
+
 BEAT_SECONDS = 2.0
 QUIET_SECONDS = 10.0  # after which a node is called silent
 _LEAVE_SECONDS = 2.0  # that a node's last word may take
@@ -39,7 +41,7 @@ class Pulse:
         others = range(1, len(hosts)) if node_rank == 0 else [0]
         self._heard = dict.fromkeys(others, time.monotonic())  # of nodes that have not left
         self._closed = threading.Event()
-        self._beating = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._beating = StoreThread(target=self._beat, name="pulse")
         self._watching = threading.Thread(target=self._watch, name="pulse watch", daemon=True)
 
     def __enter__(self) -> Pulse:
