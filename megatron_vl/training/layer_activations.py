@@ -387,7 +387,7 @@ def _layers(plan: Plan, held: RankMemory, part: str, recompute: Recompute, **siz
     itemsize = ITEMSIZE[plan.config.model.dtype]
     return Layers(
         counts=counts, recompute=recompute, trained=trained, adapted=adapted, reached=reached,
-        mlp_adapted=adapted and any(".mlp." in name for name in _factor_pairs(held, part)),
+        mlp_adapted=adapted and any(".mlp." in name for _, name in _factor_pairs(held, part)),
         quantized=part == LANGUAGE and trainable.quantize_base is not None,
         adapter=_factors(plan, held, part, sizes["tokens"]) * itemsize // max(sum(counts), 1),
         itemsize=itemsize, **sizes,
@@ -405,11 +405,13 @@ def _factors(plan: Plan, held: RankMemory, part: str, tokens: int) -> int:
     return numbers
 
 
-def _factor_pairs(held: RankMemory, part: str) -> dict[str, dict[str, Held]]:
-    """By the linear layer that they are of."""
+def _factor_pairs(held: RankMemory, part: str) -> dict[tuple[int, str], dict[str, Held]]:
+    """By the chunk and the linear layer that they are of."""
     found = {}
-    for one in (one for chunk in held.chunks for one in chunk.held if part_of(one.name) == part):
-        for factor, leaf in FACTORS.items():
-            if one.name.endswith(f".{leaf}"):
-                found.setdefault(one.name.removesuffix(leaf), {})[factor] = one
+    for number, chunk in enumerate(held.chunks):
+        for one in (one for one in chunk.held if part_of(one.name) == part):
+            for factor, leaf in FACTORS.items():
+                if one.name.endswith(f".{leaf}"):
+                    layer = one.name.removesuffix(leaf)
+                    found.setdefault((number, layer), {})[factor] = one
     return found

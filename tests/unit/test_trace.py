@@ -173,6 +173,7 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (EXPERTS, 4, 2, PP4 | FULL),
     (EXPERTS, 2, 0, CP | FULL | CHUNKS),
     ("baichuan_model_dir", 2, 0, CP),
+    (TEXT, 2, 1, VP | dict(lora_rank=32)),
     (TEXT, 4, 1, TP4),
     (TEXT, 4, 1, TP4 | SELECTIVE),
     (TEXT, 4, 0, TP | CP),
