@@ -116,6 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         if not _reader_is_gone():
             raise
         code = 128 + signal.SIGPIPE
+    except Exception:  # as Python does, but for how it ends
+        traceback.print_exc()
+        code = 1
     leave(code)
 
 

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from commands import run
+from marks import ON_A_GPU
 
-# Without a GPU Triton interprets its kernels: no test that `-m gpu` is asked for.
-ON_A_GPU = pytest.mark.gpu if torch.cuda.is_available() else lambda test: test
 RANK = """
 import sys
 import torch

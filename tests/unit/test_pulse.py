@@ -34,21 +34,24 @@ with Pulse(store, 0, node_rank=node, hosts=["zero", "one", "two"], say=print, be
 LEAVING = """
 import os, signal, sys, time
 from types import SimpleNamespace
+from megatron_vl.cli import main
 from megatron_vl.launch.pulse import Pulse
-from megatron_vl.launch.store_thread import leave
-port, node_0 = map(int, sys.argv[1:])
+port, node_0 = map(int, sys.argv[1:3])
 
 class Late:
     def __del__(self, go_on=os.kill, number=signal.SIGCONT, sleep=time.sleep):
         go_on(node_0, number)  # as Python ends, where this object is still there by then
         sleep(1)
 
-store, late = SimpleNamespace(host="127.0.0.1", port=port), Late()
-with Pulse(store, 0, node_rank=1, hosts=["zero", "one"], say=print, beat_seconds=0.1):
-    time.sleep(1)
-    os.kill(node_0, signal.SIGSTOP)
-    time.sleep(1)
-leave(7)
+def run(argv):
+    with Pulse(store, 0, node_rank=1, hosts=["zero", "one"], say=print, beat_seconds=0.1):
+        time.sleep(1)
+        os.kill(node_0, signal.SIGSTOP)
+        time.sleep(1)
+    return int(argv[0])
+
+store, late, main.run = SimpleNamespace(host="127.0.0.1", port=port), Late(), run
+main.main(sys.argv[3:])
 """
 
 
@@ -124,13 +127,17 @@ def test_the_others_name_node_0_and_end_though_it_answers_nothing():
         "node 0 (zero)", "node 0 (zero) is heard again", "node 0 (zero)"]
 
 
-def test_an_answer_that_comes_while_python_ends_aborts_no_launcher():
+@pytest.mark.parametrize(("word", "code", "said"), [
+    ("7", 7, ""),
+    ("a mistake", 1, "ValueError: invalid literal for int() with base 10: 'a mistake'"),
+])
+def test_an_answer_that_comes_while_python_ends_aborts_no_launcher(word, code, said):
     zero, port = start(0, 0)
-    left = subprocess.run([sys.executable, "-c", LEAVING, str(port), str(zero.pid)], text=True,
-                          capture_output=True, timeout=60)
+    left = subprocess.run([sys.executable, "-c", LEAVING, str(port), str(zero.pid), word],
+                          text=True, capture_output=True, timeout=60)
     zero.kill()
     zero.communicate()
-    assert (left.returncode, left.stderr) == (7, "")
+    assert (left.returncode, left.stderr.strip().rpartition("\n")[2]) == (code, said)
 
 
 def test_a_node_0_that_has_ended_is_not_called_silent(capfd):

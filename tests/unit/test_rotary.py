@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 from commands import run
+from marks import ON_A_GPU
 
 from megatron_vl.models.common.patch_tower import grid_positions, patch_angles
 from megatron_vl.ops.rotary import Rotary, rotate, section_angles
 
-# Without a GPU Triton interprets its kernels: no test that `-m gpu` is asked for.
-ON_A_GPU = pytest.mark.gpu if torch.cuda.is_available() else lambda test: test
 KERNEL = """
 import torch
 from megatron_vl.ops.rotary import Rotary, rotate
