@@ -190,6 +190,8 @@ $WORK/
                  worst of them as a page;  accuracy.txt: the table above
 
 What to try next
+  . ${VENV#"$PWD"/}/bin/activate
+      so that your shell finds megatron-vl
   megatron-vl chat $PUBLISHED
       ask the trained model yourself
   megatron-vl parity $PUBLISHED --tp 2 --pp 2 --sequence-parallel

@@ -17,7 +17,7 @@ VENV=$(cd "$VENV" && pwd)
 say "checking style: ruff check ."
 "$VENV/bin/ruff" check . || give_up "the style check failed; $VENV/bin/ruff check --fix . mends most."
 
-say "running the tests (about 20 minutes on two cores, 4 with --quick); pytest arguments: ${*:-none}"
+say "running the tests (about 25 minutes on two cores, 4 with --quick); pytest arguments: ${*:-none}"
 # Two test processes, of which each may start several ranks; so one thread a process.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"

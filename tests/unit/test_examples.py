@@ -225,6 +225,11 @@ def test_every_command_of_a_familys_quickstart_is_taken_by_its_parser(family, tm
     trained = "train" if family.startswith(("qwen2", "qwen3")) else "finetune"
     assert called == ["tiny", "convert", trained, trained, "convert", "plot", "plot",
                       "evaluate"]
+    suggested = re.findall(r"^  (\S.*)$", done.stdout.partition("\nWhat to try next\n")[2], re.M)
+    assert suggested[0] == f". {program.parent}/bin/activate"
+    for words in (line.split()[1:] for line in suggested if line.startswith("megatron-vl ")):
+        parser(words[0]).parse_args(words[1:])
+    assert len(suggested) == 6
 
 
 def test_a_family_without_a_quickstart_is_refused():
