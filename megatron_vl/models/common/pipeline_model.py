@@ -186,9 +186,10 @@ class PipelineModel(MegatronModule):
             ValueError: image tokens and image embeddings differ in number.
         """
         decoder_input, vision, mine = None, None, []
+        received, self._received = self._received, None  # else it outlives its backward
         if self.vision_model is not None:
             mine = self._own_media(grid_thw)
-            vision = self._see(pixel_patches, grid_thw, mine, position_ids.device)
+            vision = self._see(pixel_patches, grid_thw, mine, received, position_ids.device)
             if not self.embeds:
                 return self.relay.packed(vision, input_ids.shape)
         if self.embeds:
@@ -197,9 +198,7 @@ class PipelineModel(MegatronModule):
             )
             del vision  # as large as the features; the layers would run beside it
         else:
-            received, features = self.relay.hidden(
-                self._received, input_ids.shape[1], self.features
-            )
+            received, features = self.relay.hidden(received, input_ids.shape[1], self.features)
             self.language_model.set_input_tensor(received)
         added = None
         if features is not None:
@@ -219,6 +218,7 @@ class PipelineModel(MegatronModule):
             ),
             extra_block_kwargs=None if added is None or not len(added) else {"context": added},
         )
+        self.language_model.set_input_tensor(None)
         if self.post_process:
             return output
         return self.relay.packed(output, input_ids.shape, features)
@@ -245,7 +245,7 @@ class PipelineModel(MegatronModule):
     # ---- images -------------------------------------------------------------------------------
 
     def _see(
-        self, pixel_patches, grid_thw, mine: list[int], device: torch.device
+        self, pixel_patches, grid_thw, mine: list[int], received, device: torch.device
     ) -> torch.Tensor | None:
         """What this chunk's vision layers make of this rank's images; None if there are none.
 
@@ -264,13 +264,11 @@ class PipelineModel(MegatronModule):
         grids = grid_thw[mine] if mine else torch.tensor([vision.smallest_grid])
         shape = vision.states(grids.tolist(), self.vision_layers.start)
         if not self.pre_process:
-            hidden_PD = self.relay.states(self._received, shape)
+            hidden_PD = self.relay.states(received, shape)
             if VISION not in self.frozen:
                 return self.vision_model(hidden_PD, grids)
             # No graph through layers that nothing is trained before.
-            return EndOfGradient.apply(
-                self.vision_model(hidden_PD.detach(), grids), self._received
-            )
+            return EndOfGradient.apply(self.vision_model(hidden_PD.detach(), grids), received)
         if not mine:
             pixels = torch.zeros(
                 shape[0], vision.patch_dim, dtype=self.config.params_dtype, device=device
