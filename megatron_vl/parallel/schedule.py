@@ -8,10 +8,11 @@ Letters: p stages, v chunks of a stage, m microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import le
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +45,68 @@ def operations(stage: int, *, p: int, v: int, m: int) -> Iterator[Operation]:
             yield Operation(microbatch, v - 1 - chunk, True)
 
 
-@lru_cache(maxsize=4096)
-def in_flight(stage: int, *, p: int, v: int, m: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """For each of a stage's chunks: how many microbatches every chunk keeps while that one works.
+class Flights(NamedTuple):
+    """What a stage holds at once while one of its chunks works, of every largest case.
 
-    The one it works on is included. Of counts that are no larger in any chunk than others, only
-    the others are given; what is kept grows with every count.
+    Each case counts the microbatches that every chunk keeps, the one worked on included; its last
+    number is of tensors sent between stages that are held beside those.
     """
-    counts, seen = [0] * v, [set() for _ in range(v)]
-    for one in operations(stage, p=p, v=v, m=m):
+
+    forward: tuple[tuple[int, ...], ...]
+    backward: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=4096)
+def in_flight(stage: int, *, p: int, v: int, m: int) -> tuple[Flights, ...]:
+    """For each of a stage's chunks, what is held while that one works.
+
+    Of cases that are no larger in any number than others, only the others are given; memory grows
+    with every number.
+    """
+    counts, seen = [0] * v, [(set(), set()) for _ in range(v)]
+    run = tuple(operations(stage, p=p, v=v, m=m))
+    exchanged = _exchanged if v == 1 else _exchanged_between_chunks
+    for one, sent in zip(run, exchanged(run, stage, p=p, m=m), strict=True):
         counts[one.chunk] += not one.backward
-        seen[one.chunk].add(tuple(counts))
+        seen[one.chunk][one.backward].add((*counts, sent))
         counts[one.chunk] -= one.backward
-    return tuple(tuple(_largest(those)) for those in seen)
+    return tuple(Flights(*(tuple(_largest(those)) for those in both)) for both in seen)
+
+
+def _exchanged(run: Sequence[Operation], stage: int, *, p: int, m: int) -> Iterator[int]:
+    """Of 1F1B, the tensors held beside those of the microbatches kept, at each operation."""
+    borders = (stage > 0) + (stage < p - 1)
+    for one in run:
+        # The gradients of what left, which has come, and of what entered, which has been sent
+        # back; in a later forward also what these are of.
+        yield borders * (1 + (not one.backward and m > p - stage))
+
+
+def _exchanged_between_chunks(
+    run: Sequence[Operation], stage: int, *, p: int, m: int
+) -> Iterator[int]:
+    """The same of interleaved stages, whose exchanges run beside the computation."""
+    chunks = 1 + max(one.chunk for one in run)
+    before = warm_up(stage, p=p, v=chunks, m=m)
+
+    def received(one: Operation) -> bool:
+        end = (p - 1, chunks - 1) if one.backward else (0, 0)
+        return (stage, one.chunk) != end
+
+    # The schedule's own name for what came last in the warm-up stays until the step's end, and the
+    # gradient of that with it.
+    stays = run[before] if before < m * chunks and received(run[before]) else None
+    stayed = sent_back = 0
+    for at, one in enumerate(run):
+        following = run[at + 1] if at + 1 < len(run) else None
+        ahead = following and following.backward != one.backward and received(following)
+        own = one.backward and received(one)
+        yield sent_back + stayed + bool(ahead) + own
+        if one.backward:
+            stayed += stayed == 1
+            sent_back = (stage, one.chunk) != (0, 0)
+            if stays and (one.microbatch, one.chunk) == (stays.microbatch, stays.chunk):
+                stayed = 1  # its gradient is what has just been sent back
 
 
 def _largest(those: set[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ this rank's query heads, F that of its MLP, V its part of the vocabulary, z byte
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import add, mul
 
@@ -70,21 +71,17 @@ def activation_memory(
     # What repeats after three groups of microbatches holds no more then.
     flights = in_flight(stage, p=layout.pp, v=layout.vp,
                         m=min(plan.num_microbatches, 3 * layout.pp))
-    ends, interleaved = (layout.pp - 1, layout.vp - 1), layout.vp > 1
-    between = (stage > 0 or interleaved) + (stage < layout.pp - 1 or interleaved)
+    ends = (layout.pp - 1, layout.vp - 1)
     sent = _sent(plan, language) + travelling
-    # The gradients of what left, which has come, and of what entered, which has been sent back; of
-    # virtual stages one more that comes ahead.
-    always = (between + interleaved) * sent
-    # While the next forward runs, what these are of is there as well; of virtual stages one less.
-    before = (between - interleaved) * sent * (plan.num_microbatches > layout.pp - stage)
-    if language.parts > 1 and language.trained:
-        # What sequence parallelism gathers for linear layers, in a buffer that stays.
-        always += language.parts * language.stream
-    beside = [  # of other microbatches
-        always + max(sum(map(mul, counts, kept)) for counts in flights[chunk]) - kept[chunk]
-        for chunk in own
-    ]
+    # What sequence parallelism gathers for linear layers, in a buffer that stays.
+    always = (language.parts > 1 and language.trained) * language.parts * language.stream
+
+    def others(chunk: int, cases: Iterable[Sequence[int]]) -> int:
+        """Of other microbatches, and sent between stages, while a chunk works."""
+        return always + max(sum(map(mul, case, (*kept, sent))) for case in cases) - kept[chunk]
+
+    before = [others(chunk, flights[chunk].forward) for chunk in own]
+    beside = [others(chunk, flights[chunk].backward) for chunk in own]
     given = [_given(plan) if vision and (stage, chunk) == (0, 0) else 0 for chunk in own]
     head = _head_weight(held) if stage == layout.pp - 1 else None
     embedding = _weight(held, EMBEDDING) if stage == embeds[0] else None
@@ -97,7 +94,7 @@ def activation_memory(
     elif stage == 0 and vision and vision.adapted and plan.num_microbatches > 1:
         left = 2 * vision.stream  # the same of the tower's
     if head is not None:
-        losses = (beside[-1] + kept[-1] + given[-1] + left + before
+        losses = (before[-1] + kept[-1] + given[-1] + left
                   + _head(plan, language, head, chunks))
         if embedding is not None and plan.spec.decoder.tie_word_embeddings and head.trained:
             tied_gradient = _gradient(head, itemsize)  # waits for the embedding's
@@ -107,9 +104,10 @@ def activation_memory(
         pixels = _pixels(plan, stage, chunk)
         # Of pixels as they come, those that this rank sees, where nothing keeps them.
         taken = _own_pixels(plan) * (given[chunk] > 0 == pixels and layout.media_ranks > 1)
-        in_vision = max(in_vision, beside[chunk] + vision.kept(chunk) + pixels + max(
-            vision.working(chunk),
-            given[chunk] + taken + left * (not vision.adapted) + before + vision.forward(chunk)))
+        in_vision = max(in_vision, vision.kept(chunk) + pixels + max(
+            beside[chunk] + vision.working(chunk),
+            before[chunk] + given[chunk] + taken + left * (not vision.adapted)
+            + vision.forward(chunk)))
     if embedding is not None and embedding.trained:
         chunk = embeds[1]
         in_embedding = (
@@ -119,14 +117,15 @@ def activation_memory(
         )
     return ActivationMemory(
         stage=stage,
-        in_flight=max(sum(counts) for those in flights for counts in those) / layout.vp,
+        in_flight=max(
+            sum(case[:-1]) for one in flights for case in one.forward + one.backward) / layout.vp,
         kept=max(map(add, beside, kept)),
         losses=losses,
         layer=max(
-            beside[chunk] + kept[chunk]
-            + max(language.working(chunk, arrived=arrived) + tied_gradient
+            kept[chunk]
+            + max(beside[chunk] + language.working(chunk, arrived=arrived) + tied_gradient
                   + arrived * _unpacked(plan, stage, chunk, language),
-                  given[chunk] + left + before + language.forward(chunk))
+                  before[chunk] + given[chunk] + left + language.forward(chunk))
             for chunk, arrived in ((chunk, (stage, chunk) != ends) for chunk in own)
         ),
         vision=in_vision, embedding=in_embedding,

@@ -100,12 +100,15 @@ def test_a_stage_keeps_as_many_microbatches_as_its_memory_counts(p, v, m):
 
 
 @pytest.mark.parametrize(("stage", "p", "v", "m", "kept"), [
-    (0, 4, 1, 8, [{(4,)}]),
-    (3, 4, 1, 8, [{(1,)}]),
-    (0, 4, 1, 2, [{(2,)}]),
+    # In later forwards the last one's gradient and what it is of, in backwards the gradient.
+    (0, 4, 1, 8, [[{(4, 2)}, {(4, 1)}]]),
+    (3, 4, 1, 8, [[{(1, 2)}, {(1, 1)}]]),
+    (0, 4, 1, 2, [[{(2, 1)}, {(2, 1)}]]),
     # F0 F1 of chunk 0, the same of chunk 1, then in turn F2, B0 of chunk 1, F3 of chunk 0, ...
-    (0, 2, 2, 4, [{(3, 2), (4, 1)}, {(3, 2), (4, 1)}]),
-    (1, 2, 2, 4, [{(3, 0)}, {(2, 1)}]),
+    # What comes ahead, the own gradient and that of the chunk before, as far as each is there.
+    (0, 2, 2, 4, [[{(3, 2, 1), (4, 1, 2)}, {(3, 2, 1), (4, 1, 3)}]] * 2),
+    # Chunk 1's first microbatch came last in the warm-up: it stays, and its gradient too.
+    (1, 2, 2, 4, [[{(3, 0, 4)}, {(3, 0, 5)}], [{(2, 1, 3)}, {(2, 1, 4)}]]),
 ])
 def test_microbatches_are_kept_from_their_forward_to_their_backward(stage, p, v, m, kept):
-    assert [set(one) for one in in_flight(stage, p=p, v=v, m=m)] == kept
+    assert [[*map(set, one)] for one in in_flight(stage, p=p, v=v, m=m)] == kept

@@ -114,6 +114,8 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (TEXT, 2, 1, PP | dict(packing_buffer_size=0)),
     (TEXT, 2, 0, VP),
     (TEXT, 2, 1, VP),
+    (TEXT, 2, 1, VP | FULL | CHUNKS),
+    (TEXT, 2, 0, VP | FULL | dict(global_batch_size=2)),
     (TEXT, 4, 0, TP | PP | dict(pp_layers="1,3")),
     (TEXT, 4, 3, TP | PP | dict(pp_layers="1,3")),
     (TEXT, 4, 0, PP4),

@@ -76,6 +76,7 @@ LINES = {  # by the number of ranks
         "PP2, full recompute": PP2 | full("uniform", 1),
         "PP2, 1 layer a stage recomputed": PP2 | full("block", 1),
         "PP2, VP2": VP2,
+        "PP2, VP2, full recompute": VP2 | full("uniform", 1),
         "EP2": EP2,
         "EP2, distributed optimizer": EP2 | DISTRIBUTED,
         "EP2, selective recompute": EP2 | SELECTIVE,

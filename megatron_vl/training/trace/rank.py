@@ -162,8 +162,9 @@ def _run_microbatches(plan: Plan, model: list, device: torch.device) -> None:
     from megatron_vl.training.trace.row import full_batch
 
     layout = plan.layout
-    # One more than are kept at once; with virtual stages the next multiple of the stages.
-    number = min(plan.num_microbatches, layout.pp + 1 if layout.vp == 1 else 2 * layout.pp)
+    # One more than are kept at once; with virtual stages until what came last in the warm-up, which
+    # Megatron-Core holds on to, has its gradient too.
+    number = min(plan.num_microbatches, layout.pp + 1 if layout.vp == 1 else 3 * layout.pp)
 
     def rows(chunk) -> Iterator:
         while True:  # pixels are gone when their forward is over, as from a loader
