@@ -111,8 +111,9 @@ def activation_memory(
     if embedding is not None and embedding.trained:
         chunk = embeds[1]
         in_embedding = (
-            beside[chunk] + _vision_kept(plan, stage, chunk, vision) + tied_gradient
-            + _gradient(embedding, itemsize)
+            beside[chunk] + _vision_kept(plan, stage, chunk, vision)
+            # With a tied one's their sum, which is neither of them.
+            + tied_gradient + _gradient(embedding, itemsize) * (2 if tied_gradient else 1)
             + language.stream * (language.counts[chunk] > 0)  # else that which has come
         )
     return ActivationMemory(

@@ -104,6 +104,8 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (TEXT, 1, 0, SELECTIVE),
     (TEXT, 1, 0, FULL | dict(recompute_num_layers=2)),
     (TEXT, 1, 0, BLOCK),
+    (TEXT, 1, 0, FULL | dict(seq_length=32)),  # a row that takes less than tied embeddings
+    (TEXT, 1, 0, dict(micro_batch_size=2)),
     (TEXT, 1, 0, LORA | FULL),
     (TEXT, 1, 0, LORA | dict(quantize_base="nf4")),
     (TEXT, 2, 1, TP),

@@ -19,9 +19,10 @@ SIDES = 8  # smallest images a side of an image: a row of the smallest alone has
 def full_batch(plan: Plan, pixels_on: torch.device | str | None) -> RowBatch:
     """A microbatch of `plan`.
 
-    Every row is segments of two lengths that take turns, which attention copies into rectangles,
-    and a short one, for which the row as it was is kept as well. With a vision tower, as many
-    images of 64 tokens as fit into it, or within max-patches-per-row, stand at its start.
+    Every row is segments of two lengths that take turns, which attention copies into rectangles;
+    the first has a short one too, for which the rows as they were are kept as well. With a vision
+    tower, as many images of 64 tokens as fit into a row, or within max-patches-per-row, stand at
+    its start.
 
     Args:
         pixels_on: the device of `pixel_patches`; None: a stage that has none of them.
@@ -43,8 +44,8 @@ def full_batch(plan: Plan, pixels_on: torch.device | str | None) -> RowBatch:
                 dtype=getattr(torch, plan.config.model.dtype),
             )
     axes = family(spec.model_type).positions(spec).axes
-    bounds = sorted({row * length + of_64 * length // 64
-                     for row in range(rows) for of_64 in (0, 18, 31, 49, 62, 64)})
+    bounds = sorted({row * length + of_64 * length // 64 for row in range(rows)
+                     for of_64 in ((0, 18, 32, 50, 64) if row else (0, 18, 31, 49, 62, 64))})
     return RowBatch(
         tokens=tokens,
         labels=tokens,
