@@ -9,8 +9,9 @@ Letters: p stages, v chunks of a stage, m microbatches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from operator import le
 from typing import NamedTuple
 
@@ -65,8 +66,9 @@ def in_flight(stage: int, *, p: int, v: int, m: int) -> tuple[Flights, ...]:
     """
     counts, seen = [0] * v, [(set(), set()) for _ in range(v)]
     run = tuple(operations(stage, p=p, v=v, m=m))
-    exchanged = _exchanged if v == 1 else _exchanged_between_chunks
-    for one, sent in zip(run, exchanged(run, stage, p=p, m=m), strict=True):
+    exchanged = (_exchanged(run, stage, p=p, m=m) if v == 1
+                 else _exchanged_between_chunks(run, stage, p=p, v=v, m=m))
+    for one, sent in zip(run, exchanged, strict=True):
         counts[one.chunk] += not one.backward
         seen[one.chunk][one.backward].add((*counts, sent))
         counts[one.chunk] -= one.backward
@@ -83,29 +85,27 @@ def _exchanged(run: Sequence[Operation], stage: int, *, p: int, m: int) -> Itera
 
 
 def _exchanged_between_chunks(
-    run: Sequence[Operation], stage: int, *, p: int, m: int
+    run: Sequence[Operation], stage: int, *, p: int, v: int, m: int
 ) -> Iterator[int]:
     """The same of interleaved stages, whose exchanges run beside the computation."""
-    chunks = 1 + max(one.chunk for one in run)
-    before = warm_up(stage, p=p, v=chunks, m=m)
+    before = warm_up(stage, p=p, v=v, m=m)
 
     def received(one: Operation) -> bool:
-        end = (p - 1, chunks - 1) if one.backward else (0, 0)
+        end = (p - 1, v - 1) if one.backward else (0, 0)
         return (stage, one.chunk) != end
 
     # The schedule's own name for what came last in the warm-up stays until the step's end, and the
     # gradient of that with it.
-    stays = run[before] if before < m * chunks and received(run[before]) else None
+    stays = run[before] if before < m * v and received(run[before]) else None
     stayed = sent_back = 0
-    for at, one in enumerate(run):
-        following = run[at + 1] if at + 1 < len(run) else None
+    for one, following in zip_longest(run, run[1:]):
         ahead = following and following.backward != one.backward and received(following)
         own = one.backward and received(one)
         yield sent_back + stayed + bool(ahead) + own
         if one.backward:
             stayed += stayed == 1
             sent_back = (stage, one.chunk) != (0, 0)
-            if stays and (one.microbatch, one.chunk) == (stays.microbatch, stays.chunk):
+            if replace(one, backward=False) == stays:
                 stayed = 1  # its gradient is what has just been sent back
 
 
