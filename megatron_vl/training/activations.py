@@ -94,8 +94,8 @@ def activation_memory(
     elif stage == 0 and vision and vision.adapted and plan.num_microbatches > 1:
         left = 2 * vision.stream  # the same of the tower's
     if head is not None:
-        losses = (before[-1] + kept[-1] + given[-1] + left
-                  + _head(plan, language, head, chunks))
+        forward, backward = _head(plan, language, head, chunks)
+        losses = kept[-1] + max(before[-1] + given[-1] + left + forward, beside[-1] + backward)
         if embedding is not None and plan.spec.decoder.tie_word_embeddings and head.trained:
             tied_gradient = _gradient(head, itemsize)  # waits for the embedding's
         if embedding is not None and plan.recompute.granularity != "full":
@@ -300,18 +300,20 @@ def _logits(plan: Plan, head: Held, positions: int) -> int:
     return positions * head.shape[0] * (FP32 + (itemsize if itemsize < FP32 else 0))
 
 
-def _head(plan: Plan, language: Layers, head: Held, chunks: int) -> int:
-    """The last norm, the trained positions, and their logits, of a part at a time."""
+def _head(plan: Plan, language: Layers, head: Held, chunks: int) -> tuple[int, int]:
+    """The last norm, the trained positions, and their logits, of a part at a time.
+
+    In the forward, and in the backward.
+    """
     itemsize, tokens = language.itemsize, language.tokens
     norm = language.stream // itemsize * FP32 * language.norms + language.stream
     gathered = tokens * language.width * itemsize * (1 + (language.parts > 1))
     weight = _gradient(head, itemsize) if head.trained else 0
-    logits = _logits(plan, head, -(-tokens // chunks))
-    if chunks > 1:
-        most = logits + weight
-    else:
-        most = max(logits, tokens * head.shape[0] * itemsize + weight)
+    forward = logits = _logits(plan, head, -(-tokens // chunks))
+    # Of parts, the backward makes the logits again.
+    backward = weight + (logits if chunks > 1 else tokens * head.shape[0] * itemsize)
     if plan.spec.decoder.normalized_head:
         # The normalised weight; in its backward also its gradient, and three more as large.
-        most = max(most + _gradient(head, itemsize), 5 * weight)
-    return norm + gathered + most
+        forward += _gradient(head, itemsize)
+        backward = max(backward + _gradient(head, itemsize), 5 * weight)
+    return norm + gathered + forward, norm + gathered + backward
