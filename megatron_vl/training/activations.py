@@ -23,6 +23,7 @@ from megatron_vl.training.layer_activations import (
     count_patches,
     count_tokens,
     language_layers,
+    most_patches,
     vision_layers,
 )
 from megatron_vl.training.memory import FP32, ITEMSIZE, Held, RankMemory, rank_memory
@@ -115,6 +116,7 @@ def activation_memory(
             # With a tied one's their sum, which is neither of them.
             + tied_gradient + _gradient(embedding, itemsize) * (2 if tied_gradient else 1)
             + language.stream * (language.counts[chunk] > 0)  # else that which has come
+            + _media_gradient(plan, language)
         )
     return ActivationMemory(
         stage=stage,
@@ -238,12 +240,29 @@ def _given(plan: Plan) -> int:
     return numbers * ITEMSIZE[plan.config.model.dtype]
 
 
+def _media_gradient(plan: Plan, language: Layers) -> int:
+    """Of images' embeddings and features, which waits for that of the embedding."""
+    vision = plan.spec.vision
+    if vision is None or not any(_reached(plan)):
+        return 0
+    grid = vision.smallest_grid
+    patches = plan.config.batch.micro_batch_size * most_patches(plan) // plan.layout.cp
+    tokens = min(count_tokens(plan), patches * vision.num_tokens(grid) // math.prod(grid))
+    return tokens * language.width * language.itemsize * (1 + vision.num_features)
+
+
+def _reached(plan: Plan) -> tuple[bool, bool]:
+    """Whether the merger is trained, and whether what it merges has a gradient."""
+    trainable = plan.trainable
+    return (MERGER not in trainable.frozen or MERGER in trainable.adapted,
+            VISION not in trainable.still)
+
+
 def _merger(plan: Plan) -> int:
     """What the norm before it and itself keep."""
     vision, trainable = plan.spec.vision, plan.trainable
     itemsize = ITEMSIZE[plan.config.model.dtype]
-    trained = MERGER not in trainable.frozen or MERGER in trainable.adapted
-    reached = VISION not in trainable.still
+    trained, reached = _reached(plan)
     if not trained and not reached:
         return 0
     if vision.only_grid:

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from true_sizes import write
 
 from megatron_vl.cli.main import run
 from megatron_vl.parallel import Layout, communicators
@@ -200,6 +201,23 @@ def test_formulas_and_trace_agree(process, model, world, rank, options, request)
     assert traced.optimizer_bytes == pytest.approx(held.optimizer_bytes, rel=0.005)
     predicted = activation_memory(plan, traced.stage, held=held).peak
     assert predicted == pytest.approx(traced.activation_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize(("family", "size", "world", "rank", "options"), [
+    # The most is there with the gradient of the embedding, and of the logits' weight.
+    ("qwen3_vl", "8B", 2, 0, PP | FULL),
+    ("qwen2_5_vl", "3B", 8, 7, FULL | FROZEN_TOWER | dict(
+        tensor_model_parallel_size=8, sequence_parallel=True, vit_data_parallel=True,
+        seq_length=2048, cross_entropy_chunks=2)),
+], ids=str)
+def test_formulas_and_trace_agree_at_published_sizes(
+    process, tmp_path, family, size, world, rank, options
+):
+    write(tmp_path, size, family)
+    plan = plan_of(tmp_path, world, **options)
+    traced = process["traced"].submit(trace_rank, plan, rank).result()
+    predicted = activation_memory(plan, traced.stage).peak
+    assert predicted == pytest.approx(traced.activation_bytes, rel=0.01)
 
 
 def counted_products(plan) -> float:
