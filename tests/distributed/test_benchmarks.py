@@ -39,7 +39,7 @@ SCRIPTS = {
     "memory.py": ("M --steps 1 --seq-length 256 --lines 1", r"^first losses: [\d.]+$"),
     "predicted_memory.py": ("M --seq-length 256 --ranks 1 --only recompute", predicted(9)),
     "predicted_memory.py, virtual stages": (
-        "M --seq-length 256 --ranks 2 --only VP2", predicted(1),
+        "M --seq-length 256 --ranks 2 --only VP2", predicted(2),
     ),
     # Shares of the distributed optimizer end with padding, which has no state.
     "predicted_memory.py, experts": (
