@@ -45,6 +45,11 @@ SCRIPTS = {
     "predicted_memory.py, experts": (
         "E --seq-length 256 --ranks 2 --only EP2", predicted(4, off="(0|3,072)"),
     ),
+    "traced_memory.py": (
+        "M E --draws 3 --seed 3 --seq-length 256 --world 8 --tolerance 0.05",
+        r"^(\| \w+ \| \d \| \d \| --seq-length 256 .+ \| [\d.]+ \| (0\.9[5-9]|1\.0[0-5])\d \| "
+        r"\d+ \|\n){3}\n3 of 3 ranks within 5%; \d+ layouts .*",
+    ),
     "plan_schedule.py": (
         "--stages 2", r"^(\| .+ \| [\d.]+ \| [\d.]+ \| [+-][\d.]+% to [+-][\d.]+% \|\n?){9}$",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -59,6 +60,26 @@ def measured(plan):
     found = measure(plan, 0, initialize(plan.layout))
     leave_layout()
     return found
+
+
+def left_over(plan, rank: int) -> int:
+    """Bytes that a traced rank's microbatches leave behind."""
+    from megatron_vl.training.trace import allocated
+
+    left = []
+
+    class Leaving(AllocatedBytes):
+        def __exit__(self, *error):
+            gc.collect()
+            left.append(self.now)
+            return super().__exit__(*error)
+
+    allocated.AllocatedBytes = Leaving
+    try:
+        trace_rank(plan, rank)
+    finally:
+        allocated.AllocatedBytes = AllocatedBytes
+    return left[0]
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +239,31 @@ def test_formulas_and_trace_agree_at_published_sizes(
     traced = process["traced"].submit(trace_rank, plan, rank).result()
     predicted = activation_memory(plan, traced.stage).peak
     assert predicted == pytest.approx(traced.activation_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(("model", "world", "rank", "options"), [
+    (TEXT, 2, 1, VP),
+    (TEXT, 2, 1, PP | LORA | FULL),
+    (TEXT, 2, 0, TP | SELECTIVE | CHUNKS),
+    (IMAGES, 2, 1, PP | TOWER_OVER_STAGES),
+    (IMAGES, 2, 1, PP | TOWER_OVER_STAGES | FROZEN_TOWER),
+    (IMAGES, 2, 0, CP | LORA | EVERY_PART),
+    (WINDOWS, 2, 0, TP | dict(vit_data_parallel=True)),
+    ("deepstack_model_dir", 2, 1, VP | FULL),
+    ("deepstack_model_dir", 2, 0, VP),
+    ("resampler_model_dir", 2, 0, PP),
+    ("baichuan_model_dir", 2, 1, PP),
+    (EXPERTS, 4, 3, VP | EP),
+    (EXPERTS, 4, 0, TP | EP | FULL | dict(expert_tensor_parallel_size=1)),
+], ids=str)
+def test_nothing_of_a_microbatch_is_held_after_the_step(
+    process, model, world, rank, options, request
+):
+    plan = plan_of(request.getfixturevalue(model), world, **options)
+    # Tables that are made once stay, and the buffer of what sequence parallelism gathers.
+    states = plan.row_length * plan.spec.decoder.hidden_size * 2
+    left = process["traced"].submit(left_over, plan, rank).result()
+    assert 0 <= left - states * ("sequence_parallel" in options) < HOST_BYTES + 1024 < states / 2
 
 
 def counted_products(plan) -> float:
