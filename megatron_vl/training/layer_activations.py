@@ -329,18 +329,20 @@ def language_layers(plan: Plan, held: RankMemory) -> Layers:
     # Of segments of several lengths, q, k and v are kept as turned and in rectangles of like
     # length, and the output in these and in order. Keys and values of groups are repeated for every
     # head at once; otherwise they are parts of the projection, which is kept with them, unless
-    # context parallelism exchanges copies or norms of queries and keys keep it in fp32.
+    # rows are laid end to end or context parallelism exchanges them, which copies, or norms of
+    # queries and keys keep it in fp32.
     heads, groups = decoder.num_attention_heads, decoder.num_query_groups
     queries, keys = heads * decoder.head_dim // tp, -(-groups // tp) * decoder.head_dim
     gathered = (heads + 2 * groups) * decoder.head_dim
     grouped = max(1, groups // tp // layout.cp) < heads // tp // layout.cp
     kept = decoder.qk_norm and itemsize == FP32
+    copied = layout.cp > 1 or plan.config.batch.micro_batch_size > 1
     return _layers(
         plan, held, LANGUAGE, plan.recompute, width=decoder.hidden_size,
         tokens=count_tokens(plan), parts=parts, head_dim=decoder.head_dim,
         queries=queries, keys=keys, others=(gathered - queries - 2 * keys) * (groups < tp),
-        attended=5 if grouped else 7 if layout.cp > 1 else 6 if kept else 9,
-        keeps_projection=not grouped and layout.cp == 1,
+        attended=5 if grouped else 6 if kept and layout.cp == 1 else 7 if copied else 9,
+        keeps_projection=not grouped and not copied,
         qk_norms=decoder.qk_norm * (1 + trained),
         inner=inner // tp, activation="swiglu", passing=4, biased=False, norms=1 + trained,
         norm_copies=5,

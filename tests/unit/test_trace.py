@@ -30,6 +30,7 @@ PP = dict(pipeline_model_parallel_size=2)
 PP4 = dict(pipeline_model_parallel_size=4)
 VP = dict(**PP, num_virtual_stages_per_pipeline_rank=2)
 CP = dict(context_parallel_size=2)
+ROWS = dict(micro_batch_size=2)
 SELECTIVE = dict(recompute_granularity="selective")
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 BLOCK = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
@@ -127,7 +128,7 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (TEXT, 1, 0, FULL | dict(recompute_num_layers=2)),
     (TEXT, 1, 0, BLOCK),
     (TEXT, 1, 0, FULL | dict(seq_length=32)),  # a row that takes less than tied embeddings
-    (TEXT, 1, 0, dict(micro_batch_size=2)),
+    (TEXT, 1, 0, ROWS),
     (TEXT, 1, 0, LORA | FULL),
     (TEXT, 1, 0, LORA | dict(quantize_base="nf4")),
     (TEXT, 2, 1, TP),
@@ -202,6 +203,9 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (TEXT, 2, 1, VP | dict(lora_rank=32)),
     (TEXT, 4, 1, TP4),
     (TEXT, 4, 1, TP4 | SELECTIVE),
+    (TEXT, 4, 1, TP4 | ROWS),  # laid end to end, which copies
+    (EXPERTS, 4, 0, TP4 | ROWS),
+    ("baichuan_model_dir", 1, 0, ROWS),
     (TEXT, 4, 0, TP | CP),
     ("qk_norm_model_dir", 4, 3, TP4 | FP32),
     (IMAGES, 1, 0, FROZEN_TOWER),
