@@ -23,7 +23,7 @@ from megatron_vl.training.layer_activations import (
     count_patches,
     count_tokens,
     language_layers,
-    most_patches,
+    microbatch_patches,
     vision_layers,
 )
 from megatron_vl.training.memory import FP32, ITEMSIZE, Held, RankMemory, rank_memory
@@ -233,10 +233,9 @@ def _own_pixels(plan: Plan) -> int:
 
 def _given(plan: Plan) -> int:
     """Pixels as they come: of the whole microbatch, until a chunk's forward is over."""
-    ranks = plan.layout.media_ranks
-    if ranks == 1 and _pixels(plan, 0, 0):
+    if plan.layout.media_ranks == 1 and _pixels(plan, 0, 0):
         return 0  # these are what is kept
-    numbers = count_patches(plan) * ranks * plan.spec.vision.patch_dim
+    numbers = microbatch_patches(plan) * plan.spec.vision.patch_dim
     return numbers * ITEMSIZE[plan.config.model.dtype]
 
 
@@ -246,7 +245,7 @@ def _media_gradient(plan: Plan, language: Layers) -> int:
     if vision is None or not any(_reached(plan)):
         return 0
     grid = vision.smallest_grid
-    patches = plan.config.batch.micro_batch_size * most_patches(plan) // plan.layout.cp
+    patches = microbatch_patches(plan) // plan.layout.cp
     tokens = min(count_tokens(plan), patches * vision.num_tokens(grid) // math.prod(grid))
     return tokens * language.width * language.itemsize * (1 + vision.num_features)
 
@@ -284,17 +283,20 @@ def _resampler(plan: Plan) -> int:
 
     Of patches the inputs of both norms (fp32) and of the projection to the language width, and
     there values, keys and what attention takes of them; of its queries what attention gives and the
-    last norm; and its weights of queries, keys and values, which are copied out of one.
+    last norm; and its weights of queries, keys and values, which are copied out of one. Inputs are
+    for the gradients of its own weights, copies of weights for those of what they multiply.
     """
-    vision, tp = plan.spec.vision, plan.layout.vit_tp
+    vision, tp, trainable = plan.spec.vision, plan.layout.vit_tp, plan.trainable
     itemsize, width = ITEMSIZE[plan.config.model.dtype], vision.out_hidden_size
+    own, before = MERGER not in trainable.frozen, VISION not in trainable.frozen
+    through = own or _reached(plan)[1]  # its attention, and not only the projection behind that
     patches = count_patches(plan)
     images = patches // math.prod(vision.only_grid)
     queries = images * vision.num_tokens(vision.only_grid)
-    return (patches * vision.hidden_size * (FP32 + itemsize)
-            + patches * width * (FP32 + 2 * itemsize + 2 * itemsize // tp)
-            + queries * width * (FP32 + itemsize + itemsize // tp)
-            + 3 * width * width // tp * itemsize)
+    return (patches * vision.hidden_size * (FP32 * before + itemsize * own)
+            + patches * width * through * (FP32 + 2 * itemsize * own + 2 * itemsize // tp)
+            + queries * width * (FP32 + itemsize * own + itemsize // tp)
+            + (2 * through + own) * width * width // tp * itemsize)
 
 
 # ---- ends --------------------------------------------------------------------------------------

@@ -303,10 +303,15 @@ def most_patches(plan: Plan) -> int:
     return min(patches, plan.config.data.max_patches_per_row or patches)
 
 
+def microbatch_patches(plan: Plan) -> int:
+    """Of a microbatch of such rows."""
+    return plan.config.batch.micro_batch_size * most_patches(plan)
+
+
 def count_patches(plan: Plan) -> int:
-    """Of a microbatch of such rows, on a rank; images are taken to be divided evenly."""
-    rows = plan.config.batch.micro_batch_size
-    return -(-rows * most_patches(plan) // plan.layout.media_ranks)
+    """Of these, on a rank; images of many sizes are taken to be divided evenly."""
+    one = math.prod(plan.spec.vision.only_grid or (1,))
+    return -(-microbatch_patches(plan) // (plan.layout.media_ranks * one)) * one
 
 
 def language_layers(plan: Plan, held: RankMemory) -> Layers:
@@ -367,11 +372,13 @@ def vision_layers(plan: Plan, held: RankMemory) -> Layers | None:
     ):
         return None
     trained, rms = VISION not in plan.trainable.frozen, vision.normalization == "RMSNorm"
-    # Frames of one size are a rectangle as they are.
+    # Frames of one size are a rectangle as they are. Without rotary positions these are views of the
+    # projection, and what attention gives enters the next layer as it is.
     return _layers(
         plan, held, VISION, plan.vit_recompute, width=vision.hidden_size,
         tokens=count_patches(plan), parts=1, head_dim=vision.head_dim,
-        queries=vision.hidden_size // tp, keys=vision.hidden_size // tp, attended=5,
+        queries=vision.hidden_size // tp, keys=vision.hidden_size // tp,
+        attended=3 if vision.only_grid else 5,
         keeps_projection=False, qk_norms=0, inner=vision.ffn_hidden_size // tp,
         activation="swiglu" if vision.gated else vision.activation,
         passing=6 if vision.gated else 4,  # a bias makes another tensor

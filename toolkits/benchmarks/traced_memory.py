@@ -56,7 +56,8 @@ def drawn(args: argparse.Namespace, draw: random.Random) -> tuple[int, dict]:
         (ep > 1 and draw.random() < 0.5, dict(expert_tensor_parallel_size=1)),
         (tp > 1 and draw.random() < 0.2, dict(vit_data_parallel=True)),
         (draw.random() < 0.2, dict(freeze_vit=True)),
-        (draw.random() < 0.3, dict(lora_rank=draw.choice([8, 64]))),
+        (draw.random() < 0.3, dict(lora_rank=draw.choice([8, 64])) | draw.choice([
+            {}, {}, dict(lora_target=["llm", "vit", "merger"])])),
         (draw.random() < 0.4, dict(cross_entropy_chunks=draw.choice([2, 4, 8]))),
         (draw.random() < 0.2,
          dict(vit_recompute_granularity=draw.choice(["none", "selective", "full"]))),
@@ -67,6 +68,13 @@ def drawn(args: argparse.Namespace, draw: random.Random) -> tuple[int, dict]:
         dict(recompute_granularity="full", recompute_num_layers=2),
         dict(recompute_granularity="full", recompute_method="block"),
     ])
+
+
+def typed(value) -> str:
+    """As a command line has it."""
+    if value is True:
+        return ""
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def plan_of(hf_dir: Path, world: int, options: dict):
@@ -114,7 +122,7 @@ def main() -> None:
                 compare, hf_dir, world, options, rank).result()
         ratio = predicted / traced
         off += abs(ratio - 1) > args.tolerance
-        words = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        words = " ".join(f"--{name.replace('_', '-')} {typed(value)}".rstrip()
                          for name, value in options.items())
         print(f"| {hf_dir.name} | {rank} | {world} | {words} | {traced / GIB:.2f} | {ratio:.3f} "
               f"| {seconds:.0f} |", flush=True)
