@@ -372,8 +372,8 @@ def vision_layers(plan: Plan, held: RankMemory) -> Layers | None:
     ):
         return None
     trained, rms = VISION not in plan.trainable.frozen, vision.normalization == "RMSNorm"
-    # Frames of one size are a rectangle as they are. Without rotary positions these are views of the
-    # projection, and what attention gives enters the next layer as it is.
+    # Frames of one size are a rectangle as they are. Without rotary positions q, k and v are views
+    # of the projection, and what attention gives is the next layer's input as it is.
     return _layers(
         plan, held, VISION, plan.vit_recompute, width=vision.hidden_size,
         tokens=count_patches(plan), parts=1, head_dim=vision.head_dim,

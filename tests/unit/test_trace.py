@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -10,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from true_sizes import write
+from true_sizes import SIZES, counted, write
 
 from megatron_vl.cli.main import run
 from megatron_vl.parallel import Layout, communicators
@@ -212,6 +213,9 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     (WINDOWS, 2, 0, FROZEN_TOWER | TP),
     (WINDOWS, 1, 0, LORA | EVERY_PART),
     ("deepstack_model_dir", 1, 0, FROZEN_TOWER),
+    ("resampler_model_dir", 1, 0, LORA | EVERY_PART),
+    ("resampler_model_dir", 1, 0, LORA | FULL | dict(lora_target=["merger"])),
+    ("resampler_model_dir", 1, 0, FROZEN_TOWER | FULL),
 ], ids=str)
 def test_formulas_and_trace_agree(process, model, world, rank, options, request):
     plan = plan_of(request.getfixturevalue(model), world, **options)
@@ -234,11 +238,17 @@ def test_formulas_and_trace_agree(process, model, world, rank, options, request)
     ("qwen2_5_vl", "3B", 8, 7, FULL | FROZEN_TOWER | dict(
         tensor_model_parallel_size=8, sequence_parallel=True, vit_data_parallel=True,
         seq_length=2048, cross_entropy_chunks=2)),
+    # The first of eight ranks has an image of seven.
+    ("qwen", "7B", 8, 0, TP4 | CP | dict(vit_data_parallel=True, seq_length=2048)),
 ], ids=str)
 def test_formulas_and_trace_agree_at_published_sizes(
-    process, tmp_path, family, size, world, rank, options
+    process, tmp_path, resampler_model_dir, family, size, world, rank, options
 ):
-    write(tmp_path, size, family)
+    if family in SIZES:
+        write(tmp_path, size, family)
+    else:
+        config = counted(resampler_model_dir, family, size)
+        (tmp_path / "config.json").write_text(json.dumps(config))
     plan = plan_of(tmp_path, world, **options)
     traced = process["traced"].submit(trace_rank, plan, rank).result()
     predicted = activation_memory(plan, traced.stage).peak
