@@ -331,10 +331,12 @@ def _head(plan: Plan, language: Layers, head: Held, chunks: int) -> tuple[int, i
     gathered = tokens * language.width * itemsize * (1 + (language.parts > 1))
     weight = _gradient(head, itemsize) if head.trained else 0
     forward = logits = _logits(plan, head, -(-tokens // chunks))
+    forward += gathered
     # Of parts, the backward makes the logits again.
-    backward = weight + (logits if chunks > 1 else tokens * head.shape[0] * itemsize)
+    backward = gathered + weight + (logits if chunks > 1 else tokens * head.shape[0] * itemsize)
     if plan.spec.decoder.normalized_head:
-        # The normalised weight; in its backward also its gradient, and three more as large.
+        # The normalised weight; in its backward, which comes after that of what is gathered, also
+        # its gradient, and three more as large.
         forward += _gradient(head, itemsize)
         backward = max(backward + _gradient(head, itemsize), 5 * weight)
-    return norm + gathered + forward, norm + gathered + backward
+    return norm + forward, norm + backward

@@ -201,9 +201,9 @@ class Layers:
         mlp = streams + max(
             # What a linear layer kept for its weights or factors is gone by then.
             (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
-            self.inner_bytes + second * self.itemsize * bool(self._beside(second)),
-            # What sequence parallelism gathers of the output's gradient, and the next one.
-            self.inner_bytes + (self.parts > 1) * self.parts * self.stream,
+            # With what sequence parallelism gathers of the output's gradient.
+            self.inner_bytes + second * self.itemsize * bool(self._beside(second))
+            + (self.parts > 1) * self.parts * self.stream,
             self._beside(second),
             self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
@@ -398,19 +398,22 @@ def _layers(plan: Plan, held: RankMemory, part: str, recompute: Recompute, **siz
         counts=counts, recompute=recompute, trained=trained, adapted=adapted, reached=reached,
         mlp_adapted=adapted and any(".mlp." in name for _, name in _factor_pairs(held, part)),
         quantized=part == LANGUAGE and trainable.quantize_base is not None,
-        adapter=_factors(plan, held, part, sizes["tokens"]) * itemsize // max(sum(counts), 1),
+        adapter=_factors(plan, held, part, sizes) * itemsize // max(sum(counts), 1),
         itemsize=itemsize, **sizes,
     )
 
 
-def _factors(plan: Plan, held: RankMemory, part: str, tokens: int) -> int:
+def _factors(plan: Plan, held: RankMemory, part: str, sizes: dict) -> int:
     """Numbers that the factors of a stage keep: A x, the B that is made of what is stored, and what
     dropout drew."""
-    numbers = 0
-    for pair in _factor_pairs(held, part).values():
+    numbers, whole, cut = 0, sizes["tokens"], sizes["tokens"] // sizes["parts"]
+    for (_, layer), pair in _factor_pairs(held, part).items():
         (rank, width), (rows, _) = pair["A"].shape, pair["B"].shape
-        drawn = tokens * width if plan.config.lora.lora_dropout else 0
-        numbers += pair["A"].layers * (tokens * rank + rows * rank + drawn)
+        # Sequence parallelism gathers A x before a column-parallel layer's B, and scatters another.
+        column = layer.endswith((".linear_qkv.", ".linear_fc1."))
+        seen, given = (cut, whole) if column else (whole, cut)
+        drawn = seen * width * (plan.config.lora.lora_dropout > 0)
+        numbers += pair["A"].layers * (given * rank + rows * rank + drawn)
     return numbers
 
 

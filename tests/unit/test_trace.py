@@ -216,6 +216,7 @@ def test_a_traced_rank_holds_what_a_real_one_does(process, model, options, reque
     ("resampler_model_dir", 1, 0, LORA | EVERY_PART),
     ("resampler_model_dir", 1, 0, LORA | FULL | dict(lora_target=["merger"])),
     ("resampler_model_dir", 1, 0, FROZEN_TOWER | FULL),
+    (TEXT, 2, 1, TP | LORA | dict(lora_dropout=0.1)),
 ], ids=str)
 def test_formulas_and_trace_agree(process, model, world, rank, options, request):
     plan = plan_of(request.getfixturevalue(model), world, **options)
@@ -238,16 +239,22 @@ def test_formulas_and_trace_agree(process, model, world, rank, options, request)
     ("qwen2_5_vl", "3B", 8, 7, FULL | FROZEN_TOWER | dict(
         tensor_model_parallel_size=8, sequence_parallel=True, vit_data_parallel=True,
         seq_length=2048, cross_entropy_chunks=2)),
+    # The most is there with the gradient of a weight and what sequence parallelism gathered.
+    ("qwen2_vl", "72B", 16, 13, TP | FULL | dict(
+        pipeline_model_parallel_size=8, seq_length=4096)),
+    # A normalised weight's gradient is made when what was gathered is gone.
+    ("baichuan", "7B", 4, 1, TP4 | FULL | CHUNKS | dict(seq_length=4096)),
     # The first of eight ranks has an image of seven.
     ("qwen", "7B", 8, 0, TP4 | CP | dict(vit_data_parallel=True, seq_length=2048)),
 ], ids=str)
 def test_formulas_and_trace_agree_at_published_sizes(
-    process, tmp_path, resampler_model_dir, family, size, world, rank, options
+    process, tmp_path, family, size, world, rank, options, request
 ):
     if family in SIZES:
         write(tmp_path, size, family)
     else:
-        config = counted(resampler_model_dir, family, size)
+        tiny = {"qwen": "resampler_model_dir", "baichuan": "baichuan_model_dir"}[family]
+        config = counted(request.getfixturevalue(tiny), family, size)
         (tmp_path / "config.json").write_text(json.dumps(config))
     plan = plan_of(tmp_path, world, **options)
     traced = process["traced"].submit(trace_rank, plan, rank).result()

@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import random
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def drawn(args: argparse.Namespace, draw: random.Random) -> tuple[int, dict]:
+def drawn(args: argparse.Namespace, spec, draw: random.Random) -> tuple[int, dict]:
     """Ranks, and options of train; some of them do not go together, or not with the model."""
     tp, pp = draw.choice([1, 1, 2, 4, 8]), draw.choice([1, 1, 2, 4, 8])
     vp, cp = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 1, 2])
@@ -47,20 +48,29 @@ def drawn(args: argparse.Namespace, draw: random.Random) -> tuple[int, dict]:
         seq_length=draw.choice(args.seq_length), micro_batch_size=rows,
         global_batch_size=rows * max(dp, ep) * draw.choice([1, 8, 16]) * pp,
     )
+
+    def some(share: float, *choices: dict) -> tuple[bool, dict]:
+        return draw.random() < share, draw.choice(choices)
+
     for given, more in (
         (tp > 1, dict(tensor_model_parallel_size=tp, sequence_parallel=True)),
         (pp > 1, dict(pipeline_model_parallel_size=pp)),
         (pp > 1 and vp > 1, dict(num_virtual_stages_per_pipeline_rank=vp)),
+        (pp > 1 and draw.random() < 0.3, splits(spec, pp, vp, draw)),
         (cp > 1, dict(context_parallel_size=cp)),
         (ep > 1, dict(expert_model_parallel_size=ep)),
         (ep > 1 and draw.random() < 0.5, dict(expert_tensor_parallel_size=1)),
         (tp > 1 and draw.random() < 0.2, dict(vit_data_parallel=True)),
-        (draw.random() < 0.2, dict(freeze_vit=True)),
-        (draw.random() < 0.3, dict(lora_rank=draw.choice([8, 64])) | draw.choice([
-            {}, {}, dict(lora_target=["llm", "vit", "merger"])])),
-        (draw.random() < 0.4, dict(cross_entropy_chunks=draw.choice([2, 4, 8]))),
-        (draw.random() < 0.2,
-         dict(vit_recompute_granularity=draw.choice(["none", "selective", "full"]))),
+        some(0.3, dict(freeze_vit=True), dict(freeze_merger=True), dict(freeze_llm=True),
+             dict(freeze_vit=True, freeze_merger=True), dict(freeze_vit=True, freeze_llm=True)),
+        some(0.3, *adapters(draw)),
+        some(0.4, *(dict(cross_entropy_chunks=number) for number in (2, 4, 8))),
+        some(0.2, *(dict(vit_recompute_granularity=how) for how in ("none", "selective", "full"))),
+        some(0.1, dict(fp32=True), dict(fp16=True)),
+        some(0.1, dict(max_patches_per_row=4096)),
+        some(0.1, dict(packing_buffer_size=0)),
+        some(0.1, dict(moe_expert_capacity_factor=1.5)),
+        some(0.2, dict(moe_grouped_gemm="off")),
     ):
         options |= more if given else {}
     return world, options | draw.choice([
@@ -68,6 +78,30 @@ def drawn(args: argparse.Namespace, draw: random.Random) -> tuple[int, dict]:
         dict(recompute_granularity="full", recompute_num_layers=2),
         dict(recompute_granularity="full", recompute_method="block"),
     ])
+
+
+def splits(spec, pp: int, vp: int, draw: random.Random) -> dict:
+    """Layers of every stage, and chunk by chunk, as uneven as it gets."""
+    def parts(layers: int, number: int) -> list[int]:
+        cuts = sorted(draw.choices(range(layers + 1), k=number - 1))
+        return [stop - start for start, stop in zip([0, *cuts], [*cuts, layers], strict=True)]
+
+    found = dict(pp_layers=parts(spec.decoder.num_layers, pp * vp))
+    if spec.vision is not None and draw.random() < 0.5:
+        holding = draw.randint(1, pp)  # stages
+        found["vit_pp_layers"] = parts(spec.vision.depth, holding) + [0] * (pp * vp - holding)
+    return {name: ",".join(map(str, layers)) for name, layers in found.items()}
+
+
+def adapters(draw: random.Random) -> Iterator[dict]:
+    """Some of different kinds."""
+    for more in (
+        {}, dict(lora_target=["llm", "vit", "merger"]), dict(lora_target=["merger"]),
+        dict(lora_target=["linear_qkv", "linear_proj"]), dict(lora_fused=True),
+        dict(lora_dropout=0.1), dict(quantize_base="nf4"), dict(train_merger=True),
+        dict(train_merger=True, train_vit=True),
+    ):
+        yield dict(lora_rank=draw.choice([8, 64]), **more)
 
 
 def typed(value) -> str:
@@ -82,8 +116,8 @@ def plan_of(hf_dir: Path, world: int, options: dict):
     from megatron_vl.training.plan import plan_run
 
     return plan_run(TrainConfig.from_dict({
-        "hf_config": str(hf_dir), "train_data_path": str(hf_dir), "bf16": True,
-        "use_distributed_optimizer": True, **options,
+        "hf_config": str(hf_dir), "train_data_path": str(hf_dir),
+        "bf16": not {"fp16", "fp32"} & set(options), "use_distributed_optimizer": True, **options,
     }), world, here=False)
 
 
@@ -99,14 +133,17 @@ def compare(hf_dir: Path, world: int, options: dict, rank: int) -> tuple[int, in
 
 def main() -> None:
     from megatron_vl.errors import InputError
+    from megatron_vl.models.registry import load_spec
 
     args = parse_arguments()
     draw, refused, off = random.Random(args.seed), 0, 0
+    specs = {hf_dir: load_spec(hf_dir) for hf_dir in args.hf_dirs}
     print("| model | rank | of | options | traced GiB | ratio | seconds |")
     print("|---|---|---|---|---|---|---|")
     for _ in range(args.draws):
         for _ in range(TRIES):
-            hf_dir, (world, options) = draw.choice(args.hf_dirs), drawn(args, draw)
+            hf_dir = draw.choice(args.hf_dirs)
+            world, options = drawn(args, specs[hf_dir], draw)
             try:
                 if world > args.world:
                     raise InputError(f"{world} ranks")
