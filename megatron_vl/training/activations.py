@@ -88,7 +88,7 @@ def activation_memory(
     embedding = _weight(held, EMBEDDING) if stage == embeds[0] else None
     losses = in_vision = in_embedding = tied_gradient = left = 0
     if (embedding is not None and not embedding.trained and language.adapted
-            and not (vision and vision.reached) and plan.num_microbatches > 1):
+            and not any(_reached(plan)) and plan.num_microbatches > 1):
         # What entered the layers last, whole under sequence parallelism, and its gradient, until
         # the next forward is over.
         left = (language.parts + 1) * language.stream
@@ -242,7 +242,7 @@ def _given(plan: Plan) -> int:
 def _media_gradient(plan: Plan, language: Layers) -> int:
     """Of images' embeddings and features, which waits for that of the embedding."""
     vision = plan.spec.vision
-    if vision is None or not any(_reached(plan)):
+    if not any(_reached(plan)):
         return 0
     grid = vision.smallest_grid
     patches = microbatch_patches(plan) // plan.layout.cp
@@ -251,10 +251,10 @@ def _media_gradient(plan: Plan, language: Layers) -> int:
 
 
 def _reached(plan: Plan) -> tuple[bool, bool]:
-    """Whether the merger is trained, and whether what it merges has a gradient."""
-    trainable = plan.trainable
-    return (MERGER not in trainable.frozen or MERGER in trainable.adapted,
-            VISION not in trainable.still)
+    """Whether the merger is trained, and whether what it merges has a gradient; if there is one."""
+    trainable, there = plan.trainable, plan.spec.vision is not None
+    return (there and (MERGER not in trainable.frozen or MERGER in trainable.adapted),
+            there and VISION not in trainable.still)
 
 
 def _merger(plan: Plan) -> int:

@@ -198,14 +198,15 @@ class Layers:
         whole = self._recomputes_last(chunk)
         # The gradient of the output; of what is computed again its output, or its norm's again.
         streams = (1 - arrived + (selective or whole)) * self.stream
+        gathered = self.parts * self.stream * (self.parts > 1)
         mlp = streams + max(
             # What a linear layer kept for its weights or factors is gone by then.
             (4 if selective else 2 if self.mlp_inputs else 3) * self.inner_bytes + self.weighing,
             # With what sequence parallelism gathers of the output's gradient.
-            self.inner_bytes + second * self.itemsize * bool(self._beside(second))
-            + (self.parts > 1) * self.parts * self.stream,
+            self.inner_bytes + second * self.itemsize * bool(self._beside(second)) + gathered,
             self._beside(second),
-            self._beside(first) - 2 * self.inner_bytes,  # what the second one kept is gone
+            # With the gradient of its input, when what the second one kept is gone.
+            self._beside(first) - 2 * self.inner_bytes + self.stream + gathered,
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
             self.combined * whole,  # in the forward that is run again
         )
