@@ -208,7 +208,8 @@ class Layers:
             # With the gradient of its input, when what the second one kept is gone.
             self._beside(first) - 2 * self.inner_bytes + self.stream + gathered,
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
-            self.combined * whole,  # in the forward that is run again
+            # In the forward that is run again: at the end of experts, or at either product.
+            max(self.combined, *self._products) * whole,
         )
         attention = again = 0
         if selective:
@@ -251,22 +252,35 @@ class Layers:
 
     @property
     def combined(self) -> int:
-        """At the end of experts, if there are any: the tokens that went out and those that came of
-        other ranks; what experts give, one by one and together or sorted, or that in fp32 and
-        summed over those who share them. Sorted tokens are alive by then too, whether they are kept
-        or not."""
+        """At the end of experts, if there are any: what they take; what they give, one by one and
+        together or sorted, or that in fp32 and summed over those who share them."""
         if not self.dispatched:
             return 0
-        out, several = self.dispatched // self.sharing, self.own_experts > 1
-        ways = 1 + (self.own_experts < self.experts)
-        if not several and self.sharing == 1:
-            ways -= 1  # what came is what the expert takes
-        summed = 0
+        several, summed = self.own_experts > 1, 0
         if self.sharing > 1:
             numbers = self.dispatched // self.itemsize * FP32
             summed = numbers * (self.itemsize < FP32) + numbers // self.sharing
-        return (ways * out + (1 + several) * self.dispatched + summed
-                + self.dispatched * (not self.mlp_inputs))
+        return self.taken + (1 + several) * self.dispatched + summed
+
+    @property
+    def taken(self) -> int:
+        """By experts: the tokens that went out, those that came of other ranks, and sorted ones,
+        which are alive to the end whether they are kept or not."""
+        ways = 1 + (self.own_experts < self.experts)
+        if self.own_experts == 1 == self.sharing:
+            ways -= 1  # what came is what the expert takes
+        return ways * self.dispatched // self.sharing + self.dispatched * (not self.mlp_inputs)
+
+    @property
+    def _products(self) -> tuple[int, int]:
+        """What experts take and the weights of one product, and what that gives; at the first, less
+        what is kept once the second is there."""
+        if not self.stacked:
+            return 0, 0
+        kept = self.inner_bytes * (ACTIVATION_KEPT[self.activation] + 1)
+        return (self.taken + self.stacked + self.first - kept,
+                self.taken + self.inner_bytes * (not self.mlp_inputs) + self.stacked // 2
+                + self.dispatched)
 
     @property
     def weighing(self) -> int:
