@@ -205,8 +205,9 @@ class Layers:
             # With what sequence parallelism gathers of the output's gradient.
             self.inner_bytes + second * self.itemsize * bool(self._beside(second)) + gathered,
             self._beside(second),
-            # With the gradient of its input, when what the second one kept is gone.
-            self._beside(first) - 2 * self.inner_bytes + self.stream + gathered,
+            # With the gradient of its input, when what the second one kept is gone; a quantised
+            # weight takes most before that is made.
+            self._beside(first) - 2 * self.inner_bytes + (self.stream + gathered) * self.trained,
             (self.stacked + 2 * self.inner_bytes) * bool(self.stacked),
             # In the forward that is run again: at the end of experts, or at either product.
             max(self.combined, *self._products) * whole,
