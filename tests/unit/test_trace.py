@@ -242,6 +242,11 @@ def test_formulas_and_trace_agree(process, model, world, rank, options, request)
     # The most is there with the gradient of a weight and what sequence parallelism gathered.
     ("qwen2_vl", "72B", 16, 13, TP | FULL | dict(
         pipeline_model_parallel_size=8, seq_length=4096)),
+    # .. of the first linear layer, and with that of its input.
+    ("qwen2_5_vl", "32B", 16, 4, TP4 | PP4 | FULL),
+    # .. in the forward that is run again, at experts' second product.
+    ("qwen3_vl_moe", "30B-A3B", 8, 0, LORA | FULL | CHUNKS | dict(
+        expert_model_parallel_size=8, expert_tensor_parallel_size=1, seq_length=1024)),
     # A normalised weight's gradient is made when what was gathered is gone.
     ("baichuan", "7B", 4, 1, TP4 | FULL | CHUNKS | dict(seq_length=4096)),
     # The first of eight ranks has an image of seven.
