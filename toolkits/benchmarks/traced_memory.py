@@ -137,7 +137,11 @@ def main() -> None:
 
     args = parse_arguments()
     draw, refused, off = random.Random(args.seed), 0, 0
-    specs = {hf_dir: load_spec(hf_dir) for hf_dir in args.hf_dirs}
+    try:
+        specs = {hf_dir: load_spec(hf_dir) for hf_dir in args.hf_dirs}
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     print("| model | rank | of | options | traced GiB | ratio | seconds |")
     print("|---|---|---|---|---|---|---|")
     for _ in range(args.draws):
@@ -163,7 +167,7 @@ def main() -> None:
                          for name, value in options.items())
         print(f"| {hf_dir.name} | {rank} | {world} | {words} | {traced / GIB:.2f} | {ratio:.3f} "
               f"| {seconds:.0f} |", flush=True)
-    print(f"\n{args.draws - off} of {args.draws} ranks within {args.tolerance:.0%}; "
+    print(f"\n{args.draws - off} of {args.draws} ranks within {100 * args.tolerance:g}%; "
           f"{refused} layouts were refused and drawn again")
     sys.exit(off > 0)
 
